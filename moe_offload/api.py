@@ -1,0 +1,300 @@
+"""The story in one screen: find the experts, plan, choose where rows rest, patch the model, pre-warm.
+
+optimize(model, budget)          a loaded model, or one whose experts are on "meta"
+from_pretrained(path, budget)    a checkpoint whose experts never all come into RAM
+make_plan(model_or_path, budget) what would fit where, before anything is loaded
+record_profile(model, inputs)    which experts a workload uses (moe_offload/record.py)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import torch
+from torch import nn
+
+from . import install as patch
+from .checkpoint import read_headers, shard_files
+from .config import OffloadConfig, resolve
+from .errors import BudgetError, CheckpointError, OffloadError, UnsupportedModelError
+from .experts import ExpertBank, find_experts
+from .handle import Handle
+from .loading import load_dense, resolve_folder, skeleton
+from .measure import costs, fingerprint, layer_shapes
+from .placement import DeviceMap, budget_from, place
+from .plan import Plan, plan_slots
+from .policies import POLICIES
+from .profile import Profile
+from .rows import index_rows
+from .runtime import LayerRuntime, Runtime
+from .sizes import format_size, parse_size
+from .stores import Store
+from .stores.disk import DiskStore
+from .stores.host import HostStore, pack_rows
+from .stores.spill import spill
+from .transfer import TRANSFERS
+
+logger = logging.getLogger("moe_offload")
+Model = TypeVar("Model", bound=nn.Module)
+Settings = OffloadConfig | Mapping[str, Any] | None
+
+
+def optimize(
+    model: Model,
+    budget: int | str | None = None,
+    *,
+    device_map: DeviceMap = None,
+    max_memory: Mapping[str | int, str | int] | None = None,
+    profile: Profile | str | Path | None = None,
+    config: Settings = None,
+) -> Model:
+    """Let `model` run inside `budget` bytes; returns the same object: same class, same `generate`, same tokens.
+
+    `budget` is everything the model may hold: dense weights, expert slots, KV cache and workspace. An int (bytes),
+    "8GB" (decimal), "8GiB" (binary), "50%" of the memory now available, or "auto". Without one, `max_memory["cpu"]`
+    counts, else "auto". Experts rest on disk (`device_map` may send them to "cpu"): in the checkpoint they came from if
+    they are on the meta device, else in a spill file in `config.offload_folder`, written once and removed on close.
+    `profile` fills the slots before the first token with what such a workload uses.
+
+    Raises `UnsupportedModelError` naming a module that cannot be run exactly, `BudgetError` stating the floor,
+    `ConfigError`, `CheckpointError` or `ProfileError`; the model is unchanged then.
+    """
+    settings = resolve(config)
+    if hasattr(model, "moe_offload"):
+        raise OffloadError("this model is already offloaded; model.moe_offload is its handle, and close() ends it")
+    banks = find_experts(model)
+    _check_devices(model, banks)
+    tiers = place([bank.name for bank in banks], [name for name, _ in model.named_modules()], device_map)
+    plan = _plan(model, banks, budget, max_memory, settings)
+    prior = _load_profile(profile, model, banks)
+    stores = _open_stores(model, banks, tiers, settings)
+    runtime = _build_runtime(banks, plan, stores, settings, prior)
+    model.moe_offload = _install(model, runtime, plan, tiers, settings)  # type: ignore[assignment]
+    logger.info("%s", model.moe_offload)
+    if settings.prewarm:
+        _prewarm(runtime, prior)
+    return model
+
+
+def from_pretrained(
+    path_or_id: str | Path,
+    budget: int | str | None = None,
+    *,
+    device_map: DeviceMap = None,
+    max_memory: Mapping[str | int, str | int] | None = None,
+    profile: Profile | str | Path | None = None,
+    config: Settings = None,
+    dtype: str | torch.dtype = "auto",
+    **kwargs: Any,
+) -> nn.Module:
+    """Load a checkpoint folder (or Hub repository) of the ordinary layout to run inside `budget`; see `optimize`.
+
+    Returns the ordinary transformers class. Dense weights are loaded; experts are not: their rows are read from the
+    original safetensors shards when a token asks for them. The budget, every shard and every expert are checked before
+    anything is loaded. Further keyword arguments go to the class's own `from_pretrained`.
+    """
+    settings = resolve(config)
+    folder = resolve_folder(path_or_id, **{k: kwargs.pop(k) for k in ("revision", "token") if k in kwargs})
+    meta = skeleton(folder, dtype)
+    banks = find_experts(meta)
+    place([bank.name for bank in banks], [name for name, _ in meta.named_modules()], device_map)
+    _plan(meta, banks, budget, max_memory, settings)
+    _load_profile(profile, meta, banks)
+    index = index_rows(meta, banks, read_headers(shard_files(folder)))
+    for removed in ("offload_folder", "low_cpu_mem_usage", "offload_state_dict", "torch_dtype"):
+        if kwargs.pop(removed, None) is not None:
+            logger.info("%s is not needed: experts are read from the original shards", removed)
+    model = load_dense(folder, meta, index.keys, **kwargs)
+    return optimize(
+        model, budget, device_map=device_map, max_memory=max_memory, profile=profile, config=settings
+    ).eval()
+
+
+def make_plan(
+    model_or_path: nn.Module | str | Path,
+    budget: int | str | None = None,
+    *,
+    max_memory: Mapping[str | int, str | int] | None = None,
+    config: Settings = None,
+    dtype: str | torch.dtype = "auto",
+) -> Plan:
+    """What `budget` would hold of this model. A path is answered from its headers alone: no weight is read."""
+    settings = resolve(config)
+    model = model_or_path if isinstance(model_or_path, nn.Module) else skeleton(resolve_folder(model_or_path), dtype)
+    if hasattr(model, "moe_offload"):
+        raise OffloadError("this model is already offloaded; its plan is model.moe_offload.plan")
+    return _plan(model, find_experts(model), budget, max_memory, settings)
+
+
+def _plan(
+    model: nn.Module,
+    banks: Sequence[ExpertBank],
+    budget: int | str | None,
+    max_memory: Mapping[str | int, str | int] | None,
+    settings: OffloadConfig,
+) -> Plan:
+    given = budget_from(max_memory)
+    if budget is not None and given is not None:
+        raise BudgetError(
+            f"both budget={budget!r} and max_memory={dict(max_memory or {})!r} were given; use one of them"
+        )
+    wanted = budget if budget is not None else given if given is not None else "auto"
+    size = parse_size(wanted, total=psutil.virtual_memory().available)
+    return plan_slots(size, layer_shapes(banks), costs(model, banks, settings))
+
+
+def _check_devices(model: Any, banks: Sequence[ExpertBank]) -> None:
+    experts = {id(p) for bank in banks for p in bank.params.values()}
+    for name, param in model.named_parameters():
+        if param.device.type not in TRANSFERS and not (param.device.type == "meta" and id(param) in experts):
+            raise UnsupportedModelError(
+                f"{name} is on {param.device}; this version computes on {', '.join(TRANSFERS)} only (experts may be on "
+                "'meta'). Load the model there first."
+            )
+    if getattr(model, "hf_device_map", None) and len(set(model.hf_device_map.values())) > 1:
+        raise UnsupportedModelError(
+            "the model was dispatched by accelerate (it has an hf_device_map with several devices), whose hooks "
+            "would move "
+            "weights behind the cache's back; load it without device_map, or with moe_offload.from_pretrained()"
+        )
+
+
+def _load_profile(
+    profile: Profile | str | Path | None, model: nn.Module, banks: Sequence[ExpertBank]
+) -> Profile | None:
+    if profile is None:
+        return None
+    loaded = profile if isinstance(profile, Profile) else Profile.load(profile)
+    loaded.check(fingerprint(model, banks))
+    return loaded
+
+
+def _open_stores(
+    model: nn.Module, banks: Sequence[ExpertBank], tiers: Sequence[str], settings: OffloadConfig
+) -> list[Store]:
+    """One store per layer; layers that share a file share the store. Closes what it opened if it cannot open all."""
+    with contextlib.ExitStack() as undo:
+        stores: dict[int, Store] = {}
+        absent = [bank for bank in banks if next(iter(bank.params.values())).is_meta]
+        if absent:
+            checkpoint = undo.enter_context(contextlib.closing(_checkpoint_store(model, banks)))
+            stores |= {bank.index: checkpoint for bank in absent}
+        loaded = [bank for bank in banks if bank.index not in stores and tiers[bank.index] == "disk"]
+        if loaded:
+            folder = Path(settings.offload_folder or tempfile.gettempdir())
+            spilled = undo.enter_context(contextlib.closing(spill(banks, loaded, folder)))
+            stores |= {bank.index: spilled for bank in loaded}
+        in_ram = [bank for bank in banks if tiers[bank.index] == "host"]
+        if in_ram:
+            rows = [torch.empty((0, bank.layout.row_bytes), dtype=torch.uint8) for bank in banks]
+            for bank in in_ram:
+                rows[bank.index] = _rows_in_ram(bank, stores.get(bank.index))
+            host = HostStore(rows)
+            stores |= {bank.index: host for bank in in_ram}
+        undo.pop_all()
+        return [stores[bank.index] for bank in banks]
+
+
+def _rows_in_ram(bank: ExpertBank, store: Store | None) -> torch.Tensor:
+    if store is None:
+        return pack_rows(bank)
+    rows = torch.empty((bank.num_experts, bank.layout.row_bytes), dtype=torch.uint8)
+    for e in range(bank.num_experts):
+        store.read(bank.index, e, memoryview(rows[e].numpy()))
+    return rows
+
+
+def _checkpoint_store(model: nn.Module, banks: Sequence[ExpertBank]) -> DiskStore:
+    folder = Path(getattr(model.config, "_name_or_path", "") or "")
+    if not str(folder) or not folder.is_dir():
+        raise CheckpointError(
+            f"the experts of {type(model).__name__} are on the meta device, but its config names no local "
+            f"checkpoint folder to "
+            "read them from; use moe_offload.from_pretrained(path, budget)"
+        )
+    return DiskStore([bank.layout for bank in banks], index_rows(model, banks, read_headers(shard_files(folder))))
+
+
+def _build_runtime(
+    banks: Sequence[ExpertBank],
+    plan: Plan,
+    stores: Sequence[Store],
+    settings: OffloadConfig,
+    prior: Profile | None,
+) -> Runtime:
+    transfer = TRANSFERS["cpu"]()
+    scratch = torch.empty(plan.costs.scratch_bytes, dtype=torch.uint8)
+    layers = []
+    for bank, slots, store in zip(banks, plan.slots, stores, strict=True):
+        policy = POLICIES[settings.policy](bank.num_experts, settings.half_life)
+        if prior is not None:
+            policy.seed(prior.counts[bank.index])
+        layers.append(
+            LayerRuntime(
+                bank,
+                slots=slots,
+                policy=policy,
+                store=store,
+                transfer=transfer,
+                scratch=scratch,
+                poison=settings.poison,
+            )
+        )
+    return Runtime(layers, list({id(store): store for store in stores}.values()), transfer)
+
+
+def _install(model: nn.Module, runtime: Runtime, plan: Plan, tiers: list[str], settings: OffloadConfig) -> Handle:
+    print_of = fingerprint(model, [layer.bank for layer in runtime.layers])
+    implementation = patch.choose_implementation(
+        [layer.bank for layer in runtime.layers], settings.experts_implementation
+    )
+    inner = settings.compile if settings.compile != "auto" else "graph"  # what we compute on is a CPU
+    graphs = patch.install(
+        model,
+        runtime,
+        implementation=implementation,
+        inner=inner,
+        dynamic=settings.dynamic,
+        fullgraph=settings.fullgraph,
+    )
+    patch.save_real_rows(runtime)
+    weakref.finalize(model, _release, runtime)
+    return Handle(
+        model,
+        runtime,
+        plan,
+        print_of,
+        tiers=tiers,
+        compile=inner,
+        implementation=implementation,
+        graphs=graphs,
+        on_close=lambda: _release(runtime),
+    )
+
+
+def _release(runtime: Runtime) -> None:
+    with runtime.lock:
+        if not runtime.closed:
+            patch.uninstall(runtime)
+            runtime.close()
+
+
+def _prewarm(runtime: Runtime, prior: Profile | None) -> None:
+    """Fill the slots with what the profile expects. Without one there is nothing to go by: the first tokens decide."""
+    if prior is None:
+        return
+    from transformers.utils import logging as hf_logging
+
+    wanted = [prior.hottest(layer.bank.index)[: layer.cache.slots] for layer in runtime.layers]
+    wanted = [[e for e in experts if prior.counts[i][e]] for i, experts in enumerate(wanted)]
+    size = sum(len(e) * layer.bank.layout.row_bytes for e, layer in zip(wanted, runtime.layers, strict=True))
+    with hf_logging.tqdm(total=sum(map(len, wanted)), desc=f"Pre-warming {format_size(size)}", unit="row") as bar:
+        for layer, experts in zip(runtime.layers, wanted, strict=True):
+            layer.prewarm(experts, bar.update)

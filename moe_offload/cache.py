@@ -1,0 +1,138 @@
+"""Which expert of a layer is in which slot. No torch: the simulator replays traces through this very class.
+
+Shapes: E experts, S slots.
+
+One `lookup` is one *event*: the distinct experts that one layer needs at once. It is atomic: when its loads have been
+committed, all of them are resident together, and no victim was one of them, nor of an event still loading.
+
+    lookup(ids)   hits keep their slot; each miss takes a free slot, or a victim's, and becomes a pending `Load`
+    commit(load)  its bytes have arrived: only now is it resident, only now do the counters move
+    abort(load)   they did not: the slot is free again, nothing points to it
+
+A slot whose victim has been chosen is unmapped at once, so a failed load can never leave a mapping to half a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from .errors import RoutingError
+from .policies import Policy
+
+
+@dataclass(frozen=True)
+class Load:
+    """A row on its way: `expert` into `slot`."""
+
+    expert: int
+    slot: int
+
+
+@dataclass
+class Counters:
+    """What one layer's cache has done. Requests are distinct experts per event; bytes are those read from the store."""
+
+    events: int = 0
+    tokens: int = 0
+    hits: int = 0
+    misses: int = 0
+    bytes_read: int = 0
+    prewarm_bytes: int = 0
+    stall_s: float = 0.0  # time that compute waited for loads
+    streamed: int = 0  # of the misses: used from scratch, without taking a slot
+    counts: list[int] = field(default_factory=list)  # uses per expert, every token-expert pair counted
+
+    @property
+    def requests(self) -> int:
+        return self.hits + self.misses
+
+
+class LayerCache:
+    """The slot table of one layer: `slots` slots for `num_experts` experts."""
+
+    def __init__(self, num_experts: int, slots: int, policy: Policy, name: str = "experts"):
+        self.name, self.num_experts, self.slots, self.policy = name, num_experts, slots, policy
+        self.slot_of = [-1] * num_experts
+        self.expert_at = [-1] * slots
+        self.pending: dict[int, Load] = {}
+        self.free = list(range(slots - 1, -1, -1))
+        self.counters = Counters(counts=[0] * num_experts)
+
+    def check(self, experts: Sequence[int]) -> None:
+        """Raise `RoutingError` unless every id is in [0, E): a negative id would silently wrap to another expert."""
+        if experts and (min(experts) < 0 or max(experts) >= self.num_experts):
+            bad = sorted(e for e in experts if not 0 <= e < self.num_experts)
+            raise RoutingError(
+                f"{self.name}: the router asked for expert {bad[0]}, but the layer has experts "
+                f"0..{self.num_experts - 1}; "
+                "the model's routing code or its configuration is damaged"
+            )
+
+    def lookup(self, experts: Sequence[int], tokens: int = 1) -> list[Load]:
+        """Make room for the distinct `experts` of one event, at most S of them; return the loads that are missing."""
+        if len(experts) > self.slots:
+            raise ValueError(f"{self.name}: an event of {len(experts)} experts does not fit {self.slots} slots")
+        self._record(experts, tokens)
+        missing = [e for e in experts if self.slot_of[e] < 0]
+        self.counters.hits += len(experts) - len(missing)
+        if not missing:
+            return []
+        protected = {*experts, *self.pending}
+        candidates = [e for e in self.expert_at if e >= 0 and e not in protected]
+        return [self._admit(e, candidates) for e in missing]
+
+    def fill(self, experts: Sequence[int], tokens: int = 1) -> tuple[list[Load], list[int]]:
+        """An event too large for the slots (prefill): loads into free slots only, and what must be streamed past them.
+
+        Nothing is evicted for rows that are read once. `experts` come in order of preference for the free slots.
+        """
+        self._record(experts, tokens)
+        missing = [e for e in experts if self.slot_of[e] < 0]
+        self.counters.hits += len(experts) - len(missing)
+        room = len(self.free)
+        return [self._admit(e, []) for e in missing[:room]], missing[room:]
+
+    def prewarm(self, experts: Sequence[int]) -> list[Load]:
+        """Loads that fill the free slots with `experts`, the most wanted first, before anything has asked for them."""
+        missing = [e for e in experts if self.slot_of[e] < 0 and e not in self.pending]
+        return [self._admit(e, []) for e in missing[: len(self.free)]]
+
+    def commit(self, load: Load, nbytes: int, demanded: bool = True) -> None:
+        """The row has arrived whole: `nbytes` were read for it."""
+        del self.pending[load.expert]
+        self.slot_of[load.expert] = load.slot
+        self.expert_at[load.slot] = load.expert
+        if demanded:
+            self.count_miss(nbytes)
+        else:
+            self.counters.prewarm_bytes += nbytes
+
+    def abort(self, load: Load) -> None:
+        """The row did not arrive: give the slot back."""
+        if self.pending.pop(load.expert, None) is not None:
+            self.free.append(load.slot)
+
+    def count_miss(self, nbytes: int) -> None:
+        self.counters.misses += 1
+        self.counters.bytes_read += nbytes
+
+    def resident(self) -> list[int]:
+        return [e for e in self.expert_at if e >= 0]
+
+    def _record(self, experts: Sequence[int], tokens: int) -> None:
+        self.policy.record(experts, tokens)
+        self.counters.events += 1
+        self.counters.tokens += tokens
+
+    def _admit(self, expert: int, candidates: list[int]) -> Load:
+        if self.free:
+            slot = self.free.pop()
+        else:
+            victim = self.policy.victim(candidates)
+            candidates.remove(victim)
+            slot = self.slot_of[victim]
+            self.slot_of[victim] = -1
+            self.expert_at[slot] = -1
+        load = self.pending[expert] = Load(expert, slot)
+        return load

@@ -1,0 +1,44 @@
+"""Every error this package raises on purpose: one base class, one subclass per thing that can go wrong.
+
+A message says three things: what was asked, what was found, what to do about it.
+"""
+
+
+class OffloadError(RuntimeError):
+    """Base class: `except OffloadError` catches everything moe_offload raises on purpose."""
+
+
+class ConfigError(OffloadError, ValueError):
+    """A setting means nothing: an unreadable size, an unknown key, a device map that names no module."""
+
+
+class BudgetError(OffloadError):
+    """The budget cannot hold what must always be resident; the message states the floor and its parts."""
+
+
+class UnsupportedModelError(OffloadError):
+    """The model, or one named module of it, cannot be run exactly. Refused before anything is changed."""
+
+
+class CheckpointError(OffloadError):
+    """The checkpoint on disk is damaged, incomplete, or does not fit the model."""
+
+
+class CheckpointChangedError(CheckpointError):
+    """A checkpoint file was modified after it was opened."""
+
+
+class ExpertReadError(OffloadError):
+    """An expert's bytes could not be read completely; names file, offset and what was found."""
+
+
+class RoutingError(OffloadError):
+    """The router asked for an expert id outside [0, E)."""
+
+
+class ProfileError(OffloadError):
+    """A profile file is damaged, too large, of another version, or of another model."""
+
+
+class ClosedError(OffloadError):
+    """The model was closed: its threads, files and memory have been given back."""

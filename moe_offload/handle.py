@@ -1,0 +1,149 @@
+"""`model.moe_offload`: what a user asks of an offloaded model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import OffloadError
+from .experts import ExpertBank
+from .plan import Plan
+from .profile import Fingerprint, Profile
+from .runtime import Runtime
+from .sizes import format_size
+
+
+@dataclass
+class Stats:
+    """What has happened since the model was optimised. Requests are distinct experts per layer and step.
+
+    `hit_rate` is hits over requests; `bytes_read` counts what requests read from the tier below, `prewarm_bytes` what
+    pre-warming read; `stall_s` is time that compute waited for either.
+    """
+
+    hits: int
+    misses: int
+    streamed: int
+    bytes_read: int
+    prewarm_bytes: int
+    stall_s: float
+    tokens: int
+    graphs: int
+    layers: list[dict[str, Any]] = field(repr=False)
+
+    @property
+    def hit_rate(self) -> float:
+        return self.hits / (self.hits + self.misses) if self.hits + self.misses else 0.0
+
+    def __sub__(self, earlier: Stats) -> Stats:
+        """What happened between two calls of `stats()` (totals only)."""
+        names = ("hits", "misses", "streamed", "bytes_read", "prewarm_bytes", "stall_s", "tokens", "graphs")
+        return Stats(**{n: getattr(self, n) - getattr(earlier, n) for n in names}, layers=[])
+
+
+class Handle:
+    """The offload state of one model: `print` it, read `stats()`, `save_profile()`, `close()`; also a "
+    "context manager."""
+
+    def __init__(
+        self,
+        model: Any,
+        runtime: Runtime,
+        plan: Plan,
+        fingerprint: Fingerprint,
+        *,
+        tiers: list[str],
+        compile: str,
+        implementation: str,
+        graphs: list[Any],
+        on_close: Callable[[], None],
+    ):
+        self.plan, self.fingerprint, self.tiers = plan, fingerprint, tiers
+        self.compile, self.implementation, self.graphs = compile, implementation, graphs
+        self.model, self._runtime, self._on_close = model, runtime, on_close
+
+    @property
+    def banks(self) -> list[ExpertBank]:
+        return [layer.bank for layer in self._runtime.layers]
+
+    @property
+    def closed(self) -> bool:
+        return self._runtime.closed
+
+    def stats(self) -> Stats:
+        """Counters as of now; `stats().layers` has them per layer."""
+        layers: list[dict[str, Any]] = []
+        for layer in self._runtime.layers:
+            c = layer.cache.counters
+            layers.append(
+                {
+                    "name": layer.bank.name,
+                    "slots": layer.cache.slots,
+                    "experts": layer.bank.num_experts,
+                    "resident": len(layer.cache.resident()),
+                    "hits": c.hits,
+                    "misses": c.misses,
+                    "streamed": c.streamed,
+                    "bytes_read": c.bytes_read,
+                    "prewarm_bytes": c.prewarm_bytes,
+                    "stall_s": c.stall_s,
+                    "tokens": c.tokens,
+                }
+            )
+        totals = {
+            n: sum(row[n] for row in layers)
+            for n in ("hits", "misses", "streamed", "bytes_read", "prewarm_bytes", "stall_s")
+        }
+        tokens = max((row["tokens"] for row in layers), default=0)
+        return Stats(**totals, tokens=tokens, graphs=len(self.graphs), layers=layers)
+
+    def profile(self, **meta: str) -> Profile:
+        """The activation profile so far: how often each layer used each expert."""
+        layers = self._runtime.layers
+        return Profile.of(
+            self.fingerprint,
+            tokens=max((layer.cache.counters.tokens for layer in layers), default=0),
+            counts=[list(layer.cache.counters.counts) for layer in layers],
+            meta=meta,
+        )
+
+    def save_profile(self, path: str | Path, **meta: str) -> Path:
+        """Write the profile so far to `path`, atomically. Load it with `optimize(..., profile=path)`."""
+        return self.profile(**meta).save(path)
+
+    def close(self) -> None:
+        """Give back files and memory. The model raises `ClosedError` from then on. Safe to call twice."""
+        self._on_close()
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __str__(self) -> str:
+        s, tiers = self.stats(), ", ".join(sorted(set(self.tiers)))
+        state = "closed" if self.closed else f"{self.implementation}, {self.compile}, {s.graphs} graphs compiled"
+        lines = [str(self.plan), f"rows below the slots rest in: {tiers};  {state}"]
+        if s.hits + s.misses:
+            read = format_size(s.bytes_read)
+            lines.append(
+                f"{s.tokens} tokens: hit rate {s.hit_rate:.1%} ({s.hits} hits, {s.misses} misses, {s.streamed} of them "
+                f"streamed past the cache), {read} read, {s.stall_s:.2f} s waited"
+            )
+        else:
+            lines.append("nothing has run yet")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else "open"
+        return f"<moe_offload: {sum(self.plan.slots)} slots in {len(self.plan.slots)} layers, {state}>"
+
+    def __reduce__(self) -> Any:
+        raise OffloadError(
+            "an offloaded model cannot be copied or pickled (its experts are in files and slots); copy the model "
+            "before "
+            "optimize(), or load it again with moe_offload.from_pretrained()"
+        )

@@ -1,0 +1,214 @@
+"""Patch a model in place: phantoms for its expert weights, our experts implementation, a compiled call.
+
+The model keeps its class, its `forward` and its `generate`. What changes:
+
+    module.gate_up_proj ...         a Phantom; state_dict() still returns the real rows
+    config._experts_implementation  "moe_offload_grouped_mm" or "moe_offload_batched_mm", on every experts module
+    model(...)                      compiled by our backend, under the model's lock, inference only
+
+Traced by our backend, the experts implementation is transformers' own code, for the passes to rewrite. Anywhere else
+(an eager call to a submodule, somebody else's torch.compile, the far side of a graph break) it is one op that streams
+and computes by itself: what the passes never see is slower, never wrong.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import backend
+from .errors import OffloadError
+from .experts import ExpertBank
+from .runtime import LayerRuntime, Runtime
+
+logger = logging.getLogger("moe_offload")
+
+IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
+_numbers = itertools.count()
+
+
+class Scope:
+    """Whether our own backend is running the model. One per model, written under its lock; Dynamo guards on it."""
+
+    def __init__(self) -> None:
+        self.active = False
+
+
+class Link:
+    """What an experts module needs to find its layer: the scope, and the bank the marker op is keyed by."""
+
+    def __init__(self, scope: Scope, bank_SN: Tensor):
+        self.scope, self.bank_SN = scope, bank_SN
+
+
+class ModuleCore:
+    """transformers' own experts code, run for single pairs (K = 1) on the rows of a bank.
+
+    Routing weights of one leave the pairs unweighted: the weighted sum over K is taken after all waves.
+    """
+
+    def __init__(self, bank: ExpertBank, implementation: str, views: Callable[[Tensor], dict[str, Tensor]]):
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+        self.module, self.views = bank.modules[0], views
+        self.run = ALL_EXPERTS_FUNCTIONS[implementation]
+
+    def __call__(
+        self, x_P: Tensor, slots_P: Tensor, bank_SN: Tensor, others: Sequence[Tensor], rows: Tensor | None = None
+    ) -> Tensor:
+        if rows is not None:
+            x_P, slots_P = x_P[rows], slots_P[rows]
+        views = self.views(bank_SN)
+        stand_in = object.__new__(type(self.module))
+        stand_in.__dict__.update(self.module.__dict__)
+        stand_in.__dict__["_parameters"] = {**self.module._parameters, **views}
+        stand_in.__dict__["num_experts"] = bank_SN.shape[0]
+        dtype = next(iter(views.values())).dtype
+        ones = torch.ones((len(x_P), 1), dtype=dtype, device=x_P.device)
+        out: Tensor = self.run(stand_in, x_P.to(dtype), slots_P.view(-1, 1), ones)
+        return out
+
+
+def choose_implementation(banks: Sequence[ExpertBank], wanted: str) -> str:
+    """'auto' keeps the model's own choice where the passes can see it, else grouped_mm."""
+    if wanted in IMPLEMENTATIONS:
+        return wanted
+    own: set[str] = {bank.modules[0].config._experts_implementation for bank in banks}
+    return own.pop() if len(own) == 1 and own <= set(IMPLEMENTATIONS) else "grouped_mm"
+
+
+def install(
+    model: nn.Module, runtime: Runtime, *, implementation: str, inner: str, dynamic: bool | None, fullgraph: bool
+) -> list[Any]:
+    """Patch `model` to run on `runtime`. Returns the list to which each compiled graph's pass reports are added."""
+    _register_implementations()
+    scope = Scope()
+    for layer in runtime.layers:
+        _install_layer(layer, scope, implementation)
+    log: list[Any] = []
+    run, core = (
+        (backend.run_inductor, backend.core_inductor)
+        if inner == "inductor"
+        else (backend.run_graph, backend.core_as_is)
+    )
+    compiled = torch.compile(
+        _own_code(model), backend=backend.make_backend(run, core, log), dynamic=dynamic, fullgraph=fullgraph
+    )
+    model._compiled_call_impl = _Call(model, runtime, scope, compiled)
+    _refuse_moves(model)
+    return log
+
+
+def uninstall(runtime: Runtime) -> None:
+    """Let go of the banks; the model stays refused (its weights are gone), but holds no memory."""
+    for layer in runtime.layers:
+        backend.unbind(layer.slots.bank_SN)
+        for module in layer.bank.modules:
+            module._moe_offload.bank_SN = torch.empty(0)
+
+
+class _Call:
+    """What `model(...)` runs: one forward at a time, without gradients, inside our scope."""
+
+    def __init__(self, model: nn.Module, runtime: Runtime, scope: Scope, compiled: Callable[..., Any]):
+        self.model, self.runtime, self.scope, self.compiled = model, runtime, scope, compiled
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # inside somebody else's torch.compile: the marker op is traced
+            return self.model._call_impl(*args, **kwargs)
+        if self.model.training and torch.is_grad_enabled():
+            raise OffloadError(
+                f"{type(self.model).__name__} was called in training mode; an offloaded model is for inference only. "
+                f"Call "
+                "model.eval(), or train the model before optimize()."
+            )
+        with self.runtime.lock, torch.no_grad():
+            self.runtime.check_open()
+            self.scope.active = True
+            try:
+                return self.compiled(*args, **kwargs)
+            except torch._dynamo.exc.BackendCompilerFailed as error:
+                if isinstance(error.inner_exception, OffloadError):  # ours, in Dynamo's wrapping
+                    raise error.inner_exception from None
+                raise
+            finally:
+                self.scope.active = False
+
+
+def _own_code(model: nn.Module) -> Callable[..., Any]:
+    """A function of its own that calls the model: Dynamo caches graphs, and counts recompilations, per code object,
+    and all modules share that of `nn.Module._call_impl`."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return model._call_impl(*args, **kwargs)
+
+    call.__code__ = call.__code__.replace(co_name=f"moe_offload_call_{next(_numbers)}")
+    return call
+
+
+def _install_layer(layer: LayerRuntime, scope: Scope, implementation: str) -> None:
+    bank = layer.bank
+    layer.module_core = ModuleCore(bank, implementation, backend.bank_of(layer).views)
+    backend.bind(layer)
+    device = next(iter(bank.params.values())).device
+    device = torch.device("cpu") if device.type == "meta" else device
+    phantoms = {f.name: backend.Phantom.of(layer, f, device) for f in bank.layout.fields}
+    for module in bank.modules:
+        for name, phantom in phantoms.items():
+            setattr(module, name, phantom)
+        module._moe_offload = Link(scope, layer.slots.bank_SN)
+        # On the module's own config: it may be a copy that model.set_experts_implementation() never reaches.
+        module.config._experts_implementation_internal = f"moe_offload_{implementation}"
+
+
+def save_real_rows(runtime: Runtime) -> None:
+    """Make state_dict() of the experts modules return their real weights instead of phantoms."""
+    for layer in runtime.layers:
+        for module in layer.bank.modules:
+            module.register_state_dict_post_hook(partial(_real_rows, runtime, layer.bank.index))
+
+
+def _real_rows(runtime: Runtime, index: int, module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    for name, stacked in runtime.read_stacked(index).items():
+        state[prefix + name] = stacked
+
+
+def _register_implementations() -> None:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    for name in IMPLEMENTATIONS:
+        if f"moe_offload_{name}" not in ALL_EXPERTS_FUNCTIONS:
+            ALL_EXPERTS_FUNCTIONS.register(f"moe_offload_{name}", _implementation(ALL_EXPERTS_FUNCTIONS[name]))
+
+
+def _implementation(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and self._moe_offload.scope.active:
+            return original(self, hidden_states, top_k_index, top_k_weights)
+        return backend.experts_op(hidden_states, top_k_index, top_k_weights, self._moe_offload.bank_SN)
+
+    return experts
+
+
+def _refuse_moves(model: nn.Module) -> None:
+    """Refuse `.to(dtype)`, `.half()`, `.cuda()`: they would turn phantoms into real tensors of NaN."""
+
+    def apply(fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        for p in model.parameters():
+            probe = torch.empty(0, dtype=p.dtype, device=p.device)
+            moved = fn(probe)
+            if (moved.dtype, moved.device) != (probe.dtype, probe.device):
+                raise OffloadError(
+                    f"asked to move or convert an offloaded model ({probe.dtype} on {probe.device} to {moved.dtype} on "
+                    f"{moved.device}); its expert rows are fixed. Convert or move the model first, then call "
+                    f"optimize()."
+                )
+        return model
+
+    model._apply = apply  # type: ignore[method-assign]

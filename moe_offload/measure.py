@@ -1,0 +1,64 @@
+"""What a model weighs: its dense bytes, its KV cache, and the fingerprint that ties a profile to it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from .config import OffloadConfig
+from .experts import ExpertBank
+from .plan import Costs, LayerShape
+from .profile import Fingerprint
+
+
+def layer_shapes(banks: Sequence[ExpertBank]) -> list[LayerShape]:
+    return [LayerShape(bank.num_experts, bank.top_k, bank.layout.row_bytes) for bank in banks]
+
+
+def costs(model: Any, banks: Sequence[ExpertBank], settings: OffloadConfig) -> Costs:
+    """What stands in the budget besides the banks."""
+    return Costs(
+        dense_bytes=dense_bytes(model, banks),
+        kv_bytes=kv_bytes(model, settings.kv_tokens),
+        scratch_bytes=settings.wave_rows * max(bank.layout.row_bytes for bank in banks),
+        reserve_bytes=settings.reserve_bytes,
+    )
+
+
+def dense_bytes(model: nn.Module, banks: Sequence[ExpertBank]) -> int:
+    """Bytes of every parameter and buffer that is no expert's; tied ones count once."""
+    experts = {id(param) for bank in banks for param in bank.params.values()}
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(t.numel() * t.element_size() for t in tensors if id(t) not in experts)
+
+
+def kv_bytes(model: Any, tokens: int) -> int:
+    """Bytes of an ordinary KV cache for one sequence of `tokens` tokens (an upper bound for models with "
+    "a smaller one)."""
+    config = model.config.get_text_config()
+    layers = getattr(config, "num_hidden_layers", None) or getattr(config, "num_layers", None) or 0
+    heads = getattr(config, "num_attention_heads", None) or 1
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or (getattr(config, "hidden_size", None) or 0) // heads
+    longest = int(getattr(config, "max_position_embeddings", None) or tokens)
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    return int(2 * layers * kv_heads * head_dim * min(tokens, longest) * dtype.itemsize)
+
+
+def fingerprint(model: Any, banks: Sequence[ExpertBank]) -> Fingerprint:
+    """What a profile must agree with to be used for `model`."""
+    config: Any = model.config.get_text_config()
+    hidden = int(getattr(config, "hidden_size", None) or 1)
+    down = [next(f for f in bank.layout.fields if f.name == "down_proj") for bank in banks]
+    return Fingerprint(
+        model_type=str(model.config.model_type),
+        layers=len(banks),
+        experts=[bank.num_experts for bank in banks],
+        top_k=[bank.top_k for bank in banks],
+        hidden=hidden,
+        inner=[math.prod(f.shape) // hidden for f in down],
+        dtype=str(down[0].dtype).removeprefix("torch."),
+    )

@@ -1,0 +1,27 @@
+"""Least recently used: the baseline every cache is measured against.
+
+Below one token cycle (K slots a layer) it hits exactly 0 %, which is why quotas are per layer with a floor of K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+
+class LRU:
+    def __init__(self, num_experts: int):
+        self.now = 0
+        self.last = [-1.0] * num_experts
+
+    def record(self, experts: Iterable[int], tokens: int) -> None:
+        self.now += 1
+        for e in experts:
+            self.last[e] = self.now
+
+    def victim(self, candidates: Iterable[int]) -> int:
+        return min(candidates, key=self.last.__getitem__)
+
+    def seed(self, counts: Sequence[float]) -> None:
+        """Rank by expected use, all of it before the first real one."""
+        top = max(counts, default=0.0) or 1.0
+        self.last = [-1.0 + 0.5 * count / top for count in counts]

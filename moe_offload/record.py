@@ -1,0 +1,77 @@
+"""Record which experts a workload uses, with or without offload.
+
+On an offloaded model the cache counts anyway. On an ordinary one the `instrument` pass puts counters into the compiled
+graph: the model runs with its own weights and its own results, and each layer's ids pass through an `observe` op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from . import backend
+from .experts import find_experts
+from .install import IMPLEMENTATIONS, choose_implementation
+from .measure import fingerprint
+from .profile import Profile
+
+
+class Count:
+    """Uses per expert of one layer: what an observed weight is bound to."""
+
+    def __init__(self, num_experts: int, top_k: int):
+        self.counts, self.top_k = torch.zeros(num_experts, dtype=torch.int64), top_k
+
+    def observe(self, ids_P: Tensor) -> None:
+        self.counts += torch.bincount(ids_P.reshape(-1), minlength=len(self.counts))
+
+
+def record_profile(model: Any, inputs: Any, **meta: str) -> Profile:
+    """Run `model` over `inputs` and return how often each layer used each expert.
+
+    `inputs`: one batch or an iterable of batches; a batch is a tensor of token ids `[B, T]` or a mapping of keyword
+    arguments (what a tokenizer returns), nested as the model likes. Every token of a batch counts. `meta` is kept in
+    the profile (for example `language="it"`).
+    """
+    batches = [inputs] if isinstance(inputs, (Tensor, Mapping)) else inputs
+    if hasattr(model, "moe_offload"):
+        before = model.moe_offload.profile()
+        _run(model, batches)
+        after = model.moe_offload.profile()
+        counts = [[a - b for a, b in zip(x, y, strict=True)] for x, y in zip(after.counts, before.counts, strict=True)]
+        return Profile.of(after.fingerprint, tokens=after.tokens - before.tokens, counts=counts, meta=meta)
+    banks = find_experts(model)
+    implementation = choose_implementation(banks, "auto")
+    weights = {id(p): (bank, field) for bank in banks for field, p in bank.params.items()}
+    counters = [Count(bank.num_experts, bank.top_k) for bank in banks]
+    was = [(module.config, module.config._experts_implementation) for bank in banks for module in bank.modules]
+    try:
+        for bank, counter in zip(banks, counters, strict=True):
+            backend.observe(bank, counter)
+        for config, chosen in was:
+            if chosen not in IMPLEMENTATIONS:  # 'eager' experts never enter a graph
+                config._experts_implementation_internal = implementation
+        _run(torch.compile(model, backend=backend.observing_backend(weights), dynamic=True), batches)
+    finally:
+        for bank in banks:
+            backend.unobserve(bank)
+        for config, chosen in was:
+            config._experts_implementation_internal = chosen
+    tokens = max(int(c.counts.sum()) // c.top_k for c in counters)
+    return Profile.of(fingerprint(model, banks), tokens=tokens, counts=[c.counts.tolist() for c in counters], meta=meta)
+
+
+@torch.no_grad()
+def _run(model: Any, batches: Iterable[Any]) -> None:
+    device = next(model.parameters()).device
+    for batch in batches:
+        tree: Any = dict(batch) if isinstance(batch, Mapping) else batch
+        batch = optree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, tree)
+        if isinstance(batch, dict):
+            model(**batch)
+        else:
+            model(batch)

@@ -1,0 +1,47 @@
+"""Rows resting in host memory: as fast as a copy, as large as the experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..errors import ClosedError
+from ..experts import ExpertBank
+from .request import check_request
+
+
+class HostStore:
+    """`rows[layer]` is a contiguous uint8 tensor `[E, row_bytes]` on the CPU; `[0, row_bytes]` for a layer not held."""
+
+    def __init__(self, rows: Sequence[torch.Tensor]):
+        self._rows: list[torch.Tensor] | None = list(rows)
+        self._counts = [layer.shape[0] for layer in rows]
+        self._row_bytes = [layer.shape[1] for layer in rows]
+
+    def read(self, layer: int, expert: int, row: memoryview) -> int:
+        rows = self._rows  # a reader that got here before `close` keeps the memory until it is done
+        if rows is None:
+            raise ClosedError("this store was closed; its rows are gone. Offload the model again to go on.")
+        check_request(layer, expert, self._counts, row, self._row_bytes)
+        torch.frombuffer(row, dtype=torch.uint8).copy_(rows[layer][expert])  # releases the GIL, unlike row[:] = ...
+        return self._row_bytes[layer]
+
+    def close(self) -> None:
+        self._rows = None
+
+
+def pack_rows(bank: ExpertBank) -> torch.Tensor:
+    """The bank's rows `[E, row_bytes]`, uint8, on the CPU, from its module's stacked parameters. Padding is zero."""
+    rows = torch.zeros((bank.num_experts, bank.layout.row_bytes), dtype=torch.uint8)
+    for e in range(bank.num_experts):
+        pack_row(bank, e, rows[e])
+    return rows
+
+
+def pack_row(bank: ExpertBank, e: int, row: torch.Tensor) -> None:
+    """Write expert `e`'s fields into `row` [row_bytes], uint8; leaves padding as it is."""
+    params = bank.params
+    for field in bank.layout.fields:
+        span = row[field.offset : field.offset + field.nbytes]
+        span.view(field.dtype).view(field.shape).copy_(params[field.name].detach()[e])

@@ -1,0 +1,59 @@
+"""The part of a site that needs expert weights, cut out so that it can run for any subset of the pairs.
+
+Shapes: P token-expert pairs, S slots, H hidden, I inner.
+
+    core(x [P, ...], slots [P], bank [S, N], others)         -> y [P, H]
+    core(x [P, ...], slots [P], bank [S, N], others, rows)   -> y [len(rows), H]     the pairs of one wave
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.fx import GraphModule
+
+from .bank import Bank
+
+
+@dataclass
+class Core:
+    """The model's own experts code between routing and weighting, as a function of pairs, slots and weights.
+
+    `whole` runs every pair, `part` the products of some (see `waves`); `run_whole` and `run_part` are what executes
+    them, the graphs themselves or compiled forms. `fields` names the weights they take, in order; `scalars` are the
+    positions among the others of tensors that stand for plain numbers. Layers whose cores have the same `key` can share
+    one.
+    """
+
+    whole: GraphModule
+    part: GraphModule
+    grouped: bool
+    fields: tuple[str, ...]
+    scalars: tuple[int, ...]
+    bank: Bank
+    run_whole: Callable[..., Tensor] = field(init=False)
+    run_part: Callable[..., Tensor] = field(init=False)
+
+    @property
+    def key(self) -> tuple[Hashable, ...]:
+        return self.part.code, self.grouped, self.fields, self.scalars, self.bank.fields, self.bank.dtype
+
+    def __call__(
+        self, x_P: Tensor, slots_P: Tensor, bank_SN: Tensor, others: Sequence[Any], rows: Tensor | None = None
+    ) -> Tensor:
+        """One result per pair, in their order; with `rows` (ascending positions), one per pair of `rows`.
+
+        `bank_SN` may have any number of slots, and must hold those of the pairs that are asked for.
+        """
+        views = self.bank.views(bank_SN)
+        others = [other.item() if i in self.scalars else other for i, other in enumerate(others)]
+        given = (*(views[name] for name in self.fields), *others)
+        if rows is None:
+            return self.run_whole(x_P, slots_P, None, *given)
+        # A batched matmul of one takes another kernel, which rounds differently: never run a pair alone.
+        chosen = rows.expand(2) if len(rows) == 1 and not self.grouped else rows
+        # Pairs that are not asked for may have no slot; what is computed for them is dropped.
+        return self.run_part(x_P, slots_P.clamp(min=0), chosen, *given)[rows]

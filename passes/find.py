@@ -1,0 +1,208 @@
+"""Find where a graph reads stacked expert weights. Touches nothing.
+
+Shapes: P token-expert pairs, E experts, H hidden, I inner.
+
+The search starts at the weights and walks forward to what reads them, then back from that reader to the expert ids.
+It never looks for `topk`: routers differ (masked argmax, hash tables, skip classes), and some use the true ids again
+after choosing them, so the ids must be renamed where the experts code reads them and nowhere else.
+
+    indexed    w = W[ids]                        W a weight [E, ...] or a bias [E, N]; ids [P]
+    grouped    ids_g, perm = sort(ids)           offs say where each expert's rows end in x_g [P, H]
+               offs = cumsum(histc(ids_g, bins=E, min=0, max=E-1))
+               y = grouped_mm(x_g, W or W.transpose(-2, -1), offs)
+               b = B[ids_g]                      a bias of the grouped form follows the sorted ids
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+#: Methods and functions that only re-view or re-type a tensor: a weight is followed through them.
+VIEWS = {"transpose", "permute", "t", "mT", "contiguous", "to", "type", "float", "bfloat16", "half", "detach"}
+#: The same, for the way back from offsets to the sort: these keep the order of the ids.
+ID_VIEWS = VIEWS | {"reshape", "view", "flatten", "int", "long", "clone"}
+GROUPED_MM = {"grouped_mm", "_grouped_mm", "grouped_mm_fallback"}
+
+
+class UnknownUse(RuntimeError):
+    """A graph uses an expert weight in a way no pattern knows."""
+
+    def __init__(self, layer: Hashable, weight: str, use: str):
+        super().__init__(f"{layer}: the graph uses {weight!r} in a way no pattern knows: {use}")
+        self.layer = layer
+
+
+@dataclass(frozen=True)
+class Weight:
+    """What a placeholder holds: the stacked parameter `field` of `layer`, `[num_experts, ...]`."""
+
+    layer: Hashable
+    field: str
+    num_experts: int
+
+
+@dataclass(frozen=True)
+class Read:
+    """One reader of one weight.
+
+    `node` reads; `ids` is where true expert ids enter (the index, or what is sorted). For the grouped form `sort` is
+    the sort node and `offsets` the operand that ends each group. `views` are the nodes that re-view the weight on its
+    way to the reader, first to last.
+    """
+
+    node: Node
+    ids: Node
+    views: tuple[Node, ...] = ()
+    sort: Node | None = None
+    offsets: Node | None = None
+
+    @property
+    def entry(self) -> Node:
+        """The node through which the weight is reached: its first view, or the reader itself."""
+        return self.views[0] if self.views else self.node
+
+
+@dataclass
+class Site:
+    """All readers of one layer's weights that share one tensor of expert ids: one call of one experts module."""
+
+    layer: Hashable
+    num_experts: int
+    ids: Node
+    weights: dict[str, Node] = field(default_factory=dict)
+    reads: list[Read] = field(default_factory=list)
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether the stacked weights are still read, that is, no pass has served this site yet."""
+        weights = set(self.weights.values())
+        return any(weights & set(read.entry.all_input_nodes) for read in self.reads)
+
+    @property
+    def grouped(self) -> bool:
+        return any(read.offsets is not None for read in self.reads)
+
+    @property
+    def sort(self) -> Node | None:
+        return next((read.sort for read in self.reads if read.sort is not None), None)
+
+    @property
+    def reader_ids(self) -> Node:
+        """The ids as the readers see them: sorted, for the grouped form."""
+        return self.ids if self.sort is None else _part(self.sort, 0)
+
+    @property
+    def order(self) -> Node | None:
+        """The permutation that sorts the ids; None where they are not sorted."""
+        return None if self.sort is None else _part(self.sort, 1)
+
+    @property
+    def bank(self) -> Node:
+        """The placeholder through which the bank enters a rewritten graph: that of the first weight."""
+        return next(iter(self.weights.values()))
+
+    @property
+    def pairs(self) -> int | None:
+        """P if it is a constant of this graph, else None."""
+        ids = self.ids.meta.get("example_value")
+        count = ids.numel() if isinstance(ids, torch.Tensor) else None
+        return count if type(count) is int else None
+
+
+def find_sites(graph: Graph, weights: Mapping[Node, Weight]) -> list[Site]:
+    """The sites of `graph`, in running order; `weights` says which placeholders hold which stacked parameter.
+
+    Raises `UnknownUse` when a weight is read in a way no entry of `PATTERNS` matches: a graph that was only half
+    understood must not be rewritten.
+    """
+    sites: dict[tuple[Hashable, Node], Site] = {}
+    for placeholder, weight in weights.items():
+        for views, use in _uses(placeholder):
+            read = next((r for match in PATTERNS.values() if (r := match(use)) is not None), None)
+            if read is None:
+                raise UnknownUse(weight.layer, weight.field, use.format_node() or str(use))
+            read = replace(read, views=views)
+            site = sites.setdefault((weight.layer, read.ids), Site(weight.layer, weight.num_experts, read.ids))
+            site.weights[weight.field] = placeholder
+            site.reads.append(read)
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    return sorted(sites.values(), key=lambda site: position[site.ids])
+
+
+def indexed(use: Node) -> Read | None:
+    """`W[ids]`, where the ids may themselves be the sorted ids of a grouped site (its biases)."""
+    if name_of(use) not in ("getitem", "index_select") or len(use.args) < 2:
+        return None
+    ids = use.args[-1]
+    if isinstance(ids, (tuple, list)) and len(ids) == 1:
+        ids = ids[0]
+    if not isinstance(ids, Node):
+        return None
+    sort = _sort_above(ids)
+    return Read(use, ids) if sort is None else Read(use, _node(sort.args[0]), sort=sort)
+
+
+def grouped(use: Node) -> Read | None:
+    """`grouped_mm(x, W, offs)` with `offs = cumsum(histc(sort(ids)))`."""
+    if name_of(use) not in GROUPED_MM:
+        return None
+    offsets = use.kwargs.get("offs", use.args[2] if len(use.args) > 2 else None)
+    histc = offsets
+    while isinstance(histc, Node) and name_of(histc) in ID_VIEWS | {"cumsum"}:
+        histc = histc.args[0]
+    if not isinstance(offsets, Node) or not isinstance(histc, Node) or name_of(histc) != "histc":
+        return None
+    sort = _sort_above(_node(histc.args[0]))
+    return None if sort is None else Read(use, _node(sort.args[0]), sort=sort, offsets=offsets)
+
+
+#: Adding a form = one function above and one line here; `tests/passes/test_find.py` runs over every entry.
+PATTERNS: dict[str, Callable[[Node], Read | None]] = {"indexed": indexed, "grouped": grouped}
+
+
+def name_of(node: Node) -> str:
+    """The bare name of what a node calls: 'getitem', 'bmm', 'grouped_mm_fallback', ..."""
+    target: Any = node.target
+    if node.op == "call_method":
+        return str(target)
+    if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        name = target._qualified_op_name if isinstance(target, torch._ops.OpOverloadPacket) else target._schema.name
+        return str(name.rpartition("::")[2])
+    wrapped = getattr(target, "_qualname", None) or getattr(target, "__name__", None)
+    return str(wrapped or target).rpartition("::")[2]
+
+
+def _uses(weight: Node) -> list[tuple[tuple[Node, ...], Node]]:
+    """The nodes that read `weight`, each with the views of it that lead there."""
+    found: list[tuple[tuple[Node, ...], Node]] = []
+    for user in weight.users:
+        if name_of(user) in VIEWS and user.args and user.args[0] is weight:
+            found += [((user, *views), use) for views, use in _uses(user)]
+        else:
+            found.append(((), user))
+    return found
+
+
+def _sort_above(node: Node) -> Node | None:
+    """The sort whose sorted values `node` is, looking through casts; None if it is not sorted ids."""
+    while name_of(node) in ID_VIEWS and node.op != "placeholder":
+        node = _node(node.args[0])
+    if node.target is not operator.getitem or node.args[1] != 0 or not isinstance(node.args[0], Node):
+        return None
+    return node.args[0] if name_of(node.args[0]) == "sort" else None
+
+
+def _part(pair: Node, index: int) -> Node:
+    return next(user for user in pair.users if user.target is operator.getitem and user.args[1] == index)
+
+
+def _node(value: Any) -> Node:
+    if not isinstance(value, Node):
+        raise TypeError(f"expected a graph node, found {value!r}")
+    return value

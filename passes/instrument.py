@@ -1,0 +1,32 @@
+"""Count which experts are used, from inside the graph.
+
+    before   ids = topk(...)[1].reshape(-1)            w = W[ids]
+    after    ids = topk(...)[1].reshape(-1)
+             seen = moe_offload.observe(ids, W)        w = W[seen]
+
+`observe` returns a copy of its ids and the experts read the copy, so no compiler can drop or move the count. It needs
+no offload: `W` is only the key that finds the counter. A site whose weights are already served by a bank is left alone:
+there the lookup itself counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch.fx import Graph
+
+from . import ops
+from .find import Site
+
+
+def instrument(graph: Graph, *, sites: Sequence[Site]) -> list[Site]:
+    """Insert one `observe` per site that still reads its stacked weights; return those sites."""
+    done = [site for site in sites if site.reads_weights]
+    for site in done:
+        readers = {read.sort or read.node for read in site.reads}
+        with graph.inserting_after(site.ids):
+            seen = graph.call_function(ops.observe, (site.ids, site.bank))
+        seen.meta = dict(site.ids.meta)
+        for reader in readers:
+            reader.replace_input_with(site.ids, seen)
+    return done

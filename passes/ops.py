@@ -1,0 +1,165 @@
+"""The words a rewritten graph may use, and how they find what serves them.
+
+Shapes: T tokens, K experts per token, P = T*K token-expert pairs, S slots, H hidden.
+
+A graph never holds a runtime. Each op takes the layer's *bank* (or, for `observe`, one of its weights) as an argument
+and looks up what is bound to it, so a graph that Dynamo shares between layers still reaches the right one:
+
+    ops.bind(bank, layer)        before the graph runs; `layer` is anything with the verbs of `Layer`
+    ops.unbind(bank)             when it is gone
+
+Every op that fills a bank declares that it mutates it. That is what keeps the op alive and in its place in Inductor,
+which drops an op without a used result, and reorders one without a dependence. `observe` passes its ids through
+instead, and `grouped_mm` is an ordinary function of its arguments.
+The library is opened with "DEF": a second copy of this file fails to import, rather than silently replacing the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .core import Core
+
+LIB = torch.library.Library("moe_offload", "DEF")
+_TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.cudagraph_unsafe)
+
+LIB.define("fetch(Tensor ids, Tensor(a!) bank) -> Tensor", tags=_TAGS)
+LIB.define("wait(Tensor fetched, Tensor(a!) bank) -> Tensor", tags=_TAGS)
+LIB.define(
+    "stream(Tensor x, Tensor ids, Tensor(a!) bank, Tensor[] others, int core, SymInt[] row, ScalarType "
+    "dtype) -> Tensor",
+    tags=_TAGS,
+)
+LIB.define("grouped_mm(Tensor x, Tensor weight, Tensor slots) -> Tensor", tags=(torch.Tag.needs_exact_strides,))
+LIB.define("observe(Tensor ids, Tensor weight) -> Tensor", tags=_TAGS)
+LIB.define("experts(Tensor x, Tensor ids, Tensor weights, Tensor(a!) bank) -> Tensor", tags=_TAGS)
+
+
+class Layer(Protocol):
+    """What a bank may be bound to: one layer of one model, at run time."""
+
+    def fetch(self, ids_P: Tensor) -> Tensor:
+        """Start loading the experts that are missing; return a ticket shaped like `ids_P`."""
+
+    def wait(self, ticket_P: Tensor) -> Tensor:
+        """Return the slots `[P]` of the fetched ids once every one of them is resident."""
+
+    def stream(self, x_P: Tensor, ids_P: Tensor, core: Core, others: Sequence[Tensor]) -> Tensor:
+        """Run `core` for every pair, in waves when they need more experts than there are slots."""
+
+    def experts(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """The whole experts module: what code that the passes never saw falls back to."""
+
+
+class Observer(Protocol):
+    """What a weight may be bound to when routing is only counted."""
+
+    def observe(self, ids_P: Tensor) -> None: ...
+
+
+_BOUND: dict[int, Any] = {}
+_CORES: list[Core] = []
+
+
+def bind(tensor: Tensor, server: Layer | Observer) -> None:
+    """Let graphs that are handed `tensor` (a bank, or an observed weight) reach `server`."""
+    _BOUND[tensor.data_ptr()] = server
+
+
+def unbind(tensor: Tensor) -> None:
+    _BOUND.pop(tensor.data_ptr(), None)
+
+
+def register_core(core: Core) -> int:
+    """Give `core` the number by which a graph names it. Equal cores of different layers share one."""
+    for number, known in enumerate(_CORES):
+        if known.key == core.key:
+            return number
+    _CORES.append(core)
+    return len(_CORES) - 1
+
+
+def core(number: int) -> Core:
+    return _CORES[number]
+
+
+def _bound(tensor: Tensor) -> Any:
+    try:
+        return _BOUND[tensor.data_ptr()]
+    except KeyError:
+        raise RuntimeError(
+            "moe_offload: a rewritten graph was handed a tensor that nothing is bound to; its model was closed, or its "
+            "weights were replaced after optimize()"
+        ) from None
+
+
+def _fetch(ids: Tensor, bank: Tensor) -> Tensor:
+    ticket: Tensor = _bound(bank).fetch(ids)
+    return ticket
+
+
+def _wait(fetched: Tensor, bank: Tensor) -> Tensor:
+    slots: Tensor = _bound(bank).wait(fetched)
+    return slots
+
+
+def _stream(
+    x: Tensor, ids: Tensor, bank: Tensor, others: list[Tensor], core: int, row: list[int], dtype: torch.dtype
+) -> Tensor:
+    out: Tensor = _bound(bank).stream(x, ids, _CORES[core], others)
+    return out
+
+
+def _grouped_mm(x: Tensor, weight: Tensor, slots: Tensor) -> Tensor:
+    """`x[i] @ weight[slots[i]]`, `weight` `[S, in, out]`: one matmul per run of equal slots.
+
+    On a CPU that is what torch's own grouped_mm does for each group, to the bit; but groups need not lie in slot order.
+    """
+    out = x.new_empty((x.shape[0], weight.shape[2]))
+    of = slots.tolist()
+    start = 0
+    for end in range(1, len(of) + 1):
+        if end == len(of) or of[end] != of[start]:
+            torch.mm(x[start:end], weight[of[start]], out=out[start:end])
+            start = end
+    return out
+
+
+def _observe(ids: Tensor, weight: Tensor) -> Tensor:
+    _bound(weight).observe(ids)
+    return ids.clone()
+
+
+def _experts(x: Tensor, ids: Tensor, weights: Tensor, bank: Tensor) -> Tensor:
+    out: Tensor = _bound(bank).experts(x, ids, weights)
+    return out
+
+
+for _name, _kernel in {
+    "fetch": _fetch,
+    "wait": _wait,
+    "stream": _stream,
+    "grouped_mm": _grouped_mm,
+    "observe": _observe,
+    "experts": _experts,
+}.items():
+    LIB.impl(_name, _kernel, "CompositeExplicitAutograd")
+LIB._register_fake("fetch", lambda ids, bank: torch.empty_like(ids))
+LIB._register_fake("wait", lambda fetched, bank: torch.empty_like(fetched))
+LIB._register_fake(
+    "stream", lambda x, ids, bank, others, core, row, dtype: x.new_empty((x.shape[0], *row), dtype=dtype)
+)
+LIB._register_fake("grouped_mm", lambda x, weight, slots: x.new_empty((x.shape[0], weight.shape[2])))
+LIB._register_fake("observe", lambda ids, weight: torch.empty_like(ids))
+LIB._register_fake("experts", lambda x, ids, weights, bank: torch.empty_like(x))
+
+fetch = torch.ops.moe_offload.fetch.default
+wait = torch.ops.moe_offload.wait.default
+stream = torch.ops.moe_offload.stream.default
+grouped_mm = torch.ops.moe_offload.grouped_mm.default
+observe = torch.ops.moe_offload.observe.default
+experts = torch.ops.moe_offload.experts.default

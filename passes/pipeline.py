@@ -1,0 +1,63 @@
+"""Which passes run, in which order, and the one place that runs them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from torch.fx import Graph, GraphModule
+
+from .bank import Bank
+from .find import Site
+from .inspect import difference, op_counts
+from .instrument import instrument
+from .slots import slots
+from .waves import waves
+
+#: A pass: a plain function of a graph, which returns the sites it rewrote.
+Pass = Callable[[Graph], list[Site]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one pass did: `sites` rewritten, op-count `change`, and how long it took."""
+
+    name: str
+    sites: list[Site]
+    change: str
+    elapsed_s: float
+
+
+def offload_pipeline(
+    sites: Sequence[Site],
+    banks: Mapping[Hashable, Bank],
+    compile_core: Callable[[GraphModule], Callable[..., Tensor]] | None = None,
+) -> list[Pass]:
+    """Serve every site from its bank: decode sites by slot, the rest in waves."""
+    core: dict[str, Any] = {} if compile_core is None else {"compile_core": compile_core}
+    return [partial(slots, sites=sites, banks=banks), partial(waves, sites=sites, banks=banks, **core)]
+
+
+def observe_pipeline(sites: Sequence[Site]) -> list[Pass]:
+    """Count every site's ids and change nothing else."""
+    return [partial(instrument, sites=sites)]
+
+
+def run(graph: Graph, passes: Sequence[Pass]) -> list[Report]:
+    """Apply `passes` in order, check the graph after each, and say what each changed.
+
+    The graph is changed in place: Dynamo reads the placeholders of the very graph it handed over after its backend
+    returns, so they must all stay. The caller recompiles the module that owns the graph.
+    """
+    reports = []
+    for apply in passes:
+        before, start = op_counts(graph), time.perf_counter()
+        rewritten = apply(graph)
+        graph.lint()
+        name = getattr(apply, "func", apply).__name__
+        reports.append(Report(name, rewritten, difference(before, op_counts(graph)), time.perf_counter() - start))
+    return reports

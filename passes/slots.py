@@ -1,0 +1,77 @@
+"""Decode: rename expert ids to slots, and read the bank instead of the stacked weights.
+
+    before   w   = W[ids]                                  y = bmm(w, x) ...
+    after    tkt = moe_offload.fetch(ids, bank)            starts what is missing
+             slt = moe_offload.wait(tkt, bank)             all resident; the slots exist only after this
+             w   = bank[:, a:b].view(S, 2I, H)[slt]        y = bmm(w, x) ...
+
+    before   g, perm = sort(ids);  offs = cumsum(histc(g, bins=E, max=E-1));  y = grouped_mm(x[perm // K], W, offs)
+    after    g, perm = sort(ids);  slt_g = slt[perm];                         y = moe_offload.grouped_mm(x[perm // K],
+    V, slt_g)
+
+Biases and scales follow because they are indexed by the same ids. Slots are read after `wait` by data dependence, so
+nothing, not even Inductor's scheduler, can move a read before its load. The sort stays on the true ids: sorted by slot,
+the pairs would lie in another order, and an elementwise kernel rounds the end of a tensor otherwise than the rest.
+
+A site is left alone when its pairs are not a constant of the graph or do not fit the slots: `waves` takes those.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Hashable, Mapping, Sequence
+
+from torch.fx import Graph, Node
+
+from . import ops
+from .bank import Bank
+from .erase import erase_orphans
+from .find import Site
+
+
+def slots(graph: Graph, *, sites: Sequence[Site], banks: Mapping[Hashable, Bank]) -> list[Site]:
+    """Rewrite every site whose pairs always fit its bank; return those sites."""
+    done = [site for site in sites if site.pairs is not None and site.pairs <= banks[site.layer].slots]
+    for site in done:
+        slots_P = _fetch(graph, site)
+        _read_bank(graph, site, banks[site.layer], slots_P)
+    return done
+
+
+def _fetch(graph: Graph, site: Site) -> Node:
+    """Insert fetch and wait as early as the ids allow; return the slots in the order in which the "
+    "readers see the ids."""
+    with graph.inserting_after(site.ids):
+        ticket = graph.call_function(ops.fetch, (site.ids, site.bank))
+    with graph.inserting_after(ticket):
+        slots_P = graph.call_function(ops.wait, (ticket, site.bank))
+    added = [ticket, slots_P]
+    if site.order is not None:
+        with graph.inserting_after(site.order):
+            added.append(graph.call_function(operator.getitem, (slots_P, site.order)))
+    for node in added:
+        node.meta = {k: v for k, v in site.ids.meta.items() if k in ("example_value", "nn_module_stack", "stack_trace")}
+    return added[-1]
+
+
+def _read_bank(graph: Graph, site: Site, bank: Bank, slots_P: Node) -> None:
+    with graph.inserting_before(min(read.entry for read in site.reads)):
+        views = bank.view_nodes(graph, site.bank, site.weights)
+    for read in site.reads:
+        name = next(name for name, weight in site.weights.items() if weight in read.entry.all_input_nodes)
+        read.entry.replace_input_with(site.weights[name], views[name])
+        if read.offsets is None:
+            read.node.replace_input_with(site.reader_ids, slots_P)
+        else:
+            regroup(graph, read.node, slots_P)
+    erase_orphans(graph, [read.offsets for read in site.reads if read.offsets is not None])
+
+
+def regroup(graph: Graph, node: Node, slots_P: Node) -> Node:
+    """Replace `grouped_mm(x, W, offs)` by our own, whose groups are the runs of equal slots."""
+    with graph.inserting_before(node):
+        ours = graph.call_function(ops.grouped_mm, (node.args[0], node.args[1], slots_P))
+    ours.meta = dict(node.meta)
+    node.replace_all_uses_with(ours)
+    graph.erase_node(node)
+    return ours

@@ -1,0 +1,151 @@
+"""What every policy promises, checked on every entry of POLICIES; and the scores of DecayedLFU, against their formula."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from moe_offload.policies import POLICIES, DecayedLFU
+
+E = 8
+ROOT = Path(__file__).resolve().parents[2]
+
+experts = st.sets(st.integers(0, E - 1), min_size=1, max_size=4).map(sorted)
+events = st.lists(st.tuples(experts, st.integers(1, 100)), max_size=30)
+counts = st.lists(st.integers(0, 1000), min_size=E, max_size=E)
+half_lives = st.floats(0.01, 1e7)
+
+
+every_policy = pytest.mark.parametrize("make", POLICIES.values(), ids=POLICIES)
+
+
+def after(make, history, half_life=32.0, prior=None):
+    policy = make(E, half_life)
+    if prior is not None:
+        policy.seed(prior)
+    for used, tokens in history:
+        policy.record(used, tokens)
+    return policy
+
+
+def order(policy):
+    """All experts in the order in which they give way."""
+    left, gone = list(range(E)), []
+    while left:
+        gone.append(policy.victim(left))
+        left.remove(gone[-1])
+    return gone
+
+
+@every_policy
+@given(history=events, half_life=half_lives, candidates=experts, prior=st.none() | counts)
+def test_the_victim_is_a_candidate(make, history, half_life, candidates, prior):
+    policy = after(make, history, half_life, prior)
+    assert policy.victim(candidates) in candidates
+    assert policy.victim(iter(candidates)) in candidates  # candidates come once, as any iterable
+
+
+@every_policy
+@given(history=events, half_life=half_lives, prior=st.none() | counts)
+def test_the_same_history_gives_the_same_victims(make, history, half_life, prior):
+    assert order(after(make, history, half_life, prior)) == order(after(make, history, half_life, prior))
+
+
+@every_policy
+@given(history=events, candidates=experts)
+def test_asking_for_a_victim_changes_nothing(make, history, candidates):
+    asked, not_asked = after(make, history), after(make, history)
+    for _ in range(3):
+        asked.victim(candidates)
+    assert order(asked) == order(not_asked)
+
+
+@every_policy
+@given(prior=counts)
+def test_a_higher_count_in_the_profile_gives_way_later(make, prior):
+    gone = [prior[e] for e in order(after(make, [], prior=prior))]
+    assert gone == sorted(gone)
+
+
+@every_policy
+@given(prior=counts, used=experts)
+def test_a_profile_of_nothing_but_zeros_is_no_prior(make, prior, used):
+    assert order(after(make, [(used, 1)], prior=[0] * E)) == order(after(make, [(used, 1)]))
+
+
+@every_policy
+@given(prior=counts)
+def test_a_profile_is_outweighed_by_use(make, prior):
+    """A prior, never a pin: what is used steadily from now on ends up above everything that is not."""
+    policy = after(make, [([0], 1)] * 400, prior=prior)
+    assert order(policy)[-1] == 0
+
+
+@every_policy
+@given(history=events, used=experts)
+def test_what_was_just_used_outlives_what_never_was(make, history, used):
+    policy = after(make, [*history, (used, 1)])
+    never = set(range(E)) - {e for event, _ in history for e in event} - set(used)
+    assume(never)
+    assert policy.victim([*used, *never]) in never
+
+
+# The scores of DecayedLFU.
+
+
+def reference(history, half_life):
+    """The definition, with nothing clever: every score is multiplied at every event."""
+    scores = [0.0] * E
+    for used, tokens in history:
+        scores = [score * 2.0 ** (-tokens / half_life) for score in scores]
+        for e in used:
+            scores[e] += 1.0
+    return scores
+
+
+@given(history=events, half_life=half_lives)
+def test_scores_are_those_of_the_definition(history, half_life):
+    policy = after(DecayedLFU, history, half_life)
+    for got, want in zip(map(policy.score, range(E)), reference(history, half_life), strict=True):
+        assert math.isclose(got, want, rel_tol=1e-6, abs_tol=1e-9)
+
+
+@given(history=events, half_life=half_lives)
+def test_the_victim_has_the_smallest_score(history, half_life):
+    scores = reference(history, half_life)
+    victim = after(DecayedLFU, history, half_life).victim(range(E))
+    assert scores[victim] <= min(scores) * (1 + 1e-6) + 1e-9
+
+
+@settings(deadline=None)
+@given(prior=counts.filter(any), half_life=st.floats(1.0, 1e5))
+def test_a_seeded_score_is_in_proportion_to_its_count(prior, half_life):
+    policy = after(DecayedLFU, [], half_life, prior)
+    total, got = sum(prior), [policy.score(e) for e in range(E)]
+    for score, count in zip(got, prior, strict=True):
+        assert math.isclose(score / sum(got), count / total, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("half_life", [1e7, 32.0, 1e-3, 1e-9])
+def test_scores_stay_finite_for_ten_million_tokens(half_life):
+    policy = DecayedLFU(E, half_life)
+    policy.seed([1000, *[0] * (E - 1)])
+    for step in range(10_000):
+        policy.record([step % (E - 1)], 1000)
+    assert all(math.isfinite(policy.score(e)) for e in range(E))
+    assert math.isfinite(policy.now) and not any(math.isnan(key) for key in policy.keys)
+    assert policy.victim(range(E)) == E - 1  # the one that was never used
+    if half_life < 1:  # hardly any memory: least recently used
+        assert policy.victim(range(E - 1)) == 10_000 % (E - 1)
+
+
+def test_policies_need_no_torch():
+    program = "import sys, moe_offload.policies, moe_offload.cache; assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
