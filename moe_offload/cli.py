@@ -8,6 +8,7 @@ a family that differs, is exit code 1.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -93,12 +94,17 @@ def families(
         bool,
         typer.Option("--matrix", help="Every implementation, dtype, batch, cache and budget, not a slice of them."),
     ] = False,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Processes to spread the families over.")] = (
+        os.cpu_count() or 1
+    ),
     as_json: Json = False,
 ) -> None:
     """Build a tiny random model of every MoE family of the installed transformers; run it resident and offloaded."""
     from .families.report import run_families
 
-    if not run_families(names or [], compile=compile, matrix=matrix, as_json=as_json, fail=lambda m: _fail(m, 2)):
+    if not run_families(
+        names or [], compile=compile, matrix=matrix, as_json=as_json, jobs=jobs, fail=lambda m: _fail(m, 2)
+    ):
         raise typer.Exit(1)
 
 

@@ -1,7 +1,7 @@
 """Run in a process of its own by test_memory.py: load a checkpoint, generate, say how much memory it ever took.
 
-    python tests/memory_child.py CHECKPOINT --budget 1GB     offloaded
-    python tests/memory_child.py CHECKPOINT                  resident: the unmodified model, compiled the same way
+    python -m tests.memory_child CHECKPOINT --budget 1GB     offloaded
+    python -m tests.memory_child CHECKPOINT                  resident: the unmodified model, compiled the same way
 
 Prints one JSON object. The peak is the kernel's own high-water mark, so it covers everything from the first import on.
 """

@@ -57,9 +57,10 @@ def assert_inside_budget(report: dict[str, Any]) -> None:
 
 
 def run(folder: Path, *arguments: str) -> dict[str, Any]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, ROOT / "tests/memory_child.py", folder, *arguments]
-    child = subprocess.run(command, env=environment, capture_output=True, text=True)
+    # As a module: a script's own folder comes first on sys.path, and tests/passes would hide the package `passes`.
+    command = [sys.executable, "-m", "tests.memory_child", folder, *arguments]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
     report: dict[str, Any] = json.loads(child.stdout)
     return report
