@@ -121,7 +121,7 @@ def test_a_plan_exists_from_the_floor_on(layers, costs, below):
 
 @given(layers=mixed, costs=all_costs)
 def test_the_floor_is_the_smallest_budget_that_holds_k_slots_a_layer(layers, costs):
-    """To the byte where the reserve is given; where it is a share of the budget, to the byte that its rounding costs."""
+    """To the byte where the reserve is given; where it is a share of the budget, to one byte."""
     least = floor(layers, costs)
     need = sum(layer.top_k * layer.row_bytes for layer in layers)
     assert costs.for_banks(least) >= need

@@ -73,7 +73,7 @@ def test_every_family_of_the_interface_is_either_exact_or_listed_as_refused() ->
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_no_more_graphs_and_breaks_than_the_unmodified_model(family: str) -> None:
-    """Two prompts of different lengths, 12 tokens each: no break, and no recompilation that plain transformers avoids."""
+    """Two prompts of different lengths: no break, and no recompilation that plain transformers avoids."""
 
     def graphs(run) -> tuple[int, int]:
         torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""What every policy promises, checked on every entry of POLICIES; and the scores of DecayedLFU, against their formula."""
+"""What every policy promises, checked on every entry of POLICIES; and DecayedLFU against its formula."""
 
 from __future__ import annotations
 

@@ -1,0 +1,66 @@
+"""The command line, as a person types it: what goes where, and the exit code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from moe_offload.cli import app
+
+MODEL = str(Path(__file__).parent.parent / "examples" / "polyglot-tiny")
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_plan() -> None:
+    result = run("plan", MODEL, "--budget", "6MB")
+    assert result.exit_code == 0 and "floor" in result.stdout and "expert slots" in result.stdout
+    facts = json.loads(run("plan", MODEL, "--budget", "6MB", "--json").stdout)
+    assert facts["budget"] == 6_000_000 and facts["floor"] <= 6_000_000 and len(facts["slots"]) == 4
+
+
+def test_run_prints_the_text_and_saves_a_profile(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, plain = AutoTokenizer.from_pretrained(MODEL), AutoModelForCausalLM.from_pretrained(MODEL)
+    inputs = tokenizer("Il comando", return_tensors="pt")
+    tokens = plain.generate(**inputs, max_new_tokens=16, do_sample=False)[0]
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    profile = tmp_path / "it.json"
+    common = ["run", MODEL, "--budget", "6MB", "--prompt", "Il comando", "--max-new-tokens", "16"]
+    first = run(*common, "--profile-out", str(profile))
+    assert (first.exit_code, first.stdout) == (0, text + "\n"), first.output
+    assert "6.00 MB" in first.stderr and "hit rate" in first.stderr
+    second = run(*common, "--profile-in", str(profile))
+    assert (second.exit_code, second.stdout) == (0, text + "\n"), second.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["plan", MODEL, "--budget", "1MB"], 1, "floor"),
+        (["plan", MODEL, "--budget", "much"], 2, "much"),
+        (["plan", "./nowhere", "--budget", "6MB"], 2, "nowhere"),
+        (["run", MODEL, "--budget", "6MB", "--profile-in", "nowhere.json"], 2, "nowhere.json"),
+        (["run", MODEL, "--budget", "6MB", "--profile-out", "no/such/folder/x.json"], 2, "folder does not exist"),
+        (["run", MODEL, "--budget", "6MB", "--prompt", ""], 1, "prompt is empty"),
+        (["run", MODEL, "--budget", "6MB", "--compile", "fast"], 2, "fast"),
+        (["families", "no_such_family"], 2, "no_such_family"),
+    ],
+)
+def test_what_cannot_work_is_one_line_and_a_code(arguments: list[str], code: int, says: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == code, result.output
+    assert says in result.stderr and "Traceback" not in result.output
+    assert len([line for line in result.stderr.splitlines() if line.startswith("moe-offload:")]) == 1
+
+
+@pytest.mark.parametrize("command", [[], ["plan"], ["run"], ["families"]])
+def test_help(command: list[str]) -> None:
+    result = run(*command, "--help")
+    assert result.exit_code == 0 and "Usage" in result.stdout
