@@ -44,9 +44,13 @@ class Phantom(nn.Parameter):
     field: Field
 
     @staticmethod
-    def of(layer: LayerRuntime, field: Field, device: torch.device) -> Phantom:
-        row = torch.full((1, *field.shape), float("nan"), dtype=field.dtype, device=device)
-        phantom = cast(Phantom, nn.Parameter(row.expand(layer.bank.num_experts, *field.shape), requires_grad=False))
+    def of(layer: LayerRuntime, field: Field, rows: dict[Hashable, Tensor]) -> Phantom:
+        """`rows` shares the NaN rows of a model: all phantoms of one shape and dtype see the same one."""
+        key = field.shape, field.dtype
+        if key not in rows:
+            rows[key] = torch.full((1, *field.shape), float("nan"), dtype=field.dtype)
+        expanded = rows[key].expand(layer.bank.num_experts, *field.shape)
+        phantom = cast(Phantom, nn.Parameter(expanded, requires_grad=False))
         phantom.layer, phantom.field = layer, field
         return phantom
 

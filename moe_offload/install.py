@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any
 
@@ -89,8 +89,9 @@ def install(
     """Patch `model` to run on `runtime`. Returns the list to which each compiled graph's pass reports are added."""
     _register_implementations()
     scope = Scope()
+    nan_rows: dict[Hashable, Tensor] = {}
     for layer in runtime.layers:
-        _install_layer(layer, scope, implementation)
+        _install_layer(layer, scope, implementation, nan_rows)
     log: list[Any] = []
     run, core = (
         (backend.run_inductor, backend.core_inductor)
@@ -152,13 +153,11 @@ def _own_code(model: nn.Module) -> Callable[..., Any]:
     return call
 
 
-def _install_layer(layer: LayerRuntime, scope: Scope, implementation: str) -> None:
+def _install_layer(layer: LayerRuntime, scope: Scope, implementation: str, nan_rows: dict[Hashable, Tensor]) -> None:
     bank = layer.bank
     layer.module_core = ModuleCore(bank, implementation, backend.bank_of(layer).views)
     backend.bind(layer)
-    device = next(iter(bank.params.values())).device
-    device = torch.device("cpu") if device.type == "meta" else device
-    phantoms = {f.name: backend.Phantom.of(layer, f, device) for f in bank.layout.fields}
+    phantoms = {f.name: backend.Phantom.of(layer, f, nan_rows) for f in bank.layout.fields}
     for module in bank.modules:
         for name, phantom in phantoms.items():
             setattr(module, name, phantom)

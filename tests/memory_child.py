@@ -30,7 +30,7 @@ def main() -> None:
         )
         model.compile(backend="eager", dynamic=True)
     else:
-        config = {"experts_implementation": options.implementation, "compile": "graph"}
+        config = {"experts_implementation": options.implementation, "compile": "graph", "reserve": options.reserve}
         model = from_pretrained(options.checkpoint, options.budget, config=config)
     marks["loaded"] = status("VmRSS")
     transformers.set_seed(0)
@@ -60,6 +60,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--budget", help="none: the unmodified resident model")
+    parser.add_argument("--reserve", default="auto", help="what the budget keeps free of experts")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of the (random, fixed) prompt")
     parser.add_argument("--tokens", type=int, default=64, help="tokens to generate")
     parser.add_argument("--implementation", default="grouped_mm")

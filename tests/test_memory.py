@@ -27,8 +27,9 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/sel
 def test_peak_memory_of_a_small_model_stays_inside_the_budget(tmp_path: Path) -> None:
     config = config_of(hidden=512, inner=512, layers=4, experts=64, vocab=4096)
     write_checkpoint(config, tmp_path, experts_per_shard=32)
-    report = run(tmp_path, "--budget", "200MB", "--tokens", "16")
-    assert report["expert_bytes"] > 2 * report["budget"]
+    # Tracing takes some 150 MB whatever the model; an eighth of so small a budget, the automatic reserve, is not enough.
+    report = run(tmp_path, "--budget", "300MB", "--reserve", "160MB", "--tokens", "16")
+    assert report["expert_bytes"] > 3 * report["plan"]["expert slots"]
     assert_inside_budget(report)
     assert report["tokens"] == run(tmp_path, "--tokens", "16")["tokens"]
 

@@ -13,16 +13,10 @@ import pytest
 import torch
 
 import moe_offload
-from moe_offload import BudgetError, ClosedError, ConfigError, OffloadConfig, OffloadError, ProfileError
-from moe_offload.experts import find_experts, is_experts
+from moe_offload import BudgetError, ClosedError, ConfigError, OffloadError, ProfileError
 from moe_offload.families.tiny import build
-from moe_offload.measure import costs, layer_shapes
-from moe_offload.plan import budget_for
 
-SETTINGS = OffloadConfig(experts_implementation="grouped_mm", compile="graph", poison=True, kv_tokens=64, wave_rows=1)
-IDS = torch.arange(3, 15).view(1, -1)
-SMALL = {"num_hidden_layers": 2}
-QWEN = "qwen3_moe"
+from .offloaded import IDS, QWEN, SETTINGS, offload, offloaded, resident, say
 
 
 @pytest.fixture(autouse=True)
@@ -30,40 +24,19 @@ def fresh_dynamo():
     torch._dynamo.reset()  # all plain models share one code object, and its recompilations are limited
 
 
-def resident(family=QWEN, compiled=True, **options):
-    """The unmodified model, with the same experts implementation and compile settings as the offloaded one."""
-    model = build(family, **SMALL, **options)
-    for module in filter(is_experts, model.modules()):
-        module.config._experts_implementation = "grouped_mm"
-    if compiled:
-        model.compile(backend="eager", dynamic=True)
-    return model
-
-
-def offload(model, residency=0.0, **options):
-    banks = find_experts(model)
-    budget = budget_for(residency, layer_shapes(banks), costs(model, banks, SETTINGS))
-    return moe_offload.optimize(model, **{"budget": budget, "config": SETTINGS, **options})
-
-
-def offloaded(family=QWEN, seed=0, **options):
-    return offload(build(family, seed=seed, **SMALL), **options)
-
-
-def say(model, ids=IDS, n=20):
-    return model.generate(ids, max_new_tokens=n, do_sample=False, pad_token_id=0)
-
-
 def descriptors():
+    gc.collect()  # whatever has only been dropped, by this test or an earlier one
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-@pytest.mark.parametrize("family", [QWEN, "gpt_oss", "deepseek_v3"])
-def test_the_same_object_says_the_same_tokens(family):
-    want = say(resident(family))
+@pytest.mark.parametrize(
+    ("family", "layers", "tiers"), [(QWEN, 2, ["cpu", "disk"]), ("gpt_oss", 1, ["disk"]), ("deepseek_v3", 2, ["cpu"])]
+)
+def test_the_same_object_says_the_same_tokens(family, layers, tiers):
+    want = say(resident(family, layers=layers))
     assert len(want.unique()) > 4, "a reference that repeats itself shows nothing"
-    for tier in ("cpu", "disk"):
-        model = build(family, **SMALL)
+    for tier in tiers:
+        model = build(family, num_hidden_layers=layers)
         kind = type(model)
         assert offload(model, device_map=tier) is model and type(model) is kind
         assert set(model.moe_offload.tiers) == {"host" if tier == "cpu" else "disk"}
@@ -87,7 +60,7 @@ def test_calls_that_no_pass_sees_give_the_same_result():
 
 
 def test_state_dict_and_save_pretrained_give_the_real_weights(tmp_path):
-    want, model = build(QWEN, **SMALL).state_dict(), offloaded()
+    want, model = build(QWEN, num_hidden_layers=1).state_dict(), offloaded()
     assert any(p.isnan().any() for p in model.parameters()), "nothing was offloaded"
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path).state_dict()
@@ -125,7 +98,7 @@ def test_copies_are_refused_with_advice(duplicate):
 @pytest.mark.xfail(strict=True, reason="only the very module is asked, so its phantoms are taken for weights: all NaN")
 @pytest.mark.parametrize("inner_first", [True, False])
 def test_optimizing_part_of_an_offloaded_model_or_the_whole_of_one_in_parts_is_refused(inner_first):
-    model = build(QWEN, **SMALL)
+    model = build(QWEN, num_hidden_layers=1)
     first, second = (model.model, model) if inner_first else (model, model.model)
     offload(first)
     with pytest.raises(OffloadError):
@@ -153,7 +126,7 @@ def test_a_failed_optimize_changes_nothing(options, error, tmp_path):
         options = {"profile": path}
     elif options.get("profile") == "other":
         options = {"profile": offloaded("gpt_oss").moe_offload.profile()}
-    model, open_before = build(QWEN, **SMALL), descriptors()
+    model, open_before = build(QWEN, num_hidden_layers=1), descriptors()
     state = {name: (id(p), p.clone()) for name, p in model.named_parameters()}
     want, attributes, config = model(IDS).logits, set(vars(model)), model.config.to_dict()
     with pytest.raises(error):
@@ -189,15 +162,12 @@ def test_calling_a_part_of_a_closed_model_is_a_closed_error():
 @pytest.mark.parametrize("closing", [True, False], ids=["closed", "only deleted"])
 def test_nothing_is_left_open(closing):
     offloaded()  # whatever the first time opens for good
-    gc.collect()
     before = descriptors(), threading.active_count()
     for _ in range(20):
-        model = offloaded(device_map={"": "disk", "model.layers.1": "cpu"})
+        model = offloaded(layers=2, device_map={"": "disk", "model.layers.1": "cpu"})
         if closing:
             model.moe_offload.close()
-            assert descriptors() == before[0]
         del model
-    gc.collect()
     assert (descriptors(), threading.active_count()) == before
 
 
@@ -209,11 +179,10 @@ def test_nothing_is_left_open(closing):
     ],
 )
 def test_a_checkpoint_is_not_left_open(tier, tmp_path):
-    build(QWEN, **SMALL).save_pretrained(tmp_path)
+    build(QWEN, num_hidden_layers=1).save_pretrained(tmp_path)
     before = descriptors()
     for _ in range(2):
         moe_offload.from_pretrained(tmp_path, "2MB", device_map=tier, config=SETTINGS).moe_offload.close()
-    gc.collect()
     assert descriptors() == before
 
 
@@ -224,8 +193,7 @@ def test_two_models_and_two_threads():
     seeds, prompts = (0, 1), (IDS, IDS + 40)
     want = {}
     for seed in seeds:
-        torch._dynamo.reset()
-        plain = resident(seed=seed)
+        plain = resident(seed=seed, compiled=False)  # without a graph: the same kernels all the same
         want |= {(seed, i): say(plain, prompt, 8) for i, prompt in enumerate(prompts)}
     models = [offloaded(seed=seed) for seed in seeds]
     assert all(torch.equal(say(models[seed], prompts[i], 8), tokens) for (seed, i), tokens in want.items())
@@ -238,27 +206,49 @@ def test_two_models_and_two_threads():
     assert torch.equal(say(models[1], IDS, 8), want[1, 0])
 
 
+@pytest.mark.xfail(strict=True, reason="only the model's own call takes the lock: scratch is loaded under the reader")
+def test_parts_of_a_model_may_be_called_from_two_threads():
+    model, prompts = offloaded(), (IDS, IDS + 40)
+    with torch.no_grad():
+        want = model.model(prompts[0]).last_hidden_state
+    layer = model.moe_offload._runtime.layers[0]
+    core, inside, other_is_done = layer.module_core, threading.Event(), threading.Event()
+
+    def slow_core(x_P, slots_P, bank_SN, *args):
+        if threading.current_thread() is not threading.main_thread() and bank_SN is layer.scratch.bank_SN:
+            inside.set()
+            other_is_done.wait(1)  # in vain, if the other has to wait for us
+        return core(x_P, slots_P, bank_SN, *args)
+
+    layer.module_core = slow_core
+    with ThreadPoolExecutor(1) as pool, torch.no_grad():
+        got = pool.submit(model.model, prompts[0])
+        assert inside.wait(30)
+        model.model(prompts[1])
+        other_is_done.set()
+        torch.testing.assert_close(got.result().last_hidden_state, want, rtol=0, atol=1e-5)
+
+
 # Profiles.
 
 
 def test_a_profile_is_the_same_with_and_without_offload_and_changes_only_hits():
     batches = [IDS, {"input_ids": IDS + 30}]
-    plain = build(QWEN, **SMALL)
+    plain = build(QWEN, num_hidden_layers=1)
     want, chosen = plain(IDS).logits, plain.config._experts_implementation
     profile = moe_offload.record_profile(plain, batches, language="it")
     assert torch.equal(plain(IDS).logits, want) and plain.config._experts_implementation == chosen
-    model = offloaded(residency=0.5)
-    assert moe_offload.record_profile(model, batches).counts == profile.counts
     assert profile.tokens == 2 * IDS.numel() and profile.meta == {"language": "it"}
 
     cold, warm = offloaded(residency=0.5), offloaded(residency=0.5, profile=profile)
     assert warm.moe_offload.stats().prewarm_bytes > 0 == cold.moe_offload.stats().prewarm_bytes
-    assert torch.equal(say(cold), say(warm))
+    assert torch.equal(cold(IDS).logits, warm(IDS).logits)
     assert cold.moe_offload.stats().hits < warm.moe_offload.stats().hits
+    assert moe_offload.record_profile(cold, batches).counts == profile.counts
 
 
 @pytest.mark.xfail(strict=True, reason="all recordings share one code object: past Dynamo's limit nothing is counted")
 def test_recording_again_and_again_counts_again():
     with torch._dynamo.config.patch(recompile_limit=1):
-        totals = [sum(moe_offload.record_profile(build(QWEN, **SMALL), IDS).counts[0]) for _ in range(2)]
+        totals = [sum(moe_offload.record_profile(build(QWEN, num_hidden_layers=1), IDS).counts[0]) for _ in range(2)]
     assert totals[0] == totals[1] > 0
