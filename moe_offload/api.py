@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -61,14 +62,18 @@ def optimize(
     "8GB" (decimal), "8GiB" (binary), "50%" of the memory now available, or "auto". Without one, `max_memory["cpu"]`
     counts, else "auto". Experts rest on disk (`device_map` may send them to "cpu"): in the checkpoint they came from if
     they are on the meta device, else in a spill file in `config.offload_folder`, written once and removed on close.
-    `profile` fills the slots before the first token with what such a workload uses.
+    `profile` fills the slots before the first token with what such a workload uses; interrupt it (Ctrl-C) and the
+    model is offloaded all the same, only colder.
 
     Raises `UnsupportedModelError` naming a module that cannot be run exactly, `BudgetError` stating the floor,
     `ConfigError`, `CheckpointError` or `ProfileError`; the model is unchanged then.
     """
     settings = resolve(config)
     if hasattr(model, "moe_offload"):
-        raise OffloadError("this model is already offloaded; model.moe_offload is its handle, and close() ends it")
+        raise OffloadError(
+            "this model was already offloaded (model.moe_offload is its handle); to offload it anew, load it again: "
+            "its weights are in the cache's files"
+        )
     banks = find_experts(model)
     _check_devices(model, banks)
     tiers = place([bank.name for bank in banks], [name for name, _ in model.named_modules()], device_map)
@@ -198,6 +203,8 @@ def _open_stores(
                 rows[bank.index] = _rows_in_ram(bank, stores.get(bank.index))
             host = HostStore(rows)
             stores |= {bank.index: host for bank in in_ram}
+        if absent and checkpoint not in stores.values():
+            checkpoint.close()  # every row of it has gone to RAM
         undo.pop_all()
         return [stores[bank.index] for bank in banks]
 
@@ -229,13 +236,13 @@ def _build_runtime(
     settings: OffloadConfig,
     prior: Profile | None,
 ) -> Runtime:
-    transfer = TRANSFERS["cpu"]()
+    transfer, lock = TRANSFERS["cpu"](), threading.RLock()
     scratch = torch.empty(plan.costs.scratch_bytes, dtype=torch.uint8)
     layers = []
     for bank, slots, store in zip(banks, plan.slots, stores, strict=True):
         policy = POLICIES[settings.policy](bank.num_experts, settings.half_life)
-        if prior is not None:
-            policy.seed(prior.counts[bank.index])
+        if prior is not None and prior.tokens:
+            policy.seed([count / prior.tokens for count in prior.counts[bank.index]])
         layers.append(
             LayerRuntime(
                 bank,
@@ -244,10 +251,11 @@ def _build_runtime(
                 store=store,
                 transfer=transfer,
                 scratch=scratch,
+                lock=lock,
                 poison=settings.poison,
             )
         )
-    return Runtime(layers, list({id(store): store for store in stores}.values()), transfer)
+    return Runtime(layers, list({id(store): store for store in stores}.values()), transfer, lock)
 
 
 def _install(model: nn.Module, runtime: Runtime, plan: Plan, tiers: list[str], settings: OffloadConfig) -> Handle:

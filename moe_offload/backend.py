@@ -183,9 +183,9 @@ def bank_of(layer: LayerRuntime) -> passes.Bank:
     return passes.Bank(layer.bank.layout.fields, layer.cache.slots, layer.bank.layout.dtype)
 
 
-def bind(layer: LayerRuntime) -> None:
-    """Let rewritten graphs reach this layer through its bank."""
-    ops.bind(layer.slots.bank_SN, layer)
+def bind(bank_SN: Tensor, layer: Any) -> None:
+    """Let rewritten graphs that are handed this bank reach `layer`."""
+    ops.bind(bank_SN, layer)
 
 
 def unbind(bank_SN: Tensor) -> None:

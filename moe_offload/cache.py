@@ -73,13 +73,16 @@ class LayerCache:
         """Make room for the distinct `experts` of one event, at most S of them; return the loads that are missing."""
         if len(experts) > self.slots:
             raise ValueError(f"{self.name}: an event of {len(experts)} experts does not fit {self.slots} slots")
-        self._record(experts, tokens)
-        missing = [e for e in experts if self.slot_of[e] < 0]
-        self.counters.hits += len(experts) - len(missing)
-        if not missing:
-            return []
+        missing = [e for e in experts if self.slot_of[e] < 0 and e not in self.pending]
         protected = {*experts, *self.pending}
         candidates = [e for e in self.expert_at if e >= 0 and e not in protected]
+        if len(missing) > len(self.free) + len(candidates):
+            raise ValueError(
+                f"{self.name}: {len(missing)} loads, but {len(self.free)} free slots and {len(candidates)} that may be "
+                "taken; loads of an earlier event are still pending"
+            )
+        self._record(experts, tokens)
+        self.counters.hits += len(experts) - len(missing)
         return [self._admit(e, candidates) for e in missing]
 
     def fill(self, experts: Sequence[int], tokens: int = 1) -> tuple[list[Load], list[int]]:
@@ -88,14 +91,14 @@ class LayerCache:
         Nothing is evicted for rows that are read once. `experts` come in order of preference for the free slots.
         """
         self._record(experts, tokens)
-        missing = [e for e in experts if self.slot_of[e] < 0]
+        missing = [e for e in experts if self.slot_of[e] < 0 and e not in self.pending]
         self.counters.hits += len(experts) - len(missing)
         room = len(self.free)
         return [self._admit(e, []) for e in missing[:room]], missing[room:]
 
     def prewarm(self, experts: Sequence[int]) -> list[Load]:
         """Loads that fill the free slots with `experts`, the most wanted first, before anything has asked for them."""
-        missing = [e for e in experts if self.slot_of[e] < 0 and e not in self.pending]
+        missing = [e for e in dict.fromkeys(experts) if self.slot_of[e] < 0 and e not in self.pending]
         return [self._admit(e, []) for e in missing[: len(self.free)]]
 
     def commit(self, load: Load, nbytes: int, demanded: bool = True) -> None:

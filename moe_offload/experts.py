@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import UnsupportedModelError
+from .errors import OffloadError, UnsupportedModelError
 
 ROW_ALIGN = 4096  # the unit of O_DIRECT and of a page
 FIELD_ALIGN = 64  # a cache line, and what torch's own CPU allocator gives
@@ -117,6 +117,11 @@ def find_experts(model: nn.Module) -> list[ExpertBank]:
     found: dict[tuple[int, ...], list[tuple[str, nn.Module]]] = {}
     for name, module in model.named_modules():
         if is_experts(module):
+            if hasattr(module, "_moe_offload"):
+                raise OffloadError(
+                    f"{name} is already offloaded, by optimize() of this model or of one that shares its modules; use "
+                    "that model's handle (model.moe_offload), or load the model again"
+                )
             key = tuple(id(param) for param in stacked_params(name, module).values())
             found.setdefault(key, []).append((name, module))
     if not found:

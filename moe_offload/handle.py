@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import OffloadError
 from .experts import ExpertBank
 from .plan import Plan
 from .profile import Fingerprint, Profile
@@ -140,10 +139,3 @@ class Handle:
     def __repr__(self) -> str:
         state = "closed" if self.closed else "open"
         return f"<moe_offload: {sum(self.plan.slots)} slots in {len(self.plan.slots)} layers, {state}>"
-
-    def __reduce__(self) -> Any:
-        raise OffloadError(
-            "an offloaded model cannot be copied or pickled (its experts are in files and slots); copy the model "
-            "before "
-            "optimize(), or load it again with moe_offload.from_pretrained()"
-        )

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from . import backend
 from .errors import OffloadError
 from .experts import ExpertBank
-from .runtime import LayerRuntime, Runtime
+from .runtime import LayerRuntime, Runtime, closed
 
 logger = logging.getLogger("moe_offload")
 
@@ -99,11 +99,24 @@ def install(
         else (backend.run_graph, backend.core_as_is)
     )
     compiled = torch.compile(
-        _own_code(model), backend=backend.make_backend(run, core, log), dynamic=dynamic, fullgraph=fullgraph
+        own_code(model), backend=backend.make_backend(run, core, log), dynamic=dynamic, fullgraph=fullgraph
     )
     model._compiled_call_impl = _Call(model, runtime, scope, compiled)
     _refuse_moves(model)
+    for module in (model, *(module for layer in runtime.layers for module in layer.bank.modules)):
+        module.__dict__["__deepcopy__"] = module.__dict__["__reduce_ex__"] = _refuse_copy
     return log
+
+
+class _Closed:
+    """What the bank of a closed model is bound to: whatever a graph asks of it, the answer is `ClosedError`."""
+
+    def __getattr__(self, verb: str) -> Any:
+        raise closed("this model")
+
+
+_CLOSED_BANK = torch.empty(1)
+backend.bind(_CLOSED_BANK, _Closed())
 
 
 def uninstall(runtime: Runtime) -> None:
@@ -111,7 +124,7 @@ def uninstall(runtime: Runtime) -> None:
     for layer in runtime.layers:
         backend.unbind(layer.slots.bank_SN)
         for module in layer.bank.modules:
-            module._moe_offload.bank_SN = torch.empty(0)
+            module._moe_offload.bank_SN = _CLOSED_BANK
 
 
 class _Call:
@@ -142,7 +155,7 @@ class _Call:
                 self.scope.active = False
 
 
-def _own_code(model: nn.Module) -> Callable[..., Any]:
+def own_code(model: nn.Module) -> Callable[..., Any]:
     """A function of its own that calls the model: Dynamo caches graphs, and counts recompilations, per code object,
     and all modules share that of `nn.Module._call_impl`."""
 
@@ -156,7 +169,7 @@ def _own_code(model: nn.Module) -> Callable[..., Any]:
 def _install_layer(layer: LayerRuntime, scope: Scope, implementation: str, nan_rows: dict[Hashable, Tensor]) -> None:
     bank = layer.bank
     layer.module_core = ModuleCore(bank, implementation, backend.bank_of(layer).views)
-    backend.bind(layer)
+    backend.bind(layer.slots.bank_SN, layer)
     phantoms = {f.name: backend.Phantom.of(layer, f, nan_rows) for f in bank.layout.fields}
     for module in bank.modules:
         for name, phantom in phantoms.items():
@@ -211,3 +224,10 @@ def _refuse_moves(model: nn.Module) -> None:
         return model
 
     model._apply = apply  # type: ignore[method-assign]
+
+
+def _refuse_copy(*_: Any) -> Any:
+    raise OffloadError(
+        "an offloaded model cannot be copied or pickled (its experts are in files and slots); copy the model before "
+        "optimize(), save it with save_pretrained(), or load it again with moe_offload.from_pretrained()"
+    )

@@ -1,6 +1,6 @@
 """Which tier each layer's experts rest in: accelerate's device_map grammar, with patterns.
 
-    {"": "cpu", "model.layers.*.mlp.experts": "disk"}      {"": 0, "model.layers.3": "cpu"}      "auto"      "disk"
+    {"": "cpu", "model.layers.*.mlp.experts": "disk"}     {"model.layers.3": "cpu"}     "auto"     "disk"
 
 A key names a module (or, with * and ?, several); it covers everything inside; the longest matching key wins. For
 experts the value says where their rows rest: "disk" (checkpoint files, or a spill file), "cpu" (host RAM). Dense
@@ -17,6 +17,7 @@ from .sizes import parse_size
 
 DeviceMap = str | Mapping[str, str | int] | None
 TIERS = {"disk": "disk", "cpu": "host"}
+ACCELERATORS = ("cuda", "xpu", "mps", "npu", "hpu", "mlu", "musa", "tpu")
 
 
 def place(names: Sequence[str], modules: Iterable[str], device_map: DeviceMap) -> list[str]:
@@ -26,7 +27,7 @@ def place(names: Sequence[str], modules: Iterable[str], device_map: DeviceMap) -
     """
     if device_map is None or device_map == "auto":
         return ["disk"] * len(names)
-    if isinstance(device_map, str):
+    if not isinstance(device_map, Mapping):
         device_map = {"": device_map}
     known = set(modules)
     for key, value in device_map.items():
@@ -59,7 +60,7 @@ def _covers(key: str, module: str) -> bool:
 
 def _longest(name: str, device_map: Mapping[str, str | int]) -> tuple[str, str | int]:
     keys = [key for key in device_map if not key or _covers(key, name)]
-    best = max(keys, key=lambda key: (key.count("."), len(key)), default="")
+    best = max(keys, key=lambda key: (key.count("."), len(key) - len([c for c in key if c in "*?"])), default="")
     return best, device_map.get(best, "disk")
 
 
@@ -67,10 +68,13 @@ def _tier(key: str, value: str | int) -> str:
     where = str(value)
     if where == "auto":
         return "disk"
+    if where not in TIERS and not where.isdigit() and where.partition(":")[0] not in ACCELERATORS:
+        raise ConfigError(
+            f"device_map sends {key or 'the whole model'!r} to {value!r}; known are 'cpu', 'disk' and 'auto'"
+        )
     if where not in TIERS:
         raise UnsupportedModelError(
-            f"device_map sends {key or 'the whole model'!r} to {value!r}; this version computes on the CPU and "
-            f"keeps expert "
-            "rows in 'cpu' (RAM) or on 'disk'"
+            f"device_map sends {key or 'the whole model'!r} to {value!r}; this version computes on the CPU and keeps "
+            "expert rows in 'cpu' (RAM) or on 'disk'"
         )
     return TIERS[where]

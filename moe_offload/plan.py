@@ -3,11 +3,13 @@
     budget = dense weights + reserve (KV cache, workspace) + scratch rows for prefill waves + banks + slack
     floor  = the smallest budget that works: the same with K slots in every layer
 
-Never over budget; one more slot never fits; more budget never means fewer slots (property-tested). All sizes in bytes.
+Never over budget; one more slot never fits; with rows of one size more budget never means fewer slots, and with rows of
+several sizes the smallest share of a layer never drops (property-tested). All sizes in bytes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -116,15 +118,11 @@ def plan_slots(budget: int, layers: Sequence[LayerShape], costs: Costs) -> Plan:
         low, high = (middle, high) if _cost(layers, middle) <= left else (low, middle - 1)
     slots = [_share(layer, low) for layer in layers]
     left -= _cost(layers, low)
-    while True:
-        grown = False
-        for i, layer in enumerate(layers):
-            if slots[i] < layer.num_experts and layer.row_bytes <= left:
-                slots[i] += 1
-                left -= layer.row_bytes
-                grown = True
-        if not grown:
-            return Plan(budget, tuple(layers), costs, tuple(slots))
+    while open_layers := [i for i, x in enumerate(layers) if slots[i] < x.num_experts and x.row_bytes <= left]:
+        poorest = min(open_layers, key=lambda i: (slots[i], i))
+        slots[poorest] += 1
+        left -= layers[poorest].row_bytes
+    return Plan(budget, tuple(layers), costs, tuple(slots))
 
 
 def floor(layers: Sequence[LayerShape], costs: Costs) -> int:
@@ -133,12 +131,9 @@ def floor(layers: Sequence[LayerShape], costs: Costs) -> int:
 
 
 def budget_for(residency: float, layers: Sequence[LayerShape], costs: Costs) -> int:
-    """The smallest budget that keeps this share of every layer's experts resident (never below the floor)."""
-    need = sum(
-        max(min(layer.top_k, layer.num_experts), round(residency * layer.num_experts)) * layer.row_bytes
-        for layer in layers
-    )
-    return _smallest_budget(need, costs)
+    """The smallest budget that keeps at least this share of every layer's experts resident (never below the floor)."""
+    even = max(math.ceil(residency * layer.num_experts) for layer in layers)
+    return _smallest_budget(_cost(layers, even), costs)
 
 
 def _smallest_budget(need: int, costs: Costs) -> int:
@@ -147,8 +142,10 @@ def _smallest_budget(need: int, costs: Costs) -> int:
         return fixed + costs.reserve_bytes
     fixed += costs.kv_bytes
     budget = min(fixed * WORKSPACE_SHARE // (WORKSPACE_SHARE - 1), fixed + WORKSPACE_LIMIT)
-    while costs.for_banks(budget) < need:  # integer division rounds: at most a byte or two
+    while costs.for_banks(budget) < need:  # integer division rounds: a byte or two, either way
         budget += 1
+    while costs.for_banks(budget - 1) >= need:
+        budget -= 1
     return budget
 
 

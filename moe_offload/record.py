@@ -6,7 +6,7 @@ graph: the model runs with its own weights and its own results, and each layer's
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import optree
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from . import backend
+from .errors import ProfileError
 from .experts import find_experts
-from .install import IMPLEMENTATIONS, choose_implementation
+from .install import IMPLEMENTATIONS, choose_implementation, own_code
 from .measure import fingerprint
 from .profile import Profile
 
@@ -55,23 +56,26 @@ def record_profile(model: Any, inputs: Any, **meta: str) -> Profile:
         for config, chosen in was:
             if chosen not in IMPLEMENTATIONS:  # 'eager' experts never enter a graph
                 config._experts_implementation_internal = implementation
-        _run(torch.compile(model, backend=backend.observing_backend(weights), dynamic=True), batches)
+        _run(model, batches, torch.compile(own_code(model), backend=backend.observing_backend(weights), dynamic=True))
     finally:
         for bank in banks:
             backend.unobserve(bank)
         for config, chosen in was:
             config._experts_implementation_internal = chosen
     tokens = max(int(c.counts.sum()) // c.top_k for c in counters)
+    if tokens == 0:
+        raise ProfileError("record_profile counted nothing: the inputs hold no token, or never reach an experts module")
     return Profile.of(fingerprint(model, banks), tokens=tokens, counts=[c.counts.tolist() for c in counters], meta=meta)
 
 
 @torch.no_grad()
-def _run(model: Any, batches: Iterable[Any]) -> None:
+def _run(model: Any, batches: Iterable[Any], call: Callable[..., Any] | None = None) -> None:
+    call = call or model
     device = next(model.parameters()).device
     for batch in batches:
         tree: Any = dict(batch) if isinstance(batch, Mapping) else batch
         batch = optree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, tree)
         if isinstance(batch, dict):
-            model(**batch)
+            call(**batch)
         else:
-            model(batch)
+            call(batch)

@@ -62,9 +62,11 @@ class LayerRuntime:
         store: Store,
         transfer: Transfer,
         scratch: Tensor,
+        lock: threading.RLock | None = None,
         poison: bool = False,
     ):
         self.bank, self.store, self.transfer, self.poison = bank, store, transfer, poison
+        self.lock = lock or threading.RLock()  # that of the model: its layers share the scratch rows
         self.cache = LayerCache(bank.num_experts, slots, policy, bank.name)
         layout = bank.layout
         self.slots = Rows(slots, layout.row_bytes, layout.dtype, poison)
@@ -76,6 +78,7 @@ class LayerRuntime:
     # The verbs of a graph.
 
     def fetch(self, ids_P: Tensor) -> Tensor:
+        self._take_back()
         ids = ids_P.reshape(-1).tolist()
         cache = self.cache
         unique = list(dict.fromkeys(ids))
@@ -99,6 +102,7 @@ class LayerRuntime:
         return ticket_P.clone()
 
     def stream(self, x_P: Tensor, ids_P: Tensor, core: RunCore, others: Sequence[Tensor] = ()) -> Tensor:
+        self._take_back()
         ids = ids_P.reshape(-1).tolist()
         used = Counter(ids)
         cache = self.cache
@@ -120,10 +124,10 @@ class LayerRuntime:
 
     def experts(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The whole module, for callers that no pass has rewritten: slower, never wrong."""
-        if self.module_core is None:
-            raise ClosedError(f"{self.bank.name}: the model was closed")
         tokens, k = ids_TK.shape
-        with torch.autocast(x_TH.device.type, enabled=False):
+        with self.lock, torch.autocast(x_TH.device.type, enabled=False):
+            if self.module_core is None:
+                raise closed(self.bank.name)
             out_PH = self.stream(x_TH.repeat_interleave(k, dim=0), ids_TK.reshape(-1), self.module_core)
             weighted_PH = out_PH * weights_TK.reshape(-1, 1)
             return weighted_PH.view(tokens, k, -1).sum(dim=1).to(x_TH.dtype)
@@ -132,10 +136,13 @@ class LayerRuntime:
 
     def prewarm(self, experts: Sequence[int], progress: Callable[[int], object] = lambda n: None) -> None:
         """Fill free slots with `experts`, most wanted first. Stops cleanly at any exception (Ctrl-C)."""
-        for load in self.cache.prewarm(experts):
-            self._start([load])
-            self._finish(demanded=False)
-            progress(1)
+        self._take_back()
+        for expert in experts:
+            loads = self.cache.prewarm([expert])  # planned one at a time: an interrupt leaves nothing pending
+            if loads:
+                self._start(loads)
+                self._finish(demanded=False)
+                progress(1)
 
     def _start(self, loads: Sequence[Load]) -> None:
         begun = time.perf_counter()
@@ -165,11 +172,18 @@ class LayerRuntime:
         finally:
             self.cache.counters.stall_s += time.perf_counter() - begun
 
+    def _take_back(self) -> None:
+        """An event that was interrupted before its wait may have left loads behind; a new one starts clean."""
+        if self.cache.pending:
+            self._abort()
+
     def _abort(self) -> None:
-        """Give back the slot of every load that has not been committed; the next event starts clean."""
+        """Give back the slot of every load that has not been committed."""
         self._pending.clear()
         for load in list(self.cache.pending.values()):
             self.cache.abort(load)
+            if self.poison:
+                self.slots.bytes[load.slot].fill_(POISON)
 
     def _waves(
         self, x_P: Tensor, ids_P: Tensor, core: RunCore, others: Sequence[Tensor], past: Sequence[int]
@@ -212,24 +226,33 @@ class LayerRuntime:
         return torch.tensor(table, dtype=ids_P.dtype)[ids_P.reshape(-1)]
 
     def _tokens(self, pairs: int) -> int:
-        return max(1, pairs // self.bank.top_k)
+        return -(-pairs // self.bank.top_k)
+
+
+def closed(name: str) -> ClosedError:
+    return ClosedError(
+        f"{name}: its expert cache was closed (close(), or leaving its `with` block); load the model again to use it"
+    )
 
 
 class Runtime:
     """All layers of one model, the lock that serialises its forwards, and what `close` gives back."""
 
-    def __init__(self, layers: Sequence[LayerRuntime], stores: Sequence[Store], transfer: Transfer):
+    def __init__(
+        self,
+        layers: Sequence[LayerRuntime],
+        stores: Sequence[Store],
+        transfer: Transfer,
+        lock: threading.RLock | None = None,
+    ):
         self.layers = list(layers)
-        self.lock = threading.RLock()
+        self.lock = lock or threading.RLock()
         self.closed = False
         self._stores, self._transfer = stores, transfer
 
     def check_open(self) -> None:
         if self.closed:
-            raise ClosedError(
-                "this model's expert cache was closed (close(), or leaving its `with` block); load the model again "
-                "to use it"
-            )
+            raise closed("this model")
 
     def read_stacked(self, index: int) -> dict[str, Tensor]:
         """The real stacked parameters `{field: [E, ...]}` of one layer, read anew from its store."""

@@ -70,7 +70,7 @@ def test_sharded_and_already_stacked(folder: Path, want) -> None:
 def _rewrite(folder: Path, change) -> None:
     file = folder / "model.safetensors"
     with safe_open(file, framework="pt") as opened:
-        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        tensors = {key: opened.get_tensor(key) for key in opened.keys()}
     change(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
 
@@ -147,7 +147,7 @@ def test_shard_truncated_while_running(folder: Path, want) -> None:
     model = moe_offload.from_pretrained(folder, BUDGET)
     assert generate(model, PROMPTS[0]) == want[0]
     _truncate(folder)
-    with pytest.raises((moe_offload.ExpertReadError, moe_offload.CheckpointChangedError), match="model.safetensors"):
+    with pytest.raises((moe_offload.ExpertReadError, moe_offload.CheckpointChangedError), match=r"model\.safetensors"):
         generate(model, PROMPTS[1])
     assert not model.moe_offload.closed
 
@@ -158,7 +158,7 @@ def test_shard_overwritten_while_running(folder: Path) -> None:
     with (folder / "model.safetensors").open("r+b") as file:
         file.seek(8_000_000)
         file.write(b"other weights")
-    with pytest.raises(moe_offload.CheckpointChangedError, match="model.safetensors"):
+    with pytest.raises(moe_offload.CheckpointChangedError, match=r"model\.safetensors"):
         generate(model, PROMPTS[1])
 
 

@@ -66,7 +66,6 @@ def test_the_longest_key_wins_in_any_order(device_map, layers, flip):
     assert on_host(dict(reversed(device_map.items())) if flip else device_map) == layers
 
 
-@pytest.mark.xfail(strict=True, reason="'*' is as long as '3': of two keys of one length the first in the dict wins")
 def test_a_name_wins_over_a_pattern_of_the_same_length():
     assert on_host({"model.layers.*.mlp.experts": "disk", "model.layers.3.mlp.experts": "cpu"}) == [3]
 
@@ -93,7 +92,7 @@ def test_patterns(pattern, layers):
         assert on_host({pattern: "cpu"}) == layers
 
 
-@pytest.mark.parametrize("value", [0, "0", "cuda", "cuda:0", "mps", "xpu:1", "npu", "meta"])
+@pytest.mark.parametrize("value", [0, "0", "cuda", "cuda:0", "mps", "xpu:1", "npu"])
 @pytest.mark.parametrize("key", ["", "model.layers.3", "lm_head"])
 def test_other_devices_are_refused_by_name(key, value):
     with pytest.raises(UnsupportedModelError, match=f"{key or 'the whole model'}.*{value}.*CPU"):
@@ -106,9 +105,9 @@ def test_a_value_that_is_no_device_is_refused(value):
         tiers({"": value})
 
 
-@pytest.mark.parametrize("text", ["balanced", "sequential", "cuda", ""])
+@pytest.mark.parametrize("text", ["balanced", "sequential", "meta", ""])
 def test_a_map_in_one_word_is_auto_or_a_tier(text):
-    with pytest.raises(UnsupportedModelError, match="whole model"):
+    with pytest.raises(ConfigError, match="whole model"):
         tiers(text)
 
 

@@ -85,7 +85,6 @@ def test_a_lasting_fault_neither_hangs_nor_grows():
     assert len(layer.cache.free) == K and layer.cache.counters.bytes_read == 0
 
 
-@pytest.mark.xfail(strict=True, reason="an event does not take back loads that an interrupted one left behind")
 @pytest.mark.parametrize("ids", [[0, 1], [0, 2], [2, 3]])
 def test_an_event_after_one_that_never_waited(ids):
     """Ctrl-C between fetch and wait: the wait never comes."""
@@ -151,7 +150,6 @@ def test_free_slots_are_nan():
     assert not bool(layer.slots.bank_SN[[layer.cache.slot_of[0], layer.cache.slot_of[1]]].isnan().any())
 
 
-@pytest.mark.xfail(strict=True, reason="abort gives the slot back with what a failed read or the victim left in it")
 def test_free_slots_are_nan_after_a_failed_load_too():
     runtime, store = make(K)
     layer = runtime.layers[0]
@@ -188,7 +186,6 @@ def test_prewarm_stops_cleanly_when_a_read_fails(fault):
     assert torch.equal(decode(layer, [1, 2, 3]), expected(0, [1, 2, 3]))
 
 
-@pytest.mark.xfail(strict=True, reason="the loads that were planned but not begun stay pending for ever")
 def test_prewarm_stops_cleanly_when_interrupted_between_reads():
     runtime, _ = make(3)
     layer = runtime.layers[0]

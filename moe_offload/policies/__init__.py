@@ -21,8 +21,8 @@ class Policy(Protocol):
     def victim(self, candidates: Iterable[int]) -> int:
         """The candidate that should give way. Candidates are resident, not protected, and at least one."""
 
-    def seed(self, counts: Sequence[float]) -> None:
-        """Start from expected use per expert (a profile): a prior that later use outweighs, never a pin."""
+    def seed(self, rates: Sequence[float]) -> None:
+        """Start from expected uses per token of each expert (a profile): a prior that use outweighs, never a pin."""
 
 
 POLICIES: dict[str, Callable[[int, float], Policy]] = {

@@ -33,12 +33,11 @@ class DecayedLFU:
     def victim(self, candidates: Iterable[int]) -> int:
         return min(candidates, key=self.keys.__getitem__)
 
-    def seed(self, counts: Sequence[float]) -> None:
-        """Scale `counts` to what an endless stream with these frequencies would have accumulated by now."""
-        total = sum(counts)
+    def seed(self, rates: Sequence[float]) -> None:
+        """Start from the scores that an endless stream with these uses per token would have accumulated by now."""
         steady = self.half_life / math.log(2.0)  # sum over t of 2 ** (-t / half_life)
-        for e, count in enumerate(counts):
-            self.keys[e] = self.now + math.log2(steady * count / total) if count > 0 else NEVER
+        for e, rate in enumerate(rates):
+            self.keys[e] = self.now + math.log2(steady * rate) if rate > 0 else NEVER
 
     def score(self, expert: int) -> float:
         """The decayed count as of now."""

@@ -21,7 +21,7 @@ class LRU:
     def victim(self, candidates: Iterable[int]) -> int:
         return min(candidates, key=self.last.__getitem__)
 
-    def seed(self, counts: Sequence[float]) -> None:
+    def seed(self, rates: Sequence[float]) -> None:
         """Rank by expected use, all of it before the first real one."""
-        top = max(counts, default=0.0) or 1.0
-        self.last = [-1.0 + 0.5 * count / top for count in counts]
+        top = max(rates, default=0.0) or 1.0
+        self.last = [-1.0 + 0.5 * rate / top for rate in rates]
