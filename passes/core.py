@@ -34,12 +34,13 @@ class Core:
     fields: tuple[str, ...]
     scalars: tuple[int, ...]
     bank: Bank
+    compiler: Callable[[GraphModule], Callable[..., Tensor]]
     run_whole: Callable[..., Tensor] = field(init=False)
     run_part: Callable[..., Tensor] = field(init=False)
 
     @property
     def key(self) -> tuple[Hashable, ...]:
-        return self.part.code, self.grouped, self.fields, self.scalars, self.bank.fields, self.bank.dtype
+        return self.part.code, self.grouped, self.fields, self.scalars, self.bank.fields, self.bank.dtype, self.compiler
 
     def __call__(
         self, x_P: Tensor, slots_P: Tensor, bank_SN: Tensor, others: Sequence[Any], rows: Tensor | None = None

@@ -52,7 +52,7 @@ def waves(
         x, ids, others = _inputs(site, nodes, fixed)
         whole, scalars = _extract(site, nodes, fixed, exit_node, x, ids, others)
         part, _ = _extract(site, nodes, fixed, exit_node, x, ids, others, of_rows=True)
-        core = Core(whole, part, site.grouped, tuple(site.weights), scalars, banks[site.layer])
+        core = Core(whole, part, site.grouped, tuple(site.weights), scalars, banks[site.layer], compile_core)
         number = ops.register_core(core)
         if ops.core(number) is core:
             core.run_whole, core.run_part = compile_core(whole), compile_core(part)
