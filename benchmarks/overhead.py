@@ -7,7 +7,7 @@
 Both sides run in one process: the unmodified model, compiled (the graph as it is, or through Inductor), and the same
 model offloaded with a budget that holds all experts, compiled the same way. Both decode the same given tokens, from the
 same prompt, with a DynamicCache each. They take turns step by step, and who goes first alternates with every step, so
-that a busy machine slows both. A repeat's overhead is the median over its steps of the difference; reported is the
+that a busy machine slows both. A repeat's overhead is the median difference over its pairs of steps; reported is the
 median over repeats, and their quartiles, which say how quiet the machine was. Compilation, prefill and the first tokens
 are not counted. On a busy machine use one thread and --clock cpu, which does not run while other processes do.
 """
@@ -58,8 +58,9 @@ class Row:
 def main() -> None:
     options = parse()
     warnings.filterwarnings("ignore")
+    load = os.getloadavg()[0]
     print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.clock} clock, load average {os.getloadavg()[0]:.1f}"
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.clock} clock, load average {load:.1f}"
     )
     print(f"{'model':<16}{'dtype':<10}{'experts':<12}{'compile':<10}{'resident':>12}{'offloaded':>12}{'overhead':>32}")
     rows = []
@@ -125,7 +126,7 @@ def compare(source: str, dtype: str, implementation: str, inner: str, options: a
     difference = float((sides[0].logits - sides[1].logits).abs().max())
     handle.close()
 
-    per_layer = [statistics.median(b - a for a, b in steps) / layers * 1e6 for steps in seconds]
+    per_layer = [statistics.median(paired(steps)) / layers * 1e6 for steps in seconds]
     a, b = (statistics.median(step[i] for steps in seconds for step in steps) * 1e3 for i in (0, 1))
     low, _, high = statistics.quantiles(per_layer, n=4)
     overhead = statistics.median(per_layer)
@@ -157,6 +158,12 @@ def one_repeat(sides: list[Side], steps: int, clock: Callable[[], float]) -> lis
             pair[which] = clock() - begun
         seconds.append((pair[0], pair[1]))
     return seconds
+
+
+def paired(seconds: list[tuple[float, float]]) -> list[float]:
+    """Differences over two neighbouring steps, one in each order: going second costs something of its own."""
+    differences = [b - a for a, b in seconds]
+    return [(x + y) / 2 for x, y in zip(differences[::2], differences[1::2], strict=True)]
 
 
 class Side:
@@ -219,6 +226,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--top-k", type=int, default=4)
     parser.add_argument("--json", type=Path, help="write the rows here")
     options = parser.parse_args()
+    if options.steps % 2:
+        parser.error("--steps: an even number, half of them in each order")
     if options.repeats < 5:
         parser.error("--repeats: at least 5, or the median says nothing")
     return options
