@@ -74,6 +74,10 @@ class LayerCache:
         if len(experts) > self.slots:
             raise ValueError(f"{self.name}: an event of {len(experts)} experts does not fit {self.slots} slots")
         missing = [e for e in experts if self.slot_of[e] < 0 and e not in self.pending]
+        if not missing:  # nearly always, while decoding: nothing to choose
+            self._record(experts, tokens)
+            self.counters.hits += len(experts)
+            return []
         protected = {*experts, *self.pending}
         candidates = [e for e in self.expert_at if e >= 0 and e not in protected]
         if len(missing) > len(self.free) + len(candidates):

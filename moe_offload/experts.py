@@ -217,7 +217,7 @@ def _unsupported_moe(model: nn.Module) -> Iterator[tuple[str, str]]:
             continue
         if isinstance(module, (nn.ModuleList, nn.ModuleDict)) and len(module) > 1:
             yield name, f"({kind}) keeps each of its {len(module)} experts in a module of its own"
-        elif any(p.dim() >= 2 for p in module.parameters(recurse=False)):
+        elif not isinstance(module, nn.Embedding) and any(p.dim() >= 2 for p in module.parameters(recurse=False)):
             yield name, f"({kind}) stacks its experts but does not dispatch through transformers' experts interface"
         elif members and sum(isinstance(m, nn.Embedding) for m in members) > 1:
             yield name, f"({kind}) keeps its experts as rows of nn.Embedding, outside transformers' experts interface"

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from .errors import BudgetError
 from .sizes import format_size
 
-#: Tracing, allocator slack and activations grow with a model, but not for ever: an eighth of the budget, at most this.
-WORKSPACE_SHARE = 8
+#: Tracing, allocator slack and activations grow with a model, but not for ever: a sixth of the budget, at most this.
+WORKSPACE_SHARE = 6
 WORKSPACE_LIMIT = 256 * 10**6
 
 

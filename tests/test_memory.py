@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/sel
 def test_peak_memory_of_a_small_model_stays_inside_the_budget(tmp_path: Path) -> None:
     config = config_of(hidden=512, inner=512, layers=4, experts=64, vocab=4096)
     write_checkpoint(config, tmp_path, experts_per_shard=32)
-    # Tracing takes some 150 MB however small the model: the automatic reserve, an eighth of the budget, is too little.
+    # Tracing takes some 150 MB however small the model: the automatic reserve, a sixth of the budget, is too little.
     report = run(tmp_path, "--budget", "300MB", "--reserve", "160MB", "--tokens", "16")
     assert report["expert_bytes"] > 3 * report["plan"]["expert slots"]
     assert_inside_budget(report)

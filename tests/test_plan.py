@@ -149,7 +149,7 @@ def test_below_the_floor_the_error_states_the_floor_and_its_parts(layers, costs)
 
 def test_the_automatic_workspace_is_bounded():
     costs = Costs(dense_bytes=0)
-    assert costs.reserve(800) == 100
+    assert costs.reserve(600) == 100
     assert costs.reserve(10**12) == WORKSPACE_LIMIT
 
 
