@@ -1,9 +1,9 @@
-"""The torch.compile backend: find the offloaded experts in a traced graph, run the passes, hand the rest to Inductor.
+"""The torch.compile backend: find the offloaded experts in a traced graph, run the passes, run or compile the result.
 
 At this level (Dynamo's FX graph) parameters are graph inputs and `example_inputs` are the very objects the model holds,
 so a *phantom* (the stand-in that `install` left for a stacked weight) is recognised by itself, never by a name.
 
-Three rules of the house, each learnt the hard way (notes in design.md, sections 4 and 10):
+Three rules of the house, each learnt the hard way:
 - the graph is changed in place and keeps every placeholder: Dynamo reads them after the backend has returned;
 - the bank comes in through the placeholder of the layer's first weight, re-typed, and is substituted at each call;
 - which bank that is, is read from the argument of that call, because Dynamo may share one graph between layers.

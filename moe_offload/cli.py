@@ -78,12 +78,18 @@ def run(
     with loaded.moe_offload as handle:
         typer.echo(str(handle.plan), err=True)
         tokenizer = _or_exit(lambda: _tokenizer(model))
-        generated = _or_exit(lambda: _generate(loaded, tokenizer, text, max_new_tokens), code=1)
-        typer.echo(generated)
+        interrupted = False
+        try:
+            typer.echo(_or_exit(lambda: _generate(loaded, tokenizer, text, max_new_tokens), code=1))
+        except KeyboardInterrupt:
+            interrupted = True
+            typer.echo("moe-offload: interrupted", err=True)
         typer.echo(str(handle).splitlines()[-1], err=True)
         if profile_out is not None:
             saved = _or_exit(lambda: handle.save_profile(profile_out), code=1)
             typer.echo(f"profile saved to {saved}", err=True)
+        if interrupted:
+            raise typer.Exit(130)
 
 
 @app.command()

@@ -43,8 +43,10 @@ class Stats:
 
 
 class Handle:
-    """The offload state of one model: `print` it, read `stats()`, `save_profile()`, `close()`; also a "
-    "context manager."""
+    """The offload state of one model: `print` it, read `stats()`, `save_profile()`, `close()`.
+
+    A context manager too: `with model.moe_offload as handle: ...` closes it at the end.
+    """
 
     def __init__(
         self,
@@ -113,7 +115,7 @@ class Handle:
         return self.profile(**meta).save(path)
 
     def close(self) -> None:
-        """Give back files and memory. The model raises `ClosedError` from then on. Safe to call twice."""
+        """Give back files and memory. The model (and its `state_dict`) raises `ClosedError` from then on."""
         self._on_close()
 
     def __enter__(self) -> Handle:

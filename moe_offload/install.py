@@ -17,7 +17,7 @@ import itertools
 import logging
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -132,6 +132,8 @@ class _Call:
 
     def __init__(self, model: nn.Module, runtime: Runtime, scope: Scope, compiled: Callable[..., Any]):
         self.model, self.runtime, self.scope, self.compiled = model, runtime, scope, compiled
+        modules = [(module, layer.bank.name) for layer in runtime.layers for module in layer.bank.modules]
+        self.configs = {id(module.config): (module.config, name) for module, name in modules}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # inside somebody else's torch.compile: the marker op is traced
@@ -144,6 +146,7 @@ class _Call:
             )
         with self.runtime.lock, torch.no_grad():
             self.runtime.check_open()
+            self._check_implementation()
             self.scope.active = True
             try:
                 return self.compiled(*args, **kwargs)
@@ -153,6 +156,16 @@ class _Call:
                 raise
             finally:
                 self.scope.active = False
+
+    def _check_implementation(self) -> None:
+        """Code other than ours would compute on phantoms: NaN, which an argmax turns into tokens."""
+        for config, name in self.configs.values():
+            if not str(config._experts_implementation).startswith("moe_offload_"):
+                raise OffloadError(
+                    f"{name}: its experts implementation was set to {config._experts_implementation!r} after "
+                    "optimize(), which cannot reach the offloaded weights; choose it with "
+                    "config={'experts_implementation': ...}"
+                )
 
 
 def own_code(model: nn.Module) -> Callable[..., Any]:
@@ -203,9 +216,25 @@ def _implementation(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         if torch.compiler.is_compiling() and self._moe_offload.scope.active:
             return original(self, hidden_states, top_k_index, top_k_weights)
-        return backend.experts_op(hidden_states, top_k_index, top_k_weights, self._moe_offload.bank_SN)
+        bank_SN = self._moe_offload.bank_SN
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            apply: Any = _InferenceOnly.apply
+            return cast(Tensor, apply(hidden_states, top_k_index, top_k_weights, bank_SN))
+        return backend.experts_op(hidden_states, top_k_index, top_k_weights, bank_SN)
 
     return experts
+
+
+class _InferenceOnly(torch.autograd.Function):
+    """The marker op for callers with gradients enabled: forward as usual, and a backward that says why not."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank_SN: Tensor) -> Tensor:
+        return backend.experts_op(x_TH, ids_TK, weights_TK, bank_SN)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise OffloadError("an offloaded model is for inference only: its experts have no gradients")
 
 
 def _refuse_moves(model: nn.Module) -> None:

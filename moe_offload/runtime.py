@@ -213,13 +213,15 @@ class LayerRuntime:
 
     def _load_scratch(self, wave: Sequence[int]) -> None:
         begun = time.perf_counter()
-        for i, e in enumerate(wave):
-            if self.poison:
-                self.scratch.bytes[i].fill_(POISON)
-            ticket = self.transfer.start(self.store, self.bank.index, e, self.scratch.rows[i])
-            self.cache.count_miss(self.transfer.wait(ticket))
-            self.cache.counters.streamed += 1
-        self.cache.counters.stall_s += time.perf_counter() - begun
+        try:
+            for i, e in enumerate(wave):
+                if self.poison:
+                    self.scratch.bytes[i].fill_(POISON)
+                ticket = self.transfer.start(self.store, self.bank.index, e, self.scratch.rows[i])
+                self.cache.count_miss(self.transfer.wait(ticket))
+                self.cache.counters.streamed += 1
+        finally:
+            self.cache.counters.stall_s += time.perf_counter() - begun
 
     @staticmethod
     def _slots_of(ids_P: Tensor, table: Sequence[int]) -> Tensor:

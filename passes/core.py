@@ -40,7 +40,17 @@ class Core:
 
     @property
     def key(self) -> tuple[Hashable, ...]:
-        return self.part.code, self.grouped, self.fields, self.scalars, self.bank.fields, self.bank.dtype, self.compiler
+        called = tuple(node.target for node in self.part.graph.nodes if node.op == "call_function")
+        return (
+            self.part.code,
+            called,
+            self.grouped,
+            self.fields,
+            self.scalars,
+            self.bank.fields,
+            self.bank.dtype,
+            self.compiler,
+        )
 
     def __call__(
         self, x_P: Tensor, slots_P: Tensor, bank_SN: Tensor, others: Sequence[Any], rows: Tensor | None = None

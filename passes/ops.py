@@ -83,8 +83,8 @@ def register_core(core: Core) -> int:
     return len(_CORES) - 1
 
 
-def core(number: int) -> Core:
-    return _CORES[number]
+def knows_core(core: Core) -> bool:
+    return any(known.key == core.key for known in _CORES)
 
 
 def _bound(tensor: Tensor) -> Any:
@@ -149,7 +149,8 @@ for _name, _kernel in {
 }.items():
     # Dynamo would trace the body of grouped_mm where a compiled core is run by hand, and fail on its loop over groups.
     # Not that of stream: it calls compiled cores.
-    _run = torch._disable_dynamo(_kernel) if _name == "grouped_mm" else _kernel
+    _disable: Any = torch._disable_dynamo  # type: ignore[attr-defined]  # lazy, unlike torch.compiler.disable
+    _run = _disable(_kernel) if _name == "grouped_mm" else _kernel
     LIB.impl(_name, _run, "CompositeExplicitAutograd")
 LIB._register_fake("fetch", lambda ids, bank: torch.empty_like(ids))
 LIB._register_fake("wait", lambda fetched, bank: torch.empty_like(fetched))

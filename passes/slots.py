@@ -39,8 +39,7 @@ def slots(graph: Graph, *, sites: Sequence[Site], banks: Mapping[Hashable, Bank]
 
 
 def _fetch(graph: Graph, site: Site) -> Node:
-    """Insert fetch and wait as early as the ids allow; return the slots in the order in which the "
-    "readers see the ids."""
+    """Insert fetch and wait as early as the ids allow; return the slots in the order of the readers' ids."""
     with graph.inserting_after(site.ids):
         ticket = graph.call_function(ops.fetch, (site.ids, site.bank))
     with graph.inserting_after(ticket):

@@ -53,9 +53,9 @@ def waves(
         whole, scalars = _extract(site, nodes, fixed, exit_node, x, ids, others)
         part, _ = _extract(site, nodes, fixed, exit_node, x, ids, others, of_rows=True)
         core = Core(whole, part, site.grouped, tuple(site.weights), scalars, banks[site.layer], compile_core)
-        number = ops.register_core(core)
-        if ops.core(number) is core:
+        if not ops.knows_core(core):
             core.run_whole, core.run_part = compile_core(whole), compile_core(part)
+        number = ops.register_core(core)
         value = exit_node.meta["example_value"]
         with graph.inserting_before(exit_node):
             row = list(value.shape[1:])
@@ -126,8 +126,7 @@ def _exit(site: Site, nodes: Mapping[Node, None]) -> Node:
 
 
 def _inputs(site: Site, nodes: Mapping[Node, None], fixed: Mapping[Node, None]) -> tuple[Node, Node, list[Node]]:
-    """What the core takes from outside besides weights: the pairs' activations, their ids, the model's "
-    "own constants."""
+    """What the core takes from outside besides weights: the pairs' activations, their ids, constants."""
     ids = site.reader_ids
     known = {ids, *site.weights.values(), *(read.offsets for read in site.reads)}
     outside = {i: None for node in nodes for i in node.all_input_nodes if i not in nodes and i not in known}

@@ -247,3 +247,17 @@ def test_recording_again_and_again_counts_again():
     with torch._dynamo.config.patch(recompile_limit=1):
         totals = [sum(moe_offload.record_profile(build(QWEN, num_hidden_layers=1), IDS).counts[0]) for _ in range(2)]
     assert totals[0] == totals[1] > 0
+
+
+def test_another_experts_implementation_set_afterwards_is_refused():
+    model = moe_offload.optimize(build("qwen3_moe"), "1GB", device_map="cpu")
+    model.set_experts_implementation("eager")
+    with pytest.raises(OffloadError, match="experts implementation was set to 'eager'"):
+        model(torch.tensor([[3, 4, 5]]))
+
+
+def test_a_backward_through_a_part_of_the_model_is_refused():
+    model = moe_offload.optimize(build("qwen3_moe"), "1GB", device_map="cpu")
+    out = model.model(torch.tensor([[3, 4, 5]])).last_hidden_state
+    with pytest.raises(OffloadError, match="inference only"):
+        out.sum().backward()
