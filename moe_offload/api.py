@@ -34,7 +34,7 @@ from .plan import Plan, plan_slots
 from .policies import POLICIES
 from .profile import Profile
 from .rows import index_rows
-from .runtime import LayerRuntime, Runtime
+from .runtime import LayerRuntime, Runtime, page_aligned
 from .sizes import format_size, parse_size
 from .stores import Store
 from .stores.disk import DiskStore
@@ -237,7 +237,7 @@ def _build_runtime(
     prior: Profile | None,
 ) -> Runtime:
     transfer, lock = TRANSFERS["cpu"](), threading.RLock()
-    scratch = torch.empty(plan.costs.scratch_bytes, dtype=torch.uint8)
+    scratch = page_aligned(plan.costs.scratch_bytes)
     layers = []
     for bank, slots, store in zip(banks, plan.slots, stores, strict=True):
         policy = POLICIES[settings.policy](bank.num_experts, settings.half_life)
@@ -269,6 +269,7 @@ def _install(model: nn.Module, runtime: Runtime, plan: Plan, tiers: list[str], s
         runtime,
         implementation=implementation,
         inner=inner,
+        overlap=settings.overlap if settings.overlap is not None else inner == "graph",
         dynamic=settings.dynamic,
         fullgraph=settings.fullgraph,
     )

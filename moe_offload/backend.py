@@ -60,7 +60,9 @@ def phantoms_in(inputs: Iterable[Any]) -> dict[int, Phantom]:
     return {i: cast(Phantom, x) for i, x in enumerate(inputs) if isinstance(x, nn.Parameter) and hasattr(x, "field")}
 
 
-def make_backend(inner: Inner, compile_core: Callable[[GraphModule], Compiled], log: list[Any]) -> Compiled:
+def make_backend(
+    inner: Inner, compile_core: Callable[[GraphModule], Compiled], log: list[Any], overlap: bool = False
+) -> Compiled:
     """A backend for torch.compile; each graph's pass reports are appended to `log`."""
 
     def backend(gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Compiled:
@@ -68,7 +70,7 @@ def make_backend(inner: Inner, compile_core: Callable[[GraphModule], Compiled], 
         if not phantoms:
             log.append([])
             return inner(gm, list(example_inputs))
-        reports, banked = rewrite(gm, phantoms, compile_core)
+        reports, banked = rewrite(gm, phantoms, compile_core, overlap)
         log.append(reports)
         inputs = list(example_inputs)
         for position in banked:
@@ -87,7 +89,7 @@ def make_backend(inner: Inner, compile_core: Callable[[GraphModule], Compiled], 
 
 
 def rewrite(
-    gm: GraphModule, phantoms: dict[int, Phantom], compile_core: Callable[[GraphModule], Compiled]
+    gm: GraphModule, phantoms: dict[int, Phantom], compile_core: Callable[[GraphModule], Compiled], overlap: bool
 ) -> tuple[list[passes.Report], list[int]]:
     """Rewrite `gm` in place; return what each pass did and which inputs must now be banks.
 
@@ -109,7 +111,7 @@ def rewrite(
         banks[name] = bank_of(layer)
     try:
         sites = passes.find_sites(gm.graph, weights)
-        reports = passes.run(gm.graph, passes.offload_pipeline(sites, banks, compile_core))
+        reports = passes.run(gm.graph, passes.offload_pipeline(sites, banks, compile_core, overlap))
     except passes.UnknownUse as error:
         raise UnsupportedModelError(
             f"{error}; please report this model family. Its weights were offloaded, so it cannot be run as it is."

@@ -32,6 +32,8 @@ class OffloadConfig:
         own if it is one of these two, else "grouped_mm".
     compile: what runs the rewritten graph: "inductor", "graph" (as it is, nothing generated), or "auto": "graph" on a
         CPU, "inductor" elsewhere.
+    overlap: compute the experts that are resident while the missing ones load, in decode too, rather than wait for all
+        of them; None: where the graph runs as it is (Inductor fuses what is not cut into waves).
     dynamic: as in torch.compile. True gives two graphs for good, one for prefill and one for decode; None lets Dynamo
         decide; False compiles once per shape.
     wave_rows: rows (experts) of scratch through which prefill streams what is not resident.
@@ -49,6 +51,7 @@ class OffloadConfig:
     half_life: float = 32.0
     experts_implementation: str = "auto"
     compile: str = "auto"
+    overlap: bool | None = None
     dynamic: bool | None = True
     wave_rows: int = 4
     kv_tokens: int = 2048
@@ -150,6 +153,7 @@ RULES: dict[str, Rule] = {
     "half_life": Rule(_is_half_life, lambda: "tokens: a finite number above 0"),
     "experts_implementation": _choice("auto", "grouped_mm", "batched_mm"),
     "compile": _choice("auto", "inductor", "graph"),
+    "overlap": Rule(lambda value: value is None or isinstance(value, bool), lambda: "True, False or None"),
     "dynamic": Rule(lambda value: value is None or isinstance(value, bool), lambda: "True, False or None"),
     "wave_rows": _at_least(1, "rows of scratch"),
     "kv_tokens": _at_least(0, "tokens of KV cache"),

@@ -60,10 +60,10 @@ class ModuleCore:
         self.run = ALL_EXPERTS_FUNCTIONS[implementation]
 
     def __call__(
-        self, x_P: Tensor, slots_P: Tensor, bank_SN: Tensor, others: Sequence[Tensor], rows: Tensor | None = None
+        self, x_P: Tensor, slots: Tensor, bank_SN: Tensor, others: Sequence[Tensor], rows: Tensor | None = None
     ) -> Tensor:
         if rows is not None:
-            x_P, slots_P = x_P[rows], slots_P[rows]
+            x_P = x_P[rows]
         views = self.views(bank_SN)
         stand_in = object.__new__(type(self.module))
         stand_in.__dict__.update(self.module.__dict__)
@@ -71,7 +71,7 @@ class ModuleCore:
         stand_in.__dict__["num_experts"] = bank_SN.shape[0]
         dtype = next(iter(views.values())).dtype
         ones = torch.ones((len(x_P), 1), dtype=dtype, device=x_P.device)
-        out: Tensor = self.run(stand_in, x_P.to(dtype), slots_P.view(-1, 1), ones)
+        out: Tensor = self.run(stand_in, x_P.to(dtype), slots.view(-1, 1), ones)
         return out
 
 
@@ -84,7 +84,14 @@ def choose_implementation(banks: Sequence[ExpertBank], wanted: str) -> str:
 
 
 def install(
-    model: nn.Module, runtime: Runtime, *, implementation: str, inner: str, dynamic: bool | None, fullgraph: bool
+    model: nn.Module,
+    runtime: Runtime,
+    *,
+    implementation: str,
+    inner: str,
+    overlap: bool,
+    dynamic: bool | None,
+    fullgraph: bool,
 ) -> list[Any]:
     """Patch `model` to run on `runtime`. Returns the list to which each compiled graph's pass reports are added."""
     _register_implementations()
@@ -99,7 +106,7 @@ def install(
         else (backend.run_graph, backend.core_as_is)
     )
     compiled = torch.compile(
-        own_code(model), backend=backend.make_backend(run, core, log), dynamic=dynamic, fullgraph=fullgraph
+        own_code(model), backend=backend.make_backend(run, core, log, overlap), dynamic=dynamic, fullgraph=fullgraph
     )
     model._compiled_call_impl = _Call(model, runtime, scope, compiled)
     _refuse_moves(model)

@@ -2,8 +2,10 @@
 
 Shapes: T tokens, K experts per token, P = T*K pairs, E experts, S slots, H hidden, N elements of one row.
 
-    decode    fetch(ids)  -> the cache names slots and loads what is missing; wait() -> all there, here are the slots
-    prefill   stream(...) -> resident experts in one wave, then the missing ones, a few scratch rows at a time
+    decode    fetch(ids)  -> the cache names slots and starts to load what is missing
+              wait()      -> all there, here are the slots
+    stream    the same lookup, but the pairs of resident experts are computed while the missing ones load, and each of
+              those as it arrives; in prefill what has no slot passes through a few scratch rows
 
 This file is the only one that turns a cache's `Load` into bytes in a slot. It knows no graph and imports no pass.
 """
@@ -12,8 +14,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -21,20 +24,24 @@ from torch import Tensor
 
 from .cache import LayerCache, Load
 from .errors import ClosedError
-from .experts import ExpertBank
+from .experts import ROW_ALIGN, ExpertBank
 from .policies import Policy
 from .stores import Store
 from .transfer import Ticket, Transfer
 
 
 class RunCore(Protocol):
-    """The experts code of one site: a result per pair, or, given `rows`, per pair of `rows` (ascending positions)."""
+    """The experts code of one site: a result per pair, or, given `rows` (ascending positions), per pair of `rows`.
+
+    There are as many `slots` as results.
+    """
 
     def __call__(
-        self, x_P: Tensor, slots_P: Tensor, bank_SN: Tensor, others: Sequence[Tensor], rows: Tensor | None = None
+        self, x_P: Tensor, slots: Tensor, bank_SN: Tensor, others: Sequence[Tensor], rows: Tensor | None = None
     ) -> Tensor: ...
 
 
+PREWARM_DEPTH = 4  # rows on their way at once before anything has been asked for
 POISON = 0xFF  # every byte of a free slot in tests: NaN in each floating type we hold
 
 
@@ -43,11 +50,28 @@ class Rows:
 
     def __init__(self, count: int, row_bytes: int, dtype: torch.dtype, poison: bool = False, raw: Tensor | None = None):
         # Not initialised: memory that no row has been loaded into is never touched, and never counts.
-        self.bytes = torch.empty((count, row_bytes), dtype=torch.uint8) if raw is None else raw
+        self.bytes = page_aligned(count * row_bytes).view(count, row_bytes) if raw is None else raw
         if poison:
             self.bytes.fill_(POISON)
         self.bank_SN = self.bytes.view(dtype)
         self.rows = [memoryview(self.bytes[i].numpy()) for i in range(count)]
+
+
+def page_aligned(nbytes: int) -> Tensor:
+    """Uninitialised bytes that begin at a page: what a read past the page cache needs."""
+    raw = torch.empty(nbytes + ROW_ALIGN, dtype=torch.uint8)
+    begin = -raw.data_ptr() % ROW_ALIGN
+    return raw[begin : begin + nbytes]
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A row on its way: into the slot of `load`, or into scratch row `place`."""
+
+    expert: int
+    place: int
+    load: Load | None
+    ticket: Ticket
 
 
 class LayerRuntime:
@@ -73,54 +97,46 @@ class LayerRuntime:
         own = scratch[: scratch.numel() // layout.row_bytes * layout.row_bytes].view(-1, layout.row_bytes)
         self.scratch = Rows(len(own), layout.row_bytes, layout.dtype, raw=own)
         self.module_core: RunCore | None = None  # set where the model is patched; serves `experts`
-        self._pending: list[tuple[Load, Ticket]] = []
+        self._arriving: deque[Arrival] = deque()
 
     # The verbs of a graph.
 
     def fetch(self, ids_P: Tensor) -> Tensor:
-        self._take_back()
-        ids = ids_P.reshape(-1).tolist()
+        ids, used = self._event(ids_P)
         cache = self.cache
-        unique = list(dict.fromkeys(ids))
-        cache.check(unique)
-        for e in ids:
-            cache.counters.counts[e] += 1
-        loads = cache.lookup(unique, self._tokens(len(ids)))
-        if loads:
-            self._start(loads)
+        loads = cache.lookup(list(used), self._tokens(len(ids)))
         slot_of = cache.slot_of
         if not loads:
             slots = [slot_of[e] for e in ids]
         else:
+            self._start(loads)
             pending = cache.pending
             slots = [pending[e].slot if e in pending else slot_of[e] for e in ids]
         return torch.tensor(slots, dtype=ids_P.dtype).view(ids_P.shape)
 
     def wait(self, ticket_P: Tensor) -> Tensor:
-        if self._pending:
-            self._finish()
+        while self._arriving:
+            self._arrived()
         return ticket_P.clone()
 
     def stream(self, x_P: Tensor, ids_P: Tensor, core: RunCore, others: Sequence[Tensor] = ()) -> Tensor:
-        self._take_back()
-        ids = ids_P.reshape(-1).tolist()
-        used = Counter(ids)
-        cache = self.cache
-        cache.check(list(used))
-        for e, count in used.items():
-            cache.counters.counts[e] += count
-        tokens = self._tokens(len(ids))
+        ids, used = self._event(ids_P)
+        cache, tokens = self.cache, self._tokens(len(ids))
         past: list[int] = []
         if len(ids) <= cache.slots:  # as small as a decode step: it may evict like one
             loads = cache.lookup(list(used), tokens)
         else:  # most used first: those get the free slots
             loads, past = cache.fill([e for e, _ in used.most_common()], tokens)
-        if loads:
+        if not loads and not past:
+            slot_of = cache.slot_of
+            slots_P = torch.tensor([slot_of[e] for e in ids], dtype=ids_P.dtype)
+            return core(x_P, slots_P, self.slots.bank_SN, others)
+        try:
             self._start(loads)
-            self._finish()
-        if not past:
-            return core(x_P, self._slots_of(ids_P, cache.slot_of), self.slots.bank_SN, others)
-        return self._waves(x_P, ids_P, core, others, past)
+            return self._overlapped(x_P, ids_P.reshape(-1), core, others, deque(past))
+        except BaseException:
+            self._abort()
+            raise
 
     def experts(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The whole module, for callers that no pass has rewritten: slower, never wrong."""
@@ -132,100 +148,119 @@ class LayerRuntime:
             weighted_PH = out_PH * weights_TK.reshape(-1, 1)
             return weighted_PH.view(tokens, k, -1).sum(dim=1).to(x_TH.dtype)
 
+    def _event(self, ids_P: Tensor) -> tuple[list[int], Counter[int]]:
+        """The ids of one event, checked and counted."""
+        if self._arriving:
+            self._abort()  # an event that was interrupted before its wait left loads behind; a new one starts clean
+        ids = ids_P.reshape(-1).tolist()
+        used = Counter(ids)
+        self.cache.check(list(used))
+        counts = self.cache.counters.counts
+        for e, count in used.items():
+            counts[e] += count
+        return ids, used
+
     # Loading.
 
-    def prewarm(self, experts: Sequence[int], progress: Callable[[int], object] = lambda n: None) -> None:
+    def prewarm(self, experts: Iterable[int], progress: Callable[[int], object] = lambda n: None) -> None:
         """Fill free slots with `experts`, most wanted first. Stops cleanly at any exception (Ctrl-C)."""
-        self._take_back()
-        for expert in experts:
-            loads = self.cache.prewarm([expert])  # planned one at a time: an interrupt leaves nothing pending
-            if loads:
-                self._start(loads)
-                self._finish(demanded=False)
+        if self._arriving:
+            self._abort()
+        try:
+            for load in self.cache.prewarm(list(experts)):
+                self._start([load], urgent=False)
+                if len(self._arriving) >= PREWARM_DEPTH:
+                    self._arrived(demanded=False)
+                    progress(1)
+            while self._arriving:
+                self._arrived(demanded=False)
                 progress(1)
+        except BaseException:
+            self._abort()
+            raise
 
-    def _start(self, loads: Sequence[Load]) -> None:
-        begun = time.perf_counter()
+    def _start(self, loads: Iterable[Load], urgent: bool = True) -> None:
         try:
             for load in loads:
-                row = self.slots.rows[load.slot]
-                if self.poison:
-                    self.slots.bytes[load.slot].fill_(POISON)
-                self._pending.append((load, self.transfer.start(self.store, self.bank.index, load.expert, row)))
+                self._send(load.expert, load.slot, load, urgent)
         except BaseException:
             self._abort()
             raise
-        finally:
-            self.cache.counters.stall_s += time.perf_counter() - begun
 
-    def _finish(self, demanded: bool = True) -> None:
+    def _send(self, expert: int, place: int, load: Load | None, urgent: bool = True) -> None:
+        rows = self.slots if load is not None else self.scratch
+        if self.poison:
+            rows.bytes[place].fill_(POISON)
+        ticket = self.transfer.start(self.store, self.bank.index, expert, rows.rows[place], urgent)
+        self._arriving.append(Arrival(expert, place, load, ticket))
+
+    def _arrived(self, demanded: bool = True) -> Arrival:
+        """The next row, in the order they were asked for, once it is complete and, if it has a slot, resident."""
         begun = time.perf_counter()
         try:
-            while self._pending:
-                load, ticket = self._pending[0]
-                nbytes = self.transfer.wait(ticket)
-                self._pending.pop(0)
-                self.cache.commit(load, nbytes, demanded)
+            arrival = self._arriving[0]
+            nbytes = self.transfer.wait(arrival.ticket)
+            self._arriving.popleft()
+            if arrival.load is not None:
+                self.cache.commit(arrival.load, nbytes, demanded)
+            else:
+                self.cache.count_miss(nbytes)
+                self.cache.counters.streamed += 1
+            return arrival
         except BaseException:
             self._abort()
             raise
         finally:
             self.cache.counters.stall_s += time.perf_counter() - begun
-
-    def _take_back(self) -> None:
-        """An event that was interrupted before its wait may have left loads behind; a new one starts clean."""
-        if self.cache.pending:
-            self._abort()
 
     def _abort(self) -> None:
-        """Give back the slot of every load that has not been committed."""
-        self._pending.clear()
-        for load in list(self.cache.pending.values()):
-            self.cache.abort(load)
-            if self.poison:
-                self.slots.bytes[load.slot].fill_(POISON)
-
-    def _waves(
-        self, x_P: Tensor, ids_P: Tensor, core: RunCore, others: Sequence[Tensor], past: Sequence[int]
-    ) -> Tensor:
-        cache, size = self.cache, len(self.scratch.rows)
-        slots_P = self._slots_of(ids_P, cache.slot_of)
-        out_P = None
-        for first in range(-size, len(past), size):  # the wave before the first is that of the resident rows
-            if first >= 0:
-                wave = past[first : first + size]
-                self._load_scratch(wave)
-                table = [-1] * cache.num_experts
-                for i, e in enumerate(wave):
-                    table[e] = i
-                slots_P = self._slots_of(ids_P, table)
-            mine = (slots_P >= 0).nonzero().flatten()
-            if len(mine) == 0:
-                continue
-            source = self.scratch if first >= 0 else self.slots
-            part = core(x_P, slots_P, source.bank_SN, others, mine)
-            if out_P is None:
-                out_P = part.new_empty((len(slots_P), *part.shape[1:]))
-            out_P[mine] = part
-        if out_P is None:
-            raise AssertionError(f"{self.bank.name}: waves without a pair")  # `past` is never empty here
-        return out_P
-
-    def _load_scratch(self, wave: Sequence[int]) -> None:
-        begun = time.perf_counter()
+        """Give back the slot of every load that has not been committed, once nothing writes there any more."""
+        arriving, self._arriving = self._arriving, deque()
         try:
-            for i, e in enumerate(wave):
-                if self.poison:
-                    self.scratch.bytes[i].fill_(POISON)
-                ticket = self.transfer.start(self.store, self.bank.index, e, self.scratch.rows[i])
-                self.cache.count_miss(self.transfer.wait(ticket))
-                self.cache.counters.streamed += 1
+            self.transfer.cancel(arrival.ticket for arrival in arriving)
         finally:
-            self.cache.counters.stall_s += time.perf_counter() - begun
+            for load in list(self.cache.pending.values()):
+                self.cache.abort(load)
+                if self.poison:
+                    self.slots.bytes[load.slot].fill_(POISON)
 
-    @staticmethod
-    def _slots_of(ids_P: Tensor, table: Sequence[int]) -> Tensor:
-        return torch.tensor(table, dtype=ids_P.dtype)[ids_P.reshape(-1)]
+    # Computing while loading.
+
+    def _overlapped(
+        self, x_P: Tensor, ids_P: Tensor, core: RunCore, others: Sequence[Tensor], past: deque[int]
+    ) -> Tensor:
+        """The resident experts' pairs first, then those of each row as it arrives.
+
+        `past` are experts without a slot: as many of their rows as there is scratch are on their way at any time.
+        """
+        for place in range(min(len(self.scratch.rows), len(past))):
+            self._send(past.popleft(), place, None)
+        absent = [arrival.expert for arrival in self._arriving] + list(past)
+        order_P = ids_P.argsort(stable=True)
+        ends_E = ids_P.bincount(minlength=self.cache.num_experts).cumsum(0).tolist()
+        out_P: Tensor | None = None
+
+        def compute(rows: Tensor, slots: Tensor, source: Rows) -> Tensor:
+            part = core(x_P, slots, source.bank_SN, others, rows)
+            out = part.new_empty((len(ids_P), *part.shape[1:])) if out_P is None else out_P
+            return out.index_copy_(0, rows, part)
+
+        here_E = torch.ones(self.cache.num_experts, dtype=torch.bool)
+        here_E[absent] = False
+        rows = here_E[ids_P].nonzero().flatten()
+        if len(rows):
+            out_P = compute(rows, torch.tensor(self.cache.slot_of)[ids_P[rows]], self.slots)
+        while self._arriving:
+            arrival = self._arrived()
+            e = arrival.expert
+            rows = order_P[ends_E[e - 1] if e else 0 : ends_E[e]]
+            source = self.slots if arrival.load is not None else self.scratch
+            out_P = compute(rows, torch.full_like(rows, arrival.place), source)
+            if arrival.load is None and past:
+                self._send(past.popleft(), arrival.place, None)
+        if out_P is None:
+            raise AssertionError(f"{self.bank.name}: nothing was computed")  # there was a load, so there were pairs
+        return out_P
 
     def _tokens(self, pairs: int) -> int:
         return -(-pairs // self.bank.top_k)

@@ -1,46 +1,221 @@
-"""Move a row from a store into device memory: start, then wait.
+"""Move rows from a store into device memory: start, then wait.
 
-`start` may do anything from all of the work to none of it; after `wait` returns, the row's bytes are where the next
-kernel will read them. Adding a device is one class and one line in `TRANSFERS`.
+`start` hands a row over, `wait` returns once its bytes are where the next kernel will read them. Several rows, and the
+parts of one row, are on their way at once. Adding a device is one class and one line in `TRANSFERS`.
+
+    urgent       what a forward needs now          first in, first out
+    background   pre-warming, guesses              only while nothing urgent is queued
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
+from .errors import ClosedError, ExpertReadError
 from .stores import Store
+from .stores.request import RowRead
+
+logger = logging.getLogger("moe_offload")
+
+THREADS = 4  # reads in flight; measured: more do not help (README)
+SLOW_S = 5.0  # a wait as long as this is worth a line in the log
+TIMEOUT_S = 300.0  # and after this it is an error: nothing waits for ever
 
 
-@dataclass
 class Ticket:
-    """A transfer under way, or done."""
+    """A row under way. `error` is what stopped it; `nbytes` counts once it is `done` without one."""
 
-    nbytes: int
+    def __init__(self, name: str, read: RowRead):
+        self.name = name
+        self.queued = deque(read.parts)
+        self.unfinished = len(read.parts)
+        self.finish = read.finish
+        self.nbytes = 0
+        self.error: BaseException | None = None
+        self.done = threading.Event()
 
 
 class Transfer(Protocol):
-    def start(self, store: Store, layer: int, expert: int, row: memoryview) -> Ticket:
+    def start(self, store: Store, layer: int, expert: int, row: memoryview, urgent: bool = True) -> Ticket:
         """Begin to fill `row` (writable bytes of one slot) with that expert. Errors of the store may surface here."""
 
     def wait(self, ticket: Ticket) -> int:
-        """Return the bytes moved, once the row is complete. Errors of the store may surface here too."""
+        """Return the bytes moved, once the row is complete. Errors of the store surface here too."""
+
+    def hurry(self, ticket: Ticket) -> None:
+        """A row that was started in the background is needed now."""
+
+    def cancel(self, tickets: Iterable[Ticket]) -> None:
+        """Drop what has not begun, and return when nothing writes into these rows any more."""
+
+    def idle(self) -> bool:
+        """Whether nothing is queued or under way."""
 
     def close(self) -> None: ...
 
 
-class SyncTransfer:
-    """Reads straight into the slot, in the calling thread: the reference every other transfer must equal."""
+class ThreadTransfer:
+    """A few threads that take parts from two queues. They start with the first row and end with `close`.
 
-    def start(self, store: Store, layer: int, expert: int, row: memoryview) -> Ticket:
-        return Ticket(store.read(layer, expert, row))
+    A reader thread holds the GIL only between reads, and no lock while it reads. What it raises, whatever it is, is
+    raised by the `wait` for that row. A process forked from this one has no such threads: it gets `ClosedError`.
+    """
+
+    def __init__(self, threads: int = THREADS):
+        self._count = threads
+        self._threads: list[threading.Thread] = []
+        self._changed = threading.Condition()  # guards all below, and every ticket's counts
+        self._urgent: deque[Ticket] = deque()
+        self._background: deque[Ticket] = deque()
+        self._running: dict[int, tuple[Ticket, float]] = {}  # thread -> the ticket it works for, since when
+        self._closed = False
+        self._pid = os.getpid()
+
+    def start(self, store: Store, layer: int, expert: int, row: memoryview, urgent: bool = True) -> Ticket:
+        self._check_open()
+        ticket = Ticket(f"layer {layer}, expert {expert}", store.begin(layer, expert, row))
+        with self._changed:
+            if not self._threads:
+                self._start_threads()
+            (self._urgent if urgent else self._background).append(ticket)
+            self._changed.notify(len(ticket.queued))
+        return ticket
 
     def wait(self, ticket: Ticket) -> int:
+        begun, warned = time.monotonic(), False
+        while not ticket.done.wait(SLOW_S):
+            self._check_open()
+            waited = time.monotonic() - begun
+            if waited > TIMEOUT_S:
+                raise ExpertReadError(
+                    f"{ticket.name}: its row has not arrived after {waited:.0f} s; {self._state()}. The disk or mount "
+                    "does not answer; the next call tries again."
+                )
+            if not warned:
+                warned = True
+                logger.warning("%s: waited %.0f s for its row; %s", ticket.name, waited, self._state())
+        if ticket.error is not None:
+            raise ticket.error
         return ticket.nbytes
 
+    def hurry(self, ticket: Ticket) -> None:
+        with self._changed:
+            if ticket in self._background:
+                self._background.remove(ticket)
+                self._urgent.append(ticket)
+                self._changed.notify(len(ticket.queued))
+
+    def cancel(self, tickets: Iterable[Ticket]) -> None:
+        tickets, interrupted = list(tickets), None
+        with self._changed:
+            for ticket in tickets:
+                self._drop(ticket, ClosedError(f"{ticket.name}: cancelled"))
+        for ticket in tickets if os.getpid() == self._pid else ():
+            while not ticket.done.is_set():
+                try:
+                    if not ticket.done.wait(TIMEOUT_S):
+                        self._closed = True  # a read that hangs may still write: nothing is ever loaded there again
+                        break
+                except KeyboardInterrupt as error:  # the slots are not ours before the reads under way have ended
+                    interrupted = error
+        if interrupted is not None:
+            raise interrupted
+
+    def idle(self) -> bool:
+        return not (self._urgent or self._background or self._running)
+
     def close(self) -> None:
-        pass
+        with self._changed:
+            if self._closed:
+                return
+            self._closed = True
+            for ticket in (*self._urgent, *self._background):
+                self._drop(ticket, self._is_closed())
+            self._changed.notify_all()
+        if os.getpid() == self._pid:
+            for thread in self._threads:
+                thread.join(SLOW_S)
+
+    def _start_threads(self) -> None:
+        # Daemons: a read that hangs must not keep the interpreter from ending.
+        for i in range(self._count):
+            thread = threading.Thread(target=self._work, name=f"moe_offload-read-{i}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._urgent or self._background or self._closed):
+                    self._changed.wait()
+                queue = self._urgent or self._background
+                if not queue:
+                    return
+                ticket = queue[0]
+                part = ticket.queued.popleft()
+                if not ticket.queued:
+                    queue.popleft()
+                self._running[threading.get_ident()] = (ticket, time.monotonic())
+            try:
+                if ticket.error is None:
+                    part()
+            except BaseException as error:  # whatever it is, it belongs to the forward that waits
+                ticket.error = ticket.error or error
+            del part  # holds on to the row's memory
+            self._part_done(ticket)
+
+    def _part_done(self, ticket: Ticket) -> None:
+        with self._changed:
+            ticket.unfinished -= 1
+            last = ticket.unfinished == 0
+        try:
+            if last and ticket.error is None:
+                ticket.nbytes = ticket.finish()
+        except BaseException as error:
+            ticket.error = error
+        with self._changed:
+            del self._running[threading.get_ident()]
+        if last:
+            ticket.done.set()
+
+    def _drop(self, ticket: Ticket, why: Exception) -> None:
+        """Forget the parts that no thread has taken. The caller holds the lock."""
+        for queue in (self._urgent, self._background):
+            if ticket in queue:
+                queue.remove(ticket)
+        ticket.unfinished -= len(ticket.queued)
+        if ticket.queued:
+            ticket.error = ticket.error or why
+            ticket.queued.clear()
+        if ticket.unfinished == 0:
+            ticket.done.set()
+
+    def _check_open(self) -> None:
+        if os.getpid() != self._pid:
+            raise ClosedError(
+                "this process was forked from the one that offloaded the model, and the threads that read experts are "
+                "not in it; load the model in the process that runs it (for multiprocessing, use the 'spawn' method)"
+            )
+        if self._closed:
+            raise self._is_closed()
+
+    def _is_closed(self) -> ClosedError:
+        return ClosedError("this transfer was closed. Offload the model again to go on.")
+
+    def _state(self) -> str:
+        with self._changed:
+            now = time.monotonic()
+            under_way = [f"{ticket.name} for {now - since:.1f} s" for ticket, since in self._running.values()]
+            return (
+                f"reading: {', '.join(under_way) or 'nothing'}; queued: {len(self._urgent)} urgent rows, "
+                f"{len(self._background)} in the background"
+            )
 
 
-TRANSFERS: dict[str, Callable[[], Transfer]] = {"cpu": SyncTransfer}
+TRANSFERS: dict[str, Callable[[], Transfer]] = {"cpu": ThreadTransfer}

@@ -3,7 +3,7 @@
 Shapes: P token-expert pairs, S slots, H hidden, I inner.
 
     core(x [P, ...], slots [P], bank [S, N], others)         -> y [P, H]
-    core(x [P, ...], slots [P], bank [S, N], others, rows)   -> y [len(rows), H]     the pairs of one wave
+    core(x [P, ...], slots [R], bank [S, N], others, rows)   -> y [R, H]     the R pairs `rows` of one wave
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ class Core:
 
     `whole` runs every pair, `part` the products of some (see `waves`); `run_whole` and `run_part` are what executes
     them, the graphs themselves or compiled forms. `fields` names the weights they take, in order; `scalars` are the
-    positions among the others of tensors that stand for plain numbers. Layers whose cores have the same `key` can share
-    one.
+    positions among the others of tensors that stand for plain numbers. With `rows_alone` a pair's result does not
+    depend on which other pairs run with it, so a wave runs `whole` on its own pairs. Layers whose cores have the same
+    `key` can share one.
     """
 
     whole: GraphModule
@@ -33,6 +34,7 @@ class Core:
     grouped: bool
     fields: tuple[str, ...]
     scalars: tuple[int, ...]
+    rows_alone: bool
     bank: Bank
     compiler: Callable[[GraphModule], Callable[..., Tensor]]
     run_whole: Callable[..., Tensor] = field(init=False)
@@ -47,24 +49,29 @@ class Core:
             self.grouped,
             self.fields,
             self.scalars,
+            self.rows_alone,
             self.bank.fields,
             self.bank.dtype,
             self.compiler,
         )
 
     def __call__(
-        self, x_P: Tensor, slots_P: Tensor, bank_SN: Tensor, others: Sequence[Any], rows: Tensor | None = None
+        self, x_P: Tensor, slots: Tensor, bank_SN: Tensor, others: Sequence[Any], rows: Tensor | None = None
     ) -> Tensor:
         """One result per pair, in their order; with `rows` (ascending positions), one per pair of `rows`.
 
-        `bank_SN` may have any number of slots, and must hold those of the pairs that are asked for.
+        There is a slot for each result. `bank_SN` may have any number of slots, and must hold those.
         """
         views = self.bank.views(bank_SN)
         others = [other.item() if i in self.scalars else other for i, other in enumerate(others)]
         given = (*(views[name] for name in self.fields), *others)
         if rows is None:
-            return self.run_whole(x_P, slots_P, None, *given)
-        # A batched matmul of one takes another kernel, which rounds differently: never run a pair alone.
-        chosen = rows.expand(2) if len(rows) == 1 and not self.grouped else rows
-        # Pairs that are not asked for may have no slot; what is computed for them is dropped.
-        return self.run_part(x_P, slots_P.clamp(min=0), chosen, *given)[rows]
+            return self.run_whole(x_P, slots, None, *given)
+        count = len(rows)
+        if count == 1 and not self.grouped:
+            # A batched matmul of one takes another kernel, which rounds differently: never run a pair alone.
+            rows, slots = rows.expand(2), slots.expand(2)
+        if self.rows_alone:
+            return self.run_whole(x_P[rows], slots, None, *given)[:count]
+        slots_P = slots.new_zeros(len(x_P)).index_copy(0, rows, slots)
+        return self.run_part(x_P, slots_P, rows, *given)[rows[:count]]

@@ -36,10 +36,16 @@ def offload_pipeline(
     sites: Sequence[Site],
     banks: Mapping[Hashable, Bank],
     compile_core: Callable[[GraphModule], Callable[..., Tensor]] | None = None,
+    overlap: bool = False,
 ) -> list[Pass]:
-    """Serve every site from its bank: decode sites by slot, the rest in waves."""
+    """Serve every site from its bank: decode sites by slot, the rest in waves.
+
+    With `overlap` decode sites become waves as well: a wave computes what is resident while the rest loads, which a
+    renamed index cannot.
+    """
     core: dict[str, Any] = {} if compile_core is None else {"compile_core": compile_core}
-    return [partial(slots, sites=sites, banks=banks), partial(waves, sites=sites, banks=banks, **core)]
+    in_waves = partial(waves, sites=sites, banks=banks, **core)
+    return [in_waves] if overlap else [partial(slots, sites=sites, banks=banks), in_waves]
 
 
 def observe_pipeline(sites: Sequence[Site]) -> list[Pass]:

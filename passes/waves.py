@@ -16,6 +16,7 @@ A site is left alone when `slots` has already renamed it.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
@@ -31,6 +32,8 @@ from .core import Core
 from .erase import erase_orphans
 from .find import Site, UnknownUse
 from .slots import regroup
+
+VECTORS = 64  # elements that the widest elementwise loop takes at a time
 
 
 def waves(
@@ -52,7 +55,8 @@ def waves(
         x, ids, others = _inputs(site, nodes, fixed)
         whole, scalars = _extract(site, nodes, fixed, exit_node, x, ids, others)
         part, _ = _extract(site, nodes, fixed, exit_node, x, ids, others, of_rows=True)
-        core = Core(whole, part, site.grouped, tuple(site.weights), scalars, banks[site.layer], compile_core)
+        alone = _fills_vectors(site, nodes)
+        core = Core(whole, part, site.grouped, tuple(site.weights), scalars, alone, banks[site.layer], compile_core)
         if not ops.knows_core(core):
             core.run_whole, core.run_part = compile_core(whole), compile_core(part)
         number = ops.register_core(core)
@@ -235,6 +239,22 @@ def _operand(node: Node, position: int) -> Node:
 def spread(part: Tensor, rows: Tensor, like: Tensor) -> Tensor:
     """`part[i]` at position `rows[i]` of a tensor as long as `like`, zeros elsewhere."""
     return part.new_zeros((like.shape[0], *part.shape[1:])).index_copy(0, rows, part)
+
+
+def _fills_vectors(site: Site, nodes: Mapping[Node, None]) -> bool:
+    """Whether every pair's share of every intermediate fills whole vectors, so that no pair meets the end of a tensor.
+
+    An elementwise kernel takes two vector registers at a time (64 bfloat16 of AVX-512) and rounds what is left over
+    otherwise. Nothing is left over, however many pairs there are, when each has a multiple of that.
+    """
+    views = {view for read in site.reads for view in read.views}
+    for node in nodes:
+        value = node.meta.get("example_value")
+        if node not in views and isinstance(value, Tensor) and value.is_floating_point():
+            share = math.prod(value.shape[1:])
+            if not isinstance(share, int) or share % VECTORS:
+                return False
+    return True
 
 
 def _refuse_pair_counts(site: Site, node: Node) -> None:

@@ -11,7 +11,8 @@ from moe_offload.errors import ClosedError, ExpertReadError
 from moe_offload.experts import ExpertBank, RowLayout
 from moe_offload.policies import POLICIES
 from moe_offload.runtime import LayerRuntime, Runtime
-from moe_offload.transfer import SyncTransfer
+from moe_offload.stores.request import RowRead
+from moe_offload.transfer import ThreadTransfer
 
 from .test_cache import check
 
@@ -28,6 +29,9 @@ class FaultStore:
         self.at, self.fault, self.lasting = at, fault, lasting
         self.log, self.closed = [], 0
 
+    def begin(self, layer, expert, row):
+        return RowRead([lambda: None], lambda: self.read(layer, expert, row))
+
     def read(self, layer, expert, row):
         if self.closed:
             raise ClosedError("closed")
@@ -43,9 +47,13 @@ class FaultStore:
         self.closed += 1
 
 
-def make(slots=3, store=None, scratch_rows=1, poison=True):
+def make(slots=3, store=None, scratch_rows=1, poison=True, threads=1):
     store = FaultStore() if store is None else store
-    scratch, transfer, layers = torch.zeros(scratch_rows * LAYOUT.row_bytes, dtype=torch.uint8), SyncTransfer(), []
+    scratch, transfer, layers = (
+        torch.zeros(scratch_rows * LAYOUT.row_bytes, dtype=torch.uint8),
+        ThreadTransfer(threads),
+        [],
+    )
     for index in range(LAYERS):
         bank = ExpertBank(index, (f"layer {index}",), (), E, K, LAYOUT)
         policy = POLICIES["decayed_lfu"](E, 32.0)
@@ -56,7 +64,7 @@ def make(slots=3, store=None, scratch_rows=1, poison=True):
 
 def tags(x_P, slots_P, bank_SN, others, rows=None):
     """A core whose result is each pair's row: (first element, last element of the second field)."""
-    slots_P = slots_P if rows is None else slots_P[rows]
+    assert rows is None or len(rows) == len(slots_P)
     assert bool((slots_P >= 0).all())
     return bank_SN[slots_P][:, [0, B]]
 
@@ -82,7 +90,7 @@ def run(layer, ids):
 
 def assert_sound(layer):
     check(layer.cache)
-    assert not layer.cache.pending and not layer._pending
+    assert not layer.cache.pending and not layer._arriving
     for e in layer.cache.resident():
         row = layer.slots.bank_SN[layer.cache.slot_of[e]]
         assert bool((row == 100.0 * layer.bank.index + e).all()), f"slot of expert {e} holds something else"

@@ -7,10 +7,13 @@ a whole one, compared bit for bit with the unmodified graph.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
+import time
 
 import pytest
 import torch
+from torch import Tensor
 
 from moe_offload import ExpertReadError, OffloadConfig, optimize
 from moe_offload.cache import LayerCache, Load
@@ -22,6 +25,8 @@ from moe_offload.plan import floor
 from moe_offload.policies import POLICIES
 from moe_offload.runtime import POISON, LayerRuntime
 from moe_offload.stores.host import HostStore
+from moe_offload.stores.request import RowRead
+from moe_offload.transfer import ThreadTransfer
 
 slots_pass = importlib.import_module("passes.slots")  # the name `passes.slots` is the pass itself
 
@@ -33,10 +38,10 @@ def tiny():
     return build("gpt_oss", num_hidden_layers=1, layer_types=["full_attention"])
 
 
-def offloaded(implementation):
+def offloaded(implementation, overlap):
     model = tiny()
     config = OffloadConfig(
-        experts_implementation=implementation, compile="graph", poison=True, kv_tokens=64, wave_rows=2
+        experts_implementation=implementation, compile="graph", overlap=overlap, poison=True, kv_tokens=64, wave_rows=2
     )
     banks = find_experts(model)
     return optimize(model, floor(layer_shapes(banks), costs(model, banks, config)), device_map="cpu", config=config)
@@ -59,7 +64,7 @@ def references():
 @pytest.fixture(scope="module")
 def compiled():
     """Offloaded models whose graphs are compiled once; each test gives them an empty cache."""
-    return {implementation: offloaded(implementation) for implementation in ("grouped_mm", "batched_mm")}
+    return {(i, overlap): offloaded(i, overlap) for i in ("grouped_mm", "batched_mm") for overlap in (True, False)}
 
 
 def empty(model):
@@ -67,22 +72,22 @@ def empty(model):
     policy = POLICIES["decayed_lfu"](layer.cache.num_experts, 32.0)
     layer.cache = LayerCache(layer.cache.num_experts, layer.cache.slots, policy)
     layer.slots.bytes.fill_(POISON)
-    layer._pending.clear()
+    assert not layer._arriving
     return layer
 
 
 def finds_a_fault(model, reference, patch):
     """The oracle: whether anything is raised, or any output differs from the reference in any bit."""
     layer, reads = empty(model), []
-    real = layer.store.read
+    real = layer.store.begin
 
-    def read(index, expert, row):
+    def begin(index, expert, row):
         reads.append(expert)
         if len(reads) == FAILING_READ:
             raise ExpertReadError("on purpose")
         return real(index, expert, row)
 
-    patch.setattr(layer.store, "read", read)
+    patch.setattr(layer.store, "begin", begin)
     try:
         with contextlib.suppress(ExpertReadError):
             run_session(model, "lm", **SESSION)
@@ -130,17 +135,31 @@ def lookup_protects_nothing(patch):
 
 
 def half_a_row_is_committed(patch):
-    def read(self, layer, expert, row):
+    def begin(self, layer, expert, row):
         data = self._rows[layer][expert].numpy().data
-        row[: len(row) // 2] = data[: len(row) // 2]
-        return len(row)
 
-    patch.setattr(HostStore, "read", read)
+        def half():
+            row[: len(row) // 2] = data[: len(row) // 2]
+
+        return RowRead([half], lambda: len(row))
+
+    patch.setattr(HostStore, "begin", begin)
 
 
 def the_neighbour_is_read(patch):
-    real = HostStore.read
-    patch.setattr(HostStore, "read", lambda self, layer, e, row: real(self, layer, max(0, e - 1), row))
+    real = HostStore.begin
+    patch.setattr(HostStore, "begin", lambda self, layer, e, row: real(self, layer, max(0, e - 1), row))
+
+
+def nobody_waits(patch):
+    real = HostStore.begin
+
+    def begin(self, layer, expert, row):
+        read = real(self, layer, expert, row)
+        return RowRead([lambda: time.sleep(0.02), *read.parts], read.finish)
+
+    patch.setattr(HostStore, "begin", begin)
+    patch.setattr(ThreadTransfer, "wait", lambda self, ticket: 0)
 
 
 def a_victim_stays_mapped(patch):
@@ -166,37 +185,72 @@ def a_victim_stays_mapped(patch):
 
 
 def scratch_rows_are_swapped(patch):
-    real = LayerRuntime._load_scratch
-    patch.setattr(LayerRuntime, "_load_scratch", lambda self, wave: real(self, wave[::-1]))
+    real = LayerRuntime._arrived
+
+    def arrived(self, demanded=True):
+        arrival = real(self, demanded)
+        return arrival if arrival.load else dataclasses.replace(arrival, place=(arrival.place + 1) % 2)
+
+    patch.setattr(LayerRuntime, "_arrived", arrived)
+
+
+def rows_go_to_the_neighbour_s_slot(patch):
+    real = LayerRuntime._arrived
+
+    def arrived(self, demanded=True):
+        arrival = real(self, demanded)
+        return dataclasses.replace(arrival, place=(arrival.place + 1) % self.cache.slots) if arrival.load else arrival
+
+    patch.setattr(LayerRuntime, "_arrived", arrived)
+
+
+def results_go_to_the_next_pair(patch):
+    real = Tensor.index_copy_
+    patch.setattr(Tensor, "index_copy_", lambda out, dim, rows, part: real(out, dim, (rows + 1) % len(out), part))
 
 
 IN_THE_RUNTIME = [
-    wait_names_the_next_slot,
     lookup_protects_nothing,
     half_a_row_is_committed,
     the_neighbour_is_read,
     a_victim_stays_mapped,
     scratch_rows_are_swapped,
+    nobody_waits,
+]
+IN_ONE_WAY_TO_DECODE = [
+    (wait_names_the_next_slot, False),
+    (rows_go_to_the_neighbour_s_slot, True),
+    (results_go_to_the_next_pair, True),
 ]
 IN_A_PASS = [(biases_keep_the_true_ids, "batched_mm"), (weights_keep_the_true_ids, "grouped_mm")]
 implementations = pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+overlaps = pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "wait"])
 
 
 @implementations
-def test_the_oracle_finds_nothing_in_the_product(references, compiled, monkeypatch, implementation):
-    assert not finds_a_fault(compiled[implementation], references[implementation], monkeypatch)
+@overlaps
+def test_the_oracle_finds_nothing_in_the_product(references, compiled, monkeypatch, implementation, overlap):
+    assert not finds_a_fault(compiled[implementation, overlap], references[implementation], monkeypatch)
 
 
 @implementations
+@overlaps
 @pytest.mark.parametrize("mutate", IN_THE_RUNTIME)
-def test_a_mutation_of_the_runtime_is_found(references, compiled, monkeypatch, mutate, implementation):
+def test_a_mutation_of_the_runtime_is_found(references, compiled, monkeypatch, mutate, implementation, overlap):
     mutate(monkeypatch)
-    assert finds_a_fault(compiled[implementation], references[implementation], monkeypatch)
+    assert finds_a_fault(compiled[implementation, overlap], references[implementation], monkeypatch)
+
+
+@implementations
+@pytest.mark.parametrize(("mutate", "overlap"), IN_ONE_WAY_TO_DECODE)
+def test_a_mutation_of_one_way_to_decode_is_found(references, compiled, monkeypatch, mutate, implementation, overlap):
+    mutate(monkeypatch)
+    assert finds_a_fault(compiled[implementation, overlap], references[implementation], monkeypatch)
 
 
 @pytest.mark.parametrize(("mutate", "implementation"), IN_A_PASS)
 def test_a_mutation_of_a_pass_is_found(references, monkeypatch, mutate, implementation):
     mutate(monkeypatch)
-    model = offloaded(implementation)
+    model = offloaded(implementation, overlap=False)
     assert finds_a_fault(model, references[implementation], monkeypatch)
     model.moe_offload.close()

@@ -71,7 +71,8 @@ def test_a_failed_load_leaves_no_mapping_and_its_slot_free():
     store.at, store.fault = len(store.log) + 2, ExpertReadError("EIO")
     with pytest.raises(ExpertReadError):
         decode(layer, [2, 3])
-    assert layer.cache.resident() == [] and len(layer.cache.free) == K
+    assert layer.cache.resident() == [2] and len(layer.cache.free) == K - 1, "what has arrived stays"
+    assert_sound(layer)
     assert torch.equal(decode(layer, [2, 3]), expected(0, [2, 3]))
 
 

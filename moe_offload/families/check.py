@@ -36,21 +36,33 @@ class Case:
     batch: int = 1
     static_cache: bool = False
     residency: float = 0.0  # share of experts that have a slot; 0 is the floor
+    overlap: bool | None = None  # whether decode computes while it loads; None: as it comes
 
     def __str__(self) -> str:
         cache = "static" if self.static_cache else "dynamic"
-        return f"{self.implementation} {self.dtype} batch {self.batch} {cache} cache, {self.residency:.0%} resident"
+        waits = ", waiting for all" if self.overlap is False else ""
+        where = f"{self.residency:.0%} resident{waits}"
+        return f"{self.implementation} {self.dtype} batch {self.batch} {cache} cache, {where}"
 
 
-#: Both implementations and dtypes, both batches and caches, at the floor and above it: what the command runs.
-QUICK = (Case("grouped_mm", "float32", 1, False, 0.0), Case("batched_mm", "bfloat16", 3, True, 0.5))
+#: Both implementations, dtypes, batches, caches and ways to decode, at the floor and above: what the command runs.
+QUICK = (
+    Case("grouped_mm", "float32", 1, False, 0.0),
+    Case("grouped_mm", "float32", 1, False, 0.0, overlap=False),
+    Case("batched_mm", "bfloat16", 3, True, 0.5),
+)
 #: The other halves of those pairs, and the remaining budgets.
 SLICE = (*QUICK, Case("batched_mm", "float32", 3, True, 0.25), Case("grouped_mm", "bfloat16", 3, True, 1.0))
 MATRIX = tuple(
     itertools.starmap(
         Case,
         itertools.product(
-            ("grouped_mm", "batched_mm"), ("float32", "bfloat16"), (1, 3), (False, True), (0.0, 0.25, 0.5, 1.0)
+            ("grouped_mm", "batched_mm"),
+            ("float32", "bfloat16"),
+            (1, 3),
+            (False, True),
+            (0.0, 0.25, 0.5, 1.0),
+            (False, True),
         ),
     )
 )
@@ -127,7 +139,12 @@ def _resident(family: str, implementation: str, dtype: str, compile: str) -> Any
 def _offloaded(family: str, case: Case, compile: str, options: dict[str, Any]) -> list[Tensor]:
     model: Any = build(family, dtype=getattr(torch, case.dtype))
     settings = OffloadConfig(
-        experts_implementation=case.implementation, compile=compile, poison=True, kv_tokens=64, wave_rows=1
+        experts_implementation=case.implementation,
+        compile=compile,
+        overlap=case.overlap,
+        poison=True,
+        kv_tokens=64,
+        wave_rows=1,
     )
     banks = find_experts(model)
     budget = budget_for(case.residency, layer_shapes(banks), costs(model, banks, settings))

@@ -1,6 +1,6 @@
 """Stores: where experts' rows rest while they are not in a slot.
 
-Adding one is one class with `read` and `close`, and one line in `STORES`.
+Adding one is one class with `begin`, `read` and `close`, and one line in `STORES`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from .disk import DiskStore
 from .host import HostStore
+from .request import RowRead
 
 STORES: dict[str, Any] = {
     "disk": DiskStore,
@@ -18,6 +19,9 @@ STORES: dict[str, Any] = {
 
 class Store(Protocol):
     """One medium that holds the rows of some layers. Safe to call from several threads."""
+
+    def begin(self, layer: int, expert: int, row: memoryview) -> RowRead:
+        """The work of filling `row`, in parts for several threads; nothing is read yet. See `read`."""
 
     def read(self, layer: int, expert: int, row: memoryview) -> int:
         """Fill `row` with that expert's fields at their layout's offsets; return the bytes read from the medium.

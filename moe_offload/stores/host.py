@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
+import numpy as np
 import torch
 
 from ..errors import ClosedError
 from ..experts import ExpertBank
-from .request import check_request
+from .request import RowRead, check_request
+
+#: Copied in one go by one thread: long enough to be worth handing over, short enough that several threads share a row.
+PART_BYTES = 2 << 20
 
 
 class HostStore:
@@ -19,13 +24,19 @@ class HostStore:
         self._counts = [layer.shape[0] for layer in rows]
         self._row_bytes = [layer.shape[1] for layer in rows]
 
-    def read(self, layer: int, expert: int, row: memoryview) -> int:
+    def begin(self, layer: int, expert: int, row: memoryview) -> RowRead:
         rows = self._rows  # a reader that got here before `close` keeps the memory until it is done
         if rows is None:
             raise ClosedError("this store was closed; its rows are gone. Offload the model again to go on.")
         check_request(layer, expert, self._counts, row, self._row_bytes)
-        torch.frombuffer(row, dtype=torch.uint8).copy_(rows[layer][expert])  # releases the GIL, unlike row[:] = ...
-        return self._row_bytes[layer]
+        source, target = rows[layer][expert].numpy(), np.frombuffer(row, np.uint8)
+        nbytes = self._row_bytes[layer]
+        pieces = [slice(at, at + PART_BYTES) for at in range(0, nbytes, PART_BYTES)]
+        # numpy copies without the GIL, and in the calling thread alone: torch would wake its own threads.
+        return RowRead([partial(np.copyto, target[p], source[p]) for p in pieces], lambda: nbytes)
+
+    def read(self, layer: int, expert: int, row: memoryview) -> int:
+        return self.begin(layer, expert, row).run()
 
     def close(self) -> None:
         self._rows = None

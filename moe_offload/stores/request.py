@@ -1,10 +1,34 @@
-"""What every store checks before it serves a request: a negative index would otherwise count from the end."""
+"""What stores have in common: the checks before a request is served, and the reading that answers it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RowRead:
+    """One row on its way: `parts` may run in any order and in any thread, `finish` after the last of them.
+
+    Neither starts anything by itself. `finish` returns the bytes read from the medium. Both raise what `Store.read`
+    raises.
+    """
+
+    parts: Sequence[Callable[[], None]]
+    finish: Callable[[], int]
+
+    def run(self) -> int:
+        """All of it, in the calling thread."""
+        for part in self.parts:
+            part()
+        return self.finish()
+
 
 def check_request(layer: int, expert: int, counts: list[int], row: memoryview, row_bytes: list[int]) -> None:
-    """`counts[layer]` experts of `row_bytes[layer]` bytes each are held. Raises `IndexError` or `ValueError`."""
+    """`counts[layer]` experts of `row_bytes[layer]` bytes each are held. Raises `IndexError` or `ValueError`.
+
+    A negative index would otherwise count from the end.
+    """
     if not (0 <= layer < len(counts) and 0 <= expert < counts[layer]):
         held = counts[layer] if 0 <= layer < len(counts) else 0
         raise IndexError(

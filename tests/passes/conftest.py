@@ -12,7 +12,7 @@ from .fakes import Block
 H, INNER, E, K = 16, 24, 8, 2
 
 
-def _experts(kind: str):
+def _experts(kind: str, H: int = H, INNER: int = INNER):
     from transformers.models.aria import configuration_aria, modeling_aria
     from transformers.models.gpt_oss import configuration_gpt_oss, modeling_gpt_oss
     from transformers.models.muse_spark import configuration_muse_spark, modeling_muse_spark
@@ -63,16 +63,21 @@ def block(kind: str, implementation: str, dtype: torch.dtype) -> Block:
     return make_block(kind, implementation, dtype)
 
 
-def make_block(kind: str, implementation: str = "batched_mm", dtype: torch.dtype = torch.float32) -> Block:
+def make_block(
+    kind: str,
+    implementation: str = "batched_mm",
+    dtype: torch.dtype = torch.float32,
+    sizes: tuple[int, int] = (H, INNER),
+) -> Block:
     torch.manual_seed(0)
-    config, experts = _experts(kind)
+    config, experts = _experts(kind, *sizes)
     experts.config = SimpleNamespace(**{**vars(config), "_experts_implementation": implementation})
-    block = Block(experts, H, experts.num_experts, K).to(dtype)
+    block = Block(experts, sizes[0], experts.num_experts, K).to(dtype)
     with torch.no_grad():
         for p in block.parameters():
             p.copy_(torch.randn_like(p))
     return block.requires_grad_(False)
 
 
-def hidden(tokens: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(tokens, H, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+def hidden(tokens: int, dtype: torch.dtype = torch.float32, size: int = H) -> torch.Tensor:
+    return torch.randn(tokens, size, generator=torch.Generator().manual_seed(tokens)).to(dtype)

@@ -151,7 +151,8 @@ class FakeLayer:
         out = None
         for wave in waves:
             mine = torch.isin(ids_P, torch.tensor(wave)).nonzero().flatten()
-            part = core(x_P, self._slots(ids_P), self.bank_SN, others, mine if self.wave else None)
+            slots = self._slots(ids_P)[mine] if self.wave else self._slots(ids_P)
+            part = core(x_P, slots, self.bank_SN, others, mine if self.wave else None)
             out = part.new_empty((len(x_P), *part.shape[1:])) if out is None else out
             out[mine] = part
         return out

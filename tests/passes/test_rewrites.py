@@ -39,6 +39,20 @@ def test_waves_equal_the_unmodified_graph(block, dtype, wave, dynamic):
     assert len(layer.calls) == 1 and layer.calls[0].startswith("stream")
 
 
+@pytest.mark.parametrize("tokens", [1, 7, 33])
+@pytest.mark.parametrize("wave", [1, 3])
+def test_a_wave_runs_alone_where_pairs_fill_vectors(kind, implementation, dtype, tokens, wave):
+    """Sizes as in real models: no elementwise kernel meets an end of a tensor that does not fill a vector."""
+    traced = trace(make_block(kind, implementation, dtype, (128, 192)), hidden(tokens, dtype, 128))
+    want = traced.run()
+    layer = permuted(traced.params, wave=wave)
+    sites = traced.sites()
+    passes.waves(traced.gm.graph, sites=sites, banks={"layer": layer.bank})
+    stream = next(node for node in traced.gm.graph.nodes if node.target is ops.stream)
+    assert ops._CORES[stream.args[4]].rows_alone == (kind != "normed"), "a norm's mean is one number a pair"
+    assert torch.equal(traced.run({sites[0].bank: layer.bank_SN}), want)
+
+
 def test_waves_leave_only_routing_and_weighting(block, dtype):
     """What needs expert weights is gone from the graph, the histogram with it; what does not is still there."""
     traced = trace(block, hidden(7, dtype))
