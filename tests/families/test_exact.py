@@ -121,8 +121,15 @@ def test_a_wrong_expert_would_be_seen(monkeypatch) -> None:
     """The comparison itself can fail: let the cache hand out its neighbour's slot."""
     from moe_offload.runtime import LayerRuntime
 
-    right = LayerRuntime.wait
-    monkeypatch.setattr(LayerRuntime, "wait", lambda self, ticket: right(self, ticket).roll(1, 0))
+    right = LayerRuntime.stream
+
+    def neighbour(self, x_P, ids_P, core, others=()):
+        def misled(x, slots, bank_SN, *rest):
+            return core(x, (slots + 1) % len(bank_SN), bank_SN, *rest)
+
+        return right(self, x_P, ids_P, misled, others)
+
+    monkeypatch.setattr(LayerRuntime, "stream", neighbour)
     want = run_session(_resident("qwen3_moe", "grouped_mm", "float32", "graph"), "lm", new_tokens=4)
     torch._dynamo.reset()
     options = {"batch": 1, "static_cache": False, "prompt": 16, "new_tokens": 4}
