@@ -1,0 +1,40 @@
+"""Belady's MIN, event by event: the most hits that any cache of so many slots could have had. No torch.
+
+One event is the set of experts that a layer needs at once. All of them must be resident together; the victim is the
+resident expert, not of this event, whose next use lies furthest ahead (Belady, 1966).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+NEVER = 1 << 62
+
+
+def belady_hits(events: Sequence[Sequence[int]], slots: int, bypass: bool = False) -> list[int]:
+    """For each event how many of its experts were resident before it. The cache starts empty.
+
+    With `bypass` an expert may be used without being kept, when what would have to go is needed sooner.
+    """
+    upcoming: dict[int, list[int]] = {}
+    for i in range(len(events) - 1, -1, -1):
+        for e in events[i]:
+            upcoming.setdefault(e, []).append(i)
+    next_use: dict[int, int] = {}  # of what is resident
+    hits = []
+    for event in events:
+        current = set(event)
+        hits.append(sum(e in next_use for e in current))
+        for e in current:
+            upcoming[e].pop()
+        new = {e: upcoming[e][-1] if upcoming[e] else NEVER for e in current}
+        if bypass:
+            pool = {**next_use, **new}
+            next_use = dict(sorted(pool.items(), key=lambda item: item[1])[:slots])
+            continue
+        next_use.update(new)
+        for e in sorted((e for e in next_use if e not in current), key=next_use.__getitem__, reverse=True):
+            if len(next_use) <= slots:
+                break
+            del next_use[e]
+    return hits

@@ -1,0 +1,80 @@
+"""From what a person typed to a workload: the model, the budget, the routing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+from ..api import make_plan
+from ..errors import ConfigError
+from ..loading import resolve_folder, skeleton
+from ..plan import budget_for
+from .run import Workload
+from .synthetic import PREFIX, default_cache, synthetic
+
+
+def workload(
+    model: str,
+    *,
+    budget: str | None,
+    residency: str | None,
+    layers: int | None,
+    routing: Path | None,
+    prompt: Path | None,
+    cache: Path | None,
+    **amounts: int,
+) -> Workload:
+    """Raises `ConfigError` for settings that contradict each other, and what loading and planning raise."""
+    if (budget is None) == (residency is None):
+        raise ConfigError("give either --budget (8GB) or --residency (25%), one of them")
+    if layers is not None and not model.startswith(PREFIX):
+        raise ConfigError(f"--layers is for {PREFIX}NAME; {model} has the layers it has")
+    if routing is not None and not routing.is_file():
+        raise ConfigError(f"--routing {routing}: no such file")
+    folder = synthetic(model.removeprefix(PREFIX), layers, cache) if model.startswith(PREFIX) else resolve_folder(model)
+    if residency is not None:
+        whole = make_plan(folder, 2**60)
+        budget = str(budget_for(_share(residency), whole.layers, whole.costs))
+    vocabulary = skeleton(folder).config.get_text_config().vocab_size
+    ids = _prompt_ids(folder, prompt, amounts["prompt_tokens"]) if prompt is not None else None
+    return Workload(
+        folder, make_plan(folder, budget), vocabulary, str(routing) if routing else None, prompt=ids, **amounts
+    )
+
+
+def scratch_folder(cache: Path | None) -> Path:
+    folder = cache or default_cache()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _share(residency: str) -> float:
+    text = residency.strip()
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 < share <= 1:
+        raise ConfigError(f"--residency {residency}: expected a share of the experts, as 25% or 0.25")
+    return share
+
+
+def _prompt_ids(folder: Path, file: Path, tokens: int) -> Sequence[int]:
+    from transformers import AutoTokenizer
+
+    try:
+        ids: list[int] = AutoTokenizer.from_pretrained(folder)(file.read_text())["input_ids"][:tokens]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--prompt {file}: cannot be read and tokenised: {error}") from error
+    if not ids:
+        raise ConfigError(f"--prompt {file}: it is empty")
+    return ids
+
+
+def write_json(result: dict[str, Any], file: Path) -> None:
+    file.write_text(json.dumps(result, indent=1) + "\n")
+
+

@@ -1,0 +1,99 @@
+"""How each side of the comparison loads the model. Each runs in a process of its own (`side.py`).
+
+    resident     transformers' own from_pretrained: the whole model in memory
+    ours         moe_offload.from_pretrained inside the budget
+    accelerate   device_map="auto" with max_memory={"cpu": budget} and an offload folder: whole layers come from disk
+    mmap         dense weights in memory, the experts' stacked parameters mapped from a file: the kernel decides
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checkpoint import read_headers, shard_files
+from ..experts import ExpertBank, find_experts
+from ..loading import load_dense, skeleton
+from ..rows import index_rows
+from ..stores.disk import DiskStore
+
+
+def resident(folder: Path, budget: int, scratch: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+
+
+def ours(folder: Path, budget: int, scratch: Path) -> Any:
+    from ..api import from_pretrained
+
+    return from_pretrained(folder, budget)
+
+
+def accelerate(folder: Path, budget: int, scratch: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype="auto",
+        device_map="auto",
+        max_memory={"cpu": budget},
+        offload_folder=str(scratch / "accelerate"),
+    ).eval()
+
+
+def mapped(folder: Path, budget: int, scratch: Path) -> Any:
+    meta = skeleton(folder)
+    banks = find_experts(meta)
+    model: Any = load_dense(folder, meta, index_rows(meta, banks, read_headers(shard_files(folder))).keys)
+    for bank in find_experts(model):
+        for name, shape, dtype, file in _fields(bank, scratch / "mmap"):
+            size = torch.Size(shape).numel()
+            stacked = torch.from_file(str(file), shared=False, size=size, dtype=dtype).view(shape)
+            for module in bank.modules:
+                setattr(module, name, nn.Parameter(stacked, requires_grad=False))
+    return model.eval()
+
+
+SIDES: dict[str, Callable[[Path, int, Path], Any]] = {
+    "resident": resident,
+    "ours": ours,
+    "accelerate": accelerate,
+    "mmap": mapped,
+}
+
+
+def write_mapped(folder: Path, scratch: Path) -> None:
+    """The files that `mapped` maps: one per stacked parameter, as the model holds it. A row in memory at a time."""
+    target = scratch / "mmap"
+    target.mkdir(parents=True, exist_ok=True)
+    meta = skeleton(folder)
+    banks = find_experts(meta)
+    store = DiskStore([bank.layout for bank in banks], index_rows(meta, banks, read_headers(shard_files(folder))))
+    with contextlib.closing(store):
+        for bank in banks:
+            row = torch.empty(bank.layout.row_bytes, dtype=torch.uint8)
+            with contextlib.ExitStack() as files:
+                streams = [files.enter_context(file.open("wb")) for *_, file in _fields(bank, target)]
+                for e in range(bank.num_experts):
+                    store.read(bank.index, e, memoryview(row.numpy()))
+                    for field, stream in zip(bank.layout.fields, streams, strict=True):
+                        stream.write(row[field.offset : field.offset + field.nbytes].numpy())
+                for stream in streams:
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                    os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # the mapping starts cold
+
+
+def _fields(bank: ExpertBank, folder: Path) -> list[tuple[str, tuple[int, ...], torch.dtype, Path]]:
+    """Name, stacked shape, dtype and file of each parameter of a layer."""
+    return [
+        (field.name, (bank.num_experts, *field.shape), field.dtype, folder / f"{bank.index}.{field.name}")
+        for field in bank.layout.fields
+    ]

@@ -1,0 +1,59 @@
+"""What the disk gives to whoever just reads: the roof that streamed experts are measured against.
+
+A few threads read pieces of the very files the experts rest in, past the page cache, at random places, as many at once
+and as large as the engine's own reads. Nothing is done with the bytes.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import random
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ALIGN = 4096
+
+
+def disk_roof(files: Sequence[Path], read_bytes: int, depth: int, seconds: float = 1.5, seed: int = 0) -> float:
+    """Bytes per second of `depth` readers that each ask for `read_bytes` at a time (O_DIRECT where it is allowed)."""
+    read_bytes = max(ALIGN, read_bytes // ALIGN * ALIGN)
+    opened = [(_open(file), file.stat().st_size) for file in files]
+    opened = [(fd, size) for fd, size in opened if size >= read_bytes]
+    done = [0] * depth
+    failed: list[BaseException] = []
+    begun = time.perf_counter()
+
+    def read(i: int) -> None:
+        choose = random.Random(seed * 1000 + i)
+        buffer = mmap.mmap(-1, read_bytes)
+        weights = [size for _, size in opened]
+        try:
+            while time.perf_counter() - begun < seconds:
+                fd, size = choose.choices(opened, weights)[0]
+                offset = choose.randrange((size - read_bytes) // ALIGN + 1) * ALIGN
+                done[i] += os.preadv(fd, [buffer], offset)
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=read, args=(i,)) for i in range(depth)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        for fd, _ in opened:
+            os.close(fd)
+    if failed:
+        raise failed[0]
+    return sum(done) / (time.perf_counter() - begun)
+
+
+def _open(file: Path) -> int:
+    try:
+        return os.open(file, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
+    except OSError:
+        return os.open(file, os.O_RDONLY)  # a file system without it: then the page cache may help

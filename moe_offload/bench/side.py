@@ -1,0 +1,120 @@
+"""One side of the comparison in its own process: commands come in as JSON lines, answers go out as JSON lines.
+
+    python -m moe_offload.bench.side '{"side": "ours", "folder": ..., "budget": ..., "scratch": ..., "routing": ...}'
+    <- {"ready": ..., "baseline_bytes": ...}                       nothing loaded yet: now a limit may be put around it
+    -> {"do": "load"}                                              <- {"load_s": ..., "plan": {...}}
+    -> {"do": "ask", "prompt": [...], "new_tokens": 32, "row": 0}  <- an Answer, with counters and the ids it used
+    -> {"do": "read", "seconds": 1.0}                              <- {"bandwidth": ...}    ours: rows, nothing computed
+    -> {"do": "memory"}                                            <- {"peak_bytes": ...}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..experts import find_experts
+from ..loading import skeleton
+from .contenders import SIDES
+from .limit import peak_bytes, reset_peak, resident_bytes
+from .request import ask
+from .routing import install, load_recorded
+
+COUNTERS = ("hits", "misses", "bytes_read", "stall_s")
+
+
+class Side:
+    """The loaded model, its routing, and what may be asked of it."""
+
+    def __init__(self, side: str, folder: str, budget: int, scratch: str, routing: str | None):
+        self.name, self.folder, self.budget = side, Path(folder), budget
+        self.scratch, self.routing_file = Path(scratch), routing
+        self.model: Any = None
+
+    def load(self) -> dict[str, Any]:
+        reset_peak()
+        begun = time.perf_counter()
+        self.model = SIDES[self.name](self.folder, self.budget, self.scratch)
+        load_s = time.perf_counter() - begun
+        banks = find_experts(skeleton(self.folder))
+        first = banks[0]
+        recorded = None
+        if self.routing_file is not None:
+            recorded = load_recorded(self.routing_file, len(banks), first.num_experts, first.top_k)
+        self.routing = install(self.model, [bank.name for bank in banks], recorded)
+        note = recorded.note if recorded else None
+        plan = self._handle.plan if self._handle else None
+        return {"load_s": load_s, "routing": note, "slots": list(plan.slots) if plan else None}
+
+    def ask(self, prompt: list[int], new_tokens: int, row: int) -> dict[str, Any]:
+        self.routing.seek(row)
+        answer = ask(self.model, prompt, new_tokens, self._counters)
+        used = [[sorted(set(ids.reshape(-1).tolist())) for ids in layer] for layer in self.routing.used]
+        return {**dataclasses.asdict(answer), "used": used if self._handle else None}
+
+    def read(self, seconds: float) -> dict[str, Any]:
+        """Rows from the store as the engine reads them, into the scratch rows, and nothing else."""
+        runtime = self._handle._runtime
+        moved, turn = 0, 0
+        under_way: list[Any] = []
+        begun = time.perf_counter()
+        while (now := time.perf_counter()) - begun < seconds or under_way:
+            layer = runtime.layers[turn % len(runtime.layers)]
+            places = layer.scratch.rows
+            if now - begun < seconds and len(under_way) < len(places):
+                expert = turn * 31 % layer.bank.num_experts
+                row = places[turn % len(places)]
+                under_way.append(layer.transfer.start(layer.store, layer.bank.index, expert, row))
+                turn += 1
+            else:
+                moved += layer.transfer.wait(under_way.pop(0))
+        return {"bandwidth": moved / (time.perf_counter() - begun)}
+
+    def memory(self) -> dict[str, Any]:
+        return {"peak_bytes": peak_bytes()}
+
+    @property
+    def _handle(self) -> Any:
+        return getattr(self.model, "moe_offload", None)
+
+    def _counters(self) -> dict[str, float]:
+        if not self._handle:
+            return {}
+        stats = self._handle.stats()
+        return {name: getattr(stats, name) for name in COUNTERS}
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints is no answer
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    from transformers import AutoModelForCausalLM, PreTrainedModel  # noqa: F401  what any side imports is no memory of it
+
+    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1))  # nor is what tracing imports
+    side = Side(**json.loads(sys.argv[1]))
+
+    def say(answer: dict[str, Any]) -> None:
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+    say({"ready": True, "baseline_bytes": resident_bytes()})
+    with torch.inference_mode(False), torch.no_grad():
+        for line in sys.stdin:
+            command = json.loads(line)
+            try:
+                say(getattr(side, command.pop("do"))(**command))
+            except Exception as error:  # the driver decides what a side that fails means
+                say({"error": f"{type(error).__name__}: {error}"})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""The result of a bench as a person reads it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..sizes import format_size
+
+COLUMNS = (
+    "", "tokens/s", "ms/token", "TTFT s", "hits", "Belady", "read/token", "stall ms", "peak memory", "load s", "limit",
+)  # fmt: skip
+
+RATIOS = {
+    "decode_over_roof": "decode, time over max(resident, missed bytes / disk)",
+    "prefill_over_roof": "prefill, time over max(resident, missed bytes / disk)",
+    "speedup_over_accelerate_disk": "decode, times accelerate's disk offload",
+    "speedup_over_mmap": "decode, times plain mmap",
+    "read_bandwidth_over_raw": "our reads over raw reads of the same size and depth",
+}
+
+
+def table(result: dict[str, Any]) -> str:
+    machine = result["machine"]
+    roof = result["roofs"]["disk_bytes_per_s"]
+    head = [
+        f"{result['model']}, {result['date']}",
+        f"{machine['cpu']}, {machine['cores']} cores, {format_size(machine['memory_bytes'])}, torch {machine['torch']}, "
+        f"transformers {machine['transformers']}",
+        f"budget {format_size(result['budget_bytes'])}: {result['residency']:.0%} of the experts resident, row "
+        f"{format_size(result['row_bytes'])}",
+        f"{result['requests']} requests of {result['prompt_tokens']} + {result['new_tokens']} tokens "
+        f"({result['prompt']}), medians; routing: {result['routing']}",
+        f"disk roof {format_size(int(roof))}/s; all sides gave the same tokens: {_yes(result['tokens_equal'])}",
+        "",
+    ]
+    grid = [COLUMNS, *(_cells(row) for row in result["rows"])]
+    widths = [max(len(line[i]) for line in grid) for i in range(len(COLUMNS))]
+    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+             for line in grid]
+    ratios = [f"{name:<55}{'not measured' if (r := result['ratios'][key]) is None else f'{r:.2f}':>13}"
+              for key, name in RATIOS.items()]
+    failed = [f"{row['side']} failed: {row['failed']}" for row in result["rows"] if row["failed"]]
+    return "\n".join([*head, *lines, "", *ratios, *failed])
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    def show(key: str, form: str, scale: float = 1.0) -> str:
+        return format(row[key] * scale, form) if key in row else ""
+
+    tokens_per_s = row.get("tokens_per_s")
+    return (
+        row["side"],
+        show("tokens_per_s", ".2f"),
+        f"{1e3 / tokens_per_s:.0f}" if tokens_per_s else "",
+        show("ttft_s", ".2f"),
+        show("hit_rate", ".1%"),
+        show("belady_hit_rate", ".1%"),
+        format_size(int(row["bytes_per_token"])) if "bytes_per_token" in row else "",
+        show("stall_s_per_token", ".1f", 1e3),
+        format_size(row["peak_bytes"]) if "peak_bytes" in row else "",
+        show("load_s", ".1f"),
+        row["limited"],
+    )
+
+
+def _yes(value: bool | None) -> str:
+    return {True: "yes", False: "NO", None: "only one side"}[value]
