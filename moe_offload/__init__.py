@@ -22,10 +22,12 @@ if TYPE_CHECKING:
         ConfigError,
         ExpertReadError,
         OffloadError,
+        PackError,
         ProfileError,
         RoutingError,
         UnsupportedModelError,
     )
+    from .pack import pack_checkpoint
     from .profile import Profile
     from .record import record_profile
 
@@ -42,10 +44,12 @@ _HOMES = {
         "ConfigError",
         "ExpertReadError",
         "OffloadError",
+        "PackError",
         "ProfileError",
         "RoutingError",
         "UnsupportedModelError",
     ],
+    "pack": ["pack_checkpoint"],
     "profile": ["Profile"],
     "record": ["record_profile"],
 }
@@ -59,6 +63,7 @@ __all__ = [
     "ExpertReadError",
     "OffloadConfig",
     "OffloadError",
+    "PackError",
     "Profile",
     "ProfileError",
     "RoutingError",
@@ -66,6 +71,7 @@ __all__ = [
     "from_pretrained",
     "make_plan",
     "optimize",
+    "pack_checkpoint",
     "record_profile",
 ]
 

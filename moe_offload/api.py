@@ -22,18 +22,17 @@ import torch
 from torch import nn
 
 from . import install as patch
-from .checkpoint import read_headers, shard_files
 from .config import OffloadConfig, resolve
 from .errors import BudgetError, CheckpointError, OffloadError, UnsupportedModelError
 from .experts import ExpertBank, find_experts
 from .handle import Handle
 from .loading import load_dense, resolve_folder, skeleton
 from .measure import costs, fingerprint, layer_shapes
+from .packed import index_checkpoint
 from .placement import DeviceMap, budget_from, place
 from .plan import Plan, plan_slots
 from .policies import POLICIES
 from .profile import Profile
-from .rows import index_rows
 from .runtime import LayerRuntime, Runtime, page_aligned
 from .sizes import format_size, parse_size
 from .stores import Store
@@ -102,8 +101,9 @@ def from_pretrained(
     """Load a checkpoint folder (or Hub repository) of the ordinary layout to run inside `budget`; see `optimize`.
 
     Returns the ordinary transformers class. Dense weights are loaded; experts are not: their rows are read from the
-    original safetensors shards when a token asks for them. The budget, every shard and every expert are checked before
-    anything is loaded. Further keyword arguments go to the class's own `from_pretrained`.
+    original safetensors shards (or from packed ones, see `pack_checkpoint`) when a token asks for them. The budget,
+    every shard and every expert are checked before anything is loaded. Further keyword arguments go to the class's own
+    `from_pretrained`.
     """
     settings = resolve(config)
     folder = resolve_folder(path_or_id, **{k: kwargs.pop(k) for k in ("revision", "token") if k in kwargs})
@@ -112,7 +112,7 @@ def from_pretrained(
     place([bank.name for bank in banks], [name for name, _ in meta.named_modules()], device_map)
     _plan(meta, banks, budget, max_memory, settings)
     _load_profile(profile, meta, banks)
-    index = index_rows(meta, banks, read_headers(shard_files(folder)))
+    index = index_checkpoint(meta, banks, folder)
     for removed in ("offload_folder", "low_cpu_mem_usage", "offload_state_dict", "torch_dtype"):
         if kwargs.pop(removed, None) is not None:
             logger.info("%s is not needed: experts are read from the original shards", removed)
@@ -226,7 +226,7 @@ def _checkpoint_store(model: nn.Module, banks: Sequence[ExpertBank]) -> DiskStor
             f"checkpoint folder to "
             "read them from; use moe_offload.from_pretrained(path, budget)"
         )
-    return DiskStore([bank.layout for bank in banks], index_rows(model, banks, read_headers(shard_files(folder))))
+    return DiskStore([bank.layout for bank in banks], index_checkpoint(model, banks, folder))
 
 
 def _build_runtime(

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from .errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+INDEX = "model.safetensors.index.json"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 _DTYPE_NAMES = {
@@ -34,6 +35,7 @@ _DTYPE_NAMES = {
 }  # fmt: skip
 #: safetensors' names of the dtypes whose elements are whole bytes, as far as this torch has them.
 DTYPES: dict[str, torch.dtype] = {k: getattr(torch, v) for k, v in _DTYPE_NAMES.items() if hasattr(torch, v)}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -73,28 +75,34 @@ class Headers(dict[str, TensorRange]):
     stamps: dict[Path, FileStamp]
 
 
-def shard_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder, each once, in name order.
+def index_names(folder: Path) -> list[str]:
+    """The file names that the folder's index lists; none where a single model.safetensors makes an index pointless.
+
+    Raises `CheckpointError` when the index is damaged or lists a file outside the folder.
+    """
+    index = folder / INDEX
+    return _names_in(index) if index.is_file() and not (folder / "model.safetensors").is_file() else []
+
+
+def shard_files(folder: Path, skip: str = "") -> list[Path]:
+    """The safetensors files of a checkpoint folder, each once, in name order, but for the one called `skip`.
 
     Raises `CheckpointError` naming the file when the folder has none, the index is damaged, a shard it lists is missing
     or outside the folder, or a file is a Git-LFS pointer.
     """
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        names = [single.name]
-    elif index.is_file():
-        names = _names_in(index)
-    else:
+    single = folder / "model.safetensors"
+    names = [single.name] if single.is_file() else index_names(folder)
+    if not names:
         raise CheckpointError(
             f"{folder}: expected model.safetensors or model.safetensors.index.json, found {_what_is_in(folder)}. "
             "Point at the folder of a safetensors checkpoint; .bin files (pickle) are not read: convert them by "
             "loading the model with transformers and calling save_pretrained."
         )
-    files = [folder / name for name in names]
+    files = [folder / name for name in names if name != skip]
     for file in files:
         if not file.is_file():
             what = "a link whose target is gone" if file.is_symlink() else "nothing there"
-            raise CheckpointError(f"{file}: listed in {index.name}, found {what}. Download the missing shard.")
+            raise CheckpointError(f"{file}: listed in {INDEX}, found {what}. Download the missing shard.")
         _refuse_pointer(file)
     return files
 

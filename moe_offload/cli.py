@@ -1,4 +1,4 @@
-"""The command line: moe-offload plan | run | bench | families.
+"""The command line: moe-offload plan | run | pack | bench | families.
 
 What a person asked for goes to standard output (a plan, generated text, a table); what happened on the way goes to
 standard error. A flag, size, path or profile that cannot work is one line and exit code 2; a budget below the floor, or
@@ -149,6 +149,25 @@ def bench(
     typer.echo(table(result))
     if json_file is not None:
         _or_exit(lambda: write_json(result, json_file))
+
+
+@app.command()
+def pack(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="The new folder to write; must not exist yet.", show_default=False)],
+    max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Largest file, unless one layer is.")] = "5GB",
+    verify: Annotated[
+        str, typer.Option("--verify", help="Rows to read back and compare: sample (three a layer), all, none.")
+    ] = "sample",
+) -> None:
+    """Write a copy of a checkpoint whose experts are read in one piece and without conversion."""
+    from .pack import pack_checkpoint
+
+    try:
+        written = _or_exit(lambda: pack_checkpoint(model, out, max_shard_size=max_shard_size, verify=verify))
+    except KeyboardInterrupt:
+        _fail(f"interrupted; {out} was not written, and nothing was left behind", 130)
+    typer.echo(str(written))
 
 
 @app.command()

@@ -28,6 +28,10 @@ class CheckpointChangedError(CheckpointError):
     """A checkpoint file was modified after it was opened."""
 
 
+class PackError(OffloadError):
+    """A packed checkpoint could not be written, or does not read back as it was written; nothing of it is left."""
+
+
 class ExpertReadError(OffloadError):
     """An expert's bytes could not be read completely; names file, offset and what was found."""
 

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
-from .checkpoint import TensorRange, read_headers, shard_files
+from .checkpoint import TensorRange
 from .errors import CheckpointError, UnsupportedModelError
+from .packed import checkpoint_headers
 
 #: What we need of a Hub repository; never .bin or any other pickle.
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
@@ -82,8 +83,8 @@ def load_dense(folder: Path, meta: Any, expert_keys: frozenset[str], **kwargs: A
     """The model of `folder` with its dense weights loaded and every tensor of `expert_keys` left on the meta device."""
     from safetensors import safe_open
 
-    headers = read_headers(shard_files(folder))
-    files = {range_.file for range_ in headers.values()}
+    headers = checkpoint_headers(folder)
+    files = {range_.file for key, range_ in headers.items() if key not in expert_keys}
     opened = {file: safe_open(file, framework="pt", backend="pread") for file in files}
     state: Mapping[str, Any] = {
         key: Absent(range_) if key in expert_keys else opened[range_.file].get_slice(key)
@@ -136,9 +137,7 @@ def _model_class(config: Any) -> Any:
 def _dtype(config: Any, folder: Path, dtype: str | torch.dtype) -> torch.dtype:
     """'auto' is what the configuration says, else the first floating tensor of the checkpoint."""
     if dtype == "auto" or dtype is None:
-        dtype = config.dtype or next(
-            r.dtype for r in read_headers(shard_files(folder)).values() if r.dtype.is_floating_point
-        )
+        dtype = config.dtype or next(r.dtype for r in checkpoint_headers(folder).values() if r.dtype.is_floating_point)
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype.removeprefix("torch."), dtype)
     if not isinstance(dtype, torch.dtype):

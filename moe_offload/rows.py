@@ -62,6 +62,13 @@ class RowIndex:
     stamps: Mapping[Path, FileStamp]
 
 
+def row_at(file: Path, start: int, bank: ExpertBank) -> RowSource:
+    """An expert whose row lies in `file` from `start` on, as a slot holds it."""
+    return tuple(
+        Piece(f, (TensorRange(file, start + f.offset, f.nbytes, f.shape, f.dtype),), ()) for f in bank.layout.fields
+    )
+
+
 def index_rows(model: nn.Module, banks: Sequence[ExpertBank], headers: Headers) -> RowIndex:
     """Find every expert of `banks` in the files behind `headers`. `model` may be on the meta device; nothing is read.
 

@@ -29,13 +29,17 @@ TORCH_FREE = frozenset({"torch", "transformers", "accelerate", "safetensors"})
 LAYERS = [
     Layer(
         "words",
-        "errors sizes config profile cache placement trace simulate report policies policies.*",
+        "errors sizes config profile cache placement new_folder trace simulate report policies policies.*",
         never=TORCH_FREE,
     ),
-    Layer("parts", "experts checkpoint conversion rows plan measure transfer stores stores.* kernels kernels.*"),
+    Layer(
+        "parts",
+        "experts checkpoint conversion rows packed packed_format shards plan measure transfer stores stores.* "
+        "kernels kernels.*",
+    ),
     Layer("runtime", "runtime"),
-    Layer("engine", "backend handle loading"),
-    Layer("model", "install record"),
+    Layer("engine", "backend handle loading pack_streams"),
+    Layer("model", "install record pack"),
     Layer("api", "api"),
     Layer("front", "cli families families.* quickstart quickstart.*"),
     Layer("package", "__init__ __main__"),

@@ -8,7 +8,6 @@ import select
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
@@ -101,4 +100,3 @@ class Child:
         if kind is not None:
             self._process.kill()
         self.close()
-

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-
 from ..api import make_plan
 from ..errors import ConfigError
 from ..loading import resolve_folder, skeleton
@@ -76,5 +75,3 @@ def _prompt_ids(folder: Path, file: Path, tokens: int) -> Sequence[int]:
 
 def write_json(result: dict[str, Any], file: Path) -> None:
     file.write_text(json.dumps(result, indent=1) + "\n")
-
-

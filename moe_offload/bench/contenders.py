@@ -1,9 +1,9 @@
 """How each side of the comparison loads the model. Each runs in a process of its own (`side.py`).
 
-    resident     transformers' own from_pretrained: the whole model in memory
-    ours         moe_offload.from_pretrained inside the budget
-    accelerate   device_map="auto" with max_memory={"cpu": budget} and an offload folder: whole layers come from disk
-    mmap         dense weights in memory, the experts' stacked parameters mapped from a file: the kernel decides
+resident     transformers' own from_pretrained: the whole model in memory
+ours         moe_offload.from_pretrained inside the budget
+accelerate   device_map="auto" with max_memory={"cpu": budget} and an offload folder: whole layers come from disk
+mmap         dense weights in memory, the experts' stacked parameters mapped from a file: the kernel decides
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint import read_headers, shard_files
 from ..experts import ExpertBank, find_experts
 from ..loading import load_dense, skeleton
-from ..rows import index_rows
+from ..packed import index_checkpoint
 from ..stores.disk import DiskStore
 
 
@@ -51,7 +50,7 @@ def accelerate(folder: Path, budget: int, scratch: Path) -> Any:
 def mapped(folder: Path, budget: int, scratch: Path) -> Any:
     meta = skeleton(folder)
     banks = find_experts(meta)
-    model: Any = load_dense(folder, meta, index_rows(meta, banks, read_headers(shard_files(folder))).keys)
+    model: Any = load_dense(folder, meta, index_checkpoint(meta, banks, folder).keys)
     for bank in find_experts(model):
         for name, shape, dtype, file in _fields(bank, scratch / "mmap"):
             size = torch.Size(shape).numel()
@@ -75,7 +74,7 @@ def write_mapped(folder: Path, scratch: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     meta = skeleton(folder)
     banks = find_experts(meta)
-    store = DiskStore([bank.layout for bank in banks], index_rows(meta, banks, read_headers(shard_files(folder))))
+    store = DiskStore([bank.layout for bank in banks], index_checkpoint(meta, banks, folder))
     with contextlib.closing(store):
         for bank in banks:
             row = torch.empty(bank.layout.row_bytes, dtype=torch.uint8)

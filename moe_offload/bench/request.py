@@ -52,9 +52,7 @@ def random_prompt(vocabulary: int, tokens: int, seed: int) -> list[int]:
     return [int(i) for i in torch.randint(0, min(vocabulary, 50_000), (tokens,), generator=generator)]
 
 
-def ask(
-    model: Any, prompt: list[int], new_tokens: int, counters: Callable[[], dict[str, float]] = dict
-) -> Answer:
+def ask(model: Any, prompt: list[int], new_tokens: int, counters: Callable[[], dict[str, float]] = dict) -> Answer:
     """`1 + new_tokens` greedy tokens after `prompt` (ids); `counters()` is read at start, first token and end."""
     input_ids = torch.tensor([prompt])
     marks = [counters()]

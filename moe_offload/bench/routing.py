@@ -101,8 +101,10 @@ def load_recorded(path: str | Path, layers: int, experts: int, top_k: int) -> Re
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"--routing {path}: expected an .npz with an array 'experts': {error}") from error
     if ids_TLk.ndim != 3 or not ids_TLk.size or ids_TLk.min() < -1:
-        raise ConfigError(f"--routing {path}: 'experts' must be [tokens, layers, k] with ids from -1, found "
-                          f"{ids_TLk.shape} from {ids_TLk.min() if ids_TLk.size else 'nothing'}")
+        raise ConfigError(
+            f"--routing {path}: 'experts' must be [tokens, layers, k] with ids from -1, found "
+            f"{ids_TLk.shape} from {ids_TLk.min() if ids_TLk.size else 'nothing'}"
+        )
     total, recorded_layers, k = ids_TLk.shape
     found = int(ids_TLk.max()) + 1
     columns = [layer * recorded_layers // layers for layer in range(layers)]

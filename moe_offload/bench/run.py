@@ -122,7 +122,9 @@ def bench(work: Workload, sides: Iterable[str], scratch: Path, say: Callable[[st
     return _result(work, measured, together)
 
 
-def _measure(group: Sequence[str], work: Workload, settings: dict[str, Any], say: Callable[[str], None]) -> list[Measured]:
+def _measure(
+    group: Sequence[str], work: Workload, settings: dict[str, Any], say: Callable[[str], None]
+) -> list[Measured]:
     """The sides of `group` alive together, taking turns."""
     row_bytes = max(layer.row_bytes for layer in work.plan.layers)
     limit = max(work.plan.budget_bytes + SLACK_BYTES + row_bytes, LEAST_LIMIT)
@@ -161,11 +163,15 @@ def _measure(group: Sequence[str], work: Workload, settings: dict[str, Any], say
                 after = disk_roof(files, min(row_bytes, PART_BYTES), THREADS, seed=2 * number + 1)
                 one.roofs.append((before + after) / 2)
                 answer = one.answers[-1]
-                say(f"{one.side}: request {number}: first token after {answer['ttft_s']:.2f} s, then "
-                    f"{answer['decode_s'] / (len(answer['tokens']) - 1) * 1e3:.0f} ms a token")
+                say(
+                    f"{one.side}: request {number}: first token after {answer['ttft_s']:.2f} s, then "
+                    f"{answer['decode_s'] / (len(answer['tokens']) - 1) * 1e3:.0f} ms a token"
+                )
         for one in found:
             if one.side in children and not one.failed:
-                one.peak_over_baseline = children[one.side].do("memory")["peak_bytes"] - children[one.side].baseline_bytes
+                one.peak_over_baseline = (
+                    children[one.side].do("memory")["peak_bytes"] - children[one.side].baseline_bytes
+                )
     return found
 
 

@@ -1,11 +1,11 @@
 """One side of the comparison in its own process: commands come in as JSON lines, answers go out as JSON lines.
 
-    python -m moe_offload.bench.side '{"side": "ours", "folder": ..., "budget": ..., "scratch": ..., "routing": ...}'
-    <- {"ready": ..., "baseline_bytes": ...}                       nothing loaded yet: now a limit may be put around it
-    -> {"do": "load"}                                              <- {"load_s": ..., "plan": {...}}
-    -> {"do": "ask", "prompt": [...], "new_tokens": 32, "row": 0}  <- an Answer, with counters and the ids it used
-    -> {"do": "read", "seconds": 1.0}                              <- {"bandwidth": ...}    ours: rows, nothing computed
-    -> {"do": "memory"}                                            <- {"peak_bytes": ...}
+python -m moe_offload.bench.side '{"side": "ours", "folder": ..., "budget": ..., "scratch": ..., "routing": ...}'
+<- {"ready": ..., "baseline_bytes": ...}                       nothing loaded yet: now a limit may be put around it
+-> {"do": "load"}                                              <- {"load_s": ..., "plan": {...}}
+-> {"do": "ask", "prompt": [...], "new_tokens": 32, "row": 0}  <- an Answer, with counters and the ids it used
+-> {"do": "read", "seconds": 1.0}                              <- {"bandwidth": ...}    ours: rows, nothing computed
+-> {"do": "memory"}                                            <- {"peak_bytes": ...}
 """
 
 from __future__ import annotations

@@ -35,10 +35,14 @@ def table(result: dict[str, Any]) -> str:
     ]
     grid = [COLUMNS, *(_cells(row) for row in result["rows"])]
     widths = [max(len(line[i]) for line in grid) for i in range(len(COLUMNS))]
-    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-             for line in grid]
-    ratios = [f"{name:<55}{'not measured' if (r := result['ratios'][key]) is None else f'{r:.2f}':>13}"
-              for key, name in RATIOS.items()]
+    lines = [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        for line in grid
+    ]
+    ratios = [
+        f"{name:<55}{'not measured' if (r := result['ratios'][key]) is None else f'{r:.2f}':>13}"
+        for key, name in RATIOS.items()
+    ]
     failed = [f"{row['side']} failed: {row['failed']}" for row in result["rows"] if row["failed"]]
     return "\n".join([*head, *lines, "", *ratios, *failed])
 

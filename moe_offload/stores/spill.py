@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint import FileStamp, TensorRange
+from ..checkpoint import FileStamp
 from ..errors import OffloadError
 from ..experts import ExpertBank
-from ..rows import Piece, RowIndex, RowSource
+from ..rows import RowIndex, RowSource, row_at
 from .disk import DiskStore
 from .host import pack_row
 
@@ -74,16 +74,10 @@ def _index(file: Path, banks: Sequence[ExpertBank], chosen: Sequence[ExpertBank]
     begin = 0
     for bank in chosen:
         starts = range(begin, begin + bank.nbytes, bank.layout.row_bytes)
-        rows[bank.index] = tuple(_row_at(file, start, bank) for start in starts)
+        rows[bank.index] = tuple(row_at(file, start, bank) for start in starts)
         begin += bank.nbytes
     layers = tuple(rows.get(bank.index, ()) for bank in banks)
     return RowIndex(tuple(bank.name for bank in banks), layers, frozenset(), {file: stamp})
-
-
-def _row_at(file: Path, start: int, bank: ExpertBank) -> RowSource:
-    return tuple(
-        Piece(f, (TensorRange(file, start + f.offset, f.nbytes, f.shape, f.dtype),), ()) for f in bank.layout.fields
-    )
 
 
 def _cannot_spill(folder: Path, total: int, error: OSError) -> OffloadError:

@@ -1,0 +1,171 @@
+"""Write a packed checkpoint: dense tensors copied, experts as the rows that slots hold. `packed.py` reads it.
+
+Everything streams: one row, or one part of a dense tensor, is in memory at a time. All of it goes to a folder next to
+the wanted one, which gets its name at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging as hf_logging
+
+from .checkpoint import INDEX, Headers
+from .errors import CheckpointError, ConfigError, PackError
+from .experts import ExpertBank, find_experts
+from .loading import resolve_folder, skeleton
+from .new_folder import check_new, new_folder
+from .pack_streams import dense_parts, expert_rows
+from .packed import ABSENT, ROWS, SOURCES, checkpoint_headers, index_checkpoint, is_packed
+from .packed_format import describe, parse_sources, rows_metadata, sources_metadata
+from .rows import RowIndex, index_rows
+from .runtime import page_aligned
+from .shards import Entry, Shard, file_name, header, split, write_shard
+from .sizes import parse_size
+from .stores import Store
+from .stores.disk import DiskStore
+
+VERIFY = ("none", "sample", "all")
+#: What is not copied from the original folder: weights, in whatever form, and their indexes.
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The checkpoint to be packed: its model on the meta device, its experts, and where everything of it lies."""
+
+    folder: Path
+    meta: Any
+    banks: Sequence[ExpertBank]
+    headers: Headers
+    index: RowIndex
+
+
+def pack_checkpoint(
+    path_or_id: str | Path, out: str | Path, *, max_shard_size: int | str = "5GB", verify: str = "sample", **hub: Any
+) -> Path:
+    """Write the checkpoint `path_or_id` (folder, or Hub repository) to the new folder `out`, packed; returns `out`.
+
+    `from_pretrained(out, budget)` and `make_plan(out, budget)` take the result like any checkpoint; plain transformers
+    cannot load it, and fails. It takes about the size of the original on disk, and one row of memory. `verify` says
+    how many of the rows are read again and compared: "sample" (three a layer), "all" or "none".
+
+    Raises `PackError` when `out` exists, cannot be written, has no room (stating bytes needed and free) or reads back
+    differently; what `from_pretrained` raises for a checkpoint that it would refuse; `ConfigError`. Whatever happens,
+    Ctrl-C included, `out` is then not there, nor anything else that was written.
+    """
+    if verify not in VERIFY:
+        raise ConfigError(f"verify={verify!r} is not accepted: it takes one of {', '.join(map(repr, VERIFY))}")
+    limit_bytes, out = parse_size(max_shard_size), Path(out)
+    check_new(out)
+    source = _open_source(resolve_folder(path_or_id, **hub))
+    dense, experts = _dense_shards(source, limit_bytes), _expert_shards(source, limit_bytes)
+    others = [file for file in source.folder.iterdir() if file.is_file() and not file.name.endswith(WEIGHTS)]
+    size = sum(shard.nbytes for shard in (*dense, *experts))
+    with new_folder(out, size + sum(file.stat().st_size for file in others)) as folder:
+        for file in others:
+            shutil.copyfile(file, folder / file.name)
+        (folder / INDEX).write_text(_index_text(source, dense))
+        (folder / "PACKED.md").write_text(README)
+        with hf_logging.tqdm(total=size, desc="Packing", unit="B", unit_scale=True) as bar:
+            for shard in dense:
+                write_shard(folder / shard.name, shard, dense_parts(shard, source.headers), bar.update)
+            with contextlib.closing(_store(source.banks, source.index)) as store:
+                for shard in experts:
+                    write_shard(folder / shard.name, shard, expert_rows(shard, source.banks, store), bar.update)
+                if verify != "none":
+                    _verify(source, store, folder, all_rows=verify == "all")
+    return out
+
+
+def _open_source(folder: Path) -> Source:
+    if is_packed(folder):
+        raise CheckpointError(f"{folder}: is a packed checkpoint already. Copy it, or give the original one.")
+    meta = skeleton(folder)
+    banks, headers = find_experts(meta), checkpoint_headers(folder)
+    return Source(folder, meta, banks, headers, index_rows(meta, banks, headers))
+
+
+def _store(banks: Sequence[ExpertBank], index: RowIndex) -> DiskStore:
+    return DiskStore([bank.layout for bank in banks], index)
+
+
+def _dense_shards(source: Source, limit_bytes: int) -> list[Shard]:
+    """Dense tensors as they are, in the order of their files; within a file the widest elements first (alignment)."""
+    found = [(key, range_) for key, range_ in source.headers.items() if key not in source.index.keys]
+    found.sort(key=lambda item: (item[1].file, item[1].offset))
+    runs = split([Entry.of(key, range_) for key, range_ in found], limit_bytes)
+    shards = []
+    for number, run in enumerate(runs, 1):
+        entries = tuple(sorted(run, key=lambda entry: -entry.dtype.itemsize))
+        shards.append(Shard(file_name("model", number, len(runs)), entries, header(entries, {"format": "pt"})))
+    return shards
+
+
+def _expert_shards(source: Source, limit_bytes: int) -> list[Shard]:
+    """One tensor of rows per layer."""
+    sources = sources_metadata(source.headers, source.index.keys)
+    recipes = index_rows(source.meta, source.banks, parse_sources(sources)).rows
+    layers = {bank.name: describe(bank, recipes[bank.index]) for bank in source.banks}
+    entries = [
+        Entry(bank.name, torch.uint8, (bank.num_experts, bank.layout.row_bytes), bank.nbytes) for bank in source.banks
+    ]
+    runs = split(entries, limit_bytes)
+    shards = []
+    for number, run in enumerate(runs, 1):
+        described = {entry.key: layers[entry.key] for entry in run}
+        metadata = {"format": "pt", ROWS: rows_metadata(source.meta.config.model_type, described)}
+        if number == 1:
+            metadata[SOURCES] = sources
+        shards.append(Shard(file_name(ROWS, number, len(runs)), run, header(run, metadata)))
+    return shards
+
+
+def _verify(source: Source, store: Store, folder: Path, *, all_rows: bool) -> None:
+    """Read rows as a loaded model would, and compare them with the original's."""
+    with contextlib.closing(_store(source.banks, index_checkpoint(source.meta, source.banks, folder))) as packed:
+        for bank in source.banks:
+            experts = range(bank.num_experts)
+            want, found = page_aligned(bank.layout.row_bytes), page_aligned(bank.layout.row_bytes)
+            for e in experts if all_rows else sorted({experts[0], experts[len(experts) // 2], experts[-1]}):
+                store.read(bank.index, e, want.numpy().data)
+                packed.read(bank.index, e, found.numpy().data)
+                for field in bank.layout.fields:
+                    span = slice(field.offset, field.offset + field.nbytes)
+                    if not torch.equal(want[span], found[span]):
+                        raise PackError(
+                            f"{bank.name} expert {e}: {field.name} reads back from {folder.parent} otherwise than it "
+                            "was written; the disk loses data. Nothing was left there; pack to another disk."
+                        )
+
+
+def _index_text(source: Source, dense: Sequence[Shard]) -> str:
+    files = {entry.key: shard.name for shard in dense for entry in shard.entries}
+    size = sum(entry.nbytes for shard in dense for entry in shard.entries)
+    files |= {bank.name: ABSENT for bank in source.banks}
+    return json.dumps({"metadata": {"total_size": size}, "weight_map": files}, indent=2) + "\n"
+
+
+README = """\
+# A packed checkpoint
+
+The experts of this Mixture-of-Experts model are in `moe_offload_rows-*.safetensors`, one tensor per layer, each row of
+it all weights of one expert, in the order in which moe_offload computes with them. The rest is as in the original.
+
+    pip install moe-offload
+
+    model = moe_offload.from_pretrained("this folder", budget="8GB")
+    moe-offload run "this folder" --budget 8GB --prompt "..."
+
+transformers cannot load this folder by itself: `AutoModelForCausalLM.from_pretrained` stops at a file that the index
+names and that is not there. Use the original checkpoint for that. Nothing is quantised or otherwise changed here, and
+the folder was made from the original by `moe-offload pack ORIGINAL FOLDER`; should a later transformers lay the experts
+out otherwise, loading says so, and the original is to be packed again.
+"""
