@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .core import Core
+from .grouped import grouped_mm as run_groups
 
 LIB = torch.library.Library("moe_offload", "DEF")
 _TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.cudagraph_unsafe)
@@ -114,21 +115,6 @@ def _stream(
     return out
 
 
-def _grouped_mm(x: Tensor, weight: Tensor, slots: Tensor) -> Tensor:
-    """`x[i] @ weight[slots[i]]`, `weight` `[S, in, out]`: one matmul per run of equal slots.
-
-    On a CPU that is what torch's own grouped_mm does for each group, to the bit; but groups need not lie in slot order.
-    """
-    out = x.new_empty((x.shape[0], weight.shape[2]))
-    of = slots.tolist()
-    start = 0
-    for end in range(1, len(of) + 1):
-        if end == len(of) or of[end] != of[start]:
-            torch.mm(x[start:end], weight[of[start]], out=out[start:end])
-            start = end
-    return out
-
-
 def _observe(ids: Tensor, weight: Tensor) -> Tensor:
     _bound(weight).observe(ids)
     return ids.clone()
@@ -143,7 +129,7 @@ for _name, _kernel in {
     "fetch": _fetch,
     "wait": _wait,
     "stream": _stream,
-    "grouped_mm": _grouped_mm,
+    "grouped_mm": run_groups,
     "observe": _observe,
     "experts": _experts,
 }.items():
