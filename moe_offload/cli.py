@@ -119,6 +119,7 @@ def bench(
     sides: Annotated[
         str, typer.Option("--sides", help="What to compare, by commas.")
     ] = "resident,ours,accelerate,mmap",
+    packed: Annotated[bool, typer.Option("--packed", help="Ours reads a copy that moe-offload pack has made.")] = False,
     cache: Annotated[
         Path | None, typer.Option("--cache", help="Where synthetic checkpoints and temporary files go.")
     ] = None,
@@ -138,6 +139,7 @@ def bench(
             routing=routing,
             prompt=prompt,
             cache=cache,
+            packed=packed,
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             requests=requests,

@@ -29,7 +29,7 @@ TORCH_FREE = frozenset({"torch", "transformers", "accelerate", "safetensors"})
 LAYERS = [
     Layer(
         "words",
-        "errors sizes config profile cache placement new_folder trace simulate report policies policies.*",
+        "errors sizes config profile cache belady placement new_folder trace simulate report policies policies.*",
         never=TORCH_FREE,
     ),
     Layer(
@@ -41,7 +41,7 @@ LAYERS = [
     Layer("engine", "backend handle loading pack_streams"),
     Layer("model", "install record pack"),
     Layer("api", "api"),
-    Layer("front", "cli families families.* quickstart quickstart.*"),
+    Layer("front", "cli bench bench.* families families.* quickstart quickstart.*"),
     Layer("package", "__init__ __main__"),
 ]
 

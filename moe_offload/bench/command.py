@@ -24,6 +24,7 @@ def workload(
     routing: Path | None,
     prompt: Path | None,
     cache: Path | None,
+    packed: bool,
     **amounts: int,
 ) -> Workload:
     """Raises `ConfigError` for settings that contradict each other, and what loading and planning raise."""
@@ -39,9 +40,8 @@ def workload(
         budget = str(budget_for(_share(residency), whole.layers, whole.costs))
     vocabulary = skeleton(folder).config.get_text_config().vocab_size
     ids = _prompt_ids(folder, prompt, amounts["prompt_tokens"]) if prompt is not None else None
-    return Workload(
-        folder, make_plan(folder, budget), vocabulary, str(routing) if routing else None, prompt=ids, **amounts
-    )
+    trace = str(routing) if routing else None
+    return Workload(folder, make_plan(folder, budget), vocabulary, trace, prompt=ids, packed=packed, **amounts)
 
 
 def scratch_folder(cache: Path | None) -> Path:

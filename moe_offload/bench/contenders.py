@@ -1,7 +1,7 @@
 """How each side of the comparison loads the model. Each runs in a process of its own (`side.py`).
 
 resident     transformers' own from_pretrained: the whole model in memory
-ours         moe_offload.from_pretrained inside the budget
+ours         moe_offload.from_pretrained inside the budget; of a packed copy where one was written
 accelerate   device_map="auto" with max_memory={"cpu": budget} and an offload folder: whole layers come from disk
 mmap         dense weights in memory, the experts' stacked parameters mapped from a file: the kernel decides
 """
@@ -32,7 +32,8 @@ def resident(folder: Path, budget: int, scratch: Path) -> Any:
 def ours(folder: Path, budget: int, scratch: Path) -> Any:
     from ..api import from_pretrained
 
-    return from_pretrained(folder, budget)
+    packed = scratch / PACKED
+    return from_pretrained(packed if packed.exists() else folder, budget)
 
 
 def accelerate(folder: Path, budget: int, scratch: Path) -> Any:
@@ -60,6 +61,7 @@ def mapped(folder: Path, budget: int, scratch: Path) -> Any:
     return model.eval()
 
 
+PACKED = "packed"
 SIDES: dict[str, Callable[[Path, int, Path], Any]] = {
     "resident": resident,
     "ours": ours,
@@ -87,7 +89,16 @@ def write_mapped(folder: Path, scratch: Path) -> None:
                 for stream in streams:
                     stream.flush()
                     os.fsync(stream.fileno())
-                    os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # the mapping starts cold
+
+
+def drop_cache(*folders: Path) -> None:
+    """Forget what the system has cached of these files: pages read by one side must not serve another."""
+    for file in (file for folder in folders for file in folder.rglob("*") if file.is_file()):
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
 
 
 def _fields(bank: ExpertBank, folder: Path) -> list[tuple[str, tuple[int, ...], torch.dtype, Path]]:

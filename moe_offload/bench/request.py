@@ -1,10 +1,11 @@
-"""One request as a user makes it: a prompt of P tokens, then D more, greedily, through `generate`, with the clock on."""
+"""One request as a user makes it: a prompt of P tokens, then D more, greedily, through `generate`, on the clock."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -70,5 +71,5 @@ def ask(model: Any, prompt: list[int], new_tokens: int, counters: Callable[[], d
     )
     marks.append(counters())
     first, last = clock.times[0], clock.times[-1]
-    prefill, decode = ({n: b[n] - a[n] for n in a} for a, b in zip(marks, marks[1:], strict=False))
+    prefill, decode = ({n: b[n] - a[n] for n in a} for a, b in pairwise(marks))
     return Answer(first - begun, last - first, clock.tokens, prefill, decode)

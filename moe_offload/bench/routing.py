@@ -1,6 +1,7 @@
 """Recorded expert ids in place of the router's choice, the same ones for every side; and a record of what was used.
 
-    experts module called with (hidden_TH, ids_TK, weights_TK)  ->  (hidden_TH, moe_offload_bench::routed(ids_TK, layer), weights_TK)
+    before   experts(hidden_TH, ids_TK, weights_TK)
+    after    experts(hidden_TH, moe_offload_bench::routed(ids_TK, layer), weights_TK)
 
 The op stands in the graph like any other: what offloads the model sees ids that come from a router. Row t of a request
 takes row t of the trace; the trace begins anew where it ends. How it is mapped to the model at hand, `Recorded.note`

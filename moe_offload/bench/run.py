@@ -24,11 +24,12 @@ import psutil
 from ..belady import belady_hits
 from ..checkpoint import shard_files
 from ..errors import ConfigError
+from ..pack import pack_checkpoint
 from ..plan import Plan
 from ..stores.reads import PART_BYTES
 from ..transfer import THREADS
 from .child import Child, SideFailed
-from .contenders import SIDES, write_mapped
+from .contenders import PACKED, SIDES, drop_cache, write_mapped
 from .request import random_prompt
 from .roofs import disk_roof
 
@@ -60,6 +61,7 @@ class Workload:
     prompt_tokens: int = 512
     new_tokens: int = 32
     requests: int = 3
+    packed: bool = False
 
     def effort(self, side: str) -> Effort:
         least = EFFORT.get(side)
@@ -107,6 +109,9 @@ def bench(work: Workload, sides: Iterable[str], scratch: Path, say: Callable[[st
             "scratch": temporary,
             "routing": work.routing,
         }
+        if work.packed and "ours" in wanted:
+            say("ours: packing")
+            pack_checkpoint(work.folder, Path(temporary) / PACKED, verify="none")
         room = available - 2 * 10**9
         if "resident" in wanted and size > room:
             say("resident: the whole model does not fit in the memory that is free; left out")
@@ -117,6 +122,7 @@ def bench(work: Workload, sides: Iterable[str], scratch: Path, say: Callable[[st
             if group == ["mmap"]:
                 say("mmap: writing the file to map")
                 write_mapped(work.folder, Path(temporary))
+            drop_cache(work.folder, Path(temporary))
             for found in _measure(group, work, settings, say):
                 measured[found.side] = found
     return _result(work, measured, together)
@@ -169,9 +175,8 @@ def _measure(
                 )
         for one in found:
             if one.side in children and not one.failed:
-                one.peak_over_baseline = (
-                    children[one.side].do("memory")["peak_bytes"] - children[one.side].baseline_bytes
-                )
+                child = children[one.side]
+                one.peak_over_baseline = child.do("memory")["peak_bytes"] - child.baseline_bytes
     return found
 
 
@@ -195,6 +200,7 @@ def _result(work: Workload, measured: dict[str, Measured], together: bool) -> di
         "new_tokens": work.new_tokens,
         "requests": work.requests,
         "prompt": "given" if work.prompt else "random tokens",
+        "packed": work.packed,
         "routing": (ours or next(iter(measured.values()))).loaded.get("routing") or "the model's own router",
         "resident_and_ours_took_turns": together,
         "tokens_equal": _tokens_equal(list(measured.values())),

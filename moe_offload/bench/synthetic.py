@@ -118,7 +118,7 @@ def _write(model: Any, folder: Path) -> None:
         )
     numbers = torch.randn(BLOCK, generator=torch.Generator().manual_seed(0)).mul_(SCALE).bfloat16()
     groups = list(_groups(model))
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, names in enumerate(groups, start=1):
         filled = {name: _fill(model.get_parameter(name), name, numbers) for name in names}
         tensors = {k: t.contiguous() for k, t in revert_weight_conversion(model, filled).items()}

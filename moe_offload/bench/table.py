@@ -24,12 +24,13 @@ def table(result: dict[str, Any]) -> str:
     roof = result["roofs"]["disk_bytes_per_s"]
     head = [
         f"{result['model']}, {result['date']}",
-        f"{machine['cpu']}, {machine['cores']} cores, {format_size(machine['memory_bytes'])}, torch {machine['torch']}, "
-        f"transformers {machine['transformers']}",
+        f"{machine['cpu']}, {machine['cores']} cores, {format_size(machine['memory_bytes'])}, "
+        f"torch {machine['torch']}, transformers {machine['transformers']}",
         f"budget {format_size(result['budget_bytes'])}: {result['residency']:.0%} of the experts resident, row "
         f"{format_size(result['row_bytes'])}",
         f"{result['requests']} requests of {result['prompt_tokens']} + {result['new_tokens']} tokens "
-        f"({result['prompt']}), medians; routing: {result['routing']}",
+        f"({result['prompt']}), medians; ours reads {'a packed copy' if result['packed'] else 'the checkpoint itself'}",
+        f"routing: {result['routing']}",
         f"disk roof {format_size(int(roof))}/s; all sides gave the same tokens: {_yes(result['tokens_equal'])}",
         "",
     ]

@@ -30,8 +30,8 @@ def test_runs_of_any_length(dtype, transposed, lengths):
 
 def test_few_row_counts_and_little_waste():
     counts = {grouped.rounded(rows) for rows in range(1, 4097)}
-    assert len(counts) <= 60
-    assert all(rows <= grouped.rounded(rows) <= max(rows * 1.125 + 7, 8) for rows in range(1, 4097))
+    assert len(counts) <= 64
+    assert all(rows <= grouped.rounded(rows) <= rows + max(7, rows // 8) for rows in range(1, 4097))
     assert all(grouped.rounded(rows) == rows for rows in range(1, grouped.FEW + 1))
 
 
