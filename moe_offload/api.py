@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from . import install as patch
+from .buffers import page_aligned
 from .config import OffloadConfig, resolve
 from .errors import BudgetError, CheckpointError, OffloadError, UnsupportedModelError
 from .experts import ExpertBank, find_experts
@@ -33,7 +34,8 @@ from .placement import DeviceMap, budget_from, place
 from .plan import Plan, plan_slots
 from .policies import POLICIES
 from .profile import Profile
-from .runtime import LayerRuntime, Runtime, page_aligned
+from .runtime import LayerRuntime, Runtime
+from .scratch import Scratch
 from .sizes import format_size, parse_size
 from .stores import Store
 from .stores.disk import DiskStore
@@ -237,7 +239,7 @@ def _build_runtime(
     prior: Profile | None,
 ) -> Runtime:
     transfer, lock = TRANSFERS["cpu"](), threading.RLock()
-    scratch = page_aligned(plan.costs.scratch_bytes)
+    scratch = Scratch(page_aligned(plan.costs.scratch_bytes), transfer, settings.poison)
     layers = []
     for bank, slots, store in zip(banks, plan.slots, stores, strict=True):
         policy = POLICIES[settings.policy](bank.num_experts, settings.half_life)

@@ -41,6 +41,9 @@ class Counters:
     prewarm_bytes: int = 0
     stall_s: float = 0.0  # time that compute waited for loads
     streamed: int = 0  # of the misses: used from scratch, without taking a slot
+    ahead: int = 0  # of the misses: their row had been asked for before they were
+    late: int = 0  # of those: it had not arrived whole
+    wasted_bytes: int = 0  # read ahead, and not needed
     counts: list[int] = field(default_factory=list)  # uses per expert, every token-expert pair counted
 
     @property

@@ -19,6 +19,7 @@ from .errors import ConfigError
 from .policies import POLICIES
 from .sizes import parse_size
 
+AUTO_SCRATCH_BYTES = 128 * 10**6
 ENVIRONMENT_PREFIX = "MOE_OFFLOAD_"
 
 
@@ -36,7 +37,8 @@ class OffloadConfig:
         of them; None: where the graph runs as it is (Inductor fuses what is not cut into waves).
     dynamic: as in torch.compile. True gives two graphs for good, one for prefill and one for decode; None lets Dynamo
         decide; False compiles once per shape.
-    wave_rows: rows (experts) of scratch through which prefill streams what is not resident.
+    wave_rows: rows (experts) of scratch through which prefill streams what is not resident, and into which it reads
+        ahead: "auto", as many as 128 MB hold, 4 at least and 16 at most; or their number.
     kv_tokens: tokens of KV cache that the automatic reserve makes room for.
     reserve: what the budget keeps free of experts for KV cache and workspace: "auto", or a size (bytes or "1GB").
     offload_folder: where the experts of an already loaded model are spilled; None: the temporary folder of the system.
@@ -53,7 +55,7 @@ class OffloadConfig:
     compile: str = "auto"
     overlap: bool | None = None
     dynamic: bool | None = True
-    wave_rows: int = 4
+    wave_rows: str | int = "auto"
     kv_tokens: int = 2048
     reserve: str | int = "auto"
     offload_folder: str | None = None
@@ -69,6 +71,12 @@ class OffloadConfig:
             if not rule.holds(value):
                 raise ConfigError(f"{name}={value!r} is not accepted: it takes {rule.accepted()}")
             object.__setattr__(self, name, value)
+
+    def scratch_rows(self, row_bytes: int) -> int:
+        """How many scratch rows of this size a model gets."""
+        if isinstance(self.wave_rows, int):
+            return self.wave_rows
+        return max(4, min(16, AUTO_SCRATCH_BYTES // row_bytes))
 
     @property
     def reserve_bytes(self) -> int | None:
@@ -155,7 +163,10 @@ RULES: dict[str, Rule] = {
     "compile": _choice("auto", "inductor", "graph"),
     "overlap": Rule(lambda value: value is None or isinstance(value, bool), lambda: "True, False or None"),
     "dynamic": Rule(lambda value: value is None or isinstance(value, bool), lambda: "True, False or None"),
-    "wave_rows": _at_least(1, "rows of scratch"),
+    "wave_rows": Rule(
+        lambda value: value == "auto" or (_is_int(value) and value >= 1),
+        lambda: 'rows of scratch: "auto", or an integer of 1 or more',
+    ),
     "kv_tokens": _at_least(0, "tokens of KV cache"),
     "reserve": Rule(_is_reserve, lambda: '"auto", bytes (0 for none), or a size such as "1GB" or "512MiB"'),
     "offload_folder": Rule(

@@ -20,10 +20,11 @@ def layer_shapes(banks: Sequence[ExpertBank]) -> list[LayerShape]:
 
 def costs(model: Any, banks: Sequence[ExpertBank], settings: OffloadConfig) -> Costs:
     """What stands in the budget besides the banks."""
+    row_bytes = max(bank.layout.row_bytes for bank in banks)
     return Costs(
         dense_bytes=dense_bytes(model, banks),
         kv_bytes=kv_bytes(model, settings.kv_tokens),
-        scratch_bytes=settings.wave_rows * max(bank.layout.row_bytes for bank in banks),
+        scratch_bytes=settings.scratch_rows(row_bytes) * row_bytes,
         reserve_bytes=settings.reserve_bytes,
     )
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers.utils import logging as hf_logging
 
+from .buffers import page_aligned
 from .checkpoint import INDEX, Headers
 from .errors import CheckpointError, ConfigError, PackError
 from .experts import ExpertBank, find_experts
@@ -26,7 +27,6 @@ from .pack_streams import dense_parts, expert_rows
 from .packed import ABSENT, ROWS, SOURCES, checkpoint_headers, index_checkpoint, is_packed
 from .packed_format import describe, parse_sources, rows_metadata, sources_metadata
 from .rows import RowIndex, index_rows
-from .runtime import page_aligned
 from .shards import Entry, Shard, file_name, header, split, write_shard
 from .sizes import parse_size
 from .stores import Store

@@ -7,10 +7,10 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from .buffers import page_aligned
 from .checkpoint import Headers
 from .errors import CheckpointChangedError
 from .experts import ExpertBank
-from .runtime import page_aligned
 from .shards import Shard
 from .stores import Store
 from .stores.direct import DataFile

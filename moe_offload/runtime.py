@@ -15,17 +15,20 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from .buffers import POISON, Rows
 from .cache import LayerCache, Load
 from .errors import ClosedError
-from .experts import ROW_ALIGN, ExpertBank
+from .experts import ExpertBank
 from .policies import Policy
+from .scratch import Held, Scratch
 from .stores import Store
 from .transfer import Ticket, Transfer
 
@@ -41,36 +44,20 @@ class RunCore(Protocol):
     ) -> Tensor: ...
 
 
+EXPECTED_USES = 2  # pairs per expert from which on reading ahead for the next layer is no guess
 PREWARM_DEPTH = 4  # rows on their way at once before anything has been asked for
-POISON = 0xFF  # every byte of a free slot in tests: NaN in each floating type we hold
-
-
-class Rows:
-    """A buffer of rows: seen by kernels as `bank_SN`, filled through one byte view per row."""
-
-    def __init__(self, count: int, row_bytes: int, dtype: torch.dtype, poison: bool = False, raw: Tensor | None = None):
-        # Not initialised: memory that no row has been loaded into is never touched, and never counts.
-        self.bytes = page_aligned(count * row_bytes).view(count, row_bytes) if raw is None else raw
-        if poison:
-            self.bytes.fill_(POISON)
-        self.bank_SN = self.bytes.view(dtype)
-        self.rows = [memoryview(self.bytes[i].numpy()) for i in range(count)]
-
-
-def page_aligned(nbytes: int) -> Tensor:
-    """Uninitialised bytes that begin at a page: what a read past the page cache needs."""
-    raw = torch.empty(nbytes + ROW_ALIGN, dtype=torch.uint8)
-    begin = -raw.data_ptr() % ROW_ALIGN
-    return raw[begin : begin + nbytes]
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """A row on its way: into the slot of `load`, or into scratch row `place`."""
+    """A row on its way: into the slot of `load`, or to be used from scratch row `place` (-1: none).
+
+    With both it was read ahead into scratch, and goes on to the slot from there.
+    """
 
     expert: int
-    place: int
     load: Load | None
+    place: int
     ticket: Ticket
 
 
@@ -85,7 +72,7 @@ class LayerRuntime:
         policy: Policy,
         store: Store,
         transfer: Transfer,
-        scratch: Tensor,
+        scratch: Scratch,
         lock: threading.RLock | None = None,
         poison: bool = False,
     ):
@@ -94,10 +81,11 @@ class LayerRuntime:
         self.cache = LayerCache(bank.num_experts, slots, policy, bank.name)
         layout = bank.layout
         self.slots = Rows(slots, layout.row_bytes, layout.dtype, poison)
-        own = scratch[: scratch.numel() // layout.row_bytes * layout.row_bytes].view(-1, layout.row_bytes)
-        self.scratch = Rows(len(own), layout.row_bytes, layout.dtype, raw=own)
+        self.shared, self.scratch = scratch, scratch.rows(layout)
+        self.following: LayerRuntime | None = None  # for which rows are read ahead; set by `Runtime`
         self.module_core: RunCore | None = None  # set where the model is patched; serves `experts`
         self._arriving: deque[Arrival] = deque()
+        self._held: dict[int, Held] = {}  # read ahead for the event in hand
 
     # The verbs of a graph.
 
@@ -150,7 +138,7 @@ class LayerRuntime:
 
     def _event(self, ids_P: Tensor) -> tuple[list[int], Counter[int]]:
         """The ids of one event, checked and counted."""
-        if self._arriving:
+        if self._arriving or self._held:
             self._abort()  # an event that was interrupted before its wait left loads behind; a new one starts clean
         ids = ids_P.reshape(-1).tolist()
         used = Counter(ids)
@@ -158,6 +146,9 @@ class LayerRuntime:
         counts = self.cache.counters.counts
         for e, count in used.items():
             counts[e] += count
+        begun = time.perf_counter()
+        self._held = self.shared.claim(self.bank.index, used)
+        self.cache.counters.stall_s += time.perf_counter() - begun
         return ids, used
 
     # Loading.
@@ -182,17 +173,23 @@ class LayerRuntime:
     def _start(self, loads: Iterable[Load], urgent: bool = True) -> None:
         try:
             for load in loads:
-                self._send(load.expert, load.slot, load, urgent)
+                self._send(load.expert, load, urgent=urgent)
         except BaseException:
             self._abort()
             raise
 
-    def _send(self, expert: int, place: int, load: Load | None, urgent: bool = True) -> None:
-        rows = self.slots if load is not None else self.scratch
+    def _send(self, expert: int, load: Load | None, place: int = -1, urgent: bool = True) -> None:
+        held = self._held.pop(expert, None)
+        if held is not None:
+            self.cache.counters.ahead += 1
+            self.cache.counters.late += not held.ticket.done.is_set()
+            self._arriving.append(Arrival(expert, load, held.place, held.ticket))
+            return
+        rows, i = (self.slots, load.slot) if load is not None else (self.scratch, place)
         if self.poison:
-            rows.bytes[place].fill_(POISON)
-        ticket = self.transfer.start(self.store, self.bank.index, expert, rows.rows[place], urgent)
-        self._arriving.append(Arrival(expert, place, load, ticket))
+            rows.bytes[i].fill_(POISON)
+        ticket = self.transfer.start(self.store, self.bank.index, expert, rows.rows[i], urgent)
+        self._arriving.append(Arrival(expert, load, place if load is None else -1, ticket))
 
     def _arrived(self, demanded: bool = True) -> Arrival:
         """The next row, in the order they were asked for, once it is complete and, if it has a slot, resident."""
@@ -202,6 +199,8 @@ class LayerRuntime:
             nbytes = self.transfer.wait(arrival.ticket)
             self._arriving.popleft()
             if arrival.load is not None:
+                if arrival.place >= 0:
+                    self.slots.bytes[arrival.load.slot].copy_(self.scratch.bytes[arrival.place])
                 self.cache.commit(arrival.load, nbytes, demanded)
             else:
                 self.cache.count_miss(nbytes)
@@ -215,9 +214,10 @@ class LayerRuntime:
 
     def _abort(self) -> None:
         """Give back the slot of every load that has not been committed, once nothing writes there any more."""
-        arriving, self._arriving = self._arriving, deque()
+        tickets = [one.ticket for one in self._arriving] + [held.ticket for held in self._held.values()]
+        self._arriving, self._held = deque(), {}
         try:
-            self.transfer.cancel(arrival.ticket for arrival in arriving)
+            self.transfer.cancel(tickets)
         finally:
             for load in list(self.cache.pending.values()):
                 self.cache.abort(load)
@@ -229,12 +229,20 @@ class LayerRuntime:
     def _overlapped(
         self, x_P: Tensor, ids_P: Tensor, core: RunCore, others: Sequence[Tensor], past: deque[int]
     ) -> Tensor:
-        """The resident experts' pairs first, then those of each row as it arrives.
+        """What is here first, then the pairs of each row as it arrives.
 
         `past` are experts without a slot: as many of their rows as there is scratch are on their way at any time.
+        Scratch that has done its part serves the next layer.
         """
-        for place in range(min(len(self.scratch.rows), len(past))):
-            self._send(past.popleft(), place, None)
+        places = self._free_places()
+        for e in [e for e in past if e in self._held]:  # these first: they are here, or will be soon
+            past.remove(e)
+            self._send(e, None)
+        while places and past:
+            self._send(past.popleft(), None, places.popleft())
+        expected = self._expected_next(ids_P)
+        for place in places:
+            self._read_ahead(expected, place)
         absent = [arrival.expert for arrival in self._arriving] + list(past)
         order_P = ids_P.argsort(stable=True)
         ends_E = ids_P.bincount(minlength=self.cache.num_experts).cumsum(0).tolist()
@@ -245,22 +253,62 @@ class LayerRuntime:
             out = part.new_empty((len(ids_P), *part.shape[1:])) if out_P is None else out_P
             return out.index_copy_(0, rows, part)
 
-        here_E = torch.ones(self.cache.num_experts, dtype=torch.bool)
-        here_E[absent] = False
-        rows = here_E[ids_P].nonzero().flatten()
-        if len(rows):
-            out_P = compute(rows, torch.tensor(self.cache.slot_of)[ids_P[rows]], self.slots)
-        while self._arriving:
+        def compute_arrived() -> Tensor:
             arrival = self._arrived()
             e = arrival.expert
             rows = order_P[ends_E[e - 1] if e else 0 : ends_E[e]]
-            source = self.slots if arrival.load is not None else self.scratch
-            out_P = compute(rows, torch.full_like(rows, arrival.place), source)
-            if arrival.load is None and past:
-                self._send(past.popleft(), arrival.place, None)
+            if arrival.load is not None:
+                out = compute(rows, torch.full_like(rows, arrival.load.slot), self.slots)
+            else:
+                out = compute(rows, torch.full_like(rows, arrival.place), self.scratch)
+            if arrival.place >= 0:
+                if past:
+                    self._send(past.popleft(), None, arrival.place)
+                else:
+                    self._read_ahead(expected, arrival.place)
+            return out
+
+        here_E = torch.ones(self.cache.num_experts, dtype=torch.bool)
+        here_E[absent] = False
+        rows = here_E[ids_P].nonzero().flatten()
+        # Rows read ahead first: until they are out of scratch, nothing more can be read into it.
+        while self._arriving and self._arriving[0].place >= 0 and self._arriving[0].ticket.done.is_set():
+            out_P = compute_arrived()
+        if len(rows):
+            out_P = compute(rows, torch.tensor(self.cache.slot_of)[ids_P[rows]], self.slots)
+        while self._arriving:
+            out_P = compute_arrived()
         if out_P is None:
             raise AssertionError(f"{self.bank.name}: nothing was computed")  # there was a load, so there were pairs
         return out_P
+
+    def _free_places(self) -> deque[int]:
+        """Scratch rows that hold nothing read ahead for this event."""
+        held = {one.place for one in self._held.values()} | {one.place for one in self._arriving}
+        return deque(i for i in range(len(self.scratch.rows)) if i not in held)
+
+    def _expected_next(self, ids_P: Tensor) -> Iterator[int]:
+        """Experts that the following layer will probably need and has to read, the likeliest first.
+
+        Only where an event uses most experts of a layer, as a long prompt does: then what is absent there will mostly
+        be asked for. Guesses for a single token need its router (`prefetch`).
+        """
+        following = self.following
+        if following is None or len(ids_P) < EXPECTED_USES * following.cache.num_experts:
+            return iter(())
+        cache = following.cache
+        counts = cache.counters.counts
+        return iter(sorted((e for e, s in enumerate(cache.slot_of) if s < 0), key=counts.__getitem__, reverse=True))
+
+    def _read_ahead(self, expected: Iterator[int], place: int) -> None:
+        following, expert = self.following, next(expected, None)
+        if following is not None and expert is not None:
+            self.shared.read_ahead(
+                following.bank.index, following.store, following.bank.layout, expert, place, following.count_wasted
+            )
+
+    def count_wasted(self, nbytes: int) -> None:
+        self.cache.counters.wasted_bytes += nbytes
 
     def _tokens(self, pairs: int) -> int:
         return -(-pairs // self.bank.top_k)
@@ -283,6 +331,9 @@ class Runtime:
         lock: threading.RLock | None = None,
     ):
         self.layers = list(layers)
+        for layer, following in pairwise(self.layers):
+            if layer.bank.layout.row_bytes == following.bank.layout.row_bytes:  # they share scratch rows one to one
+                layer.following = following
         self.lock = lock or threading.RLock()
         self.closed = False
         self._stores, self._transfer = stores, transfer
@@ -316,3 +367,4 @@ class Runtime:
             for layer in self.layers:
                 layer.module_core = None
                 layer.slots = layer.scratch = Rows(0, layer.bank.layout.row_bytes, layer.bank.layout.dtype)
+                layer.shared.release()

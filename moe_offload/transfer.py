@@ -31,14 +31,20 @@ TIMEOUT_S = 300.0  # and after this it is an error: nothing waits for ever
 class Ticket:
     """A row under way. `error` is what stopped it; `nbytes` counts once it is `done` without one."""
 
-    def __init__(self, name: str, read: RowRead):
-        self.name = name
+    def __init__(self, name: str, read: RowRead, row_bytes: int):
+        self.name, self.row_bytes = name, row_bytes
+        self.parts, self.dropped = len(read.parts), 0
         self.queued = deque(read.parts)
         self.unfinished = len(read.parts)
         self.finish = read.finish
         self.nbytes = 0
         self.error: BaseException | None = None
         self.done = threading.Event()
+
+    @property
+    def moved(self) -> int:
+        """About how many bytes of the row have been read, or are being read."""
+        return self.row_bytes * (self.parts - self.dropped) // max(self.parts, 1)
 
 
 class Transfer(Protocol):
@@ -79,7 +85,7 @@ class ThreadTransfer:
 
     def start(self, store: Store, layer: int, expert: int, row: memoryview, urgent: bool = True) -> Ticket:
         self._check_open()
-        ticket = Ticket(f"layer {layer}, expert {expert}", store.begin(layer, expert, row))
+        ticket = Ticket(f"layer {layer}, expert {expert}", store.begin(layer, expert, row), len(row))
         with self._changed:
             if not self._threads:
                 self._start_threads()
@@ -190,6 +196,7 @@ class ThreadTransfer:
             if ticket in queue:
                 queue.remove(ticket)
         ticket.unfinished -= len(ticket.queued)
+        ticket.dropped += len(ticket.queued)
         if ticket.queued:
             ticket.error = ticket.error or why
             ticket.queued.clear()

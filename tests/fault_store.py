@@ -11,6 +11,7 @@ from moe_offload.errors import ClosedError, ExpertReadError
 from moe_offload.experts import ExpertBank, RowLayout
 from moe_offload.policies import POLICIES
 from moe_offload.runtime import LayerRuntime, Runtime
+from moe_offload.scratch import Scratch
 from moe_offload.stores.request import RowRead
 from moe_offload.transfer import ThreadTransfer
 
@@ -49,11 +50,8 @@ class FaultStore:
 
 def make(slots=3, store=None, scratch_rows=1, poison=True, threads=1):
     store = FaultStore() if store is None else store
-    scratch, transfer, layers = (
-        torch.zeros(scratch_rows * LAYOUT.row_bytes, dtype=torch.uint8),
-        ThreadTransfer(threads),
-        [],
-    )
+    transfer, layers = ThreadTransfer(threads), []
+    scratch = Scratch(torch.zeros(scratch_rows * LAYOUT.row_bytes, dtype=torch.uint8), transfer, poison)
     for index in range(LAYERS):
         bank = ExpertBank(index, (f"layer {index}",), (), E, K, LAYOUT)
         policy = POLICIES["decayed_lfu"](E, 32.0)

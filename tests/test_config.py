@@ -168,8 +168,8 @@ def test_precedence(monkeypatch):
     assert resolve().wave_rows == 7
     assert resolve({"policy": "lru"}).wave_rows == 7, "a dict is explicit in the keys it holds only"
     assert resolve({"wave_rows": 5}).wave_rows == 5
-    assert resolve(OffloadConfig(policy="lru")).wave_rows == 4, "a config is explicit in every field"
+    assert resolve(OffloadConfig(policy="lru")).wave_rows == "auto", "a config is explicit in every field"
     assert resolve(wave_rows=3).wave_rows == 3
     assert resolve({"wave_rows": 5}, wave_rows=3).wave_rows == 3
     assert resolve(OffloadConfig(wave_rows=5), wave_rows=3).wave_rows == 3
-    assert OffloadConfig().wave_rows == 4, "only resolve reads the environment"
+    assert OffloadConfig().wave_rows == "auto", "only resolve reads the environment"

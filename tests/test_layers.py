@@ -34,7 +34,7 @@ LAYERS = [
     ),
     Layer(
         "parts",
-        "experts checkpoint conversion rows packed packed_format shards plan measure transfer stores stores.* "
+        "experts buffers scratch checkpoint conversion rows packed packed_format shards plan measure transfer stores stores.* "
         "kernels kernels.*",
     ),
     Layer("runtime", "runtime"),

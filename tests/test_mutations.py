@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from moe_offload import ExpertReadError, OffloadConfig, optimize
+from moe_offload.buffers import POISON
 from moe_offload.cache import LayerCache, Load
 from moe_offload.experts import find_experts, is_experts
 from moe_offload.families.session import run_session
@@ -23,7 +24,7 @@ from moe_offload.families.tiny import build
 from moe_offload.measure import costs, layer_shapes
 from moe_offload.plan import floor
 from moe_offload.policies import POLICIES
-from moe_offload.runtime import POISON, LayerRuntime
+from moe_offload.runtime import LayerRuntime
 from moe_offload.stores.host import HostStore
 from moe_offload.stores.request import RowRead
 from moe_offload.transfer import ThreadTransfer
@@ -199,7 +200,10 @@ def rows_go_to_the_neighbour_s_slot(patch):
 
     def arrived(self, demanded=True):
         arrival = real(self, demanded)
-        return dataclasses.replace(arrival, place=(arrival.place + 1) % self.cache.slots) if arrival.load else arrival
+        if arrival.load is None:
+            return arrival
+        wrong = Load(arrival.expert, (arrival.load.slot + 1) % self.cache.slots)
+        return dataclasses.replace(arrival, load=wrong)
 
     patch.setattr(LayerRuntime, "_arrived", arrived)
 

@@ -246,3 +246,79 @@ def test_experts_weights_and_sums_over_k():
 def test_every_error_here_is_one_of_ours():
     for error in (RoutingError, ClosedError, ExpertReadError):
         assert issubclass(error, OffloadError)
+
+
+# Reading ahead: what one layer's prefill leaves of scratch is filled with what the next will ask for.
+
+
+def ahead(runtime):
+    """The experts read ahead, and for which layer."""
+    shared = runtime.layers[0].shared
+    return shared._layer, sorted(shared._ahead)
+
+
+def long_prompt(*without):
+    return [e for e in range(E) if e not in without] * 3
+
+
+def test_a_long_prompt_reads_ahead_for_the_next_layer():
+    runtime, store = make(slots=2, scratch_rows=3)
+    first, second = runtime.layers
+    assert torch.equal(prefill(first, long_prompt()), expected(0, long_prompt()))
+    assert ahead(runtime)[0] == 1 and len(ahead(runtime)[1]) == 3
+    assert torch.equal(prefill(second, long_prompt()), expected(1, long_prompt()))
+    counters = second.cache.counters
+    assert (counters.ahead, counters.misses, counters.wasted_bytes) == (3, E, 0)
+    assert sorted(store.log) == [(layer, e) for layer in (0, 1) for e in range(E)], "every row was read once"
+    assert ahead(runtime) == (-1, [])
+    assert_sound(first)
+    assert_sound(second)
+
+
+def test_what_was_read_ahead_in_vain_is_counted_and_harms_nothing():
+    runtime, _ = make(slots=2, scratch_rows=3)
+    first, second = runtime.layers
+    prefill(first, long_prompt())
+    guessed = ahead(runtime)[1]
+    ids = long_prompt(guessed[0])
+    assert torch.equal(prefill(second, ids), expected(1, ids))
+    assert second.cache.counters.ahead == 2
+    assert second.cache.counters.misses == E - 1
+
+
+def test_another_layer_s_event_drops_what_was_read_ahead():
+    runtime, _ = make(slots=2, scratch_rows=3)
+    first, second = runtime.layers
+    prefill(first, long_prompt())
+    assert torch.equal(prefill(first, long_prompt()), expected(0, long_prompt()))  # streams through the same scratch
+    assert ahead(runtime)[0] == 1
+    assert torch.equal(decode(second, [3, 5]), expected(1, [3, 5]))
+    assert ahead(runtime) == (-1, [])
+    assert_sound(second)
+
+
+def test_a_row_read_ahead_goes_on_to_its_slot():
+    runtime, _ = make(slots=4, scratch_rows=3)
+    first, second = runtime.layers
+    prefill(first, long_prompt())
+    guessed = ahead(runtime)[1]
+    assert torch.equal(decode(second, guessed[:2]), expected(1, guessed[:2]))
+    assert second.cache.counters.ahead == 2
+    assert set(guessed[:2]) <= set(second.cache.resident())
+    assert_sound(second)
+
+
+def test_a_short_prompt_reads_nothing_ahead():
+    runtime, _ = make(slots=2, scratch_rows=3)
+    prefill(runtime.layers[0], list(range(E)))
+    assert ahead(runtime) == (-1, [])
+
+
+def test_a_failed_read_ahead_is_the_next_layer_s_error_and_leaves_it_sound():
+    runtime, _ = make(slots=2, scratch_rows=3, store=FaultStore(at=E + 2, fault=ExpertReadError("on purpose")))
+    first, second = runtime.layers
+    assert torch.equal(prefill(first, long_prompt()), expected(0, long_prompt()))
+    with pytest.raises(ExpertReadError, match="on purpose"):
+        prefill(second, long_prompt())
+    assert_sound(second)
+    assert torch.equal(prefill(second, long_prompt()), expected(1, long_prompt()))
