@@ -60,7 +60,12 @@ class ModuleCore:
         self.run = ALL_EXPERTS_FUNCTIONS[implementation]
 
     def __call__(
-        self, x_P: Tensor, slots: Tensor, bank_SN: Tensor, others: Sequence[Tensor], rows: Tensor | None = None
+        self,
+        x_P: Tensor,
+        slots: Tensor,
+        bank_SN: Tensor,
+        others: Sequence[Tensor],
+        rows: Tensor | slice | None = None,
     ) -> Tensor:
         if rows is not None:
             x_P = x_P[rows]

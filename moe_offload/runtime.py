@@ -34,13 +34,18 @@ from .transfer import Ticket, Transfer
 
 
 class RunCore(Protocol):
-    """The experts code of one site: a result per pair, or, given `rows` (ascending positions), per pair of `rows`.
+    """The experts code of one site: a result per pair, or, given `rows` (ascending positions or a slice), for those.
 
     There are as many `slots` as results.
     """
 
     def __call__(
-        self, x_P: Tensor, slots: Tensor, bank_SN: Tensor, others: Sequence[Tensor], rows: Tensor | None = None
+        self,
+        x_P: Tensor,
+        slots: Tensor,
+        bank_SN: Tensor,
+        others: Sequence[Tensor],
+        rows: Tensor | slice | None = None,
     ) -> Tensor: ...
 
 
@@ -244,23 +249,26 @@ class LayerRuntime:
         for place in places:
             self._read_ahead(expected, place)
         absent = [arrival.expert for arrival in self._arriving] + list(past)
-        order_P = ids_P.argsort(stable=True)
+        # Grouped experts code has sorted its pairs: those of one expert are neighbours, and need no gathering.
+        order_P = None if bool((ids_P[1:] >= ids_P[:-1]).all()) else ids_P.argsort(stable=True)
         ends_E = ids_P.bincount(minlength=self.cache.num_experts).cumsum(0).tolist()
         out_P: Tensor | None = None
 
-        def compute(rows: Tensor, slots: Tensor, source: Rows) -> Tensor:
+        def compute(rows: Tensor | slice, slots: Tensor, source: Rows) -> Tensor:
             part = core(x_P, slots, source.bank_SN, others, rows)
             out = part.new_empty((len(ids_P), *part.shape[1:])) if out_P is None else out_P
+            if isinstance(rows, slice):
+                out[rows] = part
+                return out
             return out.index_copy_(0, rows, part)
 
         def compute_arrived() -> Tensor:
             arrival = self._arrived()
             e = arrival.expert
-            rows = order_P[ends_E[e - 1] if e else 0 : ends_E[e]]
-            if arrival.load is not None:
-                out = compute(rows, torch.full_like(rows, arrival.load.slot), self.slots)
-            else:
-                out = compute(rows, torch.full_like(rows, arrival.place), self.scratch)
+            rows = slice(ends_E[e - 1] if e else 0, ends_E[e])
+            source, i = (self.scratch, arrival.place) if arrival.load is None else (self.slots, arrival.load.slot)
+            slots = torch.full((rows.stop - rows.start,), i)
+            out = compute(rows if order_P is None else order_P[rows], slots, source)
             if arrival.place >= 0:
                 if past:
                     self._send(past.popleft(), None, arrival.place)

@@ -3,7 +3,8 @@
 Shapes: P token-expert pairs, S slots, H hidden, I inner.
 
     core(x [P, ...], slots [P], bank [S, N], others)         -> y [P, H]
-    core(x [P, ...], slots [R], bank [S, N], others, rows)   -> y [R, H]     the R pairs `rows` of one wave
+    core(x [P, ...], slots [R], bank [S, N], others, rows)   -> y [R, H]     the R pairs `rows` of one wave (a slice
+                                                                             where they lie next to each other)
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -56,7 +58,7 @@ class Core:
         )
 
     def __call__(
-        self, x_P: Tensor, slots: Tensor, bank_SN: Tensor, others: Sequence[Any], rows: Tensor | None = None
+        self, x_P: Tensor, slots: Tensor, bank_SN: Tensor, others: Sequence[Any], rows: Tensor | slice | None = None
     ) -> Tensor:
         """One result per pair, in their order; with `rows` (ascending positions), one per pair of `rows`.
 
@@ -67,6 +69,10 @@ class Core:
         given = (*(views[name] for name in self.fields), *others)
         if rows is None:
             return self.run_whole(x_P, slots, None, *given)
+        if isinstance(rows, slice):
+            if self.rows_alone and self.grouped:
+                return self.run_whole(x_P[rows], slots, None, *given)
+            rows = torch.arange(rows.start, rows.stop, device=slots.device)
         count = len(rows)
         if count == 1 and not self.grouped:
             # A batched matmul of one takes another kernel, which rounds differently: never run a pair alone.

@@ -62,7 +62,7 @@ def make(slots=3, store=None, scratch_rows=1, poison=True, threads=1):
 
 def tags(x_P, slots_P, bank_SN, others, rows=None):
     """A core whose result is each pair's row: (first element, last element of the second field)."""
-    assert rows is None or len(rows) == len(slots_P)
+    assert rows is None or len(x_P[rows]) == len(slots_P)
     assert bool((slots_P >= 0).all())
     return bank_SN[slots_P][:, [0, B]]
 
