@@ -272,6 +272,7 @@ def _install(model: nn.Module, runtime: Runtime, plan: Plan, tiers: list[str], s
         implementation=implementation,
         inner=inner,
         overlap=settings.overlap if settings.overlap is not None else inner == "graph",
+        guess=settings.lookahead,
         dynamic=settings.dynamic,
         fullgraph=settings.fullgraph,
     )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -61,16 +62,25 @@ def phantoms_in(inputs: Iterable[Any]) -> dict[int, Phantom]:
 
 
 def make_backend(
-    inner: Inner, compile_core: Callable[[GraphModule], Compiled], log: list[Any], overlap: bool = False
+    inner: Inner,
+    compile_core: Callable[[GraphModule], Compiled],
+    log: list[Any],
+    overlap: bool = False,
+    guess: bool = False,
 ) -> Compiled:
-    """A backend for torch.compile; each graph's pass reports are appended to `log`."""
+    """A backend for torch.compile; each graph's pass reports are appended to `log`.
+
+    `overlap` and `guess` are those of `passes.offload_pipeline`.
+    """
 
     def backend(gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Compiled:
         phantoms = phantoms_in(example_inputs)
         if not phantoms:
             log.append([])
             return inner(gm, list(example_inputs))
-        reports, banked = rewrite(gm, phantoms, compile_core, overlap)
+        reports, banked = rewrite(
+            gm, phantoms, partial(passes.offload_pipeline, compile_core=compile_core, overlap=overlap, guess=guess)
+        )
         log.append(reports)
         inputs = list(example_inputs)
         for position in banked:
@@ -89,7 +99,7 @@ def make_backend(
 
 
 def rewrite(
-    gm: GraphModule, phantoms: dict[int, Phantom], compile_core: Callable[[GraphModule], Compiled], overlap: bool
+    gm: GraphModule, phantoms: dict[int, Phantom], pipeline: Callable[..., list[passes.Pass]]
 ) -> tuple[list[passes.Report], list[int]]:
     """Rewrite `gm` in place; return what each pass did and which inputs must now be banks.
 
@@ -111,7 +121,7 @@ def rewrite(
         banks[name] = bank_of(layer)
     try:
         sites = passes.find_sites(gm.graph, weights)
-        reports = passes.run(gm.graph, passes.offload_pipeline(sites, banks, compile_core, overlap))
+        reports = passes.run(gm.graph, pipeline(sites, banks))
     except passes.UnknownUse as error:
         raise UnsupportedModelError(
             f"{error}; please report this model family. Its weights were offloaded, so it cannot be run as it is."

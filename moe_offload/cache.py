@@ -6,6 +6,7 @@ One `lookup` is one *event*: the distinct experts that one layer needs at once. 
 committed, all of them are resident together, and no victim was one of them, nor of an event still loading.
 
     lookup(ids)   hits keep their slot; each miss takes a free slot, or a victim's, and becomes a pending `Load`
+    guess(ids)    the same for what will probably be asked for, as far as there is room; records nothing
     commit(load)  its bytes have arrived: only now is it resident, only now do the counters move
     abort(load)   they did not: the slot is free again, nothing points to it
 
@@ -76,11 +77,12 @@ class LayerCache:
         """Make room for the distinct `experts` of one event, at most S of them; return the loads that are missing."""
         if len(experts) > self.slots:
             raise ValueError(f"{self.name}: an event of {len(experts)} experts does not fit {self.slots} slots")
-        missing = [e for e in experts if self.slot_of[e] < 0 and e not in self.pending]
-        if not missing:  # nearly always, while decoding: nothing to choose
+        absent = [e for e in experts if self.slot_of[e] < 0]
+        if not absent:  # nearly always, while decoding: nothing to choose
             self._record(experts, tokens)
             self.counters.hits += len(experts)
             return []
+        missing = [e for e in absent if e not in self.pending]
         protected = {*experts, *self.pending}
         candidates = [e for e in self.expert_at if e >= 0 and e not in protected]
         if len(missing) > len(self.free) + len(candidates):
@@ -89,7 +91,7 @@ class LayerCache:
                 "taken; loads of an earlier event are still pending"
             )
         self._record(experts, tokens)
-        self.counters.hits += len(experts) - len(missing)
+        self.counters.hits += len(experts) - len(absent)
         return [self._admit(e, candidates) for e in missing]
 
     def fill(self, experts: Sequence[int], tokens: int = 1) -> tuple[list[Load], list[int]]:
@@ -98,8 +100,9 @@ class LayerCache:
         Nothing is evicted for rows that are read once. `experts` come in order of preference for the free slots.
         """
         self._record(experts, tokens)
-        missing = [e for e in experts if self.slot_of[e] < 0 and e not in self.pending]
-        self.counters.hits += len(experts) - len(missing)
+        absent = [e for e in experts if self.slot_of[e] < 0]
+        missing = [e for e in absent if e not in self.pending]
+        self.counters.hits += len(experts) - len(absent)
         room = len(self.free)
         return [self._admit(e, []) for e in missing[:room]], missing[room:]
 
@@ -107,6 +110,19 @@ class LayerCache:
         """Loads that fill the free slots with `experts`, the most wanted first, before anything has asked for them."""
         missing = [e for e in dict.fromkeys(experts) if self.slot_of[e] < 0 and e not in self.pending]
         return [self._admit(e, []) for e in missing[: len(self.free)]]
+
+    def guess(self, experts: Sequence[int], most: int) -> list[Load]:
+        """Loads of at most `most` experts that will probably be asked for next, likeliest first.
+
+        Each takes a free slot or that of the coldest row that is not itself expected. Nothing is recorded: the policy
+        hears of what is asked for, not of what was expected.
+        """
+        missing = [e for e in dict.fromkeys(experts) if self.slot_of[e] < 0 and e not in self.pending]
+        if most <= 0 or not missing:
+            return []
+        protected = {*experts, *self.pending}
+        candidates = [e for e in self.expert_at if e >= 0 and e not in protected]
+        return [self._admit(e, candidates) for e in missing[: min(most, len(self.free) + len(candidates))]]
 
     def commit(self, load: Load, nbytes: int, demanded: bool = True) -> None:
         """The row has arrived whole: `nbytes` were read for it."""

@@ -35,6 +35,8 @@ class OffloadConfig:
         CPU, "inductor" elsewhere.
     overlap: compute the experts that are resident while the missing ones load, in decode too, rather than wait for all
         of them; None: where the graph runs as it is (Inductor fuses what is not cut into waves).
+    lookahead: ask each layer's router one layer early, and load what it names in the background. Whether that pays is
+        measured while the model runs, and it is switched off where it does not.
     dynamic: as in torch.compile. True gives two graphs for good, one for prefill and one for decode; None lets Dynamo
         decide; False compiles once per shape.
     wave_rows: rows (experts) of scratch through which prefill streams what is not resident, and into which it reads
@@ -54,6 +56,7 @@ class OffloadConfig:
     experts_implementation: str = "auto"
     compile: str = "auto"
     overlap: bool | None = None
+    lookahead: bool = False
     dynamic: bool | None = True
     wave_rows: str | int = "auto"
     kv_tokens: int = 2048
@@ -162,6 +165,7 @@ RULES: dict[str, Rule] = {
     "experts_implementation": _choice("auto", "grouped_mm", "batched_mm"),
     "compile": _choice("auto", "inductor", "graph"),
     "overlap": Rule(lambda value: value is None or isinstance(value, bool), lambda: "True, False or None"),
+    "lookahead": _flag(),
     "dynamic": Rule(lambda value: value is None or isinstance(value, bool), lambda: "True, False or None"),
     "wave_rows": Rule(
         lambda value: value == "auto" or (_is_int(value) and value >= 1),

@@ -19,7 +19,9 @@ class Stats:
     """What has happened since the model was optimised. Requests are distinct experts per layer and step.
 
     `hit_rate` is hits over requests; `bytes_read` counts what requests read from the tier below, `prewarm_bytes` what
-    pre-warming read; `stall_s` is time that compute waited for either.
+    pre-warming read; `stall_s` is time that compute waited for either. `ahead` of the misses had been expected and were
+    being read before they were asked for, `late` of those were not complete when they were; `wasted_bytes` were read
+    for expectations that did not come true.
     """
 
     hits: int
@@ -28,6 +30,9 @@ class Stats:
     bytes_read: int
     prewarm_bytes: int
     stall_s: float
+    ahead: int
+    late: int
+    wasted_bytes: int
     tokens: int
     graphs: int
     layers: list[dict[str, Any]] = field(repr=False)
@@ -38,8 +43,12 @@ class Stats:
 
     def __sub__(self, earlier: Stats) -> Stats:
         """What happened between two calls of `stats()` (totals only)."""
-        names = ("hits", "misses", "streamed", "bytes_read", "prewarm_bytes", "stall_s", "tokens", "graphs")
+        names = (*TOTALS, "tokens", "graphs")
         return Stats(**{n: getattr(self, n) - getattr(earlier, n) for n in names}, layers=[])
+
+
+#: The counters of `cache.Counters` that add up over layers.
+TOTALS = ("hits", "misses", "streamed", "bytes_read", "prewarm_bytes", "stall_s", "ahead", "late", "wasted_bytes")
 
 
 class Handle:
@@ -84,19 +93,11 @@ class Handle:
                     "slots": layer.cache.slots,
                     "experts": layer.bank.num_experts,
                     "resident": len(layer.cache.resident()),
-                    "hits": c.hits,
-                    "misses": c.misses,
-                    "streamed": c.streamed,
-                    "bytes_read": c.bytes_read,
-                    "prewarm_bytes": c.prewarm_bytes,
-                    "stall_s": c.stall_s,
                     "tokens": c.tokens,
+                    **{name: getattr(c, name) for name in TOTALS},
                 }
             )
-        totals = {
-            n: sum(row[n] for row in layers)
-            for n in ("hits", "misses", "streamed", "bytes_read", "prewarm_bytes", "stall_s")
-        }
+        totals = {name: sum(row[name] for row in layers) for name in TOTALS}
         tokens = max((row["tokens"] for row in layers), default=0)
         return Stats(**totals, tokens=tokens, graphs=len(self.graphs), layers=layers)
 
@@ -134,6 +135,11 @@ class Handle:
                 f"{s.tokens} tokens: hit rate {s.hit_rate:.1%} ({s.hits} hits, {s.misses} misses, {s.streamed} of them "
                 f"streamed past the cache), {read} read, {s.stall_s:.2f} s waited"
             )
+            if s.ahead or s.wasted_bytes:
+                lines.append(
+                    f"read ahead: {s.ahead} rows that were then asked for ({s.late} of them late), "
+                    f"{format_size(s.wasted_bytes)} in vain"
+                )
         else:
             lines.append("nothing has run yet")
         return "\n".join(lines)

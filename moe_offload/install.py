@@ -95,6 +95,7 @@ def install(
     implementation: str,
     inner: str,
     overlap: bool,
+    guess: bool,
     dynamic: bool | None,
     fullgraph: bool,
 ) -> list[Any]:
@@ -110,9 +111,8 @@ def install(
         if inner == "inductor"
         else (backend.run_graph, backend.core_as_is)
     )
-    compiled = torch.compile(
-        own_code(model), backend=backend.make_backend(run, core, log, overlap), dynamic=dynamic, fullgraph=fullgraph
-    )
+    made = backend.make_backend(run, core, log, overlap, guess)
+    compiled = torch.compile(own_code(model), backend=made, dynamic=dynamic, fullgraph=fullgraph)
     model._compiled_call_impl = _Call(model, runtime, scope, compiled)
     _refuse_moves(model)
     for module in (model, *(module for layer in runtime.layers for module in layer.bank.modules)):

@@ -42,6 +42,11 @@ class Ticket:
         self.done = threading.Event()
 
     @property
+    def begun(self) -> bool:
+        """Whether any of its parts has been taken up."""
+        return len(self.queued) < self.parts
+
+    @property
     def moved(self) -> int:
         """About how many bytes of the row have been read, or are being read."""
         return self.row_bytes * (self.parts - self.dropped) // max(self.parts, 1)

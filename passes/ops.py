@@ -35,6 +35,7 @@ LIB.define(
     "dtype) -> Tensor",
     tags=_TAGS,
 )
+LIB.define("prefetch(Tensor ids, Tensor(a!) bank) -> ()", tags=_TAGS)
 LIB.define("grouped_mm(Tensor x, Tensor weight, Tensor slots) -> Tensor", tags=(torch.Tag.needs_exact_strides,))
 LIB.define("observe(Tensor ids, Tensor weight) -> Tensor", tags=_TAGS)
 LIB.define("experts(Tensor x, Tensor ids, Tensor weights, Tensor(a!) bank) -> Tensor", tags=_TAGS)
@@ -51,6 +52,9 @@ class Layer(Protocol):
 
     def stream(self, x_P: Tensor, ids_P: Tensor, core: Core, others: Sequence[Tensor]) -> Tensor:
         """Run `core` for every pair, in waves when they need more experts than there are slots."""
+
+    def prefetch(self, ids_P: Tensor) -> None:
+        """These experts will probably be asked for soon. Never an error, never a result."""
 
     def experts(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The whole experts module: what code that the passes never saw falls back to."""
@@ -115,6 +119,10 @@ def _stream(
     return out
 
 
+def _prefetch(ids: Tensor, bank: Tensor) -> None:
+    _bound(bank).prefetch(ids)
+
+
 def _observe(ids: Tensor, weight: Tensor) -> Tensor:
     _bound(weight).observe(ids)
     return ids.clone()
@@ -129,6 +137,7 @@ for _name, _kernel in {
     "fetch": _fetch,
     "wait": _wait,
     "stream": _stream,
+    "prefetch": _prefetch,
     "grouped_mm": run_groups,
     "observe": _observe,
     "experts": _experts,
@@ -143,6 +152,7 @@ LIB._register_fake("wait", lambda fetched, bank: torch.empty_like(fetched))
 LIB._register_fake(
     "stream", lambda x, ids, bank, others, core, row, dtype: x.new_empty((x.shape[0], *row), dtype=dtype)
 )
+LIB._register_fake("prefetch", lambda ids, bank: None)
 LIB._register_fake("grouped_mm", lambda x, weight, slots: x.new_empty((x.shape[0], weight.shape[2])))
 LIB._register_fake("observe", lambda ids, weight: torch.empty_like(ids))
 LIB._register_fake("experts", lambda x, ids, weights, bank: torch.empty_like(x))
@@ -150,6 +160,7 @@ LIB._register_fake("experts", lambda x, ids, weights, bank: torch.empty_like(x))
 fetch = torch.ops.moe_offload.fetch.default
 wait = torch.ops.moe_offload.wait.default
 stream = torch.ops.moe_offload.stream.default
+prefetch = torch.ops.moe_offload.prefetch.default
 grouped_mm = torch.ops.moe_offload.grouped_mm.default
 observe = torch.ops.moe_offload.observe.default
 experts = torch.ops.moe_offload.experts.default

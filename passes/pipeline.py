@@ -15,6 +15,7 @@ from .bank import Bank
 from .find import Site
 from .inspect import difference, op_counts
 from .instrument import instrument
+from .lookahead import lookahead
 from .slots import slots
 from .waves import waves
 
@@ -37,15 +38,17 @@ def offload_pipeline(
     banks: Mapping[Hashable, Bank],
     compile_core: Callable[[GraphModule], Callable[..., Tensor]] | None = None,
     overlap: bool = False,
+    guess: bool = False,
 ) -> list[Pass]:
     """Serve every site from its bank: decode sites by slot, the rest in waves.
 
     With `overlap` decode sites become waves as well: a wave computes what is resident while the rest loads, which a
-    renamed index cannot.
+    renamed index cannot. With `guess` each layer's router is asked a layer earlier, too.
     """
     core: dict[str, Any] = {} if compile_core is None else {"compile_core": compile_core}
     in_waves = partial(waves, sites=sites, banks=banks, **core)
-    return [in_waves] if overlap else [partial(slots, sites=sites, banks=banks), in_waves]
+    early: list[Pass] = [partial(lookahead, sites=sites)] if guess else []
+    return [*early, in_waves] if overlap else [*early, partial(slots, sites=sites, banks=banks), in_waves]
 
 
 def observe_pipeline(sites: Sequence[Site]) -> list[Pass]:

@@ -49,7 +49,7 @@ def waves(
     """
     done = [site for site in sites if site.reads_weights]
     for site in done:
-        fixed = _constants(graph, site)
+        fixed = constants(graph, site)
         nodes = _core_nodes(graph, site, fixed)
         exit_node = _exit(site, nodes)
         x, ids, others = _inputs(site, nodes, fixed)
@@ -77,7 +77,7 @@ def _outside(nodes: Mapping[Node, None], user: Node) -> bool:
     return user not in nodes
 
 
-def _constants(graph: Graph, site: Site) -> dict[Node, None]:
+def constants(graph: Graph, site: Site) -> dict[Node, None]:
     """Nodes that depend on nothing but the model: parameters, buffers, numbers, and what is computed from them alone.
 
     A number that a module holds (a clamp limit, say) is an input too when Dynamo traces with dynamic shapes: a tensor

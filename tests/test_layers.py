@@ -34,8 +34,8 @@ LAYERS = [
     ),
     Layer(
         "parts",
-        "experts buffers scratch checkpoint conversion rows packed packed_format shards plan measure transfer stores "
-        "stores.* kernels kernels.*",
+        "experts buffers scratch arrivals overlap trial checkpoint conversion rows packed packed_format shards plan "
+        "measure transfer stores stores.* kernels kernels.*",
     ),
     Layer("runtime", "runtime"),
     Layer("engine", "backend handle loading pack_streams"),

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from moe_offload import ExpertReadError, OffloadConfig, optimize
+from moe_offload.arrivals import Arrivals
 from moe_offload.buffers import POISON
 from moe_offload.cache import LayerCache, Load
 from moe_offload.experts import find_experts, is_experts
@@ -71,9 +72,9 @@ def compiled():
 def empty(model):
     (layer,) = model.moe_offload._runtime.layers
     policy = POLICIES["decayed_lfu"](layer.cache.num_experts, 32.0)
-    layer.cache = LayerCache(layer.cache.num_experts, layer.cache.slots, policy)
+    layer.arrivals.cache = LayerCache(layer.cache.num_experts, layer.cache.slots, policy)
     layer.slots.bytes.fill_(POISON)
-    assert not layer._arriving
+    assert not layer.arrivals.demanded
     return layer
 
 
@@ -186,26 +187,26 @@ def a_victim_stays_mapped(patch):
 
 
 def scratch_rows_are_swapped(patch):
-    real = LayerRuntime._arrived
+    real = Arrivals.take
 
-    def arrived(self, demanded=True):
-        arrival = real(self, demanded)
+    def take(self, wanted=True):
+        arrival = real(self, wanted)
         return arrival if arrival.load else dataclasses.replace(arrival, place=(arrival.place + 1) % 2)
 
-    patch.setattr(LayerRuntime, "_arrived", arrived)
+    patch.setattr(Arrivals, "take", take)
 
 
 def rows_go_to_the_neighbour_s_slot(patch):
-    real = LayerRuntime._arrived
+    real = Arrivals.take
 
-    def arrived(self, demanded=True):
-        arrival = real(self, demanded)
+    def take(self, wanted=True):
+        arrival = real(self, wanted)
         if arrival.load is None:
             return arrival
         wrong = Load(arrival.expert, (arrival.load.slot + 1) % self.cache.slots)
         return dataclasses.replace(arrival, load=wrong)
 
-    patch.setattr(LayerRuntime, "_arrived", arrived)
+    patch.setattr(Arrivals, "take", take)
 
 
 def results_go_to_the_next_pair(patch):

@@ -226,7 +226,7 @@ def test_close_gives_everything_back_once():
     runtime.close()
     assert store.closed == 1 and runtime.closed
     for layer in runtime.layers:
-        assert layer.slots.bytes.numel() == layer.scratch.bytes.numel() == 0
+        assert layer.slots.bytes.numel() == layer.arrivals.scratch.bytes.numel() == 0
         with pytest.raises(ClosedError):
             layer.experts(torch.zeros(1, 1), torch.zeros(1, K, dtype=torch.int64), torch.ones(1, K))
     for use in (runtime.check_open, lambda: runtime.read_stacked(0)):
@@ -253,7 +253,7 @@ def test_every_error_here_is_one_of_ours():
 
 def ahead(runtime):
     """The experts read ahead, and for which layer."""
-    shared = runtime.layers[0].shared
+    shared = runtime.layers[0].arrivals.shared
     return shared._layer, sorted(shared._ahead)
 
 

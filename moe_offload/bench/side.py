@@ -67,14 +67,14 @@ class Side:
         begun = time.perf_counter()
         while (now := time.perf_counter()) - begun < seconds or under_way:
             layer = runtime.layers[turn % len(runtime.layers)]
-            places = layer.scratch.rows
+            places = layer.arrivals.scratch.rows
             if now - begun < seconds and len(under_way) < len(places):
                 expert = turn * 31 % layer.bank.num_experts
                 row = places[turn % len(places)]
-                under_way.append(layer.transfer.start(layer.store, layer.bank.index, expert, row))
+                under_way.append(layer.arrivals.transfer.start(layer.store, layer.bank.index, expert, row))
                 turn += 1
             else:
-                moved += layer.transfer.wait(under_way.pop(0))
+                moved += layer.arrivals.transfer.wait(under_way.pop(0))
         return {"bandwidth": moved / (time.perf_counter() - begun)}
 
     def memory(self) -> dict[str, Any]:

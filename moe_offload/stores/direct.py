@@ -32,11 +32,16 @@ _threads = threading.local()
 
 
 class DataFile:
-    """A file opened for reading, twice where O_DIRECT is to be had. Takes `descriptor` over."""
+    """A file opened for reading, twice where O_DIRECT is to be had. Takes `descriptor` over.
+
+    Both stay open until `close`, even once O_DIRECT has been refused: another thread may be about to read through that
+    number, which by then could be another file's.
+    """
 
     def __init__(self, path: Path, descriptor: int):
         self.path, self.descriptor, self.size = path, descriptor, os.fstat(descriptor).st_size
-        self.direct = _open_direct(descriptor)
+        self._direct = _open_direct(descriptor)
+        self._refused = False
 
     def stamp(self) -> FileStamp:
         return FileStamp.of(self.descriptor)
@@ -44,29 +49,25 @@ class DataFile:
     def read(self, offset: int, buffers: Sequence[memoryview], who: str) -> None:
         """Fill `buffers` with the bytes at `offset`; together at most PART_BYTES. Raises `ExpertReadError`."""
         nbytes = sum(buffer.nbytes for buffer in buffers)
-        if self.direct is not None:
+        direct = self._direct
+        if direct is not None and not self._refused:
             in_place = offset % PAGE == 0 and all(_address(b) % PAGE == 0 and b.nbytes % PAGE == 0 for b in buffers)
             try:
                 if in_place:
-                    self._fill(self.direct, offset, list(buffers), nbytes, who)
+                    self._fill(direct, offset, list(buffers), nbytes, who)
                 else:
-                    self._detour(self.direct, offset, buffers, nbytes, who)
+                    self._detour(direct, offset, buffers, nbytes, who)
                 return
             except _Refused as refused:
                 logger.info("%s: O_DIRECT is refused (%s); read through the page cache", self.path, refused)
-                self._close_direct()
+                self._refused = True
         self._fill(self.descriptor, offset, list(buffers), nbytes, who)
 
     def close(self) -> None:
-        self._close_direct()
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
-
-    def _close_direct(self) -> None:
-        direct, self.direct = self.direct, None
-        if direct is not None:
-            os.close(direct)
+        for descriptor in (self.descriptor, self._direct):
+            if descriptor is not None and descriptor >= 0:
+                os.close(descriptor)
+        self.descriptor, self._direct = -1, None
 
     def _detour(self, direct: int, offset: int, buffers: Sequence[memoryview], nbytes: int, who: str) -> None:
         begin = offset // PAGE * PAGE
@@ -86,13 +87,13 @@ class DataFile:
             except InterruptedError:
                 continue
             except OSError as error:
-                if error.errno in REFUSALS and descriptor == self.direct:
+                if error.errno in REFUSALS and descriptor == self._direct:
                     raise _Refused(error.strerror) from None
                 if error.errno in PASSING_ERRORS and not retried:
                     retried = True
                     continue
                 raise self._failed(offset, at, needed, retried, error, who) from error
-            if descriptor == self.direct and at - offset + count < needed:
+            if descriptor == self._direct and at - offset + count < needed:
                 short, count = count, count // PAGE * PAGE  # go on from a whole page: another offset is refused
                 if short and not count and not stuck:
                     stuck = True

@@ -67,6 +67,9 @@ def _write_rows(
                 count = os.pwrite(descriptor, rest, done)
                 done, rest = done + count, rest[count:]
             progress(done, total)
+    os.fdatasync(descriptor)
+    if hasattr(os, "posix_fadvise"):  # pages still cached would hold the memory that the budget gave up
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _index(file: Path, banks: Sequence[ExpertBank], chosen: Sequence[ExpertBank], stamp: FileStamp) -> RowIndex:

@@ -1,0 +1,200 @@
+"""Rows on their way to one layer: asked for, waited for, committed; or given back whole when anything fails.
+
+    demanded   by the event in hand, waited for in the order they were asked for
+    held       read ahead into scratch by the layer before, claimed by the event in hand
+    guessed    on their way into slots because a guess named them; nobody waits for them before an event asks
+
+This file is the only one that turns a cache's `Load` into bytes in a slot. A slot whose load has not been committed is
+never read, so whatever happens here changes when weights arrive, never which.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from .buffers import POISON, Rows
+from .cache import LayerCache, Load
+from .experts import ExpertBank
+from .scratch import Held, Scratch
+from .stores import Store
+from .transfer import Ticket, Transfer
+
+PREWARM_DEPTH = 4  # rows on their way at once before anything has been asked for
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A row on its way: into the slot of `load`, or to be used from scratch row `place` (-1: none).
+
+    With both it was read ahead into scratch, and goes on to the slot from there.
+    """
+
+    expert: int
+    load: Load | None
+    place: int
+    ticket: Ticket
+
+
+class Arrivals:
+    """What is on its way to the slots and scratch rows of one layer."""
+
+    def __init__(
+        self,
+        bank: ExpertBank,
+        cache: LayerCache,
+        slots: Rows,
+        shared: Scratch,
+        store: Store,
+        transfer: Transfer,
+        poison: bool = False,
+    ):
+        self.bank, self.cache, self.store, self.transfer, self.poison = bank, cache, store, transfer, poison
+        self.slots, self.shared, self.scratch = slots, shared, shared.rows(bank.layout)
+        self.demanded: deque[Arrival] = deque()
+        self.held: dict[int, Held] = {}
+        self.guessed: dict[int, Arrival] = {}
+
+    # One event: begin, look the cache up, claim, start what is missing, take what arrives.
+
+    def begin(self, used: Collection[int]) -> None:
+        """A new event, of the experts `used`: claim what was read ahead for it, give up what stands in its way."""
+        if self.demanded or self.held:
+            self.abort()  # an event that was interrupted before its wait left loads behind; a new one starts clean
+        begun = time.perf_counter()
+        self.held = self.shared.claim(self.bank.index, used)
+        self._settle_guesses(used)
+        self.cache.counters.stall_s += time.perf_counter() - begun
+
+    def claim_guesses(self, used: Collection[int]) -> None:
+        """What was guessed and is `used` is demanded now, first of all. Call it after the cache was looked up."""
+        for e in [e for e in self.guessed if e in used]:
+            arrival = self.guessed.pop(e)
+            self.cache.counters.ahead += 1
+            if arrival.load is not None and arrival.ticket.done.is_set() and arrival.ticket.error is None:
+                self.cache.commit(arrival.load, arrival.ticket.nbytes)
+            else:
+                self.cache.counters.late += 1
+                self.transfer.hurry(arrival.ticket)
+                self.demanded.append(arrival)
+
+    def start(self, loads: Iterable[Load], urgent: bool = True) -> None:
+        try:
+            for load in loads:
+                self.send(load.expert, load, urgent=urgent)
+        except BaseException:
+            self.abort()
+            raise
+
+    def send(self, expert: int, load: Load | None, place: int = -1, urgent: bool = True) -> None:
+        held = self.held.pop(expert, None)
+        if held is not None:
+            self.cache.counters.ahead += 1
+            self.cache.counters.late += not held.ticket.done.is_set()
+            self.demanded.append(Arrival(expert, load, held.place, held.ticket))
+            return
+        if load is not None:
+            place = -1
+        self.demanded.append(Arrival(expert, load, place, self._read(expert, load, place, urgent)))
+
+    def take(self, wanted: bool = True) -> Arrival:
+        """The next row, in the order they were asked for, once it is complete and, if it has a slot, resident.
+
+        `wanted`: an event asked for it; else it is pre-warming.
+        """
+        begun = time.perf_counter()
+        try:
+            arrival = self.demanded[0]
+            nbytes = self.transfer.wait(arrival.ticket)
+            self.demanded.popleft()
+            if arrival.load is not None:
+                if arrival.place >= 0:
+                    self.slots.bytes[arrival.load.slot].copy_(self.scratch.bytes[arrival.place])
+                self.cache.commit(arrival.load, nbytes, wanted)
+            else:
+                self.cache.count_miss(nbytes)
+                self.cache.counters.streamed += 1
+            return arrival
+        except BaseException:
+            self.abort()
+            raise
+        finally:
+            self.cache.counters.stall_s += time.perf_counter() - begun
+
+    def abort(self) -> None:
+        """Give back the slot of every load that has not been committed, once nothing writes there any more."""
+        under_way = [*self.demanded, *self.guessed.values()]
+        tickets = [one.ticket for one in under_way] + [held.ticket for held in self.held.values()]
+        self.demanded, self.held, self.guessed = deque(), {}, {}
+        try:
+            self.transfer.cancel(tickets)
+        finally:
+            for load in list(self.cache.pending.values()):
+                self._give_back(load)
+
+    # Before anything has been asked for.
+
+    def prewarm(self, experts: Iterable[int], progress: Callable[[int], object] = lambda n: None) -> None:
+        """Fill free slots with `experts`, most wanted first. Stops cleanly at any exception (Ctrl-C)."""
+        if self.demanded:
+            self.abort()
+        try:
+            for load in self.cache.prewarm(list(experts)):
+                self.start([load], urgent=False)
+                if len(self.demanded) >= PREWARM_DEPTH:
+                    self.take(wanted=False)
+                    progress(1)
+            while self.demanded:
+                self.take(wanted=False)
+                progress(1)
+        except BaseException:
+            self.abort()
+            raise
+
+    def guess(self, experts: Sequence[int], most: int) -> None:
+        """Begin to load what is missing of `experts` in the background, at most `most`, into the coldest slots."""
+        for load in self.cache.guess(experts, most - len(self.guessed)):
+            try:
+                ticket = self._read(load.expert, load, -1, urgent=False)
+            except BaseException:
+                self._give_back(load)
+                raise
+            self.guessed[load.expert] = Arrival(load.expert, load, -1, ticket)
+
+    def _settle_guesses(self, used: Collection[int]) -> None:
+        """Commit the guesses that are here and not `used`; give up those that failed, or take room that is needed.
+
+        One that is still being read, and in nobody's way, goes on: to stop it would be to wait for it.
+        """
+        room = self.cache.slots - len(set(used) | set(self.guessed))
+        for e, arrival in list(self.guessed.items()):
+            load, ticket = arrival.load, arrival.ticket
+            if load is None:
+                raise AssertionError("a guess has a slot")
+            done = ticket.done.is_set()
+            if done and ticket.error is None:
+                if e not in used:
+                    del self.guessed[e]
+                    self.cache.commit(load, 0, demanded=False)
+                    self.count_wasted(ticket.nbytes)
+            elif done or (e not in used and (room < 0 or not ticket.begun)):
+                self.transfer.cancel([ticket])
+                del self.guessed[e]
+                self._give_back(load)
+                self.count_wasted(ticket.moved)
+
+    def count_wasted(self, nbytes: int) -> None:
+        self.cache.counters.wasted_bytes += nbytes
+
+    def _read(self, expert: int, load: Load | None, place: int, urgent: bool) -> Ticket:
+        rows, i = (self.slots, load.slot) if load is not None else (self.scratch, place)
+        if self.poison:
+            rows.bytes[i].fill_(POISON)
+        return self.transfer.start(self.store, self.bank.index, expert, rows.rows[i], urgent)
+
+    def _give_back(self, load: Load) -> None:
+        self.cache.abort(load)
+        if self.poison:
+            self.slots.bytes[load.slot].fill_(POISON)

@@ -1,0 +1,51 @@
+"""Whether something pays, found out where it runs: a few steps with it, a few without, in turn, and the median decides.
+
+    with  without  with  without ...  |  the winner, for a while  |  with  without ...
+    ──────── trial ─────────────────     ─────── verdict ────────    ── trial again ──
+
+Steps in both settings meet the same noise, so neither a machine that is busy nor a prompt that is hard decides. The
+work in question must not change what a step computes, only when: here, whether guessed experts are loaded.
+"""
+
+from __future__ import annotations
+
+import statistics
+
+BLOCK = 8  # steps in one setting before the other has its turn
+BLOCKS = 8  # of both together, in a trial
+VERDICT = 1024  # steps that a verdict holds
+
+
+class Trial:
+    """`on` says whether to do it now. Call `step(now_s)` when a step begins, `skip()` when one is no measure."""
+
+    def __init__(self) -> None:
+        self.on = True
+        self.paid: bool | None = None  # the last verdict
+        self._taken_s: dict[bool, list[float]] = {True: [], False: []}
+        self._steps = 0
+        self._began_s: float | None = None
+
+    def step(self, now_s: float) -> None:
+        if self._began_s is not None and self._in_trial() and (self._steps - 1) % BLOCK:
+            self._taken_s[self.on].append(now_s - self._began_s)  # not the first of a block: it pays for the last one
+        self._began_s = now_s
+        self._steps += 1
+        if self._steps == BLOCK * BLOCKS:
+            self.paid = self.on = self._pays()
+        elif self._in_trial():
+            self.on = self._steps // BLOCK % 2 == 0
+        elif self._steps == BLOCK * BLOCKS + VERDICT:
+            self._steps, self.on = 0, True
+            self._taken_s = {True: [], False: []}
+
+    def skip(self) -> None:
+        """Something else came between (a prompt, a pause): the time since the last step says nothing."""
+        self._began_s = None
+
+    def _in_trial(self) -> bool:
+        return self._steps < BLOCK * BLOCKS
+
+    def _pays(self) -> bool:
+        times = self._taken_s
+        return bool(times[True]) and statistics.median(times[True]) < statistics.median(times[False] or [float("inf")])
