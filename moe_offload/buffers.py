@@ -30,3 +30,8 @@ def page_aligned(nbytes: int) -> Tensor:
     raw = torch.empty(nbytes + ROW_ALIGN, dtype=torch.uint8)
     begin = -raw.data_ptr() % ROW_ALIGN
     return raw[begin : begin + nbytes]
+
+
+#: What is left when memory was given back. Made beforehand: a model may be collected in the middle of a trace, under a
+#: mode in which no real tensor can be made.
+NOTHING = Rows(0, ROW_ALIGN, torch.uint8)

@@ -54,6 +54,7 @@ def compute_while_loading(
     `following` that will probably be asked for are read into scratch that has done its part.
     """
     wave = _Wave(arrivals, following, x_P, ids_P, core, others, deque(past))
+    arrivals.transfer.get_going()
     # Rows read ahead first: until they are out of scratch, nothing more can be read into it.
     while wave.next_is_in_scratch():
         wave.compute_next()

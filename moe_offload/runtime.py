@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .arrivals import Arrivals
-from .buffers import Rows
+from .buffers import NOTHING, Rows
 from .cache import LayerCache
 from .errors import ClosedError
 from .experts import ExpertBank
@@ -151,8 +151,7 @@ class LayerRuntime:
     def release(self) -> None:
         """Give the memory back. Nothing may be on its way any more."""
         self.module_core = None
-        layout = self.bank.layout
-        self.arrivals.slots = self.arrivals.scratch = Rows(0, layout.row_bytes, layout.dtype)
+        self.arrivals.slots = self.arrivals.scratch = NOTHING
         self.arrivals.shared.release()
 
     def _event(self, ids_P: Tensor) -> tuple[list[int], Counter[int]]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .buffers import POISON, Rows
+from .buffers import NOTHING, POISON, Rows
 from .experts import RowLayout
 from .stores import Store
 from .transfer import Ticket, Transfer
@@ -74,7 +74,7 @@ class Scratch:
 
     def release(self) -> None:
         """Give the memory back. Nothing may be on its way any more."""
-        self.raw, self._ahead = self.raw[:0], {}
+        self.raw, self._ahead = NOTHING.bytes, {}
         self._seen_as.clear()
 
     def drop(self) -> None:

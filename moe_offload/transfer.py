@@ -24,6 +24,7 @@ from .stores.request import RowRead
 logger = logging.getLogger("moe_offload")
 
 THREADS = 4  # reads in flight; measured: more do not help (README)
+GET_GOING_S = 0.002  # threads that are not up by then are not worth waiting for
 SLOW_S = 5.0  # a wait as long as this is worth a line in the log
 TIMEOUT_S = 300.0  # and after this it is an error: nothing waits for ever
 
@@ -59,6 +60,9 @@ class Transfer(Protocol):
     def wait(self, ticket: Ticket) -> int:
         """Return the bytes moved, once the row is complete. Errors of the store surface here too."""
 
+    def get_going(self) -> None:
+        """Return once as much as can be on its way at once is; the caller is about to keep every core busy."""
+
     def hurry(self, ticket: Ticket) -> None:
         """A row that was started in the background is needed now."""
 
@@ -81,7 +85,9 @@ class ThreadTransfer:
     def __init__(self, threads: int = THREADS):
         self._count = threads
         self._threads: list[threading.Thread] = []
-        self._changed = threading.Condition()  # guards all below, and every ticket's counts
+        lock = threading.RLock()  # guards all below, and every ticket's counts
+        self._changed = threading.Condition(lock)
+        self._taken = threading.Condition(lock)
         self._urgent: deque[Ticket] = deque()
         self._background: deque[Ticket] = deque()
         self._running: dict[int, tuple[Ticket, float]] = {}  # thread -> the ticket it works for, since when
@@ -114,6 +120,11 @@ class ThreadTransfer:
         if ticket.error is not None:
             raise ticket.error
         return ticket.nbytes
+
+    def get_going(self) -> None:
+        """A thread that wakes up while all cores compute waits for its turn, 3 ms on Linux, and the disk with it."""
+        with self._taken:
+            self._taken.wait_for(lambda: not self._urgent or len(self._running) >= self._count, GET_GOING_S)
 
     def hurry(self, ticket: Ticket) -> None:
         with self._changed:
@@ -173,6 +184,8 @@ class ThreadTransfer:
                 if not ticket.queued:
                     queue.popleft()
                 self._running[threading.get_ident()] = (ticket, time.monotonic())
+                if not self._urgent or len(self._running) >= self._count:
+                    self._taken.notify_all()
             try:
                 if ticket.error is None:
                     part()

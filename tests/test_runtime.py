@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_offload.errors import ClosedError, ExpertReadError, OffloadError, RoutingError
 
@@ -241,6 +242,14 @@ def test_experts_weights_and_sums_over_k():
     ids, weights = torch.tensor([[1, 2], [3, 1], [7, 0]]), torch.tensor([[1.0, 0.5], [0.0, 2.0], [1.0, 1.0]])
     out = layer.experts(torch.zeros(3, 5), ids, weights)
     assert out[:, 0].tolist() == [2.0, 2.0, 7.0]
+
+
+def test_close_while_something_is_being_traced():
+    """A model may be collected at any time, and Dynamo makes no real tensors then."""
+    runtime, _ = make()
+    with FakeTensorMode():
+        runtime.close()
+    assert all(layer.slots.bytes.numel() == 0 for layer in runtime.layers)
 
 
 def test_every_error_here_is_one_of_ours():
