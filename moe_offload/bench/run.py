@@ -134,7 +134,8 @@ def _measure(
     """The sides of `group` alive together, taking turns."""
     row_bytes = max(layer.row_bytes for layer in work.plan.layers)
     limit = max(work.plan.budget_bytes + SLACK_BYTES + row_bytes, LEAST_LIMIT)
-    files = shard_files(work.folder)
+    # The roof is that of the very files ours reads: what was written a moment ago may lie in a cache of the host.
+    files = shard_files(Path(settings["scratch"]) / PACKED if work.packed else work.folder)
     found = [Measured(side) for side in group]
     with ExitStack() as alive:
         children: dict[str, Child] = {}
