@@ -51,7 +51,7 @@ class OffloadConfig:
     Raises ConfigError, naming the field, its value and what it accepts.
     """
 
-    policy: str = "decayed_lfu"
+    policy: str = "successors"
     half_life: float = 32.0
     experts_implementation: str = "auto"
     compile: str = "auto"
