@@ -24,7 +24,6 @@ and MIN that is closed at 25 % capacity, for gpt-oss, DeepSeek intent, law, Qwen
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import chain
 from operator import itemgetter
 
 FAST, SLOW = 8.0, 96.0  # half-lives of the rates, tokens
@@ -32,7 +31,7 @@ WEIGHT = 3.0
 HORIZON = 2  # events after which a use still counts as a successor
 FADE = 256.0
 DOUBT = 4.0  # an expert followed n times predicts with n / (n + DOUBT) of its shares
-SHORTLIST = 16
+SHORTLIST = 14
 LARGEST_SET = 32  # beyond, an event is a prompt or a large batch: everything follows everything
 FULL = 2.0**200  # of a unit, long before it overflows
 
@@ -64,6 +63,7 @@ class Successors:
         self.followed = [0.0] * num_experts  # events that came after a use of f, within the horizon
         self.by = [[0.0] * num_experts for _ in range(num_experts)]  # [f][e]: those that used e
         self.recent: list[list[int]] = []  # the sets of the last events, the current one first
+        self.turn = 0  # which of them the next event is counted for
 
     def record(self, experts: Iterable[int], tokens: int) -> None:
         experts = list(experts)
@@ -72,8 +72,9 @@ class Successors:
         if len(experts) > LARGEST_SET:
             self.recent = []
             return
+        self.turn = (self.turn + 1) % HORIZON
         by, followed = self.by, self.followed
-        for f in chain(*self.recent):
+        for f in self.recent[self.turn] if self.turn < len(self.recent) else ():
             row = by[f]
             for e in experts:
                 row[e] += 1.0
@@ -84,11 +85,10 @@ class Successors:
         self.recent = [experts, *self.recent[: HORIZON - 1]]
 
     def victims(self, candidates: Iterable[int], n: int) -> list[int]:
-        a, b = self.fast.share / self.fast.unit, self.slow.share / self.slow.unit
         fast, slow = self.fast.used, self.slow.used
-        rate = {e: a * fast[e] + b * slow[e] for e in candidates}
-        short = sorted(rate, key=rate.__getitem__)[: max(n, SHORTLIST)]
-        score = dict(zip(short, self._score(short, [rate[e] for e in short]), strict=True))
+        short = sorted(candidates, key=slow.__getitem__)[: max(n, SHORTLIST)]
+        a, b = self.fast.share / self.fast.unit, self.slow.share / self.slow.unit
+        score = dict(zip(short, self._expect(short, [a * fast[e] + b * slow[e] for e in short]), strict=True))
         return sorted(short, key=score.__getitem__)[:n]
 
     def seed(self, rates: Sequence[float]) -> None:
@@ -97,7 +97,7 @@ class Successors:
         for rate in (self.fast, self.slow):
             rate.seed([r / top for r in rates])
 
-    def _score(self, experts: list[int], scores: list[float]) -> list[float]:
+    def _expect(self, experts: list[int], scores: list[float]) -> list[float]:
         """`scores`, and for each expert how much the current set lets expect it."""
         current = self.recent[0] if self.recent else []
         if len(experts) < 2 or not current:

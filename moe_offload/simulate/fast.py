@@ -2,8 +2,8 @@
 
 Shapes: N rows, K experts per row, V events, E experts, S slots.
 
-This file follows `cache.py` and `policies/` line by line, floating point included: a victim is the first of the smallest
-in the order of slots. Tests compare both on random traces and on a real one. It needs numba; without it `plain` serves.
+This file follows `cache.py` and `policies/` line by line, floating point included: among equals the first in the order
+of slots gives way. Tests compare both on random traces and on a real one. It needs numba; without it `plain` serves.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def replay(ids_NK, first_V, stop_V, tokens_V, num_experts, slots, kind, half_lif
     slot_of, expert_at = np.full(num_experts, -1), np.full(slots, -1)
     free, n_free = np.arange(slots - 1, -1, -1), slots
     count, event = np.zeros(num_experts, np.int64), np.zeros(num_experts, np.int64)
-    candidates, victims = np.zeros(slots, np.int64), np.zeros(slots, np.int64)
+    candidates = np.zeros(slots, np.int64)
     key1, key2 = np.zeros(num_experts), np.zeros(num_experts)  # the smallest leaves first
     rank1, rank2 = np.zeros(slots), np.zeros(slots)
     now, seen = 0.0, 0
@@ -43,6 +43,7 @@ def replay(ids_NK, first_V, stop_V, tokens_V, num_experts, slots, kind, half_lif
     fast, slow, unit_f, unit_s = np.zeros(num_experts), np.zeros(num_experts), 1.0, 1.0
     by, followed = np.zeros((tables, tables)), np.zeros(tables)
     recent, n_recent = np.zeros((_HORIZON, _LARGEST), np.int64), np.zeros(_HORIZON, np.int64)
+    turn = 0
     upcoming = _next_uses(ids_NK, first_V, stop_V, num_experts) if kind == BELADY else np.zeros((1, 1), np.int64)
 
     if kind == LRU:
@@ -109,15 +110,15 @@ def replay(ids_NK, first_V, stop_V, tokens_V, num_experts, slots, kind, half_lif
             if n > _LARGEST:
                 n_recent[:] = 0
             else:
-                for h in range(_HORIZON):
-                    for j in range(n_recent[h]):
-                        f = recent[h, j]
-                        for i in range(n):
-                            by[f, event[i]] += 1.0
-                        followed[f] += 1.0
-                        if followed[f] >= _FADE:
-                            followed[f] *= 0.5
-                            by[f] *= 0.5
+                turn = (turn + 1) % _HORIZON
+                for j in range(n_recent[turn]):
+                    f = recent[turn, j]
+                    for i in range(n):
+                        by[f, event[i]] += 1.0
+                    followed[f] += 1.0
+                    if followed[f] >= _FADE:
+                        followed[f] *= 0.5
+                        by[f] *= 0.5
                 for h in range(_HORIZON - 1, 0, -1):
                     recent[h] = recent[h - 1]
                     n_recent[h] = n_recent[h - 1]
@@ -149,11 +150,14 @@ def replay(ids_NK, first_V, stop_V, tokens_V, num_experts, slots, kind, half_lif
                     cls = min(max(math.floor(log2_score), 0), _CLASSES - 1) if math.isfinite(log2_score) else 0
                     rank1[c], rank2[c] = (key2[e] - seen) / 2.0**cls, key1[e]
                 elif kind == SUCCESSORS:
-                    rank1[c] = _SHARE_F / unit_f * fast[e] + _SHARE_S / unit_s * slow[e]
+                    rank1[c] = slow[e]
                 else:
                     rank1[c], rank2[c] = key1[e], key2[e]
             if kind == SUCCESSORS:
                 n_candidates = _smallest(candidates, rank1, rank2, n_candidates, max(n_victims, _SHORTLIST))
+                for c in range(n_candidates):
+                    e = candidates[c]
+                    rank1[c] = _SHARE_F / unit_f * fast[e] + _SHARE_S / unit_s * slow[e]
                 if n_recent[0] and n_candidates > 1:
                     weight = _WEIGHT / n_recent[0]
                     for j in range(n_recent[0]):
@@ -162,10 +166,6 @@ def replay(ids_NK, first_V, stop_V, tokens_V, num_experts, slots, kind, half_lif
                         for c in range(n_candidates):
                             rank1[c] += w * by[f, candidates[c]]
             _smallest(candidates, rank1, rank2, n_candidates, n_victims)
-            victims[:n_victims] = candidates[:n_victims]
-            for m in range(n_victims):  # their slots are taken in this order, after the free ones: pushed last first
-                e = victims[n_victims - 1 - m]
-                expert_at[slot_of[e]] = -1
             taken = 0
             for i in range(n):
                 e = event[i]
@@ -174,8 +174,8 @@ def replay(ids_NK, first_V, stop_V, tokens_V, num_experts, slots, kind, half_lif
                         n_free -= 1
                         slot = free[n_free]
                     else:
-                        slot = slot_of[victims[taken]]
-                        slot_of[victims[taken]] = -1
+                        slot = slot_of[candidates[taken]]
+                        slot_of[candidates[taken]] = -1
                         taken += 1
                     slot_of[e], expert_at[slot] = slot, e
             missing = 0

@@ -1,4 +1,4 @@
-"""What one cache is asked, event by event: a trace as a single layer's cache sees it, or as one cache of all layers does.
+"""What one cache is asked, event by event: a trace as the cache of one layer sees it, or as one cache of all layers.
 
 Shapes: N rows, K experts per row, V events, L layers, T tokens.
 """
@@ -29,7 +29,9 @@ class Stream:
     request_V: Ints
 
     def events(self) -> Iterator[Event]:
-        for first, stop, tokens in zip(self.first_V.tolist(), self.stop_V.tolist(), self.tokens_V.tolist(), strict=True):
+        for first, stop, tokens in zip(
+            self.first_V.tolist(), self.stop_V.tolist(), self.tokens_V.tolist(), strict=True
+        ):
             yield Event(Counter(e for e in self.ids_NK[first:stop].ravel().tolist() if e >= 0), tokens)
 
     def by_request(self) -> Iterator[Stream]:
