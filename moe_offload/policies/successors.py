@@ -5,7 +5,7 @@
 
 P(e | f): of the events one or two after a use of f, the share that used e. Routing of neighbouring tokens is correlated
 beyond popularity and recency, and this is what these cannot see. Counts fade: those of f are halved when it has been
-followed 256 times. Of the candidates only the 16 with the lowest rates are scored in full.
+followed 255 times. Of the candidates only the 16 with the lowest rates are scored in full.
 
 Measured on ../shared/traces, first half of the requests, per layer, warm, event-atomic: share of the gap between LRU
 and MIN that is closed at 25 % capacity, for gpt-oss, DeepSeek intent, law, Qwen (one short request).
@@ -29,11 +29,13 @@ from operator import itemgetter
 FAST, SLOW = 8.0, 96.0  # half-lives of the rates, tokens
 WEIGHT = 3.0
 HORIZON = 2  # events after which a use still counts as a successor
-FADE = 256.0
-DOUBT = 4.0  # an expert followed n times predicts with n / (n + DOUBT) of its shares
+FADE = 255  # so that a count is one byte: E * E bytes a layer, not 32 times that in floats
+DOUBT = 4  # an expert followed n times predicts with n / (n + DOUBT) of its shares
 SHORTLIST = 14
 LARGEST_SET = 32  # beyond, an event is a prompt or a large batch: everything follows everything
 FULL = 2.0**200  # of a unit, long before it overflows
+
+_HALF = bytes(count >> 1 for count in range(256))
 
 
 class Rate:
@@ -60,8 +62,8 @@ class Rate:
 class Successors:
     def __init__(self, num_experts: int):
         self.fast, self.slow = Rate(num_experts, FAST), Rate(num_experts, SLOW)
-        self.followed = [0.0] * num_experts  # events that came after a use of f, within the horizon
-        self.by = [[0.0] * num_experts for _ in range(num_experts)]  # [f][e]: those that used e
+        self.followed = [0] * num_experts  # [f]: events that followed a use of f and were counted for it
+        self.by = [bytearray(num_experts) for _ in range(num_experts)]  # [f][e]: those that used e
         self.recent: list[list[int]] = []  # the sets of the last events, the current one first
         self.turn = 0  # which of them the next event is counted for
 
@@ -77,11 +79,11 @@ class Successors:
         for f in self.recent[self.turn] if self.turn < len(self.recent) else ():
             row = by[f]
             for e in experts:
-                row[e] += 1.0
-            followed[f] += 1.0
-            if followed[f] >= FADE:
-                followed[f] *= 0.5
-                by[f] = [count * 0.5 for count in row]
+                row[e] += 1
+            followed[f] += 1
+            if followed[f] == FADE:
+                followed[f] >>= 1
+                by[f] = row.translate(_HALF)
         self.recent = [experts, *self.recent[: HORIZON - 1]]
 
     def victims(self, candidates: Iterable[int], n: int) -> list[int]:

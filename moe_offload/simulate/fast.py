@@ -41,7 +41,7 @@ def replay(ids_NK, first_V, stop_V, tokens_V, num_experts, slots, kind, half_lif
     now, seen = 0.0, 0
     tables = num_experts if kind == SUCCESSORS else 1
     fast, slow, unit_f, unit_s = np.zeros(num_experts), np.zeros(num_experts), 1.0, 1.0
-    by, followed = np.zeros((tables, tables)), np.zeros(tables)
+    by, followed = np.zeros((tables, tables), np.uint8), np.zeros(tables, np.int64)
     recent, n_recent = np.zeros((_HORIZON, _LARGEST), np.int64), np.zeros(_HORIZON, np.int64)
     turn = 0
     upcoming = _next_uses(ids_NK, first_V, stop_V, num_experts) if kind == BELADY else np.zeros((1, 1), np.int64)
@@ -114,11 +114,12 @@ def replay(ids_NK, first_V, stop_V, tokens_V, num_experts, slots, kind, half_lif
                 for j in range(n_recent[turn]):
                     f = recent[turn, j]
                     for i in range(n):
-                        by[f, event[i]] += 1.0
-                    followed[f] += 1.0
-                    if followed[f] >= _FADE:
-                        followed[f] *= 0.5
-                        by[f] *= 0.5
+                        by[f, event[i]] += 1
+                    followed[f] += 1
+                    if followed[f] == _FADE:
+                        followed[f] >>= 1
+                        for e in range(num_experts):
+                            by[f, e] >>= 1
                 for h in range(_HORIZON - 1, 0, -1):
                     recent[h] = recent[h - 1]
                     n_recent[h] = n_recent[h - 1]
