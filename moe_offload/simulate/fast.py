@@ -52,7 +52,7 @@ def replay(ids_NK, first_V, stop_V, tokens_V, num_experts, slots, kind, half_lif
         key1[:] = -np.inf
         key2[:] = -np.inf  # CLASSES: the last use
         half_life = _CLASS_HALF_LIFE if kind == CLASSES else half_life
-    elif kind == TINY:
+    elif kind == LFU or kind == TINY:
         key2[:] = -1.0
 
     for v in range(V):
@@ -75,8 +75,10 @@ def replay(ids_NK, first_V, stop_V, tokens_V, num_experts, slots, kind, half_lif
             for i in range(n):
                 key1[event[i]] = now
         elif kind == LFU:
+            now += 1.0
             for i in range(n):
                 key1[event[i]] += 1.0
+                key2[event[i]] = now
         elif kind == DECAYED or kind == CLASSES:
             now += tokens / half_life
             for i in range(n):

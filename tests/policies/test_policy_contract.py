@@ -1,17 +1,18 @@
-"""What every policy promises, checked on every entry of POLICIES; and DecayedLFU against its formula."""
+"""What every policy promises, checked on every entry of POLICIES; DecayedLFU and Successors against their formulas."""
 
 from __future__ import annotations
 
 import math
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from moe_offload.policies import POLICIES, DecayedLFU
+from moe_offload.policies import POLICIES, DecayedLFU, Successors, successors
 
 E = 8
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,6 +141,56 @@ def test_scores_stay_finite_for_ten_million_tokens(half_life):
     assert policy.victims(range(E), 1) == [E - 1]  # the one that was never used
     if half_life < 1:  # hardly any memory: least recently used
         assert policy.victims(range(E - 1), 1) == [10_000 % (E - 1)]
+
+
+# The scores of Successors.
+
+
+class PlainSuccessors:
+    """The definition: every rate is multiplied at every event."""
+
+    def __init__(self):
+        self.fast, self.slow = [0.0] * E, [0.0] * E
+        self.by, self.followed, self.sets = [[0] * E for _ in range(E)], [0] * E, []
+
+    def record(self, used, tokens):
+        for rates, half_life in ((self.fast, successors.FAST), (self.slow, successors.SLOW)):
+            for e in range(E):
+                rates[e] = rates[e] * 2 ** (-tokens / half_life) + (e in used) * (1 - 2 ** (-1 / half_life))
+        back = (len(self.sets) + 1) % 2 + 1  # in turns for the set before, and the set before that
+        for f in self.sets[-back] if back <= len(self.sets) else []:
+            self.followed[f] += 1
+            for e in used:
+                self.by[f][e] += 1
+            if self.followed[f] == 255:
+                self.followed[f], self.by[f] = 127, [count // 2 for count in self.by[f]]
+        self.sets.append(used)
+
+    def score(self, e):
+        current = self.sets[-1]
+        follows = sum(self.by[f][e] / (self.followed[f] + successors.DOUBT) for f in current) / len(current)
+        return self.fast[e] + self.slow[e] + successors.WEIGHT * follows
+
+
+@given(history=events.filter(bool), again=st.integers(1, 40))
+@settings(deadline=None)
+def test_victims_have_the_smallest_scores(history, again):
+    policy, plain = Successors(E), PlainSuccessors()
+    for used, tokens in history * again:
+        policy.record(used, tokens)
+        plain.record(used, tokens)
+    scores = [plain.score(e) for e in policy.victims(range(E), E)]
+    assert all(a <= b + 1e-6 for a, b in pairwise(scores))
+
+
+def test_rates_stay_finite_for_ten_million_tokens():
+    policy = Successors(E)
+    policy.seed([1.0, *[0.0] * (E - 1)])
+    for step in range(20_000):
+        policy.record([step % (E - 1)], 1000 if step % 2 else 1)
+    for rate in (policy.fast, policy.slow):
+        assert all(map(math.isfinite, [*rate.used, rate.unit]))
+    assert policy.victims(range(E), 1) == [E - 1]
 
 
 def test_policies_need_no_torch():
