@@ -12,24 +12,42 @@ import math
 
 import numba
 import numpy as np
+from numpy.typing import NDArray
 
 from ..policies import lrfu_classes as classes
 from ..policies import successors as s
 from ..policies import tiny_lfu as tiny
+from .stream import Stream
 
 KINDS = ["lru", "lfu", "decayed_lfu", "lrfu_classes", "tiny_lfu", "successors", "belady"]
 LRU, LFU, DECAYED, CLASSES, TINY, SUCCESSORS, BELADY = range(len(KINDS))
 NEVER = 1 << 62
 
-_FAST, _SLOW, _WEIGHT, _HORIZON = s.FAST, s.SLOW, s.WEIGHT, s.HORIZON
-_FADE, _DOUBT, _SHORTLIST, _LARGEST, _FULL = s.FADE, s.DOUBT, s.SHORTLIST, s.LARGEST_SET, s.FULL
-_SHARE_F, _SHARE_S = 1.0 - 2.0 ** (-1.0 / s.FAST), 1.0 - 2.0 ** (-1.0 / s.SLOW)
-_CLASSES, _CLASS_HALF_LIFE, _SAMPLE = classes.CLASSES, classes.HALF_LIFE, tiny.SAMPLE
+Ints = NDArray[np.int64]
+
+#: Arguments, not globals: compiled code is kept on disk, and would not notice when a policy's file changes.
+CONSTANTS = (
+    *(s.FAST, s.SLOW, 1.0 - 2.0 ** (-1.0 / s.FAST), 1.0 - 2.0 ** (-1.0 / s.SLOW), s.WEIGHT, s.FULL),
+    *(s.HORIZON, s.FADE, s.DOUBT, s.SHORTLIST, s.LARGEST_SET),
+    *(classes.CLASSES, classes.HALF_LIFE, tiny.SAMPLE),
+)
+
+
+def replay(stream: Stream, slots: int, kind: str, half_life: float) -> tuple[Ints, Ints]:
+    """`asked_V`, `hits_V`: how many distinct experts each event asks for, and how many of them are resident."""
+    where = (stream.ids_NK, stream.first_V, stream.stop_V, stream.tokens_V, stream.num_experts)
+    return _replay(*where, slots, KINDS.index(kind), half_life, CONSTANTS)  # type: ignore[no-any-return]
+
+
+def replay_bypass(stream: Stream, slots: int) -> tuple[Ints, Ints]:
+    """The same of MIN with bypass: of the residents and the event's experts, those needed soonest stay."""
+    return _bypass(stream.ids_NK, stream.first_V, stream.stop_V, stream.num_experts, slots)  # type: ignore[no-any-return]
 
 
 @numba.njit(cache=True, nogil=True)
-def replay(ids_NK, first_V, stop_V, tokens_V, num_experts, slots, kind, half_life):  # type: ignore[no-untyped-def]
-    """How many distinct experts each event asks for, and how many of them are resident: `asked_V`, `hits_V`."""
+def _replay(ids_NK, first_V, stop_V, tokens_V, num_experts, slots, kind, half_life, constants):  # type: ignore[no-untyped-def]
+    FAST, SLOW, SHARE_F, SHARE_S, WEIGHT, FULL = constants[:6]
+    HORIZON, FADE, DOUBT, SHORTLIST, LARGEST, N_CLASSES, CLASS_HALF_LIFE, SAMPLE = constants[6:]
     V, K = len(first_V), ids_NK.shape[1]
     asked_V, hits_V = np.zeros(V, np.int64), np.zeros(V, np.int64)
     slot_of, expert_at = np.full(num_experts, -1), np.full(slots, -1)
@@ -42,7 +60,7 @@ def replay(ids_NK, first_V, stop_V, tokens_V, num_experts, slots, kind, half_lif
     tables = num_experts if kind == SUCCESSORS else 1
     fast, slow, unit_f, unit_s = np.zeros(num_experts), np.zeros(num_experts), 1.0, 1.0
     by, followed = np.zeros((tables, tables), np.uint8), np.zeros(tables, np.int64)
-    recent, n_recent = np.zeros((_HORIZON, _LARGEST), np.int64), np.zeros(_HORIZON, np.int64)
+    recent, n_recent = np.zeros((HORIZON, LARGEST), np.int64), np.zeros(HORIZON, np.int64)
     turn = 0
     upcoming = _next_uses(ids_NK, first_V, stop_V, num_experts) if kind == BELADY else np.zeros((1, 1), np.int64)
 
@@ -51,7 +69,7 @@ def replay(ids_NK, first_V, stop_V, tokens_V, num_experts, slots, kind, half_lif
     elif kind == DECAYED or kind == CLASSES:
         key1[:] = -np.inf
         key2[:] = -np.inf  # CLASSES: the last use
-        half_life = _CLASS_HALF_LIFE if kind == CLASSES else half_life
+        half_life = CLASS_HALF_LIFE if kind == CLASSES else half_life
     elif kind == LFU or kind == TINY:
         key2[:] = -1.0
 
@@ -94,35 +112,35 @@ def replay(ids_NK, first_V, stop_V, tokens_V, num_experts, slots, kind, half_lif
                 key1[event[i]] += 1.0
                 key2[event[i]] = now
             seen += n
-            if seen >= _SAMPLE * num_experts:
+            if seen >= SAMPLE * num_experts:
                 key1 /= 2.0
                 seen //= 2
         elif kind == SUCCESSORS:
-            unit_f *= 2.0 ** min(tokens / _FAST, 64.0)
-            unit_s *= 2.0 ** min(tokens / _SLOW, 64.0)
+            unit_f *= 2.0 ** min(tokens / FAST, 64.0)
+            unit_s *= 2.0 ** min(tokens / SLOW, 64.0)
             for i in range(n):
                 fast[event[i]] += unit_f
                 slow[event[i]] += unit_s
-            if unit_f > _FULL:
+            if unit_f > FULL:
                 fast /= unit_f
                 unit_f = 1.0
-            if unit_s > _FULL:
+            if unit_s > FULL:
                 slow /= unit_s
                 unit_s = 1.0
-            if n > _LARGEST:
+            if n > LARGEST:
                 n_recent[:] = 0
             else:
-                turn = (turn + 1) % _HORIZON
+                turn = (turn + 1) % HORIZON
                 for j in range(n_recent[turn]):
                     f = recent[turn, j]
                     for i in range(n):
                         by[f, event[i]] += 1
                     followed[f] += 1
-                    if followed[f] == _FADE:
+                    if followed[f] == FADE:
                         followed[f] >>= 1
                         for e in range(num_experts):
                             by[f, e] >>= 1
-                for h in range(_HORIZON - 1, 0, -1):
+                for h in range(HORIZON - 1, 0, -1):
                     recent[h] = recent[h - 1]
                     n_recent[h] = n_recent[h - 1]
                 recent[0, :n] = event[:n]
@@ -150,22 +168,22 @@ def replay(ids_NK, first_V, stop_V, tokens_V, num_experts, slots, kind, half_lif
                 e = candidates[c]
                 if kind == CLASSES:
                     log2_score = key1[e] - now
-                    cls = min(max(math.floor(log2_score), 0), _CLASSES - 1) if math.isfinite(log2_score) else 0
+                    cls = min(max(math.floor(log2_score), 0), N_CLASSES - 1) if math.isfinite(log2_score) else 0
                     rank1[c], rank2[c] = (key2[e] - seen) / 2.0**cls, key1[e]
                 elif kind == SUCCESSORS:
                     rank1[c] = slow[e]
                 else:
                     rank1[c], rank2[c] = key1[e], key2[e]
             if kind == SUCCESSORS:
-                n_candidates = _smallest(candidates, rank1, rank2, n_candidates, max(n_victims, _SHORTLIST))
+                n_candidates = _smallest(candidates, rank1, rank2, n_candidates, max(n_victims, SHORTLIST))
                 for c in range(n_candidates):
                     e = candidates[c]
-                    rank1[c] = _SHARE_F / unit_f * fast[e] + _SHARE_S / unit_s * slow[e]
+                    rank1[c] = SHARE_F / unit_f * fast[e] + SHARE_S / unit_s * slow[e]
                 if n_recent[0] and n_candidates > 1:
-                    weight = _WEIGHT / n_recent[0]
+                    weight = WEIGHT / n_recent[0]
                     for j in range(n_recent[0]):
                         f = recent[0, j]
-                        w = weight / (followed[f] + _DOUBT)
+                        w = weight / (followed[f] + DOUBT)
                         for c in range(n_candidates):
                             rank1[c] += w * by[f, candidates[c]]
             _smallest(candidates, rank1, rank2, n_candidates, n_victims)
@@ -249,8 +267,7 @@ def _next_uses(ids_NK, first_V, stop_V, num_experts):  # type: ignore[no-untyped
 
 
 @numba.njit(cache=True, nogil=True)
-def replay_bypass(ids_NK, first_V, stop_V, num_experts, slots):  # type: ignore[no-untyped-def]
-    """MIN with bypass: of the residents and the event's experts, those needed soonest stay."""
+def _bypass(ids_NK, first_V, stop_V, num_experts, slots):  # type: ignore[no-untyped-def]
     V, K = len(first_V), ids_NK.shape[1]
     asked_V, hits_V = np.zeros(V, np.int64), np.zeros(V, np.int64)
     upcoming = _next_uses(ids_NK, first_V, stop_V, num_experts)

@@ -24,7 +24,7 @@ from .stream import Stream, per_layer, pooled
 
 try:
     from . import fast
-except ImportError:  # numba is an extra
+except (ImportError, RuntimeError):  # numba is an extra, and wants a folder for what it compiles
     fast = None  # type: ignore[assignment]
 
 ALL = ["lru", "lfu", "decayed_lfu:16", "decayed_lfu:64", "decayed_lfu:256", "lrfu_classes", "tiny_lfu", "default"]
@@ -106,14 +106,10 @@ class _Replay:
         self.make, self.kind, self.half_life = make, kind, half_life
 
     def __call__(self, stream: Stream, slots: int) -> tuple[Ints, Ints]:
-        where = (stream.ids_NK, stream.first_V, stream.stop_V)
         if self.kind == "belady_bypass":
-            if fast:
-                return fast.replay_bypass(*where, stream.num_experts, slots)  # type: ignore[no-any-return]
-            return plain.replay_bypass(stream, slots)
+            return fast.replay_bypass(stream, slots) if fast else plain.replay_bypass(stream, slots)
         if fast and self.kind in fast.KINDS:
-            kind = fast.KINDS.index(self.kind)
-            return fast.replay(*where, stream.tokens_V, stream.num_experts, slots, kind, self.half_life)  # type: ignore[no-any-return]
+            return fast.replay(stream, slots, self.kind, self.half_life)
         return plain.replay_policy(stream, slots, self.make(stream))
 
 

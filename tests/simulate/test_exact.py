@@ -34,11 +34,6 @@ def streams(trace):
     return [*per_layer(trace), pooled(trace)]
 
 
-def compiled(stream, slots, kind, half_life=32.0):
-    where = (stream.ids_NK, stream.first_V, stream.stop_V, stream.tokens_V, stream.num_experts)
-    return fast.replay(*where, slots, fast.KINDS.index(kind), half_life)
-
-
 def made(name, stream, half_life=32.0):
     if name in ORACLES:
         return ORACLES[name](stream.num_experts, [event.used for event in stream.events()])
@@ -59,7 +54,7 @@ def test_every_policy_is_compiled():
 def test_the_compiled_replay_is_the_plain_one(name, trace, slots, half_life):
     for stream in streams(trace):
         slots = min(slots, stream.num_experts)
-        found = compiled(stream, slots, name, half_life)
+        found = fast.replay(stream, slots, name, half_life)
         same(found, plain.replay_policy(stream, slots, made(name, stream, half_life)))
 
 
@@ -67,8 +62,7 @@ def test_the_compiled_replay_is_the_plain_one(name, trace, slots, half_life):
 @given(trace=traces(), slots=st.integers(K, E))
 def test_the_compiled_bypass_is_the_plain_one(trace, slots):
     for stream in streams(trace):
-        where = (stream.ids_NK, stream.first_V, stream.stop_V, stream.num_experts)
-        same(fast.replay_bypass(*where, slots), plain.replay_bypass(stream, slots))
+        same(fast.replay_bypass(stream, slots), plain.replay_bypass(stream, slots))
 
 
 def busy(tokens=700, experts=48, k=6):
@@ -82,7 +76,7 @@ def busy(tokens=700, experts=48, k=6):
 def test_the_compiled_replay_is_the_plain_one_on_a_long_trace(name):
     (stream,) = per_layer(busy())
     for slots in (12, 24):
-        same(compiled(stream, slots, name), plain.replay_policy(stream, slots, made(name, stream)))
+        same(fast.replay(stream, slots, name, 32.0), plain.replay_policy(stream, slots, made(name, stream)))
 
 
 # The roof.
@@ -111,9 +105,8 @@ small = traces(layers=1, most=9, forwards=False)
 def test_min_is_the_best_there_is(trace, slots):
     (stream,) = per_layer(trace)
     events = [frozenset(event.used) for event in stream.events()]
-    assert compiled(stream, slots, "belady")[1].sum() == most_hits(events, slots, bypass=False)
-    where = (stream.ids_NK, stream.first_V, stream.stop_V, stream.num_experts)
-    assert fast.replay_bypass(*where, slots)[1].sum() == most_hits(events, slots, bypass=True)
+    assert fast.replay(stream, slots, "belady", 1.0)[1].sum() == most_hits(events, slots, bypass=False)
+    assert fast.replay_bypass(stream, slots)[1].sum() == most_hits(events, slots, bypass=True)
 
 
 @settings(max_examples=60, deadline=None)
