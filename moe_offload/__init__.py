@@ -25,11 +25,13 @@ if TYPE_CHECKING:
         PackError,
         ProfileError,
         RoutingError,
+        TraceError,
         UnsupportedModelError,
     )
     from .pack import pack_checkpoint
     from .profile import Profile
     from .record import record_profile
+    from .trace import Trace
 
 __version__ = "0.1.0"
 
@@ -47,11 +49,13 @@ _HOMES = {
         "PackError",
         "ProfileError",
         "RoutingError",
+        "TraceError",
         "UnsupportedModelError",
     ],
     "pack": ["pack_checkpoint"],
     "profile": ["Profile"],
     "record": ["record_profile"],
+    "trace": ["Trace"],
 }
 
 __all__ = [
@@ -67,6 +71,8 @@ __all__ = [
     "Profile",
     "ProfileError",
     "RoutingError",
+    "Trace",
+    "TraceError",
     "UnsupportedModelError",
     "from_pretrained",
     "make_plan",

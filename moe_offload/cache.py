@@ -92,7 +92,7 @@ class LayerCache:
             )
         self._record(experts, tokens)
         self.counters.hits += len(experts) - len(absent)
-        return [self._admit(e, candidates) for e in missing]
+        return self._admit(missing, candidates)
 
     def fill(self, experts: Sequence[int], tokens: int = 1) -> tuple[list[Load], list[int]]:
         """An event too large for the slots (prefill): loads into free slots only, and what must be streamed past them.
@@ -104,12 +104,12 @@ class LayerCache:
         missing = [e for e in absent if e not in self.pending]
         self.counters.hits += len(experts) - len(absent)
         room = len(self.free)
-        return [self._admit(e, []) for e in missing[:room]], missing[room:]
+        return self._admit(missing[:room], []), missing[room:]
 
     def prewarm(self, experts: Sequence[int]) -> list[Load]:
         """Loads that fill the free slots with `experts`, the most wanted first, before anything has asked for them."""
         missing = [e for e in dict.fromkeys(experts) if self.slot_of[e] < 0 and e not in self.pending]
-        return [self._admit(e, []) for e in missing[: len(self.free)]]
+        return self._admit(missing[: len(self.free)], [])
 
     def guess(self, experts: Sequence[int], most: int) -> list[Load]:
         """Loads of at most `most` experts that will probably be asked for next, likeliest first.
@@ -122,7 +122,7 @@ class LayerCache:
             return []
         protected = {*experts, *self.pending}
         candidates = [e for e in self.expert_at if e >= 0 and e not in protected]
-        return [self._admit(e, candidates) for e in missing[: min(most, len(self.free) + len(candidates))]]
+        return self._admit(missing[: min(most, len(self.free) + len(candidates))], candidates)
 
     def commit(self, load: Load, nbytes: int, demanded: bool = True) -> None:
         """The row has arrived whole: `nbytes` were read for it."""
@@ -151,14 +151,15 @@ class LayerCache:
         self.counters.events += 1
         self.counters.tokens += tokens
 
-    def _admit(self, expert: int, candidates: list[int]) -> Load:
-        if self.free:
-            slot = self.free.pop()
-        else:
-            victim = self.policy.victim(candidates)
-            candidates.remove(victim)
+    def _admit(self, experts: list[int], candidates: list[int]) -> list[Load]:
+        """A slot for each of `experts`: the free ones, then those of victims among the candidates."""
+        n = len(experts) - len(self.free)
+        victims = self.policy.victims(candidates, n) if n > 0 else []
+        slots = [self.free.pop() for _ in range(len(experts) - len(victims))]
+        for victim in victims:
             slot = self.slot_of[victim]
-            self.slot_of[victim] = -1
-            self.expert_at[slot] = -1
-        load = self.pending[expert] = Load(expert, slot)
-        return load
+            self.slot_of[victim] = self.expert_at[slot] = -1
+            slots.append(slot)
+        loads = [Load(e, slot) for e, slot in zip(experts, slots, strict=True)]
+        self.pending.update((load.expert, load) for load in loads)
+        return loads

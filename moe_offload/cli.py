@@ -1,4 +1,4 @@
-"""The command line: moe-offload plan | run | pack | bench | families.
+"""The command line: moe-offload plan | run | pack | bench | simulate | families.
 
 What a person asked for goes to standard output (a plan, generated text, a table); what happened on the way goes to
 standard error. A flag, size, path or profile that cannot work is one line and exit code 2; a budget below the floor, or
@@ -170,6 +170,39 @@ def pack(
     except KeyboardInterrupt:
         _fail(f"interrupted; {out} was not written, and nothing was left behind", 130)
     typer.echo(str(written))
+
+
+@app.command()
+def simulate(
+    traces: Annotated[list[Path], typer.Argument(help="Traces (.npz); what is none is skipped.", show_default=False)],
+    policies: Annotated[
+        str, typer.Option("--policies", help="By commas: default, lru, decayed_lfu:16, belady, ...; or all.")
+    ] = "all",
+    capacity: Annotated[str, typer.Option("--capacity", help="Shares of a layer's experts, by commas.")] = "25%",
+    start: Annotated[
+        str, typer.Option("--start", help="warm: the cache outlives a request; cold: it does not; or both.")
+    ] = "warm",
+    pooled: Annotated[bool, typer.Option("--pooled", help="One cache for all layers.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here, too.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Write hit rate over capacity here, as PNG.")] = None,
+) -> None:
+    """Replay traces through the cache: hit rates of policies at several capacities, beside Belady's MIN."""
+    from .simulate.command import run as run_simulation
+
+    typer.echo(
+        _or_exit(
+            lambda: run_simulation(
+                traces,
+                policies=policies,
+                capacities=capacity,
+                starts=start,
+                pooled=pooled,
+                json_file=json_file,
+                plot=plot,
+                note=lambda line: typer.echo(f"moe-offload: {line}", err=True),
+            )
+        )
+    )
 
 
 @app.command()

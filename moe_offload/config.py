@@ -28,7 +28,7 @@ class OffloadConfig:
     """How a model is offloaded. No setting changes what the model computes.
 
     policy: which resident expert gives way; a name in `moe_offload.policies.POLICIES`.
-    half_life: tokens after which a past use of an expert counts half ("decayed_lfu").
+    half_life: tokens after which a past use of an expert counts half ("decayed_lfu"; the others have their own).
     experts_implementation: the transformers experts code to rewrite: "grouped_mm", "batched_mm", or "auto": the model's
         own if it is one of these two, else "grouped_mm".
     compile: what runs the rewritten graph: "inductor", "graph" (as it is, nothing generated), or "auto": "graph" on a
@@ -51,7 +51,7 @@ class OffloadConfig:
     Raises ConfigError, naming the field, its value and what it accepts.
     """
 
-    policy: str = "decayed_lfu"
+    policy: str = "successors"
     half_life: float = 32.0
     experts_implementation: str = "auto"
     compile: str = "auto"

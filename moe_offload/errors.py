@@ -44,5 +44,9 @@ class ProfileError(OffloadError):
     """A profile file is damaged, too large, of another version, or of another model."""
 
 
+class TraceError(OffloadError):
+    """A trace file is damaged, too large, or holds what no router chose; or traces were asked for what they lack."""
+
+
 class ClosedError(OffloadError):
     """The model was closed: its threads, files and memory have been given back."""

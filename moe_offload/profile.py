@@ -11,14 +11,10 @@ Every failure is a ProfileError that names the file, what was found in it, and w
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import re
-import stat
-import tempfile
-import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from fractions import Fraction
@@ -28,11 +24,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from .errors import ProfileError
+from .whole_file import open_regular, reason, replace
 
 MAX_BYTES = 4 * 2**20
 MAX_DEPTH = 6
 MAX_COUNT = 2**53  # the largest range of integers that every JSON reader keeps exact
-STALE_S = 3600.0  # a temporary file older than this was left by a process that died while saving
 
 CREATED = "%Y-%m-%dT%H:%M:%SZ"
 
@@ -131,10 +127,10 @@ class Profile(BaseModel):
         if len(data) > MAX_BYTES:
             raise ProfileError(f"profile {_shown(path)} was not saved: {len(data)} bytes, the limit is {MAX_BYTES}")
         try:
-            _replace(Path(path), data)
+            replace(Path(path), data)
         except (OSError, ValueError) as error:
             raise ProfileError(
-                f"profile {_shown(path)} was not saved: {_reason(error)}. What was there before is unchanged; "
+                f"profile {_shown(path)} was not saved: {reason(error)}. What was there before is unchanged; "
                 "choose a writable folder with free space"
             ) from error
         return Path(path)
@@ -218,22 +214,14 @@ def _factors(n: int, weights: Sequence[float] | None) -> list[Fraction]:
 
 
 def _read(path: Path) -> bytes:
-    """At most MAX_BYTES of a regular file. A FIFO must not block us, a device must not feed us for ever."""
+    """At most MAX_BYTES of a regular file."""
     try:
-        # Opened before it is looked at: a check of the name would race with its replacement.
-        fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-        try:
-            found = os.fstat(fd)
-            if not stat.S_ISREG(found.st_mode):
-                raise ProfileError(f"profile {_shown(path)} is not a regular file; give the path of a saved profile")
-            with os.fdopen(fd, "rb", closefd=False) as file:
-                data = file.read(MAX_BYTES + 1)
-        finally:
-            os.close(fd)
+        with open_regular(path) as (file, size):
+            data = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
-        raise ProfileError(f"profile {_shown(path)} cannot be read: {_reason(error)}. Check the path") from error
+        raise ProfileError(f"profile {_shown(path)} cannot be read: {reason(error)}. Check the path") from error
     if len(data) > MAX_BYTES:
-        size = max(found.st_size, len(data))
+        size = max(size, len(data))
         raise ProfileError(f"profile {_shown(path)} has {size} bytes, the limit is {MAX_BYTES}; it is no saved profile")
     return data
 
@@ -280,57 +268,11 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _replace(path: Path, data: bytes) -> None:
-    """Put `data` at `path` so that at every moment the old or the new file is there, complete, also after a crash."""
-    with contextlib.suppress(FileNotFoundError):
-        # Following links, to see "/dev/stdout": as root, replacing a device by a file would break the machine.
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise ValueError("there is something other than a regular file at that path")
-    fd, name = tempfile.mkstemp(prefix=".moe_offload-", suffix=".tmp", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(fd, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            owner = os.fstat(file.fileno()).st_uid
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    # The new file is in place, complete. Where a file system cannot sync a folder, a crash may bring the old one back.
-    with contextlib.suppress(OSError):
-        _sync_folder(path.parent)
-    _sweep(path.parent, owner)
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _sweep(folder: Path, owner: int) -> None:
-    """Remove temporary files of ours that a process killed while saving has left behind."""
-    for stale in folder.glob(".moe_offload-*.tmp"):
-        with contextlib.suppress(OSError):
-            found = stale.lstat()
-            if stat.S_ISREG(found.st_mode) and found.st_uid == owner and time.time() - found.st_mtime > STALE_S:
-                stale.unlink()
-
-
 def _problems(error: ValidationError) -> str:
     """The first few findings of pydantic, without the (untrusted, possibly huge) values it would print."""
     found = error.errors(include_url=False, include_input=False, include_context=False)
     lines = [f"{_brief('.'.join(map(str, e['loc'])) or 'profile')}: {e['msg']}" for e in found[:3]]
     return "; ".join(lines) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
-
-
-def _reason(error: Exception) -> str:
-    return f"{error.strerror} (errno {error.errno})" if isinstance(error, OSError) else str(error)
 
 
 def _shown(path: str | os.PathLike[str]) -> str:

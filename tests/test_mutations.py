@@ -165,15 +165,13 @@ def nobody_waits(patch):
 
 
 def a_victim_stays_mapped(patch):
-    def admit(self, expert, candidates):
-        if self.free:
-            slot = self.free.pop()
-        else:
-            victim = self.policy.victim(candidates)
-            candidates.remove(victim)
-            slot = self.slot_of[victim]
-        load = self.pending[expert] = Load(expert, slot)
-        return load
+    def admit(self, experts, candidates):
+        n = len(experts) - len(self.free)
+        victims = self.policy.victims(candidates, n) if n > 0 else []
+        slots = [self.free.pop() for _ in range(len(experts) - len(victims))] + [self.slot_of[v] for v in victims]
+        loads = [Load(e, slot) for e, slot in zip(experts, slots, strict=True)]
+        self.pending.update((load.expert, load) for load in loads)
+        return loads
 
     def commit(self, load, nbytes, demanded=True):
         old = self.expert_at[load.slot]

@@ -8,8 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
+from .belady import Belady
 from .decayed_lfu import DecayedLFU
+from .lfu import LFU
+from .lrfu_classes import LRFUClasses
 from .lru import LRU
+from .successors import Successors
+from .tiny_lfu import TinyLFU
 
 
 class Policy(Protocol):
@@ -18,16 +23,34 @@ class Policy(Protocol):
     def record(self, experts: Iterable[int], tokens: int) -> None:
         """The distinct `experts` of one event were used; the event covered `tokens` tokens."""
 
-    def victim(self, candidates: Iterable[int]) -> int:
-        """The candidate that should give way. Candidates are resident, not protected, and at least one."""
+    def victims(self, candidates: Iterable[int], n: int) -> list[int]:
+        """The `n` candidates that should give way, the first one first. There are `n` at least; none is protected."""
 
     def seed(self, rates: Sequence[float]) -> None:
         """Start from expected uses per token of each expert (a profile): a prior that use outweighs, never a pin."""
 
 
 POLICIES: dict[str, Callable[[int, float], Policy]] = {
+    "successors": lambda experts, half_life: Successors(experts),
     "decayed_lfu": DecayedLFU,
+    "lfu": lambda experts, half_life: LFU(experts),
+    "lrfu_classes": lambda experts, half_life: LRFUClasses(experts),
     "lru": lambda experts, half_life: LRU(experts),
+    "tiny_lfu": lambda experts, half_life: TinyLFU(experts),
 }
 
-__all__ = ["LRU", "POLICIES", "DecayedLFU", "Policy"]
+#: Those that must be told what is to come, for `simulate`. MIN with bypass chooses no victims: `..belady` has it.
+ORACLES: dict[str, Callable[[int, Sequence[Iterable[int]]], Policy]] = {"belady": Belady}
+
+__all__ = [
+    "LFU",
+    "LRU",
+    "ORACLES",
+    "POLICIES",
+    "Belady",
+    "DecayedLFU",
+    "LRFUClasses",
+    "Policy",
+    "Successors",
+    "TinyLFU",
+]

@@ -4,7 +4,7 @@
 
 This is LRFU (Lee et al., 2001) with the time unit of tokens. Scores of different experts are compared at one moment, so
 it suffices to keep `key(e) = log2(score(e)) + last_use(e) / half_life`, which does not change while time passes:
-nothing is renormalised, nothing overflows, and a victim is a plain minimum.
+nothing is renormalised, nothing overflows, and victims are the smallest keys.
 
 A half-life of 16 to 32 tokens is best on recorded routing with K >= 4 (design.md, section 5); 256 loses most of the
 gain.
@@ -30,8 +30,8 @@ class DecayedLFU:
         for e in experts:
             keys[e] = now + math.log2(2.0 ** (keys[e] - now) + 1.0)
 
-    def victim(self, candidates: Iterable[int]) -> int:
-        return min(candidates, key=self.keys.__getitem__)
+    def victims(self, candidates: Iterable[int], n: int) -> list[int]:
+        return sorted(candidates, key=self.keys.__getitem__)[:n]
 
     def seed(self, rates: Sequence[float]) -> None:
         """Start from the scores that an endless stream with these uses per token would have accumulated by now."""

@@ -18,8 +18,8 @@ class LRU:
         for e in experts:
             self.last[e] = self.now
 
-    def victim(self, candidates: Iterable[int]) -> int:
-        return min(candidates, key=self.last.__getitem__)
+    def victims(self, candidates: Iterable[int], n: int) -> list[int]:
+        return sorted(candidates, key=self.last.__getitem__)[:n]
 
     def seed(self, rates: Sequence[float]) -> None:
         """Rank by expected use, all of it before the first real one."""

@@ -1,17 +1,18 @@
-"""What every policy promises, checked on every entry of POLICIES; and DecayedLFU against its formula."""
+"""What every policy promises, checked on every entry of POLICIES; DecayedLFU and Successors against their formulas."""
 
 from __future__ import annotations
 
 import math
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from moe_offload.policies import POLICIES, DecayedLFU
+from moe_offload.policies import POLICIES, DecayedLFU, Successors, successors
 
 E = 8
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,19 +37,16 @@ def after(make, history, half_life=32.0, prior=None):
 
 def order(policy):
     """All experts in the order in which they give way."""
-    left, gone = list(range(E)), []
-    while left:
-        gone.append(policy.victim(left))
-        left.remove(gone[-1])
-    return gone
+    return policy.victims(range(E), E)
 
 
 @every_policy
 @given(history=events, half_life=half_lives, candidates=experts, prior=st.none() | counts)
-def test_the_victim_is_a_candidate(make, history, half_life, candidates, prior):
+def test_victims_are_candidates(make, history, half_life, candidates, prior):
     policy = after(make, history, half_life, prior)
-    assert policy.victim(candidates) in candidates
-    assert policy.victim(iter(candidates)) in candidates  # candidates come once, as any iterable
+    for n in range(len(candidates) + 1):
+        gone = policy.victims(iter(candidates), n)  # candidates come once, as any iterable
+        assert len(gone) == len(set(gone)) == n and set(gone) <= set(candidates)
 
 
 @every_policy
@@ -62,7 +60,7 @@ def test_the_same_history_gives_the_same_victims(make, history, half_life, prior
 def test_asking_for_a_victim_changes_nothing(make, history, candidates):
     asked, not_asked = after(make, history), after(make, history)
     for _ in range(3):
-        asked.victim(candidates)
+        asked.victims(candidates, 1)
     assert order(asked) == order(not_asked)
 
 
@@ -93,7 +91,7 @@ def test_what_was_just_used_outlives_what_never_was(make, history, used):
     policy = after(make, [*history, (used, 1)])
     never = set(range(E)) - {e for event, _ in history for e in event} - set(used)
     assume(never)
-    assert policy.victim([*used, *never]) in never
+    assert policy.victims([*used, *never], 1)[0] in never
 
 
 # The scores of DecayedLFU.
@@ -119,7 +117,7 @@ def test_scores_are_those_of_the_definition(history, half_life):
 @given(history=events, half_life=half_lives)
 def test_the_victim_has_the_smallest_score(history, half_life):
     scores = reference(history, half_life)
-    victim = after(DecayedLFU, history, half_life).victim(range(E))
+    victim = after(DecayedLFU, history, half_life).victims(range(E), 1)[0]
     assert scores[victim] <= min(scores) * (1 + 1e-6) + 1e-9
 
 
@@ -140,9 +138,59 @@ def test_scores_stay_finite_for_ten_million_tokens(half_life):
         policy.record([step % (E - 1)], 1000)
     assert all(math.isfinite(policy.score(e)) for e in range(E))
     assert math.isfinite(policy.now) and not any(math.isnan(key) for key in policy.keys)
-    assert policy.victim(range(E)) == E - 1  # the one that was never used
+    assert policy.victims(range(E), 1) == [E - 1]  # the one that was never used
     if half_life < 1:  # hardly any memory: least recently used
-        assert policy.victim(range(E - 1)) == 10_000 % (E - 1)
+        assert policy.victims(range(E - 1), 1) == [10_000 % (E - 1)]
+
+
+# The scores of Successors.
+
+
+class PlainSuccessors:
+    """The definition: every rate is multiplied at every event."""
+
+    def __init__(self):
+        self.fast, self.slow = [0.0] * E, [0.0] * E
+        self.by, self.followed, self.sets = [[0] * E for _ in range(E)], [0] * E, []
+
+    def record(self, used, tokens):
+        for rates, half_life in ((self.fast, successors.FAST), (self.slow, successors.SLOW)):
+            for e in range(E):
+                rates[e] = rates[e] * 2 ** (-tokens / half_life) + (e in used) * (1 - 2 ** (-1 / half_life))
+        back = (len(self.sets) + 1) % 2 + 1  # in turns for the set before, and the set before that
+        for f in self.sets[-back] if back <= len(self.sets) else []:
+            self.followed[f] += 1
+            for e in used:
+                self.by[f][e] += 1
+            if self.followed[f] == 255:
+                self.followed[f], self.by[f] = 127, [count // 2 for count in self.by[f]]
+        self.sets.append(used)
+
+    def score(self, e):
+        current = self.sets[-1]
+        follows = sum(self.by[f][e] / (self.followed[f] + successors.DOUBT) for f in current) / len(current)
+        return self.fast[e] + self.slow[e] + successors.WEIGHT * follows
+
+
+@given(history=events.filter(bool), again=st.integers(1, 40))
+@settings(deadline=None)
+def test_victims_have_the_smallest_scores(history, again):
+    policy, plain = Successors(E), PlainSuccessors()
+    for used, tokens in history * again:
+        policy.record(used, tokens)
+        plain.record(used, tokens)
+    scores = [plain.score(e) for e in policy.victims(range(E), E)]
+    assert all(a <= b + 1e-6 for a, b in pairwise(scores))
+
+
+def test_rates_stay_finite_for_ten_million_tokens():
+    policy = Successors(E)
+    policy.seed([1.0, *[0.0] * (E - 1)])
+    for step in range(20_000):
+        policy.record([step % (E - 1)], 1000 if step % 2 else 1)
+    for rate in (policy.fast, policy.slow):
+        assert all(map(math.isfinite, [*rate.used, rate.unit]))
+    assert policy.victims(range(E), 1) == [E - 1]
 
 
 def test_policies_need_no_torch():
