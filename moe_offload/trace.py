@@ -26,7 +26,7 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,16 +134,6 @@ class Trace:
     @property
     def top_k(self) -> int:
         return int(self.experts_TLK.shape[2])
-
-    def events(self, layer: int, begin: int = 0, end: int | None = None) -> Iterator[Event]:
-        """What `layer` was asked for, forward by forward, in rows [begin, end)."""
-        end = self.tokens if end is None else end
-        starts = self.event_start[np.searchsorted(self.event_start, begin) : np.searchsorted(self.event_start, end)]
-        rows = self.experts_TLK[:, layer].tolist()
-        for first, stop in zip(starts.tolist(), [*starts[1:].tolist(), end], strict=True):
-            asked = [ids for row in rows[first:stop] if (ids := [e for e in row if e >= 0])]
-            if asked:
-                yield Event(Counter(e for ids in asked for e in ids), len(asked))
 
     def requests(self, begin: int, end: int) -> Trace:
         """The requests `begin` to `end` (not included) as a trace of their own."""

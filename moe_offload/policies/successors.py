@@ -53,11 +53,12 @@ class Rate:
     def __init__(self, num_experts: int, half_life: float):
         self.half_life = half_life
         self.share = 1.0 - 2.0 ** (-1.0 / half_life)  # of one use in the rate
+        self.growth = 2.0 ** (1.0 / half_life)  # of the unit, in one token
         self.unit = 1.0
         self.used = [0.0] * num_experts
 
     def record(self, experts: Iterable[int], tokens: int) -> None:
-        self.unit *= 2.0 ** min(tokens / self.half_life, 64.0)
+        self.unit *= self.growth if tokens == 1 else 2.0 ** min(tokens / self.half_life, 64.0)
         used, unit = self.used, self.unit
         for e in experts:
             used[e] += unit
@@ -115,9 +116,8 @@ class Successors:
             return scores  # nothing to choose, or to go by
         pick, weight = itemgetter(*experts), WEIGHT / len(current)
         terms = [(weight / (self.followed[f] + DOUBT), pick(self.by[f])) for f in current]
-        for (v, xs), (w, ys) in zip(terms[::2], terms[1::2], strict=False):  # two at a time: it is the hottest loop
-            scores = [s + v * x + w * y for s, x, y in zip(scores, xs, ys, strict=False)]
-        if len(terms) % 2:
-            v, xs = terms[-1]
-            scores = [s + v * x for s, x in zip(scores, xs, strict=False)]
+        terms += [(0.0, terms[0][1])] * (-len(terms) % 4)
+        for (a, ws), (b, xs), (c, ys), (d, zs) in zip(*[iter(terms)] * 4, strict=True):  # four a turn: the hottest loop
+            rows = zip(scores, ws, xs, ys, zs, strict=True)
+            scores = [s + a * w + b * x + c * y + d * z for s, w, x, y, z in rows]
         return scores
