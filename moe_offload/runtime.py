@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .arrivals import Arrivals
-from .buffers import NOTHING, Rows
+from .buffers import NOTHING, Rows, trim_heap
 from .cache import LayerCache
 from .errors import ClosedError
 from .experts import ExpertBank
@@ -134,6 +134,9 @@ class LayerRuntime:
         except BaseException:
             arrivals.abort()
             raise
+        finally:
+            if len(ids) > cache.slots:
+                trim_heap()
 
     def experts(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The whole module, for callers that no pass has rewritten: slower, never wrong."""
