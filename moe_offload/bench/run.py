@@ -161,7 +161,7 @@ def _measure(
                 before = disk_roof(files, min(row_bytes, PART_BYTES), THREADS, seed=2 * number)
                 try:
                     if one.side == "ours":
-                        one.reads.append(child.do("read", seconds=1.5)["bandwidth"])
+                        one.reads.append(child.do("read", seconds=1.5, seed=number)["bandwidth"])
                     one.answers.append(child.do("ask", **work.request(number), new_tokens=effort.new_tokens))
                 except SideFailed as error:
                     one.failed = str(error)

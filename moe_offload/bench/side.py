@@ -4,7 +4,7 @@ python -m moe_offload.bench.side '{"side": "ours", "folder": ..., "budget": ...,
 <- {"ready": ..., "baseline_bytes": ...}                       nothing loaded yet: now a limit may be put around it
 -> {"do": "load"}                                              <- {"load_s": ..., "plan": {...}}
 -> {"do": "ask", "prompt": [...], "new_tokens": 32, "row": 0}  <- an Answer, with counters and the ids it used
--> {"do": "read", "seconds": 1.0}                              <- {"bandwidth": ...}    ours: rows, nothing computed
+-> {"do": "read", "seconds": 1.0, "seed": 1}                   <- {"bandwidth": ...}    ours: rows, nothing computed
 -> {"do": "memory"}                                            <- {"peak_bytes": ...}
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import random
 import sys
 import time
 from pathlib import Path
@@ -59,17 +60,20 @@ class Side:
         used = [[sorted(set(ids.reshape(-1).tolist())) for ids in layer] for layer in self.routing.used]
         return {**dataclasses.asdict(answer), "used": used if self._handle else None}
 
-    def read(self, seconds: float) -> dict[str, Any]:
-        """Rows from the store as the engine reads them, into the scratch rows, and nothing else."""
+    def read(self, seconds: float, seed: int) -> dict[str, Any]:
+        """Rows from the store as the engine reads them, into the scratch rows, and nothing else.
+
+        Others every time: what was read a moment ago may lie in a cache of the disk or the host.
+        """
         runtime = self._handle._runtime
-        moved, turn = 0, 0
+        moved, turn, choose = 0, 0, random.Random(seed)
         under_way: list[Any] = []
         begun = time.perf_counter()
         while (now := time.perf_counter()) - begun < seconds or under_way:
-            layer = runtime.layers[turn % len(runtime.layers)]
+            layer = choose.choice(runtime.layers)
             places = layer.arrivals.scratch.rows
             if now - begun < seconds and len(under_way) < len(places):
-                expert = turn * 31 % layer.bank.num_experts
+                expert = choose.randrange(layer.bank.num_experts)
                 row = places[turn % len(places)]
                 under_way.append(layer.arrivals.transfer.start(layer.store, layer.bank.index, expert, row))
                 turn += 1
