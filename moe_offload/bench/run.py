@@ -135,7 +135,8 @@ def _measure(
     row_bytes = max(layer.row_bytes for layer in work.plan.layers)
     limit = max(work.plan.budget_bytes + SLACK_BYTES + row_bytes, LEAST_LIMIT)
     # The roof is that of the very files ours reads: what was written a moment ago may lie in a cache of the host.
-    files = shard_files(Path(settings["scratch"]) / PACKED if work.packed else work.folder)
+    packed = sorted((Path(settings["scratch"]) / PACKED).glob("*.safetensors"))
+    files = packed or shard_files(work.folder)
     found = [Measured(side) for side in group]
     with ExitStack() as alive:
         children: dict[str, Child] = {}
