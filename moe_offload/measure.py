@@ -13,6 +13,8 @@ from .experts import ExpertBank
 from .plan import Costs, LayerShape
 from .profile import Fingerprint
 
+PROMPT_TOKENS = 512  # a prompt that the automatic reserve makes room for
+
 
 def layer_shapes(banks: Sequence[ExpertBank]) -> list[LayerShape]:
     return [LayerShape(bank.num_experts, bank.top_k, bank.layout.row_bytes) for bank in banks]
@@ -24,6 +26,7 @@ def costs(model: Any, banks: Sequence[ExpertBank], settings: OffloadConfig) -> C
     return Costs(
         dense_bytes=dense_bytes(model, banks),
         kv_bytes=kv_bytes(model, settings.kv_tokens),
+        scores_bytes=scores_bytes(model),
         scratch_bytes=settings.scratch_rows(row_bytes) * row_bytes,
         reserve_bytes=settings.reserve_bytes,
     )
@@ -47,6 +50,21 @@ def kv_bytes(model: Any, tokens: int) -> int:
     longest = int(getattr(config, "max_position_embeddings", None) or tokens)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     return int(2 * layers * kv_heads * head_dim * min(tokens, longest) * dtype.itemsize)
+
+
+def scores_bytes(model: Any, tokens: int = PROMPT_TOKENS) -> int:
+    """Bytes of the attention scores of one layer over a prompt of `tokens` tokens, where they are held whole.
+
+    Fused attention never does. The plain one (gpt_oss, for its sinks) has them in float32 and twice in the model's own
+    dtype at once; measured, they took a 6 GB budget over its limit.
+    """
+    config = model.config.get_text_config()
+    if getattr(config, "_attn_implementation", None) != "eager":
+        return 0
+    heads = getattr(config, "num_attention_heads", None) or 1
+    longest = int(getattr(config, "max_position_embeddings", None) or tokens)
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    return int(heads * min(tokens, longest) ** 2 * (4 + 2 * dtype.itemsize))
 
 
 def fingerprint(model: Any, banks: Sequence[ExpertBank]) -> Fingerprint:

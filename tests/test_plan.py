@@ -34,6 +34,7 @@ all_costs = st.builds(
     Costs,
     dense_bytes=st.integers(0, 10**6),
     kv_bytes=st.integers(0, 10**5),
+    scores_bytes=st.integers(0, 10**5),
     scratch_bytes=st.integers(0, 10**5),
     reserve_bytes=st.none() | st.integers(0, 10**5),
 )
