@@ -42,7 +42,7 @@ LAYERS = [
     Layer("engine", "backend handle loading pack_streams"),
     Layer("model", "install record pack"),
     Layer("api", "api"),
-    Layer("front", "cli bench bench.* families families.* quickstart quickstart.*"),
+    Layer("front", "cli cli.* bench bench.* families families.* quickstart quickstart.*"),
     Layer("package", "__init__ __main__"),
 ]
 

@@ -1,0 +1,70 @@
+"""moe-offload bench."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import or_exit
+
+
+def bench(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Checkpoint folder, Hub repository, or synthetic:NAME: random weights in a real architecture "
+            "(qwen3-30b-a3b, gpt-oss-20b, tiny), written into the cache folder.",
+            show_default=False,
+        ),
+    ],
+    budget: Annotated[str | None, typer.Option("--budget", help="All the model may hold, as in run.")] = None,
+    residency: Annotated[
+        str | None, typer.Option("--residency", help="Instead of --budget: the share of experts kept, as 25%.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option("--layers", min=1, help="Layers of a synthetic model.")] = None,
+    routing: Annotated[
+        Path | None, typer.Option("--routing", help="Replay the expert ids of this trace (.npz) for every side.")
+    ] = None,
+    prompt: Annotated[
+        Path | None, typer.Option("--prompt", help="A text file for the prompt; random tokens without one.")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Tokens of each prompt.")] = 512,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens decoded after the first.")] = 32,
+    requests: Annotated[int, typer.Option("--requests", min=1, help="Requests measured, after one to warm up.")] = 3,
+    sides: Annotated[
+        str, typer.Option("--sides", help="What to compare, by commas.")
+    ] = "resident,ours,accelerate,mmap",
+    packed: Annotated[bool, typer.Option("--packed", help="Ours reads a copy that moe-offload pack has made.")] = False,
+    cache: Annotated[
+        Path | None, typer.Option("--cache", help="Where synthetic checkpoints and temporary files go.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here, too.")] = None,
+) -> None:
+    """Measure offloading beside the resident model, accelerate's disk offload, plain mmap, and the disk itself."""
+    from ..bench.command import scratch_folder, workload, write_json
+    from ..bench.run import bench as run_bench
+    from ..bench.table import table
+
+    work = or_exit(
+        lambda: workload(
+            model,
+            budget=budget,
+            residency=residency,
+            layers=layers,
+            routing=routing,
+            prompt=prompt,
+            cache=cache,
+            packed=packed,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            requests=requests,
+        )
+    )
+    typer.echo(str(work.plan), err=True)
+    wanted = [side.strip() for side in sides.split(",") if side.strip()]
+    result = or_exit(lambda: run_bench(work, wanted, scratch_folder(cache), lambda line: typer.echo(line, err=True)))
+    typer.echo(table(result))
+    if json_file is not None:
+        or_exit(lambda: write_json(result, json_file))

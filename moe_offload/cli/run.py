@@ -1,0 +1,70 @@
+"""moe-offload run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import OffloadError
+from .options import Budget, Model, fail, or_exit
+
+
+def run(
+    model: Model,
+    budget: Budget = "auto",
+    prompt: Annotated[str, typer.Option("--prompt", help="Text to continue; - reads standard input.")] = "The ",
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="How many tokens to generate.")] = 64,
+    profile_in: Annotated[
+        Path | None, typer.Option("--profile-in", help="Pre-warm the slots with this activation profile.")
+    ] = None,
+    profile_out: Annotated[
+        Path | None, typer.Option("--profile-out", help="Save the activation profile of this run here.")
+    ] = None,
+    compile: Annotated[
+        str, typer.Option("--compile", help="graph: the model's own kernels; inductor: compile them; auto.")
+    ] = "auto",
+) -> None:
+    """Generate text greedily inside a budget; the text is that of the unmodified model."""
+    from ..api import from_pretrained
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if profile_out is not None and not profile_out.resolve().parent.is_dir():
+        fail(f"--profile-out {profile_out}: its folder does not exist", 2)
+    loaded: Any = or_exit(
+        lambda: from_pretrained(model, budget, profile=profile_in, config={"compile": compile}), (OffloadError,)
+    )
+    with loaded.moe_offload as handle:
+        typer.echo(str(handle.plan), err=True)
+        tokenizer = or_exit(lambda: _tokenizer(model))
+        interrupted = False
+        try:
+            typer.echo(or_exit(lambda: _generate(loaded, tokenizer, text, max_new_tokens), code=1))
+        except KeyboardInterrupt:
+            interrupted = True
+            typer.echo("moe-offload: interrupted", err=True)
+        typer.echo(str(handle).splitlines()[-1], err=True)
+        if profile_out is not None:
+            saved = or_exit(lambda: handle.save_profile(profile_out), code=1)
+            typer.echo(f"profile saved to {saved}", err=True)
+        if interrupted:
+            raise typer.Exit(130)
+
+
+def _tokenizer(model: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise OffloadError(f"{model}: cannot load its tokenizer: {str(error).splitlines()[0]}") from error
+
+
+def _generate(model: Any, tokenizer: Any, text: str, max_new_tokens: int) -> str:
+    inputs = tokenizer(text, return_tensors="pt")
+    if inputs["input_ids"].shape[1] == 0:
+        raise OffloadError("the prompt is empty: give --prompt some text")
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))
