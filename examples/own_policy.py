@@ -23,9 +23,9 @@ class SecondChance:
         self.last = [-1] * num_experts
         self.before = [-1] * num_experts  # the use before the last one
 
-    def record(self, experts, tokens):
+    def record(self, used, tokens):
         self.now += 1
-        for e in experts:
+        for e in used:
             self.before[e], self.last[e] = self.last[e], self.now
 
     def victims(self, candidates, n):

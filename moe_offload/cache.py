@@ -3,9 +3,11 @@
 Shapes: E experts, S slots.
 
 One `lookup` is one *event*: the distinct experts that one layer needs at once. It is atomic: when its loads have been
-committed, all of them are resident together, and no victim was one of them, nor of an event still loading.
+committed, all of them are resident together, and no victim was one of them, nor of an event still loading. A prompt may
+be larger than the slots: it is not resident together, and leaves in the slots what the policy thinks will be wanted.
 
-    lookup(ids)   hits keep their slot; each miss takes a free slot, or a victim's, and becomes a pending `Load`
+    lookup(used)  hits keep their slot; each miss takes a free slot, or a victim's, and becomes a pending `Load`
+    fill(used)    a prompt: loads for those worth a slot, and the experts whose rows pass through scratch
     guess(ids)    the same for what will probably be asked for, as far as there is room; records nothing
     commit(load)  its bytes have arrived: only now is it resident, only now do the counters move
     abort(load)   they did not: the slot is free again, nothing points to it
@@ -15,7 +17,7 @@ A slot whose victim has been chosen is unmapped at once, so a failed load can ne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .errors import RoutingError
@@ -63,7 +65,7 @@ class LayerCache:
         self.free = list(range(slots - 1, -1, -1))
         self.counters = Counters(counts=[0] * num_experts)
 
-    def check(self, experts: Sequence[int]) -> None:
+    def check(self, experts: Collection[int]) -> None:
         """Raise `RoutingError` unless every id is in [0, E): a negative id would silently wrap to another expert."""
         if experts and (min(experts) < 0 or max(experts) >= self.num_experts):
             bad = sorted(e for e in experts if not 0 <= e < self.num_experts)
@@ -73,38 +75,47 @@ class LayerCache:
                 "the model's routing code or its configuration is damaged"
             )
 
-    def lookup(self, experts: Sequence[int], tokens: int = 1) -> list[Load]:
-        """Make room for the distinct `experts` of one event, at most S of them; return the loads that are missing."""
-        if len(experts) > self.slots:
-            raise ValueError(f"{self.name}: an event of {len(experts)} experts does not fit {self.slots} slots")
-        absent = [e for e in experts if self.slot_of[e] < 0]
+    def lookup(self, used: Mapping[int, int], tokens: int = 1) -> list[Load]:
+        """Make room for one event, at most S distinct experts; return the loads that are missing.
+
+        `used`: how many of the event's `tokens` use each expert.
+        """
+        if len(used) > self.slots:
+            raise ValueError(f"{self.name}: an event of {len(used)} experts does not fit {self.slots} slots")
+        absent = [e for e in used if self.slot_of[e] < 0]
         if not absent:  # nearly always, while decoding: nothing to choose
-            self._record(experts, tokens)
-            self.counters.hits += len(experts)
+            self._record(used, tokens)
+            self.counters.hits += len(used)
             return []
         missing = [e for e in absent if e not in self.pending]
-        protected = {*experts, *self.pending}
-        candidates = [e for e in self.expert_at if e >= 0 and e not in protected]
+        candidates = self._evictable(used)
         if len(missing) > len(self.free) + len(candidates):
             raise ValueError(
                 f"{self.name}: {len(missing)} loads, but {len(self.free)} free slots and {len(candidates)} that may be "
                 "taken; loads of an earlier event are still pending"
             )
-        self._record(experts, tokens)
-        self.counters.hits += len(experts) - len(absent)
+        self._record(used, tokens)
+        self.counters.hits += len(used) - len(absent)
         return self._admit(missing, candidates)
 
-    def fill(self, experts: Sequence[int], tokens: int = 1) -> tuple[list[Load], list[int]]:
-        """An event too large for the slots (prefill): loads into free slots only, and what must be streamed past them.
+    def fill(self, used: Mapping[int, int], tokens: int = 1) -> tuple[list[Load], list[int]]:
+        """An event too large for the slots (prefill): loads of what is worth a slot, and what must be streamed past.
 
-        Nothing is evicted for rows that are read once. `experts` come in order of preference for the free slots.
+        The rows that are read anyway and those that are resident but not asked for compete for the slots, and the
+        policy, which has heard how often the prompt used each, decides: a prompt does not flush what decoding needs,
+        and does replace what it shows to be out of use. Both lists begin with what is used most.
         """
-        self._record(experts, tokens)
-        absent = [e for e in experts if self.slot_of[e] < 0]
+        self._record(used, tokens)
+        absent = sorted((e for e in used if self.slot_of[e] < 0), key=used.__getitem__, reverse=True)
         missing = [e for e in absent if e not in self.pending]
-        self.counters.hits += len(experts) - len(absent)
-        room = len(self.free)
-        return self._admit(missing[:room], []), missing[room:]
+        self.counters.hits += len(used) - len(absent)
+        candidates = self._evictable(used)
+        surplus = len(missing) - len(self.free)
+        # Among equals what is there stays, and then what is used most.
+        losers = set(self.policy.victims([*reversed(missing), *candidates], surplus)) if surplus > 0 else set()
+        past = [e for e in missing if e in losers]
+        giving_way = [e for e in candidates if e in losers]
+        return self._admit([e for e in missing if e not in losers], giving_way), past
 
     def prewarm(self, experts: Sequence[int]) -> list[Load]:
         """Loads that fill the free slots with `experts`, the most wanted first, before anything has asked for them."""
@@ -120,8 +131,7 @@ class LayerCache:
         missing = [e for e in dict.fromkeys(experts) if self.slot_of[e] < 0 and e not in self.pending]
         if most <= 0 or not missing:
             return []
-        protected = {*experts, *self.pending}
-        candidates = [e for e in self.expert_at if e >= 0 and e not in protected]
+        candidates = self._evictable(experts)
         return self._admit(missing[: min(most, len(self.free) + len(candidates))], candidates)
 
     def commit(self, load: Load, nbytes: int, demanded: bool = True) -> None:
@@ -146,8 +156,13 @@ class LayerCache:
     def resident(self) -> list[int]:
         return [e for e in self.expert_at if e >= 0]
 
-    def _record(self, experts: Sequence[int], tokens: int) -> None:
-        self.policy.record(experts, tokens)
+    def _evictable(self, needed: Collection[int]) -> list[int]:
+        """Residents that are not `needed`, in the order of their slots."""
+        protected = {*needed, *self.pending}
+        return [e for e in self.expert_at if e >= 0 and e not in protected]
+
+    def _record(self, used: Mapping[int, int], tokens: int) -> None:
+        self.policy.record(used, tokens)
         self.counters.events += 1
         self.counters.tokens += tokens
 

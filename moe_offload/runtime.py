@@ -101,7 +101,7 @@ class LayerRuntime:
     def fetch(self, ids_P: Tensor) -> Tensor:
         ids, used = self._event(ids_P)
         cache, arrivals = self.cache, self.arrivals
-        loads = cache.lookup(list(used), self._tokens(len(ids)))
+        loads = cache.lookup(used, self._tokens(len(ids)))
         arrivals.claim_guesses(used)
         arrivals.start(loads)
         self.guesses.begin()
@@ -119,9 +119,9 @@ class LayerRuntime:
         cache, arrivals, tokens = self.cache, self.arrivals, self._tokens(len(ids))
         past: list[int] = []
         if len(ids) <= cache.slots:  # as small as a decode step: it may evict like one
-            loads = cache.lookup(list(used), tokens)
-        else:  # most used first: those get the free slots
-            loads, past = cache.fill([e for e, _ in used.most_common()], tokens)
+            loads = cache.lookup(used, tokens)
+        else:
+            loads, past = cache.fill(used, tokens)
         try:
             arrivals.claim_guesses(used)
             arrivals.start(loads)
@@ -161,7 +161,7 @@ class LayerRuntime:
         """The ids of one event, checked and counted; what is on its way for it has been claimed."""
         ids = ids_P.reshape(-1).tolist()
         used = Counter(ids)
-        self.cache.check(list(used))
+        self.cache.check(used)
         self.arrivals.begin(used)
         counts = self.cache.counters.counts
         for e, count in used.items():

@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from moe_offload.cache import LayerCache, Load
 from moe_offload.errors import RoutingError
-from moe_offload.policies import POLICIES
+from moe_offload.policies import POLICIES, DecayedLFU
 
 ROW = 10  # bytes
 #: A load that hangs is taken back when the event is given up, as one that fails is.
@@ -18,6 +18,11 @@ OUTCOMES = st.sampled_from(["commit", "commit", "commit", "abort", "hang"])
 
 def make(num_experts=6, slots=3, policy="decayed_lfu"):
     return LayerCache(num_experts, slots, POLICIES[policy](num_experts, 4.0))
+
+
+def once(experts):
+    """An event in which one token uses each of them."""
+    return dict.fromkeys(experts, 1)
 
 
 def check(cache):
@@ -76,7 +81,7 @@ class CacheMachine(RuleBasedStateMachine):
     def lookup(self, data):
         event = self.draw_experts(data, self.cache.slots)
         before = set(self.cache.resident())
-        loads = self.cache.lookup(event)
+        loads = self.cache.lookup(once(event))
         self.events += 1
         self.hits += len(before & set(event))
         assert {load.expert for load in loads} == set(event) - before
@@ -86,14 +91,22 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def fill(self, data):
-        event = self.draw_experts(data, self.cache.num_experts)
-        before, room = self.cache.resident(), len(self.cache.free)
-        loads, past = self.cache.fill(event)
+        used = {e: data.draw(st.integers(1, 9), "uses") for e in self.draw_experts(data, self.cache.num_experts)}
+        before, pending = set(self.cache.resident()), len(self.cache.pending)
+        loads, past = self.cache.fill(used, 9)
         self.events += 1
-        self.hits += len(set(before) & set(event))
-        assert self.cache.resident() == before, "fill evicted"
-        missing = [e for e in event if e not in before]
-        assert [load.expert for load in loads] + past == missing and len(loads) == min(room, len(missing))
+        self.hits += len(before & set(used))
+        gone, admitted = before - set(self.cache.resident()), {load.expert for load in loads}
+        assert not gone & set(used), "a victim was in the event"
+        assert sorted([*admitted, *past]) == sorted(set(used) - before), "each missing row is loaded once"
+        assert not (gone and self.cache.free), "evicted, with a slot to spare"
+        assert not (past and self.cache.free), "streamed, with a slot to spare"
+        policy, kept = self.cache.policy, admitted | (before - gone - set(used))
+        if isinstance(policy, DecayedLFU):
+            lost = [policy.keys[e] for e in [*gone, *past]]
+            assert not kept or not lost or min(policy.keys[e] for e in kept) >= max(lost), "a colder row stayed"
+        assert len(loads) <= self.cache.slots - pending
+        check(self.cache)
         self.settle(loads, data)
 
     @rule(data=st.data())
@@ -118,7 +131,7 @@ class CacheMachine(RuleBasedStateMachine):
     @rule()
     def ask_for_too_many(self):
         with pytest.raises(ValueError, match="does not fit"):
-            self.cache.lookup(range(self.cache.slots + 1))
+            self.cache.lookup(once(range(self.cache.slots + 1)))
 
     @invariant()
     def structure(self):
@@ -147,17 +160,17 @@ def test_victims_are_never_in_the_event_though_they_score_least():
     """The bug of vllm-project/vllm#50562: an expert loaded in this very call has the lowest frequency of all."""
     cache = make(slots=3)
     for _ in range(5):
-        commit_all(cache, cache.lookup([0, 1]))
-    commit_all(cache, cache.lookup([2]))
-    commit_all(cache, cache.lookup([2, 3, 4]))
+        commit_all(cache, cache.lookup(once([0, 1])))
+    commit_all(cache, cache.lookup(once([2])))
+    commit_all(cache, cache.lookup(once([2, 3, 4])))
     assert sorted(cache.resident()) == [2, 3, 4]
 
 
 def test_a_load_under_way_is_no_victim():
     cache = make(slots=3)
-    first = cache.lookup([0])
-    commit_all(cache, cache.lookup([1, 2]))
-    commit_all(cache, cache.lookup([3, 4]))
+    first = cache.lookup(once([0]))
+    commit_all(cache, cache.lookup(once([1, 2])))
+    commit_all(cache, cache.lookup(once([3, 4])))
     check(cache)
     commit_all(cache, first)
     assert sorted(cache.resident()) == [0, 3, 4]
@@ -165,8 +178,8 @@ def test_a_load_under_way_is_no_victim():
 
 def test_a_victim_is_unmapped_before_its_successor_arrives():
     cache = make(slots=1)
-    commit_all(cache, cache.lookup([0]))
-    (load,) = cache.lookup([1])
+    commit_all(cache, cache.lookup(once([0])))
+    (load,) = cache.lookup(once([1]))
     assert cache.slot_of[0] == -1 and cache.slot_of[1] == -1 and load == Load(1, 0)
     cache.abort(load)
     assert cache.free == [0] and not cache.resident()
@@ -178,7 +191,7 @@ def test_the_same_events_give_the_same_slots():
     def replay():
         cache, log = make(slots=3), []
         for event in events:
-            loads = cache.lookup(event)
+            loads = cache.lookup(once(event))
             commit_all(cache, loads)
             log.append((loads, list(cache.expert_at)))
         return log
@@ -197,15 +210,15 @@ def test_ids_outside_the_layer_are_refused(bad):
 def test_an_expert_already_loading_is_not_loaded_twice(again):
     """An event that meets the loads of an earlier one, which was interrupted before they could be taken back."""
     cache = make(slots=4)
-    cache.lookup([0, 1])
-    cache.lookup(again)
+    cache.lookup(once([0, 1]))
+    cache.lookup(once(again))
     check(cache)
 
 
 def test_an_event_that_finds_no_room_changes_nothing():
     cache = make(slots=3)
-    cache.lookup([0, 1])  # left hanging
+    cache.lookup(once([0, 1]))  # left hanging
     pending = dict(cache.pending)
     with pytest.raises(Exception):  # noqa: B017 - a typed error, once it has one
-        cache.lookup([2, 3, 4])
+        cache.lookup(once([2, 3, 4]))
     assert cache.pending == pending

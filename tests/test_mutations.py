@@ -127,11 +127,9 @@ def weights_keep_the_true_ids(patch):
 
 
 def lookup_protects_nothing(patch):
-    def lookup(self, experts, tokens=1):
-        self._record(experts, tokens)
-        missing = [e for e in experts if self.slot_of[e] < 0]
-        candidates = self.resident()
-        return [self._admit(e, candidates) for e in missing]
+    def lookup(self, used, tokens=1):
+        self._record(used, tokens)
+        return self._admit([e for e in used if self.slot_of[e] < 0], self.resident())
 
     patch.setattr(LayerCache, "lookup", lookup)
 

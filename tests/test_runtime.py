@@ -108,13 +108,24 @@ def test_prefill_through_k_slots_with_every_expert_at_once():
     assert layer.cache.counters.streamed == E - K
 
 
-def test_prefill_does_not_evict():
+def test_a_prompt_does_not_flush_what_decoding_uses():
+    runtime, _ = make(3)
+    layer = runtime.layers[0]
+    for _ in range(4):
+        decode(layer, [5, 6, 7])
+    assert torch.equal(prefill(layer, list(range(E))), expected(0, range(E)))
+    assert sorted(layer.cache.resident()) == [5, 6, 7]
+    assert (layer.cache.counters.hits, layer.cache.counters.streamed) == (9 + 3, E - 3)
+
+
+def test_a_prompt_replaces_what_it_shows_to_be_out_of_use():
     runtime, _ = make(3)
     layer = runtime.layers[0]
     decode(layer, [5, 6, 7])
-    assert torch.equal(prefill(layer, list(range(E))), expected(0, range(E)))
-    assert sorted(layer.cache.resident()) == [5, 6, 7]
-    assert (layer.cache.counters.hits, layer.cache.counters.streamed) == (3, E - 3)
+    ids = [0, 1, 5] * 40 + [2]
+    assert torch.equal(prefill(layer, ids), expected(0, ids))
+    assert sorted(layer.cache.resident()) == [0, 1, 5]
+    assert (layer.cache.counters.hits, layer.cache.counters.misses, layer.cache.counters.streamed) == (1, 6, 1)
 
 
 def test_the_most_used_get_the_free_slots():

@@ -5,7 +5,7 @@ A policy belongs to one layer's cache and knows experts by number. It never sees
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from .belady import Belady
@@ -20,8 +20,8 @@ from .tiny_lfu import TinyLFU
 class Policy(Protocol):
     """What the cache tells a policy, and asks of it."""
 
-    def record(self, experts: Iterable[int], tokens: int) -> None:
-        """The distinct `experts` of one event were used; the event covered `tokens` tokens."""
+    def record(self, used: Mapping[int, int], tokens: int) -> None:
+        """One event used these experts, each for so many of its `tokens` tokens (while decoding: for the one)."""
 
     def victims(self, candidates: Iterable[int], n: int) -> list[int]:
         """The `n` candidates that should give way, the first one first. There are `n` at least; none is protected."""

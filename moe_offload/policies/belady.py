@@ -6,7 +6,7 @@ which they were announced.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 NEVER = 1 << 62
 
@@ -18,8 +18,8 @@ class Belady:
             for e in events[i]:
                 self.upcoming[e].append(i)
 
-    def record(self, experts: Iterable[int], tokens: int) -> None:
-        for e in experts:
+    def record(self, used: Mapping[int, int], tokens: int) -> None:
+        for e in used:
             self.upcoming[e].pop()
 
     def victims(self, candidates: Iterable[int], n: int) -> list[int]:

@@ -2,6 +2,9 @@
 
     score(e) <- score(e) * 2 ** (-dt / half_life) + 1        on every use, dt in tokens
 
+The uses of a prompt come as one number; they are taken to be spread evenly over its tokens, so that the first of a long
+prompt have faded when its last is read (`mean_decay`).
+
 This is LRFU (Lee et al., 2001) with the time unit of tokens. Scores of different experts are compared at one moment, so
 it suffices to keep `key(e) = log2(score(e)) + last_use(e) / half_life`, which does not change while time passes:
 nothing is renormalised, nothing overflows, and victims are the smallest keys.
@@ -13,9 +16,17 @@ gain.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 NEVER = -math.inf
+
+
+def mean_decay(tokens: int, half_life: float) -> float:
+    """What is left, on average, of uses that are spread evenly over the last `tokens` tokens: 1 for a single one."""
+    if tokens <= 1:  # 0: in a cache of all layers, where a forward's tokens count once
+        return 1.0
+    one = -math.expm1(-math.log(2.0) / half_life)
+    return -math.expm1(-math.log(2.0) * tokens / half_life) / (tokens * one)
 
 
 class DecayedLFU:
@@ -24,11 +35,11 @@ class DecayedLFU:
         self.now = 0.0  # tokens seen by this layer, in half-lives
         self.keys = [NEVER] * num_experts
 
-    def record(self, experts: Iterable[int], tokens: int) -> None:
+    def record(self, used: Mapping[int, int], tokens: int) -> None:
         self.now += tokens / self.half_life
-        now, keys = self.now, self.keys
-        for e in experts:
-            keys[e] = now + math.log2(2.0 ** (keys[e] - now) + 1.0)
+        now, keys, weight = self.now, self.keys, mean_decay(tokens, self.half_life)
+        for e, uses in used.items():
+            keys[e] = now + math.log2(2.0 ** (keys[e] - now) + weight * uses)
 
     def victims(self, candidates: Iterable[int], n: int) -> list[int]:
         return sorted(candidates, key=self.keys.__getitem__)[:n]

@@ -6,7 +6,7 @@ recently used goes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 PRIOR_TOKENS = 100.0  # what a profile weighs
 
@@ -17,10 +17,10 @@ class LFU:
         self.uses = [0.0] * num_experts
         self.last = [-1] * num_experts
 
-    def record(self, experts: Iterable[int], tokens: int) -> None:
+    def record(self, used: Mapping[int, int], tokens: int) -> None:
         self.now += 1
-        for e in experts:
-            self.uses[e] += 1.0
+        for e, uses in used.items():
+            self.uses[e] += uses
             self.last[e] = self.now
 
     def victims(self, candidates: Iterable[int], n: int) -> list[int]:

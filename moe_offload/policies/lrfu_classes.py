@@ -7,7 +7,7 @@ victims = the largest age / 2 ** class   age: tokens since the last use
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from .decayed_lfu import DecayedLFU
 
@@ -21,11 +21,10 @@ class LRFUClasses:
         self.last = [-math.inf] * num_experts  # token of the last use
         self.now = 0.0
 
-    def record(self, experts: Iterable[int], tokens: int) -> None:
-        experts = list(experts)
-        self.scores.record(experts, tokens)
+    def record(self, used: Mapping[int, int], tokens: int) -> None:
+        self.scores.record(used, tokens)
         self.now += tokens
-        for e in experts:
+        for e in used:
             self.last[e] = self.now
 
     def victims(self, candidates: Iterable[int], n: int) -> list[int]:

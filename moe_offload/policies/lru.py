@@ -5,7 +5,7 @@ Below one token cycle (K slots a layer) it hits exactly 0 %, which is why quotas
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 
 class LRU:
@@ -13,10 +13,10 @@ class LRU:
         self.now = 0
         self.last = [-1.0] * num_experts
 
-    def record(self, experts: Iterable[int], tokens: int) -> None:
+    def record(self, used: Mapping[int, int], tokens: int) -> None:
         self.now += 1
-        for e in experts:
-            self.last[e] = self.now
+        for e, uses in used.items():
+            self.last[e] = self.now + 1.0 - 1.0 / uses  # of a prompt, what is used most: likely by its last tokens too
 
     def victims(self, candidates: Iterable[int], n: int) -> list[int]:
         return sorted(candidates, key=self.last.__getitem__)[:n]

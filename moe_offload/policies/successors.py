@@ -32,8 +32,10 @@ Where nothing but the last use matters (a generated trace that LRU hits at 91 %)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import itemgetter
+
+from .decayed_lfu import mean_decay
 
 FAST, SLOW = 8.0, 96.0  # half-lives of the rates, tokens
 WEIGHT = 3.0
@@ -57,11 +59,17 @@ class Rate:
         self.unit = 1.0
         self.used = [0.0] * num_experts
 
-    def record(self, experts: Iterable[int], tokens: int) -> None:
-        self.unit *= self.growth if tokens == 1 else 2.0 ** min(tokens / self.half_life, 64.0)
-        used, unit = self.used, self.unit
-        for e in experts:
-            used[e] += unit
+    def record(self, event: Mapping[int, int], tokens: int) -> None:
+        used = self.used
+        if tokens == 1:
+            self.unit = unit = self.unit * self.growth
+            for e in event:
+                used[e] += unit
+        else:
+            self.unit = unit = self.unit * 2.0 ** min(tokens / self.half_life, 64.0)
+            weight = unit * mean_decay(tokens, self.half_life)
+            for e, uses in event.items():
+                used[e] += weight * uses
         if unit > FULL:
             self.used, self.unit = [u / unit for u in used], 1.0
 
@@ -77,13 +85,13 @@ class Successors:
         self.recent: list[list[int]] = []  # the sets of the last events, the current one first
         self.turn = 0  # which of them the next event is counted for
 
-    def record(self, experts: Iterable[int], tokens: int) -> None:
-        experts = list(experts)
-        self.fast.record(experts, tokens)
-        self.slow.record(experts, tokens)
-        if len(experts) > LARGEST_SET:
+    def record(self, used: Mapping[int, int], tokens: int) -> None:
+        self.fast.record(used, tokens)
+        self.slow.record(used, tokens)
+        if len(used) > LARGEST_SET:
             self.recent = []
             return
+        experts = list(used)
         self.turn = (self.turn + 1) % HORIZON
         by, followed = self.by, self.followed
         for f in self.recent[self.turn] if self.turn < len(self.recent) else ():

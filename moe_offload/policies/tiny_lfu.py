@@ -7,7 +7,7 @@ first unless it has been used more. Among equals the least recently used goes. E
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 SAMPLE = 10  # uses per expert between two halvings
 
@@ -20,13 +20,13 @@ class TinyLFU:
         self.uses = [0.0] * num_experts
         self.last = [-1.0] * num_experts
 
-    def record(self, experts: Iterable[int], tokens: int) -> None:
+    def record(self, used: Mapping[int, int], tokens: int) -> None:
         self.now += 1
-        for e in experts:
-            self.uses[e] += 1.0
+        for e, uses in used.items():
+            self.uses[e] += uses
             self.last[e] = self.now
-            self.seen += 1
-        if self.seen >= self.sample:
+            self.seen += uses
+        while self.seen >= self.sample:
             self.uses = [uses / 2 for uses in self.uses]
             self.seen //= 2
 

@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from ..policies import lrfu_classes as classes
 from ..policies import successors as s
 from ..policies import tiny_lfu as tiny
+from .fast_min import next_uses, replay_bypass
 from .stream import Stream
+
+__all__ = ["KINDS", "replay", "replay_bypass"]
 
 KINDS = ["lru", "lfu", "decayed_lfu", "lrfu_classes", "tiny_lfu", "successors", "belady"]
 LRU, LFU, DECAYED, CLASSES, TINY, SUCCESSORS, BELADY = range(len(KINDS))
-NEVER = 1 << 62
-
 Ints = NDArray[np.int64]
 
 #: Arguments, not globals: compiled code is kept on disk, and would not notice when a policy's file changes.
@@ -39,11 +40,6 @@ def replay(stream: Stream, slots: int, kind: str, half_life: float) -> tuple[Int
     return _replay(*where, slots, KINDS.index(kind), half_life, CONSTANTS)  # type: ignore[no-any-return]
 
 
-def replay_bypass(stream: Stream, slots: int) -> tuple[Ints, Ints]:
-    """The same of MIN with bypass: of the residents and the event's experts, those needed soonest stay."""
-    return _bypass(stream.ids_NK, stream.first_V, stream.stop_V, stream.num_experts, slots)  # type: ignore[no-any-return]
-
-
 @numba.njit(cache=True, nogil=True)
 def _replay(ids_NK, first_V, stop_V, tokens_V, num_experts, slots, kind, half_life, constants):  # type: ignore[no-untyped-def]
     FAST, SLOW, SHARE_F, SHARE_S, WEIGHT, FULL = constants[:6]
@@ -53,16 +49,17 @@ def _replay(ids_NK, first_V, stop_V, tokens_V, num_experts, slots, kind, half_li
     slot_of, expert_at = np.full(num_experts, -1), np.full(slots, -1)
     free, n_free = np.arange(slots - 1, -1, -1), slots
     count, event = np.zeros(num_experts, np.int64), np.zeros(num_experts, np.int64)
-    candidates = np.zeros(slots, np.int64)
+    candidates, streamed = np.zeros(num_experts, np.int64), np.zeros(num_experts, np.bool_)
+    given_up = np.zeros(slots, np.int64)
     key1, key2 = np.zeros(num_experts), np.zeros(num_experts)  # the smallest leaves first
-    rank1, rank2 = np.zeros(slots), np.zeros(slots)
+    rank1, rank2 = np.zeros(num_experts), np.zeros(num_experts)
     now, seen = 0.0, 0
     tables = num_experts if kind == SUCCESSORS else 1
     fast, slow, unit_f, unit_s = np.zeros(num_experts), np.zeros(num_experts), 1.0, 1.0
     by, followed = np.zeros((tables, tables), np.uint8), np.zeros(tables, np.int64)
     recent, n_recent = np.zeros((HORIZON, LARGEST), np.int64), np.zeros(HORIZON, np.int64)
     turn = 0
-    upcoming = _next_uses(ids_NK, first_V, stop_V, num_experts) if kind == BELADY else np.zeros((1, 1), np.int64)
+    upcoming = next_uses(ids_NK, first_V, stop_V, num_experts) if kind == BELADY else np.zeros((1, 1), np.int64)
 
     if kind == LRU:
         key1[:] = -1.0
@@ -91,17 +88,18 @@ def _replay(ids_NK, first_V, stop_V, tokens_V, num_experts, slots, kind, half_li
         if kind == LRU:
             now += 1.0
             for i in range(n):
-                key1[event[i]] = now
+                key1[event[i]] = now + 1.0 - 1.0 / count[event[i]]
         elif kind == LFU:
             now += 1.0
             for i in range(n):
-                key1[event[i]] += 1.0
+                key1[event[i]] += count[event[i]]
                 key2[event[i]] = now
         elif kind == DECAYED or kind == CLASSES:
             now += tokens / half_life
+            weight = _mean_decay(tokens, half_life)
             for i in range(n):
                 e = event[i]
-                key1[e] = now + math.log2(2.0 ** (key1[e] - now) + 1.0)
+                key1[e] = now + math.log2(2.0 ** (key1[e] - now) + weight * count[e])
             if kind == CLASSES:
                 seen += tokens
                 for i in range(n):
@@ -109,18 +107,20 @@ def _replay(ids_NK, first_V, stop_V, tokens_V, num_experts, slots, kind, half_li
         elif kind == TINY:
             now += 1.0
             for i in range(n):
-                key1[event[i]] += 1.0
+                key1[event[i]] += count[event[i]]
                 key2[event[i]] = now
-            seen += n
-            if seen >= SAMPLE * num_experts:
+            seen += pairs
+            while seen >= SAMPLE * num_experts:
                 key1 /= 2.0
                 seen //= 2
         elif kind == SUCCESSORS:
             unit_f *= 2.0 ** min(tokens / FAST, 64.0)
             unit_s *= 2.0 ** min(tokens / SLOW, 64.0)
+            weight_f = unit_f * _mean_decay(tokens, FAST)
+            weight_s = unit_s * _mean_decay(tokens, SLOW)
             for i in range(n):
-                fast[event[i]] += unit_f
-                slow[event[i]] += unit_s
+                fast[event[i]] += weight_f * count[event[i]]
+                slow[event[i]] += weight_s * count[event[i]]
             if unit_f > FULL:
                 fast /= unit_f
                 unit_f = 1.0
@@ -154,11 +154,16 @@ def _replay(ids_NK, first_V, stop_V, tokens_V, num_experts, slots, kind, half_li
         for i in range(n):
             missing += slot_of[event[i]] < 0
         hits_V[v] = n - missing
+        n_victims, n_given_up = missing - n_free, 0
         if missing and pairs > slots:
-            if n_free:
-                _most_used_first(event, count, n)
-        elif missing > n_free:
-            n_candidates, n_victims = 0, missing - n_free
+            _most_used_first(event, count, n)
+        if n_victims > 0:
+            n_candidates = 0
+            if pairs > slots:
+                for i in range(n - 1, -1, -1):
+                    if slot_of[event[i]] < 0:
+                        candidates[n_candidates] = event[i]
+                        n_candidates += 1
             for slot in range(slots):
                 e = expert_at[slot]
                 if e >= 0 and count[e] == 0:
@@ -187,26 +192,36 @@ def _replay(ids_NK, first_V, stop_V, tokens_V, num_experts, slots, kind, half_li
                         for c in range(n_candidates):
                             rank1[c] += w * by[f, candidates[c]]
             _smallest(candidates, rank1, rank2, n_candidates, n_victims)
-            taken = 0
-            for i in range(n):
-                e = event[i]
+            for c in range(n_victims):
+                e = candidates[c]
                 if slot_of[e] < 0:
-                    if n_free:
-                        n_free -= 1
-                        slot = free[n_free]
-                    else:
-                        slot = slot_of[candidates[taken]]
-                        slot_of[candidates[taken]] = -1
-                        taken += 1
-                    slot_of[e], expert_at[slot] = slot, e
-            missing = 0
+                    streamed[e] = True
+                else:
+                    given_up[n_given_up] = slot_of[e]
+                    n_given_up += 1
+                    slot_of[e] = -1
+        taken = 0
         for i in range(n):
             e = event[i]
-            if missing and slot_of[e] < 0 and n_free:
-                n_free -= 1
-                slot_of[e], expert_at[free[n_free]] = free[n_free], e
+            if slot_of[e] < 0 and not streamed[e]:
+                if n_free:
+                    n_free -= 1
+                    slot = free[n_free]
+                else:
+                    slot = given_up[taken]
+                    taken += 1
+                slot_of[e], expert_at[slot] = slot, e
+            streamed[e] = False
             count[e] = 0
     return asked_V, hits_V
+
+
+@numba.njit(cache=True, nogil=True)
+def _mean_decay(tokens, half_life):  # type: ignore[no-untyped-def]
+    if tokens <= 1:
+        return 1.0
+    one = -math.expm1(-math.log(2.0) / half_life)
+    return -math.expm1(-math.log(2.0) * tokens / half_life) / (tokens * one)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -234,71 +249,3 @@ def _most_used_first(event, count, n):  # type: ignore[no-untyped-def]
             event[j] = event[j - 1]
             j -= 1
         event[j] = e
-
-
-@numba.njit(cache=True, nogil=True)
-def _next_uses(ids_NK, first_V, stop_V, num_experts):  # type: ignore[no-untyped-def]
-    """[V, most distinct experts]: for each event and its experts in order of first use, the next event with it."""
-    V, K = len(first_V), ids_NK.shape[1]
-    widest, distinct = 0, np.zeros(V, np.int64)
-    last = np.full(num_experts, -1)
-    for v in range(V):
-        for row in range(first_V[v], stop_V[v]):
-            for k in range(K):
-                e = ids_NK[row, k]
-                if e >= 0 and last[e] != v:
-                    last[e] = v
-                    distinct[v] += 1
-        widest = max(widest, distinct[v])
-    upcoming = np.full((V, widest), NEVER)
-    following = np.full(num_experts, NEVER)
-    last[:] = -1
-    for v in range(V - 1, -1, -1):
-        i = 0
-        for row in range(first_V[v], stop_V[v]):
-            for k in range(K):
-                e = ids_NK[row, k]
-                if e >= 0 and last[e] != v:
-                    last[e] = v
-                    upcoming[v, i] = following[e]
-                    following[e] = v
-                    i += 1
-    return upcoming
-
-
-@numba.njit(cache=True, nogil=True)
-def _bypass(ids_NK, first_V, stop_V, num_experts, slots):  # type: ignore[no-untyped-def]
-    V, K = len(first_V), ids_NK.shape[1]
-    asked_V, hits_V = np.zeros(V, np.int64), np.zeros(V, np.int64)
-    upcoming = _next_uses(ids_NK, first_V, stop_V, num_experts)
-    position = np.full(num_experts, -1)  # in `resident`
-    resident, n_resident = np.zeros(slots + num_experts, np.int64), 0
-    next_use, last = np.zeros(num_experts, np.int64), np.full(num_experts, -1)
-    for v in range(V):
-        i, new = 0, n_resident
-        for row in range(first_V[v], stop_V[v]):
-            for k in range(K):
-                e = ids_NK[row, k]
-                if e >= 0 and last[e] != v:
-                    last[e] = v
-                    next_use[e] = upcoming[v, i]
-                    i += 1
-                    if position[e] >= 0:
-                        hits_V[v] += 1
-                    else:
-                        position[e] = new
-                        resident[new] = e
-                        new += 1
-        asked_V[v] = i
-        while new > slots:
-            worst = 0
-            for j in range(1, new):
-                if next_use[resident[j]] > next_use[resident[worst]]:
-                    worst = j
-            position[resident[worst]] = -1
-            new -= 1
-            if worst < new:
-                resident[worst] = resident[new]
-                position[resident[worst]] = worst
-        n_resident = new
-    return asked_V, hits_V

@@ -19,9 +19,9 @@ def ask(cache: LayerCache, event: Event, row_bytes: int = 0) -> int:
     before = cache.counters.hits
     past: list[int] = []
     if event.used.total() <= cache.slots:
-        loads = cache.lookup(list(event.used), event.tokens)
-    else:  # most used first: those get the free slots
-        loads, past = cache.fill([e for e, _ in event.used.most_common()], event.tokens)
+        loads = cache.lookup(event.used, event.tokens)
+    else:
+        loads, past = cache.fill(event.used, event.tokens)
     for load in loads:
         cache.commit(load, row_bytes)
     for _ in past:

@@ -18,7 +18,13 @@ E = 8
 ROOT = Path(__file__).resolve().parents[2]
 
 experts = st.sets(st.integers(0, E - 1), min_size=1, max_size=4).map(sorted)
-events = st.lists(st.tuples(experts, st.integers(1, 100)), max_size=30)
+sizes = st.just(1) | st.integers(1, 100)
+event = sizes.flatmap(
+    lambda tokens: st.tuples(
+        st.dictionaries(st.integers(0, E - 1), st.integers(1, tokens), min_size=1, max_size=4), st.just(tokens)
+    )
+)
+events = st.lists(event, max_size=30)
 counts = st.lists(st.integers(0, 1000), min_size=E, max_size=E)
 half_lives = st.floats(0.01, 1e7)
 
@@ -33,6 +39,11 @@ def after(make, history, half_life=32.0, prior=None):
     for used, tokens in history:
         policy.record(used, tokens)
     return policy
+
+
+def once(experts):
+    """An event in which one token uses each of them."""
+    return dict.fromkeys(experts, 1)
 
 
 def order(policy):
@@ -74,21 +85,21 @@ def test_a_higher_count_in_the_profile_gives_way_later(make, prior):
 @every_policy
 @given(prior=counts, used=experts)
 def test_a_profile_of_nothing_but_zeros_is_no_prior(make, prior, used):
-    assert order(after(make, [(used, 1)], prior=[0] * E)) == order(after(make, [(used, 1)]))
+    assert order(after(make, [(once(used), 1)], prior=[0] * E)) == order(after(make, [(once(used), 1)]))
 
 
 @every_policy
 @given(prior=counts)
 def test_a_profile_is_outweighed_by_use(make, prior):
     """A prior, never a pin: what is used steadily from now on ends up above everything that is not."""
-    policy = after(make, [([0], 1)] * 400, prior=prior)
+    policy = after(make, [(once([0]), 1)] * 400, prior=prior)
     assert order(policy)[-1] == 0
 
 
 @every_policy
 @given(history=events, used=experts)
 def test_what_was_just_used_outlives_what_never_was(make, history, used):
-    policy = after(make, [*history, (used, 1)])
+    policy = after(make, [*history, (once(used), 1)])
     never = set(range(E)) - {e for event, _ in history for e in event} - set(used)
     assume(never)
     assert policy.victims([*used, *never], 1)[0] in never
@@ -102,8 +113,9 @@ def reference(history, half_life):
     scores = [0.0] * E
     for used, tokens in history:
         scores = [score * 2.0 ** (-tokens / half_life) for score in scores]
-        for e in used:
-            scores[e] += 1.0
+        left = sum(2.0 ** (-t / half_life) for t in range(tokens)) / tokens  # of uses spread over the tokens
+        for e, uses in used.items():
+            scores[e] += uses * left
     return scores
 
 
@@ -135,7 +147,7 @@ def test_scores_stay_finite_for_ten_million_tokens(half_life):
     policy = DecayedLFU(E, half_life)
     policy.seed([1000, *[0] * (E - 1)])
     for step in range(10_000):
-        policy.record([step % (E - 1)], 1000)
+        policy.record({step % (E - 1): 1}, 1000)
     assert all(math.isfinite(policy.score(e)) for e in range(E))
     assert math.isfinite(policy.now) and not any(math.isnan(key) for key in policy.keys)
     assert policy.victims(range(E), 1) == [E - 1]  # the one that was never used
@@ -156,7 +168,9 @@ class PlainSuccessors:
     def record(self, used, tokens):
         for rates, half_life in ((self.fast, successors.FAST), (self.slow, successors.SLOW)):
             for e in range(E):
-                rates[e] = rates[e] * 2 ** (-tokens / half_life) + (e in used) * (1 - 2 ** (-1 / half_life))
+                left = sum(2 ** (-t / half_life) for t in range(tokens)) / tokens  # of uses spread over the tokens
+                fresh = used.get(e, 0) * left * (1 - 2 ** (-1 / half_life))
+                rates[e] = rates[e] * 2 ** (-tokens / half_life) + fresh
         back = (len(self.sets) + 1) % 2 + 1  # in turns for the set before, and the set before that
         for f in self.sets[-back] if back <= len(self.sets) else []:
             self.followed[f] += 1
@@ -187,7 +201,7 @@ def test_rates_stay_finite_for_ten_million_tokens():
     policy = Successors(E)
     policy.seed([1.0, *[0.0] * (E - 1)])
     for step in range(20_000):
-        policy.record([step % (E - 1)], 1000 if step % 2 else 1)
+        policy.record({step % (E - 1): 1}, 1000 if step % 2 else 1)
     for rate in (policy.fast, policy.slow):
         assert all(map(math.isfinite, [*rate.used, rate.unit]))
     assert policy.victims(range(E), 1) == [E - 1]

@@ -95,7 +95,7 @@ def test_a_plot_without_matplotlib(path, tmp_path, monkeypatch):
 
 def test_a_policy_of_one_s_own(path):
     class Random:
-        def record(self, experts, tokens):
+        def record(self, used, tokens):
             pass
 
         def victims(self, candidates, n):

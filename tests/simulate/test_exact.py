@@ -122,17 +122,20 @@ def test_no_policy_beats_min(trace, slots):
 def test_belady_by_hand():
     events = [[0, 1], [2, 0], [1, 0], [2, 1]]
     policy = Belady(3, events)
-    policy.record(events[0], 1)
+    policy.record(dict.fromkeys(events[0], 1), 1)
     assert policy.victims([0, 1], 2) == [1, 0]  # 0 is needed next, 1 later
-    policy.record(events[1], 1)
+    policy.record(dict.fromkeys(events[1], 1), 1)
     assert policy.victims([0, 1, 2], 1) == [2]
 
 
-def test_a_prompt_fills_and_does_not_evict():
-    """One forward of more pairs than slots: the most used get what is free, the rest pass; as the runtime does."""
-    trace = Trace.of([[[0, 1]], [[2, 1]], [[2, 1]], [[4, 3]]], event_start=[0, 3], num_experts=[5])
+def test_a_prompt_leaves_what_it_used_most():
+    """One forward of more pairs than slots; then a step, and a prompt that shows nothing of what the step used."""
+    rows = [[[0, 1]], [[2, 1]], [[2, 1]], [[4, 3]], [[0, 1]], [[2, 1]], [[0, 1]]]
+    trace = Trace.of(rows, event_start=[0, 3, 4], num_experts=[5])
     (stream,) = per_layer(trace)
-    cache = LayerCache(5, 2, POLICIES["lru"](5, 1.0))
-    hits = plain.replay(stream.events(), cache, row_bytes=10)
-    assert hits.tolist() == [0, 0] and sorted(cache.resident()) == [3, 4]
-    assert (cache.counters.misses, cache.counters.bytes_read, cache.counters.tokens) == (5, 50, 4)
+    cache = LayerCache(5, 2, POLICIES["decayed_lfu"](5, 32.0))
+    events = list(stream.events())
+    assert plain.replay(events[:1], cache, row_bytes=10).tolist() == [0] and sorted(cache.resident()) == [1, 2]
+    assert plain.replay(events[1:2], cache, row_bytes=10).tolist() == [0] and sorted(cache.resident()) == [3, 4]
+    assert plain.replay(events[2:], cache, row_bytes=10).tolist() == [0] and sorted(cache.resident()) == [0, 1]
+    assert (cache.counters.misses, cache.counters.bytes_read, cache.counters.tokens) == (8, 80, 7)
