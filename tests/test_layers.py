@@ -29,14 +29,14 @@ TORCH_FREE = frozenset({"torch", "transformers", "accelerate", "safetensors"})
 LAYERS = [
     Layer(
         "words",
-        "errors sizes config profile cache belady placement new_folder whole_file npz trace simulate simulate.* report "
-        "policies policies.*",
+        "errors sizes config profile cache belady placement new_folder whole_file npz trace recorder simulate "
+        "simulate.* report policies policies.*",
         never=TORCH_FREE,
     ),
     Layer(
         "parts",
-        "experts buffers scratch arrivals overlap trial checkpoint conversion rows packed packed_format shards plan "
-        "measure transfer stores stores.* kernels kernels.*",
+        "experts buffers process_memory scratch arrivals overlap trial checkpoint conversion rows packed packed_format "
+        "shards plan measure transfer stores stores.* kernels kernels.*",
     ),
     Layer("runtime", "runtime"),
     Layer("engine", "backend handle loading pack_streams"),

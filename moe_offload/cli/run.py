@@ -23,6 +23,9 @@ def run(
     profile_out: Annotated[
         Path | None, typer.Option("--profile-out", help="Save the activation profile of this run here.")
     ] = None,
+    trace_out: Annotated[
+        Path | None, typer.Option("--trace-out", help="Save which experts were asked for here (.npz, for simulate).")
+    ] = None,
     compile: Annotated[
         str, typer.Option("--compile", help="graph: the model's own kernels; inductor: compile them; auto.")
     ] = "auto",
@@ -31,14 +34,17 @@ def run(
     from ..api import from_pretrained
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    if profile_out is not None and not profile_out.resolve().parent.is_dir():
-        fail(f"--profile-out {profile_out}: its folder does not exist", 2)
+    for flag, out in (("--profile-out", profile_out), ("--trace-out", trace_out)):
+        if out is not None and not out.resolve().parent.is_dir():
+            fail(f"{flag} {out}: its folder does not exist", 2)
     loaded: Any = or_exit(
         lambda: from_pretrained(model, budget, profile=profile_in, config={"compile": compile}), (OffloadError,)
     )
     with loaded.moe_offload as handle:
         typer.echo(str(handle.plan), err=True)
         tokenizer = or_exit(lambda: _tokenizer(model))
+        if trace_out is not None:
+            handle.start_trace()
         interrupted = False
         try:
             typer.echo(or_exit(lambda: _generate(loaded, tokenizer, text, max_new_tokens), code=1))
@@ -49,6 +55,9 @@ def run(
         if profile_out is not None:
             saved = or_exit(lambda: handle.save_profile(profile_out), code=1)
             typer.echo(f"profile saved to {saved}", err=True)
+        if trace_out is not None:
+            saved = or_exit(lambda: handle.save_trace(trace_out), code=1)
+            typer.echo(f"trace saved to {saved}", err=True)
         if interrupted:
             raise typer.Exit(130)
 
