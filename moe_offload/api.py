@@ -33,8 +33,10 @@ from .packed import index_checkpoint
 from .placement import DeviceMap, budget_from, place
 from .plan import Plan, plan_slots
 from .policies import POLICIES
+from .prewarm import prewarm
 from .process_memory import bound_kernel_cache
 from .profile import Profile
+from .profile_stats import most_wanted, rates
 from .runtime import LayerRuntime, Runtime
 from .scratch import Scratch
 from .sizes import format_size, parse_size
@@ -246,7 +248,7 @@ def _build_runtime(
     for bank, slots, store in zip(banks, plan.slots, stores, strict=True):
         policy = POLICIES[settings.policy](bank.num_experts, settings.half_life)
         if prior is not None and prior.tokens:
-            policy.seed([count / prior.tokens for count in prior.counts[bank.index]])
+            policy.seed(rates(prior, bank.index))
         layers.append(
             LayerRuntime(
                 bank,
@@ -306,9 +308,7 @@ def _prewarm(runtime: Runtime, prior: Profile | None) -> None:
         return
     from transformers.utils import logging as hf_logging
 
-    wanted = [prior.hottest(layer.bank.index)[: layer.cache.slots] for layer in runtime.layers]
-    wanted = [[e for e in experts if prior.counts[i][e]] for i, experts in enumerate(wanted)]
-    size = sum(len(e) * layer.bank.layout.row_bytes for e, layer in zip(wanted, runtime.layers, strict=True))
-    with hf_logging.tqdm(total=sum(map(len, wanted)), desc=f"Pre-warming {format_size(size)}", unit="row") as bar:
-        for layer, experts in zip(runtime.layers, wanted, strict=True):
-            layer.prewarm(experts, bar.update)
+    wanted = most_wanted(prior, [layer.cache.slots for layer in runtime.layers])
+    size = sum(runtime.layers[layer].bank.layout.row_bytes for layer, _ in wanted)
+    with hf_logging.tqdm(total=len(wanted), desc=f"Pre-warming {format_size(size)}", unit="row") as bar:
+        prewarm(runtime, wanted, bar.update)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -150,9 +150,6 @@ class LayerRuntime:
             out_PH = self.stream(x_TH.repeat_interleave(k, dim=0), ids_TK.reshape(-1), self.module_core)
             weighted_PH = out_PH * weights_TK.reshape(-1, 1)
             return weighted_PH.view(tokens, k, -1).sum(dim=1).to(x_TH.dtype)
-
-    def prewarm(self, experts: Iterable[int], progress: Callable[[int], object] = lambda n: None) -> None:
-        self.arrivals.prewarm(experts, progress)
 
     def release(self) -> None:
         """Give the memory back. Nothing may be on its way any more."""

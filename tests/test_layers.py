@@ -29,8 +29,8 @@ TORCH_FREE = frozenset({"torch", "transformers", "accelerate", "safetensors"})
 LAYERS = [
     Layer(
         "words",
-        "errors sizes config profile cache belady placement new_folder whole_file npz trace recorder simulate "
-        "simulate.* report policies policies.*",
+        "errors sizes config profile profile_stats profile_show cache belady placement new_folder whole_file npz trace "
+        "recorder simulate simulate.* report policies policies.*",
         never=TORCH_FREE,
     ),
     Layer(
@@ -38,11 +38,11 @@ LAYERS = [
         "experts buffers process_memory scratch arrivals overlap trial checkpoint conversion rows packed packed_format "
         "shards plan measure transfer stores stores.* kernels kernels.*",
     ),
-    Layer("runtime", "runtime"),
+    Layer("runtime", "runtime prewarm"),
     Layer("engine", "backend handle loading pack_streams"),
     Layer("model", "install record pack"),
     Layer("api", "api"),
-    Layer("front", "cli cli.* bench bench.* families families.* quickstart quickstart.*"),
+    Layer("front", "cli cli.* record_texts bench bench.* families families.* quickstart quickstart.*"),
     Layer("package", "__init__ __main__"),
 ]
 

@@ -32,6 +32,7 @@ def run(
 ) -> None:
     """Generate text greedily inside a budget; the text is that of the unmodified model."""
     from ..api import from_pretrained
+    from ..record_texts import load_tokenizer
 
     text = sys.stdin.read() if prompt == "-" else prompt
     for flag, out in (("--profile-out", profile_out), ("--trace-out", trace_out)):
@@ -42,7 +43,7 @@ def run(
     )
     with loaded.moe_offload as handle:
         typer.echo(str(handle.plan), err=True)
-        tokenizer = or_exit(lambda: _tokenizer(model))
+        tokenizer = or_exit(lambda: load_tokenizer(model))
         if trace_out is not None:
             handle.start_trace()
         interrupted = False
@@ -60,15 +61,6 @@ def run(
             typer.echo(f"trace saved to {saved}", err=True)
         if interrupted:
             raise typer.Exit(130)
-
-
-def _tokenizer(model: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise OffloadError(f"{model}: cannot load its tokenizer: {str(error).splitlines()[0]}") from error
 
 
 def _generate(model: Any, tokenizer: Any, text: str, max_new_tokens: int) -> str:
