@@ -34,7 +34,7 @@ from .placement import DeviceMap, budget_from, place
 from .plan import Plan, plan_slots
 from .policies import POLICIES
 from .prewarm import prewarm
-from .process_memory import bound_kernel_cache
+from .process_memory import bound_kernel_caches
 from .profile import Profile
 from .profile_stats import most_wanted, rates
 from .runtime import LayerRuntime, Runtime
@@ -83,7 +83,7 @@ def optimize(
     tiers = place([bank.name for bank in banks], [name for name, _ in model.named_modules()], device_map)
     plan = _plan(model, banks, budget, max_memory, settings)
     prior = _load_profile(profile, model, banks)
-    bound_kernel_cache()
+    bound_kernel_caches()
     stores = _open_stores(model, banks, tiers, settings)
     runtime = _build_runtime(banks, plan, stores, settings, prior)
     model.moe_offload = _install(model, runtime, plan, tiers, settings)  # type: ignore[assignment]
