@@ -20,7 +20,7 @@ def trim_heap() -> None:
 
 
 def bound_kernel_caches() -> None:
-    """Let oneDNN, and torch's layer over it, keep 128 compiled kernels each instead of 1024; what the user has set stays.
+    """Let oneDNN, and torch's layer over it, keep 128 compiled kernels each, not 1024; a user's setting stays.
 
     They keep one per shape, 0.65 MB, and in a prompt each expert multiplies a number of rows of its own: gpt-oss in
     bfloat16 on a CPU with AMX grew by 230 MB with the first prompt and 340 MB with four, beside its budget; with these
