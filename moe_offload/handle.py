@@ -145,6 +145,10 @@ class Handle:
         with self._runtime.lock:
             return self._recording().steps()
 
+    def recorded_s(self) -> float:
+        """Seconds since `start_trace`."""
+        return self._recording().passed_s()
+
     def _recording(self) -> Recorder:
         if self._recorder is None:
             raise TraceError("no trace is being recorded: call model.moe_offload.start_trace() before the run")

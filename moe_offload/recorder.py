@@ -97,10 +97,14 @@ class Recorder:
             steps.append(Step(before[0], tokens, int(hits), int(misses), int(nbytes), float(stall_s)))
         return steps
 
+    def passed_s(self) -> float:
+        """Since the beginning."""
+        return time.perf_counter() - self.begun
+
     def _totals(self) -> tuple[float, int, int, int, float]:
         counters = [cache.counters for cache in self.caches]
         return (
-            time.perf_counter() - self.begun,
+            self.passed_s(),
             sum(c.hits for c in counters),
             sum(c.misses for c in counters),
             sum(c.bytes_read for c in counters),

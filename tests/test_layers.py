@@ -30,7 +30,8 @@ LAYERS = [
     Layer(
         "words",
         "errors sizes config profile profile_stats profile_show cache belady placement new_folder whole_file npz trace "
-        "recorder simulate simulate.* report policies policies.*",
+        "recorder strict_json simulate simulate.* report report.record report.advice report.charts "
+        "report.page report.png policies policies.*",
         never=TORCH_FREE,
     ),
     Layer(
@@ -42,7 +43,7 @@ LAYERS = [
     Layer("engine", "backend handle loading pack_streams"),
     Layer("model", "install record pack"),
     Layer("api", "api"),
-    Layer("front", "cli cli.* record_texts bench bench.* families families.* quickstart quickstart.*"),
+    Layer("front", "cli cli.* record_texts report.collect bench bench.* families families.* quickstart quickstart.*"),
     Layer("package", "__init__ __main__"),
 ]
 

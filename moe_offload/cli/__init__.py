@@ -1,4 +1,4 @@
-"""The command line, a file a command: moe-offload plan | run | profile | pack | bench | simulate | families.
+"""The command line, a file a command: moe-offload plan | run | report | profile | pack | bench | simulate | families.
 
 What a person asked for goes to standard output (a plan, generated text, a table); what happened on the way goes to
 standard error. A flag, size, path or profile that cannot work is one line and exit code 2; a budget below the floor, or
@@ -14,6 +14,7 @@ from .families import families
 from .pack import pack
 from .plan import plan
 from .profile import app as profile
+from .report import report
 from .run import run
 from .simulate import simulate
 
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (plan, run, bench, pack, simulate, families):
+for command in (plan, run, report, bench, pack, simulate, families):
     app.command()(command)
 app.add_typer(profile, name="profile")
 

@@ -26,6 +26,9 @@ def run(
     trace_out: Annotated[
         Path | None, typer.Option("--trace-out", help="Save which experts were asked for here (.npz, for simulate).")
     ] = None,
+    report: Annotated[
+        Path | None, typer.Option("--report", help="Save what the run was like here (.json, for moe-offload report).")
+    ] = None,
     compile: Annotated[
         str, typer.Option("--compile", help="graph: the model's own kernels; inductor: compile them; auto.")
     ] = "auto",
@@ -35,7 +38,7 @@ def run(
     from ..record_texts import load_tokenizer
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    for flag, out in (("--profile-out", profile_out), ("--trace-out", trace_out)):
+    for flag, out in (("--profile-out", profile_out), ("--trace-out", trace_out), ("--report", report)):
         if out is not None and not out.resolve().parent.is_dir():
             fail(f"{flag} {out}: its folder does not exist", 2)
     loaded: Any = or_exit(
@@ -44,7 +47,7 @@ def run(
     with loaded.moe_offload as handle:
         typer.echo(str(handle.plan), err=True)
         tokenizer = or_exit(lambda: load_tokenizer(model))
-        if trace_out is not None:
+        if trace_out is not None or report is not None:
             handle.start_trace()
         interrupted = False
         try:
@@ -59,6 +62,12 @@ def run(
         if trace_out is not None:
             saved = or_exit(lambda: handle.save_trace(trace_out), code=1)
             typer.echo(f"trace saved to {saved}", err=True)
+        if report is not None:
+            from ..report.collect import record_of
+
+            name = None if profile_in is None else profile_in.name
+            saved = or_exit(lambda: record_of(handle, model=model, profile=name).save(report), code=1)
+            typer.echo(f"run saved to {saved}; moe-offload report {saved} makes a page of it", err=True)
         if interrupted:
             raise typer.Exit(130)
 

@@ -35,10 +35,10 @@ def lines(series: Sequence[Line], *, x: str, y: str, top: float | None = None, m
 
     parts = []
     for i in range(5):
-        at = bottom - (bottom - TOP) * i / 4
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        at_y = bottom - (bottom - TOP) * i / 4
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{at_y:.1f}" y2="{at_y:.1f}"/>')
         parts.append(
-            f'<text class="tick" x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{short(y_top * i / 4)}</text>'
+            f'<text class="tick" x="{LEFT - 8}" y="{at_y + 4:.1f}" text-anchor="end">{short(y_top * i / 4)}</text>'
         )
         at_x = LEFT + (right - LEFT) * i / 4
         anchor = "start" if i == 0 else "end" if i == 4 else "middle"
@@ -92,10 +92,10 @@ def heat_map(rows: Sequence[tuple[str, Sequence[int]]]) -> Markup:
 
 
 def nice(value: float) -> float:
-    """The next of 1, 2, 2.5, 4, 5 times a power of ten."""
+    """The next of 1, 2, 4, 6, 8 times a power of ten: quarters of it are short numbers."""
     scale = 10.0 ** math.floor(math.log10(value))
-    return next(step * scale for step in (1.0, 2.0, 2.5, 4.0, 5.0, 10.0) if step * scale >= value * 0.999)
+    return next(step * scale for step in (1.0, 2.0, 4.0, 6.0, 8.0, 10.0) if step * scale >= value * 0.999)
 
 
 def short(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.2g}" if value < 1 else f"{value:.1f}"
+    return f"{value:,.0f}" if value >= 10 or value == int(value) else f"{value:.2g}"
