@@ -23,7 +23,7 @@ from torch import nn
 
 from . import install as patch
 from .buffers import page_aligned
-from .config import OffloadConfig, resolve
+from .config import Config, OffloadConfig, resolve
 from .errors import BudgetError, CheckpointError, OffloadError, UnsupportedModelError
 from .experts import ExpertBank, find_experts
 from .handle import Handle
@@ -45,7 +45,7 @@ from .transfer import TRANSFERS
 
 logger = logging.getLogger("moe_offload")
 Model = TypeVar("Model", bound=nn.Module)
-Settings = OffloadConfig | Mapping[str, Any] | None
+MaxMemory = Mapping[str | int, str | int] | None
 
 
 def optimize(
@@ -53,9 +53,9 @@ def optimize(
     budget: int | str | None = None,
     *,
     device_map: DeviceMap = None,
-    max_memory: Mapping[str | int, str | int] | None = None,
+    max_memory: MaxMemory = None,
     profile: Profile | str | Path | None = None,
-    config: Settings = None,
+    config: Config = None,
 ) -> Model:
     """Let `model` run inside `budget` bytes; returns the same object: same class, same `generate`, same tokens.
 
@@ -64,12 +64,13 @@ def optimize(
     counts, else "auto". Experts rest on disk (`device_map` may send them to "cpu"): in the checkpoint they came from if
     they are on the meta device, else in a spill file in `config.offload_folder`, written once and removed on close.
     `profile` fills the slots before the first token with what such a workload uses; interrupt it (Ctrl-C) and the
-    model is offloaded all the same, only colder.
+    model is offloaded all the same, only colder. What is not given as an argument is read from `config` (an
+    `OffloadConfig`, a dict of its fields, or the path of a file), `MOE_OFFLOAD_*` and the default file (`config.py`).
 
     Raises `UnsupportedModelError` naming a module that cannot be run exactly, `BudgetError` stating the floor,
     `ConfigError`, `CheckpointError` or `ProfileError`; the model is unchanged then.
     """
-    settings = resolve(config)
+    settings = _settings(config, budget, device_map, max_memory, profile)
     if hasattr(model, "moe_offload"):
         raise OffloadError(
             "this model was already offloaded (model.moe_offload is its handle); to offload it anew, load it again: "
@@ -77,9 +78,9 @@ def optimize(
         )
     banks = find_experts(model)
     _check_devices(model, banks)
-    tiers = place([bank.name for bank in banks], [name for name, _ in model.named_modules()], device_map)
-    plan = _plan(model, banks, budget, max_memory, settings)
-    prior = _load_profile(profile, model, banks)
+    tiers = place([bank.name for bank in banks], [name for name, _ in model.named_modules()], settings.device_map)
+    plan = _plan(model, banks, settings)
+    prior = _load_profile(profile or settings.profile, model, banks)
     stores = _open_stores(model, banks, tiers, settings)
     runtime = _build_runtime(banks, plan, stores, settings, prior)
     model.moe_offload = _install(model, runtime, plan, tiers, settings)  # type: ignore[assignment]
@@ -94,9 +95,9 @@ def from_pretrained(
     budget: int | str | None = None,
     *,
     device_map: DeviceMap = None,
-    max_memory: Mapping[str | int, str | int] | None = None,
+    max_memory: MaxMemory = None,
     profile: Profile | str | Path | None = None,
-    config: Settings = None,
+    config: Config = None,
     dtype: str | torch.dtype = "auto",
     **kwargs: Any,
 ) -> nn.Module:
@@ -107,51 +108,54 @@ def from_pretrained(
     every shard and every expert are checked before anything is loaded. Further keyword arguments go to the class's own
     `from_pretrained`.
     """
-    settings = resolve(config)
+    settings = _settings(config, budget, device_map, max_memory, profile)
     folder = resolve_folder(path_or_id, **{k: kwargs.pop(k) for k in ("revision", "token") if k in kwargs})
     meta = skeleton(folder, dtype)
     banks = find_experts(meta)
-    place([bank.name for bank in banks], [name for name, _ in meta.named_modules()], device_map)
-    _plan(meta, banks, budget, max_memory, settings)
-    _load_profile(profile, meta, banks)
+    place([bank.name for bank in banks], [name for name, _ in meta.named_modules()], settings.device_map)
+    _plan(meta, banks, settings)
+    prior = _load_profile(profile or settings.profile, meta, banks)
     index = index_checkpoint(meta, banks, folder)
     for removed in ("offload_folder", "low_cpu_mem_usage", "offload_state_dict", "torch_dtype"):
         if kwargs.pop(removed, None) is not None:
             logger.info("%s is not needed: experts are read from the original shards", removed)
     model = load_dense(folder, meta, index.keys, **kwargs)
-    return optimize(
-        model, budget, device_map=device_map, max_memory=max_memory, profile=profile, config=settings
-    ).eval()
+    return optimize(model, profile=prior, config=settings).eval()
 
 
 def make_plan(
     model_or_path: nn.Module | str | Path,
     budget: int | str | None = None,
     *,
-    max_memory: Mapping[str | int, str | int] | None = None,
-    config: Settings = None,
+    max_memory: MaxMemory = None,
+    config: Config = None,
     dtype: str | torch.dtype = "auto",
 ) -> Plan:
     """What `budget` would hold of this model. A path is answered from its headers alone: no weight is read."""
-    settings = resolve(config)
+    settings = _settings(config, budget, None, max_memory, None)
     model = model_or_path if isinstance(model_or_path, nn.Module) else skeleton(resolve_folder(model_or_path), dtype)
     if hasattr(model, "moe_offload"):
         raise OffloadError("this model is already offloaded; its plan is model.moe_offload.plan")
-    return _plan(model, find_experts(model), budget, max_memory, settings)
+    return _plan(model, find_experts(model), settings)
 
 
-def _plan(
-    model: nn.Module,
-    banks: Sequence[ExpertBank],
+def _settings(
+    config: Config,
     budget: int | str | None,
-    max_memory: Mapping[str | int, str | int] | None,
-    settings: OffloadConfig,
-) -> Plan:
-    given = budget_from(max_memory)
+    device_map: DeviceMap,
+    max_memory: MaxMemory,
+    profile: Profile | str | Path | None,
+) -> OffloadConfig:
+    """The settings in force; an argument that is None was not given."""
+    path = None if isinstance(profile, Profile) else profile
+    given = {"budget": budget, "device_map": device_map, "max_memory": max_memory, "profile": path}
+    return resolve(config, **{name: value for name, value in given.items() if value is not None})
+
+
+def _plan(model: nn.Module, banks: Sequence[ExpertBank], settings: OffloadConfig) -> Plan:
+    budget, given = settings.budget, budget_from(settings.max_memory)
     if budget is not None and given is not None:
-        raise BudgetError(
-            f"both budget={budget!r} and max_memory={dict(max_memory or {})!r} were given; use one of them"
-        )
+        raise BudgetError(f"both budget={budget!r} and max_memory={settings.max_memory!r} were given; use one of them")
     wanted = budget if budget is not None else given if given is not None else "auto"
     size = parse_size(wanted, total=psutil.virtual_memory().available)
     return plan_slots(size, layer_shapes(banks), costs(model, banks, settings))

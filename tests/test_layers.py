@@ -29,7 +29,8 @@ TORCH_FREE = frozenset({"torch", "transformers", "accelerate", "safetensors"})
 LAYERS = [
     Layer(
         "words",
-        "errors sizes config profile cache belady placement new_folder whole_file npz trace simulate simulate.* report "
+        "errors sizes config config_file config_rules profile cache belady placement new_folder whole_file npz trace "
+        "simulate simulate.* report "
         "policies policies.*",
         never=TORCH_FREE,
     ),

@@ -6,14 +6,15 @@ import json
 
 import typer
 
-from .options import Budget, Json, Model, or_exit
+from .options import Budget, ConfigFile, Json, Model, or_exit, settings
 
 
-def plan(model: Model, budget: Budget = "auto", as_json: Json = False) -> None:
+def plan(model: Model, budget: Budget = None, config_file: ConfigFile = None, as_json: Json = False) -> None:
     """What fits where, and the smallest budget that works. Reads headers only, no weights."""
     from ..api import make_plan
 
-    found = or_exit(lambda: make_plan(model, budget))
+    wanted = settings(config_file, budget=budget)
+    found = or_exit(lambda: make_plan(model, config=wanted))
     if as_json:
         rows = dict(found.rows())
         facts = {"budget": found.budget_bytes, "floor": found.floor_bytes, "residency": found.residency}

@@ -9,12 +9,15 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import OffloadError
-from .options import Budget, Model, fail, or_exit
+from .options import Budget, ConfigFile, DeviceMapOption, MaxMemory, Model, fail, or_exit, settings
 
 
 def run(
     model: Model,
-    budget: Budget = "auto",
+    budget: Budget = None,
+    device_map: DeviceMapOption = None,
+    max_memory: MaxMemory = None,
+    config_file: ConfigFile = None,
     prompt: Annotated[str, typer.Option("--prompt", help="Text to continue; - reads standard input.")] = "The ",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="How many tokens to generate.")] = 64,
     profile_in: Annotated[
@@ -24,8 +27,11 @@ def run(
         Path | None, typer.Option("--profile-out", help="Save the activation profile of this run here.")
     ] = None,
     compile: Annotated[
-        str, typer.Option("--compile", help="graph: the model's own kernels; inductor: compile them; auto.")
-    ] = "auto",
+        str | None,
+        typer.Option(
+            "--compile", help="graph: the model's own kernels; inductor: compile them; auto.", show_default="auto"
+        ),
+    ] = None,
 ) -> None:
     """Generate text greedily inside a budget; the text is that of the unmodified model."""
     from ..api import from_pretrained
@@ -33,9 +39,15 @@ def run(
     text = sys.stdin.read() if prompt == "-" else prompt
     if profile_out is not None and not profile_out.resolve().parent.is_dir():
         fail(f"--profile-out {profile_out}: its folder does not exist", 2)
-    loaded: Any = or_exit(
-        lambda: from_pretrained(model, budget, profile=profile_in, config={"compile": compile}), (OffloadError,)
+    wanted = settings(
+        config_file,
+        budget=budget,
+        device_map=device_map,
+        max_memory=max_memory,
+        profile=profile_in,
+        compile=compile,
     )
+    loaded: Any = or_exit(lambda: from_pretrained(model, config=wanted))
     with loaded.moe_offload as handle:
         typer.echo(str(handle.plan), err=True)
         tokenizer = or_exit(lambda: _tokenizer(model))
