@@ -17,26 +17,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 import torch
 from torch import nn
 
 from . import install as patch
+from .arrange import Arrangement, arrange
 from .buffers import page_aligned
 from .config import Config, OffloadConfig, resolve
-from .errors import BudgetError, CheckpointError, OffloadError, UnsupportedModelError
+from .errors import CheckpointError, OffloadError, UnsupportedModelError
 from .experts import ExpertBank, find_experts
 from .handle import Handle
 from .loading import load_dense, resolve_folder, skeleton
-from .measure import costs, fingerprint, layer_shapes
+from .measure import fingerprint
 from .packed import index_checkpoint
-from .placement import DeviceMap, budget_from, place
-from .plan import Plan, plan_slots
+from .placement import DeviceMap
+from .plan import Plan
 from .policies import POLICIES
 from .profile import Profile
 from .runtime import LayerRuntime, Runtime
 from .scratch import Scratch
-from .sizes import format_size, parse_size
+from .sizes import format_size
 from .stores import Store
 from .stores.disk import DiskStore
 from .stores.host import HostStore, pack_rows
@@ -61,8 +61,9 @@ def optimize(
 
     `budget` is everything the model may hold: dense weights, expert slots, KV cache and workspace. An int (bytes),
     "8GB" (decimal), "8GiB" (binary), "50%" of the memory now available, or "auto". Without one, `max_memory["cpu"]`
-    counts, else "auto". Experts rest on disk (`device_map` may send them to "cpu"): in the checkpoint they came from if
-    they are on the meta device, else in a spill file in `config.offload_folder`, written once and removed on close.
+    counts, else "auto"; with both, layers of experts rest in RAM as far as what is between them has room. Other experts
+    rest on disk (`device_map` may send them to "cpu"): in the checkpoint they came from if they are on the meta device,
+    else in a spill file in `config.offload_folder`, written once and removed on close.
     `profile` fills the slots before the first token with what such a workload uses; interrupt it (Ctrl-C) and the
     model is offloaded all the same, only colder. What is not given as an argument is read from `config` (an
     `OffloadConfig`, a dict of its fields, or the path of a file), `MOE_OFFLOAD_*` and the default file (`config.py`).
@@ -78,12 +79,11 @@ def optimize(
         )
     banks = find_experts(model)
     _check_devices(model, banks)
-    tiers = place([bank.name for bank in banks], [name for name, _ in model.named_modules()], settings.device_map)
-    plan = _plan(model, banks, settings)
+    where = arrange(model, banks, settings, present=list(TRANSFERS))
     prior = _load_profile(profile or settings.profile, model, banks)
-    stores = _open_stores(model, banks, tiers, settings)
-    runtime = _build_runtime(banks, plan, stores, settings, prior)
-    model.moe_offload = _install(model, runtime, plan, tiers, settings)  # type: ignore[assignment]
+    stores = _open_stores(model, banks, where.tiers, settings)
+    runtime = _build_runtime(banks, where.plan, stores, settings, prior)
+    model.moe_offload = _install(model, runtime, where, settings)  # type: ignore[assignment]
     logger.info("%s", model.moe_offload)
     if settings.prewarm:
         _prewarm(runtime, prior)
@@ -112,8 +112,7 @@ def from_pretrained(
     folder = resolve_folder(path_or_id, **{k: kwargs.pop(k) for k in ("revision", "token") if k in kwargs})
     meta = skeleton(folder, dtype)
     banks = find_experts(meta)
-    place([bank.name for bank in banks], [name for name, _ in meta.named_modules()], settings.device_map)
-    _plan(meta, banks, settings)
+    arrange(meta, banks, settings, present=list(TRANSFERS))
     prior = _load_profile(profile or settings.profile, meta, banks)
     index = index_checkpoint(meta, banks, folder)
     for removed in ("offload_folder", "low_cpu_mem_usage", "offload_state_dict", "torch_dtype"):
@@ -127,16 +126,17 @@ def make_plan(
     model_or_path: nn.Module | str | Path,
     budget: int | str | None = None,
     *,
+    device_map: DeviceMap = None,
     max_memory: MaxMemory = None,
     config: Config = None,
     dtype: str | torch.dtype = "auto",
 ) -> Plan:
     """What `budget` would hold of this model. A path is answered from its headers alone: no weight is read."""
-    settings = _settings(config, budget, None, max_memory, None)
+    settings = _settings(config, budget, device_map, max_memory, None)
     model = model_or_path if isinstance(model_or_path, nn.Module) else skeleton(resolve_folder(model_or_path), dtype)
     if hasattr(model, "moe_offload"):
         raise OffloadError("this model is already offloaded; its plan is model.moe_offload.plan")
-    return _plan(model, find_experts(model), settings)
+    return arrange(model, find_experts(model), settings).plan
 
 
 def _settings(
@@ -150,15 +150,6 @@ def _settings(
     path = None if isinstance(profile, Profile) else profile
     given = {"budget": budget, "device_map": device_map, "max_memory": max_memory, "profile": path}
     return resolve(config, **{name: value for name, value in given.items() if value is not None})
-
-
-def _plan(model: nn.Module, banks: Sequence[ExpertBank], settings: OffloadConfig) -> Plan:
-    budget, given = settings.budget, budget_from(settings.max_memory)
-    if budget is not None and given is not None:
-        raise BudgetError(f"both budget={budget!r} and max_memory={settings.max_memory!r} were given; use one of them")
-    wanted = budget if budget is not None else given if given is not None else "auto"
-    size = parse_size(wanted, total=psutil.virtual_memory().available)
-    return plan_slots(size, layer_shapes(banks), costs(model, banks, settings))
 
 
 def _check_devices(model: Any, banks: Sequence[ExpertBank]) -> None:
@@ -264,7 +255,7 @@ def _build_runtime(
     return Runtime(layers, list({id(store): store for store in stores}.values()), transfer, lock)
 
 
-def _install(model: nn.Module, runtime: Runtime, plan: Plan, tiers: list[str], settings: OffloadConfig) -> Handle:
+def _install(model: nn.Module, runtime: Runtime, where: Arrangement, settings: OffloadConfig) -> Handle:
     print_of = fingerprint(model, [layer.bank for layer in runtime.layers])
     implementation = patch.choose_implementation(
         [layer.bank for layer in runtime.layers], settings.experts_implementation
@@ -285,9 +276,8 @@ def _install(model: nn.Module, runtime: Runtime, plan: Plan, tiers: list[str], s
     return Handle(
         model,
         runtime,
-        plan,
+        where,
         print_of,
-        tiers=tiers,
         compile=inner,
         implementation=implementation,
         graphs=graphs,

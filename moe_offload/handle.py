@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .arrange import Arrangement
 from .experts import ExpertBank
-from .plan import Plan
+from .explain import explain
 from .profile import Fingerprint, Profile
 from .runtime import Runtime
 from .sizes import format_size
@@ -61,16 +62,15 @@ class Handle:
         self,
         model: Any,
         runtime: Runtime,
-        plan: Plan,
+        where: Arrangement,
         fingerprint: Fingerprint,
         *,
-        tiers: list[str],
         compile: str,
         implementation: str,
         graphs: list[Any],
         on_close: Callable[[], None],
     ):
-        self.plan, self.fingerprint, self.tiers = plan, fingerprint, tiers
+        self.where, self.plan, self.tiers, self.fingerprint = where, where.plan, where.tiers, fingerprint
         self.compile, self.implementation, self.graphs = compile, implementation, graphs
         self.model, self._runtime, self._on_close = model, runtime, on_close
 
@@ -114,6 +114,10 @@ class Handle:
     def save_profile(self, path: str | Path, **meta: str) -> Path:
         """Write the profile so far to `path`, atomically. Load it with `optimize(..., profile=path)`."""
         return self.profile(**meta).save(path)
+
+    def explain(self) -> str:
+        """Which rule put what where, and what was not offloaded and why."""
+        return explain(self.model, self.banks, self.where)
 
     def close(self) -> None:
         """Give back files and memory. The model (and its `state_dict`) raises `ClosedError` from then on."""

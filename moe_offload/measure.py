@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -37,6 +37,19 @@ def dense_bytes(model: nn.Module, banks: Sequence[ExpertBank]) -> int:
     experts = {id(param) for bank in banks for param in bank.params.values()}
     tensors = [*model.parameters(), *model.buffers()]
     return sum(t.numel() * t.element_size() for t in tensors if id(t) not in experts)
+
+
+def dense_bytes_on(model: nn.Module, banks: Sequence[ExpertBank], device: Callable[[str], str]) -> dict[str, int]:
+    """`dense_bytes`, shared out: `device` says where the module of that name computes. Tied tensors count once."""
+    seen = {id(param) for bank in banks for param in bank.params.values()}
+    found: dict[str, int] = {}
+    for name, module in model.named_modules():
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                where = device(name)
+                found[where] = found.get(where, 0) + tensor.numel() * tensor.element_size()
+    return found
 
 
 def kv_bytes(model: Any, tokens: int) -> int:

@@ -36,8 +36,8 @@ LAYERS = [
     ),
     Layer(
         "parts",
-        "experts buffers scratch arrivals overlap trial checkpoint conversion rows packed packed_format shards plan "
-        "measure transfer stores stores.* kernels kernels.*",
+        "experts arrange explain buffers scratch arrivals overlap trial checkpoint conversion rows packed "
+        "packed_format shards plan measure transfer stores stores.* kernels kernels.*",
     ),
     Layer("runtime", "runtime"),
     Layer("engine", "backend handle loading pack_streams"),
