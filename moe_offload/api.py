@@ -2,7 +2,7 @@
 
 optimize(model, budget)          a loaded model, or one whose experts are on "meta"
 from_pretrained(path, budget)    a checkpoint whose experts never all come into RAM
-make_plan(model_or_path, budget) what would fit where, before anything is loaded
+make_plan(model_or_path, budget) how many slots would fit, before anything is loaded (more: moe_offload/forecasting.py)
 record_profile(model, inputs)    which experts a workload uses (moe_offload/record.py)
 """
 
@@ -26,6 +26,7 @@ from .buffers import page_aligned
 from .config import Config, OffloadConfig, resolve
 from .errors import CheckpointError, OffloadError, UnsupportedModelError
 from .experts import ExpertBank, find_experts
+from .forecasting import read_outline
 from .handle import Handle
 from .loading import load_dense, resolve_folder, skeleton
 from .measure import fingerprint
@@ -133,10 +134,8 @@ def make_plan(
 ) -> Plan:
     """What `budget` would hold of this model. A path is answered from its headers alone: no weight is read."""
     settings = _settings(config, budget, device_map, max_memory, None)
-    model = model_or_path if isinstance(model_or_path, nn.Module) else skeleton(resolve_folder(model_or_path), dtype)
-    if hasattr(model, "moe_offload"):
-        raise OffloadError("this model is already offloaded; its plan is model.moe_offload.plan")
-    return arrange(model, find_experts(model), settings).plan
+    found = read_outline(model_or_path, dtype)
+    return arrange(found.model, found.banks, settings).plan
 
 
 def _settings(

@@ -60,9 +60,14 @@ def kv_bytes(model: Any, tokens: int) -> int:
     heads = getattr(config, "num_attention_heads", None) or 1
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or (getattr(config, "hidden_size", None) or 0) // heads
-    longest = int(getattr(config, "max_position_embeddings", None) or tokens)
+    longest = longest_context(model) or tokens
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     return int(2 * layers * kv_heads * head_dim * min(tokens, longest) * dtype.itemsize)
+
+
+def longest_context(model: Any) -> int | None:
+    """The most tokens that the model was made for, where its configuration says."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or None
 
 
 def scores_bytes(model: Any, tokens: int = PROMPT_TOKENS) -> int:
@@ -75,7 +80,7 @@ def scores_bytes(model: Any, tokens: int = PROMPT_TOKENS) -> int:
     if getattr(config, "_attn_implementation", None) != "eager":
         return 0
     heads = getattr(config, "num_attention_heads", None) or 1
-    longest = int(getattr(config, "max_position_embeddings", None) or tokens)
+    longest = longest_context(model) or tokens
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     return int(heads * min(tokens, longest) ** 2 * (4 + 2 * dtype.itemsize))
 

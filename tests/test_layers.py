@@ -29,8 +29,8 @@ TORCH_FREE = frozenset({"torch", "transformers", "accelerate", "safetensors"})
 LAYERS = [
     Layer(
         "words",
-        "errors sizes config config_file config_rules profile cache belady placement new_folder whole_file npz trace "
-        "simulate simulate.* report "
+        "errors sizes config config_file config_rules profile typical cache belady placement new_folder whole_file npz "
+        "trace simulate simulate.* report "
         "policies policies.*",
         never=TORCH_FREE,
     ),
@@ -40,8 +40,8 @@ LAYERS = [
         "packed_format shards plan measure transfer stores stores.* kernels kernels.*",
     ),
     Layer("runtime", "runtime"),
-    Layer("engine", "backend handle loading pack_streams"),
-    Layer("model", "install record pack"),
+    Layer("engine", "backend handle loading outline pack_streams"),
+    Layer("model", "install record pack forecasting"),
     Layer("api", "api"),
     Layer("front", "cli cli.* bench bench.* families families.* quickstart quickstart.*"),
     Layer("package", "__init__ __main__"),

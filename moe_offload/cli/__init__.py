@@ -1,4 +1,4 @@
-"""The command line, a file a command: moe-offload plan | run | config | pack | bench | simulate | families.
+"""The command line, a file a command: moe-offload plan | estimate | run | config | pack | bench | simulate | families.
 
 What a person asked for goes to standard output (a plan, generated text, a table); what happened on the way goes to
 standard error. A flag, size, path or profile that cannot work is one line and exit code 2; a budget below the floor, or
@@ -11,6 +11,7 @@ import typer
 
 from .bench import bench
 from .config import config
+from .estimate import estimate
 from .families import families
 from .pack import pack
 from .plan import plan
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (plan, run, config, bench, pack, simulate, families):
+for command in (plan, estimate, run, config, bench, pack, simulate, families):
     app.command()(command)
 
 

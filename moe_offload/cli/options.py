@@ -28,6 +28,8 @@ DeviceMapOption = Annotated[
     ),
 ]
 MaxMemory = Annotated[str | None, typer.Option("--max-memory", help="Limits per device: '{0: 8GB, cpu: 60GiB}'.")]
+ProfileIn = Annotated[Path | None, typer.Option("--profile", help="Activation profile to predict the hit rate from.")]
+Context = Annotated[int | None, typer.Option("--context", min=0, help="Tokens of KV cache to make room for.")]
 ConfigFile = Annotated[
     Path | None,
     typer.Option(
