@@ -56,6 +56,7 @@ def optimize(
     device_map: DeviceMap = None,
     max_memory: MaxMemory = None,
     profile: Profile | str | Path | None = None,
+    offload_folder: str | Path | None = None,
     config: Config = None,
 ) -> Model:
     """Let `model` run inside `budget` bytes; returns the same object: same class, same `generate`, same tokens.
@@ -64,7 +65,7 @@ def optimize(
     "8GB" (decimal), "8GiB" (binary), "50%" of the memory now available, or "auto". Without one, `max_memory["cpu"]`
     counts, else "auto"; with both, layers of experts rest in RAM as far as what is between them has room. Other experts
     rest on disk (`device_map` may send them to "cpu"): in the checkpoint they came from if they are on the meta device,
-    else in a spill file in `config.offload_folder`, written once and removed on close.
+    else in a spill file in `offload_folder`, written once and removed on close.
     `profile` fills the slots before the first token with what such a workload uses; interrupt it (Ctrl-C) and the
     model is offloaded all the same, only colder. What is not given as an argument is read from `config` (an
     `OffloadConfig`, a dict of its fields, or the path of a file), `MOE_OFFLOAD_*` and the default file (`config.py`).
@@ -72,7 +73,7 @@ def optimize(
     Raises `UnsupportedModelError` naming a module that cannot be run exactly, `BudgetError` stating the floor,
     `ConfigError`, `CheckpointError` or `ProfileError`; the model is unchanged then.
     """
-    settings = _settings(config, budget, device_map, max_memory, profile)
+    settings = _settings(config, budget, device_map, max_memory, profile, offload_folder)
     if hasattr(model, "moe_offload"):
         raise OffloadError(
             "this model was already offloaded (model.moe_offload is its handle); to offload it anew, load it again: "
@@ -144,10 +145,12 @@ def _settings(
     device_map: DeviceMap,
     max_memory: MaxMemory,
     profile: Profile | str | Path | None,
+    offload_folder: str | Path | None = None,
 ) -> OffloadConfig:
     """The settings in force; an argument that is None was not given."""
     path = None if isinstance(profile, Profile) else profile
     given = {"budget": budget, "device_map": device_map, "max_memory": max_memory, "profile": path}
+    given |= {"offload_folder": offload_folder}
     return resolve(config, **{name: value for name, value in given.items() if value is not None})
 
 

@@ -122,6 +122,7 @@ BAD = {
     "a device we lack": ({"device_map": "cuda"}, OffloadError),
     "a misspelt setting": ({"config": {"halflife": 3}}, ConfigError),
     "no folder to spill to": ({"config": {"offload_folder": "/no/such/folder"}}, OffloadError),
+    "no folder to spill to, as an argument": ({"offload_folder": "/no/such/folder"}, OffloadError),
     "a damaged profile": ({"profile": "damaged"}, ProfileError),
     "another model's profile": ({"profile": "other"}, ProfileError),
 }

@@ -23,7 +23,7 @@ def plan(
     config_file: ConfigFile = None,
     as_json: Json = False,
 ) -> None:
-    """What fits where, and the smallest budget that works. Reads headers only, no weights; exit code 1 if it cannot fit.
+    """What fits where, and the smallest budget that works. Reads headers only; exit code 1 if it cannot fit.
 
     Devices need not be there: --device-map '{"": 0, "model.layers.*.mlp.experts": cpu}' --max-memory '{0: 8GB}' plans
     for a GPU.
