@@ -34,7 +34,10 @@ from .packed import index_checkpoint
 from .placement import DeviceMap
 from .plan import Plan
 from .policies import POLICIES
+from .prewarm import prewarm
+from .process_memory import bound_kernel_caches
 from .profile import Profile
+from .profile_stats import most_wanted, rates
 from .runtime import LayerRuntime, Runtime
 from .scratch import Scratch
 from .sizes import format_size
@@ -83,6 +86,7 @@ def optimize(
     _check_devices(model, banks)
     where = arrange(model, banks, settings, present=list(TRANSFERS))
     prior = _load_profile(profile or settings.profile, model, banks)
+    bound_kernel_caches()
     stores = _open_stores(model, banks, where.tiers, settings)
     runtime = _build_runtime(banks, where.plan, stores, settings, prior)
     model.moe_offload = _install(model, runtime, where, settings)  # type: ignore[assignment]
@@ -241,7 +245,7 @@ def _build_runtime(
     for bank, slots, store in zip(banks, plan.slots, stores, strict=True):
         policy = POLICIES[settings.policy](bank.num_experts, settings.half_life)
         if prior is not None and prior.tokens:
-            policy.seed([count / prior.tokens for count in prior.counts[bank.index]])
+            policy.seed(rates(prior, bank.index))
         layers.append(
             LayerRuntime(
                 bank,
@@ -300,9 +304,7 @@ def _prewarm(runtime: Runtime, prior: Profile | None) -> None:
         return
     from transformers.utils import logging as hf_logging
 
-    wanted = [prior.hottest(layer.bank.index)[: layer.cache.slots] for layer in runtime.layers]
-    wanted = [[e for e in experts if prior.counts[i][e]] for i, experts in enumerate(wanted)]
-    size = sum(len(e) * layer.bank.layout.row_bytes for e, layer in zip(wanted, runtime.layers, strict=True))
-    with hf_logging.tqdm(total=sum(map(len, wanted)), desc=f"Pre-warming {format_size(size)}", unit="row") as bar:
-        for layer, experts in zip(runtime.layers, wanted, strict=True):
-            layer.prewarm(experts, bar.update)
+    wanted = most_wanted(prior, [layer.cache.slots for layer in runtime.layers])
+    size = sum(runtime.layers[layer].bank.layout.row_bytes for layer, _ in wanted)
+    with hf_logging.tqdm(total=len(wanted), desc=f"Pre-warming {format_size(size)}", unit="row") as bar:
+        prewarm(runtime, wanted, bar.update)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from .buffers import POISON, Rows
@@ -21,8 +21,6 @@ from .experts import ExpertBank
 from .scratch import Held, Scratch
 from .stores import Store
 from .transfer import Ticket, Transfer
-
-PREWARM_DEPTH = 4  # rows on their way at once before anything has been asked for
 
 
 @dataclass(frozen=True)
@@ -136,22 +134,11 @@ class Arrivals:
 
     # Before anything has been asked for.
 
-    def prewarm(self, experts: Iterable[int], progress: Callable[[int], object] = lambda n: None) -> None:
-        """Fill free slots with `experts`, most wanted first. Stops cleanly at any exception (Ctrl-C)."""
-        if self.demanded:
-            self.abort()
-        try:
-            for load in self.cache.prewarm(list(experts)):
-                self.start([load], urgent=False)
-                if len(self.demanded) >= PREWARM_DEPTH:
-                    self.take(wanted=False)
-                    progress(1)
-            while self.demanded:
-                self.take(wanted=False)
-                progress(1)
-        except BaseException:
-            self.abort()
-            raise
+    def prewarm(self, expert: int) -> bool:
+        """Begin to load `expert` into a free slot; say whether there is anything to wait for (`take`)."""
+        loads = self.cache.prewarm([expert])
+        self.start(loads, urgent=False)
+        return bool(loads)
 
     def guess(self, experts: Sequence[int], most: int) -> None:
         """Begin to load what is missing of `experts` in the background, at most `most`, into the coldest slots."""

@@ -5,9 +5,6 @@ Shapes: N elements of one row.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-
 import torch
 from torch import Tensor
 
@@ -33,16 +30,6 @@ def page_aligned(nbytes: int) -> Tensor:
     raw = torch.empty(nbytes + ROW_ALIGN, dtype=torch.uint8)
     begin = -raw.data_ptr() % ROW_ALIGN
     return raw[begin : begin + nbytes]
-
-
-def trim_heap() -> None:
-    """Hand free heap memory back to the system (glibc; elsewhere nothing happens).
-
-    The activations of a prompt are tens of MB each, of a new size every time. The heap keeps what they leave behind in
-    pieces: measured, 100 to 180 MB that no budget knows of, for 512 tokens of gpt-oss. It takes a few ms.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 #: What is left when memory was given back. Made beforehand: a model may be collected in the middle of a trace, under a

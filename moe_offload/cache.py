@@ -87,7 +87,7 @@ class LayerCache:
             self._record(used, tokens)
             self.counters.hits += len(used)
             return []
-        missing = [e for e in absent if e not in self.pending]
+        missing = sorted(e for e in absent if e not in self.pending)  # whatever the order of its pairs: see recorder
         candidates = self._evictable(used)
         if len(missing) > len(self.free) + len(candidates):
             raise ValueError(
@@ -106,7 +106,7 @@ class LayerCache:
         and does replace what it shows to be out of use. Both lists begin with what is used most.
         """
         self._record(used, tokens)
-        absent = sorted((e for e in used if self.slot_of[e] < 0), key=used.__getitem__, reverse=True)
+        absent = sorted((e for e in used if self.slot_of[e] < 0), key=lambda e: (-used[e], e))
         missing = [e for e in absent if e not in self.pending]
         self.counters.hits += len(used) - len(absent)
         candidates = self._evictable(used)

@@ -78,9 +78,11 @@ def to_yaml(values: Mapping[str, Any]) -> str:
 
 def from_json(text: str) -> dict[str, Any]:
     """The mapping that `text` holds. Raises ConfigError."""
+    from . import strict_json
+
     try:
-        return _mapping(json.loads(text, object_pairs_hook=_once))
-    except (ValueError, RecursionError) as error:
+        return _mapping(strict_json.parse(text.encode(), format=""))
+    except ValueError as error:
         raise ConfigError(f"it is not the JSON of a configuration: {error}") from error
 
 

@@ -48,5 +48,9 @@ class TraceError(OffloadError):
     """A trace file is damaged, too large, or holds what no router chose; or traces were asked for what they lack."""
 
 
+class ReportError(OffloadError):
+    """The record of a run is damaged, too large, or not there; or a report cannot be made or written."""
+
+
 class ClosedError(OffloadError):
     """The model was closed: its threads, files and memory have been given back."""

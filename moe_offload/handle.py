@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from .arrange import Arrangement
+from .errors import TraceError
 from .experts import ExpertBank
 from .explain import explain
 from .profile import Fingerprint, Profile
+from .recorder import Recorder, Step
 from .runtime import Runtime
 from .sizes import format_size
+from .trace import Trace
 
 
 @dataclass
@@ -73,6 +76,7 @@ class Handle:
         self.where, self.plan, self.tiers, self.fingerprint = where, where.plan, where.tiers, fingerprint
         self.compile, self.implementation, self.graphs = compile, implementation, graphs
         self.model, self._runtime, self._on_close = model, runtime, on_close
+        self._recorder: Recorder | None = None
 
     @property
     def banks(self) -> list[ExpertBank]:
@@ -118,6 +122,41 @@ class Handle:
     def explain(self) -> str:
         """Which rule put what where, and what was not offloaded and why."""
         return explain(self.model, self.banks, self.where)
+
+    def start_trace(self) -> None:
+        """Write down from now on which experts are asked for, forward by forward (64 MB at most)."""
+        layers = self._runtime.layers
+        self._recorder = Recorder([layer.cache for layer in layers], [layer.bank.top_k for layer in layers])
+        self._runtime.record(self._recorder)
+
+    def trace(self, **meta: str) -> Trace:
+        """What `start_trace` has recorded, for `simulate`. Started before the first token, without look-ahead and
+        failed reads, it replays to the very hits, misses and bytes of `stats()`."""
+        facts = {
+            "model_type": self.fingerprint.model_type,
+            "row_bytes": str(max(bank.layout.row_bytes for bank in self.banks)),
+            "slots": ",".join(map(str, self.plan.slots)),
+        }
+        with self._runtime.lock:
+            return self._recording().trace({**facts, **meta})
+
+    def save_trace(self, path: str | Path, **meta: str) -> Path:
+        """Write the trace to `path` (.npz), atomically."""
+        return self.trace(**meta).save(path)
+
+    def steps(self) -> list[Step]:
+        """What every forward since `start_trace` took: when, how many tokens, hits, misses, bytes, waiting."""
+        with self._runtime.lock:
+            return self._recording().steps()
+
+    def recorded_s(self) -> float:
+        """Seconds since `start_trace`."""
+        return self._recording().passed_s()
+
+    def _recording(self) -> Recorder:
+        if self._recorder is None:
+            raise TraceError("no trace is being recorded: call model.moe_offload.start_trace() before the run")
+        return self._recorder
 
     def close(self) -> None:
         """Give back files and memory. The model (and its `state_dict`) raises `ClosedError` from then on."""

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from . import backend
 from .errors import OffloadError
 from .experts import ExpertBank
+from .measure import PROMPT_TOKENS
 from .runtime import LayerRuntime, Runtime, closed
 
 logger = logging.getLogger("moe_offload")
@@ -146,6 +147,7 @@ class _Call:
         self.model, self.runtime, self.scope, self.compiled = model, runtime, scope, compiled
         modules = [(module, layer.bank.name) for layer in runtime.layers for module in layer.bank.modules]
         self.configs = {id(module.config): (module.config, name) for module, name in modules}
+        self.warned = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # inside somebody else's torch.compile: the marker op is traced
@@ -159,6 +161,7 @@ class _Call:
         with self.runtime.lock, torch.no_grad():
             self.runtime.check_open()
             self._check_implementation()
+            self._check_length(args, kwargs)
             self.scope.active = True
             try:
                 return self.compiled(*args, **kwargs)
@@ -168,6 +171,18 @@ class _Call:
                 raise
             finally:
                 self.scope.active = False
+
+    def _check_length(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Say once that activations may take more than the reserve has."""
+        given = [*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
+        tokens = max((x.shape[:2].numel() for x in given if isinstance(x, Tensor)), default=0)
+        if tokens > PROMPT_TOKENS and not self.warned:
+            self.warned = True
+            logger.warning(
+                "a forward of %d tokens: the budget has room for the activations of %d at a time, and may be "
+                "exceeded. generate(..., prefill_chunk_size=%d) reads a prompt in pieces",
+                tokens, PROMPT_TOKENS, PROMPT_TOKENS,
+            )  # fmt: skip
 
     def _check_implementation(self) -> None:
         """Code other than ours would compute on phantoms: NaN, which an argmax turns into tokens."""

@@ -9,8 +9,6 @@ has been read.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +21,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from .checkpoint import Headers, TensorRange
 from .errors import CheckpointError, UnsupportedModelError
 from .packed import checkpoint_headers
+from .process_memory import trim_heap
 
 #: What we need of a Hub repository; never .bin or any other pickle.
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
@@ -120,14 +119,8 @@ def load_dense(folder: Path, meta: Any, expert_keys: frozenset[str], **kwargs: A
         )
     model.config._name_or_path = str(folder)
     loaded: nn.Module = model
-    _give_back_freed_memory()
+    trim_heap()  # for each of the loader's threads it keeps tens of MB
     return loaded
-
-
-def _give_back_freed_memory() -> None:
-    """glibc keeps what loading has freed, for each of the loader's threads: tens of MB that no budget knows of."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _model_class(config: Any) -> Any:

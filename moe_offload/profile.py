@@ -14,20 +14,19 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from .errors import ProfileError
+from .strict_json import brief, parse, problems
 from .whole_file import open_regular, reason, replace
 
 MAX_BYTES = 4 * 2**20
-MAX_DEPTH = 6
 MAX_COUNT = 2**53  # the largest range of integers that every JSON reader keeps exact
 
 CREATED = "%Y-%m-%dT%H:%M:%SZ"
@@ -104,16 +103,16 @@ class Profile(BaseModel):
                 meta=dict(meta or {}),
             )
         except ValidationError as error:
-            raise ProfileError(f"these counts make no profile: {_problems(error)}") from None
+            raise ProfileError(f"these counts make no profile: {problems(error)}") from None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:
         """Read and check the profile at `path`, in bounded time and memory. Raises ProfileError."""
         data = _read(Path(path))
         try:
-            return cls.model_validate(_parse(data))
+            return cls.model_validate(parse(data, "moe_offload.profile"))
         except ValidationError as error:
-            found = _problems(error)
+            found = problems(error)
         except ValueError as error:  # not UTF-8, not JSON, or JSON that no profile holds
             found = str(error)
         raise ProfileError(f"profile {_shown(path)} cannot be used: {found}. Record it anew, or run without it")
@@ -138,7 +137,7 @@ class Profile(BaseModel):
     def check(self, fingerprint: Fingerprint) -> None:
         """Raise ProfileError, listing what differs, unless this profile is of a model with this fingerprint."""
         differing = [
-            f"{name} {_brief(ours)} in the profile, {_brief(theirs)} in the model"
+            f"{name} {brief(ours)} in the profile, {brief(theirs)} in the model"
             for name in Fingerprint.model_fields
             if (ours := getattr(self.fingerprint, name)) != (theirs := getattr(fingerprint, name))
         ]
@@ -226,59 +225,5 @@ def _read(path: Path) -> bytes:
     return data
 
 
-def _parse(data: bytes) -> object:
-    """JSON in its strict form, of our format and version. Raises ValueError."""
-    if data.startswith((b"\x80", b"PK\x03\x04")):
-        raise ValueError("this is a pickle or torch file, which is never opened; export its counts as JSON")
-    text = data.decode("utf-8")
-    _check_depth(text)
-    parsed = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
-    if isinstance(parsed, dict) and parsed.get("format") == "moe_offload.profile":
-        version = parsed.get("version")
-        if type(version) is not int or version != 1:  # True == 1.0 == 1, and a Literal would let all three in
-            raise ValueError(f"its version is {_brief(version)}, this moe_offload reads version 1; upgrade moe_offload")
-    return parsed
-
-
-def _check_depth(text: str) -> None:
-    """Refuse deep nesting before the parser recurses into it. Escapes are one token, so a quote in a string is none."""
-    depth, in_string = 0, False
-    for token in re.finditer(r'\\.|["\[\]{}]', text, re.DOTALL):
-        mark = token[0]
-        if mark == '"':
-            in_string = not in_string
-        elif not in_string and mark in "[{":
-            depth += 1
-            if depth > MAX_DEPTH:
-                raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
-        elif not in_string and mark in "]}":
-            depth -= 1
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:  # readers disagree on which one counts
-            raise ValueError(f"the key {_brief(key)} is there twice")
-        result[key] = value
-    return result
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _problems(error: ValidationError) -> str:
-    """The first few findings of pydantic, without the (untrusted, possibly huge) values it would print."""
-    found = error.errors(include_url=False, include_input=False, include_context=False)
-    lines = [f"{_brief('.'.join(map(str, e['loc'])) or 'profile')}: {e['msg']}" for e in found[:3]]
-    return "; ".join(lines) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
-
-
 def _shown(path: str | os.PathLike[str]) -> str:
     return repr(os.fspath(path))
-
-
-def _brief(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -16,19 +16,21 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from .arrivals import Arrivals
-from .buffers import NOTHING, Rows, trim_heap
+from .buffers import NOTHING, Rows
 from .cache import LayerCache
 from .errors import ClosedError
 from .experts import ExpertBank
 from .overlap import RunCore, compute_while_loading
 from .policies import Policy
+from .process_memory import trim_heap
+from .recorder import Recorder
 from .scratch import Scratch
 from .stores import Store
 from .transfer import Transfer
@@ -75,6 +77,7 @@ class LayerRuntime:
         self.arrivals = Arrivals(bank, cache, rows, scratch, store, transfer, poison)
         self.following: Arrivals | None = None  # for which rows are read ahead; set by `Runtime`
         self.guesses = Guesses()  # of the model; set by `Runtime`
+        self.recorder: Recorder | None = None  # of the model, while its trace is recorded
         self.module_core: RunCore | None = None  # set where the model is patched; serves `experts`
 
     @property
@@ -148,9 +151,6 @@ class LayerRuntime:
             weighted_PH = out_PH * weights_TK.reshape(-1, 1)
             return weighted_PH.view(tokens, k, -1).sum(dim=1).to(x_TH.dtype)
 
-    def prewarm(self, experts: Iterable[int], progress: Callable[[int], object] = lambda n: None) -> None:
-        self.arrivals.prewarm(experts, progress)
-
     def release(self) -> None:
         """Give the memory back. Nothing may be on its way any more."""
         self.module_core = None
@@ -162,6 +162,8 @@ class LayerRuntime:
         ids = ids_P.reshape(-1).tolist()
         used = Counter(ids)
         self.cache.check(used)
+        if self.recorder is not None:
+            self.recorder.event(self.bank.index, ids, self._tokens(len(ids)))
         self.arrivals.begin(used)
         counts = self.cache.counters.counts
         for e, count in used.items():
@@ -202,6 +204,13 @@ class Runtime:
     def check_open(self) -> None:
         if self.closed:
             raise closed("this model")
+
+    def record(self, recorder: Recorder) -> None:
+        """Write down what every layer is asked from now on."""
+        self.check_open()
+        with self.lock:
+            for layer in self.layers:
+                layer.recorder = recorder
 
     def read_stacked(self, index: int) -> dict[str, Tensor]:
         """The real stacked parameters `{field: [E, ...]}` of one layer, read anew from its store."""

@@ -273,3 +273,19 @@ def test_a_backward_through_a_part_of_the_model_is_refused():
     out = model.model(torch.tensor([[3, 4, 5]])).last_hidden_state
     with pytest.raises(OffloadError, match="inference only"):
         out.sum().backward()
+
+
+def test_a_long_prompt_in_pieces(caplog):
+    """generate's own prefill_chunk_size: the tokens of the unmodified model, and no warning."""
+    ids = torch.randint(3, 90, (1, 600), generator=torch.Generator().manual_seed(1))
+    unmodified, model = (build("qwen3_moe", max_position_embeddings=1024) for _ in range(2))
+    moe_offload.optimize(model, "200MB", device_map="cpu")
+    asked = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    with caplog.at_level("WARNING", "moe_offload"):
+        pieces = model.generate(ids, prefill_chunk_size=128, **asked)
+        assert not caplog.records
+        whole = model.generate(ids, **asked)
+        model.generate(ids, **asked)
+    assert torch.equal(pieces, unmodified.generate(ids, prefill_chunk_size=128, **asked))
+    assert torch.equal(whole, unmodified.generate(ids, **asked))
+    assert len(caplog.records) == 1 and "prefill_chunk_size=512" in caplog.text and "600 tokens" in caplog.text

@@ -7,6 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_offload.errors import ClosedError, ExpertReadError, OffloadError, RoutingError
+from moe_offload.prewarm import prewarm
 
 from .fault_store import LAYOUT, E, FaultStore, K, assert_sound, decode, expected, make, prefill, run, tags
 
@@ -181,7 +182,7 @@ def test_prewarm_fills_free_slots_and_counts_apart():
     layer = runtime.layers[0]
     decode(layer, [7])
     done = []
-    layer.prewarm([7, 1, 2, 3, 4], done.append)
+    prewarm(runtime, [(0, e) for e in [7, 1, 2, 3, 4]], done.append)
     assert sorted(layer.cache.resident()) == [1, 2, 7] and done == [1, 1]
     assert layer.cache.counters.prewarm_bytes == 2 * LAYOUT.row_bytes
     assert (layer.cache.counters.misses, layer.cache.counters.bytes_read) == (1, LAYOUT.row_bytes)
@@ -193,10 +194,17 @@ def test_prewarm_stops_cleanly_when_a_read_fails(fault):
     runtime, _ = make(3, FaultStore(2, fault))
     layer = runtime.layers[0]
     with pytest.raises(type(fault)):
-        layer.prewarm([0, 1, 2])
+        prewarm(runtime, [(0, 0), (0, 1), (0, 2)])
     assert layer.cache.resident() == [0]
     assert_sound(layer)
     assert torch.equal(decode(layer, [1, 2, 3]), expected(0, [1, 2, 3]))
+
+
+def test_prewarm_goes_across_layers_in_the_order_given():
+    runtime, store = make(3)
+    prewarm(runtime, [(1, 5), (0, 2), (1, 6), (0, 1), (0, 0), (1, 7)])
+    assert store.log == [(1, 5), (0, 2), (1, 6), (0, 1), (0, 0), (1, 7)]
+    assert sorted(runtime.layers[1].cache.resident()) == [5, 6, 7]
 
 
 def test_prewarm_stops_cleanly_when_interrupted_between_reads():
@@ -207,7 +215,7 @@ def test_prewarm_stops_cleanly_when_interrupted_between_reads():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        layer.prewarm([0, 1, 2], interrupt)
+        prewarm(runtime, [(0, 0), (0, 1), (0, 2)], interrupt)
     assert_sound(layer)
     assert torch.equal(decode(layer, [3, 4, 5]), expected(0, [3, 4, 5]))
 

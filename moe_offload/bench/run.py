@@ -205,22 +205,19 @@ def _result(work: Workload, measured: dict[str, Measured], together: bool) -> di
         "packed": work.packed,
         "routing": (ours or next(iter(measured.values()))).loaded.get("routing") or "the model's own router",
         "resident_and_ours_took_turns": together,
-        "tokens_equal": _tokens_equal(list(measured.values())),
+        "tokens_of": next(iter(measured)),
+        "tokens_differ": _differing(list(measured.values())),
         "rows": rows,
         "roofs": {"disk_bytes_per_s": bandwidth, "resident_token_s": resident and resident.median(_token_s)},
         "ratios": _ratios(work, measured),
     }
 
 
-def _tokens_equal(sides: list[Measured]) -> bool | None:
-    """Whether all sides that answered a request began it with the same tokens."""
-    compared = None
-    for number in range(max((len(one.answers) for one in sides), default=0)):
-        answers = [one.answers[number]["tokens"] for one in sides if number < len(one.answers)]
-        for tokens in answers[1:]:
-            shared = min(len(tokens), len(answers[0]))
-            compared = compared is not False and tokens[:shared] == answers[0][:shared]
-    return compared
+def _differing(sides: list[Measured]) -> list[str]:
+    """The sides whose tokens are not those of the first one, as far as both answered."""
+    first, *others = ([(one.side, answer["tokens"]) for answer in one.answers] for one in sides)
+    pairs = [pair for other in others for pair in zip(first, other, strict=False)]
+    return list(dict.fromkeys(side for (_, a), (side, b) in pairs if a[: len(b)] != b[: len(a)]))
 
 
 def _row(one: Measured, work: Workload) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def table(result: dict[str, Any]) -> str:
         f"{result['requests']} requests of {result['prompt_tokens']} + {result['new_tokens']} tokens "
         f"({result['prompt']}), medians; ours reads {'a packed copy' if result['packed'] else 'the checkpoint itself'}",
         f"routing: {result['routing']}",
-        f"disk roof {format_size(int(roof))}/s; all sides gave the same tokens: {_yes(result['tokens_equal'])}",
+        f"disk roof {format_size(int(roof))}/s; {_agreement(result)}",
         "",
     ]
     grid = [COLUMNS, *(_cells(row) for row in result["rows"])]
@@ -68,5 +68,9 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _yes(value: bool | None) -> str:
-    return {True: "yes", False: "NO", None: "only one side"}[value]
+def _agreement(result: dict[str, Any]) -> str:
+    if len(result["rows"]) == 1:
+        return "one side only, whose tokens nothing is compared with"
+    if result["tokens_differ"]:
+        return f"OTHER TOKENS than {result['tokens_of']}: {', '.join(result['tokens_differ'])}"
+    return f"all sides gave the tokens of {result['tokens_of']}"

@@ -26,6 +26,12 @@ def run(
     profile_out: Annotated[
         Path | None, typer.Option("--profile-out", help="Save the activation profile of this run here.")
     ] = None,
+    trace_out: Annotated[
+        Path | None, typer.Option("--trace-out", help="Save which experts were asked for here (.npz, for simulate).")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option("--report", help="Save what the run was like here (.json, for moe-offload report).")
+    ] = None,
     compile: Annotated[
         str | None,
         typer.Option(
@@ -35,10 +41,12 @@ def run(
 ) -> None:
     """Generate text greedily inside a budget; the text is that of the unmodified model."""
     from ..api import from_pretrained
+    from ..record_texts import load_tokenizer
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    if profile_out is not None and not profile_out.resolve().parent.is_dir():
-        fail(f"--profile-out {profile_out}: its folder does not exist", 2)
+    for flag, out in (("--profile-out", profile_out), ("--trace-out", trace_out), ("--report", report)):
+        if out is not None and not out.resolve().parent.is_dir():
+            fail(f"{flag} {out}: its folder does not exist", 2)
     wanted = settings(
         config_file,
         budget=budget,
@@ -50,7 +58,9 @@ def run(
     loaded: Any = or_exit(lambda: from_pretrained(model, config=wanted))
     with loaded.moe_offload as handle:
         typer.echo(str(handle.plan), err=True)
-        tokenizer = or_exit(lambda: _tokenizer(model))
+        tokenizer = or_exit(lambda: load_tokenizer(model))
+        if trace_out is not None or report is not None:
+            handle.start_trace()
         interrupted = False
         try:
             typer.echo(or_exit(lambda: _generate(loaded, tokenizer, text, max_new_tokens), code=1))
@@ -61,17 +71,17 @@ def run(
         if profile_out is not None:
             saved = or_exit(lambda: handle.save_profile(profile_out), code=1)
             typer.echo(f"profile saved to {saved}", err=True)
+        if trace_out is not None:
+            saved = or_exit(lambda: handle.save_trace(trace_out), code=1)
+            typer.echo(f"trace saved to {saved}", err=True)
+        if report is not None:
+            from ..report.collect import record_of
+
+            name = None if wanted.profile is None else Path(wanted.profile).name
+            saved = or_exit(lambda: record_of(handle, model=model, profile=name).save(report), code=1)
+            typer.echo(f"run saved to {saved}; moe-offload report {saved} makes a page of it", err=True)
         if interrupted:
             raise typer.Exit(130)
-
-
-def _tokenizer(model: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise OffloadError(f"{model}: cannot load its tokenizer: {str(error).splitlines()[0]}") from error
 
 
 def _generate(model: Any, tokenizer: Any, text: str, max_new_tokens: int) -> str:

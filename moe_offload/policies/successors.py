@@ -91,7 +91,7 @@ class Successors:
         if len(used) > LARGEST_SET:
             self.recent = []
             return
-        experts = list(used)
+        experts = sorted(used)
         self.turn = (self.turn + 1) % HORIZON
         by, followed = self.by, self.followed
         for f in self.recent[self.turn] if self.turn < len(self.recent) else ():

@@ -71,7 +71,7 @@ def _replay(ids_NK, first_V, stop_V, tokens_V, num_experts, slots, kind, half_li
         key2[:] = -1.0
 
     for v in range(V):
-        # The distinct experts in order of first use, and how often each is used.
+        # The distinct experts, ascending, and how often each is used.
         n, pairs, tokens = 0, 0, tokens_V[v]
         for row in range(first_V[v], stop_V[v]):
             for k in range(K):
@@ -83,6 +83,10 @@ def _replay(ids_NK, first_V, stop_V, tokens_V, num_experts, slots, kind, half_li
                     count[e] += 1
                     pairs += 1
         asked_V[v] = n
+        if kind == BELADY:  # `upcoming` is in order of first use
+            for i in range(n):
+                key1[event[i]] = -upcoming[v, i]
+        event[:n].sort()
 
         # policy.record
         if kind == LRU:
@@ -145,9 +149,6 @@ def _replay(ids_NK, first_V, stop_V, tokens_V, num_experts, slots, kind, half_li
                     n_recent[h] = n_recent[h - 1]
                 recent[0, :n] = event[:n]
                 n_recent[0] = n
-        else:
-            for i in range(n):
-                key1[event[i]] = -upcoming[v, i]
 
         # cache.lookup, or cache.fill where the pairs outnumber the slots
         missing = 0

@@ -83,6 +83,11 @@ def simulate(
     ]
 
 
+def replayed(stream: Stream, slots: int, policy: str) -> tuple[Ints, Ints]:
+    """`asked_V`, `hits_V` of one stream under a policy that `simulate` knows, from an empty cache."""
+    return _replay(policy, {})(stream, slots)
+
+
 def parse_capacity(given: str | float) -> float:
     """ "25%" or 0.25 as 0.25."""
     try:

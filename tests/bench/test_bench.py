@@ -58,14 +58,14 @@ def test_every_side_in_one_run(cache, trace, tmp_path):
     result = json.loads(file.read_text())
     assert {row["side"] for row in result["rows"]} == {"resident", "ours", "accelerate", "mmap"}
     assert not any(row["failed"] for row in result["rows"])
-    assert result["tokens_equal"] is True
+    assert result["tokens_of"] == "resident" and result["tokens_differ"] == []
     assert set(result["ratios"]) == RATIOS
     assert all(ratio > 0 for ratio in result["ratios"].values())
     (ours,) = (row for row in result["rows"] if row["side"] == "ours")
     assert 0 < ours["hit_rate"] <= ours["belady_hit_rate"] <= 1
     assert ours["bytes_per_token"] > 0
     assert "recorded" in result["routing"] and "half the trace further" in result["routing"]
-    assert "same tokens: yes" in done.output
+    assert "all sides gave the tokens of resident" in done.output
     assert [entry.name for entry in cache.iterdir()] == ["tiny_3-layers"]  # temporary files are gone
 
 

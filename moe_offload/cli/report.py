@@ -1,0 +1,32 @@
+"""moe-offload report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import fail, or_exit
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="What moe-offload run --report has written.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file to write.")] = Path("report.html"),
+    png: Annotated[Path | None, typer.Option("--png", help="A folder for the charts as PNG, too.")] = None,
+) -> None:
+    """One page about a run: hits beside the best possible, what was read and waited for, other budgets."""
+    from ..report import RunRecord
+    from ..report.page import write_page
+
+    if not out.absolute().parent.is_dir():
+        fail(f"--out {out}: its folder does not exist", 2)
+    if png is not None and not png.is_dir():
+        fail(f"--png {png}: there is no such folder", 2)
+    loaded = or_exit(lambda: RunRecord.load(run))
+    typer.echo(f"{or_exit(lambda: write_page(loaded, out))}")
+    if png is not None:
+        from ..report.png import write_png
+
+        for path in or_exit(lambda: write_png(loaded, png)):
+            typer.echo(f"{path}")

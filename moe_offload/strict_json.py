@@ -1,0 +1,65 @@
+"""JSON in its strict form, from files that may be hostile: profiles, runs."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from pydantic import ValidationError
+
+MAX_DEPTH = 6
+
+
+def parse(data: bytes, format: str) -> object:
+    """What `data` holds; where it says that it is of our `format`, of version 1. Raises ValueError."""
+    if data.startswith((b"\x80", b"PK\x03\x04")):
+        raise ValueError("this is a pickle or torch file, which is never opened; export its counts as JSON")
+    text = data.decode("utf-8")
+    _check_depth(text)
+    parsed = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
+    if isinstance(parsed, dict) and parsed.get("format") == format:
+        version = parsed.get("version")
+        if type(version) is not int or version != 1:  # True == 1.0 == 1, and a Literal would let all three in
+            raise ValueError(f"its version is {brief(version)}, this moe_offload reads version 1; upgrade moe_offload")
+    return parsed
+
+
+def problems(error: ValidationError) -> str:
+    """The first few findings of pydantic, without the (untrusted, possibly huge) values it would print."""
+    found = error.errors(include_url=False, include_input=False, include_context=False)
+    lines = [f"{brief('.'.join(map(str, e['loc'])) or error.title)}: {e['msg']}" for e in found[:3]]
+    return "; ".join(lines) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
+
+
+def brief(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _check_depth(text: str) -> None:
+    """Refuse deep nesting before the parser recurses into it. Escapes are one token, so a quote in a string is none."""
+    depth, in_string = 0, False
+    for token in re.finditer(r'\\.|["\[\]{}]', text, re.DOTALL):
+        mark = token[0]
+        if mark == '"':
+            in_string = not in_string
+        elif not in_string and mark in "[{":
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+        elif not in_string and mark in "]}":
+            depth -= 1
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:  # readers disagree on which one counts
+            raise ValueError(f"the key {brief(key)} is there twice")
+        result[key] = value
+    return result
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
