@@ -39,7 +39,8 @@ def explain(model: Any, banks: Sequence[ExpertBank], where: Arrangement) -> str:
         size = format_size(sum(bank.nbytes for _, bank, _, _ in members))
         (first, bank, _, _), (last, *_) = members[0], members[-1]
         lines.append(
-            f"  MoE layers {first}-{last} ({bank.name} ...): {_range(n for *_, n in members)} slots each on "
+            f"  MoE layer{f' {first}' if first == last else f's {first}-{last}'} "
+            f"({bank.name}{'' if first == last else ' ...'}): {_range(n for *_, n in members)} slots each on "
             f"{spot.device}, {size} of rows {PLACES[spot.tier]}\n    by {spot.rule}"
         )
     if where.host_room_bytes is not None:

@@ -19,7 +19,7 @@ def test_rules_of_an_offloaded_model():
     model = offloaded(layers=3, device_map={"": "disk", "model.layers.1": "cpu"})
     text = model.moe_offload.explain()
     assert text.count("    by ") == 3 and 'by "model.layers.1": "cpu"' in text and 'by "": "disk"' in text
-    assert "MoE layers 1-1" in text and "in RAM" in text and "slots each on cpu" in text
+    assert "MoE layer 1 (model.layers.1.mlp.experts)" in text and "in RAM" in text and "slots each on cpu" in text
     assert "attention" in text and "routers" in text and "every token" in text
     model.moe_offload.close()
 

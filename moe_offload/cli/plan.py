@@ -25,8 +25,7 @@ def plan(
 ) -> None:
     """What fits where, and the smallest budget that works. Reads headers only; exit code 1 if it cannot fit.
 
-    Devices need not be there: --device-map '{"": 0, "model.layers.*.mlp.experts": cpu}' --max-memory '{0: 8GB}' plans
-    for a GPU.
+    Devices need not be there: --device-map '{"": 0}' --max-memory '{0: 8GB, cpu: 60GiB}' plans for a GPU.
     """
     wanted = settings(
         config_file, budget=budget, device_map=device_map, max_memory=max_memory, profile=profile, kv_tokens=context
