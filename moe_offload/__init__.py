@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         TraceError,
         UnsupportedModelError,
     )
+    from .forecasting import Forecast, forecast
     from .pack import pack_checkpoint
     from .profile import Profile
     from .record import record_profile
@@ -52,6 +53,7 @@ _HOMES = {
         "TraceError",
         "UnsupportedModelError",
     ],
+    "forecasting": ["Forecast", "forecast"],
     "pack": ["pack_checkpoint"],
     "profile": ["Profile"],
     "record": ["record_profile"],
@@ -65,6 +67,7 @@ __all__ = [
     "ClosedError",
     "ConfigError",
     "ExpertReadError",
+    "Forecast",
     "OffloadConfig",
     "OffloadError",
     "PackError",
@@ -74,6 +77,7 @@ __all__ = [
     "Trace",
     "TraceError",
     "UnsupportedModelError",
+    "forecast",
     "from_pretrained",
     "make_plan",
     "optimize",

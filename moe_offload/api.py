@@ -2,7 +2,7 @@
 
 optimize(model, budget)          a loaded model, or one whose experts are on "meta"
 from_pretrained(path, budget)    a checkpoint whose experts never all come into RAM
-make_plan(model_or_path, budget) what would fit where, before anything is loaded
+make_plan(model_or_path, budget) how many slots would fit, before anything is loaded (more: moe_offload/forecasting.py)
 record_profile(model, inputs)    which experts a workload uses (moe_offload/record.py)
 """
 
@@ -17,21 +17,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 import torch
 from torch import nn
 
 from . import install as patch
+from .arrange import Arrangement, arrange
 from .buffers import page_aligned
-from .config import OffloadConfig, resolve
-from .errors import BudgetError, CheckpointError, OffloadError, UnsupportedModelError
+from .config import Config, OffloadConfig, resolve
+from .errors import CheckpointError, OffloadError, UnsupportedModelError
 from .experts import ExpertBank, find_experts
+from .forecasting import read_outline
 from .handle import Handle
 from .loading import load_dense, resolve_folder, skeleton
-from .measure import costs, fingerprint, layer_shapes
+from .measure import fingerprint
 from .packed import index_checkpoint
-from .placement import DeviceMap, budget_from, place
-from .plan import Plan, plan_slots
+from .placement import DeviceMap
+from .plan import Plan
 from .policies import POLICIES
 from .prewarm import prewarm
 from .process_memory import bound_kernel_caches
@@ -39,7 +40,7 @@ from .profile import Profile
 from .profile_stats import most_wanted, rates
 from .runtime import LayerRuntime, Runtime
 from .scratch import Scratch
-from .sizes import format_size, parse_size
+from .sizes import format_size
 from .stores import Store
 from .stores.disk import DiskStore
 from .stores.host import HostStore, pack_rows
@@ -48,7 +49,7 @@ from .transfer import TRANSFERS
 
 logger = logging.getLogger("moe_offload")
 Model = TypeVar("Model", bound=nn.Module)
-Settings = OffloadConfig | Mapping[str, Any] | None
+MaxMemory = Mapping[str | int, str | int] | None
 
 
 def optimize(
@@ -56,23 +57,26 @@ def optimize(
     budget: int | str | None = None,
     *,
     device_map: DeviceMap = None,
-    max_memory: Mapping[str | int, str | int] | None = None,
+    max_memory: MaxMemory = None,
     profile: Profile | str | Path | None = None,
-    config: Settings = None,
+    offload_folder: str | Path | None = None,
+    config: Config = None,
 ) -> Model:
     """Let `model` run inside `budget` bytes; returns the same object: same class, same `generate`, same tokens.
 
     `budget` is everything the model may hold: dense weights, expert slots, KV cache and workspace. An int (bytes),
     "8GB" (decimal), "8GiB" (binary), "50%" of the memory now available, or "auto". Without one, `max_memory["cpu"]`
-    counts, else "auto". Experts rest on disk (`device_map` may send them to "cpu"): in the checkpoint they came from if
-    they are on the meta device, else in a spill file in `config.offload_folder`, written once and removed on close.
+    counts, else "auto"; with both, layers of experts rest in RAM as far as what is between them has room. Other experts
+    rest on disk (`device_map` may send them to "cpu"): in the checkpoint they came from if they are on the meta device,
+    else in a spill file in `offload_folder`, written once and removed on close.
     `profile` fills the slots before the first token with what such a workload uses; interrupt it (Ctrl-C) and the
-    model is offloaded all the same, only colder.
+    model is offloaded all the same, only colder. What is not given as an argument is read from `config` (an
+    `OffloadConfig`, a dict of its fields, or the path of a file), `MOE_OFFLOAD_*` and the default file (`config.py`).
 
     Raises `UnsupportedModelError` naming a module that cannot be run exactly, `BudgetError` stating the floor,
     `ConfigError`, `CheckpointError` or `ProfileError`; the model is unchanged then.
     """
-    settings = resolve(config)
+    settings = _settings(config, budget, device_map, max_memory, profile, offload_folder)
     if hasattr(model, "moe_offload"):
         raise OffloadError(
             "this model was already offloaded (model.moe_offload is its handle); to offload it anew, load it again: "
@@ -80,13 +84,12 @@ def optimize(
         )
     banks = find_experts(model)
     _check_devices(model, banks)
-    tiers = place([bank.name for bank in banks], [name for name, _ in model.named_modules()], device_map)
-    plan = _plan(model, banks, budget, max_memory, settings)
-    prior = _load_profile(profile, model, banks)
+    where = arrange(model, banks, settings, present=list(TRANSFERS))
+    prior = _load_profile(profile or settings.profile, model, banks)
     bound_kernel_caches()
-    stores = _open_stores(model, banks, tiers, settings)
-    runtime = _build_runtime(banks, plan, stores, settings, prior)
-    model.moe_offload = _install(model, runtime, plan, tiers, settings)  # type: ignore[assignment]
+    stores = _open_stores(model, banks, where.tiers, settings)
+    runtime = _build_runtime(banks, where.plan, stores, settings, prior)
+    model.moe_offload = _install(model, runtime, where, settings)  # type: ignore[assignment]
     logger.info("%s", model.moe_offload)
     if settings.prewarm:
         _prewarm(runtime, prior)
@@ -98,9 +101,9 @@ def from_pretrained(
     budget: int | str | None = None,
     *,
     device_map: DeviceMap = None,
-    max_memory: Mapping[str | int, str | int] | None = None,
+    max_memory: MaxMemory = None,
     profile: Profile | str | Path | None = None,
-    config: Settings = None,
+    config: Config = None,
     dtype: str | torch.dtype = "auto",
     **kwargs: Any,
 ) -> nn.Module:
@@ -111,54 +114,48 @@ def from_pretrained(
     every shard and every expert are checked before anything is loaded. Further keyword arguments go to the class's own
     `from_pretrained`.
     """
-    settings = resolve(config)
+    settings = _settings(config, budget, device_map, max_memory, profile)
     folder = resolve_folder(path_or_id, **{k: kwargs.pop(k) for k in ("revision", "token") if k in kwargs})
     meta = skeleton(folder, dtype)
     banks = find_experts(meta)
-    place([bank.name for bank in banks], [name for name, _ in meta.named_modules()], device_map)
-    _plan(meta, banks, budget, max_memory, settings)
-    _load_profile(profile, meta, banks)
+    arrange(meta, banks, settings, present=list(TRANSFERS))
+    prior = _load_profile(profile or settings.profile, meta, banks)
     index = index_checkpoint(meta, banks, folder)
     for removed in ("offload_folder", "low_cpu_mem_usage", "offload_state_dict", "torch_dtype"):
         if kwargs.pop(removed, None) is not None:
             logger.info("%s is not needed: experts are read from the original shards", removed)
     model = load_dense(folder, meta, index.keys, **kwargs)
-    return optimize(
-        model, budget, device_map=device_map, max_memory=max_memory, profile=profile, config=settings
-    ).eval()
+    return optimize(model, profile=prior, config=settings).eval()
 
 
 def make_plan(
     model_or_path: nn.Module | str | Path,
     budget: int | str | None = None,
     *,
-    max_memory: Mapping[str | int, str | int] | None = None,
-    config: Settings = None,
+    device_map: DeviceMap = None,
+    max_memory: MaxMemory = None,
+    config: Config = None,
     dtype: str | torch.dtype = "auto",
 ) -> Plan:
     """What `budget` would hold of this model. A path is answered from its headers alone: no weight is read."""
-    settings = resolve(config)
-    model = model_or_path if isinstance(model_or_path, nn.Module) else skeleton(resolve_folder(model_or_path), dtype)
-    if hasattr(model, "moe_offload"):
-        raise OffloadError("this model is already offloaded; its plan is model.moe_offload.plan")
-    return _plan(model, find_experts(model), budget, max_memory, settings)
+    settings = _settings(config, budget, device_map, max_memory, None)
+    found = read_outline(model_or_path, dtype)
+    return arrange(found.model, found.banks, settings).plan
 
 
-def _plan(
-    model: nn.Module,
-    banks: Sequence[ExpertBank],
+def _settings(
+    config: Config,
     budget: int | str | None,
-    max_memory: Mapping[str | int, str | int] | None,
-    settings: OffloadConfig,
-) -> Plan:
-    given = budget_from(max_memory)
-    if budget is not None and given is not None:
-        raise BudgetError(
-            f"both budget={budget!r} and max_memory={dict(max_memory or {})!r} were given; use one of them"
-        )
-    wanted = budget if budget is not None else given if given is not None else "auto"
-    size = parse_size(wanted, total=psutil.virtual_memory().available)
-    return plan_slots(size, layer_shapes(banks), costs(model, banks, settings))
+    device_map: DeviceMap,
+    max_memory: MaxMemory,
+    profile: Profile | str | Path | None,
+    offload_folder: str | Path | None = None,
+) -> OffloadConfig:
+    """The settings in force; an argument that is None was not given."""
+    path = None if isinstance(profile, Profile) else profile
+    given = {"budget": budget, "device_map": device_map, "max_memory": max_memory, "profile": path}
+    given |= {"offload_folder": offload_folder}
+    return resolve(config, **{name: value for name, value in given.items() if value is not None})
 
 
 def _check_devices(model: Any, banks: Sequence[ExpertBank]) -> None:
@@ -264,7 +261,7 @@ def _build_runtime(
     return Runtime(layers, list({id(store): store for store in stores}.values()), transfer, lock)
 
 
-def _install(model: nn.Module, runtime: Runtime, plan: Plan, tiers: list[str], settings: OffloadConfig) -> Handle:
+def _install(model: nn.Module, runtime: Runtime, where: Arrangement, settings: OffloadConfig) -> Handle:
     print_of = fingerprint(model, [layer.bank for layer in runtime.layers])
     implementation = patch.choose_implementation(
         [layer.bank for layer in runtime.layers], settings.experts_implementation
@@ -285,9 +282,8 @@ def _install(model: nn.Module, runtime: Runtime, plan: Plan, tiers: list[str], s
     return Handle(
         model,
         runtime,
-        plan,
+        where,
         print_of,
-        tiers=tiers,
         compile=inner,
         implementation=implementation,
         graphs=graphs,

@@ -1,32 +1,41 @@
 """Every setting of an offloaded model, in one frozen dataclass, and the one place that reads the environment.
 
-    explicit argument  >  environment variable MOE_OFFLOAD_<FIELD>  >  default
+    keyword argument or flag  >  environment variable MOE_OFFLOAD_<FIELD>  >  configuration file  >  default
 
-The budget, the profile and the device map are not settings: they describe one model on one machine, and are arguments.
+The file is the one that was named (`config="settings.yaml"`, `--config_file`), else the one MOE_OFFLOAD_CONFIG_FILE
+names, else $HF_HOME/moe_offload/default_config.yaml if there is one. `accelerate launch` and `torchrun` hand the
+environment on to every process, so both work under them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
+from . import config_file
+from .config_rules import RULES, plain, reserve_bytes
 from .errors import ConfigError
-from .policies import POLICIES
-from .sizes import parse_size
 
 AUTO_SCRATCH_BYTES = 128 * 10**6
 ENVIRONMENT_PREFIX = "MOE_OFFLOAD_"
+FILE_VARIABLE = "MOE_OFFLOAD_CONFIG_FILE"
+DEFAULT = "default"
 
 
 @dataclass(frozen=True)
 class OffloadConfig:
     """How a model is offloaded. No setting changes what the model computes.
 
+    budget: bytes the model may hold on the device it computes on (dense weights, expert slots, KV cache, workspace):
+        bytes, "8GB", "8GiB", "80%" of what is available, or "auto"; None: what `max_memory` says, else "auto".
+    device_map: where weights and expert rows go, in accelerate's grammar (`placement.py`); None: "auto".
+    max_memory: limits per device, as {"cpu": "60GiB"} (`placement.py`).
+    profile: path of the profile that says which experts to load before the first token.
     policy: which resident expert gives way; a name in `moe_offload.policies.POLICIES`.
     half_life: tokens after which a past use of an expert counts half ("decayed_lfu"; the others have their own).
     experts_implementation: the transformers experts code to rewrite: "grouped_mm", "batched_mm", or "auto": the model's
@@ -51,6 +60,10 @@ class OffloadConfig:
     Raises ConfigError, naming the field, its value and what it accepts.
     """
 
+    budget: str | int | None = None
+    device_map: str | dict[str, str | int] | None = None
+    max_memory: dict[str | int, str | int] | None = None
+    profile: str | None = None
     policy: str = "successors"
     half_life: float = 32.0
     experts_implementation: str = "auto"
@@ -68,9 +81,7 @@ class OffloadConfig:
 
     def __post_init__(self) -> None:
         for name, rule in RULES.items():
-            value = getattr(self, name)
-            if isinstance(value, os.PathLike):
-                value = os.fspath(value)
+            value = plain(getattr(self, name))
             if not rule.holds(value):
                 raise ConfigError(f"{name}={value!r} is not accepted: it takes {rule.accepted()}")
             object.__setattr__(self, name, value)
@@ -84,7 +95,7 @@ class OffloadConfig:
     @property
     def reserve_bytes(self) -> int | None:
         """`reserve` in bytes; None when it is "auto" and the planner works it out."""
-        return None if self.reserve == "auto" else _reserve_bytes(self.reserve)
+        return None if self.reserve == "auto" else reserve_bytes(self.reserve)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> OffloadConfig:
@@ -96,90 +107,71 @@ class OffloadConfig:
         """All fields, as plain JSON values: `from_dict` gives an equal config back."""
         return dataclasses.asdict(self)
 
+    @classmethod
+    def from_json(cls, text: str) -> OffloadConfig:
+        return cls.from_dict(config_file.from_json(text))
 
-def resolve(config: OffloadConfig | Mapping[str, Any] | None = None, **overrides: Any) -> OffloadConfig:
-    """The settings in force: `overrides`, else `config`, else the environment, else the default.
+    def to_json(self) -> str:
+        return config_file.to_json(self.to_dict())
 
-    An OffloadConfig is explicit in every field, so the environment has no say; a dict only in the keys it holds.
-    Raises ConfigError; for a value from the environment it names the variable.
+    @classmethod
+    def from_yaml(cls, text: str) -> OffloadConfig:
+        """As `from_dict`; YAML of plain values only, see `config_file.parse_yaml`."""
+        return cls.from_dict(config_file.from_yaml(text))
+
+    def to_yaml(self) -> str:
+        return config_file.to_yaml(self.to_dict())
+
+    def changed(self) -> dict[str, Any]:
+        """The fields that differ from the default: all that a file needs to hold."""
+        return {name: value for name, value in self.to_dict().items() if value != getattr(OffloadConfig, name)}
+
+
+#: What functions take as `config`: a whole one, some of its fields, or the path of a file.
+Config = OffloadConfig | Mapping[str, Any] | str | Path | None
+
+
+def resolve(config: Config = None, **overrides: Any) -> OffloadConfig:
+    """The settings in force: `overrides`, else `config`, else the environment, else the file, else the default.
+
+    An OffloadConfig is explicit in every field, so environment and file have no say; a dict only in the keys it holds.
+    A path names the file. Raises ConfigError; for a value from the environment or a file it names the variable or file.
     """
     if isinstance(config, OffloadConfig):
         _refuse_unknown(overrides)
         return dataclasses.replace(config, **overrides)
-    if config is not None and not isinstance(config, Mapping):
+    return OffloadConfig(**{name: value for name, (value, _) in _gather(config, overrides).items()})
+
+
+def origins(config: Config = None, **overrides: Any) -> dict[str, str]:
+    """Where `resolve` of the same arguments takes each field from: "argument", a variable, a file, or "default"."""
+    found = dict.fromkeys(RULES, "argument" if isinstance(config, OffloadConfig) else DEFAULT)
+    if not isinstance(config, OffloadConfig):
+        found |= {name: origin for name, (_, origin) in _gather(config, overrides).items()}
+    return found
+
+
+def active_file(named: str | Path | None = None) -> Path | None:
+    """The configuration file that counts: the named one, that of the environment, or the default one if it is there."""
+    wanted = str(named or "").strip() or os.environ.get(FILE_VARIABLE, "").strip()
+    if wanted:
+        return Path(wanted).expanduser()
+    default = config_file.default_path()
+    return default if default.exists() else None
+
+
+def _gather(config: Config, overrides: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+    """`{field: (value, where it is from)}` of all fields that somebody has set."""
+    if not isinstance(config, (Mapping, str, os.PathLike, type(None))):
         raise ConfigError(
-            f"config={config!r} is not accepted: it takes an OffloadConfig, a dict of its fields, or None"
+            f"config={config!r} is not accepted: it takes an OffloadConfig, a dict of its fields, the path of a "
+            "configuration file, or None"
         )
-    explicit = {**(config or {}), **overrides}
+    explicit = {**(config if isinstance(config, Mapping) else {}), **overrides}
     _refuse_unknown(explicit)
-    return OffloadConfig(**{**_from_environment(skip=explicit), **explicit})
-
-
-class Rule(NamedTuple):
-    """What a field accepts: as a test, and in words."""
-
-    holds: Callable[[Any], bool]
-    accepted: Callable[[], str]
-
-
-def _choice(*names: str) -> Rule:
-    return Rule(lambda value: isinstance(value, str) and value in names, lambda: _any_of(names))
-
-
-def _flag() -> Rule:
-    return Rule(lambda value: isinstance(value, bool), lambda: "True or False")
-
-
-def _at_least(smallest: int, unit: str) -> Rule:
-    return Rule(lambda value: _is_int(value) and value >= smallest, lambda: f"{unit}: an integer of {smallest} or more")
-
-
-def _any_of(names: Any) -> str:
-    return "one of " + ", ".join(repr(name) for name in names)
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_half_life(value: Any) -> bool:
-    return (_is_int(value) or isinstance(value, float)) and 0 < value < math.inf
-
-
-def _reserve_bytes(value: Any) -> int:
-    # No reserve at all is a useful thing to ask for (an exact floor in a test); as a size, zero is refused.
-    return 0 if _is_int(value) and value == 0 else parse_size(value)
-
-
-def _is_reserve(value: Any) -> bool:
-    try:
-        return value == "auto" or _reserve_bytes(value) >= 0
-    except ConfigError:
-        return False
-
-
-#: One rule a field. Functions, so that a policy added to the table later is accepted and named.
-RULES: dict[str, Rule] = {
-    "policy": Rule(lambda value: isinstance(value, str) and value in POLICIES, lambda: _any_of(POLICIES)),
-    "half_life": Rule(_is_half_life, lambda: "tokens: a finite number above 0"),
-    "experts_implementation": _choice("auto", "grouped_mm", "batched_mm"),
-    "compile": _choice("auto", "inductor", "graph"),
-    "overlap": Rule(lambda value: value is None or isinstance(value, bool), lambda: "True, False or None"),
-    "lookahead": _flag(),
-    "dynamic": Rule(lambda value: value is None or isinstance(value, bool), lambda: "True, False or None"),
-    "wave_rows": Rule(
-        lambda value: value == "auto" or (_is_int(value) and value >= 1),
-        lambda: 'rows of scratch: "auto", or an integer of 1 or more',
-    ),
-    "kv_tokens": _at_least(0, "tokens of KV cache"),
-    "reserve": Rule(_is_reserve, lambda: '"auto", bytes (0 for none), or a size such as "1GB" or "512MiB"'),
-    "offload_folder": Rule(
-        lambda value: value is None or (isinstance(value, str) and value != ""), lambda: "the path of a folder, or None"
-    ),
-    "poison": _flag(),
-    "prewarm": _flag(),
-    "fullgraph": _flag(),
-}
+    file = active_file(None if isinstance(config, Mapping) else config)
+    found = _from_file(file, skip=explicit) if file is not None else {}
+    return found | _from_environment(skip=explicit) | {name: (value, "argument") for name, value in explicit.items()}
 
 
 def _refuse_unknown(values: Mapping[str, Any]) -> None:
@@ -190,7 +182,18 @@ def _refuse_unknown(values: Mapping[str, Any]) -> None:
             raise ConfigError(f"unknown setting {key!r}: {hint}")
 
 
-def _from_environment(*, skip: Mapping[str, Any]) -> dict[str, Any]:
+def _from_file(path: Path, *, skip: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+    """The fields that the file sets; those in `skip` are settled and their values are not looked at."""
+    values = config_file.read(path)
+    where = f"configuration file {path}"
+    try:
+        _refuse_unknown(values)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    return {name: (_checked(where, name, value), where) for name, value in values.items() if name not in skip}
+
+
+def _from_environment(*, skip: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     """The fields that are set by MOE_OFFLOAD_<FIELD>, parsed; those in `skip` are settled and not looked at."""
     found = {}
     for field in dataclasses.fields(OffloadConfig):
@@ -198,27 +201,47 @@ def _from_environment(*, skip: Mapping[str, Any]) -> dict[str, Any]:
         text = os.environ.get(variable, "").strip()
         if field.name in skip or not text:  # a variable set to nothing is the shell's way to unset one
             continue
-        try:
-            value = PARSERS[str(field.type)](text)
-        except (ValueError, KeyError):
-            value = text  # of the wrong type: the field's rule refuses it in its own words
-        try:
-            OffloadConfig(**{field.name: value})
-        except ConfigError as error:
-            raise ConfigError(f"environment variable {variable}: {error}") from None
-        found[field.name] = value
+        where = f"environment variable {variable}"
+        found[field.name] = _checked(where, field.name, from_text(field.name, text)), where
     return found
+
+
+def _checked(where: str, name: str, value: Any) -> Any:
+    try:
+        return getattr(OffloadConfig(**{name: value}), name)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def from_text(name: str, text: str) -> Any:
+    """What `text`, typed at a shell, means for the field `name`; as it is where it means nothing, for the field's rule
+    to refuse in its own words. Mappings are written as in YAML: '{0: 8GB, cpu: 60GiB}'."""
+    try:
+        return PARSERS[str(OffloadConfig.__annotations__[name])](text)
+    except (ValueError, KeyError):
+        return text
+
+
+def _number_or_text(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
+def _mapping_or_text(text: str) -> Any:
+    return config_file.parse_yaml(text) if text.startswith("{") else text
 
 
 _BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
-#: From a field's declared type to the reading of its environment variable.
+#: From a field's declared type to the reading of its environment variable or flag.
 PARSERS: dict[str, Callable[[str], Any]] = {
     "str": str,
     "str | None": str,
-    "str | int": lambda text: int(text) if text.isdecimal() else text,
+    "str | int": _number_or_text,
+    "str | int | None": _number_or_text,
     "int": int,
     "float": float,
     "bool": lambda text: _BOOLEANS[text.lower()],
     "bool | None": lambda text: None if text.lower() == "none" else _BOOLEANS[text.lower()],
+    "str | dict[str, str | int] | None": _mapping_or_text,
+    "dict[str | int, str | int] | None": _mapping_or_text,
 }

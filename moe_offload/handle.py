@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .arrange import Arrangement
 from .errors import TraceError
 from .experts import ExpertBank
-from .plan import Plan
+from .explain import explain
 from .profile import Fingerprint, Profile
 from .recorder import Recorder, Step
 from .runtime import Runtime
@@ -64,16 +65,15 @@ class Handle:
         self,
         model: Any,
         runtime: Runtime,
-        plan: Plan,
+        where: Arrangement,
         fingerprint: Fingerprint,
         *,
-        tiers: list[str],
         compile: str,
         implementation: str,
         graphs: list[Any],
         on_close: Callable[[], None],
     ):
-        self.plan, self.fingerprint, self.tiers = plan, fingerprint, tiers
+        self.where, self.plan, self.tiers, self.fingerprint = where, where.plan, where.tiers, fingerprint
         self.compile, self.implementation, self.graphs = compile, implementation, graphs
         self.model, self._runtime, self._on_close = model, runtime, on_close
         self._recorder: Recorder | None = None
@@ -118,6 +118,10 @@ class Handle:
     def save_profile(self, path: str | Path, **meta: str) -> Path:
         """Write the profile so far to `path`, atomically. Load it with `optimize(..., profile=path)`."""
         return self.profile(**meta).save(path)
+
+    def explain(self) -> str:
+        """Which rule put what where, and what was not offloaded and why."""
+        return explain(self.model, self.banks, self.where)
 
     def start_trace(self) -> None:
         """Write down from now on which experts are asked for, forward by forward (64 MB at most)."""

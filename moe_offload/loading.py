@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
-from .checkpoint import TensorRange
+from .checkpoint import Headers, TensorRange
 from .errors import CheckpointError, UnsupportedModelError
 from .packed import checkpoint_headers
 from .process_memory import trim_heap
@@ -43,14 +43,24 @@ class Absent:
         return torch.empty(self.shape, dtype=dtype or self.dtype, device="meta")
 
 
-def resolve_folder(path_or_id: str | Path, **hub: Any) -> Path:
-    """A local checkpoint folder: the given one, or the Hub repository of that name, downloaded without .bin files."""
+def is_folder(path_or_id: str | Path) -> bool:
+    """Whether this is a local folder; if not, it is to be looked for on the Hub.
+
+    Raises `CheckpointError` for what can be neither.
+    """
     path = Path(path_or_id)
     if path.is_dir():
-        return path
+        return True
     if path.exists() or str(path_or_id).startswith((".", "/", "~")) or str(path_or_id).count("/") > 1:
         found = "found a file" if path.exists() else "there is nothing there"
         raise CheckpointError(f"{path_or_id}: expected a checkpoint folder (config.json, *.safetensors), {found}")
+    return False
+
+
+def resolve_folder(path_or_id: str | Path, **hub: Any) -> Path:
+    """A local checkpoint folder: the given one, or the Hub repository of that name, downloaded without .bin files."""
+    if is_folder(path_or_id):
+        return Path(path_or_id)
     from huggingface_hub import snapshot_download
 
     try:
@@ -61,8 +71,13 @@ def resolve_folder(path_or_id: str | Path, **hub: Any) -> Path:
         ) from error
 
 
-def skeleton(folder: Path, dtype: str | torch.dtype = "auto", **config_kwargs: Any) -> PreTrainedModel:
-    """The model of `folder` on the meta device: every module and shape, no weights."""
+def skeleton(
+    folder: Path | str, dtype: str | torch.dtype = "auto", stored: Headers | None = None, **config_kwargs: Any
+) -> PreTrainedModel:
+    """The model of `folder` (or of a Hub repository) on the meta device: every module and shape, no weights.
+
+    `stored` are the checkpoint's headers, where they are not to be read from the folder.
+    """
     try:
         config = AutoConfig.from_pretrained(folder, **config_kwargs)
     except (OSError, ValueError) as error:
@@ -74,7 +89,7 @@ def skeleton(folder: Path, dtype: str | torch.dtype = "auto", **config_kwargs: A
         )
     model_class = _model_class(config)
     with torch.device("meta"):
-        model: PreTrainedModel = model_class._from_config(config, dtype=_dtype(config, folder, dtype))
+        model: PreTrainedModel = model_class._from_config(config, dtype=_dtype(config, folder, dtype, stored))
     return model
 
 
@@ -127,10 +142,13 @@ def _model_class(config: Any) -> Any:
     )
 
 
-def _dtype(config: Any, folder: Path, dtype: str | torch.dtype) -> torch.dtype:
-    """'auto' is what the configuration says, else the first floating tensor of the checkpoint."""
+def _dtype(config: Any, folder: Path | str, dtype: str | torch.dtype, stored: Headers | None) -> torch.dtype:
+    """'auto' is what the configuration says, else the first floating tensor of the checkpoint; without one, float32."""
     if dtype == "auto" or dtype is None:
-        dtype = config.dtype or next(r.dtype for r in checkpoint_headers(folder).values() if r.dtype.is_floating_point)
+        dtype = config.dtype
+    if dtype is None:
+        stored = checkpoint_headers(Path(folder)) if stored is None else stored
+        dtype = next((r.dtype for r in stored.values() if r.dtype.is_floating_point), torch.float32)
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype.removeprefix("torch."), dtype)
     if not isinstance(dtype, torch.dtype):

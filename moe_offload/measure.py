@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -39,6 +39,19 @@ def dense_bytes(model: nn.Module, banks: Sequence[ExpertBank]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if id(t) not in experts)
 
 
+def dense_bytes_on(model: nn.Module, banks: Sequence[ExpertBank], device: Callable[[str], str]) -> dict[str, int]:
+    """`dense_bytes`, shared out: `device` says where the module of that name computes. Tied tensors count once."""
+    seen = {id(param) for bank in banks for param in bank.params.values()}
+    found: dict[str, int] = {}
+    for name, module in model.named_modules():
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                where = device(name)
+                found[where] = found.get(where, 0) + tensor.numel() * tensor.element_size()
+    return found
+
+
 def kv_bytes(model: Any, tokens: int) -> int:
     """Bytes of an ordinary KV cache for one sequence of `tokens` tokens (an upper bound for models with "
     "a smaller one)."""
@@ -47,9 +60,14 @@ def kv_bytes(model: Any, tokens: int) -> int:
     heads = getattr(config, "num_attention_heads", None) or 1
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or (getattr(config, "hidden_size", None) or 0) // heads
-    longest = int(getattr(config, "max_position_embeddings", None) or tokens)
+    longest = longest_context(model) or tokens
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     return int(2 * layers * kv_heads * head_dim * min(tokens, longest) * dtype.itemsize)
+
+
+def longest_context(model: Any) -> int | None:
+    """The most tokens that the model was made for, where its configuration says."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or None
 
 
 def scores_bytes(model: Any, tokens: int = PROMPT_TOKENS) -> int:
@@ -62,7 +80,7 @@ def scores_bytes(model: Any, tokens: int = PROMPT_TOKENS) -> int:
     if getattr(config, "_attn_implementation", None) != "eager":
         return 0
     heads = getattr(config, "num_attention_heads", None) or 1
-    longest = int(getattr(config, "max_position_embeddings", None) or tokens)
+    longest = longest_context(model) or tokens
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     return int(heads * min(tokens, longest) ** 2 * (4 + 2 * dtype.itemsize))
 

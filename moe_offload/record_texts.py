@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .api import from_pretrained
+from .config import Config
 from .errors import OffloadError, ProfileError
 from .loading import resolve_folder
 from .profile import Profile
@@ -20,7 +21,13 @@ CHUNK_TOKENS = 512  # what the budget's reserve makes room for
 
 
 def record_texts(
-    model: str, texts: Sequence[Path], *, budget: str | None, max_tokens: int | None, meta: dict[str, str]
+    model: str,
+    texts: Sequence[Path],
+    *,
+    budget: str | None,
+    max_tokens: int | None,
+    meta: dict[str, str],
+    config: Config = None,
 ) -> Profile:
     """Run `model` over the texts ("-" is standard input), in pieces of 512 tokens, and count.
 
@@ -37,7 +44,7 @@ def record_texts(
 
         loaded: Any = AutoModelForCausalLM.from_pretrained(resolve_folder(model), dtype="auto").eval()
         return record_profile(loaded, pieces, **meta)
-    offloaded: Any = from_pretrained(model, budget)
+    offloaded: Any = from_pretrained(model, budget, config=config)
     with offloaded.moe_offload as handle:
         return record_profile(handle.model, pieces, **meta)
 

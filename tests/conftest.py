@@ -1,8 +1,18 @@
-"""What all tests share: as many processes as cores (pytest-xdist) must not each start as many threads."""
+"""What all tests share: as many processes as cores (pytest-xdist) must not each start as many threads; and the settings
+of whoever runs them, in the environment or in a file, do not count."""
 
 import os
+from pathlib import Path
 
+import pytest
 import torch
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_settings_of_the_user(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("MOE_OFFLOAD_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("moe_offload.config_file.default_path", lambda: Path("/nowhere/default_config.yaml"))

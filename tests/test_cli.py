@@ -46,6 +46,11 @@ def test_run_prints_the_text_and_saves_a_profile(tmp_path: Path) -> None:
         (["plan", MODEL, "--budget", "1MB"], 1, "floor"),
         (["plan", MODEL, "--budget", "much"], 2, "much"),
         (["plan", "./nowhere", "--budget", "6MB"], 2, "nowhere"),
+        (["plan", MODEL, "--device-map", "{x"], 2, "device_map"),
+        (["plan", MODEL, "--device-map", '{"": 0}'], 1, "how much of cuda:0"),
+        (["plan", MODEL, "--profile", "nowhere.json"], 2, "nowhere.json"),
+        (["estimate", MODEL, "--budgets", "much"], 2, "--budgets"),
+        (["estimate", "./nowhere"], 2, "nowhere"),
         (["run", MODEL, "--budget", "6MB", "--profile-in", "nowhere.json"], 2, "nowhere.json"),
         (["run", MODEL, "--budget", "6MB", "--profile-out", "no/such/folder/x.json"], 2, "folder does not exist"),
         (["run", MODEL, "--budget", "6MB", "--prompt", ""], 1, "prompt is empty"),
@@ -60,7 +65,7 @@ def test_what_cannot_work_is_one_line_and_a_code(arguments: list[str], code: int
     assert len([line for line in result.stderr.splitlines() if line.startswith("moe-offload:")]) == 1
 
 
-@pytest.mark.parametrize("command", [[], ["plan"], ["run"], ["families"]])
+@pytest.mark.parametrize("command", [[], ["plan"], ["estimate"], ["run"], ["config"], ["families"]])
 def test_help(command: list[str]) -> None:
     result = run(*command, "--help")
     assert result.exit_code == 0 and "Usage" in result.stdout

@@ -18,12 +18,6 @@ from moe_offload.policies import POLICIES
 FIELDS = [field.name for field in dataclasses.fields(OffloadConfig)]
 
 
-@pytest.fixture(autouse=True)
-def no_settings_in_the_environment(monkeypatch):
-    for name in FIELDS:
-        monkeypatch.delenv(f"MOE_OFFLOAD_{name.upper()}", raising=False)
-
-
 def test_every_field_has_a_rule_a_parser_and_a_sentence():
     assert list(config_module.RULES) == FIELDS
     assert {str(field.type) for field in dataclasses.fields(OffloadConfig)} == set(config_module.PARSERS)
@@ -36,9 +30,15 @@ def test_frozen():
         OffloadConfig().policy = "lru"
 
 
-def test_round_trip_through_json():
-    config = OffloadConfig(policy="lru", half_life=8, dynamic=None, reserve="1GB", offload_folder="packed", poison=True)
-    assert OffloadConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+def test_round_trips():
+    said = {"policy": "lru", "half_life": 8, "dynamic": None, "reserve": "1GB", "offload_folder": "packed"}
+    said |= {"budget": "8GB", "max_memory": {0: "8GB", "cpu": 10**9}, "device_map": {"": 0, "lm_head": "cpu"}}
+    config = OffloadConfig(**said)
+    assert OffloadConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config, "JSON has no numbers as keys"
+    assert OffloadConfig.from_dict(config.to_dict()) == config
+    assert OffloadConfig.from_json(config.to_json()) == config
+    assert OffloadConfig.from_yaml(config.to_yaml()) == config
+    assert config.changed() == said and OffloadConfig().changed() == {}
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -56,6 +56,15 @@ def test_a_policy_added_later_is_accepted_and_named(monkeypatch):
 @pytest.mark.parametrize(
     ("field", "value", "accepted"),
     [
+        ("budget", "8 gigs", '"8GiB"'),
+        ("budget", 0, "bytes"),
+        ("budget", True, "bytes"),
+        ("device_map", 3, '"disk"'),
+        ("device_map", {"": None}, '"disk"'),
+        ("device_map", {None: "cpu"}, '"disk"'),
+        ("max_memory", "8GB", "{device: size}"),
+        ("max_memory", {"cpu": "much"}, "{device: size}"),
+        ("profile", "", "or None"),
         ("policy", "lfu2", "'decayed_lfu'"),
         ("policy", ["lru"], "'lru'"),
         ("half_life", 0, "above 0"),
@@ -105,7 +114,7 @@ def test_a_path_is_kept_as_text():
 def test_an_unknown_key_names_the_nearest(make):
     with pytest.raises(ConfigError, match=r"'halflife'.*did you mean 'half_life'\?"):
         make({"halflife": 3})
-    with pytest.raises(ConfigError, match=r"'zzz'.*the fields are policy, half_life"):
+    with pytest.raises(ConfigError, match=r"'zzz'.*the fields are budget, device_map"):
         make({"zzz": 3})
 
 
@@ -116,12 +125,18 @@ def test_an_unknown_override_of_a_config_names_the_nearest():
 
 def test_resolve_refuses_what_is_no_config():
     with pytest.raises(ConfigError, match="OffloadConfig, a dict"):
-        resolve("fast")
+        resolve(3)
 
 
 @pytest.mark.parametrize(
     ("field", "text", "value"),
     [
+        ("budget", "8GB", "8GB"),
+        ("budget", "8000000000", 8 * 10**9),
+        ("device_map", "disk", "disk"),
+        ("device_map", '{"": 0, "model.layers.*.mlp.experts": cpu}', {"": 0, "model.layers.*.mlp.experts": "cpu"}),
+        ("max_memory", "{0: 8GB, cpu: 60GiB}", {0: "8GB", "cpu": "60GiB"}),
+        ("profile", "it.json", "it.json"),
         ("policy", "lru", "lru"),
         ("half_life", "16", 16.0),
         ("experts_implementation", "batched_mm", "batched_mm"),
@@ -147,7 +162,15 @@ def test_environment(monkeypatch, field, text, value):
 
 @pytest.mark.parametrize(
     ("field", "text"),
-    [("wave_rows", "four"), ("half_life", "nan"), ("poison", "maybe"), ("policy", "x"), ("dynamic", "2")],
+    [
+        ("device_map", "{cpu"),
+        ("max_memory", "8GB"),
+        ("wave_rows", "four"),
+        ("half_life", "nan"),
+        ("poison", "maybe"),
+        ("policy", "x"),
+        ("dynamic", "2"),
+    ],
 )
 def test_a_bad_variable_is_refused_by_name(monkeypatch, field, text):
     monkeypatch.setenv(f"MOE_OFFLOAD_{field.upper()}", text)

@@ -29,19 +29,19 @@ TORCH_FREE = frozenset({"torch", "transformers", "accelerate", "safetensors"})
 LAYERS = [
     Layer(
         "words",
-        "errors sizes config profile profile_stats profile_show cache belady placement new_folder whole_file npz trace "
-        "recorder strict_json simulate simulate.* report report.record report.advice report.charts "
-        "report.page report.png policies policies.*",
+        "errors sizes config config_file config_rules profile profile_stats profile_show typical cache belady "
+        "placement new_folder whole_file npz trace recorder strict_json simulate simulate.* report report.record "
+        "report.advice report.charts report.page report.png policies policies.*",
         never=TORCH_FREE,
     ),
     Layer(
         "parts",
-        "experts buffers process_memory scratch arrivals overlap trial checkpoint conversion rows packed packed_format "
-        "shards plan measure transfer stores stores.* kernels kernels.*",
+        "experts arrange explain buffers process_memory scratch arrivals overlap trial checkpoint conversion rows "
+        "packed packed_format shards plan measure transfer stores stores.* kernels kernels.*",
     ),
     Layer("runtime", "runtime prewarm"),
-    Layer("engine", "backend handle loading pack_streams"),
-    Layer("model", "install record pack"),
+    Layer("engine", "backend handle loading outline pack_streams"),
+    Layer("model", "install record pack forecasting"),
     Layer("api", "api"),
     Layer("front", "cli cli.* record_texts report.collect bench bench.* families families.* quickstart quickstart.*"),
     Layer("package", "__init__ __main__"),

@@ -103,14 +103,26 @@ def test_optimizing_part_of_an_offloaded_model_or_the_whole_of_one_in_parts_is_r
         offload(second)
 
 
+def test_what_max_memory_leaves_beside_the_budget_holds_rows_in_ram():
+    want = say(resident(layers=2))
+    model = offloaded(layers=2)  # to know its budget
+    budget, bank = model.moe_offload.plan.budget_bytes, model.moe_offload.banks[0]
+    model.moe_offload.close()
+    limit = {"cpu": budget + bank.nbytes}
+    model = moe_offload.optimize(build(QWEN, num_hidden_layers=2), budget, max_memory=limit, config=SETTINGS)
+    assert model.moe_offload.tiers == ["host", "disk"] and torch.equal(say(model), want)
+    model.moe_offload.close()
+
+
 BAD = {
     "budget below the floor": ({"budget": "100KB"}, BudgetError),
-    "two budgets": ({"max_memory": {"cpu": "1GB"}}, BudgetError),
+    "a budget over the limit": ({"max_memory": {"cpu": "1KB"}}, BudgetError),
     "a size that cannot be read": ({"budget": "8 gigs"}, ConfigError),
     "a misspelt module": ({"device_map": {"model.layer.1": "cpu"}}, ConfigError),
     "a device we lack": ({"device_map": "cuda"}, OffloadError),
     "a misspelt setting": ({"config": {"halflife": 3}}, ConfigError),
     "no folder to spill to": ({"config": {"offload_folder": "/no/such/folder"}}, OffloadError),
+    "no folder to spill to, as an argument": ({"offload_folder": "/no/such/folder"}, OffloadError),
     "a damaged profile": ({"profile": "damaged"}, ProfileError),
     "another model's profile": ({"profile": "other"}, ProfileError),
 }

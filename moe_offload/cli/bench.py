@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .options import or_exit
+from ..config import FILE_VARIABLE
+from .options import ConfigFile, or_exit, settings
 
 
 def bench(
@@ -40,6 +42,7 @@ def bench(
     cache: Annotated[
         Path | None, typer.Option("--cache", help="Where synthetic checkpoints and temporary files go.")
     ] = None,
+    config_file: ConfigFile = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here, too.")] = None,
 ) -> None:
     """Measure offloading beside the resident model, accelerate's disk offload, plain mmap, and the disk itself."""
@@ -47,6 +50,9 @@ def bench(
     from ..bench.run import bench as run_bench
     from ..bench.table import table
 
+    settings(config_file)  # a file that cannot be used is refused before anything is loaded
+    if config_file is not None:
+        os.environ[FILE_VARIABLE] = str(config_file.resolve())  # for the process of each side, too
     work = or_exit(
         lambda: workload(
             model,

@@ -3,17 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, NoReturn, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 
+from ..config import OffloadConfig, from_text, resolve
 from ..errors import BudgetError, OffloadError
 
 T = TypeVar("T")
 Model = Annotated[str, typer.Argument(help="Checkpoint folder, or the name of a Hub repository.", show_default=False)]
 Budget = Annotated[
-    str,
-    typer.Option("--budget", help="All the model may hold: 8GB, 8GiB, 50% of free memory, a number of bytes, auto."),
+    str | None,
+    typer.Option(
+        "--budget",
+        help="All the model may hold: 8GB, 8GiB, 50% of free memory, a number of bytes, auto.",
+        show_default="auto",
+    ),
+]
+DeviceMapOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device-map", help='disk, cpu, auto, or a mapping: \'{"": cpu, "model.layers.*.mlp.experts": disk}\'.'
+    ),
+]
+MaxMemory = Annotated[str | None, typer.Option("--max-memory", help="Limits per device: '{0: 8GB, cpu: 60GiB}'.")]
+ProfileIn = Annotated[Path | None, typer.Option("--profile", help="Activation profile to predict the hit rate from.")]
+Context = Annotated[int | None, typer.Option("--context", min=0, help="Tokens of KV cache to make room for.")]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config_file",
+        "--config-file",
+        help="Settings (YAML or JSON) for what no flag and no MOE_OFFLOAD_* variable says.",
+        show_default="$HF_HOME/moe_offload/default_config.yaml",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -24,6 +48,13 @@ def or_exit(work: Callable[[], T], errors: tuple[type[Exception], ...] = (Offloa
         return work()
     except errors as error:
         fail(str(error), 1 if isinstance(error, BudgetError) else code)
+
+
+def settings(config_file: Path | None, **flags: Any) -> OffloadConfig:
+    """The settings in force: flags (None is not given), environment, file; one line and exit code 2 if they fail."""
+    given = {name: flag for name, flag in flags.items() if flag is not None}
+    read = {name: from_text(name, flag) if isinstance(flag, str) else flag for name, flag in given.items()}
+    return or_exit(lambda: resolve(config_file, **read))
 
 
 def fail(message: str, code: int) -> NoReturn:

@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 import json
+from typing import Annotated
 
 import typer
 
-from .options import Budget, Json, Model, or_exit
+from .options import Budget, ConfigFile, Context, DeviceMapOption, Json, MaxMemory, Model, ProfileIn, or_exit, settings
 
 
-def plan(model: Model, budget: Budget = "auto", as_json: Json = False) -> None:
-    """What fits where, and the smallest budget that works. Reads headers only, no weights."""
-    from ..api import make_plan
+def plan(
+    model: Model,
+    budget: Budget = None,
+    device_map: DeviceMapOption = None,
+    max_memory: MaxMemory = None,
+    profile: ProfileIn = None,
+    context: Context = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Add which rule puts what where, and what is not offloaded and why.")
+    ] = False,
+    config_file: ConfigFile = None,
+    as_json: Json = False,
+) -> None:
+    """What fits where, and the smallest budget that works. Reads headers only; exit code 1 if it cannot fit.
 
-    found = or_exit(lambda: make_plan(model, budget))
+    Devices need not be there: --device-map '{"": 0}' --max-memory '{0: 8GB, cpu: 60GiB}' plans for a GPU.
+    """
+    wanted = settings(
+        config_file, budget=budget, device_map=device_map, max_memory=max_memory, profile=profile, kv_tokens=context
+    )
+    from ..forecasting import forecast
+
+    found = or_exit(lambda: forecast(model, config=wanted))
     if as_json:
-        rows = dict(found.rows())
-        facts = {"budget": found.budget_bytes, "floor": found.floor_bytes, "residency": found.residency}
-        typer.echo(json.dumps({**facts, "slots": list(found.slots), "bytes": rows}))
+        typer.echo(json.dumps({**found.to_dict(), **({"explain": found.explain()} if explain else {})}))
     else:
-        typer.echo(str(found))
+        typer.echo(f"{found}\n\n{found.explain()}" if explain else str(found))

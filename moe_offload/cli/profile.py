@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import ProfileError
-from .options import Json, Model, fail, or_exit
+from .options import ConfigFile, Json, Model, fail, or_exit
 
 app = typer.Typer(
     help="Activation profiles: which experts a workload uses, to pre-warm the slots with.", no_args_is_help=True
@@ -28,6 +28,7 @@ def record(
     ] = None,
     max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=1, help="Stop after so many tokens.")] = None,
     meta: Annotated[list[str] | None, typer.Option("--meta", help="key=value, kept in the profile.")] = None,
+    config_file: ConfigFile = None,
 ) -> None:
     """Run a model over texts and save which experts they use."""
     from ..record_texts import record_texts
@@ -37,7 +38,9 @@ def record(
     if bad := [key + equals for key, equals, _ in pairs if not key or not equals]:
         fail(f"--meta {bad[0]!r}: write key=value", 2)
     facts = {key: value for key, _, value in pairs}
-    made = or_exit(lambda: record_texts(model, text, budget=budget, max_tokens=max_tokens, meta=facts))
+    made = or_exit(
+        lambda: record_texts(model, text, budget=budget, max_tokens=max_tokens, meta=facts, config=config_file)
+    )
     or_exit(lambda: made.save(out), code=1)
     typer.echo(f"{made.tokens} tokens, {made.fingerprint.layers} layers: saved to {out}")
 

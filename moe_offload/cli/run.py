@@ -9,12 +9,15 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import OffloadError
-from .options import Budget, Model, fail, or_exit
+from .options import Budget, ConfigFile, DeviceMapOption, MaxMemory, Model, fail, or_exit, settings
 
 
 def run(
     model: Model,
-    budget: Budget = "auto",
+    budget: Budget = None,
+    device_map: DeviceMapOption = None,
+    max_memory: MaxMemory = None,
+    config_file: ConfigFile = None,
     prompt: Annotated[str, typer.Option("--prompt", help="Text to continue; - reads standard input.")] = "The ",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="How many tokens to generate.")] = 64,
     profile_in: Annotated[
@@ -30,8 +33,11 @@ def run(
         Path | None, typer.Option("--report", help="Save what the run was like here (.json, for moe-offload report).")
     ] = None,
     compile: Annotated[
-        str, typer.Option("--compile", help="graph: the model's own kernels; inductor: compile them; auto.")
-    ] = "auto",
+        str | None,
+        typer.Option(
+            "--compile", help="graph: the model's own kernels; inductor: compile them; auto.", show_default="auto"
+        ),
+    ] = None,
 ) -> None:
     """Generate text greedily inside a budget; the text is that of the unmodified model."""
     from ..api import from_pretrained
@@ -41,9 +47,15 @@ def run(
     for flag, out in (("--profile-out", profile_out), ("--trace-out", trace_out), ("--report", report)):
         if out is not None and not out.resolve().parent.is_dir():
             fail(f"{flag} {out}: its folder does not exist", 2)
-    loaded: Any = or_exit(
-        lambda: from_pretrained(model, budget, profile=profile_in, config={"compile": compile}), (OffloadError,)
+    wanted = settings(
+        config_file,
+        budget=budget,
+        device_map=device_map,
+        max_memory=max_memory,
+        profile=profile_in,
+        compile=compile,
     )
+    loaded: Any = or_exit(lambda: from_pretrained(model, config=wanted))
     with loaded.moe_offload as handle:
         typer.echo(str(handle.plan), err=True)
         tokenizer = or_exit(lambda: load_tokenizer(model))
@@ -65,7 +77,7 @@ def run(
         if report is not None:
             from ..report.collect import record_of
 
-            name = None if profile_in is None else profile_in.name
+            name = None if wanted.profile is None else Path(wanted.profile).name
             saved = or_exit(lambda: record_of(handle, model=model, profile=name).save(report), code=1)
             typer.echo(f"run saved to {saved}; moe-offload report {saved} makes a page of it", err=True)
         if interrupted:
