@@ -43,9 +43,9 @@ def main() -> None:
         with moe_offload.from_pretrained(MODEL, budget="6MB", profile=given).moe_offload as handle:
             handle.model.generate(**prompt, max_new_tokens=1, do_sample=False)
             first = handle.stats()
-            before = f"{first.bytes_read / 1e6:.2f} MB before the first token, {first.prewarm_bytes / 1e6:.2f} MB ahead"
+            read, ahead = first.bytes_read / 1e6, first.prewarm_bytes / 1e6
             print(
-                f"{name:<16} hits {first.hit_rate:.0%} of the prompt, reads {before}; {handle.stats().hit_rate:.0%} then"
+                f"{name:<16} hits {first.hit_rate:.0%} of the prompt; {read:.2f} MB read for it, {ahead:.2f} MB ahead"
             )
 
 
