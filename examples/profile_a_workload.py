@@ -44,9 +44,7 @@ def main() -> None:
             handle.model.generate(**prompt, max_new_tokens=1, do_sample=False)
             first = handle.stats()
             read, ahead = first.bytes_read / 1e6, first.prewarm_bytes / 1e6
-            print(
-                f"{name:<16} hits {first.hit_rate:.0%} of the prompt; {read:.2f} MB read for it, {ahead:.2f} MB ahead"
-            )
+            print(f"{name:<16} hits {first.hit_rate:.0%} of the prompt; {read:.2f} MB read for it, {ahead:.2f} before")
 
 
 if __name__ == "__main__":
