@@ -130,8 +130,8 @@ class Handle:
         self._runtime.record(self._recorder)
 
     def trace(self, **meta: str) -> Trace:
-        """What `start_trace` has recorded, for `simulate`. Started before the first token, without look-ahead and
-        failed reads, it replays to the very hits, misses and bytes of `stats()`."""
+        """What `start_trace` has recorded, for `simulate`. Started before the first token, without a profile,
+        look-ahead and failed reads, it replays to the very hits, misses and bytes of `stats()`."""
         facts = {
             "model_type": self.fingerprint.model_type,
             "row_bytes": str(max(bank.layout.row_bytes for bank in self.banks)),

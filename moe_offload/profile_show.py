@@ -91,12 +91,12 @@ def inspect_table(found: dict[str, Any]) -> str:
 
 
 def diff(a: Profile, b: Profile) -> dict[str, Any]:
-    """`layers`: distance of each; what either workload's hottest quarter covers of the other's uses."""
+    """`layers`: distance of each; the share that the hottest quarters of both have in common."""
     rows = []
     for layer, distance in enumerate(distances(a, b)):
         quarter = -(-len(a.counts[layer]) // 4)
-        hot_a, hot_b = set(a.hottest(layer)[:quarter]), set(b.hottest(layer)[:quarter])
-        shared = len(hot_a & hot_b) / quarter
+        hot_a, hot_b = ({e for e in p.hottest(layer)[:quarter] if p.counts[layer][e]} for p in (a, b))
+        shared = len(hot_a & hot_b) / max(min(len(hot_a), len(hot_b)), 1)
         rows.append({"layer": layer, "distance": distance, "hottest_quarter_shared": shared})
     return {"layers": rows, "mean": statistics.mean(row["distance"] for row in rows)}
 

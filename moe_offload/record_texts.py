@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .api import from_pretrained
-from .config import Config
+from .config import OffloadConfig
 from .errors import OffloadError, ProfileError
 from .loading import resolve_folder
 from .profile import Profile
@@ -24,27 +24,26 @@ def record_texts(
     model: str,
     texts: Sequence[Path],
     *,
-    budget: str | None,
     max_tokens: int | None,
     meta: dict[str, str],
-    config: Config = None,
+    config: OffloadConfig,
 ) -> Profile:
     """Run `model` over the texts ("-" is standard input), in pieces of 512 tokens, and count.
 
-    Within `budget`, or without one as plain transformers with counters in the compiled graph. Raises ProfileError for a
-    file that is no UTF-8 text, and what loading raises.
+    Within the budget of `config`, or without one as plain transformers with counters in the compiled graph. Raises
+    ProfileError for a file that is no UTF-8 text, and what loading raises.
     """
     contents = [_read(path) for path in texts]
     tokenizer = load_tokenizer(model)
     pieces = list(_pieces(tokenizer, contents, max_tokens))
     if not pieces:
         raise ProfileError(f"{', '.join(map(str, texts))}: no text in it; a profile needs some")
-    if budget is None:
+    if config.budget is None and not config.max_memory:
         from transformers import AutoModelForCausalLM
 
         loaded: Any = AutoModelForCausalLM.from_pretrained(resolve_folder(model), dtype="auto").eval()
         return record_profile(loaded, pieces, **meta)
-    offloaded: Any = from_pretrained(model, budget, config=config)
+    offloaded: Any = from_pretrained(model, config=config)
     with offloaded.moe_offload as handle:
         return record_profile(handle.model, pieces, **meta)
 

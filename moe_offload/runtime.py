@@ -36,6 +36,8 @@ from .stores import Store
 from .transfer import Transfer
 from .trial import Trial
 
+PROMPT = 64  # tokens from which on activations leave enough behind for the heap to be trimmed, which takes ms
+
 
 class Guesses:
     """The last guess, until the event it was made in has asked for its own rows; and whether guessing pays."""
@@ -138,7 +140,7 @@ class LayerRuntime:
             arrivals.abort()
             raise
         finally:
-            if len(ids) > cache.slots:
+            if tokens >= PROMPT:
                 trim_heap()
 
     def experts(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:

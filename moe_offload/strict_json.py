@@ -14,7 +14,7 @@ MAX_DEPTH = 6
 def parse(data: bytes, format: str) -> object:
     """What `data` holds; where it says that it is of our `format`, of version 1. Raises ValueError."""
     if data.startswith((b"\x80", b"PK\x03\x04")):
-        raise ValueError("this is a pickle or torch file, which is never opened; export its counts as JSON")
+        raise ValueError("this is a zip, pickle or torch file, which is never opened; JSON is")
     text = data.decode("utf-8")
     _check_depth(text)
     parsed = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_no_constant)

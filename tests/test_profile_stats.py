@@ -12,7 +12,7 @@ from moe_offload import ProfileError, Trace, TraceError
 from moe_offload.cache import LayerCache
 from moe_offload.policies import POLICIES
 from moe_offload.profile import Fingerprint, Profile
-from moe_offload.profile_show import inspect, start_from, with_and_without
+from moe_offload.profile_show import diff, inspect, start_from, with_and_without
 from moe_offload.profile_stats import coverage, distances, most_wanted, skews
 
 E, K, LAYERS = 8, 2, 2
@@ -57,6 +57,12 @@ def test_distance_by_hand():
     assert math.isclose(distances(profile([5, 5]), profile([3, 0]))[0], math.sqrt(divergence))
     with pytest.raises(ProfileError, match="hidden"):
         distances(profile([1, 2]), profile([1, 2], hidden=8))
+
+
+def test_experts_that_nothing_used_are_not_shared():
+    a, b = [0] * 32, [0] * 32
+    a[20] = b[30] = 5
+    assert diff(profile(a), profile(b))["layers"] == [{"layer": 0, "distance": 1.0, "hottest_quarter_shared": 0.0}]
 
 
 def test_most_wanted_goes_across_layers():

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import ProfileError
-from .options import ConfigFile, Json, Model, fail, or_exit
+from .options import ConfigFile, Json, Model, fail, or_exit, settings
 
 app = typer.Typer(
     help="Activation profiles: which experts a workload uses, to pre-warm the slots with.", no_args_is_help=True
@@ -38,9 +38,8 @@ def record(
     if bad := [key + equals for key, equals, _ in pairs if not key or not equals]:
         fail(f"--meta {bad[0]!r}: write key=value", 2)
     facts = {key: value for key, _, value in pairs}
-    made = or_exit(
-        lambda: record_texts(model, text, budget=budget, max_tokens=max_tokens, meta=facts, config=config_file)
-    )
+    wanted = settings(config_file, budget=budget)
+    made = or_exit(lambda: record_texts(model, text, max_tokens=max_tokens, meta=facts, config=wanted))
     or_exit(lambda: made.save(out), code=1)
     typer.echo(f"{made.tokens} tokens, {made.fingerprint.layers} layers: saved to {out}")
 

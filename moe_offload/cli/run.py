@@ -67,6 +67,7 @@ def run(
         except KeyboardInterrupt:
             interrupted = True
             typer.echo("moe-offload: interrupted", err=True)
+        ended_s = None if report is None else handle.recorded_s()
         typer.echo(str(handle).splitlines()[-1], err=True)
         if profile_out is not None:
             saved = or_exit(lambda: handle.save_profile(profile_out), code=1)
@@ -78,7 +79,7 @@ def run(
             from ..report.collect import record_of
 
             name = None if wanted.profile is None else Path(wanted.profile).name
-            saved = or_exit(lambda: record_of(handle, model=model, profile=name).save(report), code=1)
+            saved = or_exit(lambda: record_of(handle, model=model, profile=name, ended_s=ended_s).save(report), code=1)
             typer.echo(f"run saved to {saved}; moe-offload report {saved} makes a page of it", err=True)
         if interrupted:
             raise typer.Exit(130)

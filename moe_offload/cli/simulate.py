@@ -17,7 +17,7 @@ def simulate(
     ] = "all",
     capacity: Annotated[str, typer.Option("--capacity", help="Shares of a layer's experts, by commas.")] = "25%",
     start: Annotated[
-        str, typer.Option("--start", help="warm: the cache outlives a request; cold: it does not; or both.")
+        str, typer.Option("--start", help="warm: the cache outlives a request; cold: it does not; or warm,cold.")
     ] = "warm",
     pooled: Annotated[bool, typer.Option("--pooled", help="One cache for all layers.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here, too.")] = None,

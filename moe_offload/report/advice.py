@@ -14,7 +14,10 @@ WORTH = 0.02  # of hit rate: less is not worth a line of advice
 
 @dataclass(frozen=True)
 class Summary:
-    """Totals of a run. Rates are shares, 0 to 1; None where nothing was asked or decoded."""
+    """Totals of a run. Rates are shares, 0 to 1; None where nothing was asked or decoded.
+
+    `best_rate` is that of a cache that knows the future and begins empty; None for a run that did not begin so.
+    """
 
     prompt_tokens: int
     decoded: int
@@ -38,7 +41,7 @@ def summary(run: RunRecord) -> Summary:
         prompt_tokens=sum(step.tokens for step in steps) - tokens,
         decoded=tokens,
         hit_rate=rate(steps),
-        best_rate=rate(steps, best=True),
+        best_rate=_best(run),
         first_rate=rate(decode[:FIRST]),
         later_rate=rate(decode[FIRST:]),
         token_s=decode_s / tokens if tokens else None,
@@ -58,26 +61,32 @@ def rate(steps: Sequence[StepPart], best: bool = False) -> float | None:
     return sum(step.best if best else step.hits for step in steps) / asked if asked else None
 
 
+def _best(run: RunRecord) -> float | None:
+    best, mine = rate(run.steps, best=True), rate(run.steps)
+    return None if best is None or mine is None or best < mine or run.profile is not None else best
+
+
 def headline(run: RunRecord) -> str:
     s = summary(run)
-    if s.hit_rate is None or s.best_rate is None:
+    if s.hit_rate is None:
         return "Nothing ran: there is no token to report."
     speed = f"{1 / s.token_s:.1f} tokens a second" if s.token_s else "A prompt and no further token"
+    best = f" (at best: {s.best_rate:.0%})" if s.best_rate is not None else ""
     waiting = f", {s.waiting:.0%} of the time spent waiting for experts" if s.waiting is not None else ""
-    return f"{speed}; {s.hit_rate:.0%} of what was asked for was resident (at best: {s.best_rate:.0%}){waiting}."
+    return f"{speed}; {s.hit_rate:.0%} of what was asked for was resident{best}{waiting}."
 
 
 def advice(run: RunRecord) -> list[str]:
     """Sentences, the most useful first; none where there is nothing to say."""
     s = summary(run)
-    if s.hit_rate is None or s.best_rate is None:
+    if s.hit_rate is None:
         return []
     return [*_on_budget(run), *_on_waiting(s), *_on_policy(s), *_on_profile(run, s)]
 
 
 def _on_budget(run: RunRecord) -> list[str]:
     here = min(run.curve, key=lambda point: abs(point.budget_bytes - run.budget_bytes), default=None)
-    if here is None:
+    if here is None or run.profile is not None:  # the curve begins empty
         return []
     more = [p for p in run.curve if p.budget_bytes > here.budget_bytes and p.hit_rate > here.hit_rate + WORTH]
     said = []

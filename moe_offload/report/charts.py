@@ -93,7 +93,7 @@ def heat_map(rows: Sequence[tuple[str, Sequence[int]]]) -> Markup:
 
 def nice(value: float) -> float:
     """The next of 1, 2, 4, 6, 8 times a power of ten: quarters of it are short numbers."""
-    scale = 10.0 ** math.floor(math.log10(value))
+    scale = 10.0 ** math.floor(math.log10(max(value, 1e-12)))
     return next(step * scale for step in (1.0, 2.0, 4.0, 6.0, 8.0, 10.0) if step * scale >= value * 0.999)
 
 

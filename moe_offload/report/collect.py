@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 
 from ..handle import Handle
-from ..plan import Plan
+from ..plan import Plan, budget_for
 from ..profile import CREATED
 from ..recorder import Step
 from ..simulate.run import FIRST_TOKENS, replayed, slots_of
@@ -24,8 +24,11 @@ from .record import MAX_STEPS, CurvePart, LayerPart, RunRecord, StepPart
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
-def record_of(handle: Handle, *, model: str, profile: str | None = None) -> RunRecord:
-    """The record of what ran since `handle.start_trace()`. Raises TraceError when nothing did."""
+def record_of(handle: Handle, *, model: str, profile: str | None = None, ended_s: float | None = None) -> RunRecord:
+    """The record of what ran since `handle.start_trace()`, called before the first token. Raises TraceError when
+    nothing did. `ended_s`: when the run ended, by `handle.recorded_s()`; else it ends now.
+    """
+    ended_s = handle.recorded_s() if ended_s is None else ended_s
     trace, steps, stats = handle.trace(), handle.steps(), handle.stats()
     counts = handle.profile().counts
     return RunRecord(
@@ -37,7 +40,7 @@ def record_of(handle: Handle, *, model: str, profile: str | None = None) -> RunR
         profile=None if profile is None else profile[:512],
         prewarm_bytes=stats.prewarm_bytes,
         cold_first_hits=None if profile is None else _first_hits(trace, handle.plan),
-        ended_s=handle.recorded_s(),
+        ended_s=ended_s,
         layers=[
             LayerPart(
                 name=row["name"],
@@ -59,7 +62,7 @@ def record_of(handle: Handle, *, model: str, profile: str | None = None) -> RunR
 def _steps(trace: Trace, steps: Sequence[Step], plan: Plan) -> list[StepPart]:
     best_V = np.zeros(len(trace.event_start), dtype=np.int64)
     for stream, slots in zip(per_layer(trace), plan.slots, strict=True):
-        _, hits_V = replayed(stream, slots, "belady")
+        _, hits_V = replayed(stream, slots, "belady_bypass")  # a prompt passes the slots, too
         np.add.at(best_V, np.searchsorted(trace.event_start, stream.first_V), hits_V)
     asked = [step for step in steps if step.tokens]
     parts = [
@@ -86,18 +89,16 @@ def _sum(parts: Sequence[StepPart]) -> StepPart:
 def _curve(trace: Trace, plan: Plan) -> list[CurvePart]:
     """Hit rates of the default policy from an empty cache, over budgets; those that the plan's other parts allow."""
     points = []
-    fixed = plan.budget_bytes - plan.bank_bytes - plan.slack_bytes
     for share in sorted({*SHARES, round(plan.residency, 4)}):
-        asked = hits = missed_bytes = bank = 0
+        asked = hits = missed_bytes = 0
         for stream, layer, slots in zip(per_layer(trace), plan.layers, slots_of(trace, share), strict=True):
             asked_V, hits_V = replayed(stream, slots, "default")
             asked, hits = asked + int(asked_V.sum()), hits + int(hits_V.sum())
             missed_bytes += int((asked_V - hits_V).sum()) * layer.row_bytes
-            bank += slots * layer.row_bytes
         points.append(
             CurvePart(
                 residency=share,
-                budget_bytes=fixed + bank,
+                budget_bytes=budget_for(share, plan.layers, plan.costs),
                 hit_rate=hits / asked,
                 bytes_per_token=missed_bytes / trace.tokens,
             )
@@ -107,7 +108,8 @@ def _curve(trace: Trace, plan: Plan) -> list[CurvePart]:
 
 def _first_hits(trace: Trace, plan: Plan) -> int:
     """Hits of the first forwards, up to 32 tokens after the prompt, from an empty cache."""
-    end = trace.event_start[min(FIRST_TOKENS + 1, len(trace.event_start) - 1)]
+    events = trace.event_start
+    end = events[FIRST_TOKENS + 1] if len(events) > FIRST_TOKENS + 1 else trace.tokens
     hits = 0
     for stream, slots in zip(per_layer(trace), plan.slots, strict=True):
         _, hits_V = replayed(stream, slots, "default")

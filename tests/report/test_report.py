@@ -52,6 +52,13 @@ def test_round_trip(tmp_path):
     assert RunRecord.load(run.save(tmp_path / "run.json")) == run
 
 
+def test_no_best_is_claimed_where_the_run_was_better():
+    warm = run_of(steps=[{**STEP, "hits": 3, "best": 1}])
+    assert "at best" not in headline(warm) and not any("future" in sentence for sentence in advice(warm))
+    with_profile = run_of(profile="it.json", cold_first_hits=1, prewarm_bytes=100)
+    assert "at best" not in headline(with_profile) and not any("budget of" in x for x in advice(with_profile))
+
+
 def test_a_run_from_the_command_line_to_the_page(tmp_path):
     run, html = tmp_path / "run.json", tmp_path / "report.html"
     command = ["run", str(MODEL), "--budget", "6MB", "--prompt", "Il comando ls", "--max-new-tokens", "40"]
