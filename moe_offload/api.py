@@ -8,9 +8,7 @@ record_profile(model, inputs)    which experts a workload uses (moe_offload/reco
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import tempfile
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -24,12 +22,13 @@ from . import install as patch
 from .arrange import Arrangement, arrange
 from .buffers import page_aligned
 from .config import Config, OffloadConfig, resolve
-from .errors import CheckpointError, OffloadError, UnsupportedModelError
+from .errors import OffloadError, UnsupportedModelError
 from .experts import ExpertBank, find_experts
 from .forecasting import read_outline
 from .handle import Handle
 from .loading import load_dense, resolve_folder, skeleton
 from .measure import fingerprint
+from .open_stores import open_stores
 from .packed import index_checkpoint
 from .placement import DeviceMap
 from .plan import Plan
@@ -42,9 +41,6 @@ from .runtime import LayerRuntime, Runtime
 from .scratch import Scratch
 from .sizes import format_size
 from .stores import Store
-from .stores.disk import DiskStore
-from .stores.host import HostStore, pack_rows
-from .stores.spill import spill
 from .transfer import TRANSFERS
 
 logger = logging.getLogger("moe_offload")
@@ -74,7 +70,8 @@ def optimize(
     `OffloadConfig`, a dict of its fields, or the path of a file), `MOE_OFFLOAD_*` and the default file (`config.py`).
 
     Raises `UnsupportedModelError` naming a module that cannot be run exactly, `BudgetError` stating the floor,
-    `ConfigError`, `CheckpointError` or `ProfileError`; the model is unchanged then.
+    `ConfigError`, `CheckpointError` or `ProfileError`; the model is unchanged then. A row that cannot be read while the
+    slots are filled raises, too, and the model is closed.
     """
     settings = _settings(config, budget, device_map, max_memory, profile, offload_folder)
     if hasattr(model, "moe_offload"):
@@ -87,12 +84,17 @@ def optimize(
     where = arrange(model, banks, settings, present=list(TRANSFERS))
     prior = _load_profile(profile or settings.profile, model, banks)
     bound_kernel_caches()
-    stores = _open_stores(model, banks, where.tiers, settings)
+    stores = open_stores(model, banks, where.tiers, settings)
     runtime = _build_runtime(banks, where.plan, stores, settings, prior)
-    model.moe_offload = _install(model, runtime, where, settings)  # type: ignore[assignment]
-    logger.info("%s", model.moe_offload)
+    handle = _install(model, runtime, where, settings)
+    model.moe_offload = handle  # type: ignore[assignment]
+    logger.info("%s", handle)
     if settings.prewarm:
-        _prewarm(runtime, prior)
+        try:
+            _prewarm(runtime, prior)
+        except OffloadError:
+            handle.close()
+            raise
     return model
 
 
@@ -182,54 +184,6 @@ def _load_profile(
     loaded = profile if isinstance(profile, Profile) else Profile.load(profile)
     loaded.check(fingerprint(model, banks))
     return loaded
-
-
-def _open_stores(
-    model: nn.Module, banks: Sequence[ExpertBank], tiers: Sequence[str], settings: OffloadConfig
-) -> list[Store]:
-    """One store per layer; layers that share a file share the store. Closes what it opened if it cannot open all."""
-    with contextlib.ExitStack() as undo:
-        stores: dict[int, Store] = {}
-        absent = [bank for bank in banks if next(iter(bank.params.values())).is_meta]
-        if absent:
-            checkpoint = undo.enter_context(contextlib.closing(_checkpoint_store(model, banks)))
-            stores |= {bank.index: checkpoint for bank in absent}
-        loaded = [bank for bank in banks if bank.index not in stores and tiers[bank.index] == "disk"]
-        if loaded:
-            folder = Path(settings.offload_folder or tempfile.gettempdir())
-            spilled = undo.enter_context(contextlib.closing(spill(banks, loaded, folder)))
-            stores |= {bank.index: spilled for bank in loaded}
-        in_ram = [bank for bank in banks if tiers[bank.index] == "host"]
-        if in_ram:
-            rows = [torch.empty((0, bank.layout.row_bytes), dtype=torch.uint8) for bank in banks]
-            for bank in in_ram:
-                rows[bank.index] = _rows_in_ram(bank, stores.get(bank.index))
-            host = HostStore(rows)
-            stores |= {bank.index: host for bank in in_ram}
-        if absent and checkpoint not in stores.values():
-            checkpoint.close()  # every row of it has gone to RAM
-        undo.pop_all()
-        return [stores[bank.index] for bank in banks]
-
-
-def _rows_in_ram(bank: ExpertBank, store: Store | None) -> torch.Tensor:
-    if store is None:
-        return pack_rows(bank)
-    rows = torch.empty((bank.num_experts, bank.layout.row_bytes), dtype=torch.uint8)
-    for e in range(bank.num_experts):
-        store.read(bank.index, e, memoryview(rows[e].numpy()))
-    return rows
-
-
-def _checkpoint_store(model: nn.Module, banks: Sequence[ExpertBank]) -> DiskStore:
-    folder = Path(getattr(model.config, "_name_or_path", "") or "")
-    if not str(folder) or not folder.is_dir():
-        raise CheckpointError(
-            f"the experts of {type(model).__name__} are on the meta device, but its config names no local "
-            f"checkpoint folder to "
-            "read them from; use moe_offload.from_pretrained(path, budget)"
-        )
-    return DiskStore([bank.layout for bank in banks], index_checkpoint(model, banks, folder))
 
 
 def _build_runtime(

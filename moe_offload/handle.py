@@ -150,7 +150,7 @@ class Handle:
             return self._recording().steps()
 
     def recorded_s(self) -> float:
-        """Seconds since `start_trace`."""
+        """Seconds from `start_trace` to now, or to where the trace was full."""
         return self._recording().passed_s()
 
     def _recording(self) -> Recorder:

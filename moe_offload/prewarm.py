@@ -20,6 +20,9 @@ def prewarm(
     """
     under_way: deque[Arrivals] = deque()
     with runtime.lock:
+        for layer_runtime in runtime.layers:
+            if layer_runtime.arrivals.demanded:  # of an event that was interrupted before its wait
+                layer_runtime.arrivals.abort()
         try:
             for layer, expert in wanted:
                 arrivals = runtime.layers[layer].arrivals

@@ -12,7 +12,7 @@ from .config import OffloadConfig
 from .errors import TraceError
 from .policies import POLICIES, Policy
 from .profile import Profile
-from .profile_stats import coverage, distances, most_wanted, rates, skews
+from .profile_stats import distances, most_wanted, pinned, rates, skews
 from .simulate.plain import replay
 from .simulate.stream import per_layer
 from .trace import Trace
@@ -29,7 +29,7 @@ def inspect(profile: Profile, slots: Sequence[int] | None, trace: Trace | None) 
     }
     if slots is not None:
         found["slots"] = list(slots)
-        found["pinned"] = statistics.mean(coverage(c, n) for c, n in zip(profile.counts, slots, strict=True))
+        found["pinned"] = pinned(profile, slots)
     if slots is not None and trace is not None:
         found["replay"] = with_and_without(profile, slots, trace)
     return found

@@ -7,6 +7,7 @@ is the hit rate of a running cache: that takes a trace (`simulate`, or `inspect 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,6 +36,11 @@ def coverage(counts: Sequence[int], slots: int) -> float:
     """Share of the uses that the `slots` most used experts have: the hit rate if just these were pinned."""
     total = sum(counts)
     return sum(sorted(counts, reverse=True)[:slots]) / total if total else 0.0
+
+
+def pinned(profile: Profile, slots: Sequence[int]) -> float:
+    """The hit rate, mean over layers, if the hottest experts, as many as each layer has slots, stayed for good."""
+    return statistics.mean(coverage(counts, n) for counts, n in zip(profile.counts, slots, strict=True))
 
 
 def distances(a: Profile, b: Profile) -> list[float]:

@@ -98,13 +98,13 @@ class Recorder:
         return steps
 
     def passed_s(self) -> float:
-        """Since the beginning."""
-        return time.perf_counter() - self.begun
+        """From the beginning to now, or to where the trace was full."""
+        return self.marks[len(self.forwards)][0] if self.left <= 0 else time.perf_counter() - self.begun
 
     def _totals(self) -> tuple[float, int, int, int, float]:
         counters = [cache.counters for cache in self.caches]
         return (
-            self.passed_s(),
+            time.perf_counter() - self.begun,
             sum(c.hits for c in counters),
             sum(c.misses for c in counters),
             sum(c.bytes_read for c in counters),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from .profile import Profile
+from .profile_stats import pinned
 
 #: `(share of a layer's experts that have slots, hit rate)`, replayed with
 #:   moe-offload simulate TRACE... --policies default --start warm --capacity 12.5%,20%,...,95%     (2026-11-26)
@@ -58,9 +59,7 @@ def typical(slots: Sequence[int], experts: Sequence[int]) -> HitRate:
 
 def covered(slots: Sequence[int], profile: Profile) -> HitRate:
     """The share of the profile's requests that its hottest experts, as many as there are slots, would have served."""
-    kept = sum(sum(sorted(counts)[-s:]) for s, counts in zip(slots, profile.counts, strict=True))
-    total = sum(map(sum, profile.counts))
-    rate = kept / total if total else 0.0
+    rate = pinned(profile, slots)
     return HitRate(rate, rate, rate, f"what the profile's hottest experts cover ({profile.tokens} tokens)")
 
 

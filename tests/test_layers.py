@@ -40,7 +40,7 @@ LAYERS = [
         "packed packed_format shards plan measure transfer stores stores.* kernels kernels.*",
     ),
     Layer("runtime", "runtime prewarm"),
-    Layer("engine", "backend handle loading outline pack_streams"),
+    Layer("engine", "backend handle loading outline open_stores pack_streams"),
     Layer("model", "install record pack forecasting"),
     Layer("api", "api"),
     Layer("front", "cli cli.* record_texts report.collect bench bench.* families families.* quickstart quickstart.*"),

@@ -275,6 +275,24 @@ def test_a_backward_through_a_part_of_the_model_is_refused():
         out.sum().backward()
 
 
+def test_a_row_that_cannot_be_read_while_prewarming_closes_the_model(monkeypatch):
+    with offloaded().moe_offload as handle:
+        say(handle.model)
+        profile = handle.profile()
+    files = descriptors()
+
+    def fails(*_):
+        raise moe_offload.ExpertReadError("EIO")
+
+    monkeypatch.setattr("moe_offload.api.prewarm", fails)
+    model = build(QWEN, num_hidden_layers=1)
+    with pytest.raises(moe_offload.ExpertReadError, match="EIO"):
+        moe_offload.optimize(model, "200MB", profile=profile)
+    assert model.moe_offload.closed and descriptors() == files
+    with pytest.raises(ClosedError):
+        say(model)
+
+
 def test_a_long_prompt_in_pieces(caplog):
     """generate's own prefill_chunk_size: the tokens of the unmodified model, and no warning."""
     ids = torch.randint(3, 90, (1, 600), generator=torch.Generator().manual_seed(1))

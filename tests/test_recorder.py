@@ -106,6 +106,7 @@ def test_a_full_trace_keeps_whole_forwards(caplog):
             run.event(1, [0, 1], 1)
     assert run.trace().tokens == 2 == len(run.steps()) and len(caplog.records) == 1
     assert (run.trace().experts_TLK >= 0).all()
+    assert run.passed_s() == run.marks[2][0] > 0, "the clock stops with the trace"
 
 
 def test_nothing_recorded():

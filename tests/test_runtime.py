@@ -207,6 +207,24 @@ def test_prewarm_goes_across_layers_in_the_order_given():
     assert sorted(runtime.layers[1].cache.resident()) == [5, 6, 7]
 
 
+def test_prewarm_gives_up_what_an_interrupted_event_left_behind():
+    runtime, _ = make(3)
+    layer = runtime.layers[0]
+    layer.fetch(torch.tensor([4]))  # and no wait
+    prewarm(runtime, [(0, 0), (0, 1), (0, 2)])
+    assert sorted(layer.cache.resident()) == [0, 1, 2]
+    assert_sound(layer)
+
+
+@pytest.mark.parametrize(("tokens", "trims"), [(1, 0), (63, 0), (64, 1)])
+def test_the_heap_is_trimmed_after_prompts_only(tokens, trims, monkeypatch):
+    trimmed = []
+    monkeypatch.setattr("moe_offload.runtime.trim_heap", lambda: trimmed.append(1))
+    runtime, _ = make(K)
+    prefill(runtime.layers[0], [0, 1] * tokens)
+    assert len(trimmed) == trims
+
+
 def test_prewarm_stops_cleanly_when_interrupted_between_reads():
     runtime, _ = make(3)
     layer = runtime.layers[0]

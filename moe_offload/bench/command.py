@@ -11,8 +11,8 @@ from ..api import make_plan
 from ..errors import ConfigError
 from ..loading import resolve_folder, skeleton
 from ..plan import budget_for
-from .run import Workload
 from .synthetic import PREFIX, default_cache, synthetic
+from .workload import Workload
 
 
 def workload(

@@ -44,6 +44,8 @@ def run(
     from ..record_texts import load_tokenizer
 
     text = sys.stdin.read() if prompt == "-" else prompt
+    if not text:
+        fail("the prompt is empty: give --prompt some text", 2)
     for flag, out in (("--profile-out", profile_out), ("--trace-out", trace_out), ("--report", report)):
         if out is not None and not out.resolve().parent.is_dir():
             fail(f"{flag} {out}: its folder does not exist", 2)

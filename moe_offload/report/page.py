@@ -42,14 +42,16 @@ def page(run: RunRecord) -> str:
     unit, scale = ("GB", 1e9) if run.budget_bytes >= 10**9 else ("MB", 1e6)
     groups = grouped(run.steps)
     decode = grouped(run.steps[1:])
+    facts = summary(run)
+    best = [Line("Belady's best", [(at, 100 * (rate(g, best=True) or 0)) for at, g in groups], "best")]
     return environment.get_template("page.html").render(
         run=run,
         headline=headline(run),
         advice=advice(run),
-        summary=summary(run),
+        summary=facts,
         hit_chart=lines(
             [
-                Line("Belady's best", [(at, 100 * (rate(g, best=True) or 0)) for at, g in groups], "best"),
+                *(best if facts.best_rate is not None else []),
                 Line("this run", [(at, 100 * (rate(g) or 0)) for at, g in groups], "ours"),
             ],
             x="tokens", y="hit rate, %", top=100,

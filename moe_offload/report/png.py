@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import ReportError
 from ..whole_file import reason, replace
-from .advice import rate
+from .advice import rate, summary
 from .page import grouped
 from .record import RunRecord
 
@@ -36,9 +36,9 @@ def write_png(run: RunRecord, folder: Path) -> list[Path]:
 def _hits(run: RunRecord, ax: Any) -> None:
     groups = grouped(run.steps)
     at = [tokens for tokens, _ in groups]
-    ax.plot(
-        at, [100 * (rate(g, best=True) or 0) for _, g in groups], color="0.5", linestyle="--", label="Belady's best"
-    )
+    if summary(run).best_rate is not None:
+        best = [100 * (rate(g, best=True) or 0) for _, g in groups]
+        ax.plot(at, best, color="0.5", linestyle="--", label="Belady's best")
     ax.plot(at, [100 * (rate(g) or 0) for _, g in groups], color="#0b6e99", label="this run")
     ax.set(xlabel="tokens", ylabel="hit rate, %", ylim=(0, 100))
     ax.legend(frameon=False, loc="lower right")

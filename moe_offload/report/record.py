@@ -30,7 +30,8 @@ class _Part(BaseModel):
 
 
 class StepPart(_Part):
-    """One forward, all layers together; `best` hits are those of Belady's MIN with as many slots."""
+    """One forward, all layers together; `best` hits are those of Belady's MIN with as many slots, which
+    may pass a row by, from an empty cache."""
 
     began_s: Seconds
     tokens: Count

@@ -55,6 +55,7 @@ def test_round_trip(tmp_path):
 def test_no_best_is_claimed_where_the_run_was_better():
     warm = run_of(steps=[{**STEP, "hits": 3, "best": 1}])
     assert "at best" not in headline(warm) and not any("future" in sentence for sentence in advice(warm))
+    assert "Belady" in page(run_of()) and "Belady" not in page(warm)
     with_profile = run_of(profile="it.json", cold_first_hits=1, prewarm_bytes=100)
     assert "at best" not in headline(with_profile) and not any("budget of" in x for x in advice(with_profile))
 

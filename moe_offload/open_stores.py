@@ -1,0 +1,68 @@
+"""Where the rows of each layer are read from: the checkpoint they came from, a spill file, or RAM."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .config import OffloadConfig
+from .errors import CheckpointError
+from .experts import ExpertBank
+from .packed import index_checkpoint
+from .stores import Store
+from .stores.disk import DiskStore
+from .stores.host import HostStore, pack_rows
+from .stores.spill import spill
+
+
+def open_stores(
+    model: nn.Module, banks: Sequence[ExpertBank], tiers: Sequence[str], settings: OffloadConfig
+) -> list[Store]:
+    """One store per layer; layers that share a file share the store. Closes what it opened if it cannot open all."""
+    with contextlib.ExitStack() as undo:
+        stores: dict[int, Store] = {}
+        absent = [bank for bank in banks if next(iter(bank.params.values())).is_meta]
+        if absent:
+            checkpoint = undo.enter_context(contextlib.closing(_checkpoint_store(model, banks)))
+            stores |= {bank.index: checkpoint for bank in absent}
+        loaded = [bank for bank in banks if bank.index not in stores and tiers[bank.index] == "disk"]
+        if loaded:
+            folder = Path(settings.offload_folder or tempfile.gettempdir())
+            spilled = undo.enter_context(contextlib.closing(spill(banks, loaded, folder)))
+            stores |= {bank.index: spilled for bank in loaded}
+        in_ram = [bank for bank in banks if tiers[bank.index] == "host"]
+        if in_ram:
+            rows = [torch.empty((0, bank.layout.row_bytes), dtype=torch.uint8) for bank in banks]
+            for bank in in_ram:
+                rows[bank.index] = _rows_in_ram(bank, stores.get(bank.index))
+            host = HostStore(rows)
+            stores |= {bank.index: host for bank in in_ram}
+        if absent and checkpoint not in stores.values():
+            checkpoint.close()  # every row of it has gone to RAM
+        undo.pop_all()
+        return [stores[bank.index] for bank in banks]
+
+
+def _rows_in_ram(bank: ExpertBank, store: Store | None) -> torch.Tensor:
+    if store is None:
+        return pack_rows(bank)
+    rows = torch.empty((bank.num_experts, bank.layout.row_bytes), dtype=torch.uint8)
+    for e in range(bank.num_experts):
+        store.read(bank.index, e, memoryview(rows[e].numpy()))
+    return rows
+
+
+def _checkpoint_store(model: nn.Module, banks: Sequence[ExpertBank]) -> DiskStore:
+    folder = Path(getattr(model.config, "_name_or_path", "") or "")
+    if not str(folder) or not folder.is_dir():
+        raise CheckpointError(
+            f"the experts of {type(model).__name__} are on the meta device, but its config names no local "
+            f"checkpoint folder to "
+            "read them from; use moe_offload.from_pretrained(path, budget)"
+        )
+    return DiskStore([bank.layout for bank in banks], index_checkpoint(model, banks, folder))
