@@ -34,6 +34,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, Qwen3MoeConfig, Qwe
 
 import moe_offload
 from moe_offload.experts import find_experts
+from moe_offload.prewarm import prewarm
 
 PROMPT = 16
 
@@ -105,8 +106,7 @@ def compare(source: str, dtype: str, implementation: str, inner: str, options: a
     layers = len(handle.banks)
     if handle.plan.residency != 1.0:
         raise SystemExit("not all experts are resident")
-    for layer in handle._runtime.layers:
-        layer.prewarm(range(layer.bank.num_experts))
+    prewarm(handle._runtime, [(bank.index, e) for bank in handle.banks for e in range(bank.num_experts)])
 
     torch.manual_seed(0)
     prompt = torch.randint(3, resident.config.vocab_size, (1, PROMPT))

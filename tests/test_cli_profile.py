@@ -34,7 +34,7 @@ def profiles(tmp_path_factory):
         ("english", "en", ["--max-tokens", "100"]),
     ]:
         made[name] = folder / f"{name}.json"
-        done = run("record", MODEL, "--text", folder / f"{text}.txt", "--out", made[name], *more)
+        done = run("record", MODEL, folder / f"{text}.txt", "--out", made[name], *more)
         assert done.exit_code == 0 and "saved to" in done.stdout, done.output
     return made
 
@@ -44,6 +44,12 @@ def test_record(profiles):
     assert plain.counts == offloaded.counts and plain.tokens == offloaded.tokens > 200
     assert plain.meta == {"language": "it"} and english.tokens == 100
     assert all(sum(layer) == plain.tokens * 4 for layer in plain.counts)
+
+
+def test_record_of_several_texts(profiles, tmp_path):
+    folder, out = profiles["plain"].parent, tmp_path / "both.json"
+    done = run("record", MODEL, folder / "it.txt", folder / "en.txt", "--out", out)
+    assert done.exit_code == 0 and Profile.load(out).tokens > Profile.load(profiles["plain"]).tokens, done.output
 
 
 def test_inspect(profiles, tmp_path):
@@ -93,12 +99,12 @@ def test_wrong_requests_are_one_line(profiles, tmp_path):
         (["merge", plain, plain, "--weights", "1,nan", "--out", out], "finite"),
         (["merge", plain, plain, "--weights", "1,x", "--out", out], "one number"),
         (["merge", plain, "--out", tmp_path / "no" / "m.json"], "does not exist"),
-        (["record", MODEL, "--text", tmp_path / "no.txt", "--out", out], "cannot be read"),
-        (["record", MODEL, "--text", tmp_path / "bad.txt", "--out", out], "UTF-8"),
-        (["record", MODEL, "--text", tmp_path / "empty.txt", "--out", out], "no text"),
-        (["record", MODEL, "--text", tmp_path / "bad.txt", "--out", tmp_path / "no" / "p.json"], "does not exist"),
-        (["record", MODEL, "--text", tmp_path / "bad.txt", "--out", out, "--meta", "x"], "key=value"),
-        (["record", tmp_path / "nothing", "--text", tmp_path / "other.json", "--out", out], "nothing"),
+        (["record", MODEL, tmp_path / "no.txt", "--out", out], "cannot be read"),
+        (["record", MODEL, tmp_path / "bad.txt", "--out", out], "UTF-8"),
+        (["record", MODEL, tmp_path / "empty.txt", "--out", out], "no text"),
+        (["record", MODEL, tmp_path / "bad.txt", "--out", tmp_path / "no" / "p.json"], "does not exist"),
+        (["record", MODEL, tmp_path / "bad.txt", "--out", out, "--meta", "x"], "key=value"),
+        (["record", tmp_path / "nothing", tmp_path / "other.json", "--out", out], "nothing"),
     ]:
         done = run(*arguments)
         assert done.exit_code == 2 and words in done.stderr, (arguments, done.output)

@@ -21,8 +21,10 @@ ProfileFile = Annotated[Path, typer.Argument(help="A profile.", show_default=Fal
 @app.command()
 def record(
     model: Model,
+    texts: Annotated[
+        list[Path], typer.Argument(help="UTF-8 texts of the workload; - is standard input.", show_default=False)
+    ],
     out: Out,
-    text: Annotated[list[Path], typer.Option("--text", help="UTF-8 texts of the workload; - is standard input.")],
     budget: Annotated[
         str | None, typer.Option("--budget", help="Run offloaded, in so much memory; else as plain transformers.")
     ] = None,
@@ -39,7 +41,7 @@ def record(
         fail(f"--meta {bad[0]!r}: write key=value", 2)
     facts = {key: value for key, _, value in pairs}
     wanted = settings(config_file, budget=budget)
-    made = or_exit(lambda: record_texts(model, text, max_tokens=max_tokens, meta=facts, config=wanted))
+    made = or_exit(lambda: record_texts(model, texts, max_tokens=max_tokens, meta=facts, config=wanted))
     or_exit(lambda: made.save(out), code=1)
     typer.echo(f"{made.tokens} tokens, {made.fingerprint.layers} layers: saved to {out}")
 

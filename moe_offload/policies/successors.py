@@ -12,7 +12,7 @@ Share of the gap between LRU and MIN that is closed on ../shared/traces; per lay
 
                                             gpt-oss  intent  law   Qwen, one short request
     this, on the half it was made with      38.9     43.9    24.8  19.2
-    this, on the other half                 37.7     43.1    25.3
+    this, on the other half                 37.5     43.0    25.3
     best of LRU, LFU, decayed LFU there     29.1     29.7    10.7
 
 At 50 % it closes 27.8, 45.1 and 27.0; nowhere, warm or cold, is it more than 0.01 points below the best of those. What
