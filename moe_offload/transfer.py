@@ -197,16 +197,17 @@ class ThreadTransfer:
     def _part_done(self, ticket: Ticket) -> None:
         with self._changed:
             ticket.unfinished -= 1
-            last = ticket.unfinished == 0
+            if ticket.unfinished:
+                del self._running[threading.get_ident()]  # in one step: who waits for the row must find us idle after it
+                return
         try:
-            if last and ticket.error is None:
+            if ticket.error is None:
                 ticket.nbytes = ticket.finish()
         except BaseException as error:
             ticket.error = error
         with self._changed:
             del self._running[threading.get_ident()]
-        if last:
-            ticket.done.set()
+        ticket.done.set()
 
     def _drop(self, ticket: Ticket, why: Exception) -> None:
         """Forget the parts that no thread has taken. The caller holds the lock."""

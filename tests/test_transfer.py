@@ -75,6 +75,19 @@ def test_a_row_arrives_whole(transfer):
     assert transfer.idle()
 
 
+def test_nothing_is_under_way_once_the_last_row_has_been_waited_for(transfer):
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # so that threads are stopped between any two steps of theirs
+    try:
+        for _ in range(60):
+            rows = [row() for _ in range(8)]
+            tickets = [transfer.start(ScriptedStore(), 0, e, rows[e]) for e in range(8)]
+            assert [transfer.wait(ticket) for ticket in tickets] == [ROW] * 8
+            assert transfer.idle()
+    finally:
+        sys.setswitchinterval(interval)
+
+
 def test_an_error_belongs_to_the_row_that_met_it(transfer):
     def fail(expert, part):
         if (expert, part) == (2, 3):
