@@ -2,7 +2,7 @@
 
     score(e) <- score(e) * 2 ** (-dt / half_life) + 1        on every use, dt in tokens
 
-Instead of fading all old uses, each new one counts more than those before it: a use adds `unit`, and `unit` doubles with
+Instead of fading all old uses, each new one counts more than those before it: a use adds `unit`, which doubles with
 every half-life. Scores of different experts are compared at one moment, so the sums are compared as they are. Nothing
 here but `+`, `*` and `/` on doubles: a device that does the same (moe_offload/kernels) has the same bits.
 

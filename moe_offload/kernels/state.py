@@ -1,0 +1,104 @@
+"""One layer's cache as tensors of the compute device, at addresses that never change: what a CUDA graph can replay.
+
+Shapes: P = T*K token-expert pairs of one event, E experts, S slots, N elements of one row.
+
+`DeviceState` is `cache.LayerCache` with the policy `decayed_lfu`, event for event, as long as no load fails: here one
+cannot, since the rows lie in memory. `pull` and `push` carry the state over to a `LayerCache` and back, for what the
+host decides (a prompt, a profile, a row that is only on disk).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..cache import LayerCache
+from ..policies import DecayedLFU
+from ..policies.rate import growth, mean_decay
+
+EVENTS, HITS, MISSES, REFUSED = range(4)
+
+
+@dataclass(frozen=True)
+class DeviceState:
+    """`used_E` and `unit_1` are those of `policies.rate.Rate`; -1 in a table is absent, or empty.
+
+    `totals_4` counts events, hits, misses, and pairs whose id was out of range (they compute with slot 0, and the step
+    is refused once the host looks).
+    """
+
+    slot_of_E: Tensor  # int32
+    expert_at_S: Tensor  # int32
+    used_E: Tensor  # float64
+    unit_1: Tensor  # float64
+    counts_E: Tensor  # int64: uses, every pair counted
+    totals_4: Tensor  # int64
+
+    @staticmethod
+    def empty(num_experts: int, slots: int, device: torch.device | str) -> DeviceState:
+        def full(size: int, value: float, dtype: torch.dtype) -> Tensor:
+            return torch.full((size,), value, dtype=dtype, device=device)
+
+        return DeviceState(
+            slot_of_E=full(num_experts, -1, torch.int32),
+            expert_at_S=full(slots, -1, torch.int32),
+            used_E=full(num_experts, 0, torch.float64),
+            unit_1=full(1, 1, torch.float64),
+            counts_E=full(num_experts, 0, torch.int64),
+            totals_4=full(4, 0, torch.int64),
+        )
+
+    def push(self, cache: LayerCache) -> None:
+        """Take over what the host decided. Nothing may be pending there."""
+        if cache.pending:
+            raise AssertionError(f"{cache.name}: loads are pending")
+        rate = _rate(cache)
+        self.slot_of_E.copy_(torch.tensor(cache.slot_of))
+        self.expert_at_S.copy_(torch.tensor(cache.expert_at))
+        self.used_E.copy_(torch.tensor(rate.used, dtype=torch.float64))
+        self.unit_1.fill_(rate.unit)
+        self.counts_E.copy_(torch.tensor(cache.counters.counts))
+        self.totals_4.zero_()
+
+    def pull(self, cache: LayerCache, row_bytes: int) -> None:
+        """Give back what the device decided since `push`; each miss read `row_bytes`. Waits for the device."""
+        rate, counters = _rate(cache), cache.counters
+        cache.slot_of, cache.expert_at = self.slot_of_E.tolist(), self.expert_at_S.tolist()
+        cache.free = [slot for slot in reversed(range(cache.slots)) if cache.expert_at[slot] < 0]
+        rate.used, rate.unit = self.used_E.tolist(), float(self.unit_1)
+        events, hits, misses, _ = self.totals_4.tolist()
+        counters.events += events
+        counters.hits += hits
+        counters.misses += misses
+        counters.bytes_read += misses * row_bytes
+        counters.counts = self.counts_E.tolist()
+        self.totals_4.zero_()
+
+
+@dataclass(frozen=True)
+class Loads:
+    """What one event has to load: `expert` into `slot`, for the first `count` entries; -1 in those after."""
+
+    expert_P: Tensor  # int32
+    slot_P: Tensor  # int32
+    count_1: Tensor  # int32
+
+    @staticmethod
+    def empty(pairs: int, device: torch.device | str) -> Loads:
+        def full(size: int, value: int) -> Tensor:
+            return torch.full((size,), value, dtype=torch.int32, device=device)
+
+        return Loads(full(pairs, -1), full(pairs, -1), full(1, 0))
+
+
+def pace(tokens: int, half_life: float, device: torch.device | str) -> Tensor:
+    """float64 [2]: what the unit grows by in an event of so many tokens, and what share of it each use adds."""
+    return torch.tensor([growth(tokens, half_life), mean_decay(tokens, half_life)], dtype=torch.float64, device=device)
+
+
+def _rate(cache: LayerCache):  # type: ignore[no-untyped-def]
+    if not isinstance(cache.policy, DecayedLFU):
+        raise AssertionError(f"{cache.name}: the device decides by decayed_lfu, not {type(cache.policy).__name__}")
+    return cache.policy.rate
