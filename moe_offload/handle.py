@@ -87,7 +87,8 @@ class Handle:
         return self._runtime.closed
 
     def stats(self) -> Stats:
-        """Counters as of now; `stats().layers` has them per layer."""
+        """Counters as of now; `stats().layers` has them per layer. Where the device decides, waits for it."""
+        self._runtime.hand_back()
         layers: list[dict[str, Any]] = []
         for layer in self._runtime.layers:
             c = layer.cache.counters
@@ -107,6 +108,7 @@ class Handle:
 
     def profile(self, **meta: str) -> Profile:
         """The activation profile so far: how often each layer used each expert."""
+        self._runtime.hand_back()
         layers = self._runtime.layers
         return Profile.of(
             self.fingerprint,
@@ -125,6 +127,11 @@ class Handle:
 
     def start_trace(self) -> None:
         """Write down from now on which experts are asked for, forward by forward (64 MB at most)."""
+        if self._runtime.deciding is not None:
+            raise TraceError(
+                "the device decides which experts are in the slots, and the host does not hear their ids; to record a "
+                "trace, load the model with config={'decide': 'host'}"
+            )
         layers = self._runtime.layers
         self._recorder = Recorder([layer.cache for layer in layers], [layer.bank.top_k for layer in layers])
         self._runtime.record(self._recorder)

@@ -97,6 +97,7 @@ def install(
     inner: str,
     overlap: bool,
     guess: bool,
+    on_device: bool,
     dynamic: bool | None,
     fullgraph: bool,
 ) -> list[Any]:
@@ -112,7 +113,7 @@ def install(
         if inner == "inductor"
         else (backend.run_graph, backend.core_as_is)
     )
-    made = backend.make_backend(run, core, log, overlap, guess)
+    made = backend.make_backend(run, core, log, overlap, guess, on_device)
     compiled = torch.compile(own_code(model), backend=made, dynamic=dynamic, fullgraph=fullgraph)
     model._compiled_call_impl = _Call(model, runtime, scope, compiled)
     _refuse_moves(model)
@@ -164,7 +165,9 @@ class _Call:
             self._check_length(args, kwargs)
             self.scope.active = True
             try:
-                return self.compiled(*args, **kwargs)
+                out = self.compiled(*args, **kwargs)
+                self.runtime.check_ids()
+                return out
             except torch._dynamo.exc.BackendCompilerFailed as error:
                 if isinstance(error.inner_exception, OffloadError):  # ours, in Dynamo's wrapping
                     raise error.inner_exception from None

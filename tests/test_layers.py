@@ -37,9 +37,9 @@ LAYERS = [
     Layer(
         "parts",
         "experts arrange explain buffers process_memory scratch arrivals overlap trial checkpoint conversion rows "
-        "packed packed_format shards plan measure transfer stores stores.* kernels kernels.*",
+        "packed packed_format shards plan measure transfer stores stores.* kernels kernels.* device_cache",
     ),
-    Layer("runtime", "runtime prewarm"),
+    Layer("runtime", "runtime prewarm assemble"),
     Layer("engine", "backend handle loading outline open_stores pack_streams"),
     Layer("model", "install record pack forecasting"),
     Layer("api", "api"),

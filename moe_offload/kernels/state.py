@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..cache import LayerCache
 from ..policies import DecayedLFU
-from ..policies.rate import growth, mean_decay
+from ..policies.rate import Rate, growth, mean_decay
 
 EVENTS, HITS, MISSES, REFUSED = range(4)
 
@@ -37,7 +37,7 @@ class DeviceState:
     totals_4: Tensor  # int64
 
     @staticmethod
-    def empty(num_experts: int, slots: int, device: torch.device | str) -> DeviceState:
+    def empty(num_experts: int, slots: int, device: torch.device | str, totals_4: Tensor | None = None) -> DeviceState:
         def full(size: int, value: float, dtype: torch.dtype) -> Tensor:
             return torch.full((size,), value, dtype=dtype, device=device)
 
@@ -47,7 +47,7 @@ class DeviceState:
             used_E=full(num_experts, 0, torch.float64),
             unit_1=full(1, 1, torch.float64),
             counts_E=full(num_experts, 0, torch.int64),
-            totals_4=full(4, 0, torch.int64),
+            totals_4=full(4, 0, torch.int64) if totals_4 is None else totals_4,
         )
 
     def push(self, cache: LayerCache) -> None:
@@ -62,7 +62,7 @@ class DeviceState:
         self.counts_E.copy_(torch.tensor(cache.counters.counts))
         self.totals_4.zero_()
 
-    def pull(self, cache: LayerCache, row_bytes: int) -> None:
+    def pull(self, cache: LayerCache, top_k: int, row_bytes: int) -> None:
         """Give back what the device decided since `push`; each miss read `row_bytes`. Waits for the device."""
         rate, counters = _rate(cache), cache.counters
         cache.slot_of, cache.expert_at = self.slot_of_E.tolist(), self.expert_at_S.tolist()
@@ -73,7 +73,9 @@ class DeviceState:
         counters.hits += hits
         counters.misses += misses
         counters.bytes_read += misses * row_bytes
-        counters.counts = self.counts_E.tolist()
+        counts = self.counts_E.tolist()
+        counters.tokens += (sum(counts) - sum(counters.counts)) // top_k
+        counters.counts = counts
         self.totals_4.zero_()
 
 
@@ -98,7 +100,7 @@ def pace(tokens: int, half_life: float, device: torch.device | str) -> Tensor:
     return torch.tensor([growth(tokens, half_life), mean_decay(tokens, half_life)], dtype=torch.float64, device=device)
 
 
-def _rate(cache: LayerCache):  # type: ignore[no-untyped-def]
+def _rate(cache: LayerCache) -> Rate:
     if not isinstance(cache.policy, DecayedLFU):
         raise AssertionError(f"{cache.name}: the device decides by decayed_lfu, not {type(cache.policy).__name__}")
     return cache.policy.rate

@@ -29,7 +29,7 @@ def mean_decay(tokens: int, half_life: float) -> float:
 
 def growth(tokens: int, half_life: float) -> float:
     """What the unit is multiplied with when that many tokens pass."""
-    return 2.0 ** min(tokens / half_life, MOST)
+    return float(2.0 ** min(tokens / half_life, MOST))
 
 
 class Rate:

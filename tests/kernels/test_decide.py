@@ -117,7 +117,7 @@ def test_what_the_host_decided_is_taken_over_and_given_back():
     both = Both(8, 4)
     both.event([1, 2])
     prompt = Counter({0: 5, 3: 4, 4: 1, 5: 1, 6: 2})
-    both.state.pull(both.cache, row_bytes=10)  # a prompt is the host's
+    both.state.pull(both.cache, top_k=2, row_bytes=10)  # a prompt is the host's
     assert both.cache.counters.bytes_read == 2 + 20  # 1 a commit on the host's side, 10 a miss on the device's
     both.cache.counters.events, both.cache.counters.hits, both.cache.counters.misses = 0, 0, 0
     for load in both.cache.fill(prompt, 5)[0]:

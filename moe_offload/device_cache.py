@@ -1,0 +1,90 @@
+"""One layer's cache while the device decides, and the change of hands between it and the host.
+
+Shapes: P = T*K token-expert pairs, E experts, S slots, N elements of one row.
+
+    decode    the device     `place`: a few kernels, nothing the host waits for, so that a CUDA graph can hold it
+    the rest  the host       `LayerCache`: prompts, profiles, calls that no pass has rewritten
+
+Both are the same cache with the same policy. Only one of them is in charge, and the other is out of date: `take_over`
+and `hand_back` carry the tables over, once at each change.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .arrivals import Arrivals
+from .errors import RoutingError
+from .kernels.state import REFUSED, DeviceState, Loads, pace
+
+
+class Kernels(Protocol):
+    """What a kind of device has to offer; see `kernels/reference.py`."""
+
+    def decide(self, ids_P: Tensor, state: DeviceState, loads: Loads, pace_2: Tensor) -> Tensor: ...
+    def gather(self, rows_EN: Tensor, bank_SN: Tensor, loads: Loads) -> None: ...
+
+
+class Deciding:
+    """What the layers of a model share: `totals_L4`, and the part of it that the host looks at after every forward."""
+
+    def __init__(self, layers: int, device: torch.device):
+        self.totals_L4 = torch.zeros((layers, 4), dtype=torch.int64, device=device)
+        self._seen_L = torch.zeros(layers, dtype=torch.int64, pin_memory=device.type == "cuda")
+
+    def refused(self) -> bool:
+        """Whether an id was out of range. A GPU is not waited for: it may be seen a forward later."""
+        self._seen_L.copy_(self.totals_L4[:, REFUSED], non_blocking=True)
+        return bool(self._seen_L.any())
+
+
+class DeviceCache:
+    """`rows_EN` are all rows of the layer, in memory that the device can read; `totals_4` is this layer's part of the
+    model's counters."""
+
+    def __init__(self, arrivals: Arrivals, rows_EN: Tensor, totals_4: Tensor, half_life: float, kernels: Kernels):
+        cache, self.device = arrivals.cache, arrivals.slots.bank_SN.device
+        self.arrivals, self.rows_EN, self.half_life, self.kernels = arrivals, rows_EN, half_life, kernels
+        self.state = DeviceState.empty(cache.num_experts, cache.slots, self.device, totals_4)
+        self.deciding = False
+        # One of each per size of event, made once: a graph that was captured goes on using them.
+        self._paces: dict[int, Tensor] = {}
+        self._loads: dict[int, Loads] = {}
+
+    def place(self, ids_P: Tensor) -> Tensor:
+        """The slots of `ids_P`, all of which hold their rows once what has been launched here is done."""
+        pairs = ids_P.numel()
+        if pairs not in self._loads:
+            tokens = -(-pairs // self.arrivals.bank.top_k)
+            self._loads[pairs] = Loads.empty(pairs, self.device)
+            self._paces[pairs] = pace(tokens, self.half_life, self.device)
+        loads = self._loads[pairs]
+        slots_P = self.kernels.decide(ids_P.reshape(-1), self.state, loads, self._paces[pairs])
+        self.kernels.gather(self.rows_EN, self.arrivals.slots.bank_SN, loads)
+        return slots_P.view(ids_P.shape)
+
+    def take_over(self) -> None:
+        if not self.deciding:
+            if self.arrivals.under_way:  # an event that was interrupted
+                self.arrivals.abort()
+            self.state.push(self.arrivals.cache)
+            self.deciding = True
+
+    def hand_back(self) -> None:
+        """Raises `RoutingError` if the router asked for an expert that does not exist since `take_over`."""
+        if self.deciding:
+            self.deciding = False
+            refused = int(self.state.totals_4[REFUSED])
+            self.state.pull(self.arrivals.cache, self.arrivals.bank.top_k, self.arrivals.bank.layout.row_bytes)
+            if refused:
+                raise no_such_expert(self.arrivals.bank.name, refused, self.arrivals.cache.num_experts)
+
+
+def no_such_expert(name: str, refused: int, num_experts: int) -> RoutingError:
+    return RoutingError(
+        f"{name}: the router asked {refused} times for an expert outside 0..{num_experts - 1}; what was computed since "
+        "is void. The model's routing code or its configuration is damaged"
+    )
