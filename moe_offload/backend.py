@@ -96,8 +96,8 @@ def make_backend(
             served = list(args)
             for position in banked:
                 served[position] = args[position].layer.slots.bank_SN
-            for position in placed:
-                args[position].layer.take_over()
+            if placed:
+                args[placed[0]].layer.take_over()
             return compiled(*served)
 
         return call

@@ -11,6 +11,7 @@ and `hand_back` carry the tables over, once at each change.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -29,16 +30,41 @@ class Kernels(Protocol):
 
 
 class Deciding:
-    """What the layers of a model share: `totals_L4`, and the part of it that the host looks at after every forward."""
+    """The device caches of a model. They change hands together: reading ahead, the host looks at other layers too."""
 
-    def __init__(self, layers: int, device: torch.device):
-        self.totals_L4 = torch.zeros((layers, 4), dtype=torch.int64, device=device)
-        self._seen_L = torch.zeros(layers, dtype=torch.int64, pin_memory=device.type == "cuda")
+    def __init__(self, layers: Sequence[Arrivals], rows_LEN: Sequence[Tensor], half_life: float, kernels: Kernels):
+        device = layers[0].slots.bank_SN.device
+        self.now = False
+        self._totals_L4 = torch.zeros((len(layers), 4), dtype=torch.int64, device=device)
+        self._seen_L = torch.zeros(len(layers), dtype=torch.int64, pin_memory=device.type == "cuda")
+        parts = zip(layers, rows_LEN, self._totals_L4, strict=True)
+        self.caches = [DeviceCache(arrivals, rows_EN, part, half_life, kernels) for arrivals, rows_EN, part in parts]
 
-    def refused(self) -> bool:
-        """Whether an id was out of range. A GPU is not waited for: it may be seen a forward later."""
-        self._seen_L.copy_(self.totals_L4[:, REFUSED], non_blocking=True)
-        return bool(self._seen_L.any())
+    def take_over(self) -> None:
+        """The device decides from now on."""
+        if not self.now:
+            for cache in self.caches:
+                cache.push()
+            self.now = True
+
+    def hand_back(self) -> None:
+        """The host decides from now on, and its counters are up to date.
+
+        Raises `RoutingError` if a router asked for an expert that does not exist since `take_over`.
+        """
+        if self.now:
+            self.now = False
+            refused = [(cache.pull(), cache.arrivals) for cache in self.caches]
+            for count, arrivals in refused:
+                if count:
+                    raise no_such_expert(arrivals.bank.name, count, arrivals.cache.num_experts)
+
+    def check_ids(self) -> None:
+        """Raise `RoutingError` if the device met an id that is no expert's. A GPU is not waited for: it may be seen a
+        forward later."""
+        self._seen_L.copy_(self._totals_L4[:, REFUSED], non_blocking=True)
+        if self._seen_L.any():
+            self.hand_back()
 
 
 class DeviceCache:
@@ -49,7 +75,6 @@ class DeviceCache:
         cache, self.device = arrivals.cache, arrivals.slots.bank_SN.device
         self.arrivals, self.rows_EN, self.half_life, self.kernels = arrivals, rows_EN, half_life, kernels
         self.state = DeviceState.empty(cache.num_experts, cache.slots, self.device, totals_4)
-        self.deciding = False
         # One of each per size of event, made once: a graph that was captured goes on using them.
         self._paces: dict[int, Tensor] = {}
         self._loads: dict[int, Loads] = {}
@@ -66,21 +91,16 @@ class DeviceCache:
         self.kernels.gather(self.rows_EN, self.arrivals.slots.bank_SN, loads)
         return slots_P.view(ids_P.shape)
 
-    def take_over(self) -> None:
-        if not self.deciding:
-            if self.arrivals.under_way:  # an event that was interrupted
-                self.arrivals.abort()
-            self.state.push(self.arrivals.cache)
-            self.deciding = True
+    def push(self) -> None:
+        if self.arrivals.under_way:  # an event that was interrupted
+            self.arrivals.abort()
+        self.state.push(self.arrivals.cache)
 
-    def hand_back(self) -> None:
-        """Raises `RoutingError` if the router asked for an expert that does not exist since `take_over`."""
-        if self.deciding:
-            self.deciding = False
-            refused = int(self.state.totals_4[REFUSED])
-            self.state.pull(self.arrivals.cache, self.arrivals.bank.top_k, self.arrivals.bank.layout.row_bytes)
-            if refused:
-                raise no_such_expert(self.arrivals.bank.name, refused, self.arrivals.cache.num_experts)
+    def pull(self) -> int:
+        """How many ids were out of range."""
+        refused = int(self.state.totals_4[REFUSED])
+        self.state.pull(self.arrivals.cache, self.arrivals.bank.top_k, self.arrivals.bank.layout.row_bytes)
+        return refused
 
 
 def no_such_expert(name: str, refused: int, num_experts: int) -> RoutingError:

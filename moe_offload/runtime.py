@@ -83,6 +83,7 @@ class LayerRuntime:
         self.guesses = Guesses()  # of the model; set by `Runtime`
         self.recorder: Recorder | None = None  # of the model, while its trace is recorded
         self.device_cache: DeviceCache | None = None  # where the device decides
+        self.deciding: Deciding | None = None  # of the model, likewise
         self.module_core: RunCore | None = None  # set where the model is patched; serves `experts`
 
     @property
@@ -118,8 +119,8 @@ class LayerRuntime:
         return torch.tensor(slots, dtype=ids_P.dtype).view(ids_P.shape)
 
     def place(self, ids_P: Tensor) -> Tensor:
-        if self.device_cache is None:
-            raise AssertionError(f"{self.bank.name}: its graph lets the device decide, which it is not prepared for")
+        if self.device_cache is None or self.deciding is None or not self.deciding.now:
+            raise AssertionError(f"{self.bank.name}: its graph lets the device decide, and it is not in charge")
         return self.device_cache.place(ids_P)
 
     def wait(self, ticket_P: Tensor) -> Tensor:
@@ -162,24 +163,20 @@ class LayerRuntime:
             return weighted_PH.view(tokens, k, -1).sum(dim=1).to(x_TH.dtype)
 
     def take_over(self) -> None:
-        """The device decides from now on."""
-        if self.device_cache is not None:
-            self.device_cache.take_over()
-
-    def hand_back(self) -> None:
-        """The host decides from now on, and its counters are up to date."""
-        if self.device_cache is not None:
-            self.device_cache.hand_back()
+        """A graph is about to run in which the device decides, in all layers."""
+        if self.deciding is not None:
+            self.deciding.take_over()
 
     def release(self) -> None:
         """Give the memory back. Nothing may be on its way any more."""
-        self.module_core = self.device_cache = None
+        self.module_core = self.device_cache = self.deciding = None
         self.arrivals.slots = self.arrivals.scratch = NOTHING
         self.arrivals.shared.release()
 
     def _event(self, ids_P: Tensor) -> tuple[list[int], Counter[int]]:
         """The ids of one event, checked and counted; what is on its way for it has been claimed."""
-        self.hand_back()
+        if self.deciding is not None:
+            self.deciding.hand_back()
         ids = ids_P.reshape(-1).tolist()
         used = Counter(ids)
         self.cache.check(used)
@@ -236,20 +233,20 @@ class Runtime:
 
     def decide_on_device(self, rows_LEN: Sequence[Tensor], half_life: float, kernels: Kernels) -> None:
         """Let the device decide in graphs that ask it to; `rows_LEN[l]` are all rows of layer l."""
-        self.deciding = Deciding(len(self.layers), self.layers[0].slots.bank_SN.device)
-        for layer, rows_EN, totals_4 in zip(self.layers, rows_LEN, self.deciding.totals_L4, strict=True):
-            layer.device_cache = DeviceCache(layer.arrivals, rows_EN, totals_4, half_life, kernels)
+        self.deciding = Deciding([layer.arrivals for layer in self.layers], rows_LEN, half_life, kernels)
+        for layer, cache in zip(self.layers, self.deciding.caches, strict=True):
+            layer.deciding, layer.device_cache = self.deciding, cache
 
     def check_ids(self) -> None:
         """Raise `RoutingError` if the device met an id that is no expert's."""
-        if self.deciding is not None and self.deciding.refused():
-            self.hand_back()
+        if self.deciding is not None:
+            self.deciding.check_ids()
 
     def hand_back(self) -> None:
         """Where the device decides, hear what it has decided so far. Waits for a forward in flight."""
-        with self.lock:
-            for layer in self.layers:
-                layer.hand_back()
+        if self.deciding is not None:
+            with self.lock:
+                self.deciding.hand_back()
 
     def read_stacked(self, index: int) -> dict[str, Tensor]:
         """The real stacked parameters `{field: [E, ...]}` of one layer, read anew from its store."""

@@ -35,6 +35,7 @@ def slots(
 ) -> list[Site]:
     """Rewrite every site whose pairs always fit its bank; return those sites."""
     done = [site for site in sites if site.pairs is not None and site.pairs <= banks[site.layer].slots]
+    on_device = on_device and len(done) == len(sites)  # it decides for all layers or for none
     for site in done:
         slots_P = _fetch(graph, site, on_device)
         _read_bank(graph, site, banks[site.layer], slots_P)

@@ -79,6 +79,7 @@ def test_no_op_of_a_decode_graph_waits_for_the_device(family, monkeypatch):
     model.moe_offload.close()
 
 
+@pytest.mark.long
 def test_through_inductor():
     want = say(resident(layers=2))
     model = decided(settings=replace(DEVICE, compile="inductor"))
@@ -90,6 +91,7 @@ def test_hands_change_at_prompts_and_foreign_calls():
     """A second request prefills on the host in between; a submodule call in the middle goes past every pass."""
     plain, model = resident(layers=2, compiled=False), decided()
     for ids in (IDS, IDS.flip(1), IDS + 3):
+        print("IDS", ids)
         torch.testing.assert_close(say(model, ids), say(plain, ids), rtol=0, atol=0)
         with torch.no_grad():
             inner = model.model(ids).last_hidden_state
