@@ -30,8 +30,8 @@ LAYERS = [
     Layer(
         "words",
         "errors sizes config config_file config_rules profile profile_stats profile_show typical cache belady "
-        "placement new_folder whole_file npz trace recorder strict_json simulate simulate.* report report.record "
-        "report.advice report.charts report.page report.png policies policies.*",
+        "placement new_folder whole_file npz trace recorder timeline chrome_trace strict_json simulate simulate.* "
+        "report report.record report.advice report.charts report.page report.png policies policies.*",
         never=TORCH_FREE,
     ),
     Layer(
