@@ -24,7 +24,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from . import backend
+from . import backend, progress
 from .errors import OffloadError
 from .experts import ExpertBank
 from .measure import PROMPT_TOKENS
@@ -160,7 +160,7 @@ class _Call:
                 f"Call "
                 "model.eval(), or train the model before optimize()."
             )
-        with self.runtime.lock, torch.no_grad():
+        with self.runtime.lock, torch.no_grad(), progress.compiling():
             self.runtime.check_open()
             self._check_implementation()
             sequences, tokens = _size(args, kwargs)
