@@ -224,7 +224,7 @@ class ThreadTransfer:
             ticket.error = error
         with self._changed:
             self._free(ticket)
-            if self.timeline is not None and ticket.error is None:
+            if self.timeline is not None:
                 self.timeline.arrived(ticket.reads, ticket.nbytes)
         ticket.done.set()
 
