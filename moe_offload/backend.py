@@ -23,6 +23,7 @@ from torch.fx import GraphModule, Node
 import passes
 from passes import ops
 
+from . import progress
 from .errors import OffloadError, UnsupportedModelError
 from .experts import ExpertBank, Field
 from .runtime import LayerRuntime
@@ -80,6 +81,7 @@ def make_backend(
 
     def backend(gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Compiled:
         phantoms = phantoms_in(example_inputs)
+        progress.stage("rewriting")
         if not phantoms:
             log.append([])
             return inner(gm, list(example_inputs))
@@ -165,6 +167,7 @@ def run_inductor(gm: GraphModule, example_inputs: list[Any], **options: Any) -> 
     """Compile the rewritten graph with Inductor; `options` are its settings."""
     from torch._inductor.compile_fx import compile_fx
 
+    progress.stage("Inductor")
     return cast(Compiled, compile_fx(gm, example_inputs, config_patches=options or None))
 
 

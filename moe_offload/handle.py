@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import chrome_trace
 from .arrange import Arrangement
 from .errors import TraceError
 from .experts import ExpertBank
@@ -15,6 +16,7 @@ from .profile import Fingerprint, Profile
 from .recorder import Recorder, Step
 from .runtime import Runtime
 from .sizes import format_size
+from .timeline import Timeline
 from .trace import Trace
 
 
@@ -77,6 +79,7 @@ class Handle:
         self.compile, self.implementation, self.graphs = compile, implementation, graphs
         self.model, self._runtime, self._on_close = model, runtime, on_close
         self._recorder: Recorder | None = None
+        self._timeline: Timeline | None = None
 
     @property
     def banks(self) -> list[ExpertBank]:
@@ -159,6 +162,23 @@ class Handle:
     def recorded_s(self) -> float:
         """Seconds from `start_trace` to now, or to where the trace was full."""
         return self._recording().passed_s()
+
+    def start_timeline(self) -> None:
+        """Write down from now on what happens when: forwards, waits, reads, queues (200,000 events at most)."""
+        timeline = Timeline([layer.cache for layer in self._runtime.layers])
+        self._runtime.record_timeline(timeline)
+        self._timeline = timeline
+
+    def save_timeline(self, path: str | Path, torch_profile: str | Path | None = None) -> Path:
+        """Write what `start_timeline` has recorded to `path`, atomically: a Chrome trace (.json or .json.gz), for
+        ui.perfetto.dev.
+
+        `torch_profile`: what `export_chrome_trace` of a torch.profiler has written about the same forwards; `path` then
+        holds both, on one clock. Raises `TraceError`.
+        """
+        if self._timeline is None:
+            raise TraceError("no timeline is being recorded: call model.moe_offload.start_timeline() before the run")
+        return chrome_trace.save(self._timeline, path, torch_profile)
 
     def _recording(self) -> Recorder:
         if self._recorder is None:

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
+import time
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any, cast
@@ -22,7 +24,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from . import backend
+from . import backend, progress
 from .errors import OffloadError
 from .experts import ExpertBank
 from .measure import PROMPT_TOKENS
@@ -159,10 +161,12 @@ class _Call:
                 f"Call "
                 "model.eval(), or train the model before optimize()."
             )
-        with self.runtime.lock, torch.no_grad():
+        with self.runtime.lock, torch.no_grad(), progress.compiling():
             self.runtime.check_open()
             self._check_implementation()
-            self._check_length(args, kwargs)
+            sequences, tokens = _size(args, kwargs)
+            self._check_length(sequences * tokens)
+            begun_s = time.perf_counter()
             self.scope.active = True
             try:
                 out = self.compiled(*args, **kwargs)
@@ -174,11 +178,11 @@ class _Call:
                 raise
             finally:
                 self.scope.active = False
+                if self.runtime.timeline is not None:
+                    self.runtime.timeline.forward(begun_s, sequences, tokens)
 
-    def _check_length(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _check_length(self, tokens: int) -> None:
         """Say once that activations may take more than the reserve has."""
-        given = [*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
-        tokens = max((x.shape[:2].numel() for x in given if isinstance(x, Tensor)), default=0)
         if tokens > PROMPT_TOKENS and not self.warned:
             self.warned = True
             logger.warning(
@@ -196,6 +200,14 @@ class _Call:
                     "optimize(), which cannot reach the offloaded weights; choose it with "
                     "config={'experts_implementation': ...}"
                 )
+
+
+def _size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
+    """How many sequences a forward is given, and of how many tokens each."""
+    given = [*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
+    sizes = [x.shape[:2] for x in given if isinstance(x, Tensor)]
+    *sequences, tokens = max(sizes, key=torch.Size.numel, default=(0, 0))
+    return math.prod(sequences), tokens
 
 
 def own_code(model: nn.Module) -> Callable[..., Any]:

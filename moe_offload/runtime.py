@@ -35,6 +35,7 @@ from .process_memory import trim_heap
 from .recorder import Recorder
 from .scratch import Scratch
 from .stores import Store
+from .timeline import Timeline
 from .transfer import Transfer
 from .trial import Trial
 
@@ -247,6 +248,16 @@ class Runtime:
         if self.deciding is not None:
             with self.lock:
                 self.deciding.hand_back()
+
+    @property
+    def timeline(self) -> Timeline | None:
+        return self._transfer.timeline
+
+    def record_timeline(self, timeline: Timeline) -> None:
+        """Write down what happens when, from now on."""
+        self.check_open()
+        with self.lock:
+            self._transfer.timeline = timeline
 
     def read_stacked(self, index: int) -> dict[str, Tensor]:
         """The real stacked parameters `{field: [E, ...]}` of one layer, read anew from its store."""

@@ -30,14 +30,15 @@ LAYERS = [
     Layer(
         "words",
         "errors sizes config config_file config_rules profile profile_stats profile_show typical cache belady "
-        "placement new_folder whole_file npz trace recorder strict_json simulate simulate.* report report.record "
-        "report.advice report.charts report.page report.png policies policies.*",
+        "placement new_folder whole_file npz trace recorder timeline chrome_trace strict_json simulate simulate.* "
+        "report report.record report.advice report.charts report.page report.png policies policies.*",
         never=TORCH_FREE,
     ),
     Layer(
         "parts",
-        "experts arrange explain buffers process_memory scratch arrivals overlap trial checkpoint conversion rows "
-        "packed packed_format shards plan measure transfer stores stores.* kernels kernels.* device_cache",
+        "experts arrange explain progress buffers process_memory scratch arrivals overlap trial checkpoint conversion "
+        "rows packed packed_format shards plan measure transfer stores stores.* kernels kernels.* "
+        "device_cache transfer_device",
     ),
     Layer("runtime", "runtime prewarm assemble"),
     Layer("engine", "backend handle loading outline open_stores pack_streams"),
