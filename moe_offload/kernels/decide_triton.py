@@ -173,9 +173,7 @@ def _score(used_N, count_N, unit, weight):
 
 
 @triton.jit
-def _key(
-    slot_N, expert_at_S, used_E, unit, weight, ids_P, stride, E, S, P, BLOCK_P: tl.constexpr, PAIRS: tl.constexpr
-):
+def _key(slot_N, expert_at_S, used_E, unit, weight, ids_P, stride, E, S, P, BLOCK_P: tl.constexpr, PAIRS: tl.constexpr):
     """What slots give way by, the smallest first: free ones, the least used, and never one that the event needs."""
     expert_N = tl.load(expert_at_S + slot_N, mask=slot_N < S, other=-1)
     is_N = expert_N >= 0

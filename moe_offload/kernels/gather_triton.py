@@ -50,7 +50,9 @@ def gather(rows_EN: Tensor, bank_SN: Tensor, loads: Loads, programs: int = PROGR
 def _words(rows: Tensor) -> Tensor:
     row_bytes = rows.shape[1] * rows.itemsize
     if row_bytes % 16 or rows.stride(1) != 1:
-        raise ValueError(f"rows of {row_bytes} bytes with stride {rows.stride()}: whole multiples of 16 bytes are copied")
+        raise ValueError(
+            f"rows of {row_bytes} bytes with stride {rows.stride()}: whole multiples of 16 bytes are copied"
+        )
     return rows.view(torch.int64)
 
 

@@ -3,7 +3,7 @@
 Shapes: P token-expert pairs, S slots, H hidden, M rows of one expert's matrix.
 
 For few pairs a product is as fast as its matrix is read, so a program takes a few rows of one pair's matrix and walks
-along H, multiplying and adding in float32 registers; tensor cores would wait for the same bytes. Which way a matrix lies
+along H, multiplying and adding in float32 registers; tensor cores would wait for the same bytes. How a matrix lies
 decides the tile: wide along H where a row is contiguous, tall along M where a column is (a transposed weight).
 """
 
@@ -11,14 +11,28 @@ decides the tile: wide along H where a row is contiguous, tall along M where a c
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS_ALONG_H, COLUMNS_ALONG_H = 8, 512  # the tile (M, H) where H is contiguous: 4096 products at once, 32 a thread
-ROWS_ALONG_M, COLUMNS_ALONG_M = 64, 64  # and where M is: each column of it is 128 bytes of bf16
-WARPS = 4
+
+class Tile(NamedTuple):
+    """What a program multiplies at once: 32 products a thread, in loads of 16 bytes (bf16).
+
+    Both tiles below are such that x can be read in the very layout it is multiplied in, so that no warp waits for
+    another within the loop. Others cost two barriers a step: look for bar.sync in the loop of the PTX.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+
+
+ALONG_H = Tile(4, 256, 1)  # where H is contiguous: 512 bytes of each row
+ALONG_M = Tile(64, 128, 8)  # where M is: 128 bytes of each column
 
 
 def indexed_mm(x_PH: Tensor, weight_SMH: Tensor, slots_P: Tensor) -> Tensor:
@@ -29,9 +43,8 @@ def indexed_mm(x_PH: Tensor, weight_SMH: Tensor, slots_P: Tensor) -> Tensor:
         raise ValueError(f"x {[*x_PH.shape]} and {len(slots_P)} slots do not fit weights {[*weight_SMH.shape]}")
     out_PM = torch.empty(pairs, rows, dtype=x_PH.dtype, device=x_PH.device)
     slot_stride, row_stride, column_stride = weight_SMH.stride()
-    along_h = column_stride <= row_stride
-    block_m, block_h = (ROWS_ALONG_H, COLUMNS_ALONG_H) if along_h else (ROWS_ALONG_M, COLUMNS_ALONG_M)
-    _indexed_mm[(triton.cdiv(rows, block_m), pairs)](
+    tile = ALONG_H if column_stride <= row_stride else ALONG_M
+    _indexed_mm[(triton.cdiv(rows, tile.rows), pairs)](
         x_PH,
         weight_SMH,
         slots_P,
@@ -44,9 +57,9 @@ def indexed_mm(x_PH: Tensor, weight_SMH: Tensor, slots_P: Tensor) -> Tensor:
         row_stride,
         column_stride,
         slots_P.stride(0),
-        BLOCK_M=block_m,
-        BLOCK_H=block_h,
-        num_warps=WARPS,
+        BLOCK_M=tile.rows,
+        BLOCK_H=tile.columns,
+        num_warps=tile.warps,
     )
     return out_PM
 
