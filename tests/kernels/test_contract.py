@@ -259,6 +259,46 @@ def laid_out(values_SMH, layout):
     return weight_SMH.copy_(values_SMH)
 
 
+# in a CUDA graph
+
+
+class Replayed:
+    """A decision and its loads as one graph: captured for the first event, replayed for every one."""
+
+    def __init__(self, kernels, rows_EN, bank_SN):
+        self.kernels, self.rows_EN, self.bank_SN, self.graph = kernels, rows_EN, bank_SN, None
+
+    def decide(self, ids_P, state, loads, pace_2):
+        if self.graph is None:
+            self.ids_P = ids_P.clone()
+            other = DeviceState.empty(len(state.slot_of_E), len(state.expert_at_S), "cuda")
+            self.step(other, Loads.empty(len(ids_P), "cuda"), pace_2)  # compiles
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.slots_P = self.step(state, loads, pace_2)
+        self.ids_P.copy_(ids_P)
+        self.graph.replay()
+        return self.slots_P
+
+    def step(self, state, loads, pace_2):
+        slots_P = self.kernels.decide(self.ids_P, state, loads, pace_2)
+        self.kernels.gather(self.rows_EN, self.bank_SN, loads)
+        return slots_P
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device, and no TRITON_INTERPRET")
+def test_one_captured_event_serves_every_other():
+    rows_EN, bank_SN = (make(n, 9000, torch.float32, "cuda") for make, n in ((tagged_rows, 16), (poisoned, 5)))
+    replayed = Replayed(KERNELS["cuda"](), rows_EN, bank_SN)
+    both, draw = Both(16, 5, kernels=replayed, device="cuda"), random.Random(4)
+    for _ in range(200):
+        ids = draw.sample(range(16), 3)
+        slots_P, _ = both.event(ids)
+        assert torch.equal(bank_SN[slots_P].cpu(), rows_EN[ids])
+    both.check()
+
+
 # the table
 
 
