@@ -84,7 +84,7 @@ def build_runtime(
     runtime = Runtime(layers, list({id(store): store for store in stores}.values()), transfer, lock)
     if device_decides:
         rows = [_rows_of(bank, store) for bank, store in zip(banks, stores, strict=True)]
-        runtime.decide_on_device(rows, settings.half_life, KERNELS["cpu"])
+        runtime.decide_on_device(rows, settings.half_life, KERNELS["cpu"]())
         logger.info("the device decides which experts are in the slots, by %s", DEVICE_POLICY)
     return runtime
 

@@ -12,21 +12,14 @@ and `hand_back` carry the tables over, once at each change.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .arrivals import Arrivals
 from .errors import RoutingError
-from .kernels.state import REFUSED, DeviceState, Loads, pace
-
-
-class Kernels(Protocol):
-    """What a kind of device has to offer; see `kernels/reference.py`."""
-
-    def decide(self, ids_P: Tensor, state: DeviceState, loads: Loads, pace_2: Tensor) -> Tensor: ...
-    def gather(self, rows_EN: Tensor, bank_SN: Tensor, loads: Loads) -> None: ...
+from .kernels import DeviceState, Kernels, Loads, pace
+from .kernels.state import REFUSED
 
 
 class Deciding:

@@ -26,9 +26,10 @@ from torch import Tensor
 from .arrivals import Arrivals
 from .buffers import NOTHING, Rows
 from .cache import LayerCache
-from .device_cache import Deciding, DeviceCache, Kernels
+from .device_cache import Deciding, DeviceCache
 from .errors import ClosedError
 from .experts import ExpertBank
+from .kernels import Kernels
 from .overlap import RunCore, compute_while_loading
 from .policies import Policy
 from .process_memory import trim_heap

@@ -133,12 +133,11 @@ def test_poisoned_slots_show_a_row_that_was_not_gathered(monkeypatch):
 def test_an_expert_that_does_not_exist_is_an_error(monkeypatch):
     model = decided()
     say(model)
-    layer = model.moe_offload._runtime.layers[1]
-    decide = layer.device_cache.kernels.decide
-    monkeypatch.setattr(
-        "moe_offload.kernels.reference.decide", lambda ids, *rest: decide(torch.full_like(ids, 10**6), *rest)
-    )
-    with pytest.raises(RoutingError, match=r"layers\.0.*outside 0\.\."):
+    cache = model.moe_offload._runtime.deciding.caches[1]
+    known = cache.kernels
+    broken = known._replace(decide=lambda ids, *rest: known.decide(torch.full_like(ids, 10**6), *rest))
+    monkeypatch.setattr(cache, "kernels", broken)
+    with pytest.raises(RoutingError, match=r"layers\.1.*outside 0\.\."):
         say(model)
     monkeypatch.undo()
     assert torch.equal(say(model), say(resident(layers=2))), "the next call works"

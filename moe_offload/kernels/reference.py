@@ -61,7 +61,7 @@ def decide(ids_P: Tensor, state: DeviceState, loads: Loads, pace_2: Tensor) -> T
     _scatter(loads.slot_P, torch.where(missing_E, rank_E, pairs), slot_E.int())
     loads.count_1.copy_(misses)
     state.totals_4.add_(torch.stack([torch.ones_like(misses), needed_E.sum() - misses, misses, (~valid_P).sum()]))
-    return slot_of_E[ids_P.clamp(max=num_experts - 1)].clamp(min=0).to(ids_P.dtype)
+    return torch.where(valid_P, slot_of_E[ids_P.clamp(max=num_experts - 1)], 0).long()
 
 
 def gather(rows_EN: Tensor, bank_SN: Tensor, loads: Loads) -> None:
