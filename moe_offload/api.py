@@ -89,6 +89,8 @@ def optimize(
     handle = _install(model, runtime, where, settings)
     model.moe_offload = handle  # type: ignore[assignment]
     logger.info("%s", handle)
+    if settings.live:
+        handle.serve_live()
     if settings.prewarm:
         try:
             _prewarm(runtime, prior)

@@ -72,6 +72,9 @@ class Transfer(Protocol):
     def idle(self) -> bool:
         """Whether nothing is queued or under way."""
 
+    def depth(self) -> tuple[int, int]:
+        """Rows that are queued, and parts of rows being moved now. For who watches: takes no lock."""
+
     def close(self) -> None: ...
 
 
@@ -151,6 +154,9 @@ class ThreadTransfer:
 
     def idle(self) -> bool:
         return not (self._urgent or self._background or self._running)
+
+    def depth(self) -> tuple[int, int]:
+        return len(self._urgent) + len(self._background), len(self._running)
 
     def close(self) -> None:
         with self._changed:
