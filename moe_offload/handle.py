@@ -15,6 +15,7 @@ from .experts import ExpertBank
 from .explain import explain
 from .live.server import LiveView, open_view
 from .live.take import take
+from .metrics import LOCAL, Exporter, registry_of
 from .profile import Fingerprint, Profile
 from .recorder import Recorder, Step
 from .runtime import Runtime
@@ -82,6 +83,7 @@ class Handle:
         self.model, self._runtime, self._on_close = model, runtime, on_close
         self._recorder: Recorder | None = None
         self._live: LiveView | None = None
+        self._exporters: list[Exporter] = []
         self.begun = time.monotonic()
 
     @property
@@ -136,6 +138,24 @@ class Handle:
             if self._live is not None:
                 weakref.finalize(self, self._live.close)
         return None if self._live is None else self._live.path
+
+    def metrics(self, per_layer: bool = False) -> Any:
+        """A `prometheus_client` registry of this model alone, read when it is scraped; `per_layer` adds that label.
+
+        Mount it with `prometheus_client.make_asgi_app(registry)`. Needs `pip install "moe-offload[metrics]"`.
+        """
+        return registry_of(self, per_layer)
+
+    def serve_metrics(self, port: int, addr: str = LOCAL, per_layer: bool = False) -> str:
+        """Serve `metrics()` over HTTP until the model is closed; returns the URL. Port 0 takes one that is free.
+
+        Raises ConfigError where the port cannot be had.
+        """
+        self._runtime.check_open()
+        exporter = Exporter(self.metrics(per_layer), port, addr)
+        self._exporters.append(exporter)
+        weakref.finalize(self, exporter.close).atexit = False  # its thread ends with the process
+        return exporter.url
 
     def profile(self, **meta: str) -> Profile:
         """The activation profile so far: how often each layer used each expert."""
@@ -194,6 +214,8 @@ class Handle:
         """Give back files and memory. The model (and its `state_dict`) raises `ClosedError` from then on."""
         if self._live is not None:
             self._live.close()
+        while self._exporters:
+            self._exporters.pop().close()
         self._on_close()
 
     def __enter__(self) -> Handle:

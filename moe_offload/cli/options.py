@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 
-from ..config import OffloadConfig, from_text, resolve
+from ..config import DEFAULT, OffloadConfig, from_text, origins, resolve
 from ..errors import BudgetError, OffloadError
 
 T = TypeVar("T")
@@ -55,6 +56,12 @@ def settings(config_file: Path | None, **flags: Any) -> OffloadConfig:
     given = {name: flag for name, flag in flags.items() if flag is not None}
     read = {name: from_text(name, flag) if isinstance(flag, str) else flag for name, flag in given.items()}
     return or_exit(lambda: resolve(config_file, **read))
+
+
+def watchable(wanted: OffloadConfig, config_file: Path | None) -> OffloadConfig:
+    """`wanted` of a command that runs a model: `moe-offload top` may watch it, unless a setting says otherwise."""
+    unsaid = or_exit(lambda: origins(config_file))["live"] == DEFAULT
+    return dataclasses.replace(wanted, live=True) if unsaid else wanted
 
 
 def fail(message: str, code: int) -> NoReturn:

@@ -44,6 +44,16 @@ class Place:
     def process_is_there(self) -> bool:
         return psutil.pid_exists(self.pid)
 
+    def ended(self, within_s: float) -> bool:
+        """Whether the process ends within so many seconds."""
+        try:
+            psutil.Process(self.pid).wait(within_s)
+        except psutil.NoSuchProcess:
+            return True
+        except psutil.TimeoutExpired:
+            return False
+        return True
+
 
 def ask(place: Place) -> Snapshot:
     """What the model says. Raises GoneError, SilentError, or LiveError for what is no snapshot."""
