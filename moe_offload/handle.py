@@ -16,6 +16,7 @@ from .explain import explain
 from .live.server import LiveView, open_view
 from .live.take import take
 from .metrics import LOCAL, Exporter, registry_of
+from .notebook import to_html
 from .profile import Fingerprint, Profile
 from .recorder import Recorder, Step
 from .runtime import Runtime
@@ -242,6 +243,9 @@ class Handle:
         else:
             lines.append("nothing has run yet")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return to_html(self)
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else "open"

@@ -101,12 +101,13 @@ class Exporter:
     """An HTTP server of a registry, in a daemon thread. Raises ConfigError where the port cannot be had."""
 
     def __init__(self, registry: Any, port: int, addr: str):
-        client = _prometheus()
+        check(port, addr)
         try:
-            self._server, self._thread = client.start_http_server(port, addr, registry)
-        except (OSError, OverflowError) as error:
+            self._server, self._thread = _prometheus().start_http_server(port, addr, registry)
+        except OSError as error:
             raise _refused(port, addr, error) from error
-        self.url = f"http://{addr}:{self._server.server_port}/metrics"
+        host = f"[{addr}]" if ":" in addr else addr
+        self.url = f"http://{host}:{self._server.server_port}/metrics"
 
     def close(self) -> None:
         """Give the port back. Idempotent."""
@@ -119,17 +120,19 @@ def check(port: int, addr: str = LOCAL) -> None:
     """Raise ConfigError where an exporter could not be started there, OffloadError without prometheus_client: before
     minutes of loading, not after."""
     _prometheus()
+    if not 0 <= port <= 65535:  # beyond, getaddrinfo counts from 0 again
+        raise ConfigError(f"metrics: cannot listen on port {port}: ports are 1 to 65535, or 0 for one that is free")
     try:
         family, kind, _, _, where = socket.getaddrinfo(addr, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(where)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise _refused(port, addr, error) from error
 
 
-def _refused(port: int, addr: str, error: Exception) -> ConfigError:
-    if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+def _refused(port: int, addr: str, error: OSError) -> ConfigError:
+    if error.errno == errno.EADDRINUSE:
         return ConfigError(f"metrics: port {port} on {addr} is in use by another program; choose another port")
     return ConfigError(f"metrics: cannot listen on port {port} of {addr}: {error}")
 

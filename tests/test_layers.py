@@ -31,8 +31,8 @@ LAYERS = [
         "words",
         "errors sizes config config_file config_rules profile profile_stats profile_show typical cache belady "
         "placement new_folder whole_file npz trace recorder strict_json simulate simulate.* report report.record "
-        "report.advice report.charts report.page report.png policies policies.* live live.snapshot live.folder live.server "
-        "live.client live.rates live.screen",
+        "report.advice report.charts report.page report.png policies policies.* live live.snapshot "
+        "live.folder live.server live.client live.rates live.screen",
         never=TORCH_FREE,
     ),
     Layer(

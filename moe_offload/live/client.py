@@ -42,7 +42,7 @@ class Place:
 
     @property
     def process_is_there(self) -> bool:
-        return psutil.pid_exists(self.pid)
+        return bool(psutil.pid_exists(self.pid))
 
     def ended(self, within_s: float) -> bool:
         """Whether the process ends within so many seconds."""
