@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
@@ -17,12 +18,14 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from moe_offload.cli import app
+from moe_offload.live.client import running
 from moe_offload.live.rates import between
 from moe_offload.live.screen import screen, sparkline
 from moe_offload.live.snapshot import Snapshot
 
 from .watched import ROOT, models, use_folder
 
+MODEL = str(ROOT / "examples" / "polyglot-tiny")
 TOP = [sys.executable, "-m", "moe_offload", "top"]
 
 
@@ -100,6 +103,19 @@ def test_two_processes_of_which_one_dies(folder):
         looking.send_signal(signal.SIGINT)
         _, said = looking.communicate(timeout=60)
         assert (looking.returncode, said) == (0, ""), said
+
+
+@pytest.mark.parametrize(
+    ("variable", "flags", "watched"), [("", [], True), ("0", [], False), ("1", [], True), ("1", ["--no-live"], False)]
+)
+def test_run_can_be_watched_unless_a_setting_says_no(folder, monkeypatch, variable, flags, watched):
+    command = importlib.import_module("moe_offload.cli.run")  # the package has a function of that name
+    seen = []
+    monkeypatch.setattr(command, "_generate", lambda *_: seen.extend(running()) or "")
+    monkeypatch.setenv("MOE_OFFLOAD_LIVE", variable)
+    result = CliRunner().invoke(app, ["run", MODEL, "--budget", "6MB", *flags])
+    assert result.exit_code == 0, result.output
+    assert [found.pid for _, found in seen] == [os.getpid()] * watched
 
 
 @pytest.mark.parametrize("arguments", [["--interval", "0"], ["--interval", "much"], ["--no-such-flag"], ["1", "2"]])

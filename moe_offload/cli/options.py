@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -40,6 +39,7 @@ ConfigFile = Annotated[
         show_default="$HF_HOME/moe_offload/default_config.yaml",
     ),
 ]
+Live = Annotated[bool | None, typer.Option("--live/--no-live", help="Let `moe-offload top` watch.", show_default="on")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -58,10 +58,10 @@ def settings(config_file: Path | None, **flags: Any) -> OffloadConfig:
     return or_exit(lambda: resolve(config_file, **read))
 
 
-def watchable(wanted: OffloadConfig, config_file: Path | None) -> OffloadConfig:
-    """`wanted` of a command that runs a model: `moe-offload top` may watch it, unless a setting says otherwise."""
-    unsaid = or_exit(lambda: origins(config_file))["live"] == DEFAULT
-    return dataclasses.replace(wanted, live=True) if unsaid else wanted
+def live_or_default(live: bool | None, config_file: Path | None) -> bool | None:
+    """The flag `--live` of a command that runs a model. Not given, it is on unless a setting says otherwise."""
+    unsaid = live is None and or_exit(lambda: origins(config_file))["live"] == DEFAULT
+    return True if unsaid else live
 
 
 def fail(message: str, code: int) -> NoReturn:

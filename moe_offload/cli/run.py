@@ -9,7 +9,18 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import OffloadError
-from .options import Budget, ConfigFile, DeviceMapOption, MaxMemory, Model, fail, or_exit, settings, watchable
+from .options import (
+    Budget,
+    ConfigFile,
+    DeviceMapOption,
+    Live,
+    MaxMemory,
+    Model,
+    fail,
+    live_or_default,
+    or_exit,
+    settings,
+)
 
 
 def run(
@@ -36,6 +47,7 @@ def run(
         int | None,
         typer.Option("--metrics-port", min=1, max=65535, help="Serve Prometheus metrics on this port of 127.0.0.1."),
     ] = None,
+    live: Live = None,
     compile: Annotated[
         str | None,
         typer.Option(
@@ -64,8 +76,8 @@ def run(
         max_memory=max_memory,
         profile=profile_in,
         compile=compile,
+        live=live_or_default(live, config_file),
     )
-    wanted = watchable(wanted, config_file)
     loaded: Any = or_exit(lambda: from_pretrained(model, config=wanted))
     with loaded.moe_offload as handle:
         typer.echo(str(handle.plan), err=True)

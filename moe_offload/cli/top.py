@@ -23,7 +23,7 @@ HOW = "run it with MOE_OFFLOAD_LIVE=1, or call model.moe_offload.serve_live() (m
 def top(
     target: Annotated[
         str | None,
-        typer.Argument(metavar="[PID]", help="Its process; 4242-2 is the second model of process 4242."),
+        typer.Argument(metavar="PID", help="Its process; 4242-2 is the second model of process 4242."),
     ] = None,
     once: Annotated[bool, typer.Option("--once", help="Look once, at the totals so far.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what is seen as JSON, a line a look.")] = False,
