@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import socket
 import threading
 import weakref
@@ -106,12 +107,13 @@ class Exporter:
             self._server, self._thread = _prometheus().start_http_server(port, addr, registry)
         except OSError as error:
             raise _refused(port, addr, error) from error
+        self._pid = os.getpid()
         host = f"[{addr}]" if ":" in addr else addr
         self.url = f"http://{host}:{self._server.server_port}/metrics"
 
     def close(self) -> None:
         """Give the port back. Idempotent."""
-        if self._thread is not threading.current_thread():
+        if os.getpid() == self._pid and self._thread is not threading.current_thread():  # a forked child has no thread
             self._server.shutdown()
         self._server.server_close()
 

@@ -139,6 +139,7 @@ def test_garbage_collection_ends_it(folder):
     assert not path.exists() and until(lambda: not live_threads())
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*")
 def test_a_forked_child_leaves_the_socket_alone(model, folder):
     path = model.moe_offload.serve_live()
     child = os.fork()

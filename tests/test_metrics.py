@@ -6,7 +6,10 @@ import builtins
 import gc
 import importlib
 import logging
+import os
+import signal
 import socket
+import time
 import urllib.request
 import weakref
 from pathlib import Path
@@ -129,6 +132,24 @@ def test_an_exporter_keeps_no_model_alive():
     assert gone() is None
     with pytest.raises(OSError):
         scrape(url)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*")
+def test_a_forked_child_that_closes_does_not_hang(used):
+    url = used.moe_offload.serve_metrics(0)
+    child = os.fork()
+    if child == 0:
+        used.moe_offload._exporters[-1].close()
+        os._exit(7)
+    end, done = time.monotonic() + 30, (0, 0)
+    while done == (0, 0) and time.monotonic() < end:
+        time.sleep(0.01)
+        done = os.waitpid(child, os.WNOHANG)
+    if done == (0, 0):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(done[1]) == 7
+    assert scrape(url)
 
 
 def test_a_port_in_use_is_one_line(used):
