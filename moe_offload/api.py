@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from . import install as patch
+from .advise import Advisor, at_start
 from .arrange import Arrangement, arrange
 from .buffers import page_aligned
 from .config import Config, OffloadConfig, resolve
@@ -89,6 +90,9 @@ def optimize(
     handle = _install(model, runtime, where, settings)
     model.moe_offload = handle  # type: ignore[assignment]
     logger.info("%s", handle)
+    at_start(where.plan, settings.budget)
+    if settings.live:
+        handle.serve_live()
     if settings.prewarm:
         try:
             _prewarm(runtime, prior)
@@ -230,6 +234,7 @@ def _install(model: nn.Module, runtime: Runtime, where: Arrangement, settings: O
         guess=settings.lookahead,
         dynamic=settings.dynamic,
         fullgraph=settings.fullgraph,
+        advisor=Advisor(runtime, where.plan),
     )
     patch.save_real_rows(runtime)
     weakref.finalize(model, _release, runtime)

@@ -128,4 +128,5 @@ RULES: dict[str, Rule] = {
     "poison": _flag(),
     "prewarm": _flag(),
     "fullgraph": _flag(),
+    "live": _flag(),
 }

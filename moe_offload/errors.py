@@ -52,5 +52,9 @@ class ReportError(OffloadError):
     """The record of a run is damaged, too large, or not there; or a report cannot be made or written."""
 
 
+class LiveError(OffloadError):
+    """A running model cannot be watched: it is gone, does not answer, or its socket is not to be trusted."""
+
+
 class ClosedError(OffloadError):
     """The model was closed: its threads, files and memory have been given back."""

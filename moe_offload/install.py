@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any, cast
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backend
+from .advise import Advisor
 from .errors import OffloadError
 from .experts import ExpertBank
 from .measure import PROMPT_TOKENS
@@ -99,6 +101,7 @@ def install(
     guess: bool,
     dynamic: bool | None,
     fullgraph: bool,
+    advisor: Advisor,
 ) -> list[Any]:
     """Patch `model` to run on `runtime`. Returns the list to which each compiled graph's pass reports are added."""
     _register_implementations()
@@ -114,7 +117,7 @@ def install(
     )
     made = backend.make_backend(run, core, log, overlap, guess)
     compiled = torch.compile(own_code(model), backend=made, dynamic=dynamic, fullgraph=fullgraph)
-    model._compiled_call_impl = _Call(model, runtime, scope, compiled)
+    model._compiled_call_impl = _Call(model, runtime, scope, compiled, advisor)
     _refuse_moves(model)
     for module in (model, *(module for layer in runtime.layers for module in layer.bank.modules)):
         module.__dict__["__deepcopy__"] = module.__dict__["__reduce_ex__"] = _refuse_copy
@@ -143,8 +146,11 @@ def uninstall(runtime: Runtime) -> None:
 class _Call:
     """What `model(...)` runs: one forward at a time, without gradients, inside our scope."""
 
-    def __init__(self, model: nn.Module, runtime: Runtime, scope: Scope, compiled: Callable[..., Any]):
+    def __init__(
+        self, model: nn.Module, runtime: Runtime, scope: Scope, compiled: Callable[..., Any], advisor: Advisor
+    ):
         self.model, self.runtime, self.scope, self.compiled = model, runtime, scope, compiled
+        self.advisor = advisor
         modules = [(module, layer.bank.name) for layer in runtime.layers for module in layer.bank.modules]
         self.configs = {id(module.config): (module.config, name) for module, name in modules}
         self.warned = False
@@ -161,10 +167,14 @@ class _Call:
         with self.runtime.lock, torch.no_grad():
             self.runtime.check_open()
             self._check_implementation()
-            self._check_length(args, kwargs)
-            self.scope.active = True
+            tokens = _tokens(args, kwargs)
+            self._check_length(tokens)
+            self.advisor.begins(tokens)
+            self.scope.active, begun = True, time.perf_counter()
             try:
-                return self.compiled(*args, **kwargs)
+                output = self.compiled(*args, **kwargs)
+                self.advisor.ended(tokens, time.perf_counter() - begun)
+                return output
             except torch._dynamo.exc.BackendCompilerFailed as error:
                 if isinstance(error.inner_exception, OffloadError):  # ours, in Dynamo's wrapping
                     raise error.inner_exception from None
@@ -172,10 +182,8 @@ class _Call:
             finally:
                 self.scope.active = False
 
-    def _check_length(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _check_length(self, tokens: int) -> None:
         """Say once that activations may take more than the reserve has."""
-        given = [*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
-        tokens = max((x.shape[:2].numel() for x in given if isinstance(x, Tensor)), default=0)
         if tokens > PROMPT_TOKENS and not self.warned:
             self.warned = True
             logger.warning(
@@ -193,6 +201,12 @@ class _Call:
                     "optimize(), which cannot reach the offloaded weights; choose it with "
                     "config={'experts_implementation': ...}"
                 )
+
+
+def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """How many tokens a forward was given, all sequences together."""
+    given = [*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
+    return max((x.shape[:2].numel() for x in given if isinstance(x, Tensor)), default=0)
 
 
 def own_code(model: nn.Module) -> Callable[..., Any]:

@@ -214,6 +214,10 @@ class Runtime:
             for layer in self.layers:
                 layer.recorder = recorder
 
+    def depth(self) -> tuple[int, int]:
+        """Rows that are queued, and parts of rows being read now."""
+        return self._transfer.depth()
+
     def read_stacked(self, index: int) -> dict[str, Tensor]:
         """The real stacked parameters `{field: [E, ...]}` of one layer, read anew from its store."""
         self.check_open()

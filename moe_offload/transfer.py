@@ -72,6 +72,9 @@ class Transfer(Protocol):
     def idle(self) -> bool:
         """Whether nothing is queued or under way."""
 
+    def depth(self) -> tuple[int, int]:
+        """Rows that are queued, and parts of rows being moved now. For who watches: takes no lock."""
+
     def close(self) -> None: ...
 
 
@@ -152,6 +155,9 @@ class ThreadTransfer:
     def idle(self) -> bool:
         return not (self._urgent or self._background or self._running)
 
+    def depth(self) -> tuple[int, int]:
+        return len(self._urgent) + len(self._background), len(self._running)
+
     def close(self) -> None:
         with self._changed:
             if self._closed:
@@ -198,7 +204,7 @@ class ThreadTransfer:
         with self._changed:
             ticket.unfinished -= 1
             if ticket.unfinished:
-                del self._running[threading.get_ident()]  # in one step: who waits for the row must find us idle after it
+                del self._running[threading.get_ident()]  # in one step: who waited for the row finds us idle
                 return
         try:
             if ticket.error is None:

@@ -62,7 +62,7 @@ def replace(path: Path, data: bytes) -> None:
 
 def reason(error: Exception) -> str:
     """What went wrong, in words that fit into a sentence of ours."""
-    return f"{error.strerror} (errno {error.errno})" if isinstance(error, OSError) else str(error)
+    return f"{error.strerror} (errno {error.errno})" if isinstance(error, OSError) and error.errno else str(error)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -9,7 +9,18 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import OffloadError
-from .options import Budget, ConfigFile, DeviceMapOption, MaxMemory, Model, fail, or_exit, settings
+from .options import (
+    Budget,
+    ConfigFile,
+    DeviceMapOption,
+    Live,
+    MaxMemory,
+    Model,
+    fail,
+    live_or_default,
+    or_exit,
+    settings,
+)
 
 
 def run(
@@ -32,6 +43,11 @@ def run(
     report: Annotated[
         Path | None, typer.Option("--report", help="Save what the run was like here (.json, for moe-offload report).")
     ] = None,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option("--metrics-port", min=1, max=65535, help="Serve Prometheus metrics on this port of 127.0.0.1."),
+    ] = None,
+    live: Live = None,
     compile: Annotated[
         str | None,
         typer.Option(
@@ -49,6 +65,10 @@ def run(
     for flag, out in (("--profile-out", profile_out), ("--trace-out", trace_out), ("--report", report)):
         if out is not None and not out.resolve().parent.is_dir():
             fail(f"{flag} {out}: its folder does not exist", 2)
+    if metrics_port is not None:
+        from ..metrics import check
+
+        or_exit(lambda: check(metrics_port))
     wanted = settings(
         config_file,
         budget=budget,
@@ -56,10 +76,13 @@ def run(
         max_memory=max_memory,
         profile=profile_in,
         compile=compile,
+        live=live_or_default(live, config_file),
     )
     loaded: Any = or_exit(lambda: from_pretrained(model, config=wanted))
     with loaded.moe_offload as handle:
         typer.echo(str(handle.plan), err=True)
+        if metrics_port is not None:
+            typer.echo(f"metrics: {or_exit(lambda: handle.serve_metrics(metrics_port))}", err=True)
         tokenizer = or_exit(lambda: load_tokenizer(model))
         if trace_out is not None or report is not None:
             handle.start_trace()

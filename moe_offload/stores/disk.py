@@ -57,6 +57,11 @@ class DiskStore:
             for unused in given.values():
                 os.close(unused)
 
+    @property
+    def packed(self) -> bool:
+        """Whether every row is read in one piece and without conversion (by the first of each layer)."""
+        return all(plans[0].packed for plans in self._plans if plans)
+
     def begin(self, layer: int, expert: int, row: memoryview) -> RowRead:
         if self._closed:
             raise self._is_closed()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from ..checkpoint import FileStamp
@@ -58,6 +59,12 @@ class RowPlan:
     @property
     def files(self) -> set[Path]:
         return {part.file for part in self.parts}
+
+    @property
+    def packed(self) -> bool:
+        """Whether the row lies in one piece, from a page boundary on, as a slot holds it."""
+        joined = all(a.file == b.file and a.end == b.offset for a, b in pairwise(self.parts))
+        return joined and not self.convert and all(part.offset % PAGE == 0 for part in self.parts)
 
 
 def plan_row(source: RowSource, row_bytes: int, stamps: Mapping[Path, FileStamp]) -> RowPlan:
