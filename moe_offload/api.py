@@ -38,6 +38,7 @@ from .prewarm import prewarm
 from .process_memory import bound_kernel_caches
 from .profile import Profile
 from .profile_stats import most_wanted, rates
+from .progress import bar
 from .runtime import LayerRuntime, Runtime
 from .scratch import Scratch
 from .sizes import format_size
@@ -261,9 +262,7 @@ def _prewarm(runtime: Runtime, prior: Profile | None) -> None:
     """Fill the slots with what the profile expects. Without one there is nothing to go by: the first tokens decide."""
     if prior is None:
         return
-    from transformers.utils import logging as hf_logging
-
     wanted = most_wanted(prior, [layer.cache.slots for layer in runtime.layers])
     size = sum(runtime.layers[layer].bank.layout.row_bytes for layer, _ in wanted)
-    with hf_logging.tqdm(total=len(wanted), desc=f"Pre-warming {format_size(size)}", unit="row") as bar:
-        prewarm(runtime, wanted, bar.update)
+    with bar("Pre-warming", len(wanted), unit="row", what=format_size(size)) as shown:
+        prewarm(runtime, wanted, shown.update)

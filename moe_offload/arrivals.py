@@ -64,7 +64,7 @@ class Arrivals:
         begun = time.perf_counter()
         self.held = self.shared.claim(self.bank.index, used)
         self._settle_guesses(used)
-        self.cache.counters.stall_s += time.perf_counter() - begun
+        self._waited(begun, rows=0)
 
     def claim_guesses(self, used: Collection[int]) -> None:
         """What was guessed and is `used` is demanded now, first of all. Call it after the cache was looked up."""
@@ -119,7 +119,7 @@ class Arrivals:
             self.abort()
             raise
         finally:
-            self.cache.counters.stall_s += time.perf_counter() - begun
+            self._waited(begun, rows=1)
 
     def abort(self) -> None:
         """Give back the slot of every load that has not been committed, once nothing writes there any more."""
@@ -174,6 +174,12 @@ class Arrivals:
 
     def count_wasted(self, nbytes: int) -> None:
         self.cache.counters.wasted_bytes += nbytes
+
+    def _waited(self, begun_s: float, rows: int) -> None:
+        ended_s = time.perf_counter()
+        self.cache.counters.stall_s += ended_s - begun_s
+        if self.transfer.timeline is not None:
+            self.transfer.timeline.wait(self.bank.index, rows, begun_s, ended_s)
 
     def _read(self, expert: int, load: Load | None, place: int, urgent: bool) -> Ticket:
         rows, i = (self.slots, load.slot) if load is not None else (self.scratch, place)

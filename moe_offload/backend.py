@@ -23,6 +23,7 @@ from torch.fx import GraphModule, Node
 import passes
 from passes import ops
 
+from . import progress
 from .errors import OffloadError, UnsupportedModelError
 from .experts import ExpertBank, Field
 from .runtime import LayerRuntime
@@ -75,6 +76,7 @@ def make_backend(
 
     def backend(gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Compiled:
         phantoms = phantoms_in(example_inputs)
+        progress.stage("rewriting")
         if not phantoms:
             log.append([])
             return inner(gm, list(example_inputs))
@@ -158,6 +160,7 @@ def run_inductor(gm: GraphModule, example_inputs: list[Any], **options: Any) -> 
     """Compile the rewritten graph with Inductor; `options` are its settings."""
     from torch._inductor.compile_fx import compile_fx
 
+    progress.stage("Inductor")
     return cast(Compiled, compile_fx(gm, example_inputs, config_patches=options or None))
 
 

@@ -45,7 +45,8 @@ class ProfileError(OffloadError):
 
 
 class TraceError(OffloadError):
-    """A trace file is damaged, too large, or holds what no router chose; or traces were asked for what they lack."""
+    """A trace, or a profile to be merged with a timeline, is damaged, too large, or of something else; or what was to
+    be recorded or saved was not."""
 
 
 class ReportError(OffloadError):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import chrome_trace
 from .arrange import Arrangement
 from .errors import TraceError
 from .experts import ExpertBank
@@ -21,6 +22,7 @@ from .profile import Fingerprint, Profile
 from .recorder import Recorder, Step
 from .runtime import Runtime
 from .sizes import format_size
+from .timeline import Depth, Timeline
 from .trace import Trace
 
 
@@ -86,6 +88,7 @@ class Handle:
         self._live: LiveView | None = None
         self._exporters: list[Exporter] = []
         self.begun = time.monotonic()
+        self._timeline: Timeline | None = None
 
     @property
     def banks(self) -> list[ExpertBank]:
@@ -121,8 +124,8 @@ class Handle:
         tokens = max((row["tokens"] for row in layers), default=0)
         return Stats(**totals, tokens=tokens, graphs=len(self.graphs), layers=layers)
 
-    def depth(self) -> tuple[int, int]:
-        """Rows that are queued, and parts of rows being read now."""
+    def depth(self) -> Depth:
+        """Rows queued, and being read, as of now."""
         return self._runtime.depth()
 
     def snapshot(self) -> dict[str, Any]:
@@ -205,6 +208,23 @@ class Handle:
     def recorded_s(self) -> float:
         """Seconds from `start_trace` to now, or to where the trace was full."""
         return self._recording().passed_s()
+
+    def start_timeline(self) -> None:
+        """Write down from now on what happens when: forwards, waits, reads, queues (200,000 events at most)."""
+        timeline = Timeline([layer.cache for layer in self._runtime.layers])
+        self._runtime.record_timeline(timeline)
+        self._timeline = timeline
+
+    def save_timeline(self, path: str | Path, torch_profile: str | Path | None = None) -> Path:
+        """Write what `start_timeline` has recorded to `path`, atomically: a Chrome trace (.json or .json.gz), for
+        ui.perfetto.dev.
+
+        `torch_profile`: what `export_chrome_trace` of a torch.profiler has written about the same forwards; `path` then
+        holds both, on one clock. Raises `TraceError`.
+        """
+        if self._timeline is None:
+            raise TraceError("no timeline is being recorded: call model.moe_offload.start_timeline() before the run")
+        return chrome_trace.save(self._timeline, path, torch_profile)
 
     def _recording(self) -> Recorder:
         if self._recorder is None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import time
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
@@ -23,7 +24,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from . import backend
+from . import backend, progress
 from .advise import Advisor
 from .errors import OffloadError
 from .experts import ExpertBank
@@ -164,16 +165,17 @@ class _Call:
                 f"Call "
                 "model.eval(), or train the model before optimize()."
             )
-        with self.runtime.lock, torch.no_grad():
+        with self.runtime.lock, torch.no_grad(), progress.compiling():
             self.runtime.check_open()
             self._check_implementation()
-            tokens = _tokens(args, kwargs)
-            self._check_length(tokens)
-            self.advisor.begins(tokens)
-            self.scope.active, begun = True, time.perf_counter()
+            sequences, tokens = _size(args, kwargs)
+            self._check_length(sequences * tokens)
+            self.advisor.begins(sequences * tokens)
+            begun_s = time.perf_counter()
+            self.scope.active = True
             try:
                 output = self.compiled(*args, **kwargs)
-                self.advisor.ended(tokens, time.perf_counter() - begun)
+                self.advisor.ended(sequences * tokens, time.perf_counter() - begun_s)
                 return output
             except torch._dynamo.exc.BackendCompilerFailed as error:
                 if isinstance(error.inner_exception, OffloadError):  # ours, in Dynamo's wrapping
@@ -181,6 +183,8 @@ class _Call:
                 raise
             finally:
                 self.scope.active = False
+                if self.runtime.timeline is not None:
+                    self.runtime.timeline.forward(begun_s, sequences, tokens)
 
     def _check_length(self, tokens: int) -> None:
         """Say once that activations may take more than the reserve has."""
@@ -203,10 +207,12 @@ class _Call:
                 )
 
 
-def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """How many tokens a forward was given, all sequences together."""
+def _size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
+    """How many sequences a forward is given, and of how many tokens each."""
     given = [*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
-    return max((x.shape[:2].numel() for x in given if isinstance(x, Tensor)), default=0)
+    sizes = [x.shape[:2] for x in given if isinstance(x, Tensor)]
+    *sequences, tokens = max(sizes, key=torch.Size.numel, default=(0, 0))
+    return math.prod(sequences), tokens
 
 
 def own_code(model: nn.Module) -> Callable[..., Any]:

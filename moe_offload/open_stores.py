@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from .config import OffloadConfig
 from .errors import CheckpointError
 from .experts import ExpertBank
 from .packed import index_checkpoint
+from .progress import bar
 from .stores import Store
 from .stores.disk import DiskStore
 from .stores.host import HostStore, pack_rows
@@ -33,13 +34,15 @@ def open_stores(
         loaded = [bank for bank in banks if bank.index not in stores and tiers[bank.index] == "disk"]
         if loaded:
             folder = Path(settings.offload_folder or tempfile.gettempdir())
-            spilled = undo.enter_context(contextlib.closing(spill(banks, loaded, folder)))
+            with bar("Spilling", sum(bank.nbytes for bank in loaded)) as shown:
+                spilled = undo.enter_context(contextlib.closing(spill(banks, loaded, folder, shown.update)))
             stores |= {bank.index: spilled for bank in loaded}
         in_ram = [bank for bank in banks if tiers[bank.index] == "host"]
         if in_ram:
             rows = [torch.empty((0, bank.layout.row_bytes), dtype=torch.uint8) for bank in banks]
-            for bank in in_ram:
-                rows[bank.index] = _rows_in_ram(bank, stores.get(bank.index))
+            with bar("Loading", sum(bank.nbytes for bank in in_ram), what="experts") as shown:
+                for bank in in_ram:
+                    rows[bank.index] = _rows_in_ram(bank, stores.get(bank.index), shown.update)
             host = HostStore(rows)
             stores |= {bank.index: host for bank in in_ram}
         if absent and checkpoint not in stores.values():
@@ -48,12 +51,15 @@ def open_stores(
         return [stores[bank.index] for bank in banks]
 
 
-def _rows_in_ram(bank: ExpertBank, store: Store | None) -> torch.Tensor:
+def _rows_in_ram(bank: ExpertBank, store: Store | None, progress: Callable[[int], object]) -> torch.Tensor:
     if store is None:
-        return pack_rows(bank)
+        rows = pack_rows(bank)
+        progress(rows.nbytes)
+        return rows
     rows = torch.empty((bank.num_experts, bank.layout.row_bytes), dtype=torch.uint8)
     for e in range(bank.num_experts):
         store.read(bank.index, e, memoryview(rows[e].numpy()))
+        progress(rows[e].nbytes)
     return rows
 
 

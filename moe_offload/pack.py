@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils import logging as hf_logging
 
 from .buffers import page_aligned
 from .checkpoint import INDEX, Headers
@@ -26,6 +25,7 @@ from .new_folder import check_new, new_folder
 from .pack_streams import dense_parts, expert_rows
 from .packed import ABSENT, ROWS, SOURCES, checkpoint_headers, index_checkpoint, is_packed
 from .packed_format import describe, parse_sources, rows_metadata, sources_metadata
+from .progress import bar
 from .rows import RowIndex, index_rows
 from .shards import Entry, Shard, file_name, header, split, write_shard
 from .sizes import parse_size
@@ -74,12 +74,12 @@ def pack_checkpoint(
             shutil.copyfile(file, folder / file.name)
         (folder / INDEX).write_text(_index_text(source, dense))
         (folder / "PACKED.md").write_text(README)
-        with hf_logging.tqdm(total=size, desc="Packing", unit="B", unit_scale=True) as bar:
+        with bar("Packing", size) as shown:
             for shard in dense:
-                write_shard(folder / shard.name, shard, dense_parts(shard, source.headers), bar.update)
+                write_shard(folder / shard.name, shard, dense_parts(shard, source.headers), shown.update)
             with contextlib.closing(_store(source.banks, source.index)) as store:
                 for shard in experts:
-                    write_shard(folder / shard.name, shard, expert_rows(shard, source.banks, store), bar.update)
+                    write_shard(folder / shard.name, shard, expert_rows(shard, source.banks, store), shown.update)
                 if verify != "none":
                     _verify(source, store, folder, all_rows=verify == "all")
     return out

@@ -33,6 +33,7 @@ from .process_memory import trim_heap
 from .recorder import Recorder
 from .scratch import Scratch
 from .stores import Store
+from .timeline import Depth, Timeline
 from .transfer import Transfer
 from .trial import Trial
 
@@ -214,9 +215,19 @@ class Runtime:
             for layer in self.layers:
                 layer.recorder = recorder
 
-    def depth(self) -> tuple[int, int]:
-        """Rows that are queued, and parts of rows being read now."""
+    def depth(self) -> Depth:
+        """What is queued and being read now."""
         return self._transfer.depth()
+
+    @property
+    def timeline(self) -> Timeline | None:
+        return self._transfer.timeline
+
+    def record_timeline(self, timeline: Timeline) -> None:
+        """Write down what happens when, from now on."""
+        self.check_open()
+        with self.lock:
+            self._transfer.timeline = timeline
 
     def read_stacked(self, index: int) -> dict[str, Tensor]:
         """The real stacked parameters `{field: [E, ...]}` of one layer, read anew from its store."""

@@ -20,6 +20,7 @@ from typing import Protocol
 from .errors import ClosedError, ExpertReadError
 from .stores import Store
 from .stores.request import RowRead
+from .timeline import Depth, Read, Timeline
 
 logger = logging.getLogger("moe_offload")
 
@@ -32,8 +33,8 @@ TIMEOUT_S = 300.0  # and after this it is an error: nothing waits for ever
 class Ticket:
     """A row under way. `error` is what stopped it; `nbytes` counts once it is `done` without one."""
 
-    def __init__(self, name: str, read: RowRead, row_bytes: int):
-        self.name, self.row_bytes = name, row_bytes
+    def __init__(self, layer: int, expert: int, read: RowRead, row_bytes: int, urgent: bool):
+        self.layer, self.expert, self.row_bytes, self.urgent = layer, expert, row_bytes, urgent
         self.parts, self.dropped = len(read.parts), 0
         self.queued = deque(read.parts)
         self.unfinished = len(read.parts)
@@ -41,6 +42,11 @@ class Ticket:
         self.nbytes = 0
         self.error: BaseException | None = None
         self.done = threading.Event()
+        self.reads: list[Read] = []  # what a timeline knows of it
+
+    @property
+    def name(self) -> str:
+        return f"layer {self.layer}, expert {self.expert}"
 
     @property
     def begun(self) -> bool:
@@ -54,6 +60,8 @@ class Ticket:
 
 
 class Transfer(Protocol):
+    timeline: Timeline | None  # that of the model, while it is recorded
+
     def start(self, store: Store, layer: int, expert: int, row: memoryview, urgent: bool = True) -> Ticket:
         """Begin to fill `row` (writable bytes of one slot) with that expert. Errors of the store may surface here."""
 
@@ -69,11 +77,8 @@ class Transfer(Protocol):
     def cancel(self, tickets: Iterable[Ticket]) -> None:
         """Drop what has not begun, and return when nothing writes into these rows any more."""
 
-    def idle(self) -> bool:
-        """Whether nothing is queued or under way."""
-
-    def depth(self) -> tuple[int, int]:
-        """Rows that are queued, and parts of rows being moved now. For who watches: takes no lock."""
+    def depth(self) -> Depth:
+        """What is queued and under way: all zero once every row has been waited for."""
 
     def close(self) -> None: ...
 
@@ -86,6 +91,7 @@ class ThreadTransfer:
     """
 
     def __init__(self, threads: int = THREADS):
+        self.timeline: Timeline | None = None
         self._count = threads
         self._threads: list[threading.Thread] = []
         lock = threading.RLock()  # guards all below, and every ticket's counts
@@ -99,12 +105,13 @@ class ThreadTransfer:
 
     def start(self, store: Store, layer: int, expert: int, row: memoryview, urgent: bool = True) -> Ticket:
         self._check_open()
-        ticket = Ticket(f"layer {layer}, expert {expert}", store.begin(layer, expert, row), len(row))
+        ticket = Ticket(layer, expert, store.begin(layer, expert, row), len(row), urgent)
         with self._changed:
             if not self._threads:
                 self._start_threads()
             (self._urgent if urgent else self._background).append(ticket)
             self._changed.notify(len(ticket.queued))
+            self._has_changed()
         return ticket
 
     def wait(self, ticket: Ticket) -> int:
@@ -134,7 +141,9 @@ class ThreadTransfer:
             if ticket in self._background:
                 self._background.remove(ticket)
                 self._urgent.append(ticket)
+                ticket.urgent = True
                 self._changed.notify(len(ticket.queued))
+                self._has_changed()
 
     def cancel(self, tickets: Iterable[Ticket]) -> None:
         tickets, interrupted = list(tickets), None
@@ -152,11 +161,12 @@ class ThreadTransfer:
         if interrupted is not None:
             raise interrupted
 
-    def idle(self) -> bool:
-        return not (self._urgent or self._background or self._running)
-
-    def depth(self) -> tuple[int, int]:
-        return len(self._urgent) + len(self._background), len(self._running)
+    def depth(self) -> Depth:
+        with self._changed:
+            reading = [ticket for ticket, _ in self._running.values()]
+            tickets = {id(ticket): ticket for ticket in (*self._urgent, *self._background, *reading)}
+            nbytes = sum(ticket.row_bytes for ticket in tickets.values())
+            return Depth(len(self._urgent), len(self._background), len(reading), nbytes)
 
     def close(self) -> None:
         with self._changed:
@@ -189,7 +199,8 @@ class ThreadTransfer:
                 part = ticket.queued.popleft()
                 if not ticket.queued:
                     queue.popleft()
-                self._running[threading.get_ident()] = (ticket, time.monotonic())
+                self._running[threading.get_ident()] = (ticket, time.perf_counter())
+                self._has_changed()
                 if not self._urgent or len(self._running) >= self._count:
                     self._taken.notify_all()
             try:
@@ -204,7 +215,7 @@ class ThreadTransfer:
         with self._changed:
             ticket.unfinished -= 1
             if ticket.unfinished:
-                del self._running[threading.get_ident()]  # in one step: who waited for the row finds us idle
+                self._free(ticket)  # in one step: who waits for the row must find us idle after it
                 return
         try:
             if ticket.error is None:
@@ -212,8 +223,22 @@ class ThreadTransfer:
         except BaseException as error:
             ticket.error = error
         with self._changed:
-            del self._running[threading.get_ident()]
+            self._free(ticket)
+            if self.timeline is not None:
+                self.timeline.arrived(ticket.reads, ticket.nbytes)
         ticket.done.set()
+
+    def _free(self, ticket: Ticket) -> None:
+        """The calling thread works for `ticket` no more. The caller holds the lock."""
+        _, begun_s = self._running.pop(threading.get_ident())
+        if self.timeline is not None:
+            ticket.reads += self.timeline.read(ticket.layer, ticket.expert, ticket.urgent, begun_s, ticket.error)
+        self._has_changed()
+
+    def _has_changed(self) -> None:
+        """Queues or threads have. The caller holds the lock."""
+        if self.timeline is not None:
+            self.timeline.depth(self.depth())
 
     def _drop(self, ticket: Ticket, why: Exception) -> None:
         """Forget the parts that no thread has taken. The caller holds the lock."""
@@ -225,6 +250,7 @@ class ThreadTransfer:
         if ticket.queued:
             ticket.error = ticket.error or why
             ticket.queued.clear()
+        self._has_changed()
         if ticket.unfinished == 0:
             ticket.done.set()
 
@@ -242,7 +268,7 @@ class ThreadTransfer:
 
     def _state(self) -> str:
         with self._changed:
-            now = time.monotonic()
+            now = time.perf_counter()
             under_way = [f"{ticket.name} for {now - since:.1f} s" for ticket, since in self._running.values()]
             return (
                 f"reading: {', '.join(under_way) or 'nothing'}; queued: {len(self._urgent)} urgent rows, "

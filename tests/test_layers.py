@@ -30,15 +30,15 @@ LAYERS = [
     Layer(
         "words",
         "errors sizes config config_file config_rules profile profile_stats profile_show typical cache belady "
-        "placement new_folder whole_file npz trace recorder strict_json simulate simulate.* report report.record "
-        "report.advice report.charts report.page report.png policies policies.* live live.snapshot "
-        "live.folder live.server live.client live.rates live.screen",
+        "placement new_folder whole_file npz trace recorder timeline chrome_trace strict_json simulate simulate.* "
+        "report report.record report.advice report.charts report.page report.png policies policies.* live "
+        "live.snapshot live.folder live.server live.client live.rates live.screen",
         never=TORCH_FREE,
     ),
     Layer(
         "parts",
-        "experts arrange explain buffers process_memory scratch arrivals overlap trial checkpoint conversion rows "
-        "packed packed_format shards plan measure transfer stores stores.* kernels kernels.*",
+        "experts arrange explain progress buffers process_memory scratch arrivals overlap trial checkpoint conversion "
+        "rows packed packed_format shards plan measure transfer stores stores.* kernels kernels.*",
     ),
     Layer("runtime", "runtime prewarm"),
     Layer("engine", "backend handle live.take metrics notebook advise loading outline open_stores pack_streams"),

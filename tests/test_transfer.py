@@ -20,6 +20,7 @@ from moe_offload.transfer import TRANSFERS, ThreadTransfer
 
 ROW = 64
 PARTS = 4
+NOTHING = (0, 0, 0, 0)
 
 
 class ScriptedStore:
@@ -72,7 +73,7 @@ def test_a_row_arrives_whole(transfer):
     assert [transfer.wait(ticket) for ticket in tickets] == [ROW] * 40
     assert [bytes(r) for r in rows] == [bytes([e]) * ROW for e in range(40)]
     assert len(store.log) == len(set(store.log)) == 40 * PARTS
-    assert transfer.idle()
+    assert transfer.depth() == NOTHING
 
 
 def test_nothing_is_under_way_once_the_last_row_has_been_waited_for(transfer):
@@ -83,7 +84,7 @@ def test_nothing_is_under_way_once_the_last_row_has_been_waited_for(transfer):
             rows = [row() for _ in range(8)]
             tickets = [transfer.start(ScriptedStore(), 0, e, rows[e]) for e in range(8)]
             assert [transfer.wait(ticket) for ticket in tickets] == [ROW] * 8
-            assert transfer.idle()
+            assert transfer.depth() == NOTHING
     finally:
         sys.setswitchinterval(interval)
 
@@ -169,7 +170,7 @@ def test_what_was_expected_and_is_demanded_goes_before_the_rest(one_thread):
         one_thread.wait(ticket)
     assert [e for e, part in store.log if part == 0] == [3, 0, 1, 2]
     one_thread.hurry(tickets[0])  # too late is nothing
-    assert one_thread.idle()
+    assert one_thread.depth() == NOTHING
 
 
 def test_the_parts_of_one_row_are_read_at_once():
@@ -203,7 +204,7 @@ def test_whatever_is_raised_in_a_thread_reaches_the_waiter_and_the_thread_lives(
     with pytest.raises(type(error)):
         one_thread.wait(ticket)
     assert one_thread.wait(one_thread.start(ScriptedStore(), 0, 2, row())) == ROW
-    assert one_thread.idle()
+    assert one_thread.depth() == NOTHING
 
 
 def test_a_slow_disk_is_reported_once_with_its_queue(one_thread, monkeypatch, caplog):

@@ -40,6 +40,9 @@ def run(
     trace_out: Annotated[
         Path | None, typer.Option("--trace-out", help="Save which experts were asked for here (.npz, for simulate).")
     ] = None,
+    timeline_out: Annotated[
+        Path | None, typer.Option("--timeline-out", help="Save what happened when here (.json, for ui.perfetto.dev).")
+    ] = None,
     report: Annotated[
         Path | None, typer.Option("--report", help="Save what the run was like here (.json, for moe-offload report).")
     ] = None,
@@ -62,7 +65,12 @@ def run(
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text:
         fail("the prompt is empty: give --prompt some text", 2)
-    for flag, out in (("--profile-out", profile_out), ("--trace-out", trace_out), ("--report", report)):
+    for flag, out in (
+        ("--profile-out", profile_out),
+        ("--trace-out", trace_out),
+        ("--timeline-out", timeline_out),
+        ("--report", report),
+    ):
         if out is not None and not out.resolve().parent.is_dir():
             fail(f"{flag} {out}: its folder does not exist", 2)
     if metrics_port is not None:
@@ -86,6 +94,8 @@ def run(
         tokenizer = or_exit(lambda: load_tokenizer(model))
         if trace_out is not None or report is not None:
             handle.start_trace()
+        if timeline_out is not None:
+            handle.start_timeline()
         interrupted = False
         try:
             typer.echo(or_exit(lambda: _generate(loaded, tokenizer, text, max_new_tokens), code=1))
@@ -100,6 +110,9 @@ def run(
         if trace_out is not None:
             saved = or_exit(lambda: handle.save_trace(trace_out), code=1)
             typer.echo(f"trace saved to {saved}", err=True)
+        if timeline_out is not None:
+            saved = or_exit(lambda: handle.save_timeline(timeline_out), code=1)
+            typer.echo(f"timeline saved to {saved}; ui.perfetto.dev opens it", err=True)
         if report is not None:
             from ..report.collect import record_of
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def take(handle: Handle) -> Snapshot:
     """The state and the counters of `handle`'s model as of now."""
-    stats, (queued, reading) = handle.stats(), handle.depth()
+    stats, depth = handle.stats(), handle.depth()
     names = [name for name in Snapshot.model_fields if name in stats.__dataclass_fields__ and name != "layers"]
     return Snapshot(
         **{name: getattr(stats, name) for name in names},
@@ -30,8 +30,8 @@ def take(handle: Handle) -> Snapshot:
         budget_bytes=handle.plan.budget_bytes,
         plan=dict(handle.plan.rows()),
         rss_bytes=psutil.Process().memory_info().rss,
-        queued=queued,
-        reading=reading,
+        queued=depth.urgent + depth.background,
+        reading=depth.reading,
         layers=[
             LayerNow(**{**row, "name": row["name"][:256]}, row_bytes=layer.row_bytes)
             for row, layer in zip(stats.layers, handle.plan.layers, strict=True)

@@ -26,12 +26,12 @@ def spill(
     banks: Sequence[ExpertBank],
     chosen: Sequence[ExpertBank],
     folder: Path,
-    progress: Callable[[int, int], object] = lambda done, total: None,
+    progress: Callable[[int], object] = lambda nbytes: None,
 ) -> DiskStore:
     """Write the rows of the `chosen` banks to one new file in `folder`; return a store over it.
 
     Layers of the store are numbered like `banks`; those not chosen hold no expert. Rows follow each other, each aligned
-    to 4 KiB, and pass through one row's worth of memory. `progress(bytes done, bytes in all)` is called after each row.
+    to 4 KiB, and pass through one row's worth of memory. `progress(bytes)` is called after each row.
     The model is not changed. Raises `OffloadError` stating bytes needed and free when the folder cannot take them; what
     was written is given back then.
     """
@@ -43,7 +43,7 @@ def spill(
         file.unlink()
         if shutil.disk_usage(folder).free < total:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # known now, rather than after hours of writing
-        _write_rows(descriptor, chosen, total, progress)
+        _write_rows(descriptor, chosen, progress)
         index = _index(file, banks, chosen, FileStamp.of(descriptor))
     except BaseException as error:
         if descriptor >= 0:
@@ -54,9 +54,7 @@ def spill(
     return DiskStore([bank.layout for bank in banks], index, {file: descriptor})
 
 
-def _write_rows(
-    descriptor: int, chosen: Sequence[ExpertBank], total: int, progress: Callable[[int, int], object]
-) -> None:
+def _write_rows(descriptor: int, chosen: Sequence[ExpertBank], progress: Callable[[int], object]) -> None:
     done = 0
     for bank in chosen:
         row = torch.zeros(bank.layout.row_bytes, dtype=torch.uint8)
@@ -66,7 +64,7 @@ def _write_rows(
             while rest:
                 count = os.pwrite(descriptor, rest, done)
                 done, rest = done + count, rest[count:]
-            progress(done, total)
+            progress(row.nbytes)
     os.fdatasync(descriptor)
     if hasattr(os, "posix_fadvise"):  # pages still cached would hold the memory that the budget gave up
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

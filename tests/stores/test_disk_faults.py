@@ -239,10 +239,11 @@ def rows_of(banks: list[ExpertBank]) -> list[torch.Tensor]:
 
 
 def test_spill_leaves_nothing_behind(tmp_path: Path) -> None:
-    banks, seen, before = find_experts(build("stacked")), list[tuple[int, int]](), descriptors()
-    store = spill(banks, banks, tmp_path, progress=lambda done, total: seen.append((done, total)))
+    banks, seen, before = find_experts(build("stacked")), list[int](), descriptors()
+    store = spill(banks, banks, tmp_path, progress=seen.append)
     assert list(tmp_path.iterdir()) == []
-    assert seen[-1] == (sum(bank.nbytes for bank in banks),) * 2 and len(seen) == 8
+    assert seen == [bank.layout.row_bytes for bank in banks for _ in range(bank.num_experts)] and len(seen) == 8
+    assert sum(seen) == sum(bank.nbytes for bank in banks)
     store.close()
     assert descriptors() == before
 
@@ -286,10 +287,11 @@ def test_spill_to_no_folder(tmp_path: Path) -> None:
 
 
 def test_spill_interrupted_gives_everything_back(tmp_path: Path) -> None:
-    banks, before = find_experts(build("per_expert")), descriptors()
+    banks, written, before = find_experts(build("per_expert")), list[int](), descriptors()
 
-    def interrupt(done: int, total: int) -> None:
-        if done > total // 2:
+    def interrupt(nbytes: int) -> None:
+        written.append(nbytes)
+        if sum(written) > sum(bank.nbytes for bank in banks) // 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

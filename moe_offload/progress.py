@@ -1,0 +1,90 @@
+"""Bars for what takes long. They go to stderr, and have transformers' own switches:
+`transformers.utils.logging.disable_progress_bar()` and HF_HUB_DISABLE_PROGRESS_BARS.
+
+    Loading       dense weights: transformers' own bar; experts that rest in RAM: ours
+    Spilling      experts of a loaded model, to disk
+    Pre-warming   slots, from a profile
+    Compiling     a graph: Dynamo traces every layer in Python, a minute for a deep model
+    Packing       a checkpoint
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any, Literal
+
+DELAY_S = 1.0  # what compiles faster needs no bar
+
+Stage = Literal["Loading", "Spilling", "Pre-warming", "Compiling", "Packing"]
+
+
+def bar(stage: Stage, total: int, unit: str = "B", what: str = "") -> Any:
+    """A context manager with `update(n)`; `total` in bytes, or in any other `unit`."""
+    from transformers.utils import logging as hf_logging
+
+    return hf_logging.tqdm(total=total, desc=f"{stage} {what}".rstrip(), unit=unit, unit_scale=unit == "B")
+
+
+class _Compiling:
+    """The bar of the graph that is being compiled. Its thread shows it once that has taken DELAY_S, then ticks."""
+
+    def __init__(self) -> None:
+        from transformers.utils import logging as hf_logging
+
+        self.bar = hf_logging.tqdm(desc="Compiling: tracing", bar_format="{desc} [{elapsed}]", delay=DELAY_S)
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._tick, name="moe_offload-compiling", daemon=True)
+        self.thread.start()
+
+    def _tick(self) -> None:
+        while not self.ended.wait(DELAY_S):
+            self.bar.update(0)
+
+    def end(self) -> None:
+        self.ended.set()
+        self.thread.join()
+        self.bar.set_description_str("Compiling", refresh=False)
+        self.bar.close()
+
+
+_calls = threading.local()  # .ours: whether this thread is in a call of an offloaded model
+_shown: _Compiling | None = None
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """Whatever is compiled inside, by this thread, has a bar. Dynamo says when: a call may compile, or not."""
+    from torch._dynamo.callback import callback_handler
+
+    if _begin not in callback_handler.start_callbacks:  # the first call, or the first after torch._dynamo.reset()
+        callback_handler.register_start_callback(_begin)
+        callback_handler.register_end_callback(_end)
+    _calls.ours = True
+    try:
+        yield
+    finally:
+        _calls.ours = False
+
+
+def stage(name: str) -> None:
+    """What is being compiled has come to `name`."""
+    if _shown is not None:
+        _shown.bar.set_description_str(f"Compiling: {name}", refresh=False)
+
+
+def _begin(_: Any) -> None:
+    """Dynamo calls this and `_end` under a lock of its own, and only for the outermost compilation."""
+    global _shown
+    from transformers.utils import logging as hf_logging
+
+    if getattr(_calls, "ours", False) and hf_logging.is_progress_bar_enabled():
+        _shown = _Compiling()
+
+
+def _end(_: Any) -> None:
+    global _shown
+    shown, _shown = _shown, None
+    if shown is not None:
+        shown.end()
