@@ -52,5 +52,9 @@ class ReportError(OffloadError):
     """The record of a run is damaged, too large, or not there; or a report cannot be made or written."""
 
 
+class ServeError(OffloadError):
+    """The server cannot be started: an address that cannot be had, or a package that is not installed."""
+
+
 class ClosedError(OffloadError):
     """The model was closed: its threads, files and memory have been given back."""

@@ -29,6 +29,12 @@ DeviceMapOption = Annotated[
 ]
 MaxMemory = Annotated[str | None, typer.Option("--max-memory", help="Limits per device: '{0: 8GB, cpu: 60GiB}'.")]
 ProfileIn = Annotated[Path | None, typer.Option("--profile", help="Activation profile to predict the hit rate from.")]
+PrewarmWith = Annotated[
+    Path | None, typer.Option("--profile-in", help="Pre-warm the slots with this activation profile.")
+]
+SaveProfile = Annotated[
+    Path | None, typer.Option("--profile-out", help="Save the activation profile of this run here.")
+]
 Context = Annotated[int | None, typer.Option("--context", min=0, help="Tokens of KV cache to make room for.")]
 ConfigFile = Annotated[
     Path | None,
@@ -55,6 +61,12 @@ def settings(config_file: Path | None, **flags: Any) -> OffloadConfig:
     given = {name: flag for name, flag in flags.items() if flag is not None}
     read = {name: from_text(name, flag) if isinstance(flag, str) else flag for name, flag in given.items()}
     return or_exit(lambda: resolve(config_file, **read))
+
+
+def check_folder(flag: str, out: Path | None) -> None:
+    """That `out` can be written is asked before minutes of work, not after."""
+    if out is not None and not out.resolve().parent.is_dir():
+        fail(f"{flag} {out}: its folder does not exist", 2)
 
 
 def fail(message: str, code: int) -> NoReturn:

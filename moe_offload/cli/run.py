@@ -9,7 +9,19 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import OffloadError
-from .options import Budget, ConfigFile, DeviceMapOption, MaxMemory, Model, fail, or_exit, settings
+from .options import (
+    Budget,
+    ConfigFile,
+    DeviceMapOption,
+    MaxMemory,
+    Model,
+    PrewarmWith,
+    SaveProfile,
+    check_folder,
+    fail,
+    or_exit,
+    settings,
+)
 
 
 def run(
@@ -20,12 +32,8 @@ def run(
     config_file: ConfigFile = None,
     prompt: Annotated[str, typer.Option("--prompt", help="Text to continue; - reads standard input.")] = "The ",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="How many tokens to generate.")] = 64,
-    profile_in: Annotated[
-        Path | None, typer.Option("--profile-in", help="Pre-warm the slots with this activation profile.")
-    ] = None,
-    profile_out: Annotated[
-        Path | None, typer.Option("--profile-out", help="Save the activation profile of this run here.")
-    ] = None,
+    profile_in: PrewarmWith = None,
+    profile_out: SaveProfile = None,
     trace_out: Annotated[
         Path | None, typer.Option("--trace-out", help="Save which experts were asked for here (.npz, for simulate).")
     ] = None,
@@ -47,8 +55,7 @@ def run(
     if not text:
         fail("the prompt is empty: give --prompt some text", 2)
     for flag, out in (("--profile-out", profile_out), ("--trace-out", trace_out), ("--report", report)):
-        if out is not None and not out.resolve().parent.is_dir():
-            fail(f"{flag} {out}: its folder does not exist", 2)
+        check_folder(flag, out)
     wanted = settings(
         config_file,
         budget=budget,
