@@ -198,9 +198,7 @@ class ThreadTransfer:
         with self._changed:
             ticket.unfinished -= 1
             if ticket.unfinished:
-                del self._running[
-                    threading.get_ident()
-                ]  # in one step: who waits for the row must find us idle after it
+                del self._running[threading.get_ident()]  # in one step: who waits for the row must find us idle after it
                 return
         try:
             if ticket.error is None:

@@ -93,7 +93,7 @@ def _check_flags(flags: list[str]) -> None:
 def _ask_nobody_else() -> None:
     """From here on this process talks to its own server only: not through a proxy, nor barred by HF_HUB_OFFLINE."""
     from huggingface_hub import set_async_client_factory
-    from huggingface_hub.utils import httpx
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
     os.environ.update(NO_PROXY="*", no_proxy="*")
     set_async_client_factory(lambda: httpx.AsyncClient(timeout=None))

@@ -7,9 +7,10 @@ import inspect
 import logging
 from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from jinja2 import TemplateError
+from starlette.exceptions import HTTPException
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.response import ResponseHandler
@@ -22,11 +23,19 @@ from .one_model import OneModel, ServedModel, give_chat_template
 
 logger = logging.getLogger("moe_offload")
 
+
+class Responses(ResponseHandler):
+    """transformers streams responses unless it is asked not to; OpenAI's clients expect the opposite."""
+
+    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
+        return await super().handle_request({"stream": False, **body}, request_id)
+
+
 #: build_server's parameters whose routes make sense for a model that writes text.
 HANDLERS = {
     "chat_handler": ChatCompletionHandler,
     "completion_handler": CompletionHandler,
-    "response_handler": ResponseHandler,
+    "response_handler": Responses,
 }
 #: What a request may cause that is the request's own fault: fields of the wrong kind, values `generate` refuses.
 REQUEST_ERRORS = (ValueError, TypeError, KeyError, TemplateError)
@@ -47,7 +56,7 @@ def build_app(handle: Handle, tokenizer: Any, name: str) -> FastAPI:
     none.
     """
     give_chat_template(tokenizer, name)
-    # It says "[Request received]" for each as a warning; what goes wrong is said to the client, and at level ERROR here.
+    # As a warning it says "[Request received]" for each; what goes wrong is told to the client.
     logging.getLogger("transformers.cli.serving").setLevel(logging.ERROR)
     model = ServedModel(handle.model)
     manager, state = OneModel(model, tokenizer, name), GenerationState()
@@ -59,10 +68,10 @@ def build_app(handle: Handle, tokenizer: Any, name: str) -> FastAPI:
             given[parameter] = NotServed()
     app: FastAPI = build_server(**given)
     app.state.model = model
-    app.add_exception_handler(OffloadError, _failed)
-    app.add_exception_handler(Exception, _failed)
-    for kind in REQUEST_ERRORS:
-        app.add_exception_handler(kind, _refused)
+    for refused in (HTTPException, *REQUEST_ERRORS):
+        app.add_exception_handler(refused, _refused)
+    for failed in (OffloadError, Exception):
+        app.add_exception_handler(failed, _failed)
 
     @app.get("/v1/moe_offload/stats")
     def stats() -> dict[str, Any]:
@@ -74,15 +83,18 @@ def build_app(handle: Handle, tokenizer: Any, name: str) -> FastAPI:
 
 
 def _refused(_: Request, error: Exception) -> JSONResponse:
-    return _answer(400, error, "invalid_request_error")
+    if isinstance(error, HTTPException):
+        return _answer(error.status_code, str(error.detail), "invalid_request_error")
+    message = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
+    return _answer(400, message, "invalid_request_error")
 
 
 def _failed(_: Request, error: Exception) -> JSONResponse:
     if isinstance(error, OffloadError):  # any other is logged by the server, with its traceback
         logger.error("a request failed: %s", error)
-    return _answer(503 if isinstance(error, ClosedError) else 500, error, type(error).__name__)
+    return _answer(503 if isinstance(error, ClosedError) else 500, str(error), type(error).__name__)
 
 
-def _answer(status: int, error: Exception, kind: str) -> JSONResponse:
-    message = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
+def _answer(status: int, message: str, kind: str) -> JSONResponse:
+    """An error as OpenAI's clients read it."""
     return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status)

@@ -63,7 +63,7 @@ class ServedModel:
             raise ClosedError("the server is stopping: this request was not finished; send it to another, or later")
 
 
-class OneModel(ModelManager):  # type: ignore[misc]
+class OneModel(ModelManager):
     """A ModelManager that never loads and never forgets. Requests for another name are refused (400)."""
 
     def __init__(self, model: ServedModel, tokenizer: Any, name: str):
@@ -85,7 +85,7 @@ class OneModel(ModelManager):  # type: ignore[misc]
             event = {"status": "error", "model": model_id_and_revision, "message": f"only {self.force_model} is served"}
         yield f"data: {json.dumps(event)}\n\n"
 
-    def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
+    def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:  # type: ignore[override]
         return [{"id": self.force_model, "object": "model", "created": self.created, "owned_by": "moe_offload"}]
 
     def shutdown(self) -> None:
@@ -99,3 +99,9 @@ def give_chat_template(tokenizer: Any, name: str) -> None:
     logger.warning("%s has no chat template (a base model?): it continues the messages as one plain text", name)
     bos = tokenizer.bos_token if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else None
     tokenizer.chat_template = f"{bos or ''}{PLAIN_TEMPLATE}"
+    # All that comes after the prompt is content. Without this, transformers looks for where the answer begins by the
+    # marks of the model's family, does not find them, and answers with the prompt, too.
+    content = {"content": "text", "content_args": {"strip": False}, "repeats": True, "join": ""}
+    if tokenizer.all_special_tokens:
+        content["close"] = tokenizer.all_special_tokens
+    tokenizer.response_template = {"start_anchor_pattern": r"\Z", "fields": {"content": content}}
