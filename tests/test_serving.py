@@ -80,7 +80,9 @@ def test_a_base_model_continues_the_messages_and_does_not_repeat_them(client) ->
 
 def test_its_own_chat_template_is_kept(caplog) -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}<|im_start|>assistant\n"
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}<|im_start|>assistant{{ '\n' }}"
+    )
     with caplog.at_level(logging.WARNING, "moe_offload"), serving(tokenizer) as (client, _):
         answer = chat(client, TEXT).choices[0].message.content
     assert answer == said(f"<|im_start|>{TEXT}<|im_start|>assistant\n").strip()

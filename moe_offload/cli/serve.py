@@ -37,7 +37,7 @@ def serve(
     max_memory: MaxMemory = None,
     config_file: ConfigFile = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 is all of them.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 is any that is free.")] = 8000,
+    port: Annotated[int, typer.Option("--port", help="Port; 0 is any that is free.")] = 8000,
     name: Annotated[
         str | None, typer.Option("--name", help="What clients call the model.", show_default="MODEL as given")
     ] = None,

@@ -97,8 +97,8 @@ def give_chat_template(tokenizer: Any, name: str) -> None:
     if tokenizer.chat_template is not None:
         return
     logger.warning("%s has no chat template (a base model?): it continues the messages as one plain text", name)
-    bos = tokenizer.bos_token if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else None
-    tokenizer.chat_template = f"{bos or ''}{PLAIN_TEMPLATE}"
+    begins = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    tokenizer.chat_template = "{{ bos_token }}" * begins + PLAIN_TEMPLATE
     # All that comes after the prompt is content. Without this, transformers looks for where the answer begins by the
     # marks of the model's family, does not find them, and answers with the prompt, too.
     content = {"content": "text", "content_args": {"strip": False}, "repeats": True, "join": ""}

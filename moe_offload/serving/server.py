@@ -28,6 +28,8 @@ def listen(host: str, port: int) -> socket.socket:
 
     It listens at once, since two sockets that do not may be bound to one port: clients that connect early wait.
     """
+    if not 0 <= port <= 65535:
+        raise ServeError(f"port {port}: there are those from 1 to 65535, and 0 for any that is free")
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
