@@ -10,11 +10,10 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -28,6 +27,7 @@ from typer.testing import CliRunner
 
 from moe_offload import Profile
 from moe_offload.cli import app
+from moe_offload.cli.serve import Stop
 from moe_offload.serving.server import listen
 
 ROOT = Path(__file__).parent.parent
@@ -285,11 +285,21 @@ def test_a_package_that_is_not_installed(no_model, command, package, monkeypatch
 
 
 def test_open_to_other_machines_is_said(monkeypatch) -> None:
-    at_once = threading.Event()
-    at_once.set()
-    monkeypatch.setattr(sys.modules["moe_offload.cli.serve"], "stop_signals", lambda: nullcontext(at_once))
+    class Stopped(Stop):
+        def __init__(self) -> None:
+            super().__init__()
+            self.asked.set()
+
+    monkeypatch.setattr(sys.modules["moe_offload.cli.serve"], "Stop", Stopped)
     result = CliRunner().invoke(app, ["serve", MODEL, "--budget", "6MB", "--host", "0.0.0.0", "--port", "0"])
     assert result.exit_code == 0 and "no authentication" in result.stderr, result.output
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_model_loads(monkeypatch, number) -> None:
+    monkeypatch.setattr("moe_offload.api.from_pretrained", lambda *_, **__: signal.raise_signal(number))
+    result = CliRunner().invoke(app, ["serve", MODEL, "--port", "0"])
+    assert (result.exit_code, result.stderr) == (130, "moe-offload: interrupted\n")
 
 
 @pytest.mark.parametrize("command", ["serve", "chat"])

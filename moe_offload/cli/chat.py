@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -24,7 +21,7 @@ from .options import (
     or_exit,
     settings,
 )
-from .serve import served
+from .serve import on_signals, served
 
 
 def chat(
@@ -57,7 +54,7 @@ def chat(
         with served(model, wanted, host="127.0.0.1", port=0, name=name, profile_out=profile_out) as server:
             _ask_nobody_else()
             try:
-                with interruptible():
+                with on_signals(_interrupt):
                     run_chat(name, server.url, generate_flags, user="you", system_prompt=system_prompt)
             except (EOFError, KeyboardInterrupt):
                 typer.echo("")  # the prompt's line is not ended yet
@@ -99,17 +96,7 @@ def _ask_nobody_else() -> None:
     set_async_client_factory(lambda: httpx.AsyncClient(timeout=None))
 
 
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Ctrl-C and SIGTERM interrupt at once. With Python's own handler asyncio would take Ctrl-C for itself, and act on
-    it when the line that a person is typing has ended."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _interrupt(*_: object) -> NoReturn:
+    """With Python's own handler asyncio would take Ctrl-C for itself, and act on it when the line that a person is
+    typing has ended."""
+    raise KeyboardInterrupt

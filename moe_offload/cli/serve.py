@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -50,21 +50,37 @@ def serve(
     requests have ten seconds to finish, then the profile is saved. A second Ctrl-C does not wait for them.
     """
     wanted = settings(config_file, budget=budget, device_map=device_map, max_memory=max_memory, profile=profile_in)
+    name, stop = name or model, Stop()
     try:
-        with served(model, wanted, host=host, port=port, name=name or model, profile_out=profile_out) as server:
-            with stop_signals() as stopped:
-                if not server.is_local:
-                    typer.echo(
-                        f"moe-offload: {host} is open to other machines, and whoever reaches it may use the model: "
-                        "there is no authentication",
-                        err=True,
-                    )
-                typer.echo(f"Serving {name or model} on {server.url} (Ctrl-C stops)", err=True)
-                stopped.wait()
-                typer.echo("moe-offload: stopping", err=True)
-                server.stop()
+        with (
+            on_signals(stop),
+            served(model, wanted, host=host, port=port, name=name, profile_out=profile_out) as server,
+        ):
+            if not server.is_local:
+                typer.echo(
+                    f"moe-offload: {host} is open to other machines, and whoever reaches it may use the model: "
+                    "there is no authentication",
+                    err=True,
+                )
+            stop.serving = True
+            typer.echo(f"Serving {name} on {server.url} (Ctrl-C stops)", err=True)
+            stop.asked.wait()
+            typer.echo("moe-offload: stopping", err=True)
     except KeyboardInterrupt:
         fail("interrupted", 130)
+
+
+class Stop:
+    """What Ctrl-C and SIGTERM mean: while the model loads an interrupt; while it serves a wish, which a second Ctrl-C
+    makes an interrupt."""
+
+    def __init__(self) -> None:
+        self.serving, self.asked = False, threading.Event()
+
+    def __call__(self, number: int, _: object) -> None:
+        if not self.serving or (self.asked.is_set() and number == signal.SIGINT):
+            raise KeyboardInterrupt
+        self.asked.set()
 
 
 @contextmanager
@@ -103,17 +119,11 @@ def served(
 
 
 @contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set, the first time. A second Ctrl-C is a KeyboardInterrupt."""
-    stopped = threading.Event()
-
-    def note(*_: object) -> None:
-        stopped.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+def on_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """`handler` is called on Ctrl-C and SIGTERM, in the main thread."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield stopped
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
