@@ -7,6 +7,7 @@ import json
 import logging
 import socket
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -161,7 +162,7 @@ def test_what_runs_and_what_waits_is_cancelled_when_its_time_is_over(monkeypatch
         waiting = threading.Thread(target=wait)
         waiting.start()
         while len(server._uvicorn.server_state.tasks) < 2:
-            pass
+            time.sleep(0.01)
         server.stop()
         assert not server._thread.is_alive()
         with pytest.raises(openai.APIError, match="streaming"):

@@ -46,8 +46,9 @@ def serve(
 ) -> None:
     """Answer OpenAI-compatible requests (chat completions, completions, responses) with a model inside a budget.
 
-    Clients need nothing but the address that is printed: OpenAI(base_url=..., api_key="none"). Ctrl-C stops: running
-    requests have ten seconds to finish, then the profile is saved. A second Ctrl-C does not wait for them.
+    Clients need the address that is printed and no key: OpenAI(base_url=..., api_key="none").
+
+    Ctrl-C stops: running requests have ten seconds, then the profile is saved. A second one does not wait.
     """
     wanted = settings(config_file, budget=budget, device_map=device_map, max_memory=max_memory, profile=profile_in)
     name, stop = name or model, Stop()
