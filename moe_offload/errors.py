@@ -57,5 +57,9 @@ class LiveError(OffloadError):
     """A running model cannot be watched: it is gone, does not answer, or its socket is not to be trusted."""
 
 
+class ServeError(OffloadError):
+    """The server cannot be started: an address that cannot be had, or a package that is not installed."""
+
+
 class ClosedError(OffloadError):
     """The model was closed: its threads, files and memory have been given back."""

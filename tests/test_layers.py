@@ -44,7 +44,11 @@ LAYERS = [
     Layer("engine", "backend handle live.take metrics notebook advise loading outline open_stores pack_streams"),
     Layer("model", "install record pack forecasting"),
     Layer("api", "api"),
-    Layer("front", "cli cli.* record_texts report.collect bench bench.* families families.* quickstart quickstart.*"),
+    Layer(
+        "front",
+        "cli cli.* record_texts report.collect bench bench.* families families.* quickstart quickstart.* "
+        "serving serving.*",
+    ),
     Layer("package", "__init__ __main__"),
 ]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import typer
 
 from .bench import bench
+from .chat import chat
 from .config import config
 from .estimate import estimate
 from .families import families
@@ -18,6 +19,7 @@ from .plan import plan
 from .profile import app as profile
 from .report import report
 from .run import run
+from .serve import serve
 from .simulate import simulate
 from .top import top
 
@@ -29,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (plan, estimate, run, top, report, config, bench, pack, simulate, families):
+for command in (plan, estimate, run, chat, serve, top, report, config, bench, pack, simulate, families):
     app.command()(command)
 app.add_typer(profile, name="profile")
 

@@ -29,6 +29,12 @@ DeviceMapOption = Annotated[
 ]
 MaxMemory = Annotated[str | None, typer.Option("--max-memory", help="Limits per device: '{0: 8GB, cpu: 60GiB}'.")]
 ProfileIn = Annotated[Path | None, typer.Option("--profile", help="Activation profile to predict the hit rate from.")]
+PrewarmWith = Annotated[
+    Path | None, typer.Option("--profile-in", help="Pre-warm the slots with this activation profile.")
+]
+SaveProfile = Annotated[
+    Path | None, typer.Option("--profile-out", help="Save the activation profile of this run here.")
+]
 Context = Annotated[int | None, typer.Option("--context", min=0, help="Tokens of KV cache to make room for.")]
 ConfigFile = Annotated[
     Path | None,
@@ -62,6 +68,12 @@ def live_or_default(live: bool | None, config_file: Path | None) -> bool | None:
     """The flag `--live` of a command that runs a model. Not given, it is on unless a setting says otherwise."""
     unsaid = live is None and or_exit(lambda: origins(config_file))["live"] == DEFAULT
     return True if unsaid else live
+
+
+def check_folder(flag: str, out: Path | None) -> None:
+    """That `out` can be written is asked before minutes of work, not after."""
+    if out is not None and not out.resolve().parent.is_dir():
+        fail(f"{flag} {out}: its folder does not exist", 2)
 
 
 def fail(message: str, code: int) -> NoReturn:

@@ -16,6 +16,9 @@ from .options import (
     Live,
     MaxMemory,
     Model,
+    PrewarmWith,
+    SaveProfile,
+    check_folder,
     fail,
     live_or_default,
     or_exit,
@@ -31,12 +34,8 @@ def run(
     config_file: ConfigFile = None,
     prompt: Annotated[str, typer.Option("--prompt", help="Text to continue; - reads standard input.")] = "The ",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="How many tokens to generate.")] = 64,
-    profile_in: Annotated[
-        Path | None, typer.Option("--profile-in", help="Pre-warm the slots with this activation profile.")
-    ] = None,
-    profile_out: Annotated[
-        Path | None, typer.Option("--profile-out", help="Save the activation profile of this run here.")
-    ] = None,
+    profile_in: PrewarmWith = None,
+    profile_out: SaveProfile = None,
     trace_out: Annotated[
         Path | None, typer.Option("--trace-out", help="Save which experts were asked for here (.npz, for simulate).")
     ] = None,
@@ -71,8 +70,7 @@ def run(
         ("--timeline-out", timeline_out),
         ("--report", report),
     ):
-        if out is not None and not out.resolve().parent.is_dir():
-            fail(f"{flag} {out}: its folder does not exist", 2)
+        check_folder(flag, out)
     if metrics_port is not None:
         from ..metrics import check
 
