@@ -20,7 +20,7 @@ from moe_offload.errors import ExpertReadError
 from moe_offload.timeline import SHORT_S, Timeline
 from moe_offload.transfer import ThreadTransfer
 
-from .fault_store import FaultStore, K, decode, make, run
+from .fault_store import FaultStore, K, decode, make
 from .offloaded import IDS, offloaded, say
 from .test_transfer import NOTHING, PARTS, ROW, ScriptedStore, row
 
