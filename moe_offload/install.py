@@ -2,9 +2,10 @@
 
 The model keeps its class, its `forward` and its `generate`. What changes:
 
-    module.gate_up_proj ...         a Phantom; state_dict() still returns the real rows
+    module.gate_up_proj ...         a Phantom; state_dict() still returns the real rows (saving.py)
     config._experts_implementation  "moe_offload_grouped_mm" or "moe_offload_batched_mm", on every experts module
     model(...)                      compiled by our backend, under the model's lock, inference only
+    model.to(...), copies ...       refused where they would reach the experts (refusals.py)
 
 Traced by our backend, the experts implementation is transformers' own code, for the passes to rewrite. Anywhere else
 (an eager call to a submodule, somebody else's torch.compile, the far side of a graph break) it is one op that streams
@@ -16,7 +17,6 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Hashable, Sequence
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -115,9 +115,6 @@ def install(
     made = backend.make_backend(run, core, log, overlap, guess)
     compiled = torch.compile(own_code(model), backend=made, dynamic=dynamic, fullgraph=fullgraph)
     model._compiled_call_impl = _Call(model, runtime, scope, compiled)
-    _refuse_moves(model)
-    for module in (model, *(module for layer in runtime.layers for module in layer.bank.modules)):
-        module.__dict__["__deepcopy__"] = module.__dict__["__reduce_ex__"] = _refuse_copy
     return log
 
 
@@ -219,18 +216,6 @@ def _install_layer(layer: LayerRuntime, scope: Scope, implementation: str, nan_r
         module.config._experts_implementation_internal = f"moe_offload_{implementation}"
 
 
-def save_real_rows(runtime: Runtime) -> None:
-    """Make state_dict() of the experts modules return their real weights instead of phantoms."""
-    for layer in runtime.layers:
-        for module in layer.bank.modules:
-            module.register_state_dict_post_hook(partial(_real_rows, runtime, layer.bank.index))
-
-
-def _real_rows(runtime: Runtime, index: int, module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    for name, stacked in runtime.read_stacked(index).items():
-        state[prefix + name] = stacked
-
-
 def _register_implementations() -> None:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -262,28 +247,3 @@ class _InferenceOnly(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
         raise OffloadError("an offloaded model is for inference only: its experts have no gradients")
-
-
-def _refuse_moves(model: nn.Module) -> None:
-    """Refuse `.to(dtype)`, `.half()`, `.cuda()`: they would turn phantoms into real tensors of NaN."""
-
-    def apply(fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        for p in model.parameters():
-            probe = torch.empty(0, dtype=p.dtype, device=p.device)
-            moved = fn(probe)
-            if (moved.dtype, moved.device) != (probe.dtype, probe.device):
-                raise OffloadError(
-                    f"asked to move or convert an offloaded model ({probe.dtype} on {probe.device} to {moved.dtype} on "
-                    f"{moved.device}); its expert rows are fixed. Convert or move the model first, then call "
-                    f"optimize()."
-                )
-        return model
-
-    model._apply = apply  # type: ignore[method-assign]
-
-
-def _refuse_copy(*_: Any) -> Any:
-    raise OffloadError(
-        "an offloaded model cannot be copied or pickled (its experts are in files and slots); copy the model before "
-        "optimize(), save it with save_pretrained(), or load it again with moe_offload.from_pretrained()"
-    )

@@ -41,7 +41,7 @@ LAYERS = [
     ),
     Layer("runtime", "runtime prewarm"),
     Layer("engine", "backend handle loading outline open_stores pack_streams"),
-    Layer("model", "install record pack forecasting"),
+    Layer("model", "install saving refusals record pack forecasting"),
     Layer("api", "api"),
     Layer("front", "cli cli.* record_texts report.collect bench bench.* families families.* quickstart quickstart.*"),
     Layer("package", "__init__ __main__"),

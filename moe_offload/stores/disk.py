@@ -57,6 +57,10 @@ class DiskStore:
             for unused in given.values():
                 os.close(unused)
 
+    @property
+    def files(self) -> list[Path]:
+        return list(self._files)
+
     def begin(self, layer: int, expert: int, row: memoryview) -> RowRead:
         if self._closed:
             raise self._is_closed()
