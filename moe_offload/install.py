@@ -31,6 +31,11 @@ from .runtime import LayerRuntime, Runtime, closed
 logger = logging.getLogger("moe_offload")
 
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
+_ADAPTED = (
+    "an adapter changes the weights of offloaded experts (peft's target_parameters, which it also derives from "
+    "target_modules that name projections of experts), but they rest in files and pass through slots. Adapt dense layers "
+    "only (such as target_modules=['q_proj', 'v_proj']), or merge the adapter into the model before optimize()."
+)
 _numbers = itertools.count()
 
 
@@ -143,6 +148,11 @@ class _Call:
     def __init__(self, model: nn.Module, runtime: Runtime, scope: Scope, compiled: Callable[..., Any]):
         self.model, self.runtime, self.scope, self.compiled = model, runtime, scope, compiled
         modules = [(module, layer.bank.name) for layer in runtime.layers for module in layer.bank.modules]
+        self.places = [
+            (model.get_submodule(name.rpartition(".")[0])._modules, name.rpartition(".")[2], module)
+            for layer in runtime.layers
+            for name, module in zip(layer.bank.names, layer.bank.modules, strict=True)
+        ]
         self.configs = {id(module.config): (module.config, name) for module, name in modules}
         self.warned = False
 
@@ -158,6 +168,7 @@ class _Call:
         with self.runtime.lock, torch.no_grad():
             self.runtime.check_open()
             self._check_implementation()
+            self._check_places()
             self._check_length(args, kwargs)
             self.scope.active = True
             try:
@@ -180,6 +191,11 @@ class _Call:
                 "exceeded. generate(..., prefill_chunk_size=%d) reads a prompt in pieces",
                 tokens, PROMPT_TOKENS, PROMPT_TOKENS,
             )  # fmt: skip
+
+    def _check_places(self) -> None:
+        """A wrapper of peft's around experts would be traced, and its delta added to phantoms."""
+        if any(children.get(name) is not module for children, name, module in self.places):
+            raise OffloadError(_ADAPTED)
 
     def _check_implementation(self) -> None:
         """Code other than ours would compute on phantoms: NaN, which an argmax turns into tokens."""
@@ -226,6 +242,8 @@ def _register_implementations() -> None:
 
 def _implementation(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        if hasattr(self, "parametrizations"):
+            raise OffloadError(_ADAPTED)
         if torch.compiler.is_compiling() and self._moe_offload.scope.active:
             return original(self, hidden_states, top_k_index, top_k_weights)
         bank_SN = self._moe_offload.bank_SN

@@ -2,7 +2,7 @@
 
 .to(dtype), .half(), .cuda(), .share_memory()    would turn the stand-ins into real tensors of NaN
 copy.deepcopy, pickle, torch.save(model)         would copy stand-ins, or files and threads
-load_state_dict(with experts, or strict)         would write into stand-ins
+load_state_dict(with experts)                    would write into stand-ins
 """
 
 from __future__ import annotations
@@ -55,13 +55,11 @@ def _refuse_copy(*_: Any) -> Any:
     )
 
 
-def _refuse_loading(
-    held: list[str], _: nn.Module, state: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, *__: Any
-) -> None:
+def _refuse_loading(held: list[str], _: nn.Module, state: Mapping[str, Any], prefix: str, *__: Any) -> None:
     found = [prefix + key for key in held if prefix + key in state]
-    if found or strict:
-        what = f"{len(found)} of their tensors, such as {found[0]}" if found else "none of them, and strict=True"
+    if found:
         raise OffloadError(
-            f"load_state_dict() cannot change the experts of an offloaded model, which rest in files; it was given "
-            f"{what}. Load weights before optimize(), or the dense ones alone with strict=False."
+            f"load_state_dict() was given {len(found)} tensors of experts, such as {found[0]}; those of an offloaded "
+            "model rest in files and cannot be replaced. Load weights before optimize(), or leave the experts out and "
+            "load the others with strict=False."
         )
