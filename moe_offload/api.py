@@ -39,7 +39,9 @@ from .process_memory import bound_kernel_caches
 from .profile import Profile
 from .profile_stats import most_wanted, rates
 from .progress import bar
+from .refusals import refuse_what_reaches_experts
 from .runtime import LayerRuntime, Runtime
+from .saving import save_real_rows
 from .scratch import Scratch
 from .sizes import format_size
 from .stores import Store
@@ -237,7 +239,8 @@ def _install(model: nn.Module, runtime: Runtime, where: Arrangement, settings: O
         fullgraph=settings.fullgraph,
         advisor=Advisor(runtime, where.plan),
     )
-    patch.save_real_rows(runtime)
+    refuse_what_reaches_experts(model, runtime)
+    save_real_rows(model, runtime)
     weakref.finalize(model, _release, runtime)
     return Handle(
         model,

@@ -32,6 +32,10 @@ class PackError(OffloadError):
     """A packed checkpoint could not be written, or does not read back as it was written; nothing of it is left."""
 
 
+class SaveError(OffloadError):
+    """An offloaded model could not be saved; what was in the folder before is untouched, or no longer looks whole."""
+
+
 class ExpertReadError(OffloadError):
     """An expert's bytes could not be read completely; names file, offset and what was found."""
 

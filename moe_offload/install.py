@@ -2,9 +2,10 @@
 
 The model keeps its class, its `forward` and its `generate`. What changes:
 
-    module.gate_up_proj ...         a Phantom; state_dict() still returns the real rows
+    module.gate_up_proj ...         a Phantom; state_dict() still returns the real rows (saving.py)
     config._experts_implementation  "moe_offload_grouped_mm" or "moe_offload_batched_mm", on every experts module
     model(...)                      compiled by our backend, under the model's lock, inference only
+    model.to(...), copies ...       refused where they would reach the experts (refusals.py)
 
 Traced by our backend, the experts implementation is transformers' own code, for the passes to rewrite. Anywhere else
 (an eager call to a submodule, somebody else's torch.compile, the far side of a graph break) it is one op that streams
@@ -18,7 +19,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Hashable, Sequence
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -34,6 +34,11 @@ from .runtime import LayerRuntime, Runtime, closed
 logger = logging.getLogger("moe_offload")
 
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
+_ADAPTED = (
+    "an adapter changes the weights of offloaded experts (peft's target_parameters, which it also derives from "
+    "target_modules that name projections of experts), but they rest in files and pass through slots. Adapt dense "
+    "layers only (such as target_modules=['q_proj', 'v_proj']), or merge the adapter into the model before optimize()."
+)
 _numbers = itertools.count()
 
 
@@ -119,9 +124,6 @@ def install(
     made = backend.make_backend(run, core, log, overlap, guess)
     compiled = torch.compile(own_code(model), backend=made, dynamic=dynamic, fullgraph=fullgraph)
     model._compiled_call_impl = _Call(model, runtime, scope, compiled, advisor)
-    _refuse_moves(model)
-    for module in (model, *(module for layer in runtime.layers for module in layer.bank.modules)):
-        module.__dict__["__deepcopy__"] = module.__dict__["__reduce_ex__"] = _refuse_copy
     return log
 
 
@@ -153,6 +155,11 @@ class _Call:
         self.model, self.runtime, self.scope, self.compiled = model, runtime, scope, compiled
         self.advisor = advisor
         modules = [(module, layer.bank.name) for layer in runtime.layers for module in layer.bank.modules]
+        self.places = [
+            (model.get_submodule(name.rpartition(".")[0])._modules, name.rpartition(".")[2], module)
+            for layer in runtime.layers
+            for name, module in zip(layer.bank.names, layer.bank.modules, strict=True)
+        ]
         self.configs = {id(module.config): (module.config, name) for module, name in modules}
         self.warned = False
 
@@ -168,6 +175,7 @@ class _Call:
         with self.runtime.lock, torch.no_grad(), progress.compiling():
             self.runtime.check_open()
             self._check_implementation()
+            self._check_places()
             sequences, tokens = _size(args, kwargs)
             self._check_length(sequences * tokens)
             self.advisor.begins(sequences * tokens)
@@ -195,6 +203,11 @@ class _Call:
                 "exceeded. generate(..., prefill_chunk_size=%d) reads a prompt in pieces",
                 tokens, PROMPT_TOKENS, PROMPT_TOKENS,
             )  # fmt: skip
+
+    def _check_places(self) -> None:
+        """A wrapper of peft's around experts would be traced, and its delta added to phantoms."""
+        if any(children.get(name) is not module for children, name, module in self.places):
+            raise OffloadError(_ADAPTED)
 
     def _check_implementation(self) -> None:
         """Code other than ours would compute on phantoms: NaN, which an argmax turns into tokens."""
@@ -239,18 +252,6 @@ def _install_layer(layer: LayerRuntime, scope: Scope, implementation: str, nan_r
         module.config._experts_implementation_internal = f"moe_offload_{implementation}"
 
 
-def save_real_rows(runtime: Runtime) -> None:
-    """Make state_dict() of the experts modules return their real weights instead of phantoms."""
-    for layer in runtime.layers:
-        for module in layer.bank.modules:
-            module.register_state_dict_post_hook(partial(_real_rows, runtime, layer.bank.index))
-
-
-def _real_rows(runtime: Runtime, index: int, module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    for name, stacked in runtime.read_stacked(index).items():
-        state[prefix + name] = stacked
-
-
 def _register_implementations() -> None:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -261,6 +262,8 @@ def _register_implementations() -> None:
 
 def _implementation(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        if hasattr(self, "parametrizations"):
+            raise OffloadError(_ADAPTED)
         if torch.compiler.is_compiling() and self._moe_offload.scope.active:
             return original(self, hidden_states, top_k_index, top_k_weights)
         bank_SN = self._moe_offload.bank_SN
@@ -282,28 +285,3 @@ class _InferenceOnly(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
         raise OffloadError("an offloaded model is for inference only: its experts have no gradients")
-
-
-def _refuse_moves(model: nn.Module) -> None:
-    """Refuse `.to(dtype)`, `.half()`, `.cuda()`: they would turn phantoms into real tensors of NaN."""
-
-    def apply(fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        for p in model.parameters():
-            probe = torch.empty(0, dtype=p.dtype, device=p.device)
-            moved = fn(probe)
-            if (moved.dtype, moved.device) != (probe.dtype, probe.device):
-                raise OffloadError(
-                    f"asked to move or convert an offloaded model ({probe.dtype} on {probe.device} to {moved.dtype} on "
-                    f"{moved.device}); its expert rows are fixed. Convert or move the model first, then call "
-                    f"optimize()."
-                )
-        return model
-
-    model._apply = apply  # type: ignore[method-assign]
-
-
-def _refuse_copy(*_: Any) -> Any:
-    raise OffloadError(
-        "an offloaded model cannot be copied or pickled (its experts are in files and slots); copy the model before "
-        "optimize(), save it with save_pretrained(), or load it again with moe_offload.from_pretrained()"
-    )

@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -228,6 +229,10 @@ class Runtime:
         self.check_open()
         with self.lock:
             self._transfer.timeline = timeline
+
+    def folders(self) -> set[Path]:
+        """The folders that rows are read from. A spill file has none: its name is gone."""
+        return {file.parent for store in self._stores for file in store.files if file.exists()}
 
     def read_stacked(self, index: int) -> dict[str, Tensor]:
         """The real stacked parameters `{field: [E, ...]}` of one layer, read anew from its store."""

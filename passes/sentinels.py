@@ -46,7 +46,7 @@ def sentinels(graph: Graph, *, sites: Sequence[Site]) -> list[Site]:
 
 
 def _is_mask(node: Node, num_experts: int) -> bool:
-    return name_of(node) == "ge" and node.args[1] == num_experts
+    return name_of(node) == "ge" and bool(node.args[1] == num_experts)
 
 
 def _views_of(node: Node) -> list[Node]:

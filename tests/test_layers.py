@@ -42,7 +42,7 @@ LAYERS = [
     ),
     Layer("runtime", "runtime prewarm"),
     Layer("engine", "backend handle live.take metrics notebook advise loading outline open_stores pack_streams"),
-    Layer("model", "install record pack forecasting"),
+    Layer("model", "install saving refusals record pack forecasting"),
     Layer("api", "api"),
     Layer(
         "front",
