@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         PackError,
         ProfileError,
         RoutingError,
+        SaveError,
         TraceError,
         UnsupportedModelError,
     )
@@ -50,6 +51,7 @@ _HOMES = {
         "PackError",
         "ProfileError",
         "RoutingError",
+        "SaveError",
         "TraceError",
         "UnsupportedModelError",
     ],
@@ -74,6 +76,7 @@ __all__ = [
     "Profile",
     "ProfileError",
     "RoutingError",
+    "SaveError",
     "Trace",
     "TraceError",
     "UnsupportedModelError",

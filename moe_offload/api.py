@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from . import install as patch
+from .advise import Advisor, at_start
 from .arrange import Arrangement, arrange
 from .assemble import build_runtime, on_device
 from .config import Config, OffloadConfig, resolve
@@ -36,7 +37,9 @@ from .process_memory import bound_kernel_caches
 from .profile import Profile
 from .profile_stats import most_wanted
 from .progress import bar
+from .refusals import refuse_what_reaches_experts
 from .runtime import Runtime
+from .saving import save_real_rows
 from .sizes import format_size
 from .transfer import TRANSFERS
 
@@ -87,6 +90,9 @@ def optimize(
     handle = _install(model, runtime, where, settings)
     model.moe_offload = handle  # type: ignore[assignment]
     logger.info("%s", handle)
+    at_start(where.plan, settings.budget)
+    if settings.live:
+        handle.serve_live()
     if settings.prewarm:
         try:
             _prewarm(runtime, prior)
@@ -200,8 +206,10 @@ def _install(model: nn.Module, runtime: Runtime, where: Arrangement, settings: O
         on_device=runtime.deciding is not None,
         dynamic=settings.dynamic,
         fullgraph=settings.fullgraph,
+        advisor=Advisor(runtime, where.plan),
     )
-    patch.save_real_rows(runtime)
+    refuse_what_reaches_experts(model, runtime)
+    save_real_rows(model, runtime)
     weakref.finalize(model, _release, runtime)
     return Handle(
         model,

@@ -58,6 +58,7 @@ class OffloadConfig:
     poison: fill free slots with NaN, so that reading one shows. For tests; costs a fill per eviction.
     prewarm: load the expected hottest experts before the first token.
     fullgraph: as in torch.compile: a graph break is an error.
+    live: let `moe-offload top` watch the model, through a socket that only this user can open. `moe-offload run` does.
 
     Raises ConfigError, naming the field, its value and what it accepts.
     """
@@ -81,6 +82,7 @@ class OffloadConfig:
     poison: bool = False
     prewarm: bool = True
     fullgraph: bool = False
+    live: bool = False
 
     def __post_init__(self) -> None:
         for name, rule in RULES.items():

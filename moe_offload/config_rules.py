@@ -129,4 +129,5 @@ RULES: dict[str, Rule] = {
     "poison": _flag(),
     "prewarm": _flag(),
     "fullgraph": _flag(),
+    "live": _flag(),
 }

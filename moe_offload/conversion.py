@@ -7,6 +7,8 @@ one, or one that only joins tensors end to end, means that the row's bytes are t
     [MergeModulelist(0), Concatenate(1)]  ->  (Join(0),)          gate [I, H], up [I, H]  ->  gate_up [2I, H]
     [Transpose(1, 2)]                     ->  (Swap(0, 1),)       [H, 2I]                 ->  [2I, H]
     [Interleave(1)]                       ->  (Regroup(0, ...),)  rows g0 u0 g1 u1        ->  g0 g1 u0 u1
+
+Each step can be undone, which is how experts are saved.
 """
 
 from __future__ import annotations
@@ -39,6 +41,9 @@ class Join:
     def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
         return [torch.cat(tensors, self.dim)]
 
+    def undo(self, tensor: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
+        return list(torch.split(tensor, [shape[self.dim] for shape in shapes], self.dim))
+
 
 @dataclass(frozen=True)
 class Swap:
@@ -49,6 +54,9 @@ class Swap:
 
     def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
         return [tensors[0].transpose(self.dim0, self.dim1)]
+
+    def undo(self, tensor: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
+        return self([tensor])
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,9 @@ class Regroup:
         pairs = tensor.reshape(*tensor.shape[:at], *split, *tensor.shape[at + 1 :])
         return [pairs.transpose(at, at + 1).reshape(tensor.shape)]
 
+    def undo(self, tensor: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
+        return Regroup(self.dim, not self.inverse)([tensor])
+
 
 Step = Join | Swap | Regroup
 
@@ -75,6 +86,20 @@ def run_steps(steps: Sequence[Step], tensors: list[Tensor]) -> Tensor:
         tensors = step(tensors)
     [tensor] = tensors
     return tensor
+
+
+def undo_steps(steps: Sequence[Step], field: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
+    """The source tensors, of `shapes`, that `run_steps` would turn into `field`; they may be views of it."""
+    tensors = [torch.empty(shape, device="meta") for shape in shapes]
+    before = []
+    for step in steps:
+        before.append([tuple(tensor.shape) for tensor in tensors])
+        tensors = step(tensors)
+    found = [field]
+    for step, given in zip(reversed(steps), reversed(before), strict=True):
+        [tensor] = found
+        found = step.undo(tensor, given)
+    return found
 
 
 def joins_bytes(steps: Sequence[Step]) -> bool:

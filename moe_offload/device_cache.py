@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .arrivals import Arrivals
+from .cache import Counters
 from .errors import RoutingError
 from .kernels import DeviceState, Kernels, Loads, pace
 from .kernels.state import REFUSED
@@ -88,6 +89,10 @@ class DeviceCache:
         if self.arrivals.under_way:  # an event that was interrupted
             self.arrivals.abort()
         self.state.push(self.arrivals.cache)
+
+    def counters(self) -> Counters:
+        bank = self.arrivals.bank
+        return self.state.counters(self.arrivals.cache.counters, bank.top_k, bank.layout.row_bytes)
 
     def pull(self) -> int:
         """How many ids were out of range."""

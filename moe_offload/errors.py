@@ -32,6 +32,10 @@ class PackError(OffloadError):
     """A packed checkpoint could not be written, or does not read back as it was written; nothing of it is left."""
 
 
+class SaveError(OffloadError):
+    """An offloaded model could not be saved; what was in the folder before is untouched, or no longer looks whole."""
+
+
 class ExpertReadError(OffloadError):
     """An expert's bytes could not be read completely; names file, offset and what was found."""
 
@@ -51,6 +55,14 @@ class TraceError(OffloadError):
 
 class ReportError(OffloadError):
     """The record of a run is damaged, too large, or not there; or a report cannot be made or written."""
+
+
+class LiveError(OffloadError):
+    """A running model cannot be watched: it is gone, does not answer, or its socket is not to be trusted."""
+
+
+class ServeError(OffloadError):
+    """The server cannot be started: an address that cannot be had, or a package that is not installed."""
 
 
 class ClosedError(OffloadError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,11 +14,15 @@ from .arrange import Arrangement
 from .errors import TraceError
 from .experts import ExpertBank
 from .explain import explain
+from .live.server import LiveView, open_view
+from .live.take import take
+from .metrics import LOCAL, Exporter, registry_of
+from .notebook import to_html
 from .profile import Fingerprint, Profile
 from .recorder import Recorder, Step
 from .runtime import Runtime
 from .sizes import format_size
-from .timeline import Timeline
+from .timeline import Depth, Timeline
 from .trace import Trace
 
 
@@ -79,6 +85,9 @@ class Handle:
         self.compile, self.implementation, self.graphs = compile, implementation, graphs
         self.model, self._runtime, self._on_close = model, runtime, on_close
         self._recorder: Recorder | None = None
+        self._live: LiveView | None = None
+        self._exporters: list[Exporter] = []
+        self.begun = time.monotonic()
         self._timeline: Timeline | None = None
 
     @property
@@ -89,18 +98,24 @@ class Handle:
     def closed(self) -> bool:
         return self._runtime.closed
 
+    @property
+    def name(self) -> str:
+        """What the model calls itself: the name of its repository or of its folder, or else its class."""
+        name = str(getattr(getattr(self.model, "config", None), "name_or_path", "") or type(self.model).__name__)
+        name = Path(name).resolve().name if Path(name).is_absolute() or Path(name).exists() else name
+        return "".join(c for c in name if c.isprintable())[:200] or type(self.model).__name__
+
     def stats(self) -> Stats:
-        """Counters as of now; `stats().layers` has them per layer. Where the device decides, waits for it."""
-        self._runtime.hand_back()
+        """Counters as of now; `stats().layers` has them per layer."""
         layers: list[dict[str, Any]] = []
         for layer in self._runtime.layers:
-            c = layer.cache.counters
+            c = layer.counters
             layers.append(
                 {
                     "name": layer.bank.name,
                     "slots": layer.cache.slots,
                     "experts": layer.bank.num_experts,
-                    "resident": len(layer.cache.resident()),
+                    "resident": layer.resident,
                     "tokens": c.tokens,
                     **{name: getattr(c, name) for name in TOTALS},
                 }
@@ -109,14 +124,50 @@ class Handle:
         tokens = max((row["tokens"] for row in layers), default=0)
         return Stats(**totals, tokens=tokens, graphs=len(self.graphs), layers=layers)
 
+    def depth(self) -> Depth:
+        """Rows queued, and being read, as of now."""
+        return self._runtime.depth()
+
+    def snapshot(self) -> dict[str, Any]:
+        """State and counters as of now, as plain JSON values (`live/snapshot.py`). From any thread; waits for none."""
+        return take(self).model_dump()
+
+    def serve_live(self) -> Path | None:
+        """Let `moe-offload top` watch this model, until it is closed. Returns the path of the socket, or None where
+        that cannot be done (which is logged); the model runs on either way. It costs nothing while nobody looks."""
+        self._runtime.check_open()
+        if self._live is None:
+            this = weakref.ref(self)  # the view must not keep a model alive that nobody else needs
+            self._live = open_view(lambda: _line(this()))
+            if self._live is not None:
+                weakref.finalize(self, self._live.close)
+        return None if self._live is None else self._live.path
+
+    def metrics(self, per_layer: bool = False) -> Any:
+        """A `prometheus_client` registry of this model alone, read when it is scraped; `per_layer` adds that label.
+
+        Mount it with `prometheus_client.make_asgi_app(registry)`. Needs `pip install "moe-offload[metrics]"`.
+        """
+        return registry_of(self, per_layer)
+
+    def serve_metrics(self, port: int, addr: str = LOCAL, per_layer: bool = False) -> str:
+        """Serve `metrics()` over HTTP until the model is closed; returns the URL. Port 0 takes one that is free.
+
+        Raises ConfigError where the port cannot be had.
+        """
+        self._runtime.check_open()
+        exporter = Exporter(self.metrics(per_layer), port, addr)
+        self._exporters.append(exporter)
+        weakref.finalize(self, exporter.close).atexit = False  # its thread ends with the process
+        return exporter.url
+
     def profile(self, **meta: str) -> Profile:
         """The activation profile so far: how often each layer used each expert."""
-        self._runtime.hand_back()
         layers = self._runtime.layers
         return Profile.of(
             self.fingerprint,
-            tokens=max((layer.cache.counters.tokens for layer in layers), default=0),
-            counts=[list(layer.cache.counters.counts) for layer in layers],
+            tokens=max((layer.counters.tokens for layer in layers), default=0),
+            counts=[list(layer.counters.counts) for layer in layers],
             meta=meta,
         )
 
@@ -187,6 +238,10 @@ class Handle:
 
     def close(self) -> None:
         """Give back files and memory. The model (and its `state_dict`) raises `ClosedError` from then on."""
+        if self._live is not None:
+            self._live.close()
+        while self._exporters:
+            self._exporters.pop().close()
         self._on_close()
 
     def __enter__(self) -> Handle:
@@ -214,6 +269,13 @@ class Handle:
             lines.append("nothing has run yet")
         return "\n".join(lines)
 
+    def _repr_html_(self) -> str:
+        return to_html(self)
+
     def __repr__(self) -> str:
         state = "closed" if self.closed else "open"
         return f"<moe_offload: {sum(self.plan.slots)} slots in {len(self.plan.slots)} layers, {state}>"
+
+
+def _line(handle: Handle | None) -> bytes | None:
+    return None if handle is None or handle.closed else take(handle).model_dump_json().encode()

@@ -2,9 +2,10 @@
 
 The model keeps its class, its `forward` and its `generate`. What changes:
 
-    module.gate_up_proj ...         a Phantom; state_dict() still returns the real rows
+    module.gate_up_proj ...         a Phantom; state_dict() still returns the real rows (saving.py)
     config._experts_implementation  "moe_offload_grouped_mm" or "moe_offload_batched_mm", on every experts module
-    model(...)                      compiled by our backend, under the model's lock, inference only
+    model(...)                      compiled by our backend, under the model's lock, inference only (call.py)
+    model.to(...), copies ...       refused where they would reach the experts (refusals.py)
 
 Traced by our backend, the experts implementation is transformers' own code, for the passes to rewrite. Anywhere else
 (an eager call to a submodule, somebody else's torch.compile, the far side of a graph break) it is one op that streams
@@ -13,34 +14,20 @@ and computes by itself: what the passes never see is slower, never wrong.
 
 from __future__ import annotations
 
-import itertools
-import logging
-import math
-import time
 from collections.abc import Callable, Hashable, Sequence
-from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from . import backend, progress
+from . import backend
+from .advise import Advisor
+from .call import ADAPTED, Call, Scope, own_code
 from .errors import OffloadError
 from .experts import ExpertBank
-from .measure import PROMPT_TOKENS
 from .runtime import LayerRuntime, Runtime, closed
 
-logger = logging.getLogger("moe_offload")
-
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
-_numbers = itertools.count()
-
-
-class Scope:
-    """Whether our own backend is running the model. One per model, written under its lock; Dynamo guards on it."""
-
-    def __init__(self) -> None:
-        self.active = False
 
 
 class Link:
@@ -102,6 +89,7 @@ def install(
     on_device: bool,
     dynamic: bool | None,
     fullgraph: bool,
+    advisor: Advisor,
 ) -> list[Any]:
     """Patch `model` to run on `runtime`. Returns the list to which each compiled graph's pass reports are added."""
     _register_implementations()
@@ -117,10 +105,7 @@ def install(
     )
     made = backend.make_backend(run, core, log, overlap, guess, on_device)
     compiled = torch.compile(own_code(model), backend=made, dynamic=dynamic, fullgraph=fullgraph)
-    model._compiled_call_impl = _Call(model, runtime, scope, compiled)
-    _refuse_moves(model)
-    for module in (model, *(module for layer in runtime.layers for module in layer.bank.modules)):
-        module.__dict__["__deepcopy__"] = module.__dict__["__reduce_ex__"] = _refuse_copy
+    model._compiled_call_impl = Call(model, runtime, scope, compiled, advisor)
     return log
 
 
@@ -143,84 +128,6 @@ def uninstall(runtime: Runtime) -> None:
             module._moe_offload.bank_SN = _CLOSED_BANK
 
 
-class _Call:
-    """What `model(...)` runs: one forward at a time, without gradients, inside our scope."""
-
-    def __init__(self, model: nn.Module, runtime: Runtime, scope: Scope, compiled: Callable[..., Any]):
-        self.model, self.runtime, self.scope, self.compiled = model, runtime, scope, compiled
-        modules = [(module, layer.bank.name) for layer in runtime.layers for module in layer.bank.modules]
-        self.configs = {id(module.config): (module.config, name) for module, name in modules}
-        self.warned = False
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # inside somebody else's torch.compile: the marker op is traced
-            return self.model._call_impl(*args, **kwargs)
-        if self.model.training and torch.is_grad_enabled():
-            raise OffloadError(
-                f"{type(self.model).__name__} was called in training mode; an offloaded model is for inference only. "
-                f"Call "
-                "model.eval(), or train the model before optimize()."
-            )
-        with self.runtime.lock, torch.no_grad(), progress.compiling():
-            self.runtime.check_open()
-            self._check_implementation()
-            sequences, tokens = _size(args, kwargs)
-            self._check_length(sequences * tokens)
-            begun_s = time.perf_counter()
-            self.scope.active = True
-            try:
-                out = self.compiled(*args, **kwargs)
-                self.runtime.check_ids()
-                return out
-            except torch._dynamo.exc.BackendCompilerFailed as error:
-                if isinstance(error.inner_exception, OffloadError):  # ours, in Dynamo's wrapping
-                    raise error.inner_exception from None
-                raise
-            finally:
-                self.scope.active = False
-                if self.runtime.timeline is not None:
-                    self.runtime.timeline.forward(begun_s, sequences, tokens)
-
-    def _check_length(self, tokens: int) -> None:
-        """Say once that activations may take more than the reserve has."""
-        if tokens > PROMPT_TOKENS and not self.warned:
-            self.warned = True
-            logger.warning(
-                "a forward of %d tokens: the budget has room for the activations of %d at a time, and may be "
-                "exceeded. generate(..., prefill_chunk_size=%d) reads a prompt in pieces",
-                tokens, PROMPT_TOKENS, PROMPT_TOKENS,
-            )  # fmt: skip
-
-    def _check_implementation(self) -> None:
-        """Code other than ours would compute on phantoms: NaN, which an argmax turns into tokens."""
-        for config, name in self.configs.values():
-            if not str(config._experts_implementation).startswith("moe_offload_"):
-                raise OffloadError(
-                    f"{name}: its experts implementation was set to {config._experts_implementation!r} after "
-                    "optimize(), which cannot reach the offloaded weights; choose it with "
-                    "config={'experts_implementation': ...}"
-                )
-
-
-def _size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
-    """How many sequences a forward is given, and of how many tokens each."""
-    given = [*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
-    sizes = [x.shape[:2] for x in given if isinstance(x, Tensor)]
-    *sequences, tokens = max(sizes, key=torch.Size.numel, default=(0, 0))
-    return math.prod(sequences), tokens
-
-
-def own_code(model: nn.Module) -> Callable[..., Any]:
-    """A function of its own that calls the model: Dynamo caches graphs, and counts recompilations, per code object,
-    and all modules share that of `nn.Module._call_impl`."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return model._call_impl(*args, **kwargs)
-
-    call.__code__ = call.__code__.replace(co_name=f"moe_offload_call_{next(_numbers)}")
-    return call
-
-
 def _install_layer(layer: LayerRuntime, scope: Scope, implementation: str, nan_rows: dict[Hashable, Tensor]) -> None:
     bank = layer.bank
     layer.module_core = ModuleCore(bank, implementation, backend.bank_of(layer).views)
@@ -234,18 +141,6 @@ def _install_layer(layer: LayerRuntime, scope: Scope, implementation: str, nan_r
         module.config._experts_implementation_internal = f"moe_offload_{implementation}"
 
 
-def save_real_rows(runtime: Runtime) -> None:
-    """Make state_dict() of the experts modules return their real weights instead of phantoms."""
-    for layer in runtime.layers:
-        for module in layer.bank.modules:
-            module.register_state_dict_post_hook(partial(_real_rows, runtime, layer.bank.index))
-
-
-def _real_rows(runtime: Runtime, index: int, module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    for name, stacked in runtime.read_stacked(index).items():
-        state[prefix + name] = stacked
-
-
 def _register_implementations() -> None:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -256,6 +151,8 @@ def _register_implementations() -> None:
 
 def _implementation(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        if hasattr(self, "parametrizations"):
+            raise OffloadError(ADAPTED)
         if torch.compiler.is_compiling() and self._moe_offload.scope.active:
             return original(self, hidden_states, top_k_index, top_k_weights)
         bank_SN = self._moe_offload.bank_SN
@@ -277,28 +174,3 @@ class _InferenceOnly(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
         raise OffloadError("an offloaded model is for inference only: its experts have no gradients")
-
-
-def _refuse_moves(model: nn.Module) -> None:
-    """Refuse `.to(dtype)`, `.half()`, `.cuda()`: they would turn phantoms into real tensors of NaN."""
-
-    def apply(fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        for p in model.parameters():
-            probe = torch.empty(0, dtype=p.dtype, device=p.device)
-            moved = fn(probe)
-            if (moved.dtype, moved.device) != (probe.dtype, probe.device):
-                raise OffloadError(
-                    f"asked to move or convert an offloaded model ({probe.dtype} on {probe.device} to {moved.dtype} on "
-                    f"{moved.device}); its expert rows are fixed. Convert or move the model first, then call "
-                    f"optimize()."
-                )
-        return model
-
-    model._apply = apply  # type: ignore[method-assign]
-
-
-def _refuse_copy(*_: Any) -> Any:
-    raise OffloadError(
-        "an offloaded model cannot be copied or pickled (its experts are in files and slots); copy the model before "
-        "optimize(), save it with save_pretrained(), or load it again with moe_offload.from_pretrained()"
-    )

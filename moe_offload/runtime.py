@@ -19,13 +19,14 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .arrivals import Arrivals
 from .buffers import NOTHING, Rows
-from .cache import LayerCache
+from .cache import Counters, LayerCache
 from .device_cache import Deciding, DeviceCache
 from .errors import ClosedError
 from .experts import ExpertBank
@@ -36,7 +37,7 @@ from .process_memory import trim_heap
 from .recorder import Recorder
 from .scratch import Scratch
 from .stores import Store
-from .timeline import Timeline
+from .timeline import Depth, Timeline
 from .transfer import Transfer
 from .trial import Trial
 
@@ -164,6 +165,20 @@ class LayerRuntime:
             weighted_PH = out_PH * weights_TK.reshape(-1, 1)
             return weighted_PH.view(tokens, k, -1).sum(dim=1).to(x_TH.dtype)
 
+    @property
+    def counters(self) -> Counters:
+        """What the layer has done so far, whoever decided."""
+        if self.device_cache is not None and self.deciding is not None and self.deciding.now:
+            return self.device_cache.counters()
+        return self.cache.counters
+
+    @property
+    def resident(self) -> int:
+        """How many experts are in slots."""
+        if self.device_cache is not None and self.deciding is not None and self.deciding.now:
+            return int((self.device_cache.state.expert_at_S >= 0).sum())
+        return len(self.cache.resident())
+
     def take_over(self) -> None:
         """A graph is about to run in which the device decides, in all layers."""
         if self.deciding is not None:
@@ -250,6 +265,10 @@ class Runtime:
             with self.lock:
                 self.deciding.hand_back()
 
+    def depth(self) -> Depth:
+        """What is queued and being read now."""
+        return self._transfer.depth()
+
     @property
     def timeline(self) -> Timeline | None:
         return self._transfer.timeline
@@ -259,6 +278,10 @@ class Runtime:
         self.check_open()
         with self.lock:
             self._transfer.timeline = timeline
+
+    def folders(self) -> set[Path]:
+        """The folders that rows are read from. A spill file has none: its name is gone."""
+        return {file.parent for store in self._stores for file in store.files if file.exists()}
 
     def read_stacked(self, index: int) -> dict[str, Tensor]:
         """The real stacked parameters `{field: [E, ...]}` of one layer, read anew from its store."""

@@ -13,11 +13,12 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 import torch
 
-from .checkpoint import DTYPE_NAMES, TensorRange
+from .checkpoint import DTYPE_NAMES, Headers, TensorRange
 from .experts import ROW_ALIGN, round_up
 
 
@@ -89,6 +90,55 @@ def write_shard(file: Path, shard: Shard, chunks: Iterable[memoryview], progress
             progress(chunk.nbytes)
         if stream.tell() != shard.nbytes:
             raise ValueError(f"{file}: {stream.tell()} bytes were written, its header says {shard.nbytes}")
-        os.fsync(stream.fileno())
-        if hasattr(os, "posix_fadvise"):  # nobody reads it soon, and it may be larger than memory
-            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        _see_to_disk(stream)
+
+
+class Filling:
+    """Files that are filled piece by piece, in any order; each is synced and closed when it has all its bytes.
+
+    `ranges` says where each tensor lies.
+    """
+
+    def __init__(self, folder: Path, shards: Sequence[Shard]):
+        self.ranges = Headers()
+        self.ranges.stamps = {}
+        self._shards = {folder / shard.name: shard for shard in shards}
+        self._missing = {file: shard.nbytes for file, shard in self._shards.items()}
+        self._open: dict[Path, FileIO] = {}
+        for file, shard in self._shards.items():
+            at = len(shard.header)
+            for entry in shard.entries:
+                self.ranges[entry.key] = TensorRange(file, at, entry.nbytes, entry.shape, entry.dtype)
+                at += entry.nbytes
+
+    def write(self, where: TensorRange, data: memoryview) -> None:
+        """Write the bytes of one tensor, or of one expert's slice of it; each once."""
+        if where.file not in self._open:
+            self._open[where.file] = where.file.open("xb", buffering=0)
+            self._put(where.file, 0, memoryview(self._shards[where.file].header))
+        self._put(where.file, where.offset, data)
+
+    def check_complete(self) -> None:
+        lacking = {file.name: missing for file, missing in self._missing.items() if missing}
+        if lacking:
+            raise ValueError(f"bytes were never written, or more than once: {lacking}")
+
+    def close(self) -> None:
+        for stream in self._open.values():
+            stream.close()
+
+    def _put(self, file: Path, offset: int, data: memoryview) -> None:
+        stream = self._open[file]
+        at = 0
+        while at < data.nbytes:
+            at += os.pwrite(stream.fileno(), data[at:], offset + at)
+        self._missing[file] -= data.nbytes
+        if not self._missing[file]:
+            with self._open.pop(file):
+                _see_to_disk(stream)
+
+
+def _see_to_disk(stream: FileIO) -> None:
+    os.fsync(stream.fileno())
+    if hasattr(os, "posix_fadvise"):  # nobody reads it soon, and it may be larger than memory
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

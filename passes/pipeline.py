@@ -16,6 +16,7 @@ from .find import Site
 from .inspect import difference, op_counts
 from .instrument import instrument
 from .lookahead import lookahead
+from .sentinels import sentinels
 from .slots import slots
 from .waves import waves
 
@@ -49,8 +50,9 @@ def offload_pipeline(
     """
     core: dict[str, Any] = {} if compile_core is None else {"compile_core": compile_core}
     in_waves = partial(waves, sites=sites, banks=banks, **core)
-    early: list[Pass] = [partial(lookahead, sites=sites)] if guess else []
     by_slot = partial(slots, sites=sites, banks=banks, on_device=on_device)
+    early: list[Pass] = [partial(sentinels, sites=sites)]
+    early += [partial(lookahead, sites=sites)] if guess else []
     return [*early, in_waves] if overlap else [*early, by_slot, in_waves]
 
 

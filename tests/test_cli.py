@@ -66,7 +66,7 @@ def test_what_cannot_work_is_one_line_and_a_code(arguments: list[str], code: int
     assert len([line for line in result.stderr.splitlines() if line.startswith("moe-offload:")]) == 1
 
 
-@pytest.mark.parametrize("command", [[], ["plan"], ["estimate"], ["run"], ["config"], ["families"]])
+@pytest.mark.parametrize("command", [[], ["plan"], ["estimate"], ["run"], ["top"], ["config"], ["families"]])
 def test_help(command: list[str]) -> None:
     result = run(*command, "--help")
     assert result.exit_code == 0 and "Usage" in result.stdout

@@ -31,7 +31,8 @@ LAYERS = [
         "words",
         "errors sizes config config_file config_rules profile profile_stats profile_show typical cache belady "
         "placement new_folder whole_file npz trace recorder timeline chrome_trace strict_json simulate simulate.* "
-        "report report.record report.advice report.charts report.page report.png policies policies.*",
+        "report report.record report.advice report.charts report.page report.png policies policies.* live "
+        "live.snapshot live.folder live.server live.client live.rates live.screen",
         never=TORCH_FREE,
     ),
     Layer(
@@ -41,10 +42,14 @@ LAYERS = [
         "device_cache transfer_device",
     ),
     Layer("runtime", "runtime prewarm assemble"),
-    Layer("engine", "backend handle loading outline open_stores pack_streams"),
-    Layer("model", "install record pack forecasting"),
+    Layer("engine", "backend handle live.take metrics notebook advise loading outline open_stores pack_streams"),
+    Layer("model", "install call saving refusals record pack forecasting"),
     Layer("api", "api"),
-    Layer("front", "cli cli.* record_texts report.collect bench bench.* families families.* quickstart quickstart.*"),
+    Layer(
+        "front",
+        "cli cli.* record_texts report.collect bench bench.* families families.* quickstart quickstart.* "
+        "serving serving.*",
+    ),
     Layer("package", "__init__ __main__"),
 ]
 

@@ -1,4 +1,4 @@
-"""The command line, a file a command: moe-offload plan | estimate | run | report | profile | ...
+"""The command line, a file a command: moe-offload plan | estimate | run | top | report | profile | ...
 
 What a person asked for goes to standard output (a plan, generated text, a table); what happened on the way goes to
 standard error. A flag, size, path or profile that cannot work is one line and exit code 2; a budget below the floor, or
@@ -10,6 +10,7 @@ from __future__ import annotations
 import typer
 
 from .bench import bench
+from .chat import chat
 from .config import config
 from .estimate import estimate
 from .families import families
@@ -18,7 +19,9 @@ from .plan import plan
 from .profile import app as profile
 from .report import report
 from .run import run
+from .serve import serve
 from .simulate import simulate
+from .top import top
 
 app = typer.Typer(
     name="moe-offload",
@@ -28,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (plan, estimate, run, report, config, bench, pack, simulate, families):
+for command in (plan, estimate, run, chat, serve, top, report, config, bench, pack, simulate, families):
     app.command()(command)
 app.add_typer(profile, name="profile")
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 
-from ..config import OffloadConfig, from_text, resolve
+from ..config import DEFAULT, OffloadConfig, from_text, origins, resolve
 from ..errors import BudgetError, OffloadError
 
 T = TypeVar("T")
@@ -29,6 +29,12 @@ DeviceMapOption = Annotated[
 ]
 MaxMemory = Annotated[str | None, typer.Option("--max-memory", help="Limits per device: '{0: 8GB, cpu: 60GiB}'.")]
 ProfileIn = Annotated[Path | None, typer.Option("--profile", help="Activation profile to predict the hit rate from.")]
+PrewarmWith = Annotated[
+    Path | None, typer.Option("--profile-in", help="Pre-warm the slots with this activation profile.")
+]
+SaveProfile = Annotated[
+    Path | None, typer.Option("--profile-out", help="Save the activation profile of this run here.")
+]
 Context = Annotated[int | None, typer.Option("--context", min=0, help="Tokens of KV cache to make room for.")]
 ConfigFile = Annotated[
     Path | None,
@@ -39,6 +45,7 @@ ConfigFile = Annotated[
         show_default="$HF_HOME/moe_offload/default_config.yaml",
     ),
 ]
+Live = Annotated[bool | None, typer.Option("--live/--no-live", help="Let `moe-offload top` watch.", show_default="on")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -55,6 +62,18 @@ def settings(config_file: Path | None, **flags: Any) -> OffloadConfig:
     given = {name: flag for name, flag in flags.items() if flag is not None}
     read = {name: from_text(name, flag) if isinstance(flag, str) else flag for name, flag in given.items()}
     return or_exit(lambda: resolve(config_file, **read))
+
+
+def live_or_default(live: bool | None, config_file: Path | None) -> bool | None:
+    """The flag `--live` of a command that runs a model. Not given, it is on unless a setting says otherwise."""
+    unsaid = live is None and or_exit(lambda: origins(config_file))["live"] == DEFAULT
+    return True if unsaid else live
+
+
+def check_folder(flag: str, out: Path | None) -> None:
+    """That `out` can be written is asked before minutes of work, not after."""
+    if out is not None and not out.resolve().parent.is_dir():
+        fail(f"{flag} {out}: its folder does not exist", 2)
 
 
 def fail(message: str, code: int) -> NoReturn:

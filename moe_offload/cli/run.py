@@ -9,7 +9,21 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import OffloadError
-from .options import Budget, ConfigFile, DeviceMapOption, MaxMemory, Model, fail, or_exit, settings
+from .options import (
+    Budget,
+    ConfigFile,
+    DeviceMapOption,
+    Live,
+    MaxMemory,
+    Model,
+    PrewarmWith,
+    SaveProfile,
+    check_folder,
+    fail,
+    live_or_default,
+    or_exit,
+    settings,
+)
 
 
 def run(
@@ -20,12 +34,8 @@ def run(
     config_file: ConfigFile = None,
     prompt: Annotated[str, typer.Option("--prompt", help="Text to continue; - reads standard input.")] = "The ",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="How many tokens to generate.")] = 64,
-    profile_in: Annotated[
-        Path | None, typer.Option("--profile-in", help="Pre-warm the slots with this activation profile.")
-    ] = None,
-    profile_out: Annotated[
-        Path | None, typer.Option("--profile-out", help="Save the activation profile of this run here.")
-    ] = None,
+    profile_in: PrewarmWith = None,
+    profile_out: SaveProfile = None,
     trace_out: Annotated[
         Path | None, typer.Option("--trace-out", help="Save which experts were asked for here (.npz, for simulate).")
     ] = None,
@@ -35,6 +45,11 @@ def run(
     report: Annotated[
         Path | None, typer.Option("--report", help="Save what the run was like here (.json, for moe-offload report).")
     ] = None,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option("--metrics-port", min=1, max=65535, help="Serve Prometheus metrics on this port of 127.0.0.1."),
+    ] = None,
+    live: Live = None,
     compile: Annotated[
         str | None,
         typer.Option(
@@ -55,8 +70,11 @@ def run(
         ("--timeline-out", timeline_out),
         ("--report", report),
     ):
-        if out is not None and not out.resolve().parent.is_dir():
-            fail(f"{flag} {out}: its folder does not exist", 2)
+        check_folder(flag, out)
+    if metrics_port is not None:
+        from ..metrics import check
+
+        or_exit(lambda: check(metrics_port))
     wanted = settings(
         config_file,
         budget=budget,
@@ -64,10 +82,13 @@ def run(
         max_memory=max_memory,
         profile=profile_in,
         compile=compile,
+        live=live_or_default(live, config_file),
     )
     loaded: Any = or_exit(lambda: from_pretrained(model, config=wanted))
     with loaded.moe_offload as handle:
         typer.echo(str(handle.plan), err=True)
+        if metrics_port is not None:
+            typer.echo(f"metrics: {or_exit(lambda: handle.serve_metrics(metrics_port))}", err=True)
         tokenizer = or_exit(lambda: load_tokenizer(model))
         if trace_out is not None or report is not None:
             handle.start_trace()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import warnings
 from collections.abc import Callable, Sequence
@@ -64,6 +65,7 @@ def table(rows: Sequence[Row]) -> Table:
 def _quiet() -> None:
     torch.set_num_threads(1)
     hf_logging.set_verbosity_error()
+    logging.getLogger("moe_offload").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")  # tiny random models set off advice that is meant for real ones
 
 

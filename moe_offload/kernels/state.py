@@ -9,12 +9,12 @@ host decides (a prompt, a profile, a row that is only on disk).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ..cache import LayerCache
+from ..cache import Counters, LayerCache
 from ..policies import DecayedLFU
 from ..policies.rate import Rate, growth, mean_decay
 
@@ -64,19 +64,26 @@ class DeviceState:
 
     def pull(self, cache: LayerCache, top_k: int, row_bytes: int) -> None:
         """Give back what the device decided since `push`; each miss read `row_bytes`. Waits for the device."""
-        rate, counters = _rate(cache), cache.counters
+        rate = _rate(cache)
         cache.slot_of, cache.expert_at = self.slot_of_E.tolist(), self.expert_at_S.tolist()
         cache.free = [slot for slot in reversed(range(cache.slots)) if cache.expert_at[slot] < 0]
         rate.used, rate.unit = self.used_E.tolist(), float(self.unit_1)
-        events, hits, misses, _ = self.totals_4.tolist()
-        counters.events += events
-        counters.hits += hits
-        counters.misses += misses
-        counters.bytes_read += misses * row_bytes
-        counts = self.counts_E.tolist()
-        counters.tokens += (sum(counts) - sum(counters.counts)) // top_k
-        counters.counts = counts
+        cache.counters = self.counters(cache.counters, top_k, row_bytes)
         self.totals_4.zero_()
+
+    def counters(self, known: Counters, top_k: int, row_bytes: int) -> Counters:
+        """`known`, the host's, and what the device has counted since `push`. Changes nothing; any thread may ask."""
+        counts = self.counts_E.tolist()
+        events, hits, misses, _ = self.totals_4.tolist()
+        return replace(
+            known,
+            events=known.events + events,
+            tokens=known.tokens + (sum(counts) - sum(known.counts)) // top_k,
+            hits=known.hits + hits,
+            misses=known.misses + misses,
+            bytes_read=known.bytes_read + misses * row_bytes,
+            counts=counts,
+        )
 
 
 @dataclass(frozen=True)

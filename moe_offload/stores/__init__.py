@@ -1,10 +1,11 @@
 """Stores: where experts' rows rest while they are not in a slot.
 
-Adding one is one class with `begin`, `read` and `close`, and one line in `STORES`.
+Adding one is one class with `files`, `begin`, `read` and `close`, and one line in `STORES`.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Protocol
 
 from .disk import DiskStore
@@ -19,6 +20,10 @@ STORES: dict[str, Any] = {
 
 class Store(Protocol):
     """One medium that holds the rows of some layers. Safe to call from several threads."""
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that rows are read from, by the names they were opened under; none for a medium without files."""
 
     def begin(self, layer: int, expert: int, row: memoryview) -> RowRead:
         """The work of filling `row`, in parts for several threads; nothing is read yet. See `read`."""

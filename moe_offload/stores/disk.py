@@ -57,6 +57,15 @@ class DiskStore:
             for unused in given.values():
                 os.close(unused)
 
+    @property
+    def packed(self) -> bool:
+        """Whether every row is read in one piece and without conversion (by the first of each layer)."""
+        return all(plans[0].packed for plans in self._plans if plans)
+
+    @property
+    def files(self) -> list[Path]:
+        return list(self._files)
+
     def begin(self, layer: int, expert: int, row: memoryview) -> RowRead:
         if self._closed:
             raise self._is_closed()

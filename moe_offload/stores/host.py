@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,6 +24,10 @@ class HostStore:
         self._rows: list[torch.Tensor] | None = list(rows)
         self._counts = [layer.shape[0] for layer in rows]
         self._row_bytes = [layer.shape[1] for layer in rows]
+
+    @property
+    def files(self) -> list[Path]:
+        return []
 
     def begin(self, layer: int, expert: int, row: memoryview) -> RowRead:
         rows = self._rows  # a reader that got here before `close` keeps the memory until it is done

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from ..checkpoint import FileStamp
@@ -59,6 +60,12 @@ class RowPlan:
     def files(self) -> set[Path]:
         return {part.file for part in self.parts}
 
+    @property
+    def packed(self) -> bool:
+        """Whether the row lies in one piece, from a page boundary on, as a slot holds it."""
+        joined = all(a.file == b.file and a.end == b.offset for a, b in pairwise(self.parts))
+        return joined and not self.convert and all(part.offset % PAGE == 0 for part in self.parts)
+
 
 def plan_row(source: RowSource, row_bytes: int, stamps: Mapping[Path, FileStamp]) -> RowPlan:
     """Lay the reads of one expert out."""
@@ -77,7 +84,8 @@ def plan_row(source: RowSource, row_bytes: int, stamps: Mapping[Path, FileStamp]
             at += part.nbytes
         if not piece.direct:
             convert.append((piece, tuple(offsets)))
-    whole = [_padded(read, row_bytes, stamps[read.file].size) for read in _merged(reads)]
+    data_end = max(piece.field.offset + piece.field.nbytes for piece in source)
+    whole = [_padded(read, data_end, row_bytes, stamps[read.file].size) for read in _merged(reads)]
     return RowPlan(tuple(part for read in whole for part in _cut(read)), tuple(convert), scratch, nbytes)
 
 
@@ -106,11 +114,15 @@ def _joined(last: Read, read: Read) -> tuple[Span, ...]:
     return (*last.spans, head)
 
 
-def _padded(read: Read, row_bytes: int, file_bytes: int) -> Read:
-    """Read along the padding at the row's end, where the file has as many bytes: whole pages need no detour."""
+def _padded(read: Read, data_end: int, row_bytes: int, file_bytes: int) -> Read:
+    """Read along the padding at the row's end, where the file has as many bytes: whole pages need no detour.
+
+    Only behind the last field: what lies before another one is not padding, though it may be in the row's last page.
+    """
     *rest, last = read.spans
     pad = row_bytes - last.stop
-    if last.in_row and 0 < pad < PAGE and read.offset % PAGE == 0 and read.end + pad <= file_bytes:
+    behind_all = last.in_row and last.stop == data_end
+    if behind_all and 0 < pad < PAGE and read.offset % PAGE == 0 and read.end + pad <= file_bytes:
         return Read(read.file, read.offset, (*rest, Span(True, last.start, row_bytes)))
     return read
 
