@@ -37,7 +37,7 @@ LAYERS = [
     Layer(
         "parts",
         "experts arrange explain buffers process_memory scratch arrivals overlap trial checkpoint conversion rows "
-        "packed packed_format shards plan measure transfer stores stores.* kernels kernels.*",
+        "packed packed_format shards new_checkpoint plan measure transfer stores stores.* kernels kernels.*",
     ),
     Layer("runtime", "runtime prewarm"),
     Layer("engine", "backend handle loading outline open_stores pack_streams"),
