@@ -69,6 +69,10 @@ def optimize(
     model is offloaded all the same, only colder. What is not given as an argument is read from `config` (an
     `OffloadConfig`, a dict of its fields, or the path of a file), `MOE_OFFLOAD_*` and the default file (`config.py`).
 
+    Afterwards `save_pretrained` writes the ordinary checkpoint, a row at a time (`saving.py`); `state_dict()` has to
+    hold all experts in RAM. Adapters on dense layers work as ever. What would reach the experts (moving, converting,
+    copying, loading, adapting them) raises `OffloadError` and says what to do instead (`refusals.py`).
+
     Raises `UnsupportedModelError` naming a module that cannot be run exactly, `BudgetError` stating the floor,
     `ConfigError`, `CheckpointError` or `ProfileError`; the model is unchanged then. A row that cannot be read while the
     slots are filled raises, too, and the model is closed.
