@@ -105,7 +105,7 @@ class Advisor:
             )  # fmt: skip
 
     def _totals(self) -> Totals:
-        counters = [layer.cache.counters for layer in self._runtime.layers]
+        counters = [layer.counters for layer in self._runtime.layers]
         return Totals(
             max(c.tokens for c in counters),
             sum(c.hits for c in counters),

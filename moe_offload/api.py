@@ -9,7 +9,6 @@ record_profile(model, inputs)    which experts a workload uses (moe_offload/reco
 from __future__ import annotations
 
 import logging
-import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import nn
 from . import install as patch
 from .advise import Advisor, at_start
 from .arrange import Arrangement, arrange
-from .buffers import page_aligned
+from .assemble import build_runtime, on_device
 from .config import Config, OffloadConfig, resolve
 from .errors import OffloadError, UnsupportedModelError
 from .experts import ExpertBank, find_experts
@@ -33,18 +32,15 @@ from .open_stores import open_stores
 from .packed import index_checkpoint
 from .placement import DeviceMap
 from .plan import Plan
-from .policies import POLICIES
 from .prewarm import prewarm
 from .process_memory import bound_kernel_caches
 from .profile import Profile
-from .profile_stats import most_wanted, rates
+from .profile_stats import most_wanted
 from .progress import bar
 from .refusals import refuse_what_reaches_experts
-from .runtime import LayerRuntime, Runtime
+from .runtime import Runtime
 from .saving import save_real_rows
-from .scratch import Scratch
 from .sizes import format_size
-from .stores import Store
 from .transfer import TRANSFERS
 
 logger = logging.getLogger("moe_offload")
@@ -73,6 +69,10 @@ def optimize(
     model is offloaded all the same, only colder. What is not given as an argument is read from `config` (an
     `OffloadConfig`, a dict of its fields, or the path of a file), `MOE_OFFLOAD_*` and the default file (`config.py`).
 
+    Afterwards `save_pretrained` writes the ordinary checkpoint, a row at a time (`saving.py`); `state_dict()` has to
+    hold all experts in RAM. Adapters on dense layers work as ever. What would reach the experts (moving, converting,
+    copying, loading, adapting them) raises `OffloadError` and says what to do instead (`refusals.py`).
+
     Raises `UnsupportedModelError` naming a module that cannot be run exactly, `BudgetError` stating the floor,
     `ConfigError`, `CheckpointError` or `ProfileError`; the model is unchanged then. A row that cannot be read while the
     slots are filled raises, too, and the model is closed.
@@ -87,9 +87,10 @@ def optimize(
     _check_devices(model, banks)
     where = arrange(model, banks, settings, present=list(TRANSFERS))
     prior = _load_profile(profile or settings.profile, model, banks)
+    device_decides = on_device(settings, where.tiers, "cpu")
     bound_kernel_caches()
     stores = open_stores(model, banks, where.tiers, settings)
-    runtime = _build_runtime(banks, where.plan, stores, settings, prior)
+    runtime = build_runtime(banks, where.plan, stores, settings, prior, device_decides)
     handle = _install(model, runtime, where, settings)
     model.moe_offload = handle  # type: ignore[assignment]
     logger.info("%s", handle)
@@ -193,35 +194,6 @@ def _load_profile(
     return loaded
 
 
-def _build_runtime(
-    banks: Sequence[ExpertBank],
-    plan: Plan,
-    stores: Sequence[Store],
-    settings: OffloadConfig,
-    prior: Profile | None,
-) -> Runtime:
-    transfer, lock = TRANSFERS["cpu"](), threading.RLock()
-    scratch = Scratch(page_aligned(plan.costs.scratch_bytes), transfer, settings.poison)
-    layers = []
-    for bank, slots, store in zip(banks, plan.slots, stores, strict=True):
-        policy = POLICIES[settings.policy](bank.num_experts, settings.half_life)
-        if prior is not None and prior.tokens:
-            policy.seed(rates(prior, bank.index))
-        layers.append(
-            LayerRuntime(
-                bank,
-                slots=slots,
-                policy=policy,
-                store=store,
-                transfer=transfer,
-                scratch=scratch,
-                lock=lock,
-                poison=settings.poison,
-            )
-        )
-    return Runtime(layers, list({id(store): store for store in stores}.values()), transfer, lock)
-
-
 def _install(model: nn.Module, runtime: Runtime, where: Arrangement, settings: OffloadConfig) -> Handle:
     print_of = fingerprint(model, [layer.bank for layer in runtime.layers])
     implementation = patch.choose_implementation(
@@ -233,8 +205,9 @@ def _install(model: nn.Module, runtime: Runtime, where: Arrangement, settings: O
         runtime,
         implementation=implementation,
         inner=inner,
-        overlap=settings.overlap if settings.overlap is not None else inner == "graph",
+        overlap=_overlaps(settings, inner, runtime),
         guess=settings.lookahead,
+        on_device=runtime.deciding is not None,
         dynamic=settings.dynamic,
         fullgraph=settings.fullgraph,
         advisor=Advisor(runtime, where.plan),
@@ -252,6 +225,12 @@ def _install(model: nn.Module, runtime: Runtime, where: Arrangement, settings: O
         graphs=graphs,
         on_close=lambda: _release(runtime),
     )
+
+
+def _overlaps(settings: OffloadConfig, inner: str, runtime: Runtime) -> bool:
+    if settings.overlap is None or runtime.deciding is not None:
+        return inner == "graph" and runtime.deciding is None
+    return settings.overlap
 
 
 def _release(runtime: Runtime) -> None:

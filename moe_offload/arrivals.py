@@ -121,6 +121,11 @@ class Arrivals:
         finally:
             self._waited(begun, rows=1)
 
+    @property
+    def under_way(self) -> bool:
+        """Whether anything is, or was when an event was interrupted."""
+        return bool(self.demanded or self.held or self.guessed or self.cache.pending)
+
     def abort(self) -> None:
         """Give back the slot of every load that has not been committed, once nothing writes there any more."""
         under_way = [*self.demanded, *self.guessed.values()]

@@ -68,11 +68,16 @@ def make_backend(
     log: list[Any],
     overlap: bool = False,
     guess: bool = False,
+    on_device: bool = False,
 ) -> Compiled:
     """A backend for torch.compile; each graph's pass reports are appended to `log`.
 
-    `overlap` and `guess` are those of `passes.offload_pipeline`.
+    `overlap`, `guess` and `on_device` are those of `passes.offload_pipeline`.
     """
+
+    pipeline = partial(
+        passes.offload_pipeline, compile_core=compile_core, overlap=overlap, guess=guess, on_device=on_device
+    )
 
     def backend(gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Compiled:
         phantoms = phantoms_in(example_inputs)
@@ -80,19 +85,21 @@ def make_backend(
         if not phantoms:
             log.append([])
             return inner(gm, list(example_inputs))
-        reports, banked = rewrite(
-            gm, phantoms, partial(passes.offload_pipeline, compile_core=compile_core, overlap=overlap, guess=guess)
-        )
+        reports, banked = rewrite(gm, phantoms, pipeline)
         log.append(reports)
         inputs = list(example_inputs)
         for position in banked:
             inputs[position] = phantoms[position].layer.slots.bank_SN
+        nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        placed = [nodes.index(node.args[1]) for node in gm.graph.nodes if node.target is ops.place]
         compiled = inner(gm, inputs)
 
         def call(*args: Any) -> Any:
             served = list(args)
             for position in banked:
                 served[position] = args[position].layer.slots.bank_SN
+            if placed:
+                args[placed[0]].layer.take_over()
             return compiled(*served)
 
         return call

@@ -42,6 +42,8 @@ class OffloadConfig:
         own if it is one of these two, else "grouped_mm".
     compile: what runs the rewritten graph: "inductor", "graph" (as it is, nothing generated), or "auto": "graph" on a
         CPU, "inductor" elsewhere.
+    decide: who says which expert gives way while decoding: "host"; "device", without the host having to wait for ids,
+        for rows that rest in RAM, by "decayed_lfu"; or "auto": the device where it is a GPU and all rows rest in RAM.
     overlap: compute the experts that are resident while the missing ones load, in decode too, rather than wait for all
         of them; None: where the graph runs as it is (Inductor fuses what is not cut into waves).
     lookahead: ask each layer's router one layer early, and load what it names in the background. Whether that pays is
@@ -69,6 +71,7 @@ class OffloadConfig:
     half_life: float = 32.0
     experts_implementation: str = "auto"
     compile: str = "auto"
+    decide: str = "auto"
     overlap: bool | None = None
     lookahead: bool = False
     dynamic: bool | None = True

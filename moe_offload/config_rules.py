@@ -115,6 +115,7 @@ RULES: dict[str, Rule] = {
     "half_life": Rule(_is_half_life, lambda: "tokens: a finite number above 0"),
     "experts_implementation": _choice("auto", "grouped_mm", "batched_mm"),
     "compile": _choice("auto", "inductor", "graph"),
+    "decide": _choice("auto", "host", "device"),
     "overlap": _flag_or_none(),
     "lookahead": _flag(),
     "dynamic": _flag_or_none(),

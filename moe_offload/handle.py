@@ -109,13 +109,13 @@ class Handle:
         """Counters as of now; `stats().layers` has them per layer."""
         layers: list[dict[str, Any]] = []
         for layer in self._runtime.layers:
-            c = layer.cache.counters
+            c = layer.counters
             layers.append(
                 {
                     "name": layer.bank.name,
                     "slots": layer.cache.slots,
                     "experts": layer.bank.num_experts,
-                    "resident": len(layer.cache.resident()),
+                    "resident": layer.resident,
                     "tokens": c.tokens,
                     **{name: getattr(c, name) for name in TOTALS},
                 }
@@ -166,8 +166,8 @@ class Handle:
         layers = self._runtime.layers
         return Profile.of(
             self.fingerprint,
-            tokens=max((layer.cache.counters.tokens for layer in layers), default=0),
-            counts=[list(layer.cache.counters.counts) for layer in layers],
+            tokens=max((layer.counters.tokens for layer in layers), default=0),
+            counts=[list(layer.counters.counts) for layer in layers],
             meta=meta,
         )
 
@@ -181,6 +181,11 @@ class Handle:
 
     def start_trace(self) -> None:
         """Write down from now on which experts are asked for, forward by forward (64 MB at most)."""
+        if self._runtime.deciding is not None:
+            raise TraceError(
+                "the device decides which experts are in the slots, and the host does not hear their ids; to record a "
+                "trace, load the model with config={'decide': 'host'}"
+            )
         layers = self._runtime.layers
         self._recorder = Recorder([layer.cache for layer in layers], [layer.bank.top_k for layer in layers])
         self._runtime.record(self._recorder)

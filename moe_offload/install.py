@@ -4,7 +4,7 @@ The model keeps its class, its `forward` and its `generate`. What changes:
 
     module.gate_up_proj ...         a Phantom; state_dict() still returns the real rows (saving.py)
     config._experts_implementation  "moe_offload_grouped_mm" or "moe_offload_batched_mm", on every experts module
-    model(...)                      compiled by our backend, under the model's lock, inference only
+    model(...)                      compiled by our backend, under the model's lock, inference only (call.py)
     model.to(...), copies ...       refused where they would reach the experts (refusals.py)
 
 Traced by our backend, the experts implementation is transformers' own code, for the passes to rewrite. Anywhere else
@@ -14,26 +14,22 @@ and computes by itself: what the passes never see is slower, never wrong.
 
 from __future__ import annotations
 
-import itertools
-import logging
-import math
-import time
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from . import backend, progress
+from . import backend
 from .advise import Advisor
+from .call import ADAPTED, Call, Scope, own_code
 from .errors import OffloadError
 from .experts import ExpertBank
-from .measure import PROMPT_TOKENS
 from .runtime import LayerRuntime, Runtime, closed
 
-logger = logging.getLogger("moe_offload")
-
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
+<<<<<<< HEAD
+=======
 _ADAPTED = (
     "an adapter changes the weights of offloaded experts (peft's target_parameters, which it also derives from "
     "target_modules that name projections of experts), but they rest in files and pass through slots. Adapt dense "
@@ -47,6 +43,7 @@ class Scope:
 
     def __init__(self) -> None:
         self.active = False
+>>>>>>> after
 
 
 class Link:
@@ -105,6 +102,7 @@ def install(
     inner: str,
     overlap: bool,
     guess: bool,
+    on_device: bool,
     dynamic: bool | None,
     fullgraph: bool,
     advisor: Advisor,
@@ -121,9 +119,9 @@ def install(
         if inner == "inductor"
         else (backend.run_graph, backend.core_as_is)
     )
-    made = backend.make_backend(run, core, log, overlap, guess)
+    made = backend.make_backend(run, core, log, overlap, guess, on_device)
     compiled = torch.compile(own_code(model), backend=made, dynamic=dynamic, fullgraph=fullgraph)
-    model._compiled_call_impl = _Call(model, runtime, scope, compiled, advisor)
+    model._compiled_call_impl = Call(model, runtime, scope, compiled, advisor)
     return log
 
 
@@ -144,99 +142,6 @@ def uninstall(runtime: Runtime) -> None:
         backend.unbind(layer.slots.bank_SN)
         for module in layer.bank.modules:
             module._moe_offload.bank_SN = _CLOSED_BANK
-
-
-class _Call:
-    """What `model(...)` runs: one forward at a time, without gradients, inside our scope."""
-
-    def __init__(
-        self, model: nn.Module, runtime: Runtime, scope: Scope, compiled: Callable[..., Any], advisor: Advisor
-    ):
-        self.model, self.runtime, self.scope, self.compiled = model, runtime, scope, compiled
-        self.advisor = advisor
-        modules = [(module, layer.bank.name) for layer in runtime.layers for module in layer.bank.modules]
-        self.places = [
-            (model.get_submodule(name.rpartition(".")[0])._modules, name.rpartition(".")[2], module)
-            for layer in runtime.layers
-            for name, module in zip(layer.bank.names, layer.bank.modules, strict=True)
-        ]
-        self.configs = {id(module.config): (module.config, name) for module, name in modules}
-        self.warned = False
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # inside somebody else's torch.compile: the marker op is traced
-            return self.model._call_impl(*args, **kwargs)
-        if self.model.training and torch.is_grad_enabled():
-            raise OffloadError(
-                f"{type(self.model).__name__} was called in training mode; an offloaded model is for inference only. "
-                f"Call "
-                "model.eval(), or train the model before optimize()."
-            )
-        with self.runtime.lock, torch.no_grad(), progress.compiling():
-            self.runtime.check_open()
-            self._check_implementation()
-            self._check_places()
-            sequences, tokens = _size(args, kwargs)
-            self._check_length(sequences * tokens)
-            self.advisor.begins(sequences * tokens)
-            begun_s = time.perf_counter()
-            self.scope.active = True
-            try:
-                output = self.compiled(*args, **kwargs)
-                self.advisor.ended(sequences * tokens, time.perf_counter() - begun_s)
-                return output
-            except torch._dynamo.exc.BackendCompilerFailed as error:
-                if isinstance(error.inner_exception, OffloadError):  # ours, in Dynamo's wrapping
-                    raise error.inner_exception from None
-                raise
-            finally:
-                self.scope.active = False
-                if self.runtime.timeline is not None:
-                    self.runtime.timeline.forward(begun_s, sequences, tokens)
-
-    def _check_length(self, tokens: int) -> None:
-        """Say once that activations may take more than the reserve has."""
-        if tokens > PROMPT_TOKENS and not self.warned:
-            self.warned = True
-            logger.warning(
-                "a forward of %d tokens: the budget has room for the activations of %d at a time, and may be "
-                "exceeded. generate(..., prefill_chunk_size=%d) reads a prompt in pieces",
-                tokens, PROMPT_TOKENS, PROMPT_TOKENS,
-            )  # fmt: skip
-
-    def _check_places(self) -> None:
-        """A wrapper of peft's around experts would be traced, and its delta added to phantoms."""
-        if any(children.get(name) is not module for children, name, module in self.places):
-            raise OffloadError(_ADAPTED)
-
-    def _check_implementation(self) -> None:
-        """Code other than ours would compute on phantoms: NaN, which an argmax turns into tokens."""
-        for config, name in self.configs.values():
-            if not str(config._experts_implementation).startswith("moe_offload_"):
-                raise OffloadError(
-                    f"{name}: its experts implementation was set to {config._experts_implementation!r} after "
-                    "optimize(), which cannot reach the offloaded weights; choose it with "
-                    "config={'experts_implementation': ...}"
-                )
-
-
-def _size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
-    """How many sequences a forward is given, and of how many tokens each."""
-    given = [*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
-    sizes = [x.shape[:2] for x in given if isinstance(x, Tensor)]
-    *sequences, tokens = max(sizes, key=torch.Size.numel, default=(0, 0))
-    return math.prod(sequences), tokens
-
-
-def own_code(model: nn.Module) -> Callable[..., Any]:
-    """A function of its own that calls the model: Dynamo caches graphs, and counts recompilations, per code object,
-    and all modules share that of `nn.Module._call_impl`."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return model._call_impl(*args, **kwargs)
-
-    call.__code__ = call.__code__.replace(co_name=f"moe_offload_call_{next(_numbers)}")
-    return call
 
 
 def _install_layer(layer: LayerRuntime, scope: Scope, implementation: str, nan_rows: dict[Hashable, Tensor]) -> None:
@@ -263,7 +168,7 @@ def _register_implementations() -> None:
 def _implementation(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         if hasattr(self, "parametrizations"):
-            raise OffloadError(_ADAPTED)
+            raise OffloadError(ADAPTED)
         if torch.compiler.is_compiling() and self._moe_offload.scope.active:
             return original(self, hidden_states, top_k_index, top_k_weights)
         bank_SN = self._moe_offload.bank_SN

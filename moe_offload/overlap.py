@@ -61,8 +61,8 @@ def compute_while_loading(
     wave.compute_resident()
     while arrivals.demanded:
         wave.compute_next()
-    if wave.out_P is None:
-        raise AssertionError(f"{arrivals.bank.name}: nothing was computed")  # there was a load, so there were pairs
+    if wave.out_P is None or wave.past:  # there was a load, so there were pairs; and nobody is to be left out
+        raise AssertionError(f"{arrivals.bank.name}: experts {list(wave.past)} were not computed")
     return wave.out_P
 
 

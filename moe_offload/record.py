@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from . import backend
+from .call import own_code
 from .errors import ProfileError
 from .experts import find_experts
-from .install import IMPLEMENTATIONS, choose_implementation, own_code
+from .install import IMPLEMENTATIONS, choose_implementation
 from .measure import fingerprint
 from .profile import Profile
 

@@ -5,6 +5,7 @@ Shapes: T tokens, K experts per token, P = T*K pairs, E experts, S slots, H hidd
     prefetch(ids)  a guess at what the layer will be asked for: loads begin in the background
     fetch(ids)     the cache names slots and starts to load what is missing
     wait()         all there, here are the slots
+    place(ids)     both at once where the device decides, and the host does not hear of it (device_cache.py)
     stream(x, ids) the same lookup, but the pairs of resident experts are computed while the missing ones load, and each
                    of those as it arrives; in prefill what has no slot passes through a few scratch rows
 
@@ -25,9 +26,11 @@ from torch import Tensor
 
 from .arrivals import Arrivals
 from .buffers import NOTHING, Rows
-from .cache import LayerCache
+from .cache import Counters, LayerCache
+from .device_cache import Deciding, DeviceCache
 from .errors import ClosedError
 from .experts import ExpertBank
+from .kernels import Kernels
 from .overlap import RunCore, compute_while_loading
 from .policies import Policy
 from .process_memory import trim_heap
@@ -82,6 +85,8 @@ class LayerRuntime:
         self.following: Arrivals | None = None  # for which rows are read ahead; set by `Runtime`
         self.guesses = Guesses()  # of the model; set by `Runtime`
         self.recorder: Recorder | None = None  # of the model, while its trace is recorded
+        self.device_cache: DeviceCache | None = None  # where the device decides
+        self.deciding: Deciding | None = None  # of the model, likewise
         self.module_core: RunCore | None = None  # set where the model is patched; serves `experts`
 
     @property
@@ -115,6 +120,11 @@ class LayerRuntime:
         slot_of, pending = cache.slot_of, cache.pending
         slots = [pending[e].slot if e in pending else slot_of[e] for e in ids] if pending else [slot_of[e] for e in ids]
         return torch.tensor(slots, dtype=ids_P.dtype).view(ids_P.shape)
+
+    def place(self, ids_P: Tensor) -> Tensor:
+        if self.device_cache is None or self.deciding is None or not self.deciding.now:
+            raise AssertionError(f"{self.bank.name}: its graph lets the device decide, and it is not in charge")
+        return self.device_cache.place(ids_P)
 
     def wait(self, ticket_P: Tensor) -> Tensor:
         while self.arrivals.demanded:
@@ -155,14 +165,35 @@ class LayerRuntime:
             weighted_PH = out_PH * weights_TK.reshape(-1, 1)
             return weighted_PH.view(tokens, k, -1).sum(dim=1).to(x_TH.dtype)
 
+    @property
+    def counters(self) -> Counters:
+        """What the layer has done so far, whoever decided."""
+        if self.device_cache is not None and self.deciding is not None and self.deciding.now:
+            return self.device_cache.counters()
+        return self.cache.counters
+
+    @property
+    def resident(self) -> int:
+        """How many experts are in slots."""
+        if self.device_cache is not None and self.deciding is not None and self.deciding.now:
+            return int((self.device_cache.state.expert_at_S >= 0).sum())
+        return len(self.cache.resident())
+
+    def take_over(self) -> None:
+        """A graph is about to run in which the device decides, in all layers."""
+        if self.deciding is not None:
+            self.deciding.take_over()
+
     def release(self) -> None:
         """Give the memory back. Nothing may be on its way any more."""
-        self.module_core = None
+        self.module_core = self.device_cache = self.deciding = None
         self.arrivals.slots = self.arrivals.scratch = NOTHING
         self.arrivals.shared.release()
 
     def _event(self, ids_P: Tensor) -> tuple[list[int], Counter[int]]:
         """The ids of one event, checked and counted; what is on its way for it has been claimed."""
+        if self.deciding is not None:
+            self.deciding.hand_back()
         ids = ids_P.reshape(-1).tolist()
         used = Counter(ids)
         self.cache.check(used)
@@ -202,6 +233,7 @@ class Runtime:
             if layer.bank.layout.row_bytes == following.bank.layout.row_bytes:  # they share scratch rows one to one
                 layer.following = following.arrivals
         self.lock = lock or threading.RLock()
+        self.deciding: Deciding | None = None  # where the device decides
         self.closed = False
         self._stores, self._transfer = stores, transfer
 
@@ -215,6 +247,23 @@ class Runtime:
         with self.lock:
             for layer in self.layers:
                 layer.recorder = recorder
+
+    def decide_on_device(self, rows_LEN: Sequence[Tensor], half_life: float, kernels: Kernels) -> None:
+        """Let the device decide in graphs that ask it to; `rows_LEN[l]` are all rows of layer l."""
+        self.deciding = Deciding([layer.arrivals for layer in self.layers], rows_LEN, half_life, kernels)
+        for layer, cache in zip(self.layers, self.deciding.caches, strict=True):
+            layer.deciding, layer.device_cache = self.deciding, cache
+
+    def check_ids(self) -> None:
+        """Raise `RoutingError` if the device met an id that is no expert's."""
+        if self.deciding is not None:
+            self.deciding.check_ids()
+
+    def hand_back(self) -> None:
+        """Where the device decides, hear what it has decided so far. Waits for a forward in flight."""
+        if self.deciding is not None:
+            with self.lock:
+                self.deciding.hand_back()
 
     def depth(self) -> Depth:
         """What is queued and being read now."""
@@ -253,8 +302,11 @@ class Runtime:
             if self.closed:
                 return
             self.closed = True
-            self._transfer.close()
-            for store in self._stores:
-                store.close()
-            for layer in self.layers:
-                layer.release()
+            try:
+                self.hand_back()
+            finally:
+                self._transfer.close()
+                for store in self._stores:
+                    store.close()
+                for layer in self.layers:
+                    layer.release()

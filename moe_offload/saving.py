@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import partial
@@ -33,11 +31,11 @@ from transformers.core_model_loading import dot_natural_key, revert_weight_conve
 from transformers.utils import logging as hf_logging
 
 from .buffers import page_aligned
-from .checkpoint import INDEX, Headers, read_headers
+from .checkpoint import read_headers
 from .conversion import undo_steps
 from .errors import ConfigError, OffloadError, SaveError
 from .experts import ExpertBank
-from .new_folder import staging, sync, sync_files
+from .new_checkpoint import new_checkpoint, write_index
 from .rows import Piece, index_rows
 from .runtime import LayerRuntime, Runtime
 from .shards import Entry, Filling, Shard, file_name, header, split
@@ -46,7 +44,6 @@ from .sizes import parse_size
 #: Whether state_dict() is to leave the experts' stand-ins as they are: names and shapes are wanted, not weights.
 _stand_ins: ContextVar[bool] = ContextVar("stand_ins", default=False)
 
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _REFUSED = {
     "push_to_hub": "call model.push_to_hub(repo_id), which saves to a temporary folder and uploads that",
     "variant": "save without it and rename the files",
@@ -122,7 +119,7 @@ class Saver:
         dense = {key: tensor for key, tensor in self._stand_in_state().items() if key not in names}
         entries = self._expert_entries(banks, kwargs.get("save_original_format", True))
         needed_bytes = sum(tensor.nbytes for tensor in dense.values()) + sum(entry.nbytes for entry in entries)
-        with _made_beside(out, needed_bytes) as folder:
+        with new_checkpoint(out, needed_bytes) as folder:
             try:
                 self.original(folder, state_dict=dense, max_shard_size=limit_bytes, **kwargs)
             except SafetensorError as error:  # its wrapping of what the operating system says
@@ -135,7 +132,7 @@ class Saver:
             with contextlib.closing(Filling(folder, _shards(runs, first, count))) as files:
                 self._write_rows(layers, files)
             headers.update(files.ranges)
-            _write_index(folder, headers, self.model.num_parameters())
+            write_index(folder, headers, self.model.num_parameters())
 
     def _write_rows(self, layers: Sequence[tuple[ExpertBank, LayerRuntime]], files: Filling) -> None:
         banks = [bank for bank, _ in layers]
@@ -207,50 +204,6 @@ def _shards(runs: Sequence[tuple[Entry, ...]], first: int, count: int) -> list[S
         entries = tuple(sorted(run, key=lambda entry: -entry.dtype.itemsize))  # aligned, whatever comes before
         shards.append(Shard(file_name("model", number, count), entries, header(entries, {"format": "pt"})))
     return shards
-
-
-def _write_index(folder: Path, headers: Headers, num_parameters: int) -> None:
-    total_bytes = sum(found.nbytes for found in headers.values())
-    index = {
-        "metadata": {"total_parameters": num_parameters, "total_size": total_bytes},
-        "weight_map": {key: found.file.name for key, found in headers.items()},
-    }
-    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _made_beside(out: Path, needed_bytes: int) -> Iterator[Path]:
-    """A folder to be filled; its files take the place of a checkpoint in `out` at the end, the index last."""
-    if out.exists() and not out.is_dir():
-        raise SaveError(f"{out}: a folder is to be written there, but it is a file. Give another name.")
-    made = not out.exists()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SaveError(f"{out}: cannot be made: {error}. Give a folder that may be written.") from error
-    try:
-        with staging(out, out, needed_bytes, SaveError) as folder:
-            yield folder
-            sync_files(folder)
-            _take_place(folder, out)
-    except BaseException:
-        if made:
-            with contextlib.suppress(OSError):  # other files have come meanwhile
-                out.rmdir()
-        raise
-
-
-def _take_place(folder: Path, out: Path) -> None:
-    """Move what is in `folder` to `out`. Until the index is there, nothing can take `out` for a checkpoint."""
-    for old in (INDEX, "model.safetensors"):
-        (out / old).unlink(missing_ok=True)
-    for file in out.iterdir():
-        if _SHARD.fullmatch(file.name):
-            file.unlink()
-    names = sorted((file.name for file in folder.iterdir()), key=lambda name: name == INDEX)
-    for name in names:
-        (folder / name).replace(out / name)
-    sync(out)
 
 
 def _refuse_stand_ins(state: Mapping[str, Tensor]) -> None:

@@ -106,13 +106,16 @@ class ThreadTransfer:
     def start(self, store: Store, layer: int, expert: int, row: memoryview, urgent: bool = True) -> Ticket:
         self._check_open()
         ticket = Ticket(layer, expert, store.begin(layer, expert, row), len(row), urgent)
+        self._queue(ticket)
+        return ticket
+
+    def _queue(self, ticket: Ticket) -> None:
         with self._changed:
             if not self._threads:
                 self._start_threads()
-            (self._urgent if urgent else self._background).append(ticket)
+            (self._urgent if ticket.urgent else self._background).append(ticket)
             self._changed.notify(len(ticket.queued))
             self._has_changed()
-        return ticket
 
     def wait(self, ticket: Ticket) -> int:
         begun, warned = time.monotonic(), False
@@ -226,7 +229,7 @@ class ThreadTransfer:
             self._free(ticket)
             if self.timeline is not None:
                 self.timeline.arrived(ticket.reads, ticket.nbytes)
-        ticket.done.set()
+        self._ended(ticket)
 
     def _free(self, ticket: Ticket) -> None:
         """The calling thread works for `ticket` no more. The caller holds the lock."""
@@ -252,7 +255,11 @@ class ThreadTransfer:
             ticket.queued.clear()
         self._has_changed()
         if ticket.unfinished == 0:
-            ticket.done.set()
+            self._ended(ticket)
+
+    def _ended(self, ticket: Ticket) -> None:
+        """No thread will touch the row of `ticket` any more, however it went."""
+        ticket.done.set()
 
     def _check_open(self) -> None:
         if os.getpid() != self._pid:

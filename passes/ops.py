@@ -29,6 +29,7 @@ LIB = torch.library.Library("moe_offload", "DEF")
 _TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.cudagraph_unsafe)
 
 LIB.define("fetch(Tensor ids, Tensor(a!) bank) -> Tensor", tags=_TAGS)
+LIB.define("place(Tensor ids, Tensor(a!) bank) -> Tensor")
 LIB.define("wait(Tensor fetched, Tensor(a!) bank) -> Tensor", tags=_TAGS)
 LIB.define(
     "stream(Tensor x, Tensor ids, Tensor(a!) bank, Tensor[] others, int core, SymInt[] row, ScalarType "
@@ -46,6 +47,9 @@ class Layer(Protocol):
 
     def fetch(self, ids_P: Tensor) -> Tensor:
         """Start loading the experts that are missing; return a ticket shaped like `ids_P`."""
+
+    def place(self, ids_P: Tensor) -> Tensor:
+        """`fetch` and `wait` at once, decided by the device: nothing waits, and a CUDA graph can hold it."""
 
     def wait(self, ticket_P: Tensor) -> Tensor:
         """Return the slots `[P]` of the fetched ids once every one of them is resident."""
@@ -107,6 +111,11 @@ def _fetch(ids: Tensor, bank: Tensor) -> Tensor:
     return ticket
 
 
+def _place(ids: Tensor, bank: Tensor) -> Tensor:
+    slots: Tensor = _bound(bank).place(ids)
+    return slots
+
+
 def _wait(fetched: Tensor, bank: Tensor) -> Tensor:
     slots: Tensor = _bound(bank).wait(fetched)
     return slots
@@ -135,6 +144,7 @@ def _experts(x: Tensor, ids: Tensor, weights: Tensor, bank: Tensor) -> Tensor:
 
 for _name, _kernel in {
     "fetch": _fetch,
+    "place": _place,
     "wait": _wait,
     "stream": _stream,
     "prefetch": _prefetch,
@@ -148,6 +158,7 @@ for _name, _kernel in {
     _run = _disable(_kernel) if _name == "grouped_mm" else _kernel
     LIB.impl(_name, _run, "CompositeExplicitAutograd")
 LIB._register_fake("fetch", lambda ids, bank: torch.empty_like(ids))
+LIB._register_fake("place", lambda ids, bank: torch.empty_like(ids))
 LIB._register_fake("wait", lambda fetched, bank: torch.empty_like(fetched))
 LIB._register_fake(
     "stream", lambda x, ids, bank, others, core, row, dtype: x.new_empty((x.shape[0], *row), dtype=dtype)
@@ -158,6 +169,7 @@ LIB._register_fake("observe", lambda ids, weight: torch.empty_like(ids))
 LIB._register_fake("experts", lambda x, ids, weights, bank: torch.empty_like(x))
 
 fetch = torch.ops.moe_offload.fetch.default
+place = torch.ops.moe_offload.place.default
 wait = torch.ops.moe_offload.wait.default
 stream = torch.ops.moe_offload.stream.default
 prefetch = torch.ops.moe_offload.prefetch.default

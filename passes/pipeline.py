@@ -40,17 +40,20 @@ def offload_pipeline(
     compile_core: Callable[[GraphModule], Callable[..., Tensor]] | None = None,
     overlap: bool = False,
     guess: bool = False,
+    on_device: bool = False,
 ) -> list[Pass]:
     """Serve every site from its bank: decode sites by slot, the rest in waves.
 
     With `overlap` decode sites become waves as well: a wave computes what is resident while the rest loads, which a
-    renamed index cannot. With `guess` each layer's router is asked a layer earlier, too.
+    renamed index cannot. With `guess` each layer's router is asked a layer earlier, too. With `on_device` it is the
+    device that decides which slots a decode step gets.
     """
     core: dict[str, Any] = {} if compile_core is None else {"compile_core": compile_core}
     in_waves = partial(waves, sites=sites, banks=banks, **core)
+    by_slot = partial(slots, sites=sites, banks=banks, on_device=on_device)
     early: list[Pass] = [partial(sentinels, sites=sites)]
     early += [partial(lookahead, sites=sites)] if guess else []
-    return [*early, in_waves] if overlap else [*early, partial(slots, sites=sites, banks=banks), in_waves]
+    return [*early, in_waves] if overlap else [*early, by_slot, in_waves]
 
 
 def observe_pipeline(sites: Sequence[Site]) -> list[Pass]:

@@ -3,6 +3,7 @@
     before   w   = W[ids]                                  y = bmm(w, x) ...
     after    tkt = moe_offload.fetch(ids, bank)            starts what is missing
              slt = moe_offload.wait(tkt, bank)             all resident; the slots exist only after this
+       or    slt = moe_offload.place(ids, bank)            the same, where the device decides: no host in between
              w   = bank[:, a:b].view(S, 2I, H)[slt]        y = bmm(w, x) ...
 
     before   g, perm = sort(ids);  offs = cumsum(histc(g, bins=E, max=E-1));  y = grouped_mm(x[perm // K], W, offs)
@@ -29,22 +30,26 @@ from .erase import erase_orphans
 from .find import Site
 
 
-def slots(graph: Graph, *, sites: Sequence[Site], banks: Mapping[Hashable, Bank]) -> list[Site]:
+def slots(
+    graph: Graph, *, sites: Sequence[Site], banks: Mapping[Hashable, Bank], on_device: bool = False
+) -> list[Site]:
     """Rewrite every site whose pairs always fit its bank; return those sites."""
     done = [site for site in sites if site.pairs is not None and site.pairs <= banks[site.layer].slots]
+    on_device = on_device and len(done) == len(sites)  # it decides for all layers or for none
     for site in done:
-        slots_P = _fetch(graph, site)
+        slots_P = _fetch(graph, site, on_device)
         _read_bank(graph, site, banks[site.layer], slots_P)
     return done
 
 
-def _fetch(graph: Graph, site: Site) -> Node:
-    """Insert fetch and wait as early as the ids allow; return the slots in the order of the readers' ids."""
+def _fetch(graph: Graph, site: Site, on_device: bool) -> Node:
+    """Ask for the rows as early as the ids allow; return the slots in the order of the readers' ids."""
     with graph.inserting_after(site.ids):
-        ticket = graph.call_function(ops.fetch, (site.ids, site.bank))
-    with graph.inserting_after(ticket):
-        slots_P = graph.call_function(ops.wait, (ticket, site.bank))
-    added = [ticket, slots_P]
+        added = [graph.call_function(ops.place if on_device else ops.fetch, (site.ids, site.bank))]
+    if not on_device:
+        with graph.inserting_after(added[0]):
+            added.append(graph.call_function(ops.wait, (added[0], site.bank)))
+    slots_P = added[-1]
     if site.order is not None:
         with graph.inserting_after(site.order):
             added.append(graph.call_function(operator.getitem, (slots_P, site.order)))

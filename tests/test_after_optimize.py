@@ -204,7 +204,7 @@ def test_adapters_of_experts_are_refused_by_every_call_and_leave_the_model_as_it
     wrapped = adapted(model, target_modules=[], target_parameters=parameters)
     calls = [lambda: say(wrapped), lambda: wrapped(IDS), lambda: model(IDS), lambda: model.model(IDS)]
     for call in calls:
-        with pytest.raises(OffloadError, match=r"Adapt dense layers\s+only.*merge the adapter.*before optimize"):
+        with pytest.raises(OffloadError, match=r"Adapt dense layers only.*merge the adapter.*before optimize"):
             call()
     for safe in (False, True):  # peft's own words
         with pytest.raises((RuntimeError, ValueError), match=r"single memory location|NaNs detected"):

@@ -37,12 +37,18 @@ LAYERS = [
     ),
     Layer(
         "parts",
+<<<<<<< HEAD
         "experts arrange explain progress buffers process_memory scratch arrivals overlap trial checkpoint conversion "
-        "rows packed packed_format shards plan measure transfer stores stores.* kernels kernels.*",
+        "rows packed packed_format shards plan measure transfer stores stores.* kernels kernels.* "
+        "device_cache transfer_device",
+=======
+        "experts arrange explain buffers process_memory scratch arrivals overlap trial checkpoint conversion rows "
+        "packed packed_format shards new_checkpoint plan measure transfer stores stores.* kernels kernels.*",
+>>>>>>> after
     ),
-    Layer("runtime", "runtime prewarm"),
+    Layer("runtime", "runtime prewarm assemble"),
     Layer("engine", "backend handle live.take metrics notebook advise loading outline open_stores pack_streams"),
-    Layer("model", "install saving refusals record pack forecasting"),
+    Layer("model", "install call saving refusals record pack forecasting"),
     Layer("api", "api"),
     Layer(
         "front",

@@ -332,6 +332,24 @@ def test_saving_while_another_thread_generates(original, tmp_path):
         assert_same(original, tmp_path / str(number))
 
 
+def test_close_waits_until_the_model_is_saved(original, tmp_path, monkeypatch):
+    real, closing = DiskStore.begin, []
+
+    def begin(self, *request):
+        if not closing:
+            closing.append(threading.Thread(target=handle.close))
+            closing[0].start()
+            closing[0].join(0.3)
+        return real(self, *request)
+
+    handle = open_checkpoint(original).moe_offload
+    monkeypatch.setattr(DiskStore, "begin", begin)
+    handle.model.save_pretrained(tmp_path / "saved")
+    closing[0].join()
+    assert handle.closed
+    assert_same(original, tmp_path / "saved")
+
+
 @pytest.mark.parametrize("option", [{"push_to_hub": True}, {"variant": "fp16"}, {"distributed_checkpoint": True}])
 def test_arguments_that_are_refused(option, original, older):
     with open_checkpoint(original).moe_offload as handle:

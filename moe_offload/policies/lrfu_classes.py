@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from .decayed_lfu import DecayedLFU
+from .rate import Rate
 
 HALF_LIFE = 128.0  # tokens
 CLASSES = 8
@@ -17,12 +17,12 @@ CLASSES = 8
 
 class LRFUClasses:
     def __init__(self, num_experts: int):
-        self.scores = DecayedLFU(num_experts, HALF_LIFE)
+        self.uses = Rate(num_experts, HALF_LIFE)
         self.last = [-math.inf] * num_experts  # token of the last use
         self.now = 0.0
 
     def record(self, used: Mapping[int, int], tokens: int) -> None:
-        self.scores.record(used, tokens)
+        self.uses.record(used, tokens)
         self.now += tokens
         for e in used:
             self.last[e] = self.now
@@ -31,11 +31,11 @@ class LRFUClasses:
         return sorted(candidates, key=self._rank)[:n]
 
     def seed(self, rates: Sequence[float]) -> None:
-        self.scores.seed(rates)
+        self.uses.seed(rates)
         self.last = [self.now if rate > 0 else -math.inf for rate in rates]
 
     def _rank(self, expert: int) -> tuple[float, float]:
-        key = self.scores.keys[expert]
-        log2_score = key - self.scores.now
-        cls = min(max(math.floor(log2_score), 0), CLASSES - 1) if math.isfinite(log2_score) else 0
-        return (self.last[expert] - self.now) / 2.0**cls, key
+        used = self.uses.used[expert]
+        score = used / self.uses.unit
+        cls = min(max(math.floor(math.log2(score)), 0), CLASSES - 1) if score > 0 else 0
+        return (self.last[expert] - self.now) / 2.0**cls, used

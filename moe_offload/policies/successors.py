@@ -35,7 +35,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from operator import itemgetter
 
-from .decayed_lfu import mean_decay
+from .rate import Rate
 
 FAST, SLOW = 8.0, 96.0  # half-lives of the rates, tokens
 WEIGHT = 3.0
@@ -44,37 +44,8 @@ FADE = 255  # so that a count is one byte: E * E bytes a layer, not 32 times tha
 DOUBT = 4  # an expert followed n times predicts with n / (n + DOUBT) of its shares
 SHORTLIST = 14
 LARGEST_SET = 32  # beyond, an event is a prompt or a large batch: everything follows everything
-FULL = 2.0**200  # of a unit, long before it overflows
 
 _HALF = bytes(count >> 1 for count in range(256))
-
-
-class Rate:
-    """Decayed uses per token. Instead of fading all old uses, each new one counts more than those before it."""
-
-    def __init__(self, num_experts: int, half_life: float):
-        self.half_life = half_life
-        self.share = 1.0 - 2.0 ** (-1.0 / half_life)  # of one use in the rate
-        self.growth = 2.0 ** (1.0 / half_life)  # of the unit, in one token
-        self.unit = 1.0
-        self.used = [0.0] * num_experts
-
-    def record(self, event: Mapping[int, int], tokens: int) -> None:
-        used = self.used
-        if tokens == 1:
-            self.unit = unit = self.unit * self.growth
-            for e in event:
-                used[e] += unit
-        else:
-            self.unit = unit = self.unit * 2.0 ** min(tokens / self.half_life, 64.0)
-            weight = unit * mean_decay(tokens, self.half_life)
-            for e, uses in event.items():
-                used[e] += weight * uses
-        if unit > FULL:
-            self.used, self.unit = [u / unit for u in used], 1.0
-
-    def seed(self, rates: Sequence[float]) -> None:
-        self.used = [rate * self.unit / self.share for rate in rates]
 
 
 class Successors:

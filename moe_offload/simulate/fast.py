@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..policies import lrfu_classes as classes
+from ..policies import rate
 from ..policies import successors as s
 from ..policies import tiny_lfu as tiny
 from .fast_min import next_uses, replay_bypass
@@ -28,7 +29,7 @@ Ints = NDArray[np.int64]
 
 #: Arguments, not globals: compiled code is kept on disk, and would not notice when a policy's file changes.
 CONSTANTS = (
-    *(s.FAST, s.SLOW, 1.0 - 2.0 ** (-1.0 / s.FAST), 1.0 - 2.0 ** (-1.0 / s.SLOW), s.WEIGHT, s.FULL),
+    *(s.FAST, s.SLOW, rate.Rate(0, s.FAST).share, rate.Rate(0, s.SLOW).share, s.WEIGHT, rate.FULL, rate.MOST),
     *(s.HORIZON, s.FADE, s.DOUBT, s.SHORTLIST, s.LARGEST_SET),
     *(classes.CLASSES, classes.HALF_LIFE, tiny.SAMPLE),
 )
@@ -42,8 +43,8 @@ def replay(stream: Stream, slots: int, kind: str, half_life: float) -> tuple[Int
 
 @numba.njit(cache=True, nogil=True)
 def _replay(ids_NK, first_V, stop_V, tokens_V, num_experts, slots, kind, half_life, constants):  # type: ignore[no-untyped-def]
-    FAST, SLOW, SHARE_F, SHARE_S, WEIGHT, FULL = constants[:6]
-    HORIZON, FADE, DOUBT, SHORTLIST, LARGEST, N_CLASSES, CLASS_HALF_LIFE, SAMPLE = constants[6:]
+    FAST, SLOW, SHARE_F, SHARE_S, WEIGHT, FULL, MOST = constants[:7]
+    HORIZON, FADE, DOUBT, SHORTLIST, LARGEST, N_CLASSES, CLASS_HALF_LIFE, SAMPLE = constants[7:]
     V, K = len(first_V), ids_NK.shape[1]
     asked_V, hits_V = np.zeros(V, np.int64), np.zeros(V, np.int64)
     slot_of, expert_at = np.full(num_experts, -1), np.full(slots, -1)
@@ -53,7 +54,7 @@ def _replay(ids_NK, first_V, stop_V, tokens_V, num_experts, slots, kind, half_li
     given_up = np.zeros(slots, np.int64)
     key1, key2 = np.zeros(num_experts), np.zeros(num_experts)  # the smallest leaves first
     rank1, rank2 = np.zeros(num_experts), np.zeros(num_experts)
-    now, seen = 0.0, 0
+    now, seen, unit = 0.0, 0, 1.0
     tables = num_experts if kind == SUCCESSORS else 1
     fast, slow, unit_f, unit_s = np.zeros(num_experts), np.zeros(num_experts), 1.0, 1.0
     by, followed = np.zeros((tables, tables), np.uint8), np.zeros(tables, np.int64)
@@ -63,10 +64,9 @@ def _replay(ids_NK, first_V, stop_V, tokens_V, num_experts, slots, kind, half_li
 
     if kind == LRU:
         key1[:] = -1.0
-    elif kind == DECAYED or kind == CLASSES:
-        key1[:] = -np.inf
-        key2[:] = -np.inf  # CLASSES: the last use
-        half_life = CLASS_HALF_LIFE if kind == CLASSES else half_life
+    elif kind == CLASSES:
+        key2[:] = -np.inf  # the last use
+        half_life = CLASS_HALF_LIFE
     elif kind == LFU or kind == TINY:
         key2[:] = -1.0
 
@@ -99,11 +99,13 @@ def _replay(ids_NK, first_V, stop_V, tokens_V, num_experts, slots, kind, half_li
                 key1[event[i]] += count[event[i]]
                 key2[event[i]] = now
         elif kind == DECAYED or kind == CLASSES:
-            now += tokens / half_life
-            weight = _mean_decay(tokens, half_life)
+            unit *= 2.0 ** min(tokens / half_life, MOST)
+            weight = unit * _mean_decay(tokens, half_life)
             for i in range(n):
-                e = event[i]
-                key1[e] = now + math.log2(2.0 ** (key1[e] - now) + weight * count[e])
+                key1[event[i]] += weight * count[event[i]]
+            if unit > FULL:
+                key1 /= unit
+                unit = 1.0
             if kind == CLASSES:
                 seen += tokens
                 for i in range(n):
@@ -118,8 +120,8 @@ def _replay(ids_NK, first_V, stop_V, tokens_V, num_experts, slots, kind, half_li
                 key1 /= 2.0
                 seen //= 2
         elif kind == SUCCESSORS:
-            unit_f *= 2.0 ** min(tokens / FAST, 64.0)
-            unit_s *= 2.0 ** min(tokens / SLOW, 64.0)
+            unit_f *= 2.0 ** min(tokens / FAST, MOST)
+            unit_s *= 2.0 ** min(tokens / SLOW, MOST)
             weight_f = unit_f * _mean_decay(tokens, FAST)
             weight_s = unit_s * _mean_decay(tokens, SLOW)
             for i in range(n):
@@ -173,8 +175,8 @@ def _replay(ids_NK, first_V, stop_V, tokens_V, num_experts, slots, kind, half_li
             for c in range(n_candidates):  # policy.victims
                 e = candidates[c]
                 if kind == CLASSES:
-                    log2_score = key1[e] - now
-                    cls = min(max(math.floor(log2_score), 0), N_CLASSES - 1) if math.isfinite(log2_score) else 0
+                    score = key1[e] / unit
+                    cls = min(max(math.floor(math.log2(score)), 0), N_CLASSES - 1) if score > 0 else 0
                     rank1[c], rank2[c] = (key2[e] - seen) / 2.0**cls, key1[e]
                 elif kind == SUCCESSORS:
                     rank1[c] = slow[e]

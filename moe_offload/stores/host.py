@@ -43,6 +43,12 @@ class HostStore:
     def read(self, layer: int, expert: int, row: memoryview) -> int:
         return self.begin(layer, expert, row).run()
 
+    def rows_EN(self, layer: int) -> torch.Tensor:
+        """The rows themselves, uint8 [E, row_bytes]: for a device that reads them without asking."""
+        if self._rows is None:
+            raise ClosedError("this store was closed; its rows are gone. Offload the model again to go on.")
+        return self._rows[layer]
+
     def close(self) -> None:
         self._rows = None
 

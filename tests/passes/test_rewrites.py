@@ -85,9 +85,9 @@ def test_slots_leave_alone_an_unknown_number_of_tokens(implementation):
 def test_waves_leave_alone_what_slots_renamed(implementation):
     traced = trace(make_block("biased", implementation), hidden(3))
     sites, banks = traced.sites(), {"layer": identity(traced.params).bank}
-    first, second = passes.run(traced.gm.graph, passes.offload_pipeline(sites, banks))
-    assert first.sites == sites and "+1 fetch" in first.change
-    assert second.sites == [] and second.change == "left alone"
+    guards, slots, waves = passes.run(traced.gm.graph, passes.offload_pipeline(sites, banks))
+    assert slots.sites == sites and "+1 fetch" in slots.change
+    assert guards.sites == waves.sites == [] and guards.change == waves.change == "left alone"
 
 
 def test_observe_counts_every_pair_and_changes_nothing(block, dtype):

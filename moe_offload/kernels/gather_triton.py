@@ -1,0 +1,81 @@
+"""`gather` as one Triton kernel: the device itself reads the missing rows out of pinned host memory.
+
+Shapes: P token-expert pairs, E experts, S slots, N elements of one row.
+
+The grid is fixed and the number of rows is read on the device, so a captured graph copies what each replay finds
+missing, and a replay without misses costs one empty launch. The chunks of all rows are dealt out in turn: a program has
+at most one more than any other, however large the rows are.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .state import Loads
+
+PROGRAMS = 64  # a quarter to a half of a large GPU's processors: the link is full, and others can run beside it
+CHUNK = 2048  # words of 8 bytes, two in each load: 16 KiB a program under way, 1 MiB in all
+WARPS = 8
+
+
+def gather(rows_EN: Tensor, bank_SN: Tensor, loads: Loads, programs: int = PROGRAMS) -> None:
+    """Copy the rows of `loads` from host memory into their slots; entries after the count are not touched.
+
+    `rows_EN`: a tensor that the device can read, such as a CUDA view of pinned memory. Rows are whole and multiples of
+    16 bytes; they begin at multiples of 16 bytes, or are copied more slowly.
+    """
+    words_EN, words_SN = _words(rows_EN), _words(bank_SN)
+    if words_EN.shape[1] != words_SN.shape[1]:
+        raise ValueError(f"rows of {8 * words_EN.shape[1]} bytes do not fit slots of {8 * words_SN.shape[1]} bytes")
+    _gather[(programs,)](
+        words_EN,
+        words_SN,
+        loads.expert_P,
+        loads.slot_P,
+        loads.count_1,
+        words_EN.shape[1],
+        words_EN.stride(0),
+        words_SN.stride(0),
+        PROGRAMS=programs,
+        CHUNK=CHUNK,
+        num_warps=WARPS,
+    )
+
+
+def _words(rows: Tensor) -> Tensor:
+    row_bytes = rows.shape[1] * rows.itemsize
+    if row_bytes % 16 or rows.stride(1) != 1:
+        raise ValueError(
+            f"rows of {row_bytes} bytes with stride {rows.stride()}: whole multiples of 16 bytes are copied"
+        )
+    return rows.view(torch.int64)
+
+
+@triton.jit
+def _gather(
+    rows_EN,
+    bank_SN,
+    expert_P,
+    slot_P,
+    count_1,
+    words,
+    row_stride,
+    slot_stride,
+    PROGRAMS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    chunks = tl.cdiv(words, CHUNK)  # of one row
+    for i in range(tl.program_id(0), tl.load(count_1) * chunks, PROGRAMS):
+        p = i // chunks
+        row = rows_EN + tl.load(expert_P + p).to(tl.int64) * row_stride
+        slot = bank_SN + tl.load(slot_P + p).to(tl.int64) * slot_stride
+        word = (i - p * chunks) * CHUNK + tl.arange(0, CHUNK)
+        inside = word < words
+        # What came over the link is not read again; the slot is, and soon. (`.cg` too would be refused by ptxas.)
+        values = tl.load(row + word, mask=inside, eviction_policy="evict_first")
+        tl.store(slot + word, values, mask=inside)
