@@ -15,8 +15,9 @@ from typing import Any
 
 import psutil
 
+from .layer_runtime import PROMPT
 from .plan import Plan, budget_for, plan_slots
-from .runtime import PROMPT, Runtime
+from .runtime import Runtime
 from .sizes import format_size, parse_size
 from .stores import Store
 from .stores.disk import DiskStore

@@ -14,11 +14,12 @@ from .config import OffloadConfig
 from .errors import ConfigError
 from .experts import ExpertBank
 from .kernels import KERNELS
+from .layer_runtime import LayerRuntime
 from .plan import Plan
 from .policies import POLICIES
 from .profile import Profile
 from .profile_stats import rates
-from .runtime import LayerRuntime, Runtime
+from .runtime import Runtime
 from .scratch import Scratch
 from .stores import Store
 from .stores.host import HostStore

@@ -26,7 +26,7 @@ from passes import ops
 from . import progress
 from .errors import OffloadError, UnsupportedModelError
 from .experts import ExpertBank, Field
-from .runtime import LayerRuntime
+from .layer_runtime import LayerRuntime
 
 logger = logging.getLogger("moe_offload")
 

@@ -25,25 +25,10 @@ from .advise import Advisor
 from .call import ADAPTED, Call, Scope, own_code
 from .errors import OffloadError
 from .experts import ExpertBank
-from .runtime import LayerRuntime, Runtime, closed
+from .layer_runtime import LayerRuntime, closed
+from .runtime import Runtime
 
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
-<<<<<<< HEAD
-=======
-_ADAPTED = (
-    "an adapter changes the weights of offloaded experts (peft's target_parameters, which it also derives from "
-    "target_modules that name projections of experts), but they rest in files and pass through slots. Adapt dense "
-    "layers only (such as target_modules=['q_proj', 'v_proj']), or merge the adapter into the model before optimize()."
-)
-_numbers = itertools.count()
-
-
-class Scope:
-    """Whether our own backend is running the model. One per model, written under its lock; Dynamo guards on it."""
-
-    def __init__(self) -> None:
-        self.active = False
->>>>>>> after
 
 
 class Link:

@@ -1,22 +1,8 @@
-"""What the ops of a graph do at run time: one `LayerRuntime` per MoE layer, one `Runtime` per model.
-
-Shapes: T tokens, K experts per token, P = T*K pairs, E experts, S slots, H hidden, N elements of one row.
-
-    prefetch(ids)  a guess at what the layer will be asked for: loads begin in the background
-    fetch(ids)     the cache names slots and starts to load what is missing
-    wait()         all there, here are the slots
-    place(ids)     both at once where the device decides, and the host does not hear of it (device_cache.py)
-    stream(x, ids) the same lookup, but the pairs of resident experts are computed while the missing ones load, and each
-                   of those as it arrives; in prefill what has no slot passes through a few scratch rows
-
-It knows no graph and imports no pass.
-"""
+"""All layers of one model: the lock that serialises its forwards, what they share, and what `close` gives back."""
 
 from __future__ import annotations
 
 import threading
-import time
-from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -24,195 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .arrivals import Arrivals
-from .buffers import NOTHING, Rows
-from .cache import Counters, LayerCache
-from .device_cache import Deciding, DeviceCache
-from .errors import ClosedError
-from .experts import ExpertBank
+from .device_cache import Deciding
 from .kernels import Kernels
-from .overlap import RunCore, compute_while_loading
-from .policies import Policy
-from .process_memory import trim_heap
+from .layer_runtime import Guesses, LayerRuntime, closed
 from .recorder import Recorder
-from .scratch import Scratch
 from .stores import Store
 from .timeline import Depth, Timeline
 from .transfer import Transfer
-from .trial import Trial
-
-PROMPT = 64  # tokens from which on activations leave enough behind for the heap to be trimmed, which takes ms
-
-
-class Guesses:
-    """The last guess, until the event it was made in has asked for its own rows; and whether guessing pays."""
-
-    def __init__(self) -> None:
-        self.trial = Trial()
-        self._layer: LayerRuntime | None = None
-        self._ids: list[int] = []
-
-    def note(self, layer: LayerRuntime, ids: list[int]) -> None:
-        self._layer, self._ids = layer, ids
-
-    def begin(self) -> None:
-        """Demand has been queued: now the guess may follow it."""
-        layer, self._layer = self._layer, None
-        if layer is not None:
-            layer.arrivals.guess(self._ids, layer.cache.slots - len(self._ids))
-
-
-class LayerRuntime:
-    """One layer: its bank of slots, its cache, and the store its rows rest in."""
-
-    def __init__(
-        self,
-        bank: ExpertBank,
-        *,
-        slots: int,
-        policy: Policy,
-        store: Store,
-        transfer: Transfer,
-        scratch: Scratch,
-        lock: threading.RLock | None = None,
-        poison: bool = False,
-    ):
-        self.bank, self.store = bank, store
-        self.lock = lock or threading.RLock()  # that of the model: its layers share the scratch rows
-        cache = LayerCache(bank.num_experts, slots, policy, bank.name)
-        rows = Rows(slots, bank.layout.row_bytes, bank.layout.dtype, poison)
-        self.arrivals = Arrivals(bank, cache, rows, scratch, store, transfer, poison)
-        self.following: Arrivals | None = None  # for which rows are read ahead; set by `Runtime`
-        self.guesses = Guesses()  # of the model; set by `Runtime`
-        self.recorder: Recorder | None = None  # of the model, while its trace is recorded
-        self.device_cache: DeviceCache | None = None  # where the device decides
-        self.deciding: Deciding | None = None  # of the model, likewise
-        self.module_core: RunCore | None = None  # set where the model is patched; serves `experts`
-
-    @property
-    def cache(self) -> LayerCache:
-        return self.arrivals.cache
-
-    @property
-    def slots(self) -> Rows:
-        return self.arrivals.slots
-
-    # The verbs of a graph.
-
-    def prefetch(self, ids_P: Tensor) -> None:
-        trial = self.guesses.trial
-        if ids_P.numel() >= self.cache.slots:  # a prompt, or no slot to spare
-            trial.skip()
-            return
-        if self.bank.index == 1:
-            trial.step(time.perf_counter())
-        if trial.on:
-            ids = dict.fromkeys(ids_P.reshape(-1).tolist())
-            self.guesses.note(self, [e for e in ids if 0 <= e < self.cache.num_experts])
-
-    def fetch(self, ids_P: Tensor) -> Tensor:
-        ids, used = self._event(ids_P)
-        cache, arrivals = self.cache, self.arrivals
-        loads = cache.lookup(used, self._tokens(len(ids)))
-        arrivals.claim_guesses(used)
-        arrivals.start(loads)
-        self.guesses.begin()
-        slot_of, pending = cache.slot_of, cache.pending
-        slots = [pending[e].slot if e in pending else slot_of[e] for e in ids] if pending else [slot_of[e] for e in ids]
-        return torch.tensor(slots, dtype=ids_P.dtype).view(ids_P.shape)
-
-    def place(self, ids_P: Tensor) -> Tensor:
-        if self.device_cache is None or self.deciding is None or not self.deciding.now:
-            raise AssertionError(f"{self.bank.name}: its graph lets the device decide, and it is not in charge")
-        return self.device_cache.place(ids_P)
-
-    def wait(self, ticket_P: Tensor) -> Tensor:
-        while self.arrivals.demanded:
-            self.arrivals.take()
-        return ticket_P.clone()
-
-    def stream(self, x_P: Tensor, ids_P: Tensor, core: RunCore, others: Sequence[Tensor] = ()) -> Tensor:
-        ids, used = self._event(ids_P)
-        cache, arrivals, tokens = self.cache, self.arrivals, self._tokens(len(ids))
-        past: list[int] = []
-        if len(ids) <= cache.slots:  # as small as a decode step: it may evict like one
-            loads = cache.lookup(used, tokens)
-        else:
-            loads, past = cache.fill(used, tokens)
-        try:
-            arrivals.claim_guesses(used)
-            arrivals.start(loads)
-            self.guesses.begin()
-            if not arrivals.demanded and not past:
-                slot_of = cache.slot_of
-                slots_P = torch.tensor([slot_of[e] for e in ids], dtype=ids_P.dtype)
-                return core(x_P, slots_P, self.slots.bank_SN, others)
-            return compute_while_loading(arrivals, self.following, x_P, ids_P.reshape(-1), core, others, past)
-        except BaseException:
-            arrivals.abort()
-            raise
-        finally:
-            if tokens >= PROMPT:
-                trim_heap()
-
-    def experts(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """The whole module, for callers that no pass has rewritten: slower, never wrong."""
-        tokens, k = ids_TK.shape
-        with self.lock, torch.autocast(x_TH.device.type, enabled=False):
-            if self.module_core is None:
-                raise closed(self.bank.name)
-            out_PH = self.stream(x_TH.repeat_interleave(k, dim=0), ids_TK.reshape(-1), self.module_core)
-            weighted_PH = out_PH * weights_TK.reshape(-1, 1)
-            return weighted_PH.view(tokens, k, -1).sum(dim=1).to(x_TH.dtype)
-
-    @property
-    def counters(self) -> Counters:
-        """What the layer has done so far, whoever decided."""
-        if self.device_cache is not None and self.deciding is not None and self.deciding.now:
-            return self.device_cache.counters()
-        return self.cache.counters
-
-    @property
-    def resident(self) -> int:
-        """How many experts are in slots."""
-        if self.device_cache is not None and self.deciding is not None and self.deciding.now:
-            return int((self.device_cache.state.expert_at_S >= 0).sum())
-        return len(self.cache.resident())
-
-    def take_over(self) -> None:
-        """A graph is about to run in which the device decides, in all layers."""
-        if self.deciding is not None:
-            self.deciding.take_over()
-
-    def release(self) -> None:
-        """Give the memory back. Nothing may be on its way any more."""
-        self.module_core = self.device_cache = self.deciding = None
-        self.arrivals.slots = self.arrivals.scratch = NOTHING
-        self.arrivals.shared.release()
-
-    def _event(self, ids_P: Tensor) -> tuple[list[int], Counter[int]]:
-        """The ids of one event, checked and counted; what is on its way for it has been claimed."""
-        if self.deciding is not None:
-            self.deciding.hand_back()
-        ids = ids_P.reshape(-1).tolist()
-        used = Counter(ids)
-        self.cache.check(used)
-        if self.recorder is not None:
-            self.recorder.event(self.bank.index, ids, self._tokens(len(ids)))
-        self.arrivals.begin(used)
-        counts = self.cache.counters.counts
-        for e, count in used.items():
-            counts[e] += count
-        return ids, used
-
-    def _tokens(self, pairs: int) -> int:
-        return -(-pairs // self.bank.top_k)
-
-
-def closed(name: str) -> ClosedError:
-    return ClosedError(
-        f"{name}: its expert cache was closed (close(), or leaving its `with` block); load the model again to use it"
-    )
 
 
 class Runtime:

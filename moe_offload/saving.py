@@ -35,9 +35,10 @@ from .checkpoint import read_headers
 from .conversion import undo_steps
 from .errors import ConfigError, OffloadError, SaveError
 from .experts import ExpertBank
+from .layer_runtime import LayerRuntime
 from .new_checkpoint import new_checkpoint, write_index
 from .rows import Piece, index_rows
-from .runtime import LayerRuntime, Runtime
+from .runtime import Runtime
 from .shards import Entry, Filling, Shard, file_name, header, split
 from .sizes import parse_size
 

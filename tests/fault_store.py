@@ -9,8 +9,9 @@ import torch
 
 from moe_offload.errors import ClosedError, ExpertReadError
 from moe_offload.experts import ExpertBank, RowLayout
+from moe_offload.layer_runtime import LayerRuntime
 from moe_offload.policies import POLICIES
-from moe_offload.runtime import LayerRuntime, Runtime
+from moe_offload.runtime import Runtime
 from moe_offload.scratch import Scratch
 from moe_offload.stores.request import RowRead
 from moe_offload.transfer import ThreadTransfer

@@ -30,23 +30,18 @@ LAYERS = [
     Layer(
         "words",
         "errors sizes config config_file config_rules profile profile_stats profile_show typical cache belady "
-        "placement new_folder whole_file npz trace recorder timeline chrome_trace strict_json simulate simulate.* "
-        "report report.record report.advice report.charts report.page report.png policies policies.* live "
+        "placement stats new_folder whole_file npz trace recorder timeline chrome_trace strict_json simulate "
+        "simulate.* report report.record report.advice report.charts report.page report.png policies policies.* live "
         "live.snapshot live.folder live.server live.client live.rates live.screen",
         never=TORCH_FREE,
     ),
     Layer(
         "parts",
-<<<<<<< HEAD
         "experts arrange explain progress buffers process_memory scratch arrivals overlap trial checkpoint conversion "
-        "rows packed packed_format shards plan measure transfer stores stores.* kernels kernels.* "
+        "rows packed packed_format shards new_checkpoint plan measure transfer stores stores.* kernels kernels.* "
         "device_cache transfer_device",
-=======
-        "experts arrange explain buffers process_memory scratch arrivals overlap trial checkpoint conversion rows "
-        "packed packed_format shards new_checkpoint plan measure transfer stores stores.* kernels kernels.*",
->>>>>>> after
     ),
-    Layer("runtime", "runtime prewarm assemble"),
+    Layer("runtime", "layer_runtime runtime prewarm assemble"),
     Layer("engine", "backend handle live.take metrics notebook advise loading outline open_stores pack_streams"),
     Layer("model", "install call saving refusals record pack forecasting"),
     Layer("api", "api"),

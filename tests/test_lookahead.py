@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moe_offload import ExpertReadError
-from moe_offload.runtime import LayerRuntime
+from moe_offload.layer_runtime import LayerRuntime
 from moe_offload.trial import BLOCK, BLOCKS, VERDICT, Trial
 
 from .fault_store import LAYOUT, E, assert_sound, decode, expected, make, prefill

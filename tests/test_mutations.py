@@ -22,10 +22,10 @@ from moe_offload.cache import LayerCache, Load
 from moe_offload.experts import find_experts, is_experts
 from moe_offload.families.session import run_session
 from moe_offload.families.tiny import build
+from moe_offload.layer_runtime import LayerRuntime
 from moe_offload.measure import costs, layer_shapes
 from moe_offload.plan import floor
 from moe_offload.policies import POLICIES
-from moe_offload.runtime import LayerRuntime
 from moe_offload.stores.host import HostStore
 from moe_offload.stores.request import RowRead
 from moe_offload.transfer import ThreadTransfer

@@ -219,7 +219,7 @@ def test_prewarm_gives_up_what_an_interrupted_event_left_behind():
 @pytest.mark.parametrize(("tokens", "trims"), [(1, 0), (63, 0), (64, 1)])
 def test_the_heap_is_trimmed_after_prompts_only(tokens, trims, monkeypatch):
     trimmed = []
-    monkeypatch.setattr("moe_offload.runtime.trim_heap", lambda: trimmed.append(1))
+    monkeypatch.setattr("moe_offload.layer_runtime.trim_heap", lambda: trimmed.append(1))
     runtime, _ = make(K)
     prefill(runtime.layers[0], [0, 1] * tokens)
     assert len(trimmed) == trims

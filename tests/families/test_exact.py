@@ -119,7 +119,7 @@ def test_every_family(family: str) -> None:
 
 def test_a_wrong_expert_would_be_seen(monkeypatch) -> None:
     """The comparison itself can fail: let the cache hand out its neighbour's slot."""
-    from moe_offload.runtime import LayerRuntime
+    from moe_offload.layer_runtime import LayerRuntime
 
     right = LayerRuntime.stream
 
