@@ -103,6 +103,14 @@ def test_stats_count_and_reset_takes_nothing_away(client) -> None:
     assert after["tokens"] > before["tokens"] and 0 < after["hit_rate"] < 1 and len(after["layers"]) == 4
 
 
+def test_prometheus_sees_the_same_counters(client) -> None:
+    ask(client)
+    stats = client.get("/moe_offload/stats", cast_to=dict)
+    text = client.get("http://" + client.base_url.netloc.decode() + "/metrics/", cast_to=str)
+    hits = next(line for line in text.splitlines() if line.startswith("moe_offload_hits_total"))
+    assert float(hits.split()[-1]) == stats["hits"]
+
+
 @pytest.mark.parametrize(
     ("request_", "status", "says"),
     [

@@ -255,7 +255,7 @@ def foreign(**changes):
         (b"[" * 100_000, "nested too deep"),
         (b"\x1f\x8b", "ended before|end-of-stream"),
         (b"\x1f\x8babcdefgh" * 20, "cannot be used"),
-        (gzip.compress(foreign())[:-9], "ended before|end-of-stream|CRC"),
+        (gzip.compress(foreign(), mtime=0)[:-9], "ended before|end-of-stream|CRC"),
         (foreign(), "no moment in common"),
         (foreign(traceEvents=[{"ph": "X", "ts": 1, "dur": 5}, {"ph": "X", "ts": "x"}]), "no moment in common"),
     ],

@@ -13,11 +13,13 @@ from .options import (
     Budget,
     ConfigFile,
     DeviceMapOption,
+    Live,
     MaxMemory,
     Model,
     PrewarmWith,
     SaveProfile,
     fail,
+    live_or_default,
     or_exit,
     settings,
 )
@@ -37,6 +39,7 @@ def chat(
     system_prompt: Annotated[str | None, typer.Option("--system-prompt", help="What the model is told first.")] = None,
     profile_in: PrewarmWith = None,
     profile_out: SaveProfile = None,
+    live: Live = None,
 ) -> None:
     """Talk to a model inside a budget, with transformers' own chat. !help lists its commands; !exit or Ctrl-D ends it.
 
@@ -44,7 +47,14 @@ def chat(
     """
     from ..serving import require
 
-    wanted = settings(config_file, budget=budget, device_map=device_map, max_memory=max_memory, profile=profile_in)
+    wanted = settings(
+        config_file,
+        budget=budget,
+        device_map=device_map,
+        max_memory=max_memory,
+        profile=profile_in,
+        live=live_or_default(live, config_file),
+    )
     or_exit(require)
     run_chat = or_exit(_transformers_chat)
     or_exit(lambda: _check_flags(generate_flags or []))

@@ -16,12 +16,14 @@ from .options import (
     Budget,
     ConfigFile,
     DeviceMapOption,
+    Live,
     MaxMemory,
     Model,
     PrewarmWith,
     SaveProfile,
     check_folder,
     fail,
+    live_or_default,
     or_exit,
     settings,
 )
@@ -43,6 +45,7 @@ def serve(
     ] = None,
     profile_in: PrewarmWith = None,
     profile_out: SaveProfile = None,
+    live: Live = None,
 ) -> None:
     """Answer OpenAI-compatible requests (chat completions, completions, responses) with a model inside a budget.
 
@@ -50,7 +53,14 @@ def serve(
 
     Ctrl-C stops: running requests have ten seconds, then the profile is saved. A second one does not wait.
     """
-    wanted = settings(config_file, budget=budget, device_map=device_map, max_memory=max_memory, profile=profile_in)
+    wanted = settings(
+        config_file,
+        budget=budget,
+        device_map=device_map,
+        max_memory=max_memory,
+        profile=profile_in,
+        live=live_or_default(live, config_file),
+    )
     name, stop = name or model, Stop()
     try:
         with (

@@ -51,8 +51,8 @@ class NotServed:
 def build_app(handle: Handle, tokenizer: Any, name: str) -> FastAPI:
     """The app that answers for `handle`'s model under `name`; `app.state.model.cancel()` ends what it is generating.
 
-    transformers' routes (/v1/chat/completions, /v1/completions, /v1/responses, /v1/models, /health) and
-    /v1/moe_offload/stats. Requests are answered one after the other. Gives `tokenizer` a plain chat template if it has
+    transformers' routes (/v1/chat/completions, /v1/completions, /v1/responses, /v1/models, /health),
+    /v1/moe_offload/stats, and /metrics where prometheus_client is installed. Requests are answered one after the other. Gives `tokenizer` a plain chat template if it has
     none.
     """
     give_chat_template(tokenizer, name)
@@ -79,6 +79,12 @@ def build_app(handle: Handle, tokenizer: Any, name: str) -> FastAPI:
         found = handle.stats()
         return {**dataclasses.asdict(found), "hit_rate": found.hit_rate}
 
+    try:
+        from prometheus_client import make_asgi_app
+    except ImportError:
+        pass  # moe-offload[metrics]: the rest works without
+    else:
+        app.mount("/metrics", make_asgi_app(handle.metrics()))
     return app
 
 
