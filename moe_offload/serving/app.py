@@ -52,8 +52,8 @@ def build_app(handle: Handle, tokenizer: Any, name: str) -> FastAPI:
     """The app that answers for `handle`'s model under `name`; `app.state.model.cancel()` ends what it is generating.
 
     transformers' routes (/v1/chat/completions, /v1/completions, /v1/responses, /v1/models, /health),
-    /v1/moe_offload/stats, and /metrics where prometheus_client is installed. Requests are answered one after the other. Gives `tokenizer` a plain chat template if it has
-    none.
+    /v1/moe_offload/stats, and /metrics where prometheus_client is installed. Requests are answered one after the other.
+    Gives `tokenizer` a plain chat template if it has none.
     """
     give_chat_template(tokenizer, name)
     # As a warning it says "[Request received]" for each; what goes wrong is told to the client.
