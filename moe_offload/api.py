@@ -22,7 +22,8 @@ from .advise import Advisor, at_start
 from .arrange import Arrangement, arrange
 from .assemble import build_runtime, on_device
 from .config import Config, OffloadConfig, resolve
-from .errors import OffloadError, UnsupportedModelError
+from .dense import keep_where_it_is, place_dense
+from .errors import OffloadError
 from .experts import ExpertBank, find_experts
 from .forecasting import read_outline
 from .handle import Handle
@@ -41,7 +42,7 @@ from .refusals import refuse_what_reaches_experts
 from .runtime import Runtime
 from .saving import save_real_rows
 from .sizes import format_size
-from .transfer import TRANSFERS
+from .transfer_device import present
 
 logger = logging.getLogger("moe_offload")
 Model = TypeVar("Model", bound=nn.Module)
@@ -84,13 +85,14 @@ def optimize(
             "its weights are in the cache's files"
         )
     banks = find_experts(model)
-    _check_devices(model, banks)
-    where = arrange(model, banks, settings, present=list(TRANSFERS))
+    settings = keep_where_it_is(model, banks, settings)
+    where = arrange(model, banks, settings, present=present())
     prior = _load_profile(profile or settings.profile, model, banks)
-    device_decides = on_device(settings, where.tiers, "cpu")
+    device_decides = on_device(settings, where.tiers, where.device)
     bound_kernel_caches()
-    stores = open_stores(model, banks, where.tiers, settings)
-    runtime = build_runtime(banks, where.plan, stores, settings, prior, device_decides)
+    place_dense(model, banks, where.device)
+    stores = open_stores(model, banks, where.tiers, settings, where.device)
+    runtime = build_runtime(banks, where.plan, stores, settings, prior, where.device, device_decides)
     handle = _install(model, runtime, where, settings)
     model.moe_offload = handle  # type: ignore[assignment]
     logger.info("%s", handle)
@@ -128,7 +130,7 @@ def from_pretrained(
     folder = resolve_folder(path_or_id, **{k: kwargs.pop(k) for k in ("revision", "token") if k in kwargs})
     meta = skeleton(folder, dtype)
     banks = find_experts(meta)
-    arrange(meta, banks, settings, present=list(TRANSFERS))
+    arrange(meta, banks, settings, present=present())
     prior = _load_profile(profile or settings.profile, meta, banks)
     index = index_checkpoint(meta, banks, folder)
     for removed in ("offload_folder", "low_cpu_mem_usage", "offload_state_dict", "torch_dtype"):
@@ -168,22 +170,6 @@ def _settings(
     return resolve(config, **{name: value for name, value in given.items() if value is not None})
 
 
-def _check_devices(model: Any, banks: Sequence[ExpertBank]) -> None:
-    experts = {id(p) for bank in banks for p in bank.params.values()}
-    for name, param in model.named_parameters():
-        if param.device.type not in TRANSFERS and not (param.device.type == "meta" and id(param) in experts):
-            raise UnsupportedModelError(
-                f"{name} is on {param.device}; this version computes on {', '.join(TRANSFERS)} only (experts may be on "
-                "'meta'). Load the model there first."
-            )
-    if getattr(model, "hf_device_map", None) and len(set(model.hf_device_map.values())) > 1:
-        raise UnsupportedModelError(
-            "the model was dispatched by accelerate (it has an hf_device_map with several devices), whose hooks "
-            "would move "
-            "weights behind the cache's back; load it without device_map, or with moe_offload.from_pretrained()"
-        )
-
-
 def _load_profile(
     profile: Profile | str | Path | None, model: nn.Module, banks: Sequence[ExpertBank]
 ) -> Profile | None:
@@ -199,7 +185,9 @@ def _install(model: nn.Module, runtime: Runtime, where: Arrangement, settings: O
     implementation = patch.choose_implementation(
         [layer.bank for layer in runtime.layers], settings.experts_implementation
     )
-    inner = settings.compile if settings.compile != "auto" else "graph"  # what we compute on is a CPU
+    if where.device != "cpu":
+        patch.serve_few_pairs(where.device)
+    inner = settings.compile if settings.compile != "auto" else "graph" if where.device == "cpu" else "inductor"
     graphs = patch.install(
         model,
         runtime,
@@ -208,7 +196,8 @@ def _install(model: nn.Module, runtime: Runtime, where: Arrangement, settings: O
         overlap=_overlaps(settings, inner, runtime),
         guess=settings.lookahead,
         on_device=runtime.deciding is not None,
-        dynamic=settings.dynamic,
+        # On a GPU a step with a static KV cache has constant shapes, and must be traced so to become a CUDA graph.
+        dynamic=None if settings.dynamic and where.device != "cpu" and runtime.deciding else settings.dynamic,
         fullgraph=settings.fullgraph,
         advisor=Advisor(runtime, where.plan),
     )

@@ -24,6 +24,9 @@ from .measure import costs, dense_bytes_on, layer_shapes
 from .placement import Spot, compute_device, expand, limits, refuse_absent, settle, spots
 from .plan import Plan, plan_slots
 from .sizes import format_size, parse_size
+from .transfer_device import free_bytes
+
+RAM_SHARE = "80%"  # of what is available, for rows below an accelerator where nothing else is said
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,12 @@ class Arrangement:
     @property
     def tiers(self) -> list[str]:
         return [spot.tier for spot in self.spots]
+
+    @property
+    def device(self) -> str:
+        """The one device there is. Raises `ConfigError` when there are several."""
+        self.plan  # noqa: B018  which raises
+        return next(iter(self.plans))
 
     @property
     def plan(self) -> Plan:
@@ -89,12 +98,13 @@ def arrange(
             dense_bytes=dense.get(device, 0),
             kv_bytes=whole.kv_bytes * len(ours) // len(banks),
         )
-        plans[device] = plan_slots(
-            _budget(device, with_experts, settings, allowed, available), layer_shapes(ours), share
-        )
+        free = available if device == "cpu" else free_bytes(device) if present is not None else allowed.get(device)
+        plans[device] = plan_slots(_budget(device, with_experts, settings, allowed, free), layer_shapes(ours), share)
     slots = {device: iter(plan.slots) for device, plan in plans.items()}
     per_layer = [next(slots[spot.device]) for spot in found]
-    room = _host_room(plans, dense, settings, allowed)
+    room = _host_room(plans, dense, allowed)
+    if room is None and present is not None and "cpu" not in computing:  # an accelerator: RAM is the tier below it
+        room = parse_size(RAM_SHARE, total=available)
     needs = [0 if n == bank.num_experts else bank.nbytes for bank, n in zip(banks, per_layer, strict=True)]
     settled = settle(found, needs, room)
     host = sum(bank.nbytes for bank, spot in zip(banks, settled, strict=True) if spot.tier == "host")
@@ -102,15 +112,16 @@ def arrange(
 
 
 def _budget(
-    device: str, devices: Sequence[str], settings: OffloadConfig, allowed: dict[str, int], available: int
+    device: str, devices: Sequence[str], settings: OffloadConfig, allowed: dict[str, int], free: int | None
 ) -> int:
+    """`free` bytes of the device are what "80%" and "auto" are of; None where that is not known."""
     if settings.budget is not None:
         if len(devices) > 1:
             raise ConfigError(
                 f"budget={settings.budget!r} does not say how to share it between {', '.join(devices)}; give each a "
                 f"limit: max_memory={{{', '.join(f'{d!r}: ...' for d in devices)}}}"
             )
-        budget = parse_size(settings.budget, total=available if device == "cpu" else allowed.get(device))
+        budget = parse_size(settings.budget, total=free)
         if budget > allowed.get(device, budget):
             raise BudgetError(
                 f"budget={settings.budget!r} is more than max_memory={settings.max_memory!r} allows on {device}; the "
@@ -119,16 +130,14 @@ def _budget(
         return budget
     if device in allowed:
         return allowed[device]
-    if device != "cpu":
+    if free is None:
         raise BudgetError(
             f"nothing says how much of {device} the model may hold; say budget=..., or max_memory={{{device!r}: '8GB'}}"
         )
-    return parse_size("auto", total=available)
+    return parse_size("auto", total=free)
 
 
-def _host_room(
-    plans: dict[str, Plan], dense: dict[str, int], settings: OffloadConfig, allowed: dict[str, int]
-) -> int | None:
+def _host_room(plans: dict[str, Plan], dense: dict[str, int], allowed: dict[str, int]) -> int | None:
     if "cpu" not in allowed:
         return None
     return allowed["cpu"] - (plans["cpu"].budget_bytes if "cpu" in plans else dense.get("cpu", 0))

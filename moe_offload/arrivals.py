@@ -72,7 +72,7 @@ class Arrivals:
             arrival = self.guessed.pop(e)
             self.cache.counters.ahead += 1
             if arrival.load is not None and arrival.ticket.done.is_set() and arrival.ticket.error is None:
-                self.cache.commit(arrival.load, arrival.ticket.nbytes)
+                self.cache.commit(arrival.load, self.transfer.wait(arrival.ticket))
             else:
                 self.cache.counters.late += 1
                 self.transfer.hurry(arrival.ticket)
@@ -169,8 +169,8 @@ class Arrivals:
             if done and ticket.error is None:
                 if e not in used:
                     del self.guessed[e]
+                    self.count_wasted(self.transfer.wait(ticket))
                     self.cache.commit(load, 0, demanded=False)
-                    self.count_wasted(ticket.nbytes)
             elif done or (e not in used and (room < 0 or not ticket.begun)):
                 self.transfer.cancel([ticket])
                 del self.guessed[e]

@@ -9,11 +9,13 @@ import logging
 import threading
 from collections.abc import Sequence
 
-from .buffers import page_aligned
+from torch import Tensor
+
+from .buffers import unfilled
 from .config import OffloadConfig
 from .errors import ConfigError
 from .experts import ExpertBank
-from .kernels import KERNELS
+from .kernels import KERNELS, pinned
 from .layer_runtime import LayerRuntime
 from .plan import Plan
 from .policies import POLICIES
@@ -59,11 +61,12 @@ def build_runtime(
     stores: Sequence[Store],
     settings: OffloadConfig,
     prior: Profile | None,
+    device: str,
     device_decides: bool,
 ) -> Runtime:
-    """One `LayerRuntime` for each bank, in their order."""
-    transfer, lock = TRANSFERS["cpu"](), threading.RLock()
-    scratch = Scratch(page_aligned(plan.costs.scratch_bytes), transfer, settings.poison)
+    """One `LayerRuntime` for each bank, in their order, that computes on `device`."""
+    transfer, lock = TRANSFERS[device.partition(":")[0]](device), threading.RLock()
+    scratch = Scratch(unfilled(plan.costs.scratch_bytes, device), transfer, settings.poison)
     layers = []
     for bank, slots, store in zip(banks, plan.slots, stores, strict=True):
         name = DEVICE_POLICY if device_decides else settings.policy
@@ -83,14 +86,17 @@ def build_runtime(
             )
         )
     runtime = Runtime(layers, list({id(store): store for store in stores}.values()), transfer, lock)
-    if device_decides:
-        rows = [_rows_of(bank, store) for bank, store in zip(banks, stores, strict=True)]
-        runtime.decide_on_device(rows, settings.half_life, KERNELS["cpu"]())
+    if device_decides and (device == "cpu" or all(isinstance(store, HostStore) and store.pinned for store in stores)):
+        kernels = KERNELS[device.partition(":")[0]]()
+        rows = [_rows_of(bank, store, device) for bank, store in zip(banks, stores, strict=True)]
+        runtime.decide_on_device(rows, settings.half_life, kernels)
         logger.info("the device decides which experts are in the slots, by %s", DEVICE_POLICY)
     return runtime
 
 
-def _rows_of(bank: ExpertBank, store: Store):  # type: ignore[no-untyped-def]
+def _rows_of(bank: ExpertBank, store: Store, device: str) -> Tensor:
+    """The rows of a layer as `device` sees them."""
     if not isinstance(store, HostStore):
         raise AssertionError(f"{bank.name}: its rows are in {type(store).__name__}")
-    return store.rows_EN(bank.index).view(bank.layout.dtype)
+    rows_EN = store.rows_EN(bank.index)
+    return (rows_EN if device == "cpu" else pinned.device_view(rows_EN, device)).view(bank.layout.dtype)

@@ -22,6 +22,7 @@ from torch.fx import GraphModule, Node
 
 import passes
 from passes import ops
+from passes.grouped import grouped_mm as run_groups
 
 from . import progress
 from .errors import OffloadError, UnsupportedModelError
@@ -29,6 +30,10 @@ from .experts import ExpertBank, Field
 from .layer_runtime import LayerRuntime
 
 logger = logging.getLogger("moe_offload")
+
+FEW_PAIRS = 64  # a product each: 8 sequences of 8 experts
+#: A step in which nothing waits for the host is replayed whole. Not where shapes change: each would be recorded anew.
+CUDA_GRAPH = {"triton.cudagraphs": True, "triton.cudagraph_skip_dynamic_graphs": True}
 
 Compiled = Callable[..., Any]
 #: What runs a rewritten graph: Inductor, or the graph itself.
@@ -92,7 +97,9 @@ def make_backend(
             inputs[position] = phantoms[position].layer.slots.bank_SN
         nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
         placed = [nodes.index(node.args[1]) for node in gm.graph.nodes if node.target is ops.place]
-        compiled = inner(gm, inputs)
+        on_gpu = any(inputs[position].is_cuda for position in placed)
+        replayed = on_gpu and inner is run_inductor
+        compiled = run_inductor(gm, inputs, **CUDA_GRAPH) if replayed else inner(gm, inputs)
 
         def call(*args: Any) -> Any:
             served = list(args)
@@ -169,6 +176,21 @@ def run_inductor(gm: GraphModule, example_inputs: list[Any], **options: Any) -> 
 
     progress.stage("Inductor")
     return cast(Compiled, compile_fx(gm, example_inputs, config_patches=options or None))
+
+
+def serve_few_pairs(indexed_mm: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+    """On CUDA, let the matrix products of a decode step go through `indexed_mm`, which asks the host nothing.
+
+    A prompt's many pairs are cheaper group by group, as everywhere.
+    """
+
+    def grouped_mm(x_P: Tensor, weight_S: Tensor, slots_P: Tensor) -> Tensor:
+        if len(x_P) <= FEW_PAIRS:
+            return indexed_mm(x_P, weight_S.transpose(1, 2), slots_P)
+        return run_groups(x_P, weight_S, slots_P)
+
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("moe_offload::grouped_mm", "CUDA"):
+        ops.LIB.impl("grouped_mm", grouped_mm, "CUDA")
 
 
 def core_as_is(core: GraphModule) -> Compiled:

@@ -5,6 +5,8 @@ Shapes: N elements of one row.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,15 +16,34 @@ POISON = 0xFF  # every byte of a free slot in tests: NaN in each floating type w
 
 
 class Rows:
-    """A buffer of rows: seen by kernels as `bank_SN`, filled through one byte view per row."""
+    """A buffer of rows: seen by kernels as `bank_SN`, filled through `rows`, one byte view per row.
 
-    def __init__(self, count: int, row_bytes: int, dtype: torch.dtype, poison: bool = False, raw: Tensor | None = None):
+    On a CPU these are memoryviews, for whoever reads into them; on a device of its own memory they are tensors.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        row_bytes: int,
+        dtype: torch.dtype,
+        poison: bool = False,
+        raw: Tensor | None = None,
+        device: torch.device | str = "cpu",
+    ):
         # Not initialised: memory that no row has been loaded into is never touched, and never counts.
-        self.bytes = page_aligned(count * row_bytes).view(count, row_bytes) if raw is None else raw
+        self.bytes = unfilled(count * row_bytes, device).view(count, row_bytes) if raw is None else raw
         if poison:
             self.bytes.fill_(POISON)
         self.bank_SN = self.bytes.view(dtype)
-        self.rows = [memoryview(self.bytes[i].numpy()) for i in range(count)]
+        rows = self.bytes.unbind() if count else ()
+        self.rows: list[Any] = [memoryview(row.numpy()) if row.device.type == "cpu" else row for row in rows]
+
+
+def unfilled(nbytes: int, device: torch.device | str) -> Tensor:
+    """Uninitialised bytes on `device`, which begin at a page on a CPU."""
+    if torch.device(device).type == "cpu":
+        return page_aligned(nbytes)
+    return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 
 def page_aligned(nbytes: int) -> Tensor:

@@ -25,6 +25,7 @@ from .advise import Advisor
 from .call import ADAPTED, Call, Scope, own_code
 from .errors import OffloadError
 from .experts import ExpertBank
+from .kernels import KERNELS
 from .layer_runtime import LayerRuntime, closed
 from .runtime import Runtime
 
@@ -71,6 +72,11 @@ class ModuleCore:
         return out
 
 
+def serve_few_pairs(device: str) -> None:
+    """Matrix products of decode steps by the kernels of `device`."""
+    backend.serve_few_pairs(KERNELS[device.partition(":")[0]]().indexed_mm)
+
+
 def choose_implementation(banks: Sequence[ExpertBank], wanted: str) -> str:
     """'auto' keeps the model's own choice where the passes can see it, else grouped_mm."""
     if wanted in IMPLEMENTATIONS:
@@ -107,6 +113,8 @@ def install(
     made = backend.make_backend(run, core, log, overlap, guess, on_device)
     compiled = torch.compile(own_code(model), backend=made, dynamic=dynamic, fullgraph=fullgraph)
     model._compiled_call_impl = Call(model, runtime, scope, compiled, advisor)
+    # On some devices generate() compiles its decode steps itself, and would trace the op of last resort.
+    model.__dict__["get_compiled_call"] = lambda compile_config: model.__call__
     return log
 
 

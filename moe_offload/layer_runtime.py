@@ -76,7 +76,7 @@ class LayerRuntime:
         self.bank, self.store = bank, store
         self.lock = lock or threading.RLock()  # that of the model: its layers share the scratch rows
         cache = LayerCache(bank.num_experts, slots, policy, bank.name)
-        rows = Rows(slots, bank.layout.row_bytes, bank.layout.dtype, poison)
+        rows = Rows(slots, bank.layout.row_bytes, bank.layout.dtype, poison, device=scratch.raw.device)
         self.arrivals = Arrivals(bank, cache, rows, scratch, store, transfer, poison)
         self.following: Arrivals | None = None  # for which rows are read ahead; set by `Runtime`
         self.guesses = Guesses()  # of the model; set by `Runtime`
@@ -115,7 +115,7 @@ class LayerRuntime:
         self.guesses.begin()
         slot_of, pending = cache.slot_of, cache.pending
         slots = [pending[e].slot if e in pending else slot_of[e] for e in ids] if pending else [slot_of[e] for e in ids]
-        return torch.tensor(slots, dtype=ids_P.dtype).view(ids_P.shape)
+        return torch.tensor(slots, dtype=ids_P.dtype, device=ids_P.device).view(ids_P.shape)
 
     def place(self, ids_P: Tensor) -> Tensor:
         if self.device_cache is None or self.deciding is None or not self.deciding.now:
@@ -141,9 +141,9 @@ class LayerRuntime:
             self.guesses.begin()
             if not arrivals.demanded and not past:
                 slot_of = cache.slot_of
-                slots_P = torch.tensor([slot_of[e] for e in ids], dtype=ids_P.dtype)
+                slots_P = torch.tensor([slot_of[e] for e in ids], dtype=ids_P.dtype, device=ids_P.device)
                 return core(x_P, slots_P, self.slots.bank_SN, others)
-            return compute_while_loading(arrivals, self.following, x_P, ids_P.reshape(-1), core, others, past)
+            return compute_while_loading(arrivals, self.following, x_P, torch.tensor(ids), core, others, past)
         except BaseException:
             arrivals.abort()
             raise

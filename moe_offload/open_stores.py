@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from .buffers import page_aligned
 from .config import OffloadConfig
 from .errors import CheckpointError
 from .experts import ExpertBank
+from .kernels import pinned
 from .packed import index_checkpoint
 from .progress import bar
 from .stores import Store
@@ -22,9 +25,12 @@ from .stores.spill import spill
 
 
 def open_stores(
-    model: nn.Module, banks: Sequence[ExpertBank], tiers: Sequence[str], settings: OffloadConfig
+    model: nn.Module, banks: Sequence[ExpertBank], tiers: Sequence[str], settings: OffloadConfig, device: str = "cpu"
 ) -> list[Store]:
-    """One store per layer; layers that share a file share the store. Closes what it opened if it cannot open all."""
+    """One store per layer; layers that share a file share the store. Closes what it opened if it cannot open all.
+
+    Rows in RAM below a CUDA `device` are pinned, as far as the system allows.
+    """
     with contextlib.ExitStack() as undo:
         stores: dict[int, Store] = {}
         absent = [bank for bank in banks if next(iter(bank.params.values())).is_meta]
@@ -43,7 +49,9 @@ def open_stores(
             with bar("Loading", sum(bank.nbytes for bank in in_ram), what="experts") as shown:
                 for bank in in_ram:
                     rows[bank.index] = _rows_in_ram(bank, stores.get(bank.index), shown.update)
-            host = HostStore(rows)
+            held = [layer for layer in rows if len(layer)]
+            everywhere = device != "cpu" and all(pinned.pin(layer) for layer in held)
+            host = HostStore(rows, everywhere, (lambda: None) if device == "cpu" else partial(_unpin, held))
             stores |= {bank.index: host for bank in in_ram}
         if absent and checkpoint not in stores.values():
             checkpoint.close()  # every row of it has gone to RAM
@@ -51,12 +59,17 @@ def open_stores(
         return [stores[bank.index] for bank in banks]
 
 
+def _unpin(rows: Sequence[torch.Tensor]) -> None:
+    for layer in rows:
+        pinned.unpin(layer)
+
+
 def _rows_in_ram(bank: ExpertBank, store: Store | None, progress: Callable[[int], object]) -> torch.Tensor:
     if store is None:
         rows = pack_rows(bank)
         progress(rows.nbytes)
         return rows
-    rows = torch.empty((bank.num_experts, bank.layout.row_bytes), dtype=torch.uint8)
+    rows = page_aligned(bank.nbytes).view(bank.num_experts, -1)
     for e in range(bank.num_experts):
         store.read(bank.index, e, memoryview(rows[e].numpy()))
         progress(rows[e].nbytes)

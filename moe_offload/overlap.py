@@ -48,7 +48,7 @@ def compute_while_loading(
     others: Sequence[Tensor],
     past: Sequence[int],
 ) -> Tensor:
-    """The result of every pair, in their order.
+    """The result of every pair, in their order. `ids_P` is on the host.
 
     `past` are experts without a slot: as many of their rows as there is scratch are on their way at any time. Rows of
     `following` that will probably be asked for are read into scratch that has done its part.
@@ -88,10 +88,13 @@ class _Wave:
         absent = [one.expert for one in arrivals.demanded] + list(past)
         here_E = torch.ones(cache.num_experts, dtype=torch.bool)
         here_E[absent] = False
-        self.here = here_E[ids_P].nonzero().flatten()
-        self.slots_here = torch.tensor(cache.slot_of)[ids_P[self.here]]
+        # What is decided about pairs is decided on the host; positions and slots go to where the pairs are.
+        here = here_E[ids_P].nonzero().flatten()
+        self.slots_here = torch.tensor(cache.slot_of)[ids_P[here]].to(x_P.device)
+        self.here = here.to(x_P.device)
         # Grouped experts code has sorted its pairs: those of one expert are neighbours, and need no gathering.
-        self.order_P = None if bool((ids_P[1:] >= ids_P[:-1]).all()) else ids_P.argsort(stable=True)
+        in_order = bool((ids_P[1:] >= ids_P[:-1]).all())
+        self.order_P = None if in_order else ids_P.argsort(stable=True).to(x_P.device)
         self.ends_E = ids_P.bincount(minlength=cache.num_experts).cumsum(0).tolist()
 
     def next_is_in_scratch(self) -> bool:
@@ -109,7 +112,7 @@ class _Wave:
         e = arrival.expert
         rows = slice(self.ends_E[e - 1] if e else 0, self.ends_E[e])
         source, i = (arrivals.scratch, arrival.place) if arrival.load is None else (arrivals.slots, arrival.load.slot)
-        slots = torch.full((rows.stop - rows.start,), i)
+        slots = torch.full((rows.stop - rows.start,), i, device=self.x_P.device)
         self._compute(rows if self.order_P is None else self.order_P[rows], slots, source)
         if arrival.place >= 0:
             if self.past:

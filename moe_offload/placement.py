@@ -147,8 +147,9 @@ def refuse_absent(devices: Iterable[str], present: Iterable[str]) -> None:
     for device in devices:
         if device.partition(":")[0] not in present:
             raise UnsupportedModelError(
-                f"device_map or max_memory asks to compute on {device}; this version computes on the CPU only and "
-                "keeps expert rows in 'cpu' (RAM) or on 'disk'. `moe-offload plan` and forecast() plan for it"
+                f"device_map or max_memory asks to compute on {device}, and this process computes on "
+                f"{', '.join(present)} only; expert rows rest in 'cpu' (RAM) or on 'disk'. `moe-offload plan` and "
+                "forecast() plan for other machines"
             )
 
 

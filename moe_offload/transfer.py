@@ -283,4 +283,11 @@ class ThreadTransfer:
             )
 
 
-TRANSFERS: dict[str, Callable[[], Transfer]] = {"cpu": ThreadTransfer}
+def _cuda(device: str) -> Transfer:
+    from .transfer_device import cuda_transfer
+
+    return cuda_transfer(device)
+
+
+#: Kind of device -> what moves rows to it, made from its name ("cpu", "cuda:0").
+TRANSFERS: dict[str, Callable[[str], Transfer]] = {"cpu": lambda device: ThreadTransfer(), "cuda": _cuda}

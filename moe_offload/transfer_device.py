@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .buffers import page_aligned
 from .errors import ExpertReadError
+from .kernels import pinned
 from .stores import Store
 from .stores.host import HostStore
 from .stores.request import RowRead
@@ -32,8 +33,11 @@ STAGING_ROWS = 8  # in flight: two for every reader thread
 class Streams(Protocol):
     """The streams of one device. An event is whatever `mark` and `copy` return."""
 
-    def pin(self, buffer: Tensor) -> Tensor:
-        """`buffer`, pinned if that is possible."""
+    def pin(self, buffer: Tensor) -> None:
+        """Let the device read this page-aligned host memory by itself, if that is possible."""
+
+    def unpin(self, buffer: Tensor) -> None:
+        """Undo `pin`, before the memory is given back."""
 
     def mark(self) -> Any:
         """The moment when all that has been launched on the compute stream so far is done."""
@@ -47,16 +51,20 @@ class Streams(Protocol):
     def finish(self, event: Any) -> None:
         """The host waits for `event`."""
 
+    def drain(self) -> None:
+        """The host waits for all copies."""
+
 
 class CudaStreams:
     def __init__(self, device: torch.device):
-        from .kernels.pinned import pin
-
-        self.device, self._pin = device, pin
+        self.device = device
         self.stream = torch.cuda.Stream(device)
 
-    def pin(self, buffer: Tensor) -> Tensor:
-        return self._pin(buffer)
+    def pin(self, buffer: Tensor) -> None:
+        pinned.pin(buffer.view(1, -1))
+
+    def unpin(self, buffer: Tensor) -> None:
+        pinned.unpin(buffer.view(1, -1))
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event()
@@ -77,6 +85,24 @@ class CudaStreams:
     def finish(self, event: torch.cuda.Event) -> None:
         event.synchronize()
 
+    def drain(self) -> None:
+        self.stream.synchronize()
+
+
+def cuda_transfer(device: str) -> DeviceTransfer:
+    return DeviceTransfer(CudaStreams(torch.device(device)))
+
+
+def present() -> list[str]:
+    """The kinds of devices that this process can compute on."""
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def free_bytes(device: str) -> int:
+    """Memory of a device that nothing holds yet, what torch keeps for reuse included."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
 
 @dataclass
 class Staging:
@@ -94,17 +120,20 @@ class DeviceTicket(Ticket):
 
 
 class DeviceTransfer(ThreadTransfer):
-    """`start` takes the slot as a uint8 tensor `[row_bytes]` of the device, not as a memoryview."""
+    """`start` takes the slot as a uint8 tensor `[row_bytes]` of the device; or, for a device that is the CPU, as a
+    memoryview."""
 
     def __init__(self, streams: Streams, staging_rows: int = STAGING_ROWS):
         super().__init__()
         self.streams, self._most = streams, staging_rows
         self._spare: dict[int, deque[Staging]] = {}  # row bytes -> buffers that no thread fills
         self._made: dict[int, int] = {}
+        self._all: list[Staging] = []
         self._returned = threading.Condition()
 
     def start(self, store: Store, layer: int, expert: int, row: Any, urgent: bool = True) -> Ticket:
         self._check_open()
+        row = row if isinstance(row, Tensor) else torch.frombuffer(row, dtype=torch.uint8)
         after, row_bytes = self.streams.mark(), len(row)
         if isinstance(store, HostStore):
             ticket = DeviceTicket(layer, expert, RowRead([], lambda: row_bytes), row_bytes, urgent)
@@ -142,9 +171,17 @@ class DeviceTransfer(ThreadTransfer):
             if isinstance(ticket, DeviceTicket) and ticket.copied is not None:
                 self.streams.finish(ticket.copied)  # nothing may write there any more when this returns
 
+    def close(self) -> None:
+        if not self._closed:
+            super().close()
+            self.streams.drain()
+            for staging in self._all:
+                self.streams.unpin(staging.buffer)
+
     def _ended(self, ticket: Ticket) -> None:
-        if isinstance(ticket, DeviceTicket) and ticket.staging is not None:
-            self._return(ticket.staging)
+        if isinstance(ticket, DeviceTicket) and ticket.staging is not None:  # once: what is done may still be cancelled
+            staging, ticket.staging = ticket.staging, None
+            self._return(staging)
         super()._ended(ticket)
 
     def _take(self, row_bytes: int) -> Staging:
@@ -152,7 +189,10 @@ class DeviceTransfer(ThreadTransfer):
         with self._returned:
             free = self._spare.setdefault(row_bytes, deque())
             if not free and self._made.get(row_bytes, 0) < self._most:
-                free.append(Staging(self.streams.pin(page_aligned(row_bytes))))
+                staging = Staging(page_aligned(row_bytes))
+                self.streams.pin(staging.buffer)
+                free.append(staging)
+                self._all.append(staging)
                 self._made[row_bytes] = self._made.get(row_bytes, 0) + 1
             if not self._returned.wait_for(lambda: free, TIMEOUT_S):
                 raise ExpertReadError(

@@ -94,5 +94,5 @@ def test_what_is_not_said_and_needed_is_asked_for(model, banks):
         arranged(model, banks, budget="1GB", device_map={"": 0, "model.layers.1": 1})
     with pytest.raises(BudgetError, match="dense weights on cuda:1"):
         arranged(model, banks, device_map={"": 0, "lm_head": 1}, max_memory={0: "1GB", 1: 5})
-    with pytest.raises(UnsupportedModelError, match="CPU only"):
+    with pytest.raises(UnsupportedModelError, match="computes on cpu only"):
         arrange(model, banks, OffloadConfig(device_map={"": 0}), present=["cpu"])

@@ -103,7 +103,7 @@ def test_an_accelerator_computes_and_its_rows_rest_where_auto_puts_them(value, d
     found = placed({"": "cpu", "model.layers.3": value, "model.layers.4": value, "model.layers.4.mlp.experts": "disk"})
     assert [s.device for s in found] == ["cpu"] * 3 + [device] * 2 + ["cpu"] * 7
     assert [s.tier for s in found] == ["host"] * 3 + ["auto", "disk"] + ["host"] * 7
-    with pytest.raises(UnsupportedModelError, match=f"{device}.*CPU only"):
+    with pytest.raises(UnsupportedModelError, match=f"{device}.*computes on cpu only"):
         refuse_absent((spot.device for spot in found), ["cpu"])
     refuse_absent((spot.device for spot in found), ["cpu", device.partition(":")[0]])
 

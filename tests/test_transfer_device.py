@@ -44,7 +44,12 @@ class SlowStreams:
         self.compute, self.beside, self.delay_s = Lane(), Lane(), delay_s
 
     def pin(self, buffer):
-        return buffer
+        pass
+
+    unpin = pin
+
+    def drain(self):
+        self.finish(self.beside.launch(lambda: None))
 
     def mark(self):
         return self.compute.launch(lambda: None)
@@ -130,6 +135,16 @@ def test_staging_is_not_filled_before_it_has_been_copied_out_of(streams):
     assert [sorted(set(row.tolist())) for row in bank] == [[e] for e in range(6)]
     assert len(transfer._spare[ROW]) == 1
     transfer.close()
+
+
+def test_what_is_cancelled_after_it_is_done_gives_its_staging_back_once(transfer):
+    bank = slots(2)
+    tickets = [transfer.start(ScriptedStore(), 0, e, bank[e]) for e in range(2)]
+    for ticket in tickets:
+        transfer.wait(ticket)
+    transfer.cancel(tickets)
+    transfer.cancel(tickets)
+    assert len({id(staging) for staging in transfer._spare[ROW]}) == len(transfer._spare[ROW]) == 2
 
 
 def test_rows_in_ram_need_no_thread(transfer):

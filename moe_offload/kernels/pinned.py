@@ -20,43 +20,45 @@ PORTABLE_MAPPED = 1 | 2  # for every context, and with an address on the device
 _warned = False
 
 
-def pin(buffer: Tensor) -> Tensor:
-    """Register `buffer` (contiguous, on the CPU); returns it, pinned as far as possible. Warns once where it is not."""
+def pin(rows: Tensor) -> bool:
+    """Register `rows` (uint8 [E, row_bytes], contiguous, page-aligned), whole rows at a time; say whether all are.
+
+    Warns once where the system allows no more. What was registered stays so until `unpin`.
+    """
     global _warned
-    whole = buffer.view(torch.uint8).flatten()
-    for at in range(0, whole.numel(), PIECE_BYTES):
-        size = min(PIECE_BYTES, whole.numel() - at)
-        error = _register(whole.data_ptr() + at, size)
+    for piece in _pieces(rows):
+        error = _register(piece)
         if error:
             if not _warned:
                 _warned = True
+                done = piece.data_ptr() - rows.data_ptr()
                 logger.warning(
                     "CUDA could pin %s of %s of host memory and no more (%s): the rest is copied more slowly, and the "
                     "host decides which experts are in the slots. Raise the memlock limit (ulimit -l), or free RAM",
-                    format_size(at), format_size(whole.numel()), error,
+                    format_size(done), format_size(rows.nbytes), error,
                 )  # fmt: skip
-            break
-    return buffer
+            return False
+    return True
 
 
-def unpin(buffer: Tensor) -> None:
-    whole = buffer.view(torch.uint8).flatten()
+def unpin(rows: Tensor) -> None:
+    """Undo `pin`, as far as it came. Nothing may be copying from there any more."""
     cudart: Any = torch.cuda.cudart()
-    for at in range(0, whole.numel(), PIECE_BYTES):
-        if int(cudart.cudaHostUnregister(whole.data_ptr() + at)):
+    for piece in _pieces(rows):
+        if int(cudart.cudaHostUnregister(piece.data_ptr())):
             drain()
             return
 
 
-def device_view(buffer: Tensor, device: torch.device) -> Tensor | None:
-    """`buffer` as the device sees it, nothing copied; None if it is not all pinned. Keep `buffer` alive beside it."""
-    if not buffer.is_pinned():
-        return None
-    storage = torch._C._construct_storage_from_data_pointer(
-        buffer.data_ptr(), device, buffer.numel() * buffer.element_size()
-    )
-    empty = torch.empty(0, dtype=buffer.dtype, device=device)
-    return empty.set_(storage, 0, buffer.shape, buffer.stride())
+def device_view(rows: Tensor, device: str) -> Tensor:
+    """`rows`, all pinned, as the device sees them, nothing copied. Keep `rows` alive beside the view."""
+    storage = torch._C._construct_storage_from_data_pointer(rows.data_ptr(), torch.device(device), rows.nbytes)
+    return torch.empty(0, dtype=rows.dtype, device=device).set_(storage, 0, rows.shape, rows.stride())
+
+
+def _pieces(rows: Tensor) -> tuple[Tensor, ...]:
+    pieces: tuple[Tensor, ...] = rows.split(max(1, PIECE_BYTES // max(rows.shape[1], 1)))
+    return pieces
 
 
 def drain() -> None:
@@ -64,10 +66,10 @@ def drain() -> None:
     getattr(torch.cuda.cudart(), "cudaGetLastError", lambda: None)()
 
 
-def _register(pointer: int, nbytes: int) -> str:
+def _register(piece: Tensor) -> str:
     """'' or what went wrong."""
     cudart: Any = torch.cuda.cudart()
-    code = cudart.cudaHostRegister(pointer, nbytes, PORTABLE_MAPPED)
+    code = cudart.cudaHostRegister(piece.data_ptr(), piece.nbytes, PORTABLE_MAPPED)
     if int(code) == 0:
         return ""
     drain()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from ..buffers import page_aligned
 from ..errors import ClosedError
 from ..experts import ExpertBank
 from .request import RowRead, check_request
@@ -18,9 +19,13 @@ PART_BYTES = 2 << 20
 
 
 class HostStore:
-    """`rows[layer]` is a contiguous uint8 tensor `[E, row_bytes]` on the CPU; `[0, row_bytes]` for a layer not held."""
+    """`rows[layer]` is a contiguous uint8 tensor `[E, row_bytes]` on the CPU; `[0, row_bytes]` for a layer not held.
 
-    def __init__(self, rows: Sequence[torch.Tensor]):
+    `pinned`: whether a GPU can read all of them by itself. `release` is called once, before the memory is given back.
+    """
+
+    def __init__(self, rows: Sequence[torch.Tensor], pinned: bool = False, release: Callable[[], None] = lambda: None):
+        self.pinned, self._release = pinned, release
         self._rows: list[torch.Tensor] | None = list(rows)
         self._counts = [layer.shape[0] for layer in rows]
         self._row_bytes = [layer.shape[1] for layer in rows]
@@ -50,12 +55,14 @@ class HostStore:
         return self._rows[layer]
 
     def close(self) -> None:
+        if self._rows is not None:
+            self._release()
         self._rows = None
 
 
 def pack_rows(bank: ExpertBank) -> torch.Tensor:
     """The bank's rows `[E, row_bytes]`, uint8, on the CPU, from its module's stacked parameters. Padding is zero."""
-    rows = torch.zeros((bank.num_experts, bank.layout.row_bytes), dtype=torch.uint8)
+    rows = page_aligned(bank.nbytes).view(bank.num_experts, -1).zero_()
     for e in range(bank.num_experts):
         pack_row(bank, e, rows[e])
     return rows

@@ -1,0 +1,48 @@
+"""A whole model whose rows go through the transfer of a device with streams, which are slow on purpose: same tokens.
+
+The streams are those of the host here. What a GPU adds (that kernels run later) is in test_transfer_device.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moe_offload.families.tiny import build
+from moe_offload.transfer import TRANSFERS
+from moe_offload.transfer_device import DeviceTransfer
+
+from .offloaded import IDS, QWEN, offload, resident, say
+from .test_transfer_device import SlowStreams
+
+
+class HostStreams(SlowStreams):
+    """The compute stream is this thread: to order it is to wait."""
+
+    def order(self, event):
+        self.finish(event)
+
+
+@pytest.fixture(params=["disk", "cpu"])
+def offloaded_slowly(request, monkeypatch):
+    torch._dynamo.reset()
+    made = []
+
+    def transfer(device):
+        made.append(DeviceTransfer(HostStreams(0.001), staging_rows=2))
+        return made[-1]
+
+    monkeypatch.setitem(TRANSFERS, "cpu", transfer)
+    model = offload(build(QWEN, num_hidden_layers=2), 0.25, device_map=request.param)
+    yield model
+    model.moe_offload.close()
+    assert made and not any(thread.is_alive() for thread in made[0]._threads)
+
+
+def test_tokens_are_those_of_the_resident_model(offloaded_slowly):
+    model, plain = offloaded_slowly, resident(layers=2)
+    for ids in (IDS, IDS.flip(1)):
+        assert torch.equal(say(model, ids), say(plain, ids))
+    stats = model.moe_offload.stats()
+    assert stats.misses > 20 and stats.bytes_read > 0 and stats.stall_s > 0
+    assert model.moe_offload.depth().nbytes == 0
