@@ -165,11 +165,11 @@ class ThreadTransfer:
             raise interrupted
 
     def depth(self) -> Depth:
-        with self._changed:
-            reading = [ticket for ticket, _ in self._running.values()]
-            tickets = {id(ticket): ticket for ticket in (*self._urgent, *self._background, *reading)}
-            nbytes = sum(ticket.row_bytes for ticket in tickets.values())
-            return Depth(len(self._urgent), len(self._background), len(reading), nbytes)
+        # Copies, each made in one step of the interpreter: who watches takes no lock.
+        urgent, background, running = list(self._urgent), list(self._background), list(self._running.values())
+        tickets = {id(ticket): ticket for ticket in (*urgent, *background, *(ticket for ticket, _ in running))}
+        nbytes = sum(ticket.row_bytes for ticket in tickets.values())
+        return Depth(len(urgent), len(background), len(running), nbytes)
 
     def close(self) -> None:
         with self._changed:
