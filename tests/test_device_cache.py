@@ -31,7 +31,13 @@ def decided(family=QWEN, settings=DEVICE, layers=2, residency=0.5, **options):
 
 
 @pytest.mark.parametrize(
-    ("family", "implementation"), [*((family, "grouped_mm") for family in FAMILIES), (QWEN, "batched_mm")]
+    ("family", "implementation"),
+    [
+        (QWEN, "grouped_mm"),
+        (QWEN, "batched_mm"),
+        ("gpt_oss", "grouped_mm"),
+        pytest.param("deepseek_v3", "grouped_mm", marks=pytest.mark.long),
+    ],
 )
 def test_tokens_logits_and_decisions_are_those_of_the_host(family, implementation):
     plain = build(family, num_hidden_layers=2)
