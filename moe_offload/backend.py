@@ -55,7 +55,8 @@ class Phantom(nn.Parameter):
         """`rows` shares the NaN rows of a model: all phantoms of one shape and dtype see the same one."""
         key = field.shape, field.dtype
         if key not in rows:
-            rows[key] = torch.full((1, *field.shape), float("nan"), dtype=field.dtype)
+            device = layer.slots.bank_SN.device
+            rows[key] = torch.full((1, *field.shape), float("nan"), dtype=field.dtype, device=device)
         expanded = rows[key].expand(layer.bank.num_experts, *field.shape)
         phantom = cast(Phantom, nn.Parameter(expanded, requires_grad=False))
         phantom.layer, phantom.field = layer, field
