@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 DELAY_S = 1.0  # what compiles faster needs no bar
 
-Stage = Literal["Loading", "Spilling", "Pre-warming", "Compiling", "Packing"]
+Stage = Literal["Loading", "Spilling", "Pre-warming", "Compiling", "Packing", "Saving"]
 
 
 def bar(stage: Stage, total: int, unit: str = "B", what: str = "") -> Any:

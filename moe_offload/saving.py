@@ -28,7 +28,6 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import dot_natural_key, revert_weight_conversion
-from transformers.utils import logging as hf_logging
 
 from .buffers import page_aligned
 from .checkpoint import read_headers
@@ -37,6 +36,7 @@ from .errors import ConfigError, OffloadError, SaveError
 from .experts import ExpertBank
 from .layer_runtime import LayerRuntime
 from .new_checkpoint import new_checkpoint, write_index
+from .progress import bar
 from .rows import Piece, index_rows
 from .runtime import Runtime
 from .shards import Entry, Filling, Shard, file_name, header, split
@@ -139,16 +139,14 @@ class Saver:
         banks = [bank for bank, _ in layers]
         with _stand_ins_only(), _layout_errors():
             index = index_rows(self.model, banks, files.ranges)
-        with hf_logging.tqdm(
-            total=sum(bank.nbytes for bank in banks), desc="Writing experts", unit="B", unit_scale=True
-        ) as bar:
+        with bar("Saving", sum(bank.nbytes for bank in banks), what="experts") as shown:
             for bank, layer in layers:
                 row = page_aligned(bank.layout.row_bytes)
                 for e, pieces in enumerate(index.rows[bank.index]):
                     layer.store.read(layer.bank.index, e, row.numpy().data)
                     for piece in pieces:
                         _write_field(piece, row, files)
-                    bar.update(len(row))
+                    shown.update(len(row))
         files.check_complete()
 
     def _layers(self) -> list[tuple[ExpertBank, LayerRuntime]]:

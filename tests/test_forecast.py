@@ -168,8 +168,8 @@ def test_plan_for_two_devices_that_are_not_here():
 
 
 def test_a_device_that_is_not_here_is_refused_at_run_time():
-    with pytest.raises(moe_offload.UnsupportedModelError, match=r"cuda:0.*CPU only.*forecast"):
-        moe_offload.from_pretrained(MODEL, max_memory={0: "6MB"})
+    with pytest.raises(moe_offload.UnsupportedModelError, match=r"xpu:0.*computes on cpu.*forecast"):
+        moe_offload.from_pretrained(MODEL, max_memory={"xpu:0": "6MB"})
 
 
 def test_estimate():
