@@ -9,6 +9,7 @@ import itertools
 import logging
 import math
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,9 @@ from .measure import PROMPT_TOKENS
 from .runtime import Runtime
 
 logger = logging.getLogger("moe_offload")
+
+#: While it is traced, transformers asks for torch's version, through a cache; Dynamo warns of any, in grave words.
+VERSIONS_ARE_CACHED = r"Dynamo detected a call to a `functools\.lru_cache`-wrapped function at 'moe\.py"
 ADAPTED = (
     "an adapter changes the weights of offloaded experts (peft's target_parameters, which it also derives from "
     "target_modules that name projections of experts), but they rest in files and pass through slots. Adapt dense "
@@ -123,6 +127,8 @@ def _size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
 def own_code(model: nn.Module) -> Callable[..., Any]:
     """A function of its own that calls the model: Dynamo caches graphs, and counts recompilations, per code object,
     and all modules share that of `nn.Module._call_impl`."""
+
+    warnings.filterwarnings("ignore", VERSIONS_ARE_CACHED)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return model._call_impl(*args, **kwargs)

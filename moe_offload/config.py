@@ -172,11 +172,22 @@ def _gather(config: Config, overrides: Mapping[str, Any]) -> dict[str, tuple[Any
             f"config={config!r} is not accepted: it takes an OffloadConfig, a dict of its fields, the path of a "
             "configuration file, or None"
         )
+    _refuse_unknown_variables()
     explicit = {**(config if isinstance(config, Mapping) else {}), **overrides}
     _refuse_unknown(explicit)
     file = active_file(None if isinstance(config, Mapping) else config)
     found = _from_file(file, skip=explicit) if file is not None else {}
     return found | _from_environment(skip=explicit) | {name: (value, "argument") for name, value in explicit.items()}
+
+
+def _refuse_unknown_variables() -> None:
+    """A misspelt variable would be a setting that silently does not count."""
+    known = {ENVIRONMENT_PREFIX + name.upper() for name in RULES} | {FILE_VARIABLE}
+    for name in os.environ:
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "`moe-offload config --show` lists the settings"
+            raise ConfigError(f"unknown environment variable {name}: {hint}")
 
 
 def _refuse_unknown(values: Mapping[str, Any]) -> None:

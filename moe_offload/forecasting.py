@@ -43,6 +43,7 @@ class Forecast:
     where: Arrangement
     hit_rate: HitRate
     context: int
+    asked_context: int
     kv_bytes: int
     floor_bytes: int
     resident_bytes: int
@@ -87,7 +88,10 @@ class Forecast:
             lines += [*([f"{device}:"] if len(self.plans) > 1 else []), str(plan)]
         lines.append(f"hit rate to expect: {self.hit_rate}")
         room = f"; at most {self.largest_context} tokens fit" if self.largest_context is not None else ""
-        lines.append(f"KV cache at {self.context} tokens: {format_size(self.kv_bytes)}{room}")
+        beyond = (
+            f" (the model takes no more; asked for {self.asked_context})" if self.asked_context > self.context else ""
+        )
+        lines.append(f"KV cache at {self.context} tokens{beyond}: {format_size(self.kv_bytes)}{room}")
         lines.append(f"every expert resident from a budget of {format_size(self.resident_bytes)}")
         return "\n".join(lines)
 
@@ -142,6 +146,7 @@ def of_outline(found: Outline, settings: OffloadConfig, profile: Profile | None 
         where=where,
         hit_rate=typical(where.slots, experts) if profile is None else covered(where.slots, profile),
         context=min(settings.kv_tokens, longest_context(model) or settings.kv_tokens),
+        asked_context=settings.kv_tokens,
         kv_bytes=kv_bytes(model, settings.kv_tokens),
         floor_bytes=floor(shapes, whole),
         resident_bytes=budget_for(1.0, shapes, whole),

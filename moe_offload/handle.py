@@ -216,7 +216,11 @@ class Handle:
     def __str__(self) -> str:
         s, tiers = self.stats(), ", ".join(sorted(set(self.tiers)))
         state = "closed" if self.closed else f"{self.implementation}, {self.compile}, {s.graphs} graphs compiled"
-        lines = [str(self.plan), f"rows below the slots rest in: {tiers};  {state}"]
+        return "\n".join([str(self.plan), f"rows below the slots rest in: {tiers};  {state}", self.summary()])
+
+    def summary(self) -> str:
+        """What has happened so far, in a line or two: tokens, hits, bytes; what was read ahead, if anything was."""
+        s, lines = self.stats(), []
         if s.hits + s.misses:
             read = format_size(s.bytes_read)
             lines.append(

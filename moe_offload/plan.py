@@ -170,5 +170,5 @@ def _below_floor(budget: int, smallest: int, layers: Sequence[LayerShape], costs
         f"scratch for prefill {format_size(costs.scratch_bytes)}, and the experts of one token "
         f"{format_size(_cost(layers, 0))} ({sum(min(x.top_k, x.num_experts) for x in layers)} rows in "
         f"{len(layers)} layers). "
-        f"Use a budget of at least {smallest} bytes, fewer kv_tokens, or a smaller dtype."
+        f"Use a budget of at least {smallest} bytes, fewer kv_tokens (MOE_OFFLOAD_KV_TOKENS), or a smaller dtype."
     )

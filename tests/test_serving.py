@@ -116,6 +116,7 @@ def test_prometheus_sees_the_same_counters(client) -> None:
     [
         ({"model": "gpt-4"}, 400, NAME),
         ({"prompt": ""}, 400, "prompt is empty"),
+        ({"prompt": "ls " * 3000}, 400, "the model takes 2048 at most"),
         ({"prompt": ["a", "b"]}, 400, "must be a string"),
         ({"max_tokens": 0}, 400, "max_new_tokens"),
         ({"extra_body": {"generation_config": "{"}}, 400, "Expecting"),

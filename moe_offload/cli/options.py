@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -70,10 +71,20 @@ def live_or_default(live: bool | None, config_file: Path | None) -> bool | None:
     return True if unsaid else live
 
 
-def check_folder(flag: str, out: Path | None) -> None:
-    """That `out` can be written is asked before minutes of work, not after."""
-    if out is not None and not out.resolve().parent.is_dir():
+def check_output(flag: str, out: Path | None) -> None:
+    """Whether the file `out` can be written is asked before minutes of work, not after."""
+    if out is None:
+        return
+    folder = out.resolve().parent
+    if not folder.is_dir():
         fail(f"{flag} {out}: its folder does not exist", 2)
+    if out.exists() and not out.is_file():
+        fail(f"{flag} {out}: that is {'a folder' if out.is_dir() else 'no ordinary file'}; name a file", 2)
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        fail(f"{flag} {out}: nothing can be written in its folder ({error.strerror}); choose another", 2)
 
 
 def fail(message: str, code: int) -> NoReturn:

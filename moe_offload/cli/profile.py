@@ -35,7 +35,7 @@ def record(
     """Run a model over texts and save which experts they use."""
     from ..record_texts import record_texts
 
-    _check_folder(out)
+    _check_output(out)
     pairs = [entry.partition("=") for entry in meta or []]
     if bad := [key + equals for key, equals, _ in pairs if not key or not equals]:
         fail(f"--meta {bad[0]!r}: write key=value", 2)
@@ -83,7 +83,7 @@ def merge(
     from ..profile import Profile
     from ..profile import merge as merged
 
-    _check_folder(out)
+    _check_output(out)
     try:
         numbers = None if weights is None else [float(weight) for weight in weights.split(",")]
     except ValueError:
@@ -122,7 +122,7 @@ def _slots(profile: object, residency: str | None, model: str | None, budget: st
     return list(plan.slots)
 
 
-def _check_folder(out: Path) -> None:
+def _check_output(out: Path) -> None:
     """Before minutes of work, not after."""
     if not out.absolute().parent.is_dir():
         fail(f"--out {out}: its folder does not exist", 2)

@@ -21,8 +21,11 @@ def report(
 
     if not out.absolute().parent.is_dir():
         fail(f"--out {out}: its folder does not exist", 2)
-    if png is not None and not png.is_dir():
-        fail(f"--png {png}: there is no such folder", 2)
+    if png is not None:
+        try:
+            png.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fail(f"--png {png}: no folder can be made there ({error.strerror})", 2)
     loaded = or_exit(lambda: RunRecord.load(run))
     typer.echo(f"{or_exit(lambda: write_page(loaded, out))}")
     if png is not None:

@@ -18,7 +18,7 @@ from .options import (
     Model,
     PrewarmWith,
     SaveProfile,
-    check_folder,
+    check_output,
     fail,
     live_or_default,
     or_exit,
@@ -70,7 +70,7 @@ def run(
         ("--timeline-out", timeline_out),
         ("--report", report),
     ):
-        check_folder(flag, out)
+        check_output(flag, out)
     if metrics_port is not None:
         from ..metrics import check
 
@@ -101,7 +101,7 @@ def run(
             interrupted = True
             typer.echo("moe-offload: interrupted", err=True)
         ended_s = None if report is None else handle.recorded_s()
-        typer.echo(str(handle).splitlines()[-1], err=True)
+        typer.echo(handle.summary(), err=True)
         if profile_out is not None:
             saved = or_exit(lambda: handle.save_profile(profile_out), code=1)
             typer.echo(f"profile saved to {saved}", err=True)

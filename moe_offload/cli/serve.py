@@ -21,7 +21,7 @@ from .options import (
     Model,
     PrewarmWith,
     SaveProfile,
-    check_folder,
+    check_output,
     fail,
     live_or_default,
     or_exit,
@@ -104,7 +104,7 @@ def served(
     """
     from ..serving import require
 
-    check_folder("--profile-out", profile_out)
+    check_output("--profile-out", profile_out)
     or_exit(require)
     from ..api import from_pretrained
     from ..record_texts import load_tokenizer
@@ -123,7 +123,7 @@ def served(
                 server.stop()
             finally:  # an interrupt leaves requests unanswered, never the profile unsaved
                 server.app.state.model.cancel()
-                typer.echo(str(handle).splitlines()[-1], err=True)
+                typer.echo(handle.summary(), err=True)
                 if profile_out is not None:
                     saved = or_exit(lambda: handle.save_profile(profile_out), code=1)
                     typer.echo(f"profile saved to {saved}", err=True)

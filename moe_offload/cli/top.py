@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 HISTORY = 40  # looks in the line of speeds
 ENDING_S = 2.0  # a process that ends closes its model first
-HOW = "run it with MOE_OFFLOAD_LIVE=1, or call model.moe_offload.serve_live() (moe-offload run does)"
+HOW = "run it with MOE_OFFLOAD_LIVE=1, or call model.moe_offload.serve_live() (moe-offload run, chat and serve do)"
 
 
 def top(
@@ -48,6 +49,8 @@ def _find(target: str | None) -> tuple[Place, Snapshot]:
     """The one model that is meant; exit code 1 where there is none, 2 where there are several."""
     from ..live.client import running
 
+    if target is not None and not re.fullmatch(r"\d+(-\d+)?", target):
+        fail(f"{target!r} is no process: give its number, as in 4242, or 4242-2 for its second model", 2)
     models = or_exit(running, code=1)
     if not models:
         fail(f"no running model found; {HOW}", 1)

@@ -35,8 +35,9 @@ def _title(now: Snapshot) -> Text:
 
 def _totals(now: Snapshot, rates: Rates | None, speeds: Sequence[float]) -> Table:
     table = Table.grid(padding=(0, 3))
-    for _ in range(3):
-        table.add_column(no_wrap=True)
+    for _ in range(2):
+        table.add_column(no_wrap=True, min_width=8)
+    table.add_column()  # what is said besides may take two lines, rather than room from the figures
     if rates is not None:
         table.add_row("speed", f"{rates.tokens_per_s:.1f} tokens/s", sparkline(speeds))
     lately = "" if rates is None else f"{share(rates.hit_rate)} now, "

@@ -20,6 +20,7 @@ from transformers import StoppingCriteriaList
 from transformers.cli.serving.model_manager import ModelManager
 
 from ..errors import ClosedError
+from ..measure import longest_context
 
 logger = logging.getLogger("moe_offload")
 
@@ -37,11 +38,15 @@ class ServedModel:
         return getattr(self._model, name)
 
     def generate(self, **kwargs: Any) -> Any:
-        """`model.generate`; raises ValueError for an empty prompt, ClosedError from the token after `cancel()`."""
+        """`model.generate`; raises ValueError for a prompt that is empty or longer than the model takes, ClosedError
+        from the token after `cancel()`."""
         try:
             self._check_running()
-            if kwargs["input_ids"].shape[-1] == 0:
+            tokens, most = kwargs["input_ids"].shape[-1], longest_context(self._model)
+            if tokens == 0:
                 raise ValueError("the prompt is empty")
+            if most is not None and tokens > most:
+                raise ValueError(f"the prompt has {tokens} tokens, and the model takes {most} at most; shorten it")
             return self._model.generate(**kwargs, stopping_criteria=StoppingCriteriaList([self._go_on]))
         except Exception as error:
             if "streamer" in kwargs and str(error):  # its cancellation, when the client has gone, says nothing
