@@ -54,6 +54,8 @@ def test_run_prints_the_text_and_saves_a_profile(tmp_path: Path) -> None:
         (["estimate", "./nowhere"], 2, "nowhere"),
         (["run", MODEL, "--budget", "6MB", "--profile-in", "nowhere.json"], 2, "nowhere.json"),
         (["run", MODEL, "--budget", "6MB", "--profile-out", "no/such/folder/x.json"], 2, "folder does not exist"),
+        (["run", MODEL, "--budget", "6MB", "--trace-out", "."], 2, "--trace-out .: that is a folder"),
+        (["run", MODEL, "--budget", "6MB", "--report", "/proc/x.json"], 2, "nothing can be written in its folder"),
         (["run", MODEL, "--budget", "6MB", "--prompt", ""], 2, "prompt is empty"),
         (["run", MODEL, "--budget", "6MB", "--compile", "fast"], 2, "fast"),
         (["families", "no_such_family"], 2, "no_such_family"),

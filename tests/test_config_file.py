@@ -56,6 +56,12 @@ def test_a_file_that_was_named_must_be_there(monkeypatch, tmp_path):
         resolve()
 
 
+def test_a_misspelt_variable_is_refused(monkeypatch):
+    monkeypatch.setenv("MOE_OFFLOAD_BUGDET", "6MB")
+    with pytest.raises(ConfigError, match="MOE_OFFLOAD_BUGDET: did you mean MOE_OFFLOAD_BUDGET"):
+        resolve()
+
+
 def test_the_default_place_is_beside_accelerates(monkeypatch, tmp_path):
     monkeypatch.undo()
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))

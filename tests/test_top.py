@@ -123,6 +123,11 @@ def test_a_wrong_flag_is_exit_code_2(folder, arguments):
     assert run(*arguments).exit_code == 2
 
 
+def test_a_process_is_a_number(folder):
+    result = run("python")
+    assert result.exit_code == 2 and "'python' is no process" in result.stderr
+
+
 def test_it_needs_no_torch(folder):
     program = (
         "import sys\nfrom moe_offload.cli import app\n"
@@ -150,10 +155,16 @@ def look(seconds: float, tokens: int, hits: int, misses: int, stall_s: float, la
     )
 
 
-def drawn(now: Snapshot, before: Snapshot | None = None, height: int = 1000, speeds: tuple[float, ...] = ()) -> str:
+def drawn(
+    now: Snapshot,
+    before: Snapshot | None = None,
+    height: int = 1000,
+    speeds: tuple[float, ...] = (),
+    width: int = 120,
+) -> str:
     out = io.StringIO()
     rates = None if before is None else between(before, now)
-    Console(file=out, width=120, markup=False).print(screen(now, rates, speeds, height))
+    Console(file=out, width=width, markup=False).print(screen(now, rates, speeds, height))
     return out.getvalue()
 
 
@@ -172,6 +183,12 @@ def test_the_screen_shows_what_is_now_and_what_was():
         assert words in text, text
     assert "\x1b" not in text and "org/[red]name" in text, "a name steers no terminal"
     assert "tokens/s" not in drawn(look(12.0, 110, 66, 44, 1.5))
+
+
+def test_a_narrow_screen_keeps_labels_and_figures():
+    text = drawn(look(12.0, 110, 66, 44, 1.5), width=70)
+    for words in ("hit rate", "60.0% overall", "waiting", "1.5 s in all", "budget", "memory"):
+        assert words in text, text
 
 
 def test_many_layers_stand_side_by_side():
