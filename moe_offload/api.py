@@ -86,7 +86,7 @@ def optimize(
         )
     banks = find_experts(model)
     settings = keep_where_it_is(model, banks, settings)
-    where = arrange(model, banks, settings, present=present())
+    where = arrange(model, banks, settings, present=present(settings.untested))
     prior = _load_profile(profile or settings.profile, model, banks)
     device_decides = on_device(settings, where.tiers, where.device)
     bound_kernel_caches()
@@ -130,7 +130,7 @@ def from_pretrained(
     folder = resolve_folder(path_or_id, **{k: kwargs.pop(k) for k in ("revision", "token") if k in kwargs})
     meta = skeleton(folder, dtype)
     banks = find_experts(meta)
-    arrange(meta, banks, settings, present=present())
+    arrange(meta, banks, settings, present=present(settings.untested))
     prior = _load_profile(profile or settings.profile, meta, banks)
     index = index_checkpoint(meta, banks, folder)
     for removed in ("offload_folder", "low_cpu_mem_usage", "offload_state_dict", "torch_dtype"):

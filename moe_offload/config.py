@@ -55,6 +55,7 @@ class OffloadConfig:
     kv_tokens: tokens of KV cache that the automatic reserve makes room for.
     reserve: what the budget keeps free of experts for KV cache and workspace: "auto", or a size (bytes or "1GB").
     offload_folder: where the experts of an already loaded model are spilled; None: the temporary folder of the system.
+    untested: compute on a GPU, which no version has done yet. Compare its tokens with those of the resident model.
     poison: fill free slots with NaN, so that reading one shows. For tests; costs a fill per eviction.
     prewarm: load the expected hottest experts before the first token.
     fullgraph: as in torch.compile: a graph break is an error.
@@ -79,6 +80,7 @@ class OffloadConfig:
     kv_tokens: int = 2048
     reserve: str | int = "auto"
     offload_folder: str | None = None
+    untested: bool = False
     poison: bool = False
     prewarm: bool = True
     fullgraph: bool = False

@@ -126,6 +126,7 @@ RULES: dict[str, Rule] = {
     "kv_tokens": _at_least(0, "tokens of KV cache"),
     "reserve": Rule(_is_reserve, lambda: '"auto", bytes (0 for none), or a size such as "1GB" or "512MiB"'),
     "offload_folder": _path("the path of a folder"),
+    "untested": _flag(),
     "poison": _flag(),
     "prewarm": _flag(),
     "fullgraph": _flag(),

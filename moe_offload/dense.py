@@ -27,10 +27,11 @@ def keep_where_it_is(model: Any, banks: Sequence[ExpertBank], settings: OffloadC
     places: dict[str, str] = {}
     for name, tensor in _dense(model, banks):
         places.setdefault(str(tensor.device), name)
-        if tensor.device.type not in present():
+        if tensor.device.type not in (here := present(settings.untested)):
             raise UnsupportedModelError(
-                f"{name} is on {tensor.device}; this process computes on {', '.join(present())} only (experts may be "
-                "on 'meta'). Load the model there first."
+                f"{name} is on {tensor.device}; this process computes on {', '.join(here)} only (experts may be "
+                "on 'meta'). Load the model there first. No GPU has run this version yet; config={'untested': True} "
+                "tries."
             )
     if len(places) > 1:
         found = ", ".join(f"{name} on {device}" for device, name in places.items())

@@ -149,7 +149,7 @@ def refuse_absent(devices: Iterable[str], present: Iterable[str]) -> None:
             raise UnsupportedModelError(
                 f"device_map or max_memory asks to compute on {device}, and this process computes on "
                 f"{', '.join(present)} only; expert rows rest in 'cpu' (RAM) or on 'disk'. `moe-offload plan` and "
-                "forecast() plan for other machines"
+                "forecast() plan for others. No GPU has run this version yet: config={'untested': True} tries, on yours"
             )
 
 

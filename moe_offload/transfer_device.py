@@ -93,9 +93,9 @@ def cuda_transfer(device: str) -> DeviceTransfer:
     return DeviceTransfer(CudaStreams(torch.device(device)))
 
 
-def present() -> list[str]:
-    """The kinds of devices that this process can compute on."""
-    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+def present(untested: bool = True) -> list[str]:
+    """The kinds of devices that this process can compute on; without `untested`, those that any version was run on."""
+    return ["cpu", "cuda"] if untested and torch.cuda.is_available() else ["cpu"]
 
 
 def free_bytes(device: str) -> int:
