@@ -103,8 +103,8 @@ class CacheMachine(RuleBasedStateMachine):
         assert not (past and self.cache.free), "streamed, with a slot to spare"
         policy, kept = self.cache.policy, admitted | (before - gone - set(used))
         if isinstance(policy, DecayedLFU):
-            lost = [policy.keys[e] for e in [*gone, *past]]
-            assert not kept or not lost or min(policy.keys[e] for e in kept) >= max(lost), "a colder row stayed"
+            lost = [policy.score(e) for e in [*gone, *past]]
+            assert not kept or not lost or min(policy.score(e) for e in kept) >= max(lost), "a colder row stayed"
         assert len(loads) <= self.cache.slots - pending
         check(self.cache)
         self.settle(loads, data)

@@ -31,6 +31,7 @@ DOZEN = (
     "gemma4",
     "minimax",
 )
+SLOW = ("nemotron_h", "gemma4")  # to trace
 REFUSED = (
     "dbrx",
     "doge",
@@ -48,7 +49,7 @@ def _have(names: tuple[str, ...]) -> list[str]:
     return [name for name in names if name in available()]
 
 
-@pytest.mark.parametrize("family", _have(DOZEN))
+@pytest.mark.parametrize("family", [pytest.param(f, marks=[pytest.mark.long] * (f in SLOW)) for f in _have(DOZEN)])
 def test_exact(family: str) -> None:
     row = check(family, new_tokens=16)
     assert (row.status, row.difference) == ("exact", 0.0), row.reason
