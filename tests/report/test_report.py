@@ -186,7 +186,7 @@ def test_wrong_requests_are_one_line(tmp_path, monkeypatch):
     for arguments, words in [
         (["report", str(tmp_path / "no.json")], "No such file"),
         (["report", str(path), "-o", str(tmp_path / "no" / "r.html")], "does not exist"),
-        (["report", str(path), "-o", str(tmp_path / "r.html"), "--png", str(tmp_path / "no")], "no such folder"),
+        (["report", str(path), "-o", str(tmp_path / "r.html"), "--png", str(path / "no")], "no folder can be made"),
     ]:
         done = CliRunner().invoke(app, arguments)
         assert done.exit_code == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1
