@@ -78,6 +78,8 @@ def skeleton(
 
     `stored` are the checkpoint's headers, where they are not to be read from the folder.
     """
+    if Path(folder).is_dir() and not (Path(folder) / "config.json").is_file():
+        raise CheckpointError(f"{folder}: there is no config.json in it; give the folder of a checkpoint")
     try:
         config = AutoConfig.from_pretrained(folder, **config_kwargs)
     except (OSError, ValueError) as error:

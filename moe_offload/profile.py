@@ -134,15 +134,17 @@ class Profile(BaseModel):
             ) from error
         return Path(path)
 
-    def check(self, fingerprint: Fingerprint) -> None:
-        """Raise ProfileError, listing what differs, unless this profile is of a model with this fingerprint."""
+    def check(self, fingerprint: Fingerprint, of: str = "the model") -> None:
+        """Raise ProfileError, listing what differs, unless this profile is of a model with this fingerprint, which is
+        that `of` the model, or of another profile."""
         differing = [
-            f"{name} {brief(ours)} in the profile, {brief(theirs)} in the model"
+            f"{name} {brief(ours)} in the profile, {brief(theirs)} in {of}"
             for name in Fingerprint.model_fields
             if (ours := getattr(self.fingerprint, name)) != (theirs := getattr(fingerprint, name))
         ]
         if differing:
-            raise ProfileError(f"this profile is of another model: {'; '.join(differing)}. Record one with this model")
+            todo = "Record one with this model" if of == "the model" else "Only profiles of one model go together"
+            raise ProfileError(f"this profile is of another model: {'; '.join(differing)}. {todo}")
 
     def hottest(self, layer: int) -> list[int]:
         """All experts of `layer`, the most used first; experts used equally often in the order of their ids."""
@@ -182,7 +184,7 @@ def merge(profiles: Sequence[Profile], weights: Sequence[float] | None = None) -
     factors = _factors(len(profiles), weights)
     first = profiles[0]
     for profile in profiles[1:]:
-        profile.check(first.fingerprint)
+        profile.check(first.fingerprint, of="the first one")
     pairs = list(zip(factors, profiles, strict=True))
     return Profile.of(
         first.fingerprint,

@@ -48,7 +48,7 @@ def distances(a: Profile, b: Profile) -> list[float]:
 
     Raises ProfileError when the profiles are of different models.
     """
-    b.check(a.fingerprint)
+    b.check(a.fingerprint, of="the other profile")
     return [_distance(x, y) for x, y in zip(a.counts, b.counts, strict=True)]
 
 

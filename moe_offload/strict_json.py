@@ -17,7 +17,13 @@ def parse(data: bytes, format: str) -> object:
         raise ValueError("this is a zip, pickle or torch file, which is never opened; JSON is")
     text = data.decode("utf-8")
     _check_depth(text)
-    parsed = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
+    if not text.strip():
+        raise ValueError("it is empty")
+    try:
+        parsed = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        cut_off = error.pos >= len(text.rstrip())
+        raise ValueError(f"it is cut off after {error.pos} characters" if cut_off else str(error)) from None
     if isinstance(parsed, dict) and parsed.get("format") == format:
         version = parsed.get("version")
         if type(version) is not int or version != 1:  # True == 1.0 == 1, and a Literal would let all three in

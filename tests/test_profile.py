@@ -228,7 +228,7 @@ def test_a_missing_field(path, saved, missing):
 @pytest.mark.parametrize(
     ("data", "found"),
     [
-        (b"", "Expecting value"),
+        (b"", "it is empty"),
         (b"null", "profile"),
         (b"[]", "profile"),
         (b"{}", "created"),

@@ -136,7 +136,7 @@ def test_words():
 @pytest.mark.parametrize(
     ("data", "found"),
     [
-        (b"", "Expecting value"),
+        (b"", "it is empty"),
         (b"[" * 10_000, "nested"),
         (b'{"a": 1, "a": 2}', "twice"),
         (b'{"format": "moe_offload.run", "version": 2}', "version is 2"),
