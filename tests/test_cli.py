@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from moe_offload.cli import app
+from moe_offload.cli import app, main
 
 MODEL = str(Path(__file__).parent.parent / "examples" / "polyglot-tiny")
 
@@ -72,3 +72,37 @@ def test_what_cannot_work_is_one_line_and_a_code(arguments: list[str], code: int
 def test_help(command: list[str]) -> None:
     result = run(*command, "--help")
     assert result.exit_code == 0 and "Usage" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["run", "--budgt", "6MB", MODEL], "moe-offload run: No such option: --budgt"),
+        (["nosuch"], "No such command"),
+        (["run"], "Missing argument"),
+        (["run", MODEL, "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["serve", MODEL, "--port", "abc"], "--port"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(arguments, says, monkeypatch, capsys):
+    """As the console script ends, which the runner of the tests above does not show."""
+    monkeypatch.setattr("sys.argv", ["moe-offload", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    out, err = capsys.readouterr()
+    assert ended.value.code == 2 and out == "" and says in err and len(err.splitlines()) == 1 and "--help" in err
+
+
+def test_the_console_script_ends_as_its_command_does(monkeypatch, capsys):
+    for arguments, code, words in [
+        (["--version"], 0, "moe-offload 0."),
+        ([], 2, "Usage"),
+        (["profile"], 2, "Usage"),
+        (["plan", MODEL, "--budget", "1MB"], 1, "floor"),
+        (["plan", MODEL, "--budget", "6MB"], 0, "budget 6.00 MB"),
+    ]:
+        monkeypatch.setattr("sys.argv", ["moe-offload", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert (ended.value.code or 0) == code, arguments
+        assert words in "".join(capsys.readouterr())

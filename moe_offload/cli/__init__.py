@@ -7,8 +7,12 @@ a family that differs, is exit code 1.
 
 from __future__ import annotations
 
+import sys
+from typing import Annotated
+
 import typer
 
+from .. import __version__
 from .bench import bench
 from .chat import chat
 from .config import config
@@ -31,11 +35,48 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            is_eager=True,
+            callback=lambda wanted: _version() if wanted else None,
+            help="Show the version and exit.",
+        ),
+    ] = False,
+) -> None:
+    """What may come before a command."""
+
+
 for command in (plan, estimate, run, chat, serve, top, report, config, bench, pack, simulate, families):
     app.command()(command)
 app.add_typer(profile, name="profile")
 
 
+def _version() -> None:
+    typer.echo(f"moe-offload {__version__}")
+    raise typer.Exit
+
+
 def main() -> None:
-    """The console script."""
-    app()
+    """The console script. A wrong flag is one line and exit code 2, like everything else that cannot work."""
+    try:
+        code = app(standalone_mode=False)
+    except typer.Abort:
+        sys.exit("moe-offload: aborted")
+    except Exception as error:
+        # Typer carries click within itself in some versions, so the class of its errors has no lasting name.
+        if not hasattr(error, "format_message"):
+            raise
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "moe-offload"
+        if type(error).__name__ == "NoArgsIsHelpError":
+            typer.echo(context.get_help() if context is not None else "", err=True)
+        else:
+            typer.echo(f"{command}: {' '.join(error.format_message().split())} (see {command} --help)", err=True)
+        code = getattr(error, "exit_code", 2)
+    sys.exit(code if isinstance(code, int) else 0)
