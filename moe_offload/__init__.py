@@ -11,6 +11,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .version import __version__ as __version__
+
 if TYPE_CHECKING:
     from .api import from_pretrained, make_plan, optimize
     from .config import OffloadConfig
@@ -35,7 +37,6 @@ if TYPE_CHECKING:
     from .record import record_profile
     from .trace import Trace
 
-__version__ = "0.1.0"
 
 _HOMES = {
     "api": ["from_pretrained", "make_plan", "optimize"],
