@@ -217,9 +217,9 @@ def _install(model: nn.Module, runtime: Runtime, where: Arrangement, settings: O
 
 
 def _overlaps(settings: OffloadConfig, inner: str, runtime: Runtime) -> bool:
-    if settings.overlap is None or runtime.deciding is not None:
-        return inner == "graph" and runtime.deciding is None
-    return settings.overlap
+    if runtime.deciding is not None:
+        return False
+    return inner == "graph" if settings.overlap is None else settings.overlap
 
 
 def _release(runtime: Runtime) -> None:

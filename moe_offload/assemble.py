@@ -35,7 +35,7 @@ DEFAULT_POLICY = OffloadConfig().policy
 def on_device(settings: OffloadConfig, tiers: Sequence[str], device: str) -> bool:
     """Whether the device decides. Raises `ConfigError` where it is asked to and cannot."""
     if settings.decide != "device":
-        return settings.decide == "auto" and device == "cuda" and _obstacle(settings, tiers) is None
+        return settings.decide == "auto" and device != "cpu" and _obstacle(settings, tiers) is None
     obstacle = _obstacle(settings, tiers)
     if obstacle is not None:
         raise ConfigError(f"decide='device' is not possible here: {obstacle}")

@@ -37,6 +37,7 @@ class Deciding:
     def take_over(self) -> None:
         """The device decides from now on."""
         if not self.now:
+            self.caches[0].arrivals.shared.drop()  # read ahead for what the device may load itself
             for cache in self.caches:
                 cache.push()
             self.now = True
@@ -47,8 +48,8 @@ class Deciding:
         Raises `RoutingError` if a router asked for an expert that does not exist since `take_over`.
         """
         if self.now:
-            self.now = False
             refused = [(cache.pull(), cache.arrivals) for cache in self.caches]
+            self.now = False  # not before: interrupted, it is done again
             for count, arrivals in refused:
                 if count:
                     raise no_such_expert(arrivals.bank.name, count, arrivals.cache.num_experts)
@@ -81,8 +82,12 @@ class DeviceCache:
             self._loads[pairs] = Loads.empty(pairs, self.device)
             self._paces[pairs] = pace(tokens, self.half_life, self.device)
         loads = self._loads[pairs]
-        slots_P = self.kernels.decide(ids_P.reshape(-1), self.state, loads, self._paces[pairs])
-        self.kernels.gather(self.rows_EN, self.arrivals.slots.bank_SN, loads)
+        try:
+            slots_P = self.kernels.decide(ids_P.reshape(-1), self.state, loads, self._paces[pairs])
+            self.kernels.gather(self.rows_EN, self.arrivals.slots.bank_SN, loads)
+        except BaseException:  # Ctrl-C, too: the tables may name rows that have not been copied
+            self.state.forget()
+            raise
         return slots_P.view(ids_P.shape)
 
     def push(self) -> None:

@@ -160,7 +160,8 @@ class DeviceTransfer(ThreadTransfer):
 
     def wait(self, ticket: Ticket) -> int:
         nbytes = super().wait(ticket)
-        assert isinstance(ticket, DeviceTicket)
+        if not isinstance(ticket, DeviceTicket):
+            raise TypeError(f"{ticket.name}: its ticket is of another transfer")
         self.streams.order(ticket.copied)
         return nbytes
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import moe_offload
-from moe_offload import ConfigError, RoutingError, TraceError
+from moe_offload import ConfigError, OffloadConfig, RoutingError, TraceError
+from moe_offload.assemble import on_device
 from moe_offload.families.tiny import build
 from passes import ops
 
@@ -148,6 +149,39 @@ def test_an_expert_that_does_not_exist_is_an_error(monkeypatch):
     monkeypatch.undo()
     assert torch.equal(say(model), say(resident(layers=2))), "the next call works"
     model.moe_offload.close()
+
+
+@pytest.mark.parametrize("kernel", ["decide", "gather"])
+def test_a_step_that_is_interrupted_leaves_no_slot_with_another_row(kernel):
+    """Between the decision and the copy the tables name rows that are not there."""
+    model = decided(residency=0.0)
+    want = say(model)
+    cache = model.moe_offload._runtime.deciding.caches[1]
+    known = cache.kernels
+
+    def interrupted(*arguments):
+        if kernel == "decide":
+            known.decide(*arguments)
+        if arguments[2].count_1:  # something is to be loaded, and will not be
+            raise KeyboardInterrupt
+        return getattr(known, kernel)(*arguments)
+
+    cache.kernels = known._replace(**{kernel: interrupted})
+    with pytest.raises(KeyboardInterrupt):
+        say(model, IDS.flip(1))
+    cache.kernels = known
+    bank_SN = cache.arrivals.slots.bank_SN
+    for expert, slot in enumerate(cache.state.slot_of_E.tolist()):
+        assert slot < 0 or torch.equal(bank_SN[slot], cache.rows_EN[expert]), f"slot {slot} is not expert {expert}"
+    assert torch.equal(say(model), want)
+    model.moe_offload.close()
+
+
+def test_the_device_decides_by_itself_where_it_is_a_gpu_and_all_rows_are_in_ram():
+    assert on_device(OffloadConfig(), ["host", "host"], "cuda:0")
+    assert not on_device(OffloadConfig(), ["host", "disk"], "cuda:0")
+    assert not on_device(OffloadConfig(policy="lru"), ["host"], "cuda:0")
+    assert not on_device(OffloadConfig(), ["host"], "cpu")
 
 
 @pytest.mark.parametrize(

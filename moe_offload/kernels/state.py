@@ -62,6 +62,11 @@ class DeviceState:
         self.counts_E.copy_(torch.tensor(cache.counters.counts))
         self.totals_4.zero_()
 
+    def forget(self) -> None:
+        """Nothing is resident any more; what was counted and scored stays."""
+        self.slot_of_E.fill_(-1)
+        self.expert_at_S.fill_(-1)
+
     def pull(self, cache: LayerCache, top_k: int, row_bytes: int) -> None:
         """Give back what the device decided since `push`; each miss read `row_bytes`. Waits for the device."""
         rate = _rate(cache)

@@ -83,7 +83,6 @@ def test_the_device_decides_as_the_host_does():
 def test_decoding_waits_for_nothing():
     """Any synchronising call in a decode step is an error here."""
     model = offloaded("qwen3_moe", DEVICE)
-    cache = say(model, n=4, return_dict_in_generate=False)
     step = torch.tensor([[5]], device="cuda")
     with torch.no_grad():
         past = model(IDS.cuda(), use_cache=True).past_key_values
@@ -96,7 +95,6 @@ def test_decoding_waits_for_nothing():
                 model(step, past_key_values=past, use_cache=True)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert len(cache)
     model.moe_offload.close()
 
 
