@@ -33,7 +33,7 @@ from .replay import copied, replayable
 logger = logging.getLogger("moe_offload")
 
 FEW_PAIRS = 64  # a product each: 8 sequences of 8 experts
-#: A step in which nothing waits for the host is replayed. What is no kernel (the counter of a sliding window) stays out.
+#: A step in which nothing waits for the host is replayed. What is no kernel (a sliding window's counter) stays outside.
 CUDA_GRAPH = {"triton.cudagraphs": True, "graph_partition": True}
 
 Compiled = Callable[..., Any]
@@ -194,7 +194,7 @@ def serve_few_pairs(indexed_mm: Callable[[Tensor, Tensor, Tensor], Tensor]) -> N
         return run_groups(x_P, weight_S, slots_P)
 
     if not torch._C._dispatch_has_kernel_for_dispatch_key("moe_offload::grouped_mm", "CUDA"):
-        ops.LIB.impl("grouped_mm", grouped_mm, "CUDA")
+        ops.serve_grouped_mm(grouped_mm, "CUDA")
 
 
 def core_as_is(core: GraphModule) -> Compiled:

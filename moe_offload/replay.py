@@ -49,8 +49,8 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 def replayable(graph: Graph) -> bool:
     """Whether all sizes in a decode step are constants, or those of inputs that stay where they are.
 
-    A KV cache that grows is another size at each step, and recording takes a hundred times longer than running. A number
-    that changes does no harm while it is only counted on and handed back: kernels never see it.
+    A KV cache that grows is another size at each step, and recording takes a hundred times longer than running. A
+    number that changes does no harm while it is only counted on and handed back: kernels never see it.
     """
     from torch.fx.experimental.symbolic_shapes import free_symbols
 

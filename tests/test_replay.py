@@ -26,7 +26,7 @@ def fresh_dynamo():
 
 @pytest.fixture
 def steps(monkeypatch):
-    """Of each decode step that is compiled: what AOTAutograd, and so Inductor, knows of its inputs; whether it is recorded."""
+    """Of each decode step that is compiled: what AOTAutograd, and so Inductor, knows of its inputs; is it recorded?"""
     from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
 
     found = []
