@@ -28,12 +28,13 @@ from . import progress
 from .errors import OffloadError, UnsupportedModelError
 from .experts import ExpertBank, Field
 from .layer_runtime import LayerRuntime
+from .replay import copied, replayable
 
 logger = logging.getLogger("moe_offload")
 
 FEW_PAIRS = 64  # a product each: 8 sequences of 8 experts
-#: A step in which nothing waits for the host is replayed whole. Not where shapes change: each would be recorded anew.
-CUDA_GRAPH = {"triton.cudagraphs": True, "triton.cudagraph_skip_dynamic_graphs": True}
+#: A step in which nothing waits for the host is replayed. What is no kernel (a sliding window's counter) stays outside.
+CUDA_GRAPH = {"triton.cudagraphs": True, "graph_partition": True}
 
 Compiled = Callable[..., Any]
 #: What runs a rewritten graph: Inductor, or the graph itself.
@@ -97,9 +98,11 @@ def make_backend(
         for position in banked:
             inputs[position] = phantoms[position].layer.slots.bank_SN
         nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
-        placed = [nodes.index(node.args[1]) for node in gm.graph.nodes if node.target is ops.place]
+        places = [node for node in gm.graph.nodes if node.target is ops.place]
+        placed = [nodes.index(node.args[1]) for node in places]
+        sizes = {node.args[0].meta["example_value"].numel() for node in places}
         on_gpu = any(inputs[position].is_cuda for position in placed)
-        replayed = on_gpu and inner is run_inductor
+        replayed = on_gpu and inner is run_inductor and replayable(gm.graph)
         compiled = run_inductor(gm, inputs, **CUDA_GRAPH) if replayed else inner(gm, inputs)
 
         def call(*args: Any) -> Any:
@@ -107,8 +110,8 @@ def make_backend(
             for position in banked:
                 served[position] = args[position].layer.slots.bank_SN
             if placed:
-                args[placed[0]].layer.take_over()
-            return compiled(*served)
+                args[placed[0]].layer.take_over(sizes)
+            return copied(compiled(*served)) if replayed else compiled(*served)
 
         return call
 
@@ -191,7 +194,7 @@ def serve_few_pairs(indexed_mm: Callable[[Tensor, Tensor, Tensor], Tensor]) -> N
         return run_groups(x_P, weight_S, slots_P)
 
     if not torch._C._dispatch_has_kernel_for_dispatch_key("moe_offload::grouped_mm", "CUDA"):
-        ops.LIB.impl("grouped_mm", grouped_mm, "CUDA")
+        ops.serve_grouped_mm(grouped_mm, "CUDA")
 
 
 def core_as_is(core: GraphModule) -> Compiled:

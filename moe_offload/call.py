@@ -20,6 +20,7 @@ from . import progress
 from .advise import Advisor
 from .errors import OffloadError
 from .measure import PROMPT_TOKENS
+from .replay import StaticCaches
 from .runtime import Runtime
 
 logger = logging.getLogger("moe_offload")
@@ -56,6 +57,7 @@ class Call:
             for name, module in zip(layer.bank.names, layer.bank.modules, strict=True)
         ]
         self.configs = {id(module.config): (module.config, name) for module, name in modules}
+        self.static_caches = StaticCaches()
         self.warned = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -74,6 +76,8 @@ class Call:
             sequences, tokens = _size(args, kwargs)
             self._check_length(sequences * tokens)
             self.advisor.begins(sequences * tokens)
+            if self.runtime.deciding is not None:
+                self.static_caches.mark(kwargs.get("past_key_values"))
             begun_s = time.perf_counter()
             self.scope.active = True
             try:

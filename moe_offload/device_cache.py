@@ -11,7 +11,7 @@ and `hand_back` carry the tables over, once at each change.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -29,13 +29,18 @@ class Deciding:
     def __init__(self, layers: Sequence[Arrivals], rows_LEN: Sequence[Tensor], half_life: float, kernels: Kernels):
         device = layers[0].slots.bank_SN.device
         self.now = False
+        self._prepared: set[int] = set()
         self._totals_L4 = torch.zeros((len(layers), 4), dtype=torch.int64, device=device)
         self._seen_L = torch.zeros(len(layers), dtype=torch.int64, pin_memory=device.type == "cuda")
         parts = zip(layers, rows_LEN, self._totals_L4, strict=True)
         self.caches = [DeviceCache(arrivals, rows_EN, part, half_life, kernels) for arrivals, rows_EN, part in parts]
 
-    def take_over(self) -> None:
-        """The device decides from now on."""
+    def take_over(self, sizes: Collection[int]) -> None:
+        """The device decides from now on; its events have so many pairs."""
+        if not self._prepared.issuperset(sizes):
+            for cache in self.caches:
+                cache.prepare(sizes)
+            self._prepared.update(sizes)
         if not self.now:
             self.caches[0].arrivals.shared.drop()  # read ahead for what the device may load itself
             for cache in self.caches:
@@ -49,6 +54,7 @@ class Deciding:
         """
         if self.now:
             refused = [(cache.pull(), cache.arrivals) for cache in self.caches]
+            self._seen_L.zero_()  # what was on its way there has arrived: `pull` has waited
             self.now = False  # not before: interrupted, it is done again
             for count, arrivals in refused:
                 if count:
@@ -74,13 +80,19 @@ class DeviceCache:
         self._paces: dict[int, Tensor] = {}
         self._loads: dict[int, Loads] = {}
 
+    def prepare(self, sizes: Collection[int]) -> None:
+        """Make what events of so many pairs need, before a graph is recorded: what is made within one is in its memory
+        pool, which may hold nothing but the graph's own tensors."""
+        for pairs in set(sizes) - self._loads.keys():
+            tokens = -(-pairs // self.arrivals.bank.top_k)
+            self._paces[pairs] = pace(tokens, self.half_life, self.device)
+            self._loads[pairs] = Loads.empty(pairs, self.device)
+
     def place(self, ids_P: Tensor) -> Tensor:
         """The slots of `ids_P`, all of which hold their rows once what has been launched here is done."""
         pairs = ids_P.numel()
         if pairs not in self._loads:
-            tokens = -(-pairs // self.arrivals.bank.top_k)
-            self._loads[pairs] = Loads.empty(pairs, self.device)
-            self._paces[pairs] = pace(tokens, self.half_life, self.device)
+            raise AssertionError(f"{self.arrivals.bank.name}: an event of {pairs} pairs was not prepared for")
         loads = self._loads[pairs]
         try:
             slots_P = self.kernels.decide(ids_P.reshape(-1), self.state, loads, self._paces[pairs])

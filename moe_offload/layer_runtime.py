@@ -17,7 +17,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -175,10 +175,10 @@ class LayerRuntime:
             return int((self.device_cache.state.expert_at_S >= 0).sum())
         return len(self.cache.resident())
 
-    def take_over(self) -> None:
-        """A graph is about to run in which the device decides, in all layers."""
+    def take_over(self, sizes: Collection[int]) -> None:
+        """A graph is about to run in which the device decides, in all layers; its events have so many pairs."""
         if self.deciding is not None:
-            self.deciding.take_over()
+            self.deciding.take_over(sizes)
 
     def release(self) -> None:
         """Give the memory back. Nothing may be on its way any more."""

@@ -16,7 +16,7 @@ The library is opened with "DEF": a second copy of this file fails to import, ra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -142,21 +142,27 @@ def _experts(x: Tensor, ids: Tensor, weights: Tensor, bank: Tensor) -> Tensor:
     return out
 
 
+def serve_grouped_mm(kernel: Callable[[Tensor, Tensor, Tensor], Tensor], dispatch_key: str) -> None:
+    """Compute `grouped_mm` by `kernel` on devices of that key.
+
+    Dynamo would trace its body where a compiled core is run by hand, and fail on its loop over groups. (Not so that of
+    `stream`: it calls compiled cores.)
+    """
+    disable: Any = torch._disable_dynamo  # type: ignore[attr-defined]  # lazy, unlike torch.compiler.disable
+    LIB.impl("grouped_mm", disable(kernel), dispatch_key)
+
+
 for _name, _kernel in {
     "fetch": _fetch,
     "place": _place,
     "wait": _wait,
     "stream": _stream,
     "prefetch": _prefetch,
-    "grouped_mm": run_groups,
     "observe": _observe,
     "experts": _experts,
 }.items():
-    # Dynamo would trace the body of grouped_mm where a compiled core is run by hand, and fail on its loop over groups.
-    # Not that of stream: it calls compiled cores.
-    _disable: Any = torch._disable_dynamo  # type: ignore[attr-defined]  # lazy, unlike torch.compiler.disable
-    _run = _disable(_kernel) if _name == "grouped_mm" else _kernel
-    LIB.impl(_name, _run, "CompositeExplicitAutograd")
+    LIB.impl(_name, _kernel, "CompositeExplicitAutograd")
+serve_grouped_mm(run_groups, "CompositeExplicitAutograd")
 LIB._register_fake("fetch", lambda ids, bank: torch.empty_like(ids))
 LIB._register_fake("place", lambda ids, bank: torch.empty_like(ids))
 LIB._register_fake("wait", lambda fetched, bank: torch.empty_like(fetched))

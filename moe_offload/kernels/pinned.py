@@ -6,6 +6,7 @@ registered stays as it is, and is copied by the driver through memory of its own
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import Any
 
@@ -62,8 +63,12 @@ def _pieces(rows: Tensor) -> tuple[Tensor, ...]:
 
 
 def drain() -> None:
-    """Clear the last error of the runtime: it would come up again at somebody else's next call."""
-    getattr(torch.cuda.cudart(), "cudaGetLastError", lambda: None)()
+    """Clear the last error of the runtime: it would come up again at somebody else's next launch.
+
+    torch gives no other way to it than a launch of our own, after which it looks.
+    """
+    with contextlib.suppress(RuntimeError):
+        torch.full((1,), 1, device="cuda")
 
 
 def _register(piece: Tensor) -> str:
@@ -73,4 +78,4 @@ def _register(piece: Tensor) -> str:
     if int(code) == 0:
         return ""
     drain()
-    return str(getattr(cudart, "cudaGetErrorString", str)(code))
+    return str(cudart.cudaGetErrorString(code))

@@ -5,10 +5,12 @@ python -m pytest -m gpu            everything that needs a GPU; benchmarks/gpu.p
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 
 import pytest
 import torch
+from transformers import StaticCache
 
 import moe_offload
 from moe_offload import OffloadConfig
@@ -23,6 +25,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 FAMILIES = ["qwen3_moe", "gpt_oss", "deepseek_v3"]
 SETTINGS = OffloadConfig(experts_implementation="grouped_mm", compile="graph", kv_tokens=64, wave_rows=2, untested=True)
 DEVICE, HOST = replace(SETTINGS, decide="device"), replace(SETTINGS, decide="host", policy="decayed_lfu")
+STATIC = {"cache_implementation": "static", "disable_compile": True}  # generate compiles the resident model itself
 
 
 @pytest.fixture(autouse=True)
@@ -30,12 +33,12 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
-def on_gpu(family, dtype=torch.float32):
-    return build(family, num_hidden_layers=2).to("cuda", dtype).eval()
+def on_gpu(family, dtype=torch.float32, **sizes):
+    return build(family, num_hidden_layers=2, **sizes).to("cuda", dtype).eval()
 
 
-def offloaded(family, settings, residency=0.5, dtype=torch.float32, where="cpu"):
-    model = on_gpu(family, dtype)
+def offloaded(family, settings, residency=0.5, dtype=torch.float32, where="cpu", **sizes):
+    model = on_gpu(family, dtype, **sizes)
     banks = find_experts(model)
     budget = budget_for(residency, layer_shapes(banks), costs(model, banks, settings))
     rows = {"": 0, "model.layers.*.mlp.experts": where}
@@ -68,12 +71,14 @@ def test_tokens_are_those_of_the_resident_model(family, settings, where):
     model.moe_offload.close()
 
 
-def test_the_device_decides_as_the_host_does():
+@pytest.mark.parametrize("replayed", [False, True])
+def test_the_device_decides_as_the_host_does(replayed):
+    """Warmed up, recorded and replayed, each step is counted once."""
     seen = []
-    for settings in (DEVICE, HOST):
+    for settings in (replace(DEVICE, compile="inductor") if replayed else DEVICE, HOST):
         torch._dynamo.reset()
         model = offloaded("qwen3_moe", settings)
-        say(model, n=200)
+        say(model, n=200, **(STATIC if replayed else {}))
         stats = model.moe_offload.stats()
         seen.append((stats.hits, stats.misses, stats.tokens, model.moe_offload.profile().counts))
         model.moe_offload.close()
@@ -98,20 +103,42 @@ def test_decoding_waits_for_nothing():
     model.moe_offload.close()
 
 
-def test_a_step_replayed_as_a_graph_says_the_same_over_200_steps():
-    plain = on_gpu("qwen3_moe")
-    want = say(plain, n=200, cache_implementation="static")
-    model = offloaded("qwen3_moe", replace(DEVICE, compile="inductor"))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_replayed_as_a_graph_says_the_same_over_200_steps(family):
+    from torch._dynamo.utils import counters
+    from torch._inductor.cudagraph_trees import get_manager
+
+    want = say(on_gpu(family), n=200, **STATIC)
+    model = offloaded(family, replace(DEVICE, compile="inductor"))
+    counters.clear()
     assert torch.equal(say(model, n=200, cache_implementation="static"), want)
+    assert not counters["inductor"]["cudagraph_skips"]
+    recorded = list(get_manager(0, create_if_none_exists=False).get_roots())
+    assert 1 <= len(recorded) <= 4, "none, or one for nearly every step"
+    # Ids, positions, masks, which are small. Banks and KV caches must not be among what each replay copies.
+    assert counters["inductor"]["cudagraph_recorded_non_static_inputs"] <= 6 * len(recorded)
+    model.moe_offload.close()
+
+
+def test_logits_that_are_kept_are_not_written_over():
+    model, plain = offloaded("qwen3_moe", replace(DEVICE, compile="inductor")), on_gpu("qwen3_moe")
+    kept = []
+    for each in (model, plain):
+        cache = StaticCache(config=plain.config, max_cache_len=32)
+        with torch.no_grad():
+            each(IDS.cuda(), past_key_values=cache)
+            steps = [each(torch.tensor([[i]], device="cuda"), past_key_values=cache).logits for i in range(3, 11)]
+        kept.append(torch.cat(steps))
+    torch.testing.assert_close(*kept, rtol=1e-4, atol=1e-4)
     model.moe_offload.close()
 
 
 def test_memory_stays_inside_the_budget():
-    model = on_gpu("qwen3_moe", torch.bfloat16)
-    del model
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    model = offloaded("qwen3_moe", DEVICE, dtype=torch.bfloat16)
+    # Large enough for rows to outweigh what cuBLAS takes for itself, for which the reserve has room.
+    settings = replace(DEVICE, reserve="64MB")
+    sizes = {"hidden_size": 512, "moe_intermediate_size": 1024, "num_experts": 64}
+    model = offloaded("qwen3_moe", settings, residency=0.25, dtype=torch.bfloat16, **sizes)
+    gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     say(model, n=200)
@@ -140,3 +167,14 @@ def test_what_was_pinned_is_given_back():
     fresh = torch.zeros(2, 4096, dtype=torch.uint8)
     assert pinned.pin(fresh) and torch.equal(pinned.device_view(fresh, "cuda:0").cpu(), fresh)
     pinned.unpin(fresh)
+
+
+def test_an_error_of_pinning_does_not_come_up_again():
+    from moe_offload.kernels import pinned
+
+    rows = torch.zeros(2, 4096, dtype=torch.uint8)
+    assert pinned._register(rows) == "" and pinned._register(rows) != ""
+    assert (torch.ones(3, device="cuda") + 1).tolist() == [2, 2, 2]
+    pinned.unpin(rows)
+    pinned.unpin(rows)  # not pinned any more: an error, likewise
+    assert (torch.ones(3, device="cuda") + 1).tolist() == [2, 2, 2]
