@@ -3,10 +3,11 @@
 Shapes: P = T*K token-expert pairs, E experts, S slots, N elements of one row.
 
     decode    the device     `place`: a few kernels, nothing the host waits for, so that a CUDA graph can hold it
-    the rest  the host       `LayerCache`: prompts, profiles, calls that no pass has rewritten
+    the rest  the host       `LayerCache`: prompts, profiles, calls that no pass has rewritten, layers on disk
 
 Both are the same cache with the same policy. Only one of them is in charge, and the other is out of date: `take_over`
-and `hand_back` carry the tables over, once at each change.
+and `hand_back` carry the tables over, once at each change. A layer whose rows the device cannot read has no cache here,
+and the host's is always right: it may serve such a layer while the device decides for the others.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ from .kernels.state import REFUSED
 
 
 class Deciding:
-    """The device caches of a model. They change hands together: reading ahead, the host looks at other layers too."""
+    """The device caches of a model, one for each of `layers`, which need not be all: `rows_LEN` are theirs.
+
+    They change hands together: reading ahead, the host looks at other layers too.
+    """
 
     def __init__(self, layers: Sequence[Arrivals], rows_LEN: Sequence[Tensor], half_life: float, kernels: Kernels):
         device = layers[0].slots.bank_SN.device
@@ -37,7 +41,9 @@ class Deciding:
     def take_over(self) -> None:
         """The device decides from now on."""
         if not self.now:
-            self.caches[0].arrivals.shared.drop()  # read ahead for what the device may load itself
+            first = self.caches[0].arrivals
+            first.transfer.refuse_capture(first.bank.name)
+            first.shared.drop()  # read ahead for what the device may load itself
             for cache in self.caches:
                 cache.push()
             self.now = True
@@ -48,6 +54,8 @@ class Deciding:
         Raises `RoutingError` if a router asked for an expert that does not exist since `take_over`.
         """
         if self.now:
+            first = self.caches[0].arrivals
+            first.transfer.refuse_capture(first.bank.name)
             refused = [(cache.pull(), cache.arrivals) for cache in self.caches]
             self.now = False  # not before: interrupted, it is done again
             for count, arrivals in refused:
@@ -78,6 +86,7 @@ class DeviceCache:
         """The slots of `ids_P`, all of which hold their rows once what has been launched here is done."""
         pairs = ids_P.numel()
         if pairs not in self._loads:
+            self.arrivals.transfer.refuse_capture(self.arrivals.bank.name)
             tokens = -(-pairs // self.arrivals.bank.top_k)
             self._loads[pairs] = Loads.empty(pairs, self.device)
             self._paces[pairs] = pace(tokens, self.half_life, self.device)
