@@ -88,7 +88,7 @@ def optimize(
     settings = keep_where_it_is(model, banks, settings)
     where = arrange(model, banks, settings, present=present(settings.untested))
     prior = _load_profile(profile or settings.profile, model, banks)
-    device_decides = on_device(settings, where.tiers, where.device)
+    device_decides = on_device(settings, banks, where.slots, where.tiers, where.device)
     bound_kernel_caches()
     place_dense(model, banks, where.device)
     stores = open_stores(model, banks, where.tiers, settings, where.device)

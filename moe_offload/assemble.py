@@ -1,7 +1,7 @@
 """Put the parts of a runtime together: a cache, slots and a policy for each layer; scratch, threads and a lock for all.
 
 Here it is settled who decides which expert gives way while decoding, layer by layer: the device where it can read the
-rows, that is, where they rest in RAM (pinned, for a GPU); else the host.
+rows, that is, where they rest in RAM (pinned, for a GPU), and where all of them have slots; else the host.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ DEVICE_POLICY = "decayed_lfu"  # what the kernels know
 DEFAULT_POLICY = OffloadConfig().policy
 
 
-def on_device(settings: OffloadConfig, tiers: Sequence[str], device: str) -> list[bool]:
+def on_device(
+    settings: OffloadConfig, banks: Sequence[ExpertBank], slots: Sequence[int], tiers: Sequence[str], device: str
+) -> list[bool]:
     """For which layers the device is to decide. Raises `ConfigError` where it is asked to and cannot for any."""
     obstacle = _obstacle(settings)
     asked = settings.decide == "device"
@@ -41,15 +43,15 @@ def on_device(settings: OffloadConfig, tiers: Sequence[str], device: str) -> lis
         raise ConfigError(f"decide='device' is not possible here: {obstacle}")
     if not asked and (settings.decide == "host" or device == "cpu" or obstacle is not None):
         return [False] * len(tiers)
-    on_disk = list(tiers).count("disk")
-    if on_disk:
+    able = [tier == "host" or n == bank.num_experts for bank, n, tier in zip(banks, slots, tiers, strict=True)]
+    if not all(able):
         logger.log(
             logging.WARNING if asked else logging.INFO,
             "the host decides which experts are in the slots of %d of %d layers: their rows rest on disk, which no "
             "device can read by itself; device_map='cpu' (and max_memory) lets them rest in RAM",
-            on_disk, len(tiers),
+            able.count(False), len(able),
         )  # fmt: skip
-    return [tier == "host" for tier in tiers]
+    return able
 
 
 def _obstacle(settings: OffloadConfig) -> str | None:
@@ -75,7 +77,7 @@ def build_runtime(
     """
     transfer, lock = TRANSFERS[device.partition(":")[0]](device), threading.RLock()
     scratch = Scratch(unfilled(plan.costs.scratch_bytes, device), transfer, settings.poison)
-    rows_EN = readable_rows(banks, stores, device_decides, device)
+    rows_EN = readable_rows(banks, plan.slots, stores, device_decides, device)
     layers = []
     for bank, slots, store in zip(banks, plan.slots, stores, strict=True):
         name = DEVICE_POLICY if bank.index in rows_EN else settings.policy
@@ -105,14 +107,16 @@ def build_runtime(
 
 
 def readable_rows(
-    banks: Sequence[ExpertBank], stores: Sequence[Store], wanted: Sequence[bool], device: str
-) -> dict[int, Tensor]:
-    """The rows of those of the `wanted` layers that `device` can read by itself."""
-    return {
-        bank.index: _rows_of(bank, store, device)
-        for bank, store, wants in zip(banks, stores, wanted, strict=True)
-        if wants and isinstance(store, HostStore) and (device == "cpu" or bank.index in store.pinned)
-    }
+    banks: Sequence[ExpertBank], slots: Sequence[int], stores: Sequence[Store], wanted: Sequence[bool], device: str
+) -> dict[int, Tensor | None]:
+    """The rows of those of the `wanted` layers that `device` can read by itself; None where it will not need to."""
+    found: dict[int, Tensor | None] = {}
+    for bank, n, store, wants in zip(banks, slots, stores, wanted, strict=True):
+        if wants and n == bank.num_experts:
+            found[bank.index] = None
+        elif wants and isinstance(store, HostStore) and (device == "cpu" or bank.index in store.pinned):
+            found[bank.index] = _rows_of(bank, store, device)
+    return found
 
 
 def _rows_of(bank: ExpertBank, store: HostStore, device: str) -> Tensor:

@@ -25,17 +25,17 @@ from .kernels.state import REFUSED
 
 
 class Deciding:
-    """The device caches of a model, one for each of `layers`, which need not be all: `rows_LEN` are theirs.
+    """The device caches of a model, one for each of `layers`, which need not be all; `rows` are theirs, in order.
 
     They change hands together: reading ahead, the host looks at other layers too.
     """
 
-    def __init__(self, layers: Sequence[Arrivals], rows_LEN: Sequence[Tensor], half_life: float, kernels: Kernels):
+    def __init__(self, layers: Sequence[Arrivals], rows: Sequence[Tensor | None], half_life: float, kernels: Kernels):
         device = layers[0].slots.bank_SN.device
         self.now = False
         self._totals_L4 = torch.zeros((len(layers), 4), dtype=torch.int64, device=device)
         self._seen_L = torch.zeros(len(layers), dtype=torch.int64, pin_memory=device.type == "cuda")
-        parts = zip(layers, rows_LEN, self._totals_L4, strict=True)
+        parts = zip(layers, rows, self._totals_L4, strict=True)
         self.caches = [DeviceCache(arrivals, rows_EN, part, half_life, kernels) for arrivals, rows_EN, part in parts]
 
     def take_over(self) -> None:
@@ -71,10 +71,13 @@ class Deciding:
 
 
 class DeviceCache:
-    """`rows_EN` are all rows of the layer, in memory that the device can read; `totals_4` is this layer's part of the
-    model's counters."""
+    """`rows_EN` are all rows of the layer, in memory that the device can read; None where every expert has a slot: then
+    the host loads all of them before the device takes over, and nothing is ever missing. `totals_4` is this layer's
+    part of the model's counters."""
 
-    def __init__(self, arrivals: Arrivals, rows_EN: Tensor, totals_4: Tensor, half_life: float, kernels: Kernels):
+    def __init__(
+        self, arrivals: Arrivals, rows_EN: Tensor | None, totals_4: Tensor, half_life: float, kernels: Kernels
+    ):
         cache, self.device = arrivals.cache, arrivals.slots.bank_SN.device
         self.arrivals, self.rows_EN, self.half_life, self.kernels = arrivals, rows_EN, half_life, kernels
         self.state = DeviceState.empty(cache.num_experts, cache.slots, self.device, totals_4)
@@ -93,16 +96,30 @@ class DeviceCache:
         loads = self._loads[pairs]
         try:
             slots_P = self.kernels.decide(ids_P.reshape(-1), self.state, loads, self._paces[pairs])
-            self.kernels.gather(self.rows_EN, self.arrivals.slots.bank_SN, loads)
+            if self.rows_EN is not None:
+                self.kernels.gather(self.rows_EN, self.arrivals.slots.bank_SN, loads)
         except BaseException:  # Ctrl-C, too: the tables may name rows that have not been copied
-            self.state.forget()
+            if self.rows_EN is not None:
+                self.state.forget()
             raise
         return slots_P.view(ids_P.shape)
 
     def push(self) -> None:
         if self.arrivals.under_way:  # an event that was interrupted
             self.arrivals.abort()
+        if self.rows_EN is None:
+            self._load_all()
         self.state.push(self.arrivals.cache)
+
+    def _load_all(self) -> None:
+        """Load what has no slot yet; an error of the store leaves the host in charge."""
+        arrivals, cache = self.arrivals, self.arrivals.cache
+        for e in range(cache.num_experts):
+            arrivals.prewarm(e)
+        while arrivals.demanded:
+            arrivals.take(wanted=False)
+        if -1 in cache.slot_of:
+            raise AssertionError(f"{arrivals.bank.name}: {cache.slots} slots do not hold {cache.num_experts} experts")
 
     def counters(self) -> Counters:
         bank = self.arrivals.bank

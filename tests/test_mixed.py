@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from moe_offload import OffloadConfig, RoutingError, backend
+from moe_offload import ExpertReadError, OffloadConfig, RoutingError, backend
 from moe_offload.assemble import on_device
 from moe_offload.experts import find_experts
 from moe_offload.families.tiny import build
@@ -16,9 +17,10 @@ from moe_offload.kernels import pinned
 from moe_offload.stores.host import HostStore
 from passes import ops
 
-from .offloaded import QWEN, SETTINGS, offload, resident, say
+from .offloaded import IDS, QWEN, SETTINGS, offload, resident, say
 
 DEVICE = replace(SETTINGS, decide="device", policy="decayed_lfu")
+BANK = SimpleNamespace(num_experts=8)
 HOST = replace(DEVICE, decide="host", overlap=False)
 
 
@@ -84,13 +86,13 @@ def test_the_summary_says_how_much_the_host_decided():
 
 def test_one_line_says_which_layers_are_the_hosts_and_why(caplog):
     with caplog.at_level(logging.INFO, "moe_offload"):
-        assert on_device(DEVICE, ["host", "disk", "host"], "cpu") == [True, False, True]
+        assert on_device(DEVICE, [BANK] * 3, [4] * 3, ["host", "disk", "host"], "cpu") == [True, False, True]
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert "of 1 of 3 layers" in record.getMessage() and "rest on disk" in record.getMessage()
     caplog.clear()
     with caplog.at_level(logging.INFO, "moe_offload"):
-        assert on_device(OffloadConfig(), ["host", "disk"], "cuda:0") == [True, False]
+        assert on_device(OffloadConfig(), [BANK] * 2, [4] * 2, ["host", "disk"], "cuda:0") == [True, False]
     (record,) = caplog.records
     assert record.levelname == "INFO", "nobody asked for it"
 
@@ -132,6 +134,52 @@ def test_a_graph_that_dynamo_shares_serves_a_layer_of_the_host():
     slots = ops.place(ids, layer.slots.bank_SN)
     assert slots.tolist() == [cache.slot_of[5], cache.slot_of[2]] and min(slots) >= 0
     model.moe_offload.close()
+
+
+# A layer whose experts all have slots needs no rows: the host loads what is missing, and the device has nothing to do.
+
+
+def test_where_every_expert_has_a_slot_the_device_decides_whatever_the_rows_rest_in(monkeypatch):
+    model = mixed(on_disk=(0, 1), layers=2, residency=1.0)
+    want = say(resident(layers=2))
+    assert torch.equal(say(model), want)
+    stats = model.moe_offload.stats()
+    assert stats.by_device == 38 and [row["resident"] for row in stats.layers] == [8, 8]
+    cache = model.moe_offload._runtime.deciding.caches[1]
+    known = cache.kernels.decide
+    cache.kernels = cache.kernels._replace(decide=raising(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        say(model)
+    cache.kernels = cache.kernels._replace(decide=known)
+    assert torch.equal(say(model), want)
+    assert model.moe_offload.stats().misses == stats.misses, "nothing was read again"
+    model.moe_offload.close()
+
+
+def test_a_row_that_cannot_be_loaded_leaves_the_host_in_charge(monkeypatch):
+    model = mixed(on_disk=(0,), layers=1, residency=1.0)
+    ids = IDS[:, :2]  # a prompt that leaves experts out
+    with monkeypatch.context() as patched:
+        arrivals = model.moe_offload._runtime.layers[0].arrivals
+        prewarm = arrivals.prewarm
+
+        def failing(expert):
+            patched.setattr(arrivals.store, "begin", raising(ExpertReadError("gone")))
+            return prewarm(expert)
+
+        patched.setattr(arrivals, "prewarm", failing)
+        with pytest.raises(ExpertReadError, match="gone"):
+            say(model, ids)
+        assert not model.moe_offload._runtime.deciding.now
+    assert torch.equal(say(model, ids), say(resident(), ids))
+    model.moe_offload.close()
+
+
+def raising(error):
+    def call(*_):
+        raise error
+
+    return call
 
 
 # Ids that are no expert's: at once where the host decides, after the forward where the device does.
@@ -230,6 +278,7 @@ def test_a_layer_that_could_not_be_pinned_is_the_hosts(monkeypatch):
     held = HostStore([torch.zeros(8, 4096, dtype=torch.uint8)] * 3, pinned={0, 2})
     monkeypatch.setattr(pinned, "device_view", lambda rows, device: rows)
     banks = find_experts(build(QWEN, num_hidden_layers=3))
-    found = assemble.readable_rows(banks, [held] * 3, [True, True, True], "cuda:0")
+    found = assemble.readable_rows(banks, [4] * 3, [held] * 3, [True, True, True], "cuda:0")
     assert sorted(found) == [0, 2]
-    assert sorted(assemble.readable_rows(banks, [held] * 3, [True, True, False], "cpu")) == [0, 1]
+    assert sorted(assemble.readable_rows(banks, [4] * 3, [held] * 3, [True, True, False], "cpu")) == [0, 1]
+    assert assemble.readable_rows(banks, [8] * 3, [held] * 3, [False, True, False], "cuda:0") == {1: None}
