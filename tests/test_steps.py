@@ -7,11 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moe_offload import steps
-from moe_offload.experts import find_experts
+from moe_offload import arrange, steps
 from moe_offload.families.tiny import build
-from moe_offload.measure import costs, layer_shapes
-from moe_offload.plan import budget_for
+from moe_offload.plan import plan_slots
 from moe_offload.steps import SIZES, Steps
 
 from .offloaded import IDS, QWEN, SETTINGS, offload, resident
@@ -79,12 +77,11 @@ def test_a_size_is_compiled_once_and_the_callers_tensors_are_not_marked():
     model.moe_offload.close()
 
 
-def test_a_step_that_does_not_fit_the_slots_of_some_layer_is_the_hosts_in_all():
+def test_a_step_that_does_not_fit_the_slots_of_some_layer_is_the_hosts_in_all(monkeypatch):
     """In 5 and 4 slots: five pairs, which are a constant of the graph, would go to the device in the first layer."""
     model = build(QWEN, num_hidden_layers=2, num_experts_per_tok=1)
-    shapes, cost = layer_shapes(find_experts(model)), costs(model, find_experts(model), SETTINGS)
-    budget = budget_for(0.5, shapes, cost) + shapes[0].row_bytes
-    model = offload(model, budget=budget, config=replace(DEVICE, dynamic=False), device_map="cpu")
+    monkeypatch.setattr(arrange, "plan_slots", lambda *args: replace(plan_slots(*args), slots=(5, 4)))
+    model = offload(model, 0.7, config=replace(DEVICE, dynamic=False), device_map="cpu")
     assert [layer.cache.slots for layer in model.moe_offload._runtime.layers] == [5, 4]
     plain = resident(layers=2, num_experts_per_tok=1)
     for tokens, by_device in ((4, 2), (5, 0), (4, 2)):
