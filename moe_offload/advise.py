@@ -67,14 +67,16 @@ class Advisor:
     """Told of every forward; adds up those of decode and looks at the sum now and then, until it has said something.
 
     A forward of fewer than 64 tokens counts as decode. The first one after a prompt does not: it may compile a graph,
-    and finds the slots as the prompt left them.
+    and finds the slots as the prompt left them. Only layers that the host serves are looked at: a device that decides
+    does not say how long it waited, and to ask for its counters would be to wait for it.
     """
 
     def __init__(self, runtime: Runtime, plan: Plan):
-        self._runtime, self._plan = runtime, plan
+        self._layers = [layer for i, layer in enumerate(runtime.layers) if i not in runtime.decided]
+        self._plan = plan
         self._sum, self._spent_s, self._forwards = Totals(), 0.0, 0
         self._begun: Totals | None = None  # the counters where the decoding at hand began
-        self._said = False
+        self._said = not self._layers
 
     def begins(self, tokens: int) -> None:
         if tokens >= PROMPT and self._begun is not None:
@@ -98,7 +100,7 @@ class Advisor:
         waiting, hitting = decode.stall_s / self._spent_s, decode.hits / asked
         if waiting > WAITING and hitting < HITTING:
             self._said = True
-            stores = [layer.store for layer in self._runtime.layers]
+            stores = [layer.store for layer in self._layers]
             _advise(
                 "%.0f %% of the time of %d tokens was spent waiting for experts, of which %.0f %% were in slots when "
                 "they were asked for. %s",
@@ -106,7 +108,7 @@ class Advisor:
             )  # fmt: skip
 
     def _totals(self) -> Totals:
-        counters = [layer.counters for layer in self._runtime.layers]
+        counters = [layer.counters for layer in self._layers]
         return Totals(
             max(c.tokens for c in counters),
             sum(c.hits for c in counters),

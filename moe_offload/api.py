@@ -88,7 +88,7 @@ def optimize(
     settings = keep_where_it_is(model, banks, settings)
     where = arrange(model, banks, settings, present=present(settings.untested))
     prior = _load_profile(profile or settings.profile, model, banks)
-    device_decides = on_device(settings, where.tiers, where.device)
+    device_decides = on_device(settings, banks, where.slots, where.tiers, where.device)
     bound_kernel_caches()
     place_dense(model, banks, where.device)
     stores = open_stores(model, banks, where.tiers, settings, where.device)
@@ -188,6 +188,7 @@ def _install(model: nn.Module, runtime: Runtime, where: Arrangement, settings: O
     if where.device != "cpu":
         patch.serve_few_pairs(where.device)
     inner = settings.compile if settings.compile != "auto" else "graph" if where.device == "cpu" else "inductor"
+    everywhere = len(runtime.decided) == len(runtime.layers)
     graphs = patch.install(
         model,
         runtime,
@@ -195,9 +196,9 @@ def _install(model: nn.Module, runtime: Runtime, where: Arrangement, settings: O
         inner=inner,
         overlap=_overlaps(settings, inner, runtime),
         guess=settings.lookahead,
-        on_device=runtime.deciding is not None,
-        # On a GPU a step with a static KV cache has constant shapes, and must be traced so to become a CUDA graph.
-        dynamic=None if settings.dynamic and where.device != "cpu" and runtime.deciding else settings.dynamic,
+        # On a GPU a step with a static KV cache has constant shapes, and must be traced so to become a CUDA graph; it
+        # does where no layer needs the host.
+        dynamic=None if settings.dynamic and where.device != "cpu" and everywhere else settings.dynamic,
         fullgraph=settings.fullgraph,
         advisor=Advisor(runtime, where.plan),
     )

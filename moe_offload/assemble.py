@@ -1,6 +1,7 @@
 """Put the parts of a runtime together: a cache, slots and a policy for each layer; scratch, threads and a lock for all.
 
-Here it is settled who decides which expert gives way while decoding, the host or the device.
+Here it is settled who decides which expert gives way while decoding, layer by layer: the device where it can read the
+rows, that is, where they rest in RAM (pinned, for a GPU), and where all of them have slots; else the host.
 """
 
 from __future__ import annotations
@@ -32,22 +33,28 @@ DEVICE_POLICY = "decayed_lfu"  # what the kernels know
 DEFAULT_POLICY = OffloadConfig().policy
 
 
-def on_device(settings: OffloadConfig, tiers: Sequence[str], device: str) -> bool:
-    """Whether the device decides. Raises `ConfigError` where it is asked to and cannot."""
-    if settings.decide != "device":
-        return settings.decide == "auto" and device != "cpu" and _obstacle(settings, tiers) is None
-    obstacle = _obstacle(settings, tiers)
-    if obstacle is not None:
+def on_device(
+    settings: OffloadConfig, banks: Sequence[ExpertBank], slots: Sequence[int], tiers: Sequence[str], device: str
+) -> list[bool]:
+    """For which layers the device is to decide. Raises `ConfigError` where it is asked to and cannot for any."""
+    obstacle = _obstacle(settings)
+    asked = settings.decide == "device"
+    if asked and obstacle is not None:
         raise ConfigError(f"decide='device' is not possible here: {obstacle}")
-    return True
+    if not asked and (settings.decide == "host" or device == "cpu" or obstacle is not None):
+        return [False] * len(tiers)
+    able = [tier == "host" or n == bank.num_experts for bank, n, tier in zip(banks, slots, tiers, strict=True)]
+    if not all(able):
+        logger.log(
+            logging.WARNING if asked else logging.INFO,
+            "the host decides which experts are in the slots of %d of %d layers: their rows rest on disk, which no "
+            "device can read by itself; device_map='cpu' (and max_memory) lets them rest in RAM",
+            able.count(False), len(able),
+        )  # fmt: skip
+    return able
 
 
-def _obstacle(settings: OffloadConfig, tiers: Sequence[str]) -> str | None:
-    if "disk" in tiers:
-        return (
-            f"the rows of {list(tiers).count('disk')} of {len(tiers)} layers rest on disk, which no device can read by "
-            "itself; device_map='cpu' (and max_memory) lets them rest in RAM"
-        )
+def _obstacle(settings: OffloadConfig) -> str | None:
     if settings.policy not in (DEVICE_POLICY, DEFAULT_POLICY):
         return f"the device knows the policy {DEVICE_POLICY!r}, not {settings.policy!r}"
     if settings.lookahead:
@@ -62,14 +69,18 @@ def build_runtime(
     settings: OffloadConfig,
     prior: Profile | None,
     device: str,
-    device_decides: bool,
+    device_decides: Sequence[bool],
 ) -> Runtime:
-    """One `LayerRuntime` for each bank, in their order, that computes on `device`."""
+    """One `LayerRuntime` for each bank, in their order, that computes on `device`.
+
+    `device_decides[l]`: whether the device is to decide for layer l; it will, unless its rows could not be pinned.
+    """
     transfer, lock = TRANSFERS[device.partition(":")[0]](device), threading.RLock()
     scratch = Scratch(unfilled(plan.costs.scratch_bytes, device), transfer, settings.poison)
+    rows_EN = readable_rows(banks, plan.slots, stores, device_decides, device)
     layers = []
     for bank, slots, store in zip(banks, plan.slots, stores, strict=True):
-        name = DEVICE_POLICY if device_decides else settings.policy
+        name = DEVICE_POLICY if bank.index in rows_EN else settings.policy
         policy = POLICIES[name](bank.num_experts, settings.half_life)
         if prior is not None and prior.tokens:
             policy.seed(rates(prior, bank.index))
@@ -86,17 +97,29 @@ def build_runtime(
             )
         )
     runtime = Runtime(layers, list({id(store): store for store in stores}.values()), transfer, lock)
-    if device_decides and (device == "cpu" or all(isinstance(store, HostStore) and store.pinned for store in stores)):
-        kernels = KERNELS[device.partition(":")[0]]()
-        rows = [_rows_of(bank, store, device) for bank, store in zip(banks, stores, strict=True)]
-        runtime.decide_on_device(rows, settings.half_life, kernels)
-        logger.info("the device decides which experts are in the slots, by %s", DEVICE_POLICY)
+    if rows_EN:
+        runtime.decide_on_device(rows_EN, settings.half_life, KERNELS[device.partition(":")[0]]())
+        logger.info(
+            "the device decides which experts are in the slots of %d of %d layers, by %s",
+            len(rows_EN), len(layers), DEVICE_POLICY,
+        )  # fmt: skip
     return runtime
 
 
-def _rows_of(bank: ExpertBank, store: Store, device: str) -> Tensor:
+def readable_rows(
+    banks: Sequence[ExpertBank], slots: Sequence[int], stores: Sequence[Store], wanted: Sequence[bool], device: str
+) -> dict[int, Tensor | None]:
+    """The rows of those of the `wanted` layers that `device` can read by itself; None where it will not need to."""
+    found: dict[int, Tensor | None] = {}
+    for bank, n, store, wants in zip(banks, slots, stores, wanted, strict=True):
+        if wants and n == bank.num_experts:
+            found[bank.index] = None
+        elif wants and isinstance(store, HostStore) and (device == "cpu" or bank.index in store.pinned):
+            found[bank.index] = _rows_of(bank, store, device)
+    return found
+
+
+def _rows_of(bank: ExpertBank, store: HostStore, device: str) -> Tensor:
     """The rows of a layer as `device` sees them."""
-    if not isinstance(store, HostStore):
-        raise AssertionError(f"{bank.name}: its rows are in {type(store).__name__}")
     rows_EN = store.rows_EN(bank.index)
     return (rows_EN if device == "cpu" else pinned.device_view(rows_EN, device)).view(bank.layout.dtype)

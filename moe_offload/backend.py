@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 import passes
 from passes import ops
@@ -75,16 +75,13 @@ def make_backend(
     log: list[Any],
     overlap: bool = False,
     guess: bool = False,
-    on_device: bool = False,
 ) -> Compiled:
     """A backend for torch.compile; each graph's pass reports are appended to `log`.
 
-    `overlap`, `guess` and `on_device` are those of `passes.offload_pipeline`.
+    `overlap` and `guess` are those of `passes.offload_pipeline`.
     """
 
-    pipeline = partial(
-        passes.offload_pipeline, compile_core=compile_core, overlap=overlap, guess=guess, on_device=on_device
-    )
+    pipeline = partial(passes.offload_pipeline, compile_core=compile_core, overlap=overlap, guess=guess)
 
     def backend(gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Compiled:
         phantoms = phantoms_in(example_inputs)
@@ -92,7 +89,8 @@ def make_backend(
         if not phantoms:
             log.append([])
             return inner(gm, list(example_inputs))
-        reports, banked = rewrite(gm, phantoms, pipeline)
+        on_device = {one.layer.bank.name for one in phantoms.values() if one.layer.device_cache is not None}
+        reports, banked = rewrite(gm, phantoms, partial(pipeline, on_device=on_device))
         log.append(reports)
         inputs = list(example_inputs)
         for position in banked:
@@ -102,7 +100,7 @@ def make_backend(
         placed = [nodes.index(node.args[1]) for node in places]
         sizes = {node.args[0].meta["example_value"].numel() for node in places}
         on_gpu = any(inputs[position].is_cuda for position in placed)
-        replayed = on_gpu and inner is run_inductor and replayable(gm.graph)
+        replayed = on_gpu and inner is run_inductor and replayable(gm.graph) and not _waits(gm.graph)
         compiled = run_inductor(gm, inputs, **CUDA_GRAPH) if replayed else inner(gm, inputs)
 
         def call(*args: Any) -> Any:
@@ -116,6 +114,11 @@ def make_backend(
         return call
 
     return backend
+
+
+def _waits(graph: Graph) -> bool:
+    """Whether some op of `graph` needs the host: such a graph cannot be replayed whole."""
+    return any(torch.Tag.cudagraph_unsafe in getattr(node.target, "tags", ()) for node in graph.nodes)
 
 
 def rewrite(

@@ -47,6 +47,7 @@ class Counters:
     ahead: int = 0  # of the misses: their row had been asked for before they were
     late: int = 0  # of those: it had not arrived whole
     wasted_bytes: int = 0  # read ahead, and not needed
+    by_device: int = 0  # of the events: decided by the device, without the host
     counts: list[int] = field(default_factory=list)  # uses per expert, every token-expert pair counted
 
     @property

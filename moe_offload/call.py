@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import progress
 from .advise import Advisor
@@ -22,6 +22,7 @@ from .errors import OffloadError
 from .measure import PROMPT_TOKENS
 from .replay import StaticCaches
 from .runtime import Runtime
+from .steps import Steps, given
 
 logger = logging.getLogger("moe_offload")
 
@@ -46,10 +47,15 @@ class Call:
     """What `model(...)` runs: one forward at a time, without gradients, inside our scope."""
 
     def __init__(
-        self, model: nn.Module, runtime: Runtime, scope: Scope, compiled: Callable[..., Any], advisor: Advisor
+        self,
+        model: nn.Module,
+        runtime: Runtime,
+        scope: Scope,
+        compile: Callable[[], Callable[..., Any]],
+        advisor: Advisor,
     ):
-        self.model, self.runtime, self.scope, self.compiled = model, runtime, scope, compiled
-        self.advisor = advisor
+        self.model, self.runtime, self.scope, self.advisor = model, runtime, scope, advisor
+        self.compiled, self.steps = compile(), Steps(compile, _most_sequences(runtime))
         modules = [(module, layer.bank.name) for layer in runtime.layers for module in layer.bank.modules]
         self.places = [
             (model.get_submodule(name.rpartition(".")[0])._modules, name.rpartition(".")[2], module)
@@ -69,7 +75,7 @@ class Call:
                 f"Call "
                 "model.eval(), or train the model before optimize()."
             )
-        with self.runtime.lock, torch.no_grad(), progress.compiling():
+        with self.runtime.lock, self.runtime.current(), torch.no_grad(), progress.compiling():
             self.runtime.check_open()
             self._check_implementation()
             self._check_places()
@@ -81,7 +87,8 @@ class Call:
             begun_s = time.perf_counter()
             self.scope.active = True
             try:
-                output = self.compiled(*args, **kwargs)
+                run = self.steps.find(sequences, tokens) or self.compiled
+                output = run(*args, **kwargs)
                 self.runtime.check_ids()
                 self.advisor.ended(sequences * tokens, time.perf_counter() - begun_s)
                 return output
@@ -122,10 +129,16 @@ class Call:
 
 def _size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
     """How many sequences a forward is given, and of how many tokens each."""
-    given = [*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
-    sizes = [x.shape[:2] for x in given if isinstance(x, Tensor)]
+    sizes = [x.shape[:2] for x in given(args, kwargs)]
     *sequences, tokens = max(sizes, key=torch.Size.numel, default=(0, 0))
     return math.prod(sequences), tokens
+
+
+def _most_sequences(runtime: Runtime) -> int:
+    """Of how many sequences a decode step may be for the device to decide; 0 where it does not."""
+    if runtime.deciding is None:
+        return 0
+    return min(layer.cache.slots // layer.bank.top_k for layer in runtime.layers)
 
 
 def own_code(model: nn.Module) -> Callable[..., Any]:

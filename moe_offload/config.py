@@ -43,7 +43,8 @@ class OffloadConfig:
     compile: what runs the rewritten graph: "inductor", "graph" (as it is, nothing generated), or "auto": "graph" on a
         CPU, "inductor" elsewhere.
     decide: who says which expert gives way while decoding: "host"; "device", without the host having to wait for ids,
-        for rows that rest in RAM, by "decayed_lfu"; or "auto": the device where it is a GPU and all rows rest in RAM.
+        in the layers whose rows rest in RAM, by "decayed_lfu" (the host in the others, by `policy`); or "auto": the
+        device where it is a GPU.
     overlap: compute the experts that are resident while the missing ones load, in decode too, rather than wait for all
         of them; None: where the graph runs as it is (Inductor fuses what is not cut into waves).
     lookahead: ask each layer's router one layer early, and load what it names in the background. Whether that pays is

@@ -3,10 +3,11 @@
 Shapes: P = T*K token-expert pairs, E experts, S slots, N elements of one row.
 
     decode    the device     `place`: a few kernels, nothing the host waits for, so that a CUDA graph can hold it
-    the rest  the host       `LayerCache`: prompts, profiles, calls that no pass has rewritten
+    the rest  the host       `LayerCache`: prompts, profiles, calls that no pass has rewritten, layers on disk
 
 Both are the same cache with the same policy. Only one of them is in charge, and the other is out of date: `take_over`
-and `hand_back` carry the tables over, once at each change.
+and `hand_back` carry the tables over, once at each change. A layer whose rows the device cannot read has no cache here,
+and the host's is always right: it may serve such a layer while the device decides for the others.
 """
 
 from __future__ import annotations
@@ -24,15 +25,18 @@ from .kernels.state import REFUSED
 
 
 class Deciding:
-    """The device caches of a model. They change hands together: reading ahead, the host looks at other layers too."""
+    """The device caches of a model, one for each of `layers`, which need not be all; `rows` are theirs, in order.
 
-    def __init__(self, layers: Sequence[Arrivals], rows_LEN: Sequence[Tensor], half_life: float, kernels: Kernels):
+    They change hands together: reading ahead, the host looks at other layers too.
+    """
+
+    def __init__(self, layers: Sequence[Arrivals], rows: Sequence[Tensor | None], half_life: float, kernels: Kernels):
         device = layers[0].slots.bank_SN.device
         self.now = False
         self._prepared: set[int] = set()
         self._totals_L4 = torch.zeros((len(layers), 4), dtype=torch.int64, device=device)
         self._seen_L = torch.zeros(len(layers), dtype=torch.int64, pin_memory=device.type == "cuda")
-        parts = zip(layers, rows_LEN, self._totals_L4, strict=True)
+        parts = zip(layers, rows, self._totals_L4, strict=True)
         self.caches = [DeviceCache(arrivals, rows_EN, part, half_life, kernels) for arrivals, rows_EN, part in parts]
 
     def take_over(self, sizes: Collection[int]) -> None:
@@ -42,7 +46,9 @@ class Deciding:
                 cache.prepare(sizes)
             self._prepared.update(sizes)
         if not self.now:
-            self.caches[0].arrivals.shared.drop()  # read ahead for what the device may load itself
+            first = self.caches[0].arrivals
+            first.transfer.refuse_capture(first.bank.name)
+            first.shared.drop()  # read ahead for what the device may load itself
             for cache in self.caches:
                 cache.push()
             self.now = True
@@ -53,6 +59,8 @@ class Deciding:
         Raises `RoutingError` if a router asked for an expert that does not exist since `take_over`.
         """
         if self.now:
+            first = self.caches[0].arrivals
+            first.transfer.refuse_capture(first.bank.name)
             refused = [(cache.pull(), cache.arrivals) for cache in self.caches]
             self._seen_L.zero_()  # what was on its way there has arrived: `pull` has waited
             self.now = False  # not before: interrupted, it is done again
@@ -69,10 +77,13 @@ class Deciding:
 
 
 class DeviceCache:
-    """`rows_EN` are all rows of the layer, in memory that the device can read; `totals_4` is this layer's part of the
-    model's counters."""
+    """`rows_EN` are all rows of the layer, in memory that the device can read; None where every expert has a slot: then
+    the host loads all of them before the device takes over, and nothing is ever missing. `totals_4` is this layer's
+    part of the model's counters."""
 
-    def __init__(self, arrivals: Arrivals, rows_EN: Tensor, totals_4: Tensor, half_life: float, kernels: Kernels):
+    def __init__(
+        self, arrivals: Arrivals, rows_EN: Tensor | None, totals_4: Tensor, half_life: float, kernels: Kernels
+    ):
         cache, self.device = arrivals.cache, arrivals.slots.bank_SN.device
         self.arrivals, self.rows_EN, self.half_life, self.kernels = arrivals, rows_EN, half_life, kernels
         self.state = DeviceState.empty(cache.num_experts, cache.slots, self.device, totals_4)
@@ -96,16 +107,30 @@ class DeviceCache:
         loads = self._loads[pairs]
         try:
             slots_P = self.kernels.decide(ids_P.reshape(-1), self.state, loads, self._paces[pairs])
-            self.kernels.gather(self.rows_EN, self.arrivals.slots.bank_SN, loads)
+            if self.rows_EN is not None:
+                self.kernels.gather(self.rows_EN, self.arrivals.slots.bank_SN, loads)
         except BaseException:  # Ctrl-C, too: the tables may name rows that have not been copied
-            self.state.forget()
+            if self.rows_EN is not None:
+                self.state.forget()
             raise
         return slots_P.view(ids_P.shape)
 
     def push(self) -> None:
         if self.arrivals.under_way:  # an event that was interrupted
             self.arrivals.abort()
+        if self.rows_EN is None:
+            self._load_all()
         self.state.push(self.arrivals.cache)
+
+    def _load_all(self) -> None:
+        """Load what has no slot yet; an error of the store leaves the host in charge."""
+        arrivals, cache = self.arrivals, self.arrivals.cache
+        for e in range(cache.num_experts):
+            arrivals.prewarm(e)
+        while arrivals.demanded:
+            arrivals.take(wanted=False)
+        if -1 in cache.slot_of:
+            raise AssertionError(f"{arrivals.bank.name}: {cache.slots} slots do not hold {cache.num_experts} experts")
 
     def counters(self) -> Counters:
         bank = self.arrivals.bank

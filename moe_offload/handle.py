@@ -80,6 +80,7 @@ class Handle:
                     "experts": layer.bank.num_experts,
                     "resident": layer.resident,
                     "tokens": c.tokens,
+                    "decides": "device" if layer.bank.index in self._runtime.decided else "host",
                     **{name: getattr(c, name) for name in TOTALS},
                 }
             )
@@ -231,6 +232,12 @@ class Handle:
                 lines.append(
                     f"read ahead: {s.ahead} rows that were then asked for ({s.late} of them late), "
                     f"{format_size(s.wasted_bytes)} in vain"
+                )
+            if self._runtime.decided:
+                layers = [row["decides"] for row in s.layers]
+                lines.append(
+                    f"the device decides in {layers.count('device')} of {len(layers)} layers: it did in {s.by_device} "
+                    f"of {s.events} events, the host in {s.by_host}"
                 )
         else:
             lines.append("nothing has run yet")

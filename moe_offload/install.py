@@ -93,7 +93,6 @@ def install(
     inner: str,
     overlap: bool,
     guess: bool,
-    on_device: bool,
     dynamic: bool | None,
     fullgraph: bool,
     advisor: Advisor,
@@ -110,9 +109,13 @@ def install(
         if inner == "inductor"
         else (backend.run_graph, backend.core_as_is)
     )
-    made = backend.make_backend(run, core, log, overlap, guess, on_device)
-    compiled = torch.compile(own_code(model), backend=made, dynamic=dynamic, fullgraph=fullgraph)
-    model._compiled_call_impl = Call(model, runtime, scope, compiled, advisor)
+    made = backend.make_backend(run, core, log, overlap, guess)
+
+    def compile() -> Callable[..., Any]:
+        run: Callable[..., Any] = torch.compile(own_code(model), backend=made, dynamic=dynamic, fullgraph=fullgraph)
+        return run
+
+    model._compiled_call_impl = Call(model, runtime, scope, compile, advisor)
     # On some devices generate() compiles its decode steps itself, and would trace the op of last resort.
     model.__dict__["get_compiled_call"] = lambda compile_config: model.__call__
     return log

@@ -5,7 +5,8 @@ Shapes: T tokens, K experts per token, P = T*K pairs, E experts, S slots, H hidd
     prefetch(ids)  a guess at what the layer will be asked for: loads begin in the background
     fetch(ids)     the cache names slots and starts to load what is missing
     wait()         all there, here are the slots
-    place(ids)     both at once where the device decides, and the host does not hear of it (device_cache.py)
+    place(ids)     both at once where the device decides, and the host does not hear of it (device_cache.py); elsewhere
+                   it is fetch and wait
     stream(x, ids) the same lookup, but the pairs of resident experts are computed while the missing ones load, and each
                    of those as it arrives; in prefill what has no slot passes through a few scratch rows
 
@@ -26,7 +27,7 @@ from .arrivals import Arrivals
 from .buffers import NOTHING, Rows
 from .cache import Counters, LayerCache
 from .device_cache import Deciding, DeviceCache
-from .errors import ClosedError
+from .errors import ClosedError, RoutingError
 from .experts import ExpertBank
 from .overlap import RunCore, compute_while_loading
 from .policies import Policy
@@ -97,6 +98,7 @@ class LayerRuntime:
 
     def prefetch(self, ids_P: Tensor) -> None:
         trial = self.guesses.trial
+        self._refuse_capture()
         if ids_P.numel() >= self.cache.slots:  # a prompt, or no slot to spare
             trial.skip()
             return
@@ -107,6 +109,9 @@ class LayerRuntime:
             self.guesses.note(self, [e for e in ids if 0 <= e < self.cache.num_experts])
 
     def fetch(self, ids_P: Tensor) -> Tensor:
+        self._refuse_capture()
+        if self.device_cache is not None:  # else this layer is the host's, and those of the device are not touched
+            self._hand_back()
         ids, used = self._event(ids_P)
         cache, arrivals = self.cache, self.arrivals
         loads = cache.lookup(used, self._tokens(len(ids)))
@@ -118,7 +123,9 @@ class LayerRuntime:
         return torch.tensor(slots, dtype=ids_P.dtype, device=ids_P.device).view(ids_P.shape)
 
     def place(self, ids_P: Tensor) -> Tensor:
-        if self.device_cache is None or self.deciding is None or not self.deciding.now:
+        if self.device_cache is None:  # the graph was traced for a layer of the device, and Dynamo shares it
+            return self.wait(self.fetch(ids_P))
+        if self.deciding is None or not self.deciding.now:
             raise AssertionError(f"{self.bank.name}: its graph lets the device decide, and it is not in charge")
         return self.device_cache.place(ids_P)
 
@@ -128,6 +135,8 @@ class LayerRuntime:
         return ticket_P.clone()
 
     def stream(self, x_P: Tensor, ids_P: Tensor, core: RunCore, others: Sequence[Tensor] = ()) -> Tensor:
+        self._refuse_capture()
+        self._hand_back()  # all layers: while this one computes, rows of the next are read ahead
         ids, used = self._event(ids_P)
         cache, arrivals, tokens = self.cache, self.arrivals, self._tokens(len(ids))
         past: list[int] = []
@@ -154,7 +163,7 @@ class LayerRuntime:
     def experts(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The whole module, for callers that no pass has rewritten: slower, never wrong."""
         tokens, k = ids_TK.shape
-        with self.lock, torch.autocast(x_TH.device.type, enabled=False):
+        with self.lock, self.arrivals.transfer.current(), torch.autocast(x_TH.device.type, enabled=False):
             if self.module_core is None:
                 raise closed(self.bank.name)
             out_PH = self.stream(x_TH.repeat_interleave(k, dim=0), ids_TK.reshape(-1), self.module_core)
@@ -188,11 +197,13 @@ class LayerRuntime:
 
     def _event(self, ids_P: Tensor) -> tuple[list[int], Counter[int]]:
         """The ids of one event, checked and counted; what is on its way for it has been claimed."""
-        if self.deciding is not None:
-            self.deciding.hand_back()
         ids = ids_P.reshape(-1).tolist()
         used = Counter(ids)
-        self.cache.check(used)
+        try:
+            self.cache.check(used)
+        except RoutingError:
+            self._hand_back()  # raises for a layer of the device where it began there: this one may only have followed
+            raise
         if self.recorder is not None:
             self.recorder.event(self.bank.index, ids, self._tokens(len(ids)))
         self.arrivals.begin(used)
@@ -200,6 +211,13 @@ class LayerRuntime:
         for e, count in used.items():
             counts[e] += count
         return ids, used
+
+    def _hand_back(self) -> None:
+        if self.deciding is not None:
+            self.deciding.hand_back()
+
+    def _refuse_capture(self) -> None:
+        self.arrivals.transfer.refuse_capture(self.bank.name)
 
     def _tokens(self, pairs: int) -> int:
         return -(-pairs // self.bank.top_k)

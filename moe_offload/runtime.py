@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from itertools import pairwise
 from pathlib import Path
 
@@ -38,6 +39,7 @@ class Runtime:
                 layer.following = following.arrivals
         self.lock = lock or threading.RLock()
         self.deciding: Deciding | None = None  # where the device decides
+        self.decided: frozenset[int] = frozenset()  # the layers it decides for
         self.closed = False
         self._stores, self._transfer = stores, transfer
 
@@ -52,11 +54,21 @@ class Runtime:
             for layer in self.layers:
                 layer.recorder = recorder
 
-    def decide_on_device(self, rows_LEN: Sequence[Tensor], half_life: float, kernels: Kernels) -> None:
-        """Let the device decide in graphs that ask it to; `rows_LEN[l]` are all rows of layer l."""
-        self.deciding = Deciding([layer.arrivals for layer in self.layers], rows_LEN, half_life, kernels)
-        for layer, cache in zip(self.layers, self.deciding.caches, strict=True):
-            layer.deciding, layer.device_cache = self.deciding, cache
+    def decide_on_device(self, rows_EN: Mapping[int, Tensor | None], half_life: float, kernels: Kernels) -> None:
+        """Let the device decide for the layers that are keys of `rows_EN`, in graphs that ask it to.
+
+        `rows_EN[l]` are all rows of layer l, None where each has a slot of its own; there is one layer at least.
+        """
+        self.decided, decided = frozenset(rows_EN), [self.layers[i] for i in rows_EN]
+        self.deciding = Deciding([layer.arrivals for layer in decided], list(rows_EN.values()), half_life, kernels)
+        for layer in self.layers:
+            layer.deciding = self.deciding
+        for layer, cache in zip(decided, self.deciding.caches, strict=True):
+            layer.device_cache = cache
+
+    def current(self) -> AbstractContextManager[object]:
+        """While it is entered, this thread launches on the device that the model computes on."""
+        return self._transfer.current()
 
     def check_ids(self) -> None:
         """Raise `RoutingError` if the device met an id that is no expert's."""
@@ -66,7 +78,7 @@ class Runtime:
     def hand_back(self) -> None:
         """Where the device decides, hear what it has decided so far. Waits for a forward in flight."""
         if self.deciding is not None:
-            with self.lock:
+            with self.lock, self.current():
                 self.deciding.hand_back()
 
     def depth(self) -> Depth:
@@ -102,13 +114,14 @@ class Runtime:
 
     def close(self) -> None:
         """Give back files, threads and memory. Idempotent; waits for a forward in flight."""
-        with self.lock:
+        with self.lock, self.current():
             if self.closed:
                 return
             self.closed = True
             try:
                 self.hand_back()
             finally:
+                self.deciding = None
                 self._transfer.close()
                 for store in self._stores:
                     store.close()

@@ -13,7 +13,8 @@ class Stats:
     `hit_rate` is hits over requests; `bytes_read` counts what requests read from the tier below, `prewarm_bytes` what
     pre-warming read; `stall_s` is time that compute waited for either. `ahead` of the misses had been expected and were
     being read before they were asked for, `late` of those were not complete when they were; `wasted_bytes` were read
-    for expectations that did not come true.
+    for expectations that did not come true. An event is one step of one layer; `by_device` of them were decided by the
+    device, and for the others (`by_host`) it waited for the host.
     """
 
     hits: int
@@ -25,6 +26,8 @@ class Stats:
     ahead: int
     late: int
     wasted_bytes: int
+    events: int
+    by_device: int
     tokens: int
     graphs: int
     layers: list[dict[str, Any]] = field(repr=False)
@@ -33,6 +36,10 @@ class Stats:
     def hit_rate(self) -> float:
         return self.hits / (self.hits + self.misses) if self.hits + self.misses else 0.0
 
+    @property
+    def by_host(self) -> int:
+        return self.events - self.by_device
+
     def __sub__(self, earlier: Stats) -> Stats:
         """What happened between two calls of `stats()` (totals only)."""
         names = (*TOTALS, "tokens", "graphs")
@@ -40,4 +47,7 @@ class Stats:
 
 
 #: The counters of `cache.Counters` that add up over layers.
-TOTALS = ("hits", "misses", "streamed", "bytes_read", "prewarm_bytes", "stall_s", "ahead", "late", "wasted_bytes")
+TOTALS = (
+    "hits", "misses", "streamed", "bytes_read", "prewarm_bytes", "stall_s", "ahead", "late", "wasted_bytes", "events",
+    "by_device",
+)  # fmt: skip

@@ -15,6 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 from .errors import ClosedError, ExpertReadError
@@ -79,6 +80,12 @@ class Transfer(Protocol):
 
     def depth(self) -> Depth:
         """What is queued and under way: all zero once every row has been waited for."""
+
+    def current(self) -> AbstractContextManager[object]:
+        """While it is entered, what this thread launches is launched on the device that rows are moved to."""
+
+    def refuse_capture(self, name: str) -> None:
+        """Raise `OffloadError` if what is launched now is being recorded, not run: module `name` needs the host."""
 
     def close(self) -> None: ...
 
@@ -170,6 +177,12 @@ class ThreadTransfer:
         tickets = {id(ticket): ticket for ticket in (*urgent, *background, *(ticket for ticket, _ in running))}
         nbytes = sum(ticket.row_bytes for ticket in tickets.values())
         return Depth(len(urgent), len(background), len(running), nbytes)
+
+    def current(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def refuse_capture(self, name: str) -> None:
+        pass  # a CPU runs what it is told
 
     def close(self) -> None:
         with self._changed:

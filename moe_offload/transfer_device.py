@@ -10,9 +10,11 @@ Two orders hold, and neither makes the host wait: a copy into a slot begins afte
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,12 +22,14 @@ import torch
 from torch import Tensor
 
 from .buffers import page_aligned
-from .errors import ExpertReadError
+from .errors import ExpertReadError, OffloadError
 from .kernels import pinned
 from .stores import Store
 from .stores.host import HostStore
 from .stores.request import RowRead
 from .transfer import TIMEOUT_S, ThreadTransfer, Ticket
+
+logger = logging.getLogger("moe_offload")
 
 STAGING_ROWS = 8  # in flight: two for every reader thread
 
@@ -54,17 +58,29 @@ class Streams(Protocol):
     def drain(self) -> None:
         """The host waits for all copies."""
 
+    def current(self) -> AbstractContextManager[object]:
+        """While it is entered, this thread launches on this device."""
+
+    def capturing(self) -> bool:
+        """Whether what is launched on the compute stream is recorded into a graph instead of run."""
+
 
 class CudaStreams:
     def __init__(self, device: torch.device):
         self.device = device
         self.stream = torch.cuda.Stream(device)
+        self._warned = False
 
     def pin(self, buffer: Tensor) -> None:
-        pinned.pin(buffer.view(1, -1))
+        with self.current():  # to register memory is to start CUDA on the current device
+            error = pinned.pin(buffer.view(1, -1))
+        if error and not self._warned:
+            self._warned = True
+            logger.warning("CUDA could not pin the memory that rows are staged in (%s): they are copied slowly", error)
 
     def unpin(self, buffer: Tensor) -> None:
-        pinned.unpin(buffer.view(1, -1))
+        with self.current():
+            pinned.unpin(buffer.view(1, -1))
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event()
@@ -72,7 +88,7 @@ class CudaStreams:
         return event
 
     def copy(self, target: Tensor, source: Tensor, after: torch.cuda.Event) -> torch.cuda.Event:
-        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+        with self.current(), torch.cuda.stream(self.stream):
             self.stream.wait_event(after)
             target.copy_(source, non_blocking=True)
             done = torch.cuda.Event()
@@ -87,6 +103,12 @@ class CudaStreams:
 
     def drain(self) -> None:
         self.stream.synchronize()
+
+    def current(self) -> AbstractContextManager[object]:
+        return torch.cuda.device(self.device)
+
+    def capturing(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
 
 
 def cuda_transfer(device: str) -> DeviceTransfer:
@@ -171,6 +193,18 @@ class DeviceTransfer(ThreadTransfer):
         for ticket in tickets:
             if isinstance(ticket, DeviceTicket) and ticket.copied is not None:
                 self.streams.finish(ticket.copied)  # nothing may write there any more when this returns
+
+    def current(self) -> AbstractContextManager[object]:
+        return self.streams.current()
+
+    def refuse_capture(self, name: str) -> None:
+        if self.streams.capturing():
+            raise OffloadError(
+                f"{name}: a CUDA graph is being captured, and this step needs the host, which a captured graph does "
+                "not ask: it is a prompt, or the first decode step of its size, or its rows rest on disk. Capture "
+                "decode steps only, once one of the same size has run, with all rows in RAM (device_map='cpu', "
+                "config={'decide': 'device'}); or none: with compile='inductor' the model makes such graphs itself"
+            )
 
     def close(self) -> None:
         if not self._closed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -40,13 +40,13 @@ def offload_pipeline(
     compile_core: Callable[[GraphModule], Callable[..., Tensor]] | None = None,
     overlap: bool = False,
     guess: bool = False,
-    on_device: bool = False,
+    on_device: Collection[Hashable] = (),
 ) -> list[Pass]:
     """Serve every site from its bank: decode sites by slot, the rest in waves.
 
     With `overlap` decode sites become waves as well: a wave computes what is resident while the rest loads, which a
-    renamed index cannot. With `guess` each layer's router is asked a layer earlier, too. With `on_device` it is the
-    device that decides which slots a decode step gets.
+    renamed index cannot. With `guess` each layer's router is asked a layer earlier, too. In the layers `on_device` it
+    is the device that decides which slots a decode step gets.
     """
     core: dict[str, Any] = {} if compile_core is None else {"compile_core": compile_core}
     in_waves = partial(waves, sites=sites, banks=banks, **core)

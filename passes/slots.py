@@ -20,7 +20,7 @@ A site is left alone when its pairs are not a constant of the graph or do not fi
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 
 from torch.fx import Graph, Node
 
@@ -31,22 +31,26 @@ from .find import Site
 
 
 def slots(
-    graph: Graph, *, sites: Sequence[Site], banks: Mapping[Hashable, Bank], on_device: bool = False
+    graph: Graph, *, sites: Sequence[Site], banks: Mapping[Hashable, Bank], on_device: Collection[Hashable] = ()
 ) -> list[Site]:
-    """Rewrite every site whose pairs always fit its bank; return those sites."""
+    """Rewrite every site whose pairs always fit its bank; return those sites.
+
+    `on_device` are the layers whose slots the device can decide. It does where every site of the graph is rewritten
+    here: one that goes to `waves` takes all layers back to the host, in the middle of the graph.
+    """
     done = [site for site in sites if site.pairs is not None and site.pairs <= banks[site.layer].slots]
-    on_device = on_device and len(done) == len(sites)  # it decides for all layers or for none
+    by_device = on_device if len(done) == len(sites) else ()
     for site in done:
-        slots_P = _fetch(graph, site, on_device)
+        slots_P = _fetch(graph, site, site.layer in by_device)
         _read_bank(graph, site, banks[site.layer], slots_P)
     return done
 
 
-def _fetch(graph: Graph, site: Site, on_device: bool) -> Node:
+def _fetch(graph: Graph, site: Site, by_device: bool) -> Node:
     """Ask for the rows as early as the ids allow; return the slots in the order of the readers' ids."""
     with graph.inserting_after(site.ids):
-        added = [graph.call_function(ops.place if on_device else ops.fetch, (site.ids, site.bank))]
-    if not on_device:
+        added = [graph.call_function(ops.place if by_device else ops.fetch, (site.ids, site.bank))]
+    if not by_device:
         with graph.inserting_after(added[0]):
             added.append(graph.call_function(ops.wait, (added[0], site.bank)))
     slots_P = added[-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -177,25 +178,28 @@ def test_a_step_that_is_interrupted_leaves_no_slot_with_another_row(kernel):
     model.moe_offload.close()
 
 
-def test_the_device_decides_by_itself_where_it_is_a_gpu_and_all_rows_are_in_ram():
-    assert on_device(OffloadConfig(), ["host", "host"], "cuda:0")
-    assert not on_device(OffloadConfig(), ["host", "disk"], "cuda:0")
-    assert not on_device(OffloadConfig(policy="lru"), ["host"], "cuda:0")
-    assert not on_device(OffloadConfig(), ["host"], "cpu")
+def test_the_device_decides_by_itself_where_it_is_a_gpu_that_can_read_the_rows():
+    def by(settings, tiers, device, slots=4):
+        return on_device(settings, [SimpleNamespace(num_experts=8)] * 2, [slots] * 2, tiers, device)
+
+    assert by(OffloadConfig(), ["host", "host"], "cuda:0") == [True, True]
+    assert by(OffloadConfig(), ["host", "disk"], "cuda:0") == [True, False]
+    assert by(OffloadConfig(), ["host", "disk"], "cuda:0", slots=8) == [True, True], "every row has a slot"
+    assert by(OffloadConfig(policy="lru"), ["host", "host"], "cuda:0") == [False, False]
+    assert by(OffloadConfig(), ["host", "host"], "cpu") == [False, False]
 
 
 @pytest.mark.parametrize(
-    ("settings", "where", "says"),
+    ("settings", "says"),
     [
-        (DEVICE, "disk", "rest on disk"),
-        (replace(DEVICE, policy="lru"), "cpu", "not 'lru'"),
-        (replace(DEVICE, lookahead=True), "cpu", "lookahead"),
+        (replace(DEVICE, policy="lru"), "not 'lru'"),
+        (replace(DEVICE, lookahead=True), "lookahead"),
     ],
 )
-def test_what_the_device_cannot_do_is_refused_before_anything_is_changed(settings, where, says):
+def test_what_the_device_cannot_do_is_refused_before_anything_is_changed(settings, says):
     model = build(QWEN, num_hidden_layers=1)
     with pytest.raises(ConfigError, match=says):
-        offload(model, config=settings, device_map=where)
+        offload(model, config=settings, device_map="cpu")
     assert say(model).numel() and not hasattr(model, "moe_offload")
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -42,11 +43,21 @@ class Lane(threading.Thread):
 class SlowStreams:
     def __init__(self, delay_s=SLOW_S):
         self.compute, self.beside, self.delay_s = Lane(), Lane(), delay_s
+        self.is_current, self.captures = False, False
 
     def pin(self, buffer):
         pass
 
     unpin = pin
+
+    @contextmanager
+    def current(self):
+        before, self.is_current = self.is_current, True
+        yield
+        self.is_current = before
+
+    def capturing(self):
+        return self.captures
 
     def drain(self):
         self.finish(self.beside.launch(lambda: None))

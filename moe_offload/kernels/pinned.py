@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,28 +19,39 @@ from ..sizes import format_size
 logger = logging.getLogger("moe_offload")
 PIECE_BYTES = 1 << 30  # registered at a time: a limit is met after most of it, not before all of it
 PORTABLE_MAPPED = 1 | 2  # for every context, and with an address on the device
-_warned = False
 
 
-def pin(rows: Tensor) -> bool:
-    """Register `rows` (uint8 [E, row_bytes], contiguous, page-aligned), whole rows at a time; say whether all are.
+def pin_layers(rows_EN: Mapping[int, Tensor], device: str) -> frozenset[int]:
+    """Pin the rows of each layer, for `device`; return the layers whose rows all are. Warns once of those that are not.
 
-    Warns once where the system allows no more. What was registered stays so until `unpin`.
+    Other layers may be pinned in part: what of it was registered stays so until `unpin`, and is copied faster.
     """
-    global _warned
-    for piece in _pieces(rows):
-        error = _register(piece)
-        if error:
-            if not _warned:
-                _warned = True
-                done = piece.data_ptr() - rows.data_ptr()
-                logger.warning(
-                    "CUDA could pin %s of %s of host memory and no more (%s): the rest is copied more slowly, and the "
-                    "host decides which experts are in the slots. Raise the memlock limit (ulimit -l), or free RAM",
-                    format_size(done), format_size(rows.nbytes), error,
-                )  # fmt: skip
-            return False
-    return True
+    with torch.cuda.device(device):
+        errors = {layer: pin(rows) for layer, rows in rows_EN.items()}
+    refused = [layer for layer, error in errors.items() if error]
+    if refused:
+        size = format_size(sum(rows_EN[layer].nbytes for layer in refused))
+        logger.warning(
+            "CUDA could pin the rows of %d of %d layers in RAM (%s): the other %s are copied more slowly, and there "
+            "the host decides which experts are in the slots. Raise the memlock limit (ulimit -l), or free RAM",
+            len(errors) - len(refused), len(errors), errors[refused[0]], size,
+        )  # fmt: skip
+    return frozenset(errors) - frozenset(refused)
+
+
+def unpin_layers(rows_EN: Mapping[int, Tensor], device: str) -> None:
+    """Undo `pin_layers`. Nothing may be copying from there any more."""
+    with torch.cuda.device(device):
+        for rows in rows_EN.values():
+            unpin(rows)
+
+
+def pin(rows: Tensor) -> str:
+    """Register `rows` (uint8 [E, row_bytes], contiguous, page-aligned), whole rows at a time; '' or what went wrong.
+
+    What was registered stays so until `unpin`.
+    """
+    return next((error for piece in _pieces(rows) if (error := _register(piece))), "")
 
 
 def unpin(rows: Tensor) -> None:

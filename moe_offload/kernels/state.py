@@ -83,6 +83,7 @@ class DeviceState:
         return replace(
             known,
             events=known.events + events,
+            by_device=known.by_device + events,
             tokens=known.tokens + (sum(counts) - sum(known.counts)) // top_k,
             hits=known.hits + hits,
             misses=known.misses + misses,

@@ -35,6 +35,8 @@ class Counts(_Part):
     ahead: Count
     late: Count
     wasted_bytes: Count
+    events: Count = 0
+    by_device: Count = 0
 
     @property
     def requests(self) -> int:
@@ -52,13 +54,14 @@ class Counts(_Part):
 
 
 class LayerNow(Counts):
-    """One MoE layer: `resident` of its `experts` are in its `slots`."""
+    """One MoE layer: `resident` of its `experts` are in its `slots`. `decides` is who does in decode steps."""
 
     name: Text
     experts: Count
     slots: Count
     resident: Count
     row_bytes: Count
+    decides: Text = "host"
 
 
 class Snapshot(Counts):

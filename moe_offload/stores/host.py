@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,11 +21,16 @@ PART_BYTES = 2 << 20
 class HostStore:
     """`rows[layer]` is a contiguous uint8 tensor `[E, row_bytes]` on the CPU; `[0, row_bytes]` for a layer not held.
 
-    `pinned`: whether a GPU can read all of them by itself. `release` is called once, before the memory is given back.
+    `pinned` are the layers that a GPU can read by itself. `release` is called once, before the memory is given back.
     """
 
-    def __init__(self, rows: Sequence[torch.Tensor], pinned: bool = False, release: Callable[[], None] = lambda: None):
-        self.pinned, self._release = pinned, release
+    def __init__(
+        self,
+        rows: Sequence[torch.Tensor],
+        pinned: Collection[int] = (),
+        release: Callable[[], None] = lambda: None,
+    ):
+        self.pinned, self._release = frozenset(pinned), release
         self._rows: list[torch.Tensor] | None = list(rows)
         self._counts = [layer.shape[0] for layer in rows]
         self._row_bytes = [layer.shape[1] for layer in rows]

@@ -13,7 +13,7 @@ import torch
 from transformers import StaticCache
 
 import moe_offload
-from moe_offload import OffloadConfig
+from moe_offload import OffloadConfig, OffloadError
 from moe_offload.experts import find_experts
 from moe_offload.families.tiny import build
 from moe_offload.measure import costs, layer_shapes
@@ -34,7 +34,8 @@ def fresh_dynamo():
 
 
 def on_gpu(family, dtype=torch.float32, **sizes):
-    return build(family, num_hidden_layers=2, **sizes).to("cuda", dtype).eval()
+    layers = 3 if family == "deepseek_v3" else 2  # its first one has no experts
+    return build(family, num_hidden_layers=layers, **sizes).to("cuda", dtype).eval()
 
 
 def offloaded(family, settings, residency=0.5, dtype=torch.float32, where="cpu", **sizes):
@@ -42,6 +43,8 @@ def offloaded(family, settings, residency=0.5, dtype=torch.float32, where="cpu",
     banks = find_experts(model)
     budget = budget_for(residency, layer_shapes(banks), costs(model, banks, settings))
     rows = {"": 0, "model.layers.*.mlp.experts": where}
+    if where == "mixed":
+        rows = {"": 0, banks[0].name: "cpu", banks[1].name: "disk"}
     return moe_offload.optimize(model, budget, device_map=rows, config=settings)
 
 
@@ -56,10 +59,8 @@ def logits_of(model, ids):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("settings", [DEVICE, HOST], ids=["device", "host"])
-@pytest.mark.parametrize("where", ["cpu", "disk"])
+@pytest.mark.parametrize("where", ["cpu", "disk", "mixed"])
 def test_tokens_are_those_of_the_resident_model(family, settings, where):
-    if (where, settings.decide) == ("disk", "device"):
-        pytest.skip("a GPU cannot read a disk by itself")
     plain = on_gpu(family)
     want = say(plain)
     model = offloaded(family, settings, where=where)
@@ -67,7 +68,63 @@ def test_tokens_are_those_of_the_resident_model(family, settings, where):
     assert torch.equal(got, want)
     # The kernels are not those of the resident model: sums in another order.
     torch.testing.assert_close(logits_of(model, want), logits_of(plain, want), rtol=1e-4, atol=1e-4)
-    assert model.moe_offload.stats().misses > 0
+    stats = model.moe_offload.stats()
+    assert stats.misses > 0
+    by_device = settings.decide == "device"
+    assert [row["decides"] == "device" for row in stats.layers] == [
+        by_device and where != "disk",
+        by_device and where == "cpu",
+    ]
+    assert (stats.by_device > 0) == (by_device and where != "disk")
+    model.moe_offload.close()
+
+
+@pytest.mark.parametrize("compile", ["graph", "inductor"])
+def test_batches_are_decided_by_the_device(compile):
+    plain = on_gpu("qwen3_moe")
+    model = offloaded("qwen3_moe", replace(DEVICE, compile=compile), residency=0.75)
+    for sequences in (2, 3, 2):
+        ids = torch.cat([IDS + i for i in range(sequences)]).cuda()
+        mask = torch.ones_like(ids)
+        mask[1, :3] = 0
+        options = {"attention_mask": mask, "max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+        before = model.moe_offload.stats()
+        assert torch.equal(model.generate(ids, **options), plain.generate(ids, **options)), sequences
+        assert (model.moe_offload.stats() - before).by_device == 2 * 23
+    model.moe_offload.close()
+
+
+def test_where_every_expert_has_a_slot_the_device_decides():
+    model = offloaded("qwen3_moe", DEVICE, residency=1.0, where="disk")
+    assert torch.equal(say(model), say(on_gpu("qwen3_moe")))
+    assert model.moe_offload.stats().by_device == 2 * 23
+    model.moe_offload.close()
+
+
+@pytest.mark.parametrize("where", ["cpu", "mixed"])
+def test_a_capture_that_needs_the_host_is_refused_and_leaves_nothing_behind(where):
+    model = offloaded("qwen3_moe", DEVICE, where=where)
+    ids = IDS.cuda()
+    side = torch.cuda.Stream()
+    with pytest.raises(OffloadError, match="captured"), torch.no_grad(), torch.cuda.stream(side):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side):
+            model(ids)
+    torch.cuda.synchronize()
+    assert torch.equal(say(model), say(on_gpu("qwen3_moe")))
+    model.moe_offload.close()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_model_on_the_second_gpu_launches_there():
+    model = build("qwen3_moe", num_hidden_layers=2).to("cuda:1").eval()
+    want = model.generate(IDS.to("cuda:1"), max_new_tokens=24, do_sample=False, pad_token_id=0).cpu()
+    banks = find_experts(model)
+    budget = budget_for(0.5, layer_shapes(banks), costs(model, banks, DEVICE))
+    model = moe_offload.optimize(model, budget, device_map={"": 1, "model.layers.*.mlp.experts": "cpu"}, config=DEVICE)
+    assert torch.cuda.current_device() == 0
+    got = model.generate(IDS.to("cuda:1"), max_new_tokens=24, do_sample=False, pad_token_id=0).cpu()
+    assert torch.equal(got, want) and model.moe_offload.stats().by_device == 2 * 23
     model.moe_offload.close()
 
 
@@ -165,7 +222,7 @@ def test_what_was_pinned_is_given_back():
         model.moe_offload.close()
         assert not rows.is_pinned()
     fresh = torch.zeros(2, 4096, dtype=torch.uint8)
-    assert pinned.pin(fresh) and torch.equal(pinned.device_view(fresh, "cuda:0").cpu(), fresh)
+    assert pinned.pin(fresh) == "" and torch.equal(pinned.device_view(fresh, "cuda:0").cpu(), fresh)
     pinned.unpin(fresh)
 
 

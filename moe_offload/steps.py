@@ -1,0 +1,67 @@
+"""Decode steps of several sequences, where the device decides: one compiled function for each number of sequences.
+
+Compiled once for all shapes, two sequences or more are a symbol, and the token-expert pairs of a layer no constant of
+the graph; only the host can serve such a layer (`passes.waves`). So each number of sequences gets a function, and with
+it code of its own, in which it is a constant. Dynamo counts recompilations per code, so none takes another's share.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("moe_offload")
+
+SIZES = 8  # numbers of sequences with a function each: to compile one takes seconds, and its graph stays
+
+
+class Steps:
+    """`make` compiles the model's call anew. At most `most` sequences fit the slots of every layer: more are not for
+    the device, and 0 is none."""
+
+    def __init__(self, make: Callable[[], Callable[..., Any]], most: int):
+        self._make, self._most = make, most
+        self._of: dict[int, Callable[..., Any]] = {}
+        self._warned = False
+
+    def find(self, sequences: int, tokens: int) -> Callable[..., Any] | None:
+        """What runs a forward of so many sequences of so many tokens each; None where it needs nothing of its own."""
+        if tokens != 1 or not 1 < sequences <= self._most:
+            return None
+        if sequences not in self._of:
+            if len(self._of) == SIZES:
+                self._warn(sequences)
+                return None
+            self._of[sequences] = _with_constant_size(self._make())
+        return self._of[sequences]
+
+    def _warn(self, sequences: int) -> None:
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "a decode step of %d sequences: %s already have graphs of their own, which is as many as there are; "
+                "the host decides for all others, which is slower. Keep to a few sizes of batch",
+                sequences, ", ".join(map(str, self._of)),
+            )  # fmt: skip
+
+
+def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that say how many sequences a forward is given, and of how many tokens."""
+    return [x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if isinstance(x, Tensor)]
+
+
+def _with_constant_size(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # A view each: the mark is a property of the object, and the caller's own may go to other graphs as well.
+        views = {id(x): x.detach() for x in given(args, kwargs)}
+        for view in views.values():
+            torch._dynamo.mark_static(view, 0)
+        return compiled(
+            *(views.get(id(x), x) for x in args), **{name: views.get(id(x), x) for name, x in kwargs.items()}
+        )
+
+    return call
