@@ -87,7 +87,7 @@ def tile_table(slots_P: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return so_far_P[-1:], torch.searchsorted(so_far_P, numbers + 1, out_int32=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])  # it is another for every prompt
 def _grouped_mm(
     x_PH,
     weight_SHO,
