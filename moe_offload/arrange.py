@@ -92,7 +92,7 @@ def arrange(
     plans = {}
     for device in with_experts:
         ours = [bank for bank, spot in zip(banks, found, strict=True) if spot.device == device]
-        whole = costs(model, banks, settings)
+        whole = costs(model, banks, settings, device)
         share = replace(
             whole,
             dense_bytes=dense.get(device, 0),

@@ -72,9 +72,10 @@ class ModuleCore:
         return out
 
 
-def serve_few_pairs(device: str) -> None:
-    """Matrix products of decode steps by the kernels of `device`."""
-    backend.serve_few_pairs(KERNELS[device.partition(":")[0]]().indexed_mm)
+def serve_products(device: str) -> None:
+    """Matrix products by the kernels of `device`."""
+    kernels = KERNELS[device.partition(":")[0]]()
+    backend.serve_products(kernels.indexed_mm, kernels.grouped_mm)
 
 
 def choose_implementation(banks: Sequence[ExpertBank], wanted: str) -> str:
