@@ -6,7 +6,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -59,6 +59,12 @@ class InstantStreams:
 
     def send(self, values):
         return values.clone()
+
+    def current(self):
+        return nullcontext()
+
+    def capturing(self):
+        return False
 
 
 class SlowStreams:
