@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from . import progress
 from .advise import Advisor
 from .errors import OffloadError
+from .links import Scope
 from .measure import PROMPT_TOKENS
+from .retry import Retry
 from .runtime import Runtime
 
 logger = logging.getLogger("moe_offload")
@@ -34,20 +36,11 @@ ADAPTED = (
 _numbers = itertools.count()
 
 
-class Scope:
-    """Whether our own backend is running the model. One per model, written under its lock; Dynamo guards on it."""
-
-    def __init__(self) -> None:
-        self.active = False
-
-
 class Call:
     """What `model(...)` runs: one forward at a time, without gradients, inside our scope."""
 
-    def __init__(
-        self, model: nn.Module, runtime: Runtime, scope: Scope, compiled: Callable[..., Any], advisor: Advisor
-    ):
-        self.model, self.runtime, self.scope, self.compiled = model, runtime, scope, compiled
+    def __init__(self, model: nn.Module, runtime: Runtime, scope: Scope, run: Retry, advisor: Advisor):
+        self.model, self.runtime, self.scope, self.run = model, runtime, scope, run
         self.advisor = advisor
         modules = [(module, layer.bank.name) for layer in runtime.layers for module in layer.bank.modules]
         self.places = [
@@ -77,7 +70,7 @@ class Call:
             begun_s = time.perf_counter()
             self.scope.active = True
             try:
-                output = self.compiled(*args, **kwargs)
+                output = self.run(sequences, tokens, args, kwargs)
                 self.runtime.check_ids()
                 self.advisor.ended(sequences * tokens, time.perf_counter() - begun_s)
                 return output

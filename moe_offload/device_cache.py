@@ -95,6 +95,11 @@ class DeviceCache:
             self.arrivals.abort()
         self.state.push(self.arrivals.cache)
 
+    def resize(self) -> None:
+        """The host's cache has another number of slots. To be called while the host decides: it knows all there is."""
+        cache = self.arrivals.cache
+        self.state = DeviceState.empty(cache.num_experts, cache.slots, self.device, self.state.totals_4)
+
     def counters(self) -> Counters:
         bank = self.arrivals.bank
         return self.state.counters(self.arrivals.cache.counters, bank.top_k, bank.layout.row_bytes)

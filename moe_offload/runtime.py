@@ -41,6 +41,11 @@ class Runtime:
         self.closed = False
         self._stores, self._transfer = stores, transfer
 
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """Of each layer, now."""
+        return tuple(layer.cache.slots for layer in self.layers)
+
     def check_open(self) -> None:
         if self.closed:
             raise closed("this model")

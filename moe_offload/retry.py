@@ -1,0 +1,97 @@
+"""One forward; and where the device runs out of memory, once more with fewer slots, if that can be exact.
+
+A forward that failed half way may have added to its KV cache. It is run again only where that has been taken back
+(`kv_state.py`); else its caller, who has the tokens, has to begin anew. The layers that had been asked count those
+requests twice, as does the policy: that costs slots their order for a while, never a token.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .errors import OffloadError
+from .kv_state import remember
+from .measure import PROMPT_TOKENS
+from .runtime import Runtime
+from .shrink import shrink
+from .sizes import format_size
+
+logger = logging.getLogger("moe_offload")
+ADVICE = (
+    "give the model a smaller budget, or one that counts what it is used for (kv_tokens for the whole context), or "
+    f"read prompts in pieces: generate(..., prefill_chunk_size={PROMPT_TOKENS})"
+)
+
+
+class Retry:
+    """What runs the forwards of one model. `compile_anew` returns the compiled model, without any graph as yet."""
+
+    def __init__(self, runtime: Runtime, compile_anew: Callable[[], Callable[..., Any]]):
+        self.runtime, self.compile_anew = runtime, compile_anew
+        self.compiled = compile_anew()
+
+    def __call__(self, sequences: int, tokens: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The output of a forward of so many `tokens` in each of the `sequences`."""
+        take_back = remember((args, kwargs), tokens)
+        try:
+            return self.compiled(*args, **kwargs)
+        except BaseException as error:
+            failed = _out_of_memory(error)
+            if failed is None:
+                raise
+        _forget(failed)
+        self.compiled = self.compile_anew()
+        before = self.runtime.slots
+        freed = shrink(self.runtime)
+        if not freed:
+            raise _advised(failed, "and no layer has a slot to spare")
+        given = (
+            f"{format_size(freed)} of expert slots were given back ({_range(self.runtime.slots)} instead of "
+            f"{_range(before)} in each layer)"
+        )
+        if take_back is None or not take_back():
+            raise OffloadError(
+                f"the device ran out of memory in a forward of {sequences * tokens} tokens. {given}, but its KV cache "
+                f"cannot be put back to what it was, so call generate(...) again, with a new cache. To avoid it, "
+                f"{ADVICE}."
+            ) from failed
+        logger.warning(
+            "the device ran out of memory in a forward of %d tokens: %s, and it is run again. From now on fewer "
+            "experts are found in slots. To avoid it, %s",
+            sequences * tokens, given, ADVICE,
+        )  # fmt: skip
+        try:
+            return self.compiled(*args, **kwargs)
+        except BaseException as error:
+            again = _out_of_memory(error)
+            if again is None:
+                raise
+        raise _advised(again, f"a second time, after {given}")
+
+
+def _out_of_memory(error: BaseException) -> torch.OutOfMemoryError | None:
+    """What the device's allocator raised; perhaps while a graph was compiled, in Dynamo's wrapping."""
+    inner = getattr(error, "inner_exception", error)
+    return inner if isinstance(inner, torch.OutOfMemoryError) else None
+
+
+def _forget(error: BaseException) -> None:
+    """Let go of all that the failed forward had computed: an error holds the frames it went through."""
+    one: BaseException | None = error
+    while one is not None:
+        traceback.clear_frames(one.__traceback__)
+        one = one.__cause__ or one.__context__
+
+
+def _advised(error: torch.OutOfMemoryError, what: str) -> torch.OutOfMemoryError:
+    error.args = (f"{error}\nmoe_offload: the device ran out of memory, {what}. To avoid it, {ADVICE}.",)
+    return error
+
+
+def _range(slots: Sequence[int]) -> str:
+    return f"{min(slots)}" if min(slots) == max(slots) else f"{min(slots)} to {max(slots)}"
