@@ -132,6 +132,16 @@ class DeviceCache:
         if -1 in cache.slot_of:
             raise AssertionError(f"{arrivals.bank.name}: {cache.slots} slots do not hold {cache.num_experts} experts")
 
+    @property
+    def readable(self) -> bool:
+        """Whether the device can go on by itself: it reads the rows, or has them all."""
+        return self.rows_EN is not None or self.arrivals.cache.slots == self.arrivals.cache.num_experts
+
+    def resize(self) -> None:
+        """The host's cache has another number of slots. To be called while the host decides: it knows all there is."""
+        cache = self.arrivals.cache
+        self.state = DeviceState.empty(cache.num_experts, cache.slots, self.device, self.state.totals_4)
+
     def counters(self) -> Counters:
         bank = self.arrivals.bank
         return self.state.counters(self.arrivals.cache.counters, bank.top_k, bank.layout.row_bytes)

@@ -77,9 +77,9 @@ class LayerRuntime:
     ):
         self.bank, self.store = bank, store
         self.lock = lock or threading.RLock()  # that of the model: its layers share the scratch rows
+        self.device, self.poison = scratch.raw.device, poison
         cache = LayerCache(bank.num_experts, slots, policy, bank.name)
-        rows = Rows(slots, bank.layout.row_bytes, bank.layout.dtype, poison, device=scratch.raw.device)
-        self.arrivals = Arrivals(bank, cache, rows, scratch, store, transfer, poison)
+        self.arrivals = Arrivals(bank, cache, self._rows(slots), scratch, store, transfer, poison)
         self.following: Arrivals | None = None  # for which rows are read ahead; set by `Runtime`
         self.guesses = Guesses()  # of the model; set by `Runtime`
         self.recorder: Recorder | None = None  # of the model, while its trace is recorded
@@ -192,11 +192,27 @@ class LayerRuntime:
         if self.deciding is not None:
             self.deciding.take_over(sizes)
 
+    def empty(self) -> None:
+        """Wait for what is under way, and give the slots back with all that is in them. Then `hold`, or `release`."""
+        self.arrivals.abort()
+        self.arrivals.slots = NOTHING
+
+    def hold(self, slots: int) -> None:
+        """So many slots, all empty."""
+        self.arrivals.slots = self._rows(slots)
+        self.cache.resize(slots)
+        if self.device_cache is not None:
+            self.device_cache.resize()
+
     def release(self) -> None:
         """Give the memory back. Nothing may be on its way any more."""
         self.module_core = self.device_cache = self.deciding = None
         self.arrivals.slots = self.arrivals.scratch = NOTHING
         self.arrivals.shared.release()
+
+    def _rows(self, slots: int) -> Rows:
+        layout = self.bank.layout
+        return Rows(slots, layout.row_bytes, layout.dtype, self.poison, device=self.device)
 
     def _event(self, ids_P: Tensor) -> tuple[list[int], Counter[int]]:
         """The ids of one event, checked and counted; what is on its way for it has been claimed.

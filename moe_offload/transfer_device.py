@@ -132,6 +132,13 @@ def free_bytes(device: str) -> int:
     return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
+def release_unused(device: str) -> None:
+    """Give back what torch keeps for reuse: a block that is to be larger than any that is free needs new memory."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+
+
 @dataclass
 class Staging:
     """One pinned buffer, and the end of the last copy out of it."""

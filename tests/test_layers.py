@@ -43,7 +43,7 @@ LAYERS = [
     ),
     Layer("runtime", "layer_runtime runtime prewarm assemble"),
     Layer("engine", "backend handle live.take metrics notebook advise loading outline open_stores pack_streams"),
-    Layer("model", "install call steps saving refusals record pack forecasting"),
+    Layer("model", "install call steps links retry kv_state shrink saving refusals record pack forecasting"),
     Layer("api", "api"),
     Layer(
         "front",
