@@ -41,12 +41,13 @@ class Deciding:
 
     def take_over(self, sizes: Collection[int]) -> None:
         """The device decides from now on; its events have so many pairs."""
+        first = self.caches[0].arrivals
         if not self._prepared.issuperset(sizes):
+            first.transfer.refuse_capture(first.bank.name)
             for cache in self.caches:
                 cache.prepare(sizes)
             self._prepared.update(sizes)
         if not self.now:
-            first = self.caches[0].arrivals
             first.transfer.refuse_capture(first.bank.name)
             first.shared.drop()  # read ahead for what the device may load itself
             for cache in self.caches:
