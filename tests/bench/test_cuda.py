@@ -91,7 +91,8 @@ def test_the_link_is_measured_by_row(monkeypatch):
 
 def answered(side: str, token_s: float, **decode: float) -> Measured:
     counters = {"hits": 3, "misses": 1, "bytes_read": 0, "stall_s": 0.0, **decode}
-    answer = {"ttft_s": 2.0, "decode_s": 4 * token_s, "tokens": [1] * 5, "decode": counters, "prefill": counters}
+    answer = {"ttft_s": 2.0, "decode_s": 4 * token_s, "tokens": [1] * 5, "decode": counters}
+    answer["prefill"] = {**counters, "bytes_read": 0}
     slots = [8] if side.startswith("ours") else None
     answer["used"] = [[[0, 1, 2, 3], *[[0, 1, 2, 3]] * 4]] if slots else None
     return Measured(side, [answer], roofs=[100.0], loaded={"load_s": 1.0, "slots": slots, "routing": None})

@@ -53,7 +53,7 @@ def test_the_routers_own_ids_pass_and_are_noted():
 
 
 def test_a_step_launches_what_reads_its_place_on_the_device():
-    """A step that is recorded reads the place in which the next one finds it: nothing of it is a constant of the host."""
+    """Recorded and replayed, a step finds its place on the device: nothing of it is a constant of the host's."""
     recorded = trace()
     routing = Routing(recorded, [K], tokens=8, device="cpu")
     routing.seek(0, 8)
