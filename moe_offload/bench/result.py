@@ -11,22 +11,57 @@ from typing import Any
 import psutil
 
 from ..belady import belady_hits
+from .link import fastest
 from .workload import Measured, Workload
+
+#: Device -> the ratios of its result, and what they are.
+RATIOS = {
+    "cpu": {
+        "decode_over_roof": "decode, time over max(resident, missed bytes / disk)",
+        "prefill_over_roof": "prefill, time over max(resident, missed bytes / disk)",
+        "speedup_over_accelerate_disk": "decode, times accelerate's disk offload",
+        "speedup_over_mmap": "decode, times plain mmap",
+        "read_bandwidth_over_raw": "our reads over raw reads of the same size and depth",
+    },
+    "cuda": {
+        "decode_over_roof": "decode, time over max(resident, missed bytes / link)",
+        "prefill_over_roof": "prefill, time over max(resident, missed bytes / link)",
+        "share_of_resident_speed": "decode, share of the resident model's speed",
+        "miss_traffic_over_link": "decode, missed bytes/s over the link",
+        "speedup_over_accelerate_cpu": "decode, times accelerate's CPU offload",
+        "speedup_over_ours_host": "decode, times ours where the host decides",
+    },
+}
+SPEEDUPS = {
+    "speedup_over_accelerate_disk": "accelerate",
+    "speedup_over_accelerate_cpu": "accelerate",
+    "speedup_over_mmap": "mmap",
+    "speedup_over_ours_host": "ours-host",
+}
 
 
 def _token_s(answer: dict[str, Any]) -> float:
     return float(answer["decode_s"] / max(len(answer["tokens"]) - 1, 1))
 
 
-def result_of(work: Workload, measured: dict[str, Measured], together: bool) -> dict[str, Any]:
+def result_of(
+    work: Workload, measured: dict[str, Measured], together: bool, link: dict[str, float] | None
+) -> dict[str, Any]:
+    """`link`: what the link of a GPU gave, in bytes/s; None on a CPU, where each answer has a roof of its own."""
     plan = work.plan
     ours, resident = measured.get("ours"), measured.get("resident")
     rows = [_row(one, work) for one in measured.values()]
-    bandwidth = statistics.median([roof for one in measured.values() for roof in one.roofs] or [0.0])
+    if link is None:
+        disk = statistics.median([roof for one in measured.values() for roof in one.roofs] or [0.0])
+        roofs: dict[str, Any] = {"disk_bytes_per_s": disk}
+    else:
+        roofs = {f"{name}_bytes_per_s": link[name] for name in ("copy_engine", "kernel")}
+        roofs["link_bytes_per_s"] = fastest(link)
     return {
         "model": str(work.folder),
         "date": datetime.date.today().isoformat(),
-        "machine": machine(),
+        "machine": machine(work.device),
+        "device": work.device,
         "budget_bytes": plan.budget_bytes,
         "residency": plan.residency,
         "row_bytes": max(layer.row_bytes for layer in plan.layers),
@@ -40,7 +75,7 @@ def result_of(work: Workload, measured: dict[str, Measured], together: bool) -> 
         "tokens_of": next(iter(measured)),
         "tokens_differ": _differing(list(measured.values())),
         "rows": rows,
-        "roofs": {"disk_bytes_per_s": bandwidth, "resident_token_s": resident and resident.median(_token_s)},
+        "roofs": {**roofs, "resident_token_s": resident.median(_token_s) if resident and resident.answers else None},
         "ratios": _ratios(work, measured),
     }
 
@@ -63,7 +98,7 @@ def _row(one: Measured, work: Workload) -> dict[str, Any]:
         "peak_bytes": one.peak_over_baseline,
         "load_s": one.loaded["load_s"],
     }
-    if one.side == "ours":
+    if one.loaded["slots"] is not None:
         decode = [answer["decode"] for answer in one.answers]
         steps = sum(len(answer["tokens"]) - 1 for answer in one.answers)
         hits, misses = (sum(d[name] for d in decode) for name in ("hits", "misses"))
@@ -96,17 +131,12 @@ def _belady(one: Measured) -> float:
 
 
 def _ratios(work: Workload, measured: dict[str, Measured]) -> dict[str, float | None]:
-    """Ours against the roofs and the others. Below 1.0 a roof cannot be; None where a side is missing."""
+    """Ours against the roofs and the others, in the order of RATIOS. Time over a roof cannot be below 1.0.
+
+    None where a side is missing.
+    """
     ours, resident = measured.get("ours"), measured.get("resident")
-    ratios: dict[str, float | None] = dict.fromkeys(
-        (
-            "decode_over_roof",
-            "prefill_over_roof",
-            "speedup_over_accelerate_disk",
-            "speedup_over_mmap",
-            "read_bandwidth_over_raw",
-        )
-    )
+    ratios: dict[str, float | None] = dict.fromkeys(RATIOS[work.device])
     if ours is None or not ours.answers:
         return ratios
     if resident is not None and len(resident.answers) == len(ours.answers):
@@ -116,10 +146,16 @@ def _ratios(work: Workload, measured: dict[str, Measured]) -> dict[str, float | 
             decode.append(_token_s(mine) / max(_token_s(theirs), mine["decode"]["bytes_read"] / steps / roof))
             prefill.append(mine["ttft_s"] / max(theirs["ttft_s"], mine["prefill"]["bytes_read"] / roof))
         ratios |= {"decode_over_roof": statistics.median(decode), "prefill_over_roof": statistics.median(prefill)}
-    for side, name in (("accelerate", "speedup_over_accelerate_disk"), ("mmap", "speedup_over_mmap")):
-        other = measured.get(side)
+        if work.device != "cpu":
+            ratios["share_of_resident_speed"] = resident.median(_token_s) / ours.median(_token_s)
+    for name in (name for name in ratios if name.startswith("speedup_over_")):
+        other = measured.get(SPEEDUPS[name])
         if other is not None and other.answers:
             ratios[name] = other.median(_token_s) / ours.median(_token_s)
+    if work.device != "cpu":
+        ratios["miss_traffic_over_link"] = (
+            ours.median(lambda a: a["decode"]["bytes_read"] / a["decode_s"]) / ours.roofs[0]
+        )
     if ours.reads:
         ratios["read_bandwidth_over_raw"] = statistics.median(
             read / roof for read, roof in zip(ours.reads, ours.roofs, strict=False)
@@ -127,7 +163,7 @@ def _ratios(work: Workload, measured: dict[str, Measured]) -> dict[str, float | 
     return ratios
 
 
-def machine() -> dict[str, Any]:
+def machine(device: str) -> dict[str, Any]:
     """What the figures were measured on."""
     import torch
     import transformers
@@ -140,6 +176,7 @@ def machine() -> dict[str, Any]:
         "cpu": model,
         "cores": psutil.cpu_count(logical=True),
         "memory_bytes": psutil.virtual_memory().total,
+        **({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

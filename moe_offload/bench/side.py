@@ -1,10 +1,12 @@
 """One side of the comparison in its own process: commands come in as JSON lines, answers go out as JSON lines.
 
-python -m moe_offload.bench.side '{"side": "ours", "folder": ..., "budget": ..., "scratch": ..., "routing": ...}'
+python -m moe_offload.bench.side '{"side": "ours", "folder": ..., "budget": ..., "scratch": ..., "routing": ...,
+                                   "tokens": 545, "device": "cpu"}'
 <- {"ready": ..., "baseline_bytes": ...}                       nothing loaded yet: now a limit may be put around it
 -> {"do": "load"}                                              <- {"load_s": ..., "plan": {...}}
 -> {"do": "ask", "prompt": [...], "new_tokens": 32, "row": 0}  <- an Answer, with counters and the ids it used
 -> {"do": "read", "seconds": 1.0, "seed": 1}                   <- {"bandwidth": ...}    ours: rows, nothing computed
+-> {"do": "link", "row_bytes": ...}                            <- {"copy_engine": ..., "kernel": ..., "free_bytes": ...}
 -> {"do": "memory"}                                            <- {"peak_bytes": ...}
 """
 
@@ -23,10 +25,11 @@ import torch
 
 from ..experts import find_experts
 from ..loading import skeleton
-from .contenders import SIDES
-from .limit import peak_bytes, reset_peak, resident_bytes
+from .contenders_cuda import SIDES_ON, STATIC
+from .limit import METERS
+from .link import free_bytes, link_rates
 from .request import ask
-from .routing import install, load_recorded
+from .routing import Routing, install, load_recorded
 
 COUNTERS = ("hits", "misses", "bytes_read", "stall_s")
 
@@ -34,31 +37,36 @@ COUNTERS = ("hits", "misses", "bytes_read", "stall_s")
 class Side:
     """The loaded model, its routing, and what may be asked of it."""
 
-    def __init__(self, side: str, folder: str, budget: int, scratch: str, routing: str | None):
+    def __init__(
+        self, side: str, folder: str, budget: int, scratch: str, routing: str | None, tokens: int, device: str
+    ):
         self.name, self.folder, self.budget = side, Path(folder), budget
+        self.tokens, self.device = tokens, device
         self.scratch, self.routing_file = Path(scratch), routing
         self.model: Any = None
 
     def load(self) -> dict[str, Any]:
-        reset_peak()
+        METERS[self.device].reset()
         begun = time.perf_counter()
-        self.model = SIDES[self.name](self.folder, self.budget, self.scratch)
+        self.model = SIDES_ON[self.device][self.name](self.folder, self.budget, self.scratch)
         load_s = time.perf_counter() - begun
         banks = find_experts(skeleton(self.folder))
         first = banks[0]
         recorded = None
         if self.routing_file is not None:
             recorded = load_recorded(self.routing_file, len(banks), first.num_experts, first.top_k)
-        self.routing = install(self.model, [bank.name for bank in banks], recorded)
+        self.routing = Routing(recorded, [bank.top_k for bank in banks], self.tokens, self.device)
+        install(self.model, [bank.name for bank in banks], self.routing)
         note = recorded.note if recorded else None
         plan = self._handle.plan if self._handle else None
         return {"load_s": load_s, "routing": note, "slots": list(plan.slots) if plan else None}
 
     def ask(self, prompt: list[int], new_tokens: int, row: int) -> dict[str, Any]:
-        self.routing.seek(row)
-        answer = ask(self.model, prompt, new_tokens, self._counters)
-        used = [[sorted(set(ids.reshape(-1).tolist())) for ids in layer] for layer in self.routing.used]
-        return {**dataclasses.asdict(answer), "used": used if self._handle else None}
+        self.routing.seek(row, len(prompt) + new_tokens)
+        options = STATIC if self.device != "cpu" and self.name != "accelerate" else {}
+        answer = ask(self.model, prompt, new_tokens, self._counters, self.device, **options)
+        used = self.routing.used(len(prompt), new_tokens) if self._handle else None
+        return {**dataclasses.asdict(answer), "used": used}
 
     def read(self, seconds: float, seed: int) -> dict[str, Any]:
         """Rows from the store as the engine reads them, into the scratch rows, and nothing else.
@@ -81,8 +89,12 @@ class Side:
                 moved += layer.arrivals.transfer.wait(under_way.pop(0))
         return {"bandwidth": moved / (time.perf_counter() - begun)}
 
+    def link(self, row_bytes: int) -> dict[str, float]:
+        """What this process, with nothing loaded, gets from the link to the device, in bytes/s."""
+        return {"free_bytes": free_bytes(), **link_rates(row_bytes, self.device)}
+
     def memory(self) -> dict[str, Any]:
-        return {"peak_bytes": peak_bytes()}
+        return {"peak_bytes": METERS[self.device].peak()}
 
     @property
     def _handle(self) -> Any:
@@ -110,7 +122,7 @@ def main() -> None:
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
-    say({"ready": True, "baseline_bytes": resident_bytes()})
+    say({"ready": True, "baseline_bytes": METERS[side.device].held()})
     with torch.inference_mode(False), torch.no_grad():
         for line in sys.stdin:
             command = json.loads(line)

@@ -5,33 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 from ..sizes import format_size
+from .result import RATIOS
 
 COLUMNS = (
     "", "tokens/s", "ms/token", "TTFT s", "hits", "Belady", "read/token", "stall ms", "peak memory", "load s", "limit",
 )  # fmt: skip
 
-RATIOS = {
-    "decode_over_roof": "decode, time over max(resident, missed bytes / disk)",
-    "prefill_over_roof": "prefill, time over max(resident, missed bytes / disk)",
-    "speedup_over_accelerate_disk": "decode, times accelerate's disk offload",
-    "speedup_over_mmap": "decode, times plain mmap",
-    "read_bandwidth_over_raw": "our reads over raw reads of the same size and depth",
-}
-
 
 def table(result: dict[str, Any]) -> str:
     machine = result["machine"]
-    roof = result["roofs"]["disk_bytes_per_s"]
+    gpu = f"{machine['gpu']}, " if "gpu" in machine else ""
     head = [
         f"{result['model']}, {result['date']}",
         f"{machine['cpu']}, {machine['cores']} cores, {format_size(machine['memory_bytes'])}, "
-        f"torch {machine['torch']}, transformers {machine['transformers']}",
+        f"{gpu}torch {machine['torch']}, transformers {machine['transformers']}",
         f"budget {format_size(result['budget_bytes'])}: {result['residency']:.0%} of the experts resident, row "
         f"{format_size(result['row_bytes'])}",
         f"{result['requests']} requests of {result['prompt_tokens']} + {result['new_tokens']} tokens "
         f"({result['prompt']}), medians; ours reads {'a packed copy' if result['packed'] else 'the checkpoint itself'}",
         f"routing: {result['routing']}",
-        f"disk roof {format_size(int(roof))}/s; {_agreement(result)}",
+        f"{_roofs(result['roofs'])}; {_agreement(result)}",
         "",
     ]
     grid = [COLUMNS, *(_cells(row) for row in result["rows"])]
@@ -42,7 +35,7 @@ def table(result: dict[str, Any]) -> str:
     ]
     ratios = [
         f"{name:<55}{'not measured' if (r := result['ratios'][key]) is None else f'{r:.2f}':>13}"
-        for key, name in RATIOS.items()
+        for key, name in RATIOS[result["device"]].items()
     ]
     failed = [f"{row['side']} failed: {row['failed']}" for row in result["rows"] if row["failed"]]
     return "\n".join([*head, *lines, "", *ratios, *failed])
@@ -66,6 +59,12 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         show("load_s", ".1f"),
         row["limited"],
     )
+
+
+def _roofs(roofs: dict[str, Any]) -> str:
+    names = {"disk": "disk roof", "copy_engine": "link by copy engine", "kernel": "by the gather kernel"}
+    found = [(name, roofs.get(f"{key}_bytes_per_s")) for key, name in names.items()]
+    return ", ".join(f"{name} {format_size(int(rate))}/s" for name, rate in found if rate is not None)
 
 
 def _agreement(result: dict[str, Any]) -> str:

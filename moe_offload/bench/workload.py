@@ -37,6 +37,7 @@ class Workload:
     new_tokens: int = 32
     requests: int = 3
     packed: bool = False
+    device: str = "cpu"
 
     def effort(self, side: str) -> Effort:
         least = EFFORT.get(side)

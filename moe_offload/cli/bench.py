@@ -35,9 +35,17 @@ def bench(
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Tokens of each prompt.")] = 512,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens decoded after the first.")] = 32,
     requests: Annotated[int, typer.Option("--requests", min=1, help="Requests measured, after one to warm up.")] = 3,
+    device: Annotated[
+        str, typer.Option("--device", help="Where models compute: cpu (experts on disk) or cuda (experts in RAM).")
+    ] = "cpu",
     sides: Annotated[
-        str, typer.Option("--sides", help="What to compare, by commas.")
-    ] = "resident,ours,accelerate,mmap",
+        str | None,
+        typer.Option(
+            "--sides",
+            help="What to compare, by commas: resident,ours,accelerate,mmap (on cuda: ours-host instead of mmap).",
+            show_default="all",
+        ),
+    ] = None,
     packed: Annotated[bool, typer.Option("--packed", help="Ours reads a copy that moe-offload pack has made.")] = False,
     cache: Annotated[
         Path | None, typer.Option("--cache", help="Where synthetic checkpoints and temporary files go.")
@@ -45,8 +53,9 @@ def bench(
     config_file: ConfigFile = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here, too.")] = None,
 ) -> None:
-    """Measure offloading beside the resident model, accelerate's disk offload, plain mmap, and the disk itself."""
+    """Measure offloading beside the resident model, accelerate's offload, plain mmap, and the disk or link itself."""
     from ..bench.command import scratch_folder, workload, write_json
+    from ..bench.contenders_cuda import SIDES_ON
     from ..bench.run import bench as run_bench
     from ..bench.table import table
 
@@ -63,13 +72,14 @@ def bench(
             prompt=prompt,
             cache=cache,
             packed=packed,
+            device=device,
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             requests=requests,
         )
     )
     typer.echo(str(work.plan), err=True)
-    wanted = [side.strip() for side in sides.split(",") if side.strip()]
+    wanted = list(SIDES_ON[device]) if sides is None else [side.strip() for side in sides.split(",") if side.strip()]
     result = or_exit(lambda: run_bench(work, wanted, scratch_folder(cache), lambda line: typer.echo(line, err=True)))
     typer.echo(table(result))
     if json_file is not None:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from moe_offload.bench.roofs import disk_roof
-from moe_offload.bench.routing import Routing, load_recorded
+from moe_offload.bench.routing import load_recorded
 from moe_offload.bench.synthetic import synthetic
 from moe_offload.cli import app
 from moe_offload.errors import CheckpointError, ConfigError
@@ -80,6 +80,8 @@ def test_wrong_requests_are_one_line(cache, tmp_path):
         (["synthetic:tiny", "--residency", "much"], "--residency much"),
         (["synthetic:tiny", "--residency", "50%", "--routing", "absent.npz"], "no such file"),
         (["synthetic:tiny", "--residency", "50%", "--sides", "ours,theirs"], "--sides theirs"),
+        (["synthetic:tiny", "--residency", "50%", "--sides", "ours-host"], "on cpu there are resident, ours, acc"),
+        (["synthetic:tiny", "--residency", "50%", "--device", "tpu"], "--device tpu: there are cpu, cuda"),
     ]:
         done = run(*arguments, "--cache", str(cache))
         assert done.exit_code == 2, (arguments, done.output)
@@ -127,16 +129,6 @@ def test_traces_that_are_none(tmp_path, bad):
     file.write_bytes(b"no zip")
     with pytest.raises(ConfigError, match=r"bad\.npz"):
         load_recorded(file, 2, 8, 2)
-
-
-def test_replay_goes_on_from_call_to_call_and_begins_anew(trace):
-    routing = Routing(load_recorded(trace, 5, 32, 3), layers=5)
-    routing.seek(38)
-    given = torch.zeros((1, 3), dtype=torch.int64)
-    seen = [routing(given, 0) for _ in range(3)]
-    assert routing.recorded is not None
-    assert torch.equal(torch.cat(seen), routing.recorded.ids_TLK[[38, 39, 0], 0])
-    assert [len(calls) for calls in routing.used] == [3, 0, 0, 0, 0]
 
 
 def test_the_disk_roof_counts_bytes(tmp_path):
