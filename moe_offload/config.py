@@ -93,7 +93,7 @@ class OffloadConfig:
         for name, rule in RULES.items():
             value = plain(getattr(self, name))
             if not rule.holds(value):
-                raise ConfigError(f"{name}={value!r} is not accepted: it takes {rule.accepted()}")
+                raise ConfigError(f"{name}={value!r} is not accepted: {rule.refused(value)}")
             object.__setattr__(self, name, value)
 
     def scratch_rows(self, row_bytes: int, device: str = "cpu") -> int:

@@ -11,15 +11,23 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from .errors import ConfigError
+from .placement import device_name
 from .policies import POLICIES
-from .sizes import parse_size
+from .sizes import parse_size, size_problem
 
 
 class Rule(NamedTuple):
-    """What a field accepts: as a test, and in words."""
+    """What a field accepts: as a test, and in words; `wrong` says what is wrong with a value, where there is more to
+    say than that."""
 
     holds: Callable[[Any], bool]
     accepted: Callable[[], str]
+    wrong: Callable[[Any], str | None] = lambda _: None
+
+    def refused(self, value: Any) -> str:
+        """Of a value that is not accepted: what is wrong with it, and what would be right."""
+        wrong = self.wrong(value)
+        return f"{wrong}; it takes {self.accepted()}" if wrong else f"it takes {self.accepted()}"
 
 
 def plain(value: Any) -> Any:
@@ -80,35 +88,61 @@ def _is_reserve(value: Any) -> bool:
         return False
 
 
-def _is_size(value: Any) -> bool:
+def _wrong_size(value: Any) -> str | None:
+    return size_problem(value, total=2**40)
+
+
+def _wrong_device(value: Any) -> str | None:
+    """Which devices this machine has is not asked here: one can plan for others."""
     try:
-        return parse_size(value, total=2**40) >= 1
+        device_name("", value)
     except ConfigError:
-        return False
+        return f"{value!r} is no device"
+    return None
 
 
-def _is_map(value: Any, holds: Callable[[Any], bool]) -> bool:
-    return isinstance(value, dict) and all(
-        (isinstance(key, str) or _is_int(key)) and holds(item) for key, item in value.items()
-    )
+def _wrong_device_map(value: Any) -> str | None:
+    """Which modules there are is for placement.py, which knows the model."""
+    if isinstance(value, str) and "{" not in value:
+        return _wrong_device(value)
+    return _wrong_map(value) or next(filter(None, map(_wrong_device, value.values())), None)
 
 
-def _is_device_map(value: Any) -> bool:
-    # Which names and devices there are is for placement.py, which knows the model.
-    one = value is None or (isinstance(value, str) and "{" not in value)  # else a mapping that could not be read
-    return one or _is_map(value, lambda item: isinstance(item, str) or _is_int(item))
+def _wrong_limits(value: Any) -> str | None:
+    if wrong := _wrong_map(value) or next(filter(None, map(_wrong_device, value)), None):
+        return wrong
+    return next((f"of {device!r}, {wrong}" for device, size in value.items() if (wrong := _wrong_size(size))), None)
+
+
+def _wrong_map(value: Any) -> str | None:
+    if isinstance(value, str) and "{" in value:
+        return "the mapping cannot be read"
+    if not isinstance(value, dict):
+        return "it is no mapping"
+    wrong = [key for key in value if not (isinstance(key, str) or _is_int(key))]
+    return f"{wrong[0]!r} is no key" if wrong else None
+
+
+def _or_none(wrong: Callable[[Any], str | None]) -> Callable[[Any], bool]:
+    return lambda value: value is None or wrong(value) is None
 
 
 #: One rule a field. Functions, so that a policy added to the table later is accepted and named.
 RULES: dict[str, Rule] = {
     "budget": Rule(
-        lambda value: value is None or _is_size(value),
+        _or_none(_wrong_size),
         lambda: 'bytes, a size such as "8GB" or "8GiB", "80%" of the memory available, "auto", or None',
+        _wrong_size,
     ),
-    "device_map": Rule(_is_device_map, lambda: '"auto", "disk", "cpu", a mapping {module: device}, or None'),
+    "device_map": Rule(
+        _or_none(_wrong_device_map),
+        lambda: '"auto", "disk", "cpu", an accelerator (0, "cuda:0"), a mapping {module: device}, or None',
+        _wrong_device_map,
+    ),
     "max_memory": Rule(
-        lambda value: value is None or _is_map(value, _is_size),
+        _or_none(_wrong_limits),
         lambda: 'a mapping {device: size} such as {0: "8GB", "cpu": "60GiB"}, or None',
+        _wrong_limits,
     ),
     "profile": _path("the path of a profile"),
     "policy": Rule(lambda value: isinstance(value, str) and value in POLICIES, lambda: _any_of(POLICIES)),
@@ -124,7 +158,9 @@ RULES: dict[str, Rule] = {
         lambda: 'rows of scratch: "auto", or an integer of 1 or more',
     ),
     "kv_tokens": _at_least(0, "tokens of KV cache"),
-    "reserve": Rule(_is_reserve, lambda: '"auto", bytes (0 for none), or a size such as "1GB" or "512MiB"'),
+    "reserve": Rule(
+        _is_reserve, lambda: '"auto", bytes (0 for none), or a size such as "1GB" or "512MiB"', size_problem
+    ),
     "offload_folder": _path("the path of a folder"),
     "untested": _flag(),
     "poison": _flag(),

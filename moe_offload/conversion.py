@@ -19,13 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.core_model_loading import (
-    Concatenate,
-    ErnieFuseAndSplitTextVisionExperts,
-    Interleave,
-    MergeModulelist,
-    Transpose,
-)
 
 from .errors import UnsupportedModelError
 
@@ -133,6 +126,15 @@ def one_expert_steps(ops: Sequence[Any], shapes: Sequence[Shape], wanted: Shape,
 
 def _one_expert_step(op: Any, tensors: list[Tensor], wanted: Shape, parameter: str) -> Step | None:
     """The one-expert form of `op`, or None where that is to do nothing."""
+    # Not above: it brings torch.distributed.tensor and Dynamo along, seconds that only loading is worth.
+    from transformers.core_model_loading import (
+        Concatenate,
+        ErnieFuseAndSplitTextVisionExperts,
+        Interleave,
+        MergeModulelist,
+        Transpose,
+    )
+
     rank = 1 + tensors[0].dim()
 
     def dim(stacked: int) -> int:

@@ -12,16 +12,19 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from .checkpoint import Headers, TensorRange
+from .checkpoint_folder import is_folder
 from .errors import CheckpointError, UnsupportedModelError
 from .packed import checkpoint_headers
 from .process_memory import trim_heap
+
+if TYPE_CHECKING:  # transformers takes seconds to import: functions do it, once there is something to load
+    from transformers import PreTrainedModel
 
 #: What we need of a Hub repository; never .bin or any other pickle.
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
@@ -41,20 +44,6 @@ class Absent:
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(self.shape, dtype=dtype or self.dtype, device="meta")
-
-
-def is_folder(path_or_id: str | Path) -> bool:
-    """Whether this is a local folder; if not, it is to be looked for on the Hub.
-
-    Raises `CheckpointError` for what can be neither.
-    """
-    path = Path(path_or_id)
-    if path.is_dir():
-        return True
-    if path.exists() or str(path_or_id).startswith((".", "/", "~")) or str(path_or_id).count("/") > 1:
-        found = "found a file" if path.exists() else "there is nothing there"
-        raise CheckpointError(f"{path_or_id}: expected a checkpoint folder (config.json, *.safetensors), {found}")
-    return False
 
 
 def resolve_folder(path_or_id: str | Path, **hub: Any) -> Path:
@@ -78,8 +67,8 @@ def skeleton(
 
     `stored` are the checkpoint's headers, where they are not to be read from the folder.
     """
-    if Path(folder).is_dir() and not (Path(folder) / "config.json").is_file():
-        raise CheckpointError(f"{folder}: there is no config.json in it; give the folder of a checkpoint")
+    from transformers import AutoConfig
+
     try:
         config = AutoConfig.from_pretrained(folder, **config_kwargs)
     except (OSError, ValueError) as error:
@@ -98,6 +87,7 @@ def skeleton(
 def load_dense(folder: Path, meta: Any, expert_keys: frozenset[str], **kwargs: Any) -> nn.Module:
     """The model of `folder` with its dense weights loaded and every tensor of `expert_keys` left on the meta device."""
     from safetensors import safe_open
+    from transformers import GenerationConfig
 
     headers = checkpoint_headers(folder)
     files = {range_.file for key, range_ in headers.items() if key not in expert_keys}

@@ -10,17 +10,20 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 
 from .checkpoint import DTYPES, Headers, TensorRange, index_names
+from .checkpoint_folder import is_folder
 from .errors import CheckpointError
 from .experts import ExpertBank, find_experts
-from .loading import HUB_FILES, is_folder, skeleton
+from .loading import HUB_FILES, skeleton
 from .packed import index_checkpoint
 from .rows import index_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)

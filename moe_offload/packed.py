@@ -17,11 +17,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import safe_open
 
 from .checkpoint import Headers, TensorRange, index_names, read_headers, shard_files
@@ -140,7 +140,7 @@ def _check_layer(file: Path, bank: ExpertBank, found: Any, wanted: dict[str, Any
 
 def _misfit(file: Path, found: str) -> CheckpointError:
     return CheckpointError(
-        f"{file}: its rows are not those of this model under transformers {transformers.__version__}: {found}. Pack "
+        f"{file}: its rows are not those of this model under transformers {version('transformers')}: {found}. Pack "
         "the original checkpoint again (moe-offload pack), or ask for the dtype it was packed in."
     )
 

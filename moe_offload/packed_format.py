@@ -13,10 +13,9 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import transformers
 
 from .checkpoint import DTYPE_NAMES, DTYPES, Headers, TensorRange
 from .experts import ExpertBank
@@ -60,7 +59,7 @@ def rows_metadata(model_type: str, layers: Mapping[str, Any]) -> str:
         {
             "version": VERSION,
             "model_type": model_type,
-            "transformers": transformers.__version__,  # for people: what decides is the recipe
+            "transformers": version("transformers"),  # for people: what decides is the recipe
             "layers": dict(layers),
         }
     )

@@ -5,17 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from .api import from_pretrained
 from .config import OffloadConfig
 from .errors import OffloadError, ProfileError
-from .loading import resolve_folder
 from .profile import Profile
-from .record import record_profile
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CHUNK_TOKENS = 512  # what the budget's reserve makes room for
 
@@ -34,6 +31,10 @@ def record_texts(
     ProfileError for a file that is no UTF-8 text, and what loading raises.
     """
     contents = [_read(path) for path in texts]
+    from .api import from_pretrained  # seconds of torch come after what may be wrong with the texts
+    from .loading import resolve_folder
+    from .record import record_profile
+
     tokenizer = load_tokenizer(model)
     pieces = list(_pieces(tokenizer, contents, max_tokens))
     if not pieces:
@@ -58,6 +59,8 @@ def load_tokenizer(model: str) -> Any:
 
 
 def _pieces(tokenizer: Any, contents: Sequence[str], max_tokens: int | None) -> Iterator[Tensor]:
+    import torch
+
     left = max_tokens if max_tokens is not None else sys.maxsize
     for content in contents:
         ids = tokenizer(content, verbose=False)["input_ids"][:left]  # it warns of long texts; ours go in pieces

@@ -15,15 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    ErnieFuseAndSplitTextVisionExperts,
-    MergeModulelist,
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-)
 
 from .checkpoint import FileStamp, Headers, TensorRange
 from .conversion import Shape, Step, joins_bytes, one_expert_steps
@@ -99,6 +90,9 @@ class _Origin:
 
 def _find_origins(model: nn.Module, headers: Headers, wanted: set[str]) -> dict[str, _Origin]:
     """Group checkpoint keys by the wanted parameter they load into: transformers' own loop, without its tensors."""
+    from transformers.conversion_mapping import get_model_conversion_mapping  # late, as in conversion.py
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
     mapping = get_model_conversion_mapping(model)  # type: ignore[arg-type]
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -146,6 +140,8 @@ def _origin_of(bank: ExpertBank, f: Field, origins: dict[str, _Origin], headers:
 
 def _pieces(bank: ExpertBank, f: Field, parameter: str, origin: _Origin, headers: Headers) -> list[Piece]:
     """Field `f` of every expert of the bank."""
+    from transformers.core_model_loading import ErnieFuseAndSplitTextVisionExperts, MergeModulelist
+
     ops = [] if origin.converter is None else origin.converter.operations
     patterns = [None] if origin.converter is None else origin.converter.source_patterns
     splits = [type(op) is ErnieFuseAndSplitTextVisionExperts for op in ops]

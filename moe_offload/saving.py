@@ -26,8 +26,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.core_model_loading import dot_natural_key, revert_weight_conversion
 
 from .buffers import page_aligned
 from .checkpoint import read_headers
@@ -54,6 +52,8 @@ _REFUSED = {
 
 def save_real_rows(model: nn.Module, runtime: Runtime) -> None:
     """Make state_dict() return real weights in place of stand-ins, and save_pretrained() stream them."""
+    from transformers import PreTrainedModel
+
     for layer in runtime.layers:
         for module in layer.bank.modules:
             module.register_state_dict_post_hook(partial(_real_rows, runtime, layer.bank.index))
@@ -163,6 +163,8 @@ class Saver:
 
     def _expert_entries(self, banks: Sequence[ExpertBank], original_format: bool) -> list[Entry]:
         """Every tensor of experts that is to be written, in the order of layers and experts."""
+        from transformers.core_model_loading import dot_natural_key, revert_weight_conversion
+
         stacked = {
             f"{bank.name}.{field.name}": torch.empty((bank.num_experts, *field.shape), dtype=field.dtype, device="meta")
             for bank in banks

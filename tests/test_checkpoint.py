@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import conversion_mapping
 from transformers.core_model_loading import (
     Chunk,
     Concatenate,
@@ -22,7 +23,6 @@ from transformers.core_model_loading import (
     WeightConverter,
 )
 
-from moe_offload import rows
 from moe_offload.checkpoint import read_headers, shard_files
 from moe_offload.conversion import one_expert_steps, run_steps
 from moe_offload.errors import CheckpointError, UnsupportedModelError
@@ -135,7 +135,7 @@ def test_other_conversions_of_stacked_tensors(ops: list[Any], tmp_path: Path, mo
         state |= {stem + source: part.contiguous() for source, part in zip(sources, parts, strict=True)}
     save_file(state, save(model, tmp_path) / "model.safetensors")
     mapping = [WeightConverter(sources, "experts.gate_up_proj", operations=ops)]
-    monkeypatch.setattr(rows, "get_model_conversion_mapping", lambda _: mapping)
+    monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda _: mapping)
     banks, index = index_of(skeleton("per_expert"), tmp_path)
     assert_holds(DiskStore([bank.layout for bank in banks], index), find_experts(model))
 

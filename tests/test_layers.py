@@ -29,10 +29,10 @@ TORCH_FREE = frozenset({"torch", "transformers", "accelerate", "safetensors"})
 LAYERS = [
     Layer(
         "words",
-        "errors version sizes config config_file config_rules profile profile_stats profile_show typical cache belady "
-        "placement stats new_folder whole_file npz trace recorder timeline chrome_trace strict_json simulate "
-        "simulate.* report report.record report.advice report.charts report.page report.png policies policies.* live "
-        "live.snapshot live.folder live.server live.client live.rates live.screen",
+        "errors version sizes checkpoint_folder config config_file config_rules profile profile_stats profile_show "
+        "typical cache belady placement stats new_folder whole_file npz trace recorder timeline chrome_trace "
+        "strict_json simulate simulate.* report report.record report.advice report.charts report.page report.png "
+        "policies policies.* live live.snapshot live.folder live.server live.client live.rates live.screen",
         never=TORCH_FREE,
     ),
     Layer(

@@ -236,19 +236,20 @@ def test_another_layout_is_refused(change: Any, says: str, packed: Path) -> None
 
 def test_transformers_that_converts_otherwise_is_noticed(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same names, shapes and dtypes, but gate and up the other way round."""
-    import moe_offload.rows as rows
+    from transformers import conversion_mapping
+    from transformers.core_model_loading import WeightConverter
 
-    mapping = rows.get_model_conversion_mapping
+    mapping = conversion_mapping.get_model_conversion_mapping
 
     def swapped(model: Any) -> Any:
         return [
-            rows.WeightConverter(entry.source_patterns[::-1], entry.target_patterns, entry.operations)
-            if isinstance(entry, rows.WeightConverter) and len(entry.source_patterns) == 2
+            WeightConverter(entry.source_patterns[::-1], entry.target_patterns, entry.operations)
+            if isinstance(entry, WeightConverter) and len(entry.source_patterns) == 2
             else entry
             for entry in mapping(model)
         ]
 
-    monkeypatch.setattr(rows, "get_model_conversion_mapping", swapped)
+    monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", swapped)
     with pytest.raises(CheckpointError, match="in another way"):
         moe_offload.from_pretrained(packed, "6MB")
 

@@ -86,7 +86,7 @@ def test_a_part_needs_a_total(text):
 
 
 def test_a_part_of_nothing_is_refused():
-    with pytest.raises(ConfigError, match="less than one byte"):
+    with pytest.raises(ConfigError, match="0 bytes hold nothing"):
         parse_size("auto", total=0)
 
 

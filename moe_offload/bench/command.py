@@ -20,7 +20,7 @@ def workload(
     model: str,
     *,
     budget: str | None,
-    residency: str | None,
+    residency: float | None,
     layers: int | None,
     routing: Path | None,
     prompt: Path | None,
@@ -41,7 +41,7 @@ def workload(
     where = None if device == "cpu" else rows_in_ram(folder)
     if residency is not None:
         whole = make_plan(folder, 2**60, device_map=where)
-        budget = str(budget_for(_share(residency), whole.layers, whole.costs))
+        budget = str(budget_for(residency, whole.layers, whole.costs))
     vocabulary = skeleton(folder).config.get_text_config().vocab_size
     ids = _prompt_ids(folder, prompt, amounts["prompt_tokens"]) if prompt is not None else None
     trace = str(routing) if routing else None
@@ -53,17 +53,6 @@ def scratch_folder(cache: Path | None) -> Path:
     folder = cache or default_cache()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def _share(residency: str) -> float:
-    text = residency.strip()
-    try:
-        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        share = -1.0
-    if not 0 < share <= 1:
-        raise ConfigError(f"--residency {residency}: expected a share of the experts, as 25% or 0.25")
-    return share
 
 
 def _prompt_ids(folder: Path, file: Path, tokens: int) -> Sequence[int]:

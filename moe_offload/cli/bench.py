@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..config import FILE_VARIABLE
-from .options import ConfigFile, or_exit, settings
+from .options import ConfigFile, check_inputs, check_output, or_exit, residency_share, settings, whole
 
 
 def bench(
@@ -25,19 +25,21 @@ def bench(
     residency: Annotated[
         str | None, typer.Option("--residency", help="Instead of --budget: the share of experts kept, as 25%.")
     ] = None,
-    layers: Annotated[int | None, typer.Option("--layers", min=1, help="Layers of a synthetic model.")] = None,
+    layers: Annotated[int | None, typer.Option("--layers", help="Layers of a synthetic model.", **whole(1))] = None,
     routing: Annotated[
         Path | None, typer.Option("--routing", help="Replay the expert ids of this trace (.npz) for every side.")
     ] = None,
     prompt: Annotated[
         Path | None, typer.Option("--prompt", help="A text file for the prompt; random tokens without one.")
     ] = None,
-    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Tokens of each prompt.")] = 512,
-    new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens decoded after the first.")] = 32,
-    requests: Annotated[int, typer.Option("--requests", min=1, help="Requests measured, after one to warm up.")] = 3,
     device: Annotated[
         str, typer.Option("--device", help="Where models compute: cpu (experts on disk) or cuda (experts in RAM).")
     ] = "cpu",
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Tokens of each prompt.", **whole(1))] = 512,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens decoded after the first.", **whole(1))] = 32,
+    requests: Annotated[
+        int, typer.Option("--requests", help="Requests measured, after one to warm up.", **whole(1))
+    ] = 3,
     sides: Annotated[
         str | None,
         typer.Option(
@@ -54,19 +56,23 @@ def bench(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here, too.")] = None,
 ) -> None:
     """Measure offloading beside the resident model, accelerate's offload, plain mmap, and the disk or link itself."""
+    wanted = settings(config_file, budget=budget)
+    share = None if residency is None else residency_share(residency)
+    check_output("--json", json_file)
+    if not model.startswith("synthetic:"):
+        check_inputs(model, wanted)
     from ..bench.command import scratch_folder, workload, write_json
     from ..bench.contenders_cuda import SIDES_ON
     from ..bench.run import bench as run_bench
     from ..bench.table import table
 
-    settings(config_file)  # a file that cannot be used is refused before anything is loaded
     if config_file is not None:
         os.environ[FILE_VARIABLE] = str(config_file.resolve())  # for the process of each side, too
     work = or_exit(
         lambda: workload(
             model,
             budget=budget,
-            residency=residency,
+            residency=share,
             layers=layers,
             routing=routing,
             prompt=prompt,
@@ -79,8 +85,8 @@ def bench(
         )
     )
     typer.echo(str(work.plan), err=True)
-    wanted = list(SIDES_ON[device]) if sides is None else [side.strip() for side in sides.split(",") if side.strip()]
-    result = or_exit(lambda: run_bench(work, wanted, scratch_folder(cache), lambda line: typer.echo(line, err=True)))
+    named = list(SIDES_ON[device]) if sides is None else [side.strip() for side in sides.split(",") if side.strip()]
+    result = or_exit(lambda: run_bench(work, named, scratch_folder(cache), lambda line: typer.echo(line, err=True)))
     typer.echo(table(result))
     if json_file is not None:
         or_exit(lambda: write_json(result, json_file))

@@ -18,6 +18,8 @@ from .options import (
     Model,
     PrewarmWith,
     SaveProfile,
+    check_inputs,
+    check_output,
     fail,
     live_or_default,
     or_exit,
@@ -55,6 +57,8 @@ def chat(
         profile=profile_in,
         live=live_or_default(live, config_file),
     )
+    check_inputs(model, wanted)
+    check_output("--profile-out", profile_out)
     or_exit(require)
     run_chat = or_exit(_transformers_chat)
     or_exit(lambda: _check_flags(generate_flags or []))

@@ -11,7 +11,7 @@ import typer
 from ..config import OffloadConfig
 from ..errors import BudgetError, ConfigError
 from ..sizes import format_size, parse_size
-from .options import ConfigFile, Context, Json, ProfileIn, fail, or_exit, settings
+from .options import ConfigFile, Context, Json, ProfileIn, check_inputs, fail, or_exit, settings
 
 LADDER = (4, 6, 8, 12, 16, 24, 32, 48, 64, 80, 96, 128, 192, 256, 384, 512, 768, 1024)  # GB that machines have
 COLUMNS = ("budget", "fits", "slots a layer", "resident", "hit rate", "largest context")
@@ -33,6 +33,8 @@ def estimate(
     sizes = or_exit(lambda: [_budget(text) for text in budgets.split(",") if text.strip()]) if budgets else []
     if budgets is not None and not sizes:
         fail(f"--budgets {budgets!r} names no budget: write sizes by commas, as 4GB,8GB", 2)
+    for name in models:
+        check_inputs(name, wanted)
     found = [or_exit(lambda name=name: _estimate(name, sizes, wanted)) for name in models]  # type: ignore[misc]
     if as_json:
         typer.echo(json.dumps(found))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Json, fail
+from .options import Json, fail, whole
 
 
 def families(
@@ -17,7 +17,7 @@ def families(
         bool,
         typer.Option("--matrix", help="Every implementation, dtype, batch, cache and budget, not a slice of them."),
     ] = False,
-    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Processes to spread the families over.")] = (
+    jobs: Annotated[int, typer.Option("--jobs", help="Processes to spread the families over.", **whole(1))] = (
         os.cpu_count() or 1
     ),
     as_json: Json = False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +10,38 @@ from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 
+from ..checkpoint_folder import is_folder
 from ..config import DEFAULT, OffloadConfig, from_text, origins, resolve
-from ..errors import BudgetError, OffloadError
+from ..errors import BudgetError, ConfigError, OffloadError
+from ..sizes import parse_share
 
 T = TypeVar("T")
+
+
+def whole(least: int, most: int | None = None) -> dict[str, Any]:
+    """Settings of an option that takes a whole number, so that a wrong one is told what would be right."""
+    return _number(int, least, most, "a whole number")
+
+
+def seconds(least: float, most: float) -> dict[str, Any]:
+    """As `whole`, of seconds."""
+    return _number(float, least, most, "seconds")
+
+
+def _number(read: Callable[[str], Any], least: float, most: float | None, what: str) -> dict[str, Any]:
+    def parse(text: str) -> Any:
+        try:
+            number = read(str(text))  # a default comes as the number that it is
+        except ValueError:
+            number = None
+        if number is None or not least <= number <= (math.inf if most is None else most):
+            span = f"from {least} on" if most is None else f"from {least} to {most}"
+            raise typer.BadParameter(f"{str(text)[:64]!r} is not accepted: it takes {what} {span}")
+        return number
+
+    return {"parser": parse, "metavar": "N"}
+
+
 Model = Annotated[str, typer.Argument(help="Checkpoint folder, or the name of a Hub repository.", show_default=False)]
 Budget = Annotated[
     str | None,
@@ -36,7 +65,7 @@ PrewarmWith = Annotated[
 SaveProfile = Annotated[
     Path | None, typer.Option("--profile-out", help="Save the activation profile of this run here.")
 ]
-Context = Annotated[int | None, typer.Option("--context", min=0, help="Tokens of KV cache to make room for.")]
+Context = Annotated[int | None, typer.Option("--context", help="Tokens of KV cache to make room for.", **whole(0))]
 ConfigFile = Annotated[
     Path | None,
     typer.Option(
@@ -69,6 +98,24 @@ def live_or_default(live: bool | None, config_file: Path | None) -> bool | None:
     """The flag `--live` of a command that runs a model. Not given, it is on unless a setting says otherwise."""
     unsaid = live is None and or_exit(lambda: origins(config_file))["live"] == DEFAULT
     return True if unsaid else live
+
+
+def check_inputs(model: str, wanted: OffloadConfig) -> None:
+    """A model or a profile that is not there is refused before torch and transformers are imported, which takes
+    seconds."""
+    or_exit(lambda: is_folder(model))
+    if wanted.profile is not None:
+        from ..profile import Profile
+
+        or_exit(lambda: Profile.load(str(wanted.profile)))
+
+
+def residency_share(text: str) -> float:
+    """`--residency`, the share of experts that is kept: 25% or 0.25."""
+    try:
+        return parse_share(text)
+    except ConfigError as error:
+        fail(f"--residency {error}", 2)
 
 
 def check_output(flag: str, out: Path | None) -> None:

@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+from ..checkpoint_folder import is_folder
+from ..new_folder import check_new
+from ..sizes import size_problem
 from .options import Model, fail, or_exit
 
 
@@ -19,6 +22,10 @@ def pack(
     ] = "sample",
 ) -> None:
     """Write a copy of a checkpoint whose experts are read in one piece and without conversion."""
+    or_exit(lambda: is_folder(model))
+    if wrong := size_problem(max_shard_size):
+        fail(f"--max-shard-size: size {max_shard_size!r} is not usable: {wrong}; write it as 5GB or 5GiB", 2)
+    or_exit(lambda: check_new(out))
     from ..pack import pack_checkpoint
 
     try:

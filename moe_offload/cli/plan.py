@@ -7,7 +7,19 @@ from typing import Annotated
 
 import typer
 
-from .options import Budget, ConfigFile, Context, DeviceMapOption, Json, MaxMemory, Model, ProfileIn, or_exit, settings
+from .options import (
+    Budget,
+    ConfigFile,
+    Context,
+    DeviceMapOption,
+    Json,
+    MaxMemory,
+    Model,
+    ProfileIn,
+    check_inputs,
+    or_exit,
+    settings,
+)
 
 
 def plan(
@@ -30,6 +42,7 @@ def plan(
     wanted = settings(
         config_file, budget=budget, device_map=device_map, max_memory=max_memory, profile=profile, kv_tokens=context
     )
+    check_inputs(model, wanted)
     from ..forecasting import forecast
 
     found = or_exit(lambda: forecast(model, config=wanted))

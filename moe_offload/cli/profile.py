@@ -9,7 +9,18 @@ from typing import Annotated
 import typer
 
 from ..errors import ProfileError
-from .options import ConfigFile, Json, Model, fail, or_exit, settings
+from .options import (
+    ConfigFile,
+    Json,
+    Model,
+    check_inputs,
+    check_output,
+    fail,
+    or_exit,
+    residency_share,
+    settings,
+    whole,
+)
 
 app = typer.Typer(
     help="Activation profiles: which experts a workload uses, to pre-warm the slots with.", no_args_is_help=True
@@ -28,19 +39,22 @@ def record(
     budget: Annotated[
         str | None, typer.Option("--budget", help="Run offloaded, in so much memory; else as plain transformers.")
     ] = None,
-    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=1, help="Stop after so many tokens.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", help="Stop after so many tokens.", **whole(1))
+    ] = None,
     meta: Annotated[list[str] | None, typer.Option("--meta", help="key=value, kept in the profile.")] = None,
     config_file: ConfigFile = None,
 ) -> None:
     """Run a model over texts and save which experts they use."""
     from ..record_texts import record_texts
 
-    _check_output(out)
+    check_output("--out", out)
     pairs = [entry.partition("=") for entry in meta or []]
     if bad := [key + equals for key, equals, _ in pairs if not key or not equals]:
         fail(f"--meta {bad[0]!r}: write key=value", 2)
     facts = {key: value for key, _, value in pairs}
     wanted = settings(config_file, budget=budget)
+    check_inputs(model, wanted)
     made = or_exit(lambda: record_texts(model, texts, max_tokens=max_tokens, meta=facts, config=wanted))
     or_exit(lambda: made.save(out), code=1)
     typer.echo(f"{made.tokens} tokens, {made.fingerprint.layers} layers: saved to {out}")
@@ -83,7 +97,7 @@ def merge(
     from ..profile import Profile
     from ..profile import merge as merged
 
-    _check_output(out)
+    check_output("--out", out)
     try:
         numbers = None if weights is None else [float(weight) for weight in weights.split(",")]
     except ValueError:
@@ -107,22 +121,16 @@ def diff(a: ProfileFile, b: ProfileFile, as_json: Json = False) -> None:
 def _slots(profile: object, residency: str | None, model: str | None, budget: str | None) -> list[int] | None:
     from ..profile import Profile
     from ..profile_show import slots_at
-    from ..simulate.run import parse_capacity
 
     assert isinstance(profile, Profile)
     if residency is not None:
-        return slots_at(profile, parse_capacity(residency))
+        return slots_at(profile, residency_share(residency))
     if model is None:
         return None
+    check_inputs(model, settings(None, budget=budget))
     from ..api import make_plan
 
     plan = make_plan(model, budget)
     if [layer.num_experts for layer in plan.layers] != profile.fingerprint.experts:
         raise ProfileError(f"the profile is of another model than {model}: its layers have other numbers of experts")
     return list(plan.slots)
-
-
-def _check_output(out: Path) -> None:
-    """Before minutes of work, not after."""
-    if not out.absolute().parent.is_dir():
-        fail(f"--out {out}: its folder does not exist", 2)

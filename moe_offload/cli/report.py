@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import fail, or_exit
+from .options import check_output, fail, or_exit
 
 
 def report(
@@ -19,8 +19,7 @@ def report(
     from ..report import RunRecord
     from ..report.page import write_page
 
-    if not out.absolute().parent.is_dir():
-        fail(f"--out {out}: its folder does not exist", 2)
+    check_output("--out", out)
     if png is not None:
         try:
             png.mkdir(parents=True, exist_ok=True)

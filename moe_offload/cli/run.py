@@ -18,11 +18,13 @@ from .options import (
     Model,
     PrewarmWith,
     SaveProfile,
+    check_inputs,
     check_output,
     fail,
     live_or_default,
     or_exit,
     settings,
+    whole,
 )
 
 
@@ -33,7 +35,9 @@ def run(
     max_memory: MaxMemory = None,
     config_file: ConfigFile = None,
     prompt: Annotated[str, typer.Option("--prompt", help="Text to continue; - reads standard input.")] = "The ",
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="How many tokens to generate.")] = 64,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", help="How many tokens to generate.", **whole(1))
+    ] = 64,
     profile_in: PrewarmWith = None,
     profile_out: SaveProfile = None,
     trace_out: Annotated[
@@ -47,7 +51,7 @@ def run(
     ] = None,
     metrics_port: Annotated[
         int | None,
-        typer.Option("--metrics-port", min=1, max=65535, help="Serve Prometheus metrics on this port of 127.0.0.1."),
+        typer.Option("--metrics-port", help="Serve Prometheus metrics on this port of 127.0.0.1.", **whole(1, 65535)),
     ] = None,
     live: Live = None,
     compile: Annotated[
@@ -58,9 +62,6 @@ def run(
     ] = None,
 ) -> None:
     """Generate text greedily inside a budget; the text is that of the unmodified model."""
-    from ..api import from_pretrained
-    from ..record_texts import load_tokenizer
-
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text:
         fail("the prompt is empty: give --prompt some text", 2)
@@ -84,6 +85,10 @@ def run(
         compile=compile,
         live=live_or_default(live, config_file),
     )
+    check_inputs(model, wanted)
+    from ..api import from_pretrained
+    from ..record_texts import load_tokenizer
+
     loaded: Any = or_exit(lambda: from_pretrained(model, config=wanted))
     with loaded.moe_offload as handle:
         typer.echo(str(handle.plan), err=True)

@@ -21,11 +21,13 @@ from .options import (
     Model,
     PrewarmWith,
     SaveProfile,
+    check_inputs,
     check_output,
     fail,
     live_or_default,
     or_exit,
     settings,
+    whole,
 )
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ def serve(
     max_memory: MaxMemory = None,
     config_file: ConfigFile = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 is all of them.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", help="Port; 0 is any that is free.")] = 8000,
+    port: Annotated[int, typer.Option("--port", help="Port; 0 is any that is free.", **whole(0, 65535))] = 8000,
     name: Annotated[
         str | None, typer.Option("--name", help="What clients call the model.", show_default="MODEL as given")
     ] = None,
@@ -61,6 +63,8 @@ def serve(
         profile=profile_in,
         live=live_or_default(live, config_file),
     )
+    check_inputs(model, wanted)
+    check_output("--profile-out", profile_out)
     name, stop = name or model, Stop()
     try:
         with (
@@ -100,11 +104,10 @@ def served(
 ) -> Iterator[Server]:
     """A running server for `model`. At the end its requests have been stopped, the summary printed, the profile saved.
 
-    Everything that can be refused is refused before the model is loaded.
+    An address that cannot be had is refused before the model is loaded.
     """
     from ..serving import require
 
-    check_output("--profile-out", profile_out)
     or_exit(require)
     from ..api import from_pretrained
     from ..record_texts import load_tokenizer

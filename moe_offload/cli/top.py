@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import fail, or_exit
+from .options import fail, or_exit, seconds
 
 if TYPE_CHECKING:
     from ..live.client import Place
@@ -28,7 +28,7 @@ def top(
     ] = None,
     once: Annotated[bool, typer.Option("--once", help="Look once, at the totals so far.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what is seen as JSON, a line a look.")] = False,
-    interval: Annotated[float, typer.Option("--interval", min=0.05, max=3600, help="Seconds between looks.")] = 1.0,
+    interval: Annotated[float, typer.Option("--interval", help="Seconds between looks.", **seconds(0.05, 3600))] = 1.0,
 ) -> None:
     """Watch a running model: tokens/s, hit rate, bytes read, waiting, layer by layer. Ctrl-C ends it."""
     try:

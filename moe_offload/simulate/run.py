@@ -10,22 +10,19 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..config import OffloadConfig
-from ..errors import TraceError
+from ..errors import ConfigError, TraceError
 from ..policies import ORACLES, POLICIES, Policy
+from ..sizes import parse_share
 from ..trace import Trace
 from . import plain
 from .stream import Stream, per_layer, pooled
-
-try:
-    from . import fast
-except (ImportError, RuntimeError):  # numba is an extra, and wants a folder for what it compiles
-    fast = None  # type: ignore[assignment]
 
 ALL = ["lru", "lfu", "decayed_lfu:16", "decayed_lfu:64", "decayed_lfu:256", "lrfu_classes", "tiny_lfu", "default"]
 ALL += ["belady", "belady_bypass"]
@@ -91,12 +88,9 @@ def replayed(stream: Stream, slots: int, policy: str) -> tuple[Ints, Ints]:
 def parse_capacity(given: str | float) -> float:
     """ "25%" or 0.25 as 0.25."""
     try:
-        share = float(given[:-1]) / 100 if isinstance(given, str) and given.endswith("%") else float(given)
-    except ValueError:
-        share = -1.0
-    if not 0 < share <= 1:
-        raise TraceError(f"capacity {given!r} is no share of the experts: write 25% (above 0%, at most 100%)")
-    return share
+        return parse_share(given)
+    except ConfigError as error:
+        raise TraceError(f"capacity {error}") from None
 
 
 def slots_of(trace: Trace, share: float) -> list[int]:
@@ -111,11 +105,24 @@ class _Replay:
         self.make, self.kind, self.half_life = make, kind, half_life
 
     def __call__(self, stream: Stream, slots: int) -> tuple[Ints, Ints]:
+        fast = _fast()
         if self.kind == "belady_bypass":
-            return fast.replay_bypass(stream, slots) if fast else plain.replay_bypass(stream, slots)
-        if fast and self.kind in fast.KINDS:
-            return fast.replay(stream, slots, self.kind, self.half_life)
-        return plain.replay_policy(stream, slots, self.make(stream))
+            found: tuple[Ints, Ints] = (fast or plain).replay_bypass(stream, slots)
+        elif fast and self.kind in fast.KINDS:
+            found = fast.replay(stream, slots, self.kind, self.half_life)
+        else:
+            found = plain.replay_policy(stream, slots, self.make(stream))
+        return found
+
+
+@cache
+def _fast() -> Any:
+    """The module `fast`, or None. Asked for by the first replay: importing numba takes longer than most commands."""
+    try:
+        from . import fast
+    except (ImportError, RuntimeError):  # numba is an extra, and wants a folder for what it compiles
+        return None
+    return fast
 
 
 def _replay(name: str, extra: Mapping[str, Make]) -> _Replay:

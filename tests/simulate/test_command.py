@@ -55,7 +55,7 @@ def test_rows_are_what_the_cache_counts(path):
 def test_without_numba_the_rows_are_the_same(path, monkeypatch):
     trace, options = Trace.load(path), {"starts": ["warm", "cold"]}
     compiled = simulate([trace], ALL, ["25%"], **options)
-    monkeypatch.setattr(run, "fast", None)
+    monkeypatch.setattr(run, "_fast", lambda: None)
     assert simulate([trace], ALL, ["25%"], **options) == compiled
 
 
