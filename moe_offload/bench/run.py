@@ -53,7 +53,7 @@ def bench(work: Workload, sides: Iterable[str], scratch: Path, say: Callable[[st
             "budget": work.plan.budget_bytes,
             "scratch": temporary,
             "routing": work.routing,
-            "tokens": len(work.request(0)["prompt"]) + work.new_tokens,
+            "tokens": work.longest(),
             "device": work.device,
         }
         link = None if work.device == "cpu" else _link(work, settings, say)

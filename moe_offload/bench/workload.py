@@ -45,6 +45,11 @@ class Workload:
             return Effort(self.requests, self.new_tokens, self.new_tokens)
         return Effort(least.requests, min(least.new_tokens, self.new_tokens), least.warm_up_tokens)
 
+    def longest(self) -> int:
+        """Tokens of the longest request of any side; a warm-up may be longer than what is measured."""
+        decoded = max(self.new_tokens, *(least.warm_up_tokens for least in EFFORT.values()))
+        return len(self.request(0)["prompt"]) + decoded
+
     def request(self, number: int) -> dict[str, Any]:
         """The prompt of one request and the row of the trace it begins at."""
         prompt = list(self.prompt or random_prompt(self.vocabulary, self.prompt_tokens, number))
