@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from moe_offload.cli import app, main
@@ -68,10 +71,28 @@ def test_what_cannot_work_is_one_line_and_a_code(arguments: list[str], code: int
     assert len([line for line in result.stderr.splitlines() if line.startswith("moe-offload:")]) == 1
 
 
-@pytest.mark.parametrize("command", [[], ["plan"], ["estimate"], ["run"], ["top"], ["config"], ["families"]])
-def test_help(command: list[str]) -> None:
-    result = run(*command, "--help")
+def commands(group: Any, *words: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """`group` and everything below it, with what a person types to get there."""
+    yield words, group
+    for name, command in getattr(group, "commands", {}).items():
+        yield from commands(command, *words, name)
+
+
+COMMANDS = {" ".join(words): command for words, command in commands(get_command(app))}
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_help_cuts_nothing_at_80_columns(words: str, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    result = run(*words.split(), "--help")
     assert result.exit_code == 0 and "Usage" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80 and "…" not in result.stdout
+    shown = result.stdout.split()
+    for parameter in COMMANDS[words].params:
+        for name in [*parameter.opts, *parameter.secondary_opts]:
+            assert parameter.param_type_name == "argument" or name in [word.rstrip(",") for word in shown]
+    for inner in getattr(COMMANDS[words], "commands", {}).values():
+        assert (inner.short_help or inner.help) in " ".join(shown)
 
 
 @pytest.mark.parametrize(

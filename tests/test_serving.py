@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import json
 import logging
@@ -26,6 +27,7 @@ from moe_offload.errors import ServeError
 from moe_offload.serving import app as app_module
 from moe_offload.serving import server as server_module
 from moe_offload.serving.app import HANDLERS, build_app
+from moe_offload.serving.failures import told
 from moe_offload.serving.one_model import OneModel
 from moe_offload.serving.server import Server, listen
 from moe_offload.stores.disk import DiskStore
@@ -131,6 +133,32 @@ def test_what_cannot_be_answered_says_why(client, request_, status, says) -> Non
     assert ask(client).choices[0].text == said(TEXT)
 
 
+STREAMS = {
+    "completions": lambda client, text: ask(client, prompt=text, stream=True),
+    "chat": lambda client, text: chat(client, text, stream=True),
+}
+
+
+@pytest.mark.parametrize("answer", STREAMS.values(), ids=STREAMS)
+def test_a_stream_that_cannot_begin_says_why(client, answer) -> None:
+    with pytest.raises(openai.APIError, match="the model takes 2048 at most; shorten it") as caught:
+        list(answer(client, "ls " * 3000))
+    assert (caught.value.type, caught.value.code) == ("invalid_request_error", "400")
+
+
+def test_an_error_that_says_nothing_is_an_error_all_the_same() -> None:
+    async def events():
+        yield 'data: {"text": "a"}\n\n'
+        yield 'data: {"text": "\\"error\\""}\n\ndata: {"error": ""}\n\n'
+
+    async def all_of_it() -> str:
+        return "".join([event async for event in told(events())])
+
+    first, second, failed = asyncio.run(all_of_it()).removesuffix("\n\n").split("\n\n")
+    assert first == 'data: {"text": "a"}' and json.loads(second[6:]) == {"text": '"error"'}
+    assert "log" in json.loads(failed[6:])["error"]["message"]
+
+
 def test_other_kinds_of_models_are_not_served(client) -> None:
     with pytest.raises(openai.APIStatusError, match="writes text") as caught:
         client.audio.transcriptions.create(model=NAME, file=b"sound")
@@ -149,8 +177,14 @@ def test_a_row_that_cannot_be_read_is_the_request_s_error_and_not_the_server_s_e
         with pytest.raises(openai.InternalServerError, match="gone") as caught:
             ask(client, prompt="Qualcosa di nuovo")
         assert caught.value.type == "ExpertReadError"
-        with pytest.raises(openai.APIError, match="streaming"):  # and not JSON that does not parse
-            list(ask(client, prompt="Qualcosa di nuovo", stream=True))
+        for answer in STREAMS.values():
+            with pytest.raises(openai.APIError) as caught:
+                list(answer(client, "Qualcosa di nuovo"))
+            assert (caught.value.message, caught.value.type) == ('the "disk" is\ngone', "ExpertReadError")
+            assert caught.value.code == "500"
+        *_, error, failed = client.responses.create(model=NAME, input="Qualcosa di nuovo", stream=True)
+        assert (error.type, error.message) == ("error", 'the "disk" is\ngone')
+        assert (failed.type, failed.response.error.message) == ("response.failed", 'the "disk" is\ngone')
         monkeypatch.setattr(DiskStore, "begin", real)
         assert ask(client).choices[0].text == want == said(TEXT)
 
@@ -174,8 +208,9 @@ def test_what_runs_and_what_waits_is_cancelled_when_its_time_is_over(monkeypatch
             time.sleep(0.01)
         server.stop()
         assert not server._thread.is_alive()
-        with pytest.raises(openai.APIError, match="streaming"):
+        with pytest.raises(openai.APIError, match="server is stopping: this request was not finished") as caught:
             list(running)
+        assert (caught.value.type, caught.value.code) == ("ClosedError", "503")
         waiting.join(30)
         (error,) = failed
         assert error.status_code == 503 and "stopping" in error.message

@@ -18,6 +18,7 @@ from .chat import chat
 from .config import config
 from .estimate import estimate
 from .families import families
+from .options import summary
 from .pack import pack
 from .plan import plan
 from .profile import app as profile
@@ -33,6 +34,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich cuts option names and defaults that are long; plain help wraps them
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -53,8 +55,8 @@ def options(
 
 
 for command in (plan, estimate, run, chat, serve, top, report, config, bench, pack, simulate, families):
-    app.command()(command)
-app.add_typer(profile, name="profile")
+    app.command(short_help=summary(command))(command)
+app.add_typer(profile, name="profile", short_help="Record, look at, merge and compare activation profiles.")
 
 
 def _version() -> None:

@@ -77,7 +77,15 @@ def chat(
     except KeyboardInterrupt:
         fail("interrupted", 130)
     if failure is not None:
-        fail(f"the chat ended with {type(failure).__name__}: {failure}", 1)
+        fail(f"the chat ended with {_words(failure)}", 1)
+
+
+def _words(failure: Exception) -> str:
+    """What its client raises holds the server's error as OpenAI writes it."""
+    told = failure.args[0] if failure.args else None
+    if isinstance(told, dict) and {"type", "message"} <= set(told):
+        return f"{told['type']}: {told['message']}"
+    return f"{type(failure).__name__}: {failure}"
 
 
 def _transformers_chat() -> Any:

@@ -79,6 +79,11 @@ Live = Annotated[bool | None, typer.Option("--live/--no-live", help="Let `moe-of
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
+def summary(command: Callable[..., object]) -> str:
+    """What the list of commands says of one: the whole first line of its docstring, which typer would cut."""
+    return (command.__doc__ or "").partition("\n")[0]
+
+
 def or_exit(work: Callable[[], T], errors: tuple[type[Exception], ...] = (OffloadError,), code: int = 2) -> T:
     """What `work` returns; one line and exit code `code` for an error of ours (1 for a budget below the floor)."""
     try:

@@ -19,17 +19,19 @@ from .options import (
     or_exit,
     residency_share,
     settings,
+    summary,
     whole,
 )
 
 app = typer.Typer(
-    help="Activation profiles: which experts a workload uses, to pre-warm the slots with.", no_args_is_help=True
+    help="Activation profiles: which experts a workload uses, to pre-warm the slots with.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 Out = Annotated[Path, typer.Option("--out", "-o", help="The file to write.", show_default=False)]
 ProfileFile = Annotated[Path, typer.Argument(help="A profile.", show_default=False)]
 
 
-@app.command()
 def record(
     model: Model,
     texts: Annotated[
@@ -60,7 +62,6 @@ def record(
     typer.echo(f"{made.tokens} tokens, {made.fingerprint.layers} layers: saved to {out}")
 
 
-@app.command()
 def inspect(
     profile: ProfileFile,
     residency: Annotated[
@@ -87,7 +88,6 @@ def inspect(
     typer.echo(json.dumps(found) if as_json else inspect_table(found))
 
 
-@app.command()
 def merge(
     profiles: Annotated[list[Path], typer.Argument(help="Profiles of one model.", show_default=False)],
     out: Out,
@@ -107,7 +107,6 @@ def merge(
     typer.echo(f"{len(profiles)} profiles, {made.tokens} tokens: saved to {out}")
 
 
-@app.command()
 def diff(a: ProfileFile, b: ProfileFile, as_json: Json = False) -> None:
     """How far apart two workloads are, layer by layer."""
     from ..profile import Profile
@@ -116,6 +115,10 @@ def diff(a: ProfileFile, b: ProfileFile, as_json: Json = False) -> None:
 
     found = or_exit(lambda: compare(Profile.load(a), Profile.load(b)))
     typer.echo(json.dumps(found) if as_json else diff_table(found))
+
+
+for command in (record, inspect, merge, diff):
+    app.command(short_help=summary(command))(command)
 
 
 def _slots(profile: object, residency: str | None, model: str | None, budget: str | None) -> list[int] | None:

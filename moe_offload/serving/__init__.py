@@ -2,7 +2,7 @@
 
 require()                     the packages of moe-offload[serve], or one line that says how to get them
 listen(host, port)            a socket, before minutes are spent on loading (server.py)
-build_app(handle, tokenizer)  transformers' routes, answered by this model (app.py, one_model.py)
+build_app(handle, tokenizer)  transformers' routes, answered by this model (app.py, one_model.py, failures.py)
 Server(app, sock)             start and stop, on a thread of its own (server.py)
 """
 

@@ -8,8 +8,7 @@ import logging
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
-from jinja2 import TemplateError
+from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
@@ -17,14 +16,33 @@ from transformers.cli.serving.response import ResponseHandler
 from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import GenerationState
 
-from ..errors import ClosedError, OffloadError
+from ..errors import OffloadError
 from ..handle import Handle
+from .failures import REQUEST_ERRORS, described, told
 from .one_model import OneModel, ServedModel, give_chat_template
 
 logger = logging.getLogger("moe_offload")
 
 
-class Responses(ResponseHandler):
+class Told:
+    """Mixed into a handler: what goes wrong in the middle of a stream is told as OpenAI's clients read it."""
+
+    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
+        answer = await super().handle_request(body, request_id)  # type: ignore[misc]
+        if isinstance(answer, StreamingResponse):
+            answer.body_iterator = told(answer.body_iterator)  # type: ignore[arg-type]  # they stream text
+        return answer
+
+
+class Chat(Told, ChatCompletionHandler):
+    """/v1/chat/completions"""
+
+
+class Completions(Told, CompletionHandler):
+    """/v1/completions"""
+
+
+class Responses(Told, ResponseHandler):
     """transformers streams responses unless it is asked not to; OpenAI's clients expect the opposite."""
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
@@ -33,12 +51,10 @@ class Responses(ResponseHandler):
 
 #: build_server's parameters whose routes make sense for a model that writes text.
 HANDLERS = {
-    "chat_handler": ChatCompletionHandler,
-    "completion_handler": CompletionHandler,
+    "chat_handler": Chat,
+    "completion_handler": Completions,
     "response_handler": Responses,
 }
-#: What a request may cause that is the request's own fault: fields of the wrong kind, values `generate` refuses.
-REQUEST_ERRORS = (ValueError, TypeError, KeyError, TemplateError)
 
 
 class NotServed:
@@ -56,8 +72,8 @@ def build_app(handle: Handle, tokenizer: Any, name: str) -> FastAPI:
     Gives `tokenizer` a plain chat template if it has none.
     """
     give_chat_template(tokenizer, name)
-    # As a warning it says "[Request received]" for each; what goes wrong is told to the client.
-    logging.getLogger("transformers.cli.serving").setLevel(logging.ERROR)
+    # As a warning it says "[Request received]" for each, as an error what failures.py says; the client is told as well.
+    logging.getLogger("transformers.cli.serving").setLevel(logging.CRITICAL)
     model = ServedModel(handle.model)
     manager, state = OneModel(model, tokenizer, name), GenerationState()
     given: dict[str, Any] = {"model_manager": manager, "generation_state": state}
@@ -90,17 +106,15 @@ def build_app(handle: Handle, tokenizer: Any, name: str) -> FastAPI:
 
 def _refused(_: Request, error: Exception) -> JSONResponse:
     if isinstance(error, HTTPException):
-        return _answer(error.status_code, str(error.detail), "invalid_request_error")
-    message = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
-    return _answer(400, message, "invalid_request_error")
+        return _answer({"message": str(error.detail), "type": "invalid_request_error", "code": error.status_code})
+    return _answer({**described(error), "type": "invalid_request_error", "code": 400})
 
 
 def _failed(_: Request, error: Exception) -> JSONResponse:
     if isinstance(error, OffloadError):  # any other is logged by the server, with its traceback
         logger.error("a request failed: %s", error)
-    return _answer(503 if isinstance(error, ClosedError) else 500, str(error), type(error).__name__)
+    return _answer(described(error))
 
 
-def _answer(status: int, message: str, kind: str) -> JSONResponse:
-    """An error as OpenAI's clients read it."""
-    return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status)
+def _answer(error: dict[str, Any]) -> JSONResponse:
+    return JSONResponse({"error": error}, error["code"])

@@ -21,6 +21,7 @@ from transformers.cli.serving.model_manager import ModelManager
 
 from ..errors import ClosedError
 from ..measure import longest_context
+from .failures import for_stream
 
 logger = logging.getLogger("moe_offload")
 
@@ -50,8 +51,7 @@ class ServedModel:
             return self._model.generate(**kwargs, stopping_criteria=StoppingCriteriaList([self._go_on]))
         except Exception as error:
             if "streamer" in kwargs and str(error):  # its cancellation, when the client has gone, says nothing
-                # The handlers paste the message between quotes: as it is, a quote in it would break the stream.
-                raise RuntimeError(json.dumps(str(error))[1:-1]) from error
+                raise for_stream(error) from error
             raise
 
     def cancel(self) -> None:
