@@ -191,6 +191,7 @@ def test_a_row_that_cannot_be_read_is_the_request_s_error_and_not_the_server_s_e
 
 def test_what_runs_and_what_waits_is_cancelled_when_its_time_is_over(monkeypatch) -> None:
     monkeypatch.setattr(server_module, "GRACE_S", 0.2)
+    monkeypatch.setattr(server_module, "CANCEL_S", 60.0)  # what is cancelled may be compiling, on a busy machine
     failed: list[Exception] = []
 
     def wait() -> None:
