@@ -81,7 +81,12 @@ class Meter(NamedTuple):
     peak: Callable[[], int]
 
 
+def _reset_on_cuda() -> None:
+    torch.cuda.init()  # before it there are no counters, and resetting them is an error
+    torch.cuda.reset_peak_memory_stats()
+
+
 METERS = {
     "cpu": Meter(resident_bytes, reset_peak, peak_bytes),
-    "cuda": Meter(torch.cuda.memory_allocated, torch.cuda.reset_peak_memory_stats, torch.cuda.max_memory_allocated),
+    "cuda": Meter(torch.cuda.memory_allocated, _reset_on_cuda, torch.cuda.max_memory_allocated),
 }

@@ -38,8 +38,8 @@ def link_rates(row_bytes: int, device: str, host_bytes: int = HOST_BYTES) -> dic
         rows_EB = host_EB
         if kind == "cuda":
             undo.callback(pinned.unpin, host_EB)
-            if not pinned.pin(host_EB):
-                raise RuntimeError(f"{host_EB.nbytes} bytes of host memory cannot be pinned")
+            if error := pinned.pin(host_EB):
+                raise RuntimeError(f"{host_EB.nbytes} bytes of host memory cannot be pinned: {error}")
             rows_EB = pinned.device_view(host_EB, "cuda:0")
             undo.callback(torch.cuda.synchronize)
         bank_SB = torch.empty((SLOTS, row_bytes), dtype=torch.uint8, device=device)

@@ -40,8 +40,13 @@ SPEEDUPS = {
 }
 
 
-def _token_s(answer: dict[str, Any]) -> float:
-    return float(answer["decode_s"] / max(len(answer["tokens"]) - 1, 1))
+def steps_of(answer: dict[str, Any]) -> int:
+    """Decoded tokens that count."""
+    return max(len(answer["tokens"]) - 1 - int(answer["left_out"]), 1)
+
+
+def token_s(answer: dict[str, Any]) -> float:
+    return float(answer["decode_s"] / steps_of(answer))
 
 
 def result_of(
@@ -75,7 +80,7 @@ def result_of(
         "tokens_of": next(iter(measured)),
         "tokens_differ": _differing(list(measured.values())),
         "rows": rows,
-        "roofs": {**roofs, "resident_token_s": resident.median(_token_s) if resident and resident.answers else None},
+        "roofs": {**roofs, "resident_token_s": resident.median(token_s) if resident and resident.answers else None},
         "ratios": _ratios(work, measured),
     }
 
@@ -92,7 +97,7 @@ def _row(one: Measured, work: Workload) -> dict[str, Any]:
     if not one.answers:
         return row
     row |= {
-        "tokens_per_s": 1 / one.median(_token_s),
+        "tokens_per_s": 1 / one.median(token_s),
         "ttft_s": one.median(lambda a: a["ttft_s"]),
         "prefill_tokens_per_s": work.prompt_tokens / one.median(lambda a: a["ttft_s"]),
         "peak_bytes": one.peak_over_baseline,
@@ -100,7 +105,7 @@ def _row(one: Measured, work: Workload) -> dict[str, Any]:
     }
     if one.loaded["slots"] is not None:
         decode = [answer["decode"] for answer in one.answers]
-        steps = sum(len(answer["tokens"]) - 1 for answer in one.answers)
+        steps = sum(steps_of(answer) for answer in one.answers)
         hits, misses = (sum(d[name] for d in decode) for name in ("hits", "misses"))
         row |= {
             "hit_rate": hits / max(hits + misses, 1),
@@ -114,19 +119,22 @@ def _row(one: Measured, work: Workload) -> dict[str, Any]:
 
 
 def _belady(one: Measured) -> float:
-    """The best hit rate that any policy could have had in the measured decode steps, the warm-up's included as past."""
+    """The best hit rate that any policy could have had in the steps that count, all that was before them included.
+
+    A prompt asks for more than fits, and then leaves what is wanted the soonest: as Belady's rule has it.
+    """
     hits = requests = 0
     answers = [*([one.warm_up] if one.warm_up else []), *one.answers]
     for layer, slots in enumerate(one.loaded["slots"]):
         events: list[list[int]] = []
-        scored = 0
+        counted: list[bool] = []
         for answer in answers:
-            steps = answer["used"][layer][1:]  # the first is the prompt
-            scored = len(events) if answer is one.answers[0] else scored
-            events += steps
-        found = belady_hits(events, slots)[scored:]
-        hits += sum(found)
-        requests += sum(len(event) for event in events[scored:])
+            prompt, *decoded = answer["used"][layer]
+            events += [prompt, *decoded]
+            counted += [False, *(answer is not one.warm_up and i >= answer["left_out"] for i in range(len(decoded)))]
+        found = belady_hits(events, slots)
+        hits += sum(hit for hit, counts in zip(found, counted, strict=True) if counts)
+        requests += sum(len(event) for event, counts in zip(events, counted, strict=True) if counts)
     return hits / max(requests, 1)
 
 
@@ -142,16 +150,16 @@ def _ratios(work: Workload, measured: dict[str, Measured]) -> dict[str, float | 
     if resident is not None and len(resident.answers) == len(ours.answers):
         decode, prefill = [], []
         for mine, theirs, roof in zip(ours.answers, resident.answers, ours.roofs, strict=True):
-            steps = len(mine["tokens"]) - 1
-            decode.append(_token_s(mine) / max(_token_s(theirs), mine["decode"]["bytes_read"] / steps / roof))
+            missed = mine["decode"]["bytes_read"] / steps_of(mine)
+            decode.append(token_s(mine) / max(token_s(theirs), missed / roof))
             prefill.append(mine["ttft_s"] / max(theirs["ttft_s"], mine["prefill"]["bytes_read"] / roof))
         ratios |= {"decode_over_roof": statistics.median(decode), "prefill_over_roof": statistics.median(prefill)}
         if work.device != "cpu":
-            ratios["share_of_resident_speed"] = resident.median(_token_s) / ours.median(_token_s)
+            ratios["share_of_resident_speed"] = resident.median(token_s) / ours.median(token_s)
     for name in (name for name in ratios if name.startswith("speedup_over_")):
         other = measured.get(SPEEDUPS[name])
         if other is not None and other.answers:
-            ratios[name] = other.median(_token_s) / ours.median(_token_s)
+            ratios[name] = other.median(token_s) / ours.median(token_s)
     if work.device != "cpu":
         ratios["miss_traffic_over_link"] = (
             ours.median(lambda a: a["decode"]["bytes_read"] / a["decode_s"]) / ours.roofs[0]

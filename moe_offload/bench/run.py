@@ -29,7 +29,7 @@ from .child import Child, SideFailed
 from .contenders import PACKED, drop_cache, write_mapped
 from .contenders_cuda import SIDES_ON
 from .link import fastest
-from .result import result_of
+from .result import result_of, token_s
 from .roofs import disk_roof
 from .workload import Measured, Workload
 
@@ -136,7 +136,7 @@ def _measure(
                 answer = one.answers[-1]
                 say(
                     f"{one.side}: request {number}: first token after {answer['ttft_s']:.2f} s, then "
-                    f"{answer['decode_s'] / (len(answer['tokens']) - 1) * 1e3:.0f} ms a token"
+                    f"{token_s(answer) * 1e3:.3g} ms a token"
                 )
         for one in found:
             if one.side in children and not one.failed:

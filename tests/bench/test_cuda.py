@@ -10,10 +10,11 @@ import torch
 from typer.testing import CliRunner
 
 import moe_offload.api
-from moe_offload.bench import contenders, contenders_cuda
+from moe_offload.bench import contenders, contenders_cuda, link
+from moe_offload.bench.limit import METERS
 from moe_offload.bench.link import fastest, link_rates
 from moe_offload.bench.request import EDGES, ask
-from moe_offload.bench.result import RATIOS, result_of
+from moe_offload.bench.result import RATIOS, _belady, result_of
 from moe_offload.bench.synthetic import synthetic
 from moe_offload.bench.table import table
 from moe_offload.bench.workload import Measured, Workload
@@ -65,7 +66,8 @@ def test_a_plan_for_rows_in_ram(folder):
     assert plan.residency == 1.0
 
 
-def test_a_gpu_is_waited_for_at_the_edges_alone(monkeypatch):
+@pytest.mark.parametrize(("left_out", "waits"), [(0, [0, 1]), (2, [0, 1, 3])])
+def test_a_gpu_is_waited_for_at_the_edges_alone(monkeypatch, left_out, waits):
     waited = []
     monkeypatch.setitem(EDGES, "cpu", lambda: waited.append(len(made)))
     made = []
@@ -78,9 +80,11 @@ def test_a_gpu_is_waited_for_at_the_edges_alone(monkeypatch):
                 made.append(token)
                 streamer.put(torch.tensor([token]))
 
-    answer = ask(Model(), [1, 2], 4, **contenders_cuda.STATIC)
+    count = lambda: {"made": len(made)}  # noqa: E731
+    answer = ask(Model(), [1, 2], 4, count, left_out=left_out, **contenders_cuda.STATIC)
     assert answer.tokens == [0, 1, 2, 3, 4]
-    assert waited == [0, 1]  # before the request, and with its first token
+    assert waited == waits  # before the request, with its first token, and with the last that does not count
+    assert answer.prefill == {"made": 1} and answer.decode == {"made": 4 - left_out}
 
 
 def test_the_link_is_measured_by_row(monkeypatch):
@@ -89,9 +93,49 @@ def test_the_link_is_measured_by_row(monkeypatch):
     assert fastest({"copy_engine": 2.0, "kernel": 3.0, "free_bytes": 9.0}) == 3.0
 
 
+def test_pinned_memory_is_used_and_a_refusal_says_why(monkeypatch):
+    """`pinned.pin` answers with what went wrong: nothing is good news."""
+    undone = []
+    monkeypatch.setattr(link.pinned, "unpin", undone.append)
+    monkeypatch.setattr(link.torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(link.torch, "device", lambda device: types.SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(link.pinned, "pin", lambda rows: "the memlock limit")
+    with pytest.raises(RuntimeError, match="cannot be pinned: the memlock limit"):
+        link_rates(4096, "cpu", host_bytes=1 << 17)
+    monkeypatch.setattr(link.pinned, "pin", lambda rows: "")
+
+    class Reached(Exception):
+        pass
+
+    def view(rows, device):
+        raise Reached
+
+    monkeypatch.setattr(link.pinned, "device_view", view)
+    with pytest.raises(Reached):
+        link_rates(4096, "cpu", host_bytes=1 << 17)
+    assert len(undone) == 2
+
+
+def test_counters_of_memory_are_there_before_they_are_reset(monkeypatch):
+    called = []
+    monkeypatch.setattr(torch.cuda, "init", lambda: called.append("init"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: called.append("reset"))
+    METERS["cuda"].reset()
+    assert called == ["init", "reset"]
+
+
+def test_beladys_bound_knows_what_the_prompt_has_brought():
+    """Without it measured hits could exceed their bound."""
+    rates = []
+    for left_out in (0, 2):
+        answer = {"used": [[[0, 1, 2, 3], [0, 1], [3], [0, 1]]], "left_out": left_out}
+        rates.append(_belady(Measured("ours", [answer], loaded={"slots": [2]})))
+    assert rates == [3 / 5, 1 / 2]  # 0 and 1 were there, 3 was not, and then one of 0 and 1 is gone
+
+
 def answered(side: str, token_s: float, **decode: float) -> Measured:
     counters = {"hits": 3, "misses": 1, "bytes_read": 0, "stall_s": 0.0, **decode}
-    answer = {"ttft_s": 2.0, "decode_s": 4 * token_s, "tokens": [1] * 5, "decode": counters}
+    answer = {"ttft_s": 2.0, "decode_s": 4 * token_s, "tokens": [1] * 5, "left_out": 0, "decode": counters}
     answer["prefill"] = {**counters, "bytes_read": 0}
     slots = [8] if side.startswith("ours") else None
     answer["used"] = [[[0, 1, 2, 3], *[[0, 1, 2, 3]] * 4]] if slots else None
