@@ -50,18 +50,16 @@ def open_stores(
                 for bank in in_ram:
                     rows[bank.index] = _rows_in_ram(bank, stores.get(bank.index), shown.update)
             held = [layer for layer in rows if len(layer)]
-            everywhere = device != "cpu" and all(pinned.pin(layer) for layer in held)
-            host = HostStore(rows, everywhere, (lambda: None) if device == "cpu" else partial(_unpin, held))
+            if device == "cpu":
+                host = HostStore(rows)
+            else:
+                undo.callback(pinned.unpin, held)  # before the first is pinned: rows may be interrupted between two
+                host = HostStore(rows, pinned.pin(held), partial(pinned.unpin, held))
             stores |= {bank.index: host for bank in in_ram}
         if absent and checkpoint not in stores.values():
             checkpoint.close()  # every row of it has gone to RAM
         undo.pop_all()
         return [stores[bank.index] for bank in banks]
-
-
-def _unpin(rows: Sequence[torch.Tensor]) -> None:
-    for layer in rows:
-        pinned.unpin(layer)
 
 
 def _rows_in_ram(bank: ExpertBank, store: Store | None, progress: Callable[[int], object]) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Sequence
 from itertools import pairwise
@@ -111,11 +112,10 @@ class Runtime:
             if self.closed:
                 return
             self.closed = True
-            try:
-                self.hand_back()
-            finally:
-                self._transfer.close()
-                for store in self._stores:
-                    store.close()
+            with contextlib.ExitStack() as last_first:  # each of them, whatever happens to the others
                 for layer in self.layers:
-                    layer.release()
+                    last_first.callback(layer.release)
+                for store in self._stores:
+                    last_first.callback(store.close)
+                last_first.callback(self._transfer.close)
+                self.hand_back()

@@ -10,6 +10,7 @@ Two orders hold, and neither makes the host wait: a copy into a slot begins afte
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Iterable
@@ -61,10 +62,10 @@ class CudaStreams:
         self.stream = torch.cuda.Stream(device)
 
     def pin(self, buffer: Tensor) -> None:
-        pinned.pin(buffer.view(1, -1))
+        pinned.pin([buffer.view(1, -1)])
 
     def unpin(self, buffer: Tensor) -> None:
-        pinned.unpin(buffer.view(1, -1))
+        pinned.unpin([buffer.view(1, -1)])
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event()
@@ -157,6 +158,7 @@ class DeviceTransfer(ThreadTransfer):
 
         def finish() -> int:
             nbytes = read.finish()
+            self._check_open()  # a read that outlasted `close`: its slot may be somebody else's when the copy begins
             ticket.copied = staging.last = self.streams.copy(row, staging.buffer, after)
             return nbytes
 
@@ -180,11 +182,15 @@ class DeviceTransfer(ThreadTransfer):
                 self.streams.finish(ticket.copied)  # nothing may write there any more when this returns
 
     def close(self) -> None:
-        if not self._closed:
-            super().close()
-            self.streams.drain()
-            for staging in self._all:
-                self.streams.unpin(staging.buffer)
+        if self._closed:
+            return
+        super().close()
+        if os.getpid() == self._pid:  # a forked process has no streams
+            try:
+                self.streams.drain()
+            finally:
+                for staging in self._all:
+                    self.streams.unpin(staging.buffer)
 
     def _ended(self, ticket: Ticket) -> None:
         if isinstance(ticket, DeviceTicket) and ticket.staging is not None:  # once: what is done may still be cancelled
@@ -198,9 +204,9 @@ class DeviceTransfer(ThreadTransfer):
             free = self._spare.setdefault(row_bytes, deque())
             if not free and self._made.get(row_bytes, 0) < self._most:
                 staging = Staging(page_aligned(row_bytes))
+                self._all.append(staging)  # first: whatever interrupts the pinning, `close` undoes it
                 self.streams.pin(staging.buffer)
                 free.append(staging)
-                self._all.append(staging)
                 self._made[row_bytes] = self._made.get(row_bytes, 0) + 1
             if not self._returned.wait_for(lambda: free, TIMEOUT_S):
                 raise ExpertReadError(

@@ -99,7 +99,9 @@ def test_a_cache_is_put_back_first():
 def test_where_it_cannot_be_put_back_the_caller_begins_anew():
     model, past = Model(fails=[1]), Cache(layers=[DynamicLayer()])
     past.offloading, past.update = True, lambda *_: None
-    with pytest.raises(OffloadError, match=r"16.38 KB of expert slots were given back.*call generate\(\.\.\.\) again") as e:
+    with pytest.raises(
+        OffloadError, match=r"16.38 KB of expert slots were given back.*call generate\(\.\.\.\) again"
+    ) as e:
         model([3, 4], past=past)
     assert isinstance(e.value.__cause__, torch.OutOfMemoryError) and not isinstance(e.value, torch.OutOfMemoryError)
     assert model.forwards == 1 and model.runtime.slots == (4, 4)

@@ -62,7 +62,7 @@ def test_what_is_under_way_is_waited_for_and_dropped():
     runtime, _ = used()
     first, second = runtime.layers
     first.fetch(torch.tensor([3, 4]))  # and no wait
-    prefill(first, [e for e in range(E)] * 3)
+    prefill(first, list(range(E)) * 3)
     assert second.arrivals.shared._ahead
     second.fetch(torch.tensor([7]))
     shrink(runtime)
@@ -127,7 +127,7 @@ def test_where_even_less_does_not_fit_the_floor_is_tried(monkeypatch):
 def test_where_nothing_fits_the_model_is_closed_and_says_so(monkeypatch):
     runtime, store = used()
     lacking(monkeypatch, runtime, 0)
-    with pytest.raises(OffloadError, match="has no memory left.*load it again") as caught:
+    with pytest.raises(OffloadError, match=r"has no memory left.*load it again") as caught:
         shrink(runtime)
     assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
     assert runtime.closed and store.closed == 1
