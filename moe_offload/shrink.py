@@ -1,6 +1,6 @@
 """Fewer slots in every layer of a model that is in use, because its device has run out of memory.
 
-    decisions back to the host -> nothing under way -> all banks free -> new banks, connected
+    decisions back to the host -> nothing under way to slots -> all banks free -> new banks, connected
 
 All old banks go before the first new one comes, and on a GPU their memory goes back to the driver in between: torch
 would otherwise cut the new banks out of the old blocks, and what failed might not fit into any rest. (To empty torch's
@@ -61,7 +61,6 @@ def shrink(runtime: Runtime) -> int:
 
 
 def _let_go(runtime: Runtime, device: str) -> None:
-    runtime.layers[0].arrivals.shared.drop()
     for layer in runtime.layers:
         disconnect(layer)
         layer.empty()

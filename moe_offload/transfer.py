@@ -172,6 +172,9 @@ class ThreadTransfer:
         return Depth(len(urgent), len(background), len(running), nbytes)
 
     def close(self) -> None:
+        if os.getpid() != self._pid:  # a thread that is not here may have held the lock when the process was forked
+            self._closed = True
+            return
         with self._changed:
             if self._closed:
                 return
@@ -179,9 +182,8 @@ class ThreadTransfer:
             for ticket in (*self._urgent, *self._background):
                 self._drop(ticket, self._is_closed())
             self._changed.notify_all()
-        if os.getpid() == self._pid:
-            for thread in self._threads:
-                thread.join(SLOW_S)
+        for thread in self._threads:
+            thread.join(SLOW_S)
 
     def _start_threads(self) -> None:
         # Daemons: a read that hangs must not keep the interpreter from ending.

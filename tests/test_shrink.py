@@ -58,16 +58,23 @@ def test_the_floor_stands_and_then_nothing_is_changed():
         assert_sound(layer)
 
 
-def test_what_is_under_way_is_waited_for_and_dropped():
+def test_what_is_read_ahead_into_scratch_is_still_good():
     runtime, _ = used()
     first, second = runtime.layers
-    first.fetch(torch.tensor([3, 4]))  # and no wait
     prefill(first, list(range(E)) * 3)
     assert second.arrivals.shared._ahead
-    second.fetch(torch.tensor([7]))
     shrink(runtime)
-    assert not second.arrivals.shared._ahead and not any(layer.arrivals.under_way for layer in runtime.layers)
-    assert runtime.depth().nbytes == 0
+    assert torch.equal(prefill(second, list(range(E)) * 3), expected(1, list(range(E)) * 3))
+    assert second.cache.counters.ahead == 3
+    assert_sound(second)
+
+
+def test_what_is_under_way_is_waited_for_and_dropped():
+    runtime, _ = used()
+    first = runtime.layers[0]
+    first.fetch(torch.tensor([3, 4]))  # and no wait
+    shrink(runtime)
+    assert not any(layer.arrivals.under_way for layer in runtime.layers) and runtime.depth().nbytes == 0
     for index, layer in enumerate(runtime.layers):
         assert torch.equal(decode(layer, [3, 4]), expected(index, [3, 4]))
         assert_sound(layer)

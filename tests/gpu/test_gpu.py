@@ -138,5 +138,46 @@ def test_what_was_pinned_is_given_back():
         model.moe_offload.close()
         assert not rows.is_pinned()
     fresh = torch.zeros(2, 4096, dtype=torch.uint8)
-    assert pinned.pin(fresh) and torch.equal(pinned.device_view(fresh, "cuda:0").cpu(), fresh)
-    pinned.unpin(fresh)
+    assert pinned.pin([fresh]) and torch.equal(pinned.device_view(fresh, "cuda:0").cpu(), fresh)
+    pinned.unpin([fresh])
+
+
+def test_a_refused_pin_is_not_the_error_of_the_next_kernel():
+    from moe_offload.kernels import pinned
+
+    fresh = torch.zeros(2, 4096, dtype=torch.uint8)
+    assert pinned.pin([fresh]) and not pinned.pin([fresh]), "what is registered is refused"
+    assert int(torch.ones(1, device="cuda").add_(1)) == 2
+    pinned.unpin([fresh])
+    pinned.unpin([fresh])  # and what is not is not given back twice
+    assert int(torch.ones(1, device="cuda").add_(1)) == 2
+
+
+@pytest.mark.parametrize("settings", [DEVICE, HOST], ids=["device", "host"])
+def test_a_device_that_runs_out_in_a_forward(settings, caplog):
+    """All that torch may hold is what it holds once the slots are there, and a little: no prompt fits beside them."""
+    sizes = {"num_hidden_layers": 2, "hidden_size": 1024, "moe_intermediate_size": 768, "num_experts": 64}
+    ids = (torch.arange(512) % 97 + 3).view(1, -1)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    plain = build("qwen3_moe", **sizes).to("cuda").eval()
+    want = plain.generate(ids.cuda(), **options).cpu()
+    model, plain = plain, None
+    banks = find_experts(model)
+    budget = budget_for(0.9, layer_shapes(banks), costs(model, banks, settings))
+    rows = {"": 0, "model.layers.*.mlp.experts": "cpu"}
+    model = moe_offload.optimize(model, budget, device_map=rows, config=settings)
+    before = model.moe_offload.plan.slots
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    limit = torch.cuda.memory_reserved() + (8 << 20)
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        assert torch.equal(model.generate(ids.cuda(), **options).cpu(), want)
+        assert torch.cuda.max_memory_reserved() <= limit
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "ran out of memory" in caplog.text
+    assert all(now < then for now, then in zip(model.moe_offload.plan.slots, before, strict=True))
+    assert torch.cuda.max_memory_allocated() <= model.moe_offload.plan.budget_bytes
+    assert torch.equal(model.generate(ids.cuda(), **options).cpu(), want)
+    model.moe_offload.close()

@@ -219,7 +219,7 @@ def test_a_read_that_outlasts_close_is_not_copied_any_more(cuda, monkeypatch):
     gate, row = threading.Event(), torch.zeros(ROW, dtype=torch.uint8)
     transfer = DeviceTransfer(Streams(0))
     ticket = transfer.start(ScriptedStore(lambda expert, part: gate.wait(10)), 0, 1, row)
-    while not transfer._running:
+    while ticket.queued:
         pass
     transfer.close()
     gate.set()
@@ -230,7 +230,17 @@ def test_a_forked_process_touches_neither_streams_nor_pins(cuda):
     transfer, rows = DeviceTransfer(Streams(0)), layers()
     moved(transfer)
     pinned.pin(rows)
+    holding, forked = threading.Event(), threading.Event()
+
+    def hold():
+        with transfer._changed:  # as a reader thread may
+            holding.set()
+            forked.wait(10)
+
+    threading.Thread(target=hold).start()
+    holding.wait(10)
     child = os.fork()
+    forked.set()
     if not child:
         transfer.streams.finish = transfer.streams.drain = None  # not callable
         try:
