@@ -159,9 +159,8 @@ def test_a_device_that_runs_out_in_a_forward(settings, caplog):
     sizes = {"num_hidden_layers": 2, "hidden_size": 1024, "moe_intermediate_size": 768, "num_experts": 64}
     ids = (torch.arange(512) % 97 + 3).view(1, -1)
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    plain = build("qwen3_moe", **sizes).to("cuda").eval()
-    want = plain.generate(ids.cuda(), **options).cpu()
-    model, plain = plain, None
+    model = build("qwen3_moe", **sizes).to("cuda").eval()
+    want = model.generate(ids.cuda(), **options).cpu()
     banks = find_experts(model)
     budget = budget_for(0.9, layer_shapes(banks), costs(model, banks, settings))
     rows = {"": 0, "model.layers.*.mlp.experts": "cpu"}
