@@ -9,8 +9,11 @@ from typing import Any
 
 from ..api import make_plan
 from ..errors import ConfigError
+from ..experts import find_experts
 from ..loading import resolve_folder, skeleton
 from ..plan import budget_for
+from .devices import DEVICES
+from .gpu_contenders import settings
 from .synthetic import PREFIX, default_cache, synthetic
 from .workload import Workload
 
@@ -18,8 +21,9 @@ from .workload import Workload
 def workload(
     model: str,
     *,
+    device: str,
     budget: str | None,
-    residency: str | None,
+    residency: Sequence[str],
     layers: int | None,
     routing: Path | None,
     prompt: Path | None,
@@ -28,20 +32,38 @@ def workload(
     **amounts: int,
 ) -> Workload:
     """Raises `ConfigError` for settings that contradict each other, and what loading and planning raise."""
-    if (budget is None) == (residency is None):
+    if device not in DEVICES:
+        raise ConfigError(f"--device {device}: there are {', '.join(DEVICES)}")
+    DEVICES[device]().check()
+    shares = list(dict.fromkeys(share.strip() for text in residency for share in text.split(",") if share.strip()))
+    if (budget is None) == (not shares):
         raise ConfigError("give either --budget (8GB) or --residency (25%), one of them")
+    wanted = {share: _share(share) for share in shares}
+    if packed and device != "cpu":
+        raise ConfigError("--packed is for rows that are read from disk; on a GPU they rest in RAM")
     if layers is not None and not model.startswith(PREFIX):
         raise ConfigError(f"--layers is for {PREFIX}NAME; {model} has the layers it has")
     if routing is not None and not routing.is_file():
         raise ConfigError(f"--routing {routing}: no such file")
     folder = synthetic(model.removeprefix(PREFIX), layers, cache) if model.startswith(PREFIX) else resolve_folder(model)
-    if residency is not None:
-        whole = make_plan(folder, 2**60)
-        budget = str(budget_for(_share(residency), whole.layers, whole.costs))
-    vocabulary = skeleton(folder).config.get_text_config().vocab_size
+    outline = skeleton(folder)
     ids = _prompt_ids(folder, prompt, amounts["prompt_tokens"]) if prompt is not None else None
-    trace = str(routing) if routing else None
-    return Workload(folder, make_plan(folder, budget), vocabulary, trace, prompt=ids, packed=packed, **amounts)
+    tokens = (len(ids) if ids else amounts["prompt_tokens"]) + amounts["new_tokens"]
+    config = settings([bank.name for bank in find_experts(outline)], tokens, "device") if device != "cpu" else None
+    budgets = {budget: budget} if budget is not None else {}
+    if wanted:
+        whole = make_plan(folder, 2**60, config=config)
+        budgets = {share: str(budget_for(part, whole.layers, whole.costs)) for share, part in wanted.items()}
+    return Workload(
+        folder,
+        {asked: make_plan(folder, budget, config=config) for asked, budget in budgets.items()},
+        outline.config.get_text_config().vocab_size,
+        device,
+        str(routing) if routing else None,
+        prompt=ids,
+        packed=packed,
+        **amounts,
+    )
 
 
 def scratch_folder(cache: Path | None) -> Path:
@@ -74,4 +96,7 @@ def _prompt_ids(folder: Path, file: Path, tokens: int) -> Sequence[int]:
 
 
 def write_json(result: dict[str, Any], file: Path) -> None:
-    file.write_text(json.dumps(result, indent=1) + "\n")
+    """Whole or not at all: a run that is cut short leaves what it had found before."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    partial.replace(file)

@@ -1,11 +1,17 @@
-"""One request as a user makes it: a prompt of P tokens, then D more, greedily, through `generate`, on the clock."""
+"""One request as a user makes it: a prompt of P tokens, then D more, greedily, through `generate`, on the clock.
+
+    prompt | first token | steps left out | steps that count
+           ^ settle      ^ or here        ^ settle          ^ settle
+
+The clock waits for the device where a phase ends, never between steps. `generate` does, once a token, on every side
+alike: it looks whether all sequences have ended, as it does for anybody who calls it.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,37 +20,36 @@ from torch import Tensor
 
 @dataclass
 class Answer:
-    """What a request took: the first token after `ttft_s`, `decode_s` for the other `len(tokens) - 1`."""
+    """What a request took: the first token after `ttft_s`, `decode_s` for the last `len(tokens) - 1 - left_out`."""
 
     ttft_s: float
     decode_s: float
     tokens: list[int]
+    left_out: int = 0
     prefill: dict[str, float] = field(default_factory=dict)
     decode: dict[str, float] = field(default_factory=dict)
 
-    @property
-    def token_s(self) -> float:
-        return self.decode_s / max(len(self.tokens) - 1, 1)
-
 
 class Clock:
-    """A streamer for `generate`, which calls `put` with the prompt and then with every token."""
+    """A logits processor for `generate`, which calls it once for each token, the first of which ends the prefill."""
 
-    def __init__(self, on_first: Callable[[], None]):
-        self.times: list[float] = []
-        self.tokens: list[int] = []
-        self._on_first, self._prompt_seen = on_first, False
+    def __init__(self, stops: set[int], settle: Callable[[], None], mark: Callable[[], dict[str, float]]):
+        self.stops, self._settle, self._mark = stops, settle, mark
+        self.calls = 0
+        self.marks: list[dict[str, float]] = []
+        self.times: list[tuple[float, float]] = []  # when it stopped, and when it went on
 
-    def put(self, value: Tensor) -> None:
-        if not self._prompt_seen:
-            self._prompt_seen = True
-            return
-        self.times.append(time.perf_counter())
-        self.tokens += value.reshape(-1).tolist()
-        if len(self.times) == 1:
-            self._on_first()
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.calls in self.stops:
+            self.stop()
+        self.calls += 1
+        return scores
 
-    def end(self) -> None: ...
+    def stop(self) -> None:
+        self._settle()
+        stopped = time.perf_counter()
+        self.marks.append(self._mark())
+        self.times.append((stopped, time.perf_counter()))
 
 
 def random_prompt(vocabulary: int, tokens: int, seed: int) -> list[int]:
@@ -53,13 +58,28 @@ def random_prompt(vocabulary: int, tokens: int, seed: int) -> list[int]:
     return [int(i) for i in torch.randint(0, min(vocabulary, 50_000), (tokens,), generator=generator)]
 
 
-def ask(model: Any, prompt: list[int], new_tokens: int, counters: Callable[[], dict[str, float]] = dict) -> Answer:
-    """`1 + new_tokens` greedy tokens after `prompt` (ids); `counters()` is read at start, first token and end."""
-    input_ids = torch.tensor([prompt])
-    marks = [counters()]
-    clock = Clock(lambda: marks.append(counters()))
-    begun = time.perf_counter()
-    model.generate(
+def ask(
+    model: Any,
+    prompt: list[int],
+    new_tokens: int,
+    mark: Callable[[], dict[str, float]] = dict,
+    *,
+    device: str = "cpu",
+    settle: Callable[[], None] = lambda: None,
+    left_out: int = 0,
+    **options: Any,
+) -> Answer:
+    """`1 + new_tokens` greedy tokens after `prompt` (ids); `mark()` is read wherever the clock stops.
+
+    The first `left_out` tokens after the first, fewer than `new_tokens`, do not count as decoded. `options` are those
+    of `generate`.
+    """
+    from transformers import LogitsProcessorList
+
+    input_ids = torch.tensor([prompt], device=device)
+    clock = Clock({0, left_out}, settle, mark)
+    clock.stop()
+    output = model.generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
         max_new_tokens=1 + new_tokens,
@@ -67,9 +87,11 @@ def ask(model: Any, prompt: list[int], new_tokens: int, counters: Callable[[], d
         do_sample=False,
         eos_token_id=None,
         pad_token_id=0,
-        streamer=clock,
+        logits_processor=LogitsProcessorList([clock]),
+        **options,
     )
-    marks.append(counters())
-    first, last = clock.times[0], clock.times[-1]
-    prefill, decode = ({n: b[n] - a[n] for n in a} for a, b in pairwise(marks))
-    return Answer(first - begun, last - first, clock.tokens, prefill, decode)
+    clock.stop()
+    (_, begun), (first, _), (_, resumed), (last, _) = (*clock.times[:2], *clock.times[-2:])
+    prefill, decode = ({n: b[n] - a[n] for n in a} for a, b in (clock.marks[:2], clock.marks[-2:]))
+    tokens = output[0, len(prompt) :].tolist()
+    return Answer(first - begun, last - resumed, tokens, left_out, prefill, decode)

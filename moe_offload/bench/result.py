@@ -5,126 +5,148 @@ from __future__ import annotations
 import datetime
 import platform
 import statistics
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from ..belady import belady_hits
-from .workload import Measured, Workload
+from .bounds import bounds, traffic_over_roof
+from .devices import DEVICES
+from .workload import OURS, Measured, Workload, steps, token_s
+
+#: What ours is compared with, and the name of that ratio.
+SPEEDUPS = {
+    "cpu": {"accelerate": "speedup_over_accelerate_disk", "mmap": "speedup_over_mmap"},
+    "cuda": {"accelerate": "speedup_over_accelerate", "ours-host": "speedup_over_host"},
+}
+ROOFS = {"cpu": "disk_bytes_per_s", "cuda": "link_bytes_per_s"}
 
 
-def _token_s(answer: dict[str, Any]) -> float:
-    return float(answer["decode_s"] / max(len(answer["tokens"]) - 1, 1))
-
-
-def result_of(work: Workload, measured: dict[str, Measured], together: bool) -> dict[str, Any]:
-    plan = work.plan
-    ours, resident = measured.get("ours"), measured.get("resident")
-    rows = [_row(one, work) for one in measured.values()]
-    bandwidth = statistics.median([roof for one in measured.values() for roof in one.roofs] or [0.0])
+def result_of(
+    work: Workload, measured: Sequence[Measured], together: bool, notes: Sequence[str], details: dict[str, float]
+) -> dict[str, Any]:
+    """`together`: the resident model took turns with ours. `details` are what else is known of the roof."""
+    sides = _in_order(measured)
+    roofs = [roof for one in measured for roof in one.roofs]
+    resident = next((one for one in sides if one.side == "resident" and one.answers), None)
+    routings = [one.loaded.get("routing") for one in measured]
     return {
         "model": str(work.folder),
         "date": datetime.date.today().isoformat(),
-        "machine": machine(),
-        "budget_bytes": plan.budget_bytes,
-        "residency": plan.residency,
-        "row_bytes": max(layer.row_bytes for layer in plan.layers),
-        "prompt_tokens": len(work.request(0)["prompt"]),
+        "device": work.device,
+        "machine": {**machine(), **DEVICES[work.device]().facts()},
+        "plans": [
+            {"asked": asked, "budget_bytes": plan.budget_bytes, "residency": plan.residency}
+            for asked, plan in work.plans.items()
+        ],
+        "row_bytes": work.row_bytes,
+        "prompt_tokens": len(work.request(0, 1)["prompt"]),
         "new_tokens": work.new_tokens,
+        "left_out": work.request(0, work.new_tokens)["left_out"],
         "requests": work.requests,
         "prompt": "given" if work.prompt else "random tokens",
         "packed": work.packed,
-        "routing": (ours or next(iter(measured.values()))).loaded.get("routing") or "the model's own router",
+        "routing": next(filter(None, routings), "the model's own router"),
         "resident_and_ours_took_turns": together,
-        "tokens_of": next(iter(measured)),
-        "tokens_differ": _differing(list(measured.values())),
-        "rows": rows,
-        "roofs": {"disk_bytes_per_s": bandwidth, "resident_token_s": resident and resident.median(_token_s)},
-        "ratios": _ratios(work, measured),
+        "tokens_of": sides[0].side,
+        "tokens_agree": [_agreement(sides[0], other) for other in sides[1:]],
+        "rows": [_row(one, work, sides) for one in sides],
+        "roofs": {
+            ROOFS[work.device]: statistics.median(roofs or [0.0]),
+            **details,
+            "resident_token_s": resident and resident.median(token_s),
+        },
+        "notes": list(notes),
     }
 
 
-def _differing(sides: list[Measured]) -> list[str]:
-    """The sides whose tokens are not those of the first one, as far as both answered."""
-    first, *others = ([(one.side, answer["tokens"]) for answer in one.answers] for one in sides)
-    pairs = [pair for other in others for pair in zip(first, other, strict=False)]
-    return list(dict.fromkeys(side for (_, a), (side, b) in pairs if a[: len(b)] != b[: len(a)]))
+def _in_order(measured: Sequence[Measured]) -> list[Measured]:
+    """The resident model first, all its turns as one side; then from the smallest budget to the largest."""
+    turns = [one for one in measured if one.side == "resident"]
+    others = [one for one in measured if one.side != "resident"]
+    order = [*OURS, *dict.fromkeys(one.side for one in others)]
+    others.sort(key=lambda one: (one.plan.budget_bytes, order.index(one.side)))
+    if not turns:
+        return others
+    answers = [answer for one in turns for answer in one.answers]
+    roofs = [roof for one in turns for roof in one.roofs]
+    return [replace(turns[-1], answers=answers, roofs=roofs), *others]
 
 
-def _row(one: Measured, work: Workload) -> dict[str, Any]:
-    row: dict[str, Any] = {"side": one.side, "limited": one.limited, "failed": one.failed}
+def _agreement(first: Measured, other: Measured) -> dict[str, Any]:
+    """How many tokens of the other side are those of the first, up to where they part, as far as both answered."""
+    agree = total = 0
+    for one, another in zip(first.answers, other.answers, strict=False):
+        pairs = list(zip(one["tokens"], another["tokens"], strict=False))
+        total += len(pairs)
+        agree += next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+    return {"side": other.side, "asked": other.asked, "agree": agree, "of": total}
+
+
+def _row(one: Measured, work: Workload, sides: Sequence[Measured]) -> dict[str, Any]:
+    row: dict[str, Any] = {"side": one.side, "asked": one.asked, "limited": one.limited, "failed": one.failed}
+    if one.side != "resident":
+        row |= {"budget_bytes": one.plan.budget_bytes, "residency": one.plan.residency}
     if not one.answers:
         return row
     row |= {
-        "tokens_per_s": 1 / one.median(_token_s),
+        "tokens_per_s": 1 / one.median(token_s),
         "ttft_s": one.median(lambda a: a["ttft_s"]),
-        "prefill_tokens_per_s": work.prompt_tokens / one.median(lambda a: a["ttft_s"]),
-        "peak_bytes": one.peak_over_baseline,
+        "prefill_tokens_per_s": len(work.request(0, 1)["prompt"]) / one.median(lambda a: a["ttft_s"]),
         "load_s": one.loaded["load_s"],
     }
-    if one.side == "ours":
+    if one.memory:
+        row |= {**one.memory, "peak_bytes": one.memory["peak_bytes"] - one.baseline_bytes}
+    if one.answers[0]["peaks_bytes"][0] is not None:
+        row["prefill_peak_bytes"] = max(answer["peaks_bytes"][0] for answer in one.answers)
+        row["decode_peak_bytes"] = max(max(answer["peaks_bytes"][1:]) for answer in one.answers)
+    if one.side in OURS:
         decode = [answer["decode"] for answer in one.answers]
-        steps = sum(len(answer["tokens"]) - 1 for answer in one.answers)
+        counted = sum(steps(answer) for answer in one.answers)
         hits, misses = (sum(d[name] for d in decode) for name in ("hits", "misses"))
         row |= {
             "hit_rate": hits / max(hits + misses, 1),
             "belady_hit_rate": _belady(one),
-            "bytes_per_token": sum(d["bytes_read"] for d in decode) / steps,
-            "stall_s_per_token": sum(d["stall_s"] for d in decode) / steps,
+            "bytes_per_token": sum(d["bytes_read"] for d in decode) / counted,
+            "misses_per_token": misses / counted,
+            "stall_s_per_token": sum(d["stall_s"] for d in decode) / counted,
             "prefill_bytes": one.median(lambda a: a["prefill"]["bytes_read"]),
             "prefill_stall_s": one.median(lambda a: a["prefill"]["stall_s"]),
+            **bounds(one),
+            "traffic_over_roof": traffic_over_roof(one),
+            **_speedups(one, work, sides),
         }
+        if one.reads:
+            pairs = zip(one.reads, one.roofs, strict=False)
+            row["read_bandwidth_over_raw"] = statistics.median(read / roof for read, roof in pairs)
     return row
 
 
 def _belady(one: Measured) -> float:
-    """The best hit rate that any policy could have had in the measured decode steps, the warm-up's included as past."""
+    """The best hit rate that any policy could have had in the steps that count, those before them included as past."""
     hits = requests = 0
     answers = [*([one.warm_up] if one.warm_up else []), *one.answers]
     for layer, slots in enumerate(one.loaded["slots"]):
         events: list[list[int]] = []
-        scored = 0
+        counted: list[bool] = []
         for answer in answers:
-            steps = answer["used"][layer][1:]  # the first is the prompt
-            scored = len(events) if answer is one.answers[0] else scored
-            events += steps
-        found = belady_hits(events, slots)[scored:]
-        hits += sum(found)
-        requests += sum(len(event) for event in events[scored:])
+            decoded = answer["used"][layer][1:]  # the first is the prompt
+            events += decoded
+            counted += [answer is not one.warm_up and i >= answer["left_out"] for i in range(len(decoded))]
+        found = belady_hits(events, slots)
+        hits += sum(hit for hit, counts in zip(found, counted, strict=True) if counts)
+        requests += sum(len(event) for event, counts in zip(events, counted, strict=True) if counts)
     return hits / max(requests, 1)
 
 
-def _ratios(work: Workload, measured: dict[str, Measured]) -> dict[str, float | None]:
-    """Ours against the roofs and the others. Below 1.0 a roof cannot be; None where a side is missing."""
-    ours, resident = measured.get("ours"), measured.get("resident")
-    ratios: dict[str, float | None] = dict.fromkeys(
-        (
-            "decode_over_roof",
-            "prefill_over_roof",
-            "speedup_over_accelerate_disk",
-            "speedup_over_mmap",
-            "read_bandwidth_over_raw",
-        )
-    )
-    if ours is None or not ours.answers:
-        return ratios
-    if resident is not None and len(resident.answers) == len(ours.answers):
-        decode, prefill = [], []
-        for mine, theirs, roof in zip(ours.answers, resident.answers, ours.roofs, strict=True):
-            steps = len(mine["tokens"]) - 1
-            decode.append(_token_s(mine) / max(_token_s(theirs), mine["decode"]["bytes_read"] / steps / roof))
-            prefill.append(mine["ttft_s"] / max(theirs["ttft_s"], mine["prefill"]["bytes_read"] / roof))
-        ratios |= {"decode_over_roof": statistics.median(decode), "prefill_over_roof": statistics.median(prefill)}
-    for side, name in (("accelerate", "speedup_over_accelerate_disk"), ("mmap", "speedup_over_mmap")):
-        other = measured.get(side)
-        if other is not None and other.answers:
-            ratios[name] = other.median(_token_s) / ours.median(_token_s)
-    if ours.reads:
-        ratios["read_bandwidth_over_raw"] = statistics.median(
-            read / roof for read, roof in zip(ours.reads, ours.roofs, strict=False)
-        )
-    return ratios
+def _speedups(one: Measured, work: Workload, sides: Sequence[Measured]) -> dict[str, float]:
+    """Times the others at the same budget."""
+    names = SPEEDUPS[work.device]
+    others = [other for other in sides if other.asked == one.asked and other.side in names and other.answers]
+    return {names[other.side]: other.median(token_s) / one.median(token_s) for other in others if other is not one}
 
 
 def machine() -> dict[str, Any]:

@@ -6,10 +6,15 @@
 The op stands in the graph like any other: what offloads the model sees ids that come from a router. Row t of a request
 takes row t of the trace; the trace begins anew where it ends. How it is mapped to the model at hand, `Recorded.note`
 says.
+
+Where a request stands is a number on the model's device, which the op of the last layer moves on: nothing is asked of
+the host, and a CUDA graph that holds the op gives other ids each time it is replayed. It costs one small kernel a
+layer, on every side alike.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +26,10 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 
 ROWS = 4096  # of a trace: more are not used
+SPARE_TOKENS = 8  # behind those of a request: generate() may run a step whose token nobody sees
 
 _LIBRARY = torch.library.Library("moe_offload_bench", "DEF")
-_LIBRARY.define("routed(Tensor(a!) ids, int layer) -> Tensor")  # it counts its calls: nobody may add one
+_LIBRARY.define("routed(Tensor(a!) ids, int layer) -> Tensor")  # it counts tokens: nobody may add a call, or drop one
 
 
 @dataclass(frozen=True)
@@ -35,29 +41,51 @@ class Recorded:
 
 
 class Routing:
-    """What the op does in this process: replay from row `row` on, and remember the ids of every call."""
+    """What the op does in this process, for requests of at most `tokens` tokens of one sequence.
 
-    def __init__(self, recorded: Recorded | None, layers: int):
-        self.recorded = recorded
-        self.rows = [0] * layers
-        self.used: list[list[Tensor]] = [[] for _ in range(layers)]
+    `tables[l]` int64 [tokens, K] on `device`: the ids of layer l by the tokens of the request at hand. Recorded ones
+    are written by `seek`, the router's own by the op.
+    """
 
-    def seek(self, row: int) -> None:
-        """The next request begins at this row of the trace; forget what was used."""
-        self.rows = [row] * len(self.rows)
-        self.used = [[] for _ in self.rows]
+    def __init__(self, recorded: Recorded | None, top_ks: Sequence[int], tokens: int, device: torch.device | str):
+        self.recorded, self.tokens = recorded, tokens
+        room = tokens + SPARE_TOKENS
+        self.tables = [torch.zeros((room, k), dtype=torch.int64, device=device) for k in top_ks]
+        self.token_1 = torch.zeros(1, dtype=torch.int64, device=device)  # of the request, that comes next
+
+    def seek(self, row: int, tokens: int) -> None:
+        """The next request is of so many tokens and begins at this row of the trace; forget the one before.
+
+        Raises `ConfigError` for one that there is no room for.
+        """
+        if tokens > self.tokens:
+            raise ConfigError(f"a request of {tokens} tokens: the routing has room for {self.tokens}")
+        self.token_1.zero_()
+        if self.recorded is not None:
+            rows = torch.arange(row, row + tokens + SPARE_TOKENS) % len(self.recorded.ids_TLK)
+            for layer, table_TK in enumerate(self.tables):
+                table_TK[: len(rows)].copy_(self.recorded.ids_TLK[rows, layer])
 
     def __call__(self, ids_TK: Tensor, layer: int) -> Tensor:
-        tokens = ids_TK.shape[0]
+        tokens, table_TK = ids_TK.shape[0], self.tables[layer]
+        rows_T = self.token_1 if tokens == 1 else self.token_1 + torch.arange(tokens, device=ids_TK.device)
         if self.recorded is None:
-            ids = ids_TK.clone()
+            table_TK.index_copy_(0, rows_T, ids_TK.to(table_TK.dtype))
+            routed_TK = ids_TK.clone()
         else:
-            begin, total = self.rows[layer], len(self.recorded.ids_TLK)
-            rows = torch.arange(begin, begin + tokens).remainder_(total)
-            ids = self.recorded.ids_TLK[rows, layer].to(ids_TK.dtype)
-        self.rows[layer] += tokens
-        self.used[layer].append(ids)
-        return ids.clone()
+            routed_TK = table_TK.index_select(0, rows_T).to(ids_TK.dtype)
+        if layer == len(self.tables) - 1:
+            self.token_1.add_(tokens)
+        return routed_TK
+
+    def used(self, prompt_tokens: int, steps: int) -> list[list[list[int]]]:
+        """The experts of each layer's events since `seek`: the prompt's first, then those of each decode step."""
+        found = []
+        for table_TK in self.tables:
+            ids_TK = table_TK[: prompt_tokens + steps].tolist()
+            prompt = sorted({e for ids in ids_TK[:prompt_tokens] for e in ids})
+            found.append([prompt, *(sorted(set(ids)) for ids in ids_TK[prompt_tokens:])])
+        return found
 
 
 _current: Routing | None = None
@@ -73,14 +101,13 @@ _LIBRARY.impl("routed", _routed, "CompositeExplicitAutograd")
 torch.library.register_fake("moe_offload_bench::routed", lambda ids_TK, layer: torch.empty_like(ids_TK), lib=_LIBRARY)
 
 
-def install(model: nn.Module, names: list[str], recorded: Recorded | None) -> Routing:
+def install(model: nn.Module, names: list[str], routing: Routing) -> None:
     """Put the op before every experts module of `names`. Call it before the model's first forward."""
     global _current
-    _current = Routing(recorded, len(names))
+    _current = routing
     for layer, name in enumerate(names):
         module: Any = model.get_submodule(name)
         module.register_forward_pre_hook(_before(layer))
-    return _current
 
 
 def _before(layer: int) -> Any:

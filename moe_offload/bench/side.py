@@ -1,8 +1,8 @@
 """One side of the comparison in its own process: commands come in as JSON lines, answers go out as JSON lines.
 
-python -m moe_offload.bench.side '{"side": "ours", "folder": ..., "budget": ..., "scratch": ..., "routing": ...}'
+python -m moe_offload.bench.side '{"side": "ours", "device": "cpu", "folder": ..., "budget": ..., "scratch": ...}'
 <- {"ready": ..., "baseline_bytes": ...}                       nothing loaded yet: now a limit may be put around it
--> {"do": "load"}                                              <- {"load_s": ..., "plan": {...}}
+-> {"do": "load"}                                              <- {"load_s": ..., "slots": [...]}
 -> {"do": "ask", "prompt": [...], "new_tokens": 32, "row": 0}  <- an Answer, with counters and the ids it used
 -> {"do": "read", "seconds": 1.0, "seed": 1}                   <- {"bandwidth": ...}    ours: rows, nothing computed
 -> {"do": "memory"}                                            <- {"peak_bytes": ...}
@@ -23,42 +23,60 @@ import torch
 
 from ..experts import find_experts
 from ..loading import skeleton
-from .contenders import SIDES
-from .limit import peak_bytes, reset_peak, resident_bytes
+from .contenders import CPU_SIDES, Contender, Job
+from .devices import DEVICES
+from .gpu_contenders import GPU_SIDES
 from .request import ask
-from .routing import install, load_recorded
+from .routing import Routing, install, load_recorded
 
 COUNTERS = ("hits", "misses", "bytes_read", "stall_s")
+SIDES: dict[str, dict[str, Contender]] = {"cpu": CPU_SIDES, "cuda": GPU_SIDES}
 
 
 class Side:
-    """The loaded model, its routing, and what may be asked of it."""
+    """The loaded model, its routing, and what may be asked of it: requests of at most `tokens` tokens."""
 
-    def __init__(self, side: str, folder: str, budget: int, scratch: str, routing: str | None):
-        self.name, self.folder, self.budget = side, Path(folder), budget
-        self.scratch, self.routing_file = Path(scratch), routing
+    def __init__(
+        self, side: str, device: str, folder: str, budget: int, scratch: str, routing: str | None, tokens: int
+    ):
+        self.contender, self.device = SIDES[device][side], DEVICES[device]()
+        self.job, self.routing_file = Job(Path(folder), budget, Path(scratch), tokens), routing
         self.model: Any = None
+        self._peaks: list[int | None] = []
 
     def load(self) -> dict[str, Any]:
-        reset_peak()
+        self.device.reset_peak()
         begun = time.perf_counter()
-        self.model = SIDES[self.name](self.folder, self.budget, self.scratch)
+        self.model = self.contender.load(self.job)
+        self.device.settle()
         load_s = time.perf_counter() - begun
-        banks = find_experts(skeleton(self.folder))
+        banks = find_experts(skeleton(self.job.folder))
         first = banks[0]
         recorded = None
         if self.routing_file is not None:
             recorded = load_recorded(self.routing_file, len(banks), first.num_experts, first.top_k)
-        self.routing = install(self.model, [bank.name for bank in banks], recorded)
+        top_ks = [bank.top_k for bank in banks]
+        self.routing = Routing(recorded, top_ks, self.job.tokens, self.device.name)
+        install(self.model, [bank.name for bank in banks], self.routing)
         note = recorded.note if recorded else None
         plan = self._handle.plan if self._handle else None
         return {"load_s": load_s, "routing": note, "slots": list(plan.slots) if plan else None}
 
-    def ask(self, prompt: list[int], new_tokens: int, row: int) -> dict[str, Any]:
-        self.routing.seek(row)
-        answer = ask(self.model, prompt, new_tokens, self._counters)
-        used = [[sorted(set(ids.reshape(-1).tolist())) for ids in layer] for layer in self.routing.used]
-        return {**dataclasses.asdict(answer), "used": used if self._handle else None}
+    def ask(self, prompt: list[int], new_tokens: int, row: int, left_out: int = 0) -> dict[str, Any]:
+        self.routing.seek(row, len(prompt) + new_tokens)
+        self._peaks = []
+        answer = ask(
+            self.model,
+            prompt,
+            new_tokens,
+            self._mark,
+            device=self.device.name,
+            settle=self.device.settle,
+            left_out=left_out,
+            **self.contender.options,
+        )
+        used = self.routing.used(len(prompt), new_tokens) if self._handle else None
+        return {**dataclasses.asdict(answer), "used": used, "peaks_bytes": self._peaks[1:]}
 
     def read(self, seconds: float, seed: int) -> dict[str, Any]:
         """Rows from the store as the engine reads them, into the scratch rows, and nothing else.
@@ -82,13 +100,15 @@ class Side:
         return {"bandwidth": moved / (time.perf_counter() - begun)}
 
     def memory(self) -> dict[str, Any]:
-        return {"peak_bytes": peak_bytes()}
+        return self.device.memory()
 
     @property
     def _handle(self) -> Any:
         return getattr(self.model, "moe_offload", None)
 
-    def _counters(self) -> dict[str, float]:
+    def _mark(self) -> dict[str, float]:
+        """Where a phase ends: what has been counted so far, and the memory that the phase took."""
+        self._peaks.append(self.device.take_peak())
         if not self._handle:
             return {}
         stats = self._handle.stats()
@@ -110,7 +130,7 @@ def main() -> None:
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
-    say({"ready": True, "baseline_bytes": resident_bytes()})
+    say({"ready": True, "baseline_bytes": side.device.held_bytes()})
     with torch.inference_mode(False), torch.no_grad():
         for line in sys.stdin:
             command = json.loads(line)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,8 +23,12 @@ def bench(
     ],
     budget: Annotated[str | None, typer.Option("--budget", help="All the model may hold, as in run.")] = None,
     residency: Annotated[
-        str | None, typer.Option("--residency", help="Instead of --budget: the share of experts kept, as 25%.")
+        list[str] | None,
+        typer.Option(
+            "--residency", help="Instead of --budget: the share of experts kept, as 25%; or several: 25%,50%."
+        ),
     ] = None,
+    device: Annotated[str, typer.Option("--device", help="Where the models compute: cpu or cuda.")] = "cpu",
     layers: Annotated[int | None, typer.Option("--layers", min=1, help="Layers of a synthetic model.")] = None,
     routing: Annotated[
         Path | None, typer.Option("--routing", help="Replay the expert ids of this trace (.npz) for every side.")
@@ -36,8 +40,13 @@ def bench(
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens decoded after the first.")] = 32,
     requests: Annotated[int, typer.Option("--requests", min=1, help="Requests measured, after one to warm up.")] = 3,
     sides: Annotated[
-        str, typer.Option("--sides", help="What to compare, by commas.")
-    ] = "resident,ours,accelerate,mmap",
+        str | None,
+        typer.Option(
+            "--sides",
+            help="What to compare, by commas; accelerate@50% at that residency alone.",
+            show_default="cpu: resident,ours,accelerate,mmap; cuda: resident,ours,ours-host,accelerate",
+        ),
+    ] = None,
     packed: Annotated[bool, typer.Option("--packed", help="Ours reads a copy that moe-offload pack has made.")] = False,
     cache: Annotated[
         Path | None, typer.Option("--cache", help="Where synthetic checkpoints and temporary files go.")
@@ -45,9 +54,11 @@ def bench(
     config_file: ConfigFile = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here, too.")] = None,
 ) -> None:
-    """Measure offloading beside the resident model, accelerate's disk offload, plain mmap, and the disk itself."""
+    """Measure offloading beside the resident model, accelerate's offload, and what the disk or the link itself gives;
+    on a CPU plain mmap too, on a GPU our own path by way of the host."""
     from ..bench.command import scratch_folder, workload, write_json
     from ..bench.run import bench as run_bench
+    from ..bench.side import SIDES
     from ..bench.table import table
 
     settings(config_file)  # a file that cannot be used is refused before anything is loaded
@@ -56,8 +67,9 @@ def bench(
     work = or_exit(
         lambda: workload(
             model,
+            device=device,
             budget=budget,
-            residency=residency,
+            residency=residency or [],
             layers=layers,
             routing=routing,
             prompt=prompt,
@@ -68,9 +80,15 @@ def bench(
             requests=requests,
         )
     )
-    typer.echo(str(work.plan), err=True)
-    wanted = [side.strip() for side in sides.split(",") if side.strip()]
-    result = or_exit(lambda: run_bench(work, wanted, scratch_folder(cache), lambda line: typer.echo(line, err=True)))
+    for plan in work.plans.values():
+        typer.echo(str(plan), err=True)
+    wanted = [side.strip() for side in (sides or ",".join(SIDES[device])).split(",") if side.strip()]
+
+    def keep(result: dict[str, Any]) -> None:
+        if json_file is not None:
+            or_exit(lambda: write_json(result, json_file))
+
+    result = or_exit(
+        lambda: run_bench(work, wanted, scratch_folder(cache), lambda line: typer.echo(line, err=True), keep)
+    )
     typer.echo(table(result))
-    if json_file is not None:
-        or_exit(lambda: write_json(result, json_file))
