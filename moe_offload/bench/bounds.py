@@ -38,11 +38,9 @@ def bounds(one: Measured) -> dict[str, float]:
 
 
 def traffic_over_roof(one: Measured) -> float:
-    """Missed bytes of the decoded tokens per second, over the roof: near 1 where misses are all there is to wait for."""
-    return statistics.median(
-        answer["decode"]["bytes_read"] / answer["decode_s"] / roof
-        for answer, roof in zip(one.answers, one.roofs, strict=True)
-    )
+    """Missed bytes of decoded tokens per second, over the roof: near 1 where misses are all there is to wait for."""
+    pairs = zip(one.answers, one.roofs, strict=True)
+    return float(statistics.median(a["decode"]["bytes_read"] / a["decode_s"] / roof for a, roof in pairs))
 
 
 def _against(taken_s: float, resident_s: float, moving_s: float) -> tuple[float, float]:

@@ -48,7 +48,7 @@ class Cpu:
     def settle(self) -> None: ...
 
     def room_bytes(self) -> int:
-        return psutil.virtual_memory().available
+        return int(psutil.virtual_memory().available)
 
     def held_bytes(self) -> int:
         return resident_bytes()

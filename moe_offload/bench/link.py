@@ -107,5 +107,5 @@ def microseconds(f: Callable[[], Any], device: str) -> float:
         f()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3)
+        times.append(float(begin.elapsed_time(end)) * 1e3)
     return statistics.median(times)

@@ -126,16 +126,19 @@ def _row(one: Measured, work: Workload, sides: Sequence[Measured]) -> dict[str, 
 
 
 def _belady(one: Measured) -> float:
-    """The best hit rate that any policy could have had in the steps that count, those before them included as past."""
+    """The best hit rate that any policy could have had in the steps that count, all that was before them included.
+
+    A prompt asks for more than fits, and then leaves what is wanted the soonest: as Belady's rule has it.
+    """
     hits = requests = 0
     answers = [*([one.warm_up] if one.warm_up else []), *one.answers]
     for layer, slots in enumerate(one.loaded["slots"]):
         events: list[list[int]] = []
         counted: list[bool] = []
         for answer in answers:
-            decoded = answer["used"][layer][1:]  # the first is the prompt
-            events += decoded
-            counted += [answer is not one.warm_up and i >= answer["left_out"] for i in range(len(decoded))]
+            prompt, *decoded = answer["used"][layer]
+            events += [prompt, *decoded]
+            counted += [False, *(answer is not one.warm_up and i >= answer["left_out"] for i in range(len(decoded)))]
         found = belady_hits(events, slots)
         hits += sum(hit for hit, counts in zip(found, counted, strict=True) if counts)
         requests += sum(len(event) for event, counts in zip(events, counted, strict=True) if counts)

@@ -118,7 +118,7 @@ def _others(stage: Stage, chosen: Chosen) -> Iterator[list[Measured]]:
 
 
 def choose(sides: Iterable[str], work: Workload) -> Chosen:
-    """Inside which of the plans each side is wanted. Raises `ConfigError` for a side or a residency that is not there."""
+    """Inside which of the plans each side is wanted. Raises `ConfigError` for what is not there."""
     known, chosen = SIDES[work.device], Chosen()
     for named in sides:
         side, _, share = named.partition("@")

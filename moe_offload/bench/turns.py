@@ -43,11 +43,11 @@ class Stage:
         self.work, self.settings, self.roof, self.say = work, settings, roof, say
 
     def start(self, side: str, asked: str, alive: ExitStack) -> Running:
-        """Load the side to run inside the plan that was `asked`, and ask it once to warm it up. It ends with `alive`."""
+        """Load the side inside the plan that was `asked`, and ask it once to warm it up. It ends with `alive`."""
         plan = self.work.plans[asked]
         one = Measured(side, asked, plan)
         running = Running(one)
-        self.say(f"{side} {asked}: loading" if len(self.work.plans) > 1 else f"{side}: loading")
+        self.say(f"{side}: loading" if side == "resident" or len(self.work.plans) == 1 else f"{side} {asked}: loading")
         if self.work.device == "cpu":  # where experts come from the disk: what one side has read must not serve another
             drop_cache(self.work.folder, Path(self.settings["scratch"]))
         try:

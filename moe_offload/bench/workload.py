@@ -62,7 +62,9 @@ class Workload:
         least = EFFORT[self.device].get(side)
         if least is None:
             return Effort(self.requests, self.new_tokens, self.new_tokens)
-        return Effort(least.requests, min(least.new_tokens, self.new_tokens), least.warm_up_tokens)
+        return Effort(
+            least.requests, min(least.new_tokens, self.new_tokens), min(least.warm_up_tokens, self.new_tokens)
+        )
 
     def request(self, number: int, new_tokens: int) -> dict[str, Any]:
         """The prompt of one request, the row of the trace it begins at, and how much of it counts."""
