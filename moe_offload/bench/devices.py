@@ -89,6 +89,7 @@ class Cuda:
 
     def reset_peak(self) -> None:
         self._most = self._most_reserved = 0
+        torch.cuda.init()  # there are no counters before
         torch.cuda.reset_peak_memory_stats()
 
     def take_peak(self) -> int | None:

@@ -123,7 +123,7 @@ def choose(sides: Iterable[str], work: Workload) -> Chosen:
     for named in sides:
         side, _, share = named.partition("@")
         if side not in known:
-            raise ConfigError(f"--sides {side}: on the {work.device} there are {', '.join(known)}")
+            raise ConfigError(f"--sides {side}: for --device {work.device} there are {', '.join(known)}")
         if share and share not in work.plans:
             raise ConfigError(f"--sides {named}: {share} is not among what is measured, {', '.join(work.plans)}")
         chosen[side] = (share,) if share else tuple(work.plans)

@@ -51,19 +51,21 @@ def test_every_side_in_one_run(cache, trace, tmp_path):
     file = tmp_path / "result.json"
     amounts = ["--prompt-tokens", "24", "--new-tokens", "6", "--requests", "2"]
     done = run(
-        *("synthetic:tiny", "--residency", "50%", "--routing", str(trace), "--cache", str(cache)),
-        *(*amounts, "--json", str(file), "--packed"),
+        *("synthetic:tiny", "--residency", "50%,100%", "--routing", str(trace), "--cache", str(cache)),
+        *(*amounts, "--json", str(file), "--packed", "--sides", "resident,ours,accelerate@50%,mmap@50%"),
     )
     assert done.exit_code == 0, done.output
     result = json.loads(file.read_text())
     assert {row["side"] for row in result["rows"]} == {"resident", "ours", "accelerate", "mmap"}
     assert not any(row["failed"] for row in result["rows"])
-    assert result["tokens_of"] == "resident" and len(result["tokens_agree"]) == 3
+    assert result["tokens_of"] == "resident" and len(result["tokens_agree"]) == 4
     assert all(one["agree"] == one["of"] > 0 for one in result["tokens_agree"])
-    (ours,) = (row for row in result["rows"] if row["side"] == "ours")
+    ours, whole = (row for row in result["rows"] if row["side"] == "ours")
     assert all(ours[ratio] > 0 for ratio in RATIOS)
     assert 0 < ours["hit_rate"] <= ours["belady_hit_rate"] <= 1
     assert ours["bytes_per_token"] > 0
+    assert whole["bytes_per_token"] < ours["bytes_per_token"] and whole["hit_rate"] <= whole["belady_hit_rate"]
+    assert whole["decode_over_roof"] > 0 and "speedup_over_mmap" not in whole
     assert "recorded" in result["routing"] and "half the trace further" in result["routing"]
     assert "all sides gave the tokens of resident" in done.output
     assert [entry.name for entry in cache.iterdir()] == ["tiny_3-layers"]  # temporary files are gone
@@ -80,6 +82,9 @@ def test_wrong_requests_are_one_line(cache, tmp_path):
         (["synthetic:tiny", "--residency", "much"], "--residency much"),
         (["synthetic:tiny", "--residency", "50%", "--routing", "absent.npz"], "no such file"),
         (["synthetic:tiny", "--residency", "50%", "--sides", "ours,theirs"], "--sides theirs"),
+        (["synthetic:tiny", "--residency", "50%", "--sides", "ours@25%"], "25% is not among what is measured"),
+        (["synthetic:tiny", "--residency", "50%,110%"], "--residency 110%"),
+        (["synthetic:tiny", "--residency", "50%", "--device", "tpu"], "--device tpu"),
     ]:
         done = run(*arguments, "--cache", str(cache))
         assert done.exit_code == 2, (arguments, done.output)

@@ -57,7 +57,9 @@ def test_sides_are_chosen_by_residency(work):
     }
     with pytest.raises(ConfigError, match="10% is not among what is measured, 50%, 25%"):
         choose(["ours@10%"], work)
-    with pytest.raises(ConfigError, match="--sides mmap: on the cuda there are resident, ours, ours-host, accelerate"):
+    with pytest.raises(
+        ConfigError, match="--sides mmap: for --device cuda there are resident, ours, ours-host, accelerate"
+    ):
         choose(["mmap"], work)
 
 
