@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
@@ -73,7 +73,7 @@ class Advisor:
 
     def __init__(self, runtime: Runtime, plan: Plan):
         self._layers = [layer for i, layer in enumerate(runtime.layers) if i not in runtime.decided]
-        self._plan = plan
+        self._runtime, self._planned = runtime, plan
         self._sum, self._spent_s, self._forwards = Totals(), 0.0, 0
         self._begun: Totals | None = None  # the counters where the decoding at hand began
         self._said = not self._layers
@@ -101,10 +101,11 @@ class Advisor:
         if waiting > WAITING and hitting < HITTING:
             self._said = True
             stores = [layer.store for layer in self._layers]
+            plan = replace(self._planned, slots=self._runtime.slots)
             _advise(
                 "%.0f %% of the time of %d tokens was spent waiting for experts, of which %.0f %% were in slots when "
                 "they were asked for. %s",
-                100 * waiting, decode.tokens, 100 * hitting, knob(self._plan, stores),
+                100 * waiting, decode.tokens, 100 * hitting, knob(plan, stores),
             )  # fmt: skip
 
     def _totals(self) -> Totals:

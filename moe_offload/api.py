@@ -186,7 +186,7 @@ def _install(model: nn.Module, runtime: Runtime, where: Arrangement, settings: O
         [layer.bank for layer in runtime.layers], settings.experts_implementation
     )
     if where.device != "cpu":
-        patch.serve_few_pairs(where.device)
+        patch.serve_products(where.device)
     inner = settings.compile if settings.compile != "auto" else "graph" if where.device == "cpu" else "inductor"
     everywhere = len(runtime.decided) == len(runtime.layers)
     graphs = patch.install(

@@ -63,6 +63,10 @@ class Arrangement:
             )
         return next(iter(self.plans.values()))
 
+    def with_slots(self, slots: tuple[int, ...]) -> Arrangement:
+        """The same, of one device, with another number of slots in its layers."""
+        return replace(self, slots=slots, plans={self.device: replace(self.plan, slots=slots)})
+
 
 def arrange(
     model: Any, banks: Sequence[ExpertBank], settings: OffloadConfig, present: Sequence[str] | None = None
@@ -92,7 +96,7 @@ def arrange(
     plans = {}
     for device in with_experts:
         ours = [bank for bank, spot in zip(banks, found, strict=True) if spot.device == device]
-        whole = costs(model, banks, settings)
+        whole = costs(model, banks, settings, device)
         share = replace(
             whole,
             dense_bytes=dense.get(device, 0),

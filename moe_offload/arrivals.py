@@ -97,6 +97,11 @@ class Arrivals:
             place = -1
         self.demanded.append(Arrival(expert, load, place, self._read(expert, load, place, urgent)))
 
+    def scratch_first(self) -> int:
+        """Let what was read ahead be taken before the rest, first what goes on to a slot; return how many those are."""
+        self.demanded = deque(sorted(self.demanded, key=lambda one: (one.place < 0, one.load is None)))
+        return sum(one.place >= 0 for one in self.demanded)
+
     def take(self, wanted: bool = True) -> Arrival:
         """The next row, in the order they were asked for, once it is complete and, if it has a slot, resident.
 

@@ -22,7 +22,6 @@ from torch.fx import Graph, GraphModule, Node
 
 import passes
 from passes import ops
-from passes.grouped import grouped_mm as run_groups
 
 from . import progress
 from .errors import OffloadError, UnsupportedModelError
@@ -37,6 +36,7 @@ FEW_PAIRS = 64  # a product each: 8 sequences of 8 experts
 CUDA_GRAPH = {"triton.cudagraphs": True, "graph_partition": True}
 
 Compiled = Callable[..., Any]
+Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 #: What runs a rewritten graph: Inductor, or the graph itself.
 Inner = Callable[[GraphModule, list[Any]], Compiled]
 
@@ -185,16 +185,14 @@ def run_inductor(gm: GraphModule, example_inputs: list[Any], **options: Any) -> 
     return cast(Compiled, compile_fx(gm, example_inputs, config_patches=options or None))
 
 
-def serve_few_pairs(indexed_mm: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
-    """On CUDA, let the matrix products of a decode step go through `indexed_mm`, which asks the host nothing.
-
-    A prompt's many pairs are cheaper group by group, as everywhere.
-    """
+def serve_products(few: Product, many: Product) -> None:
+    """On CUDA, let matrix products go through kernels that ask the host nothing: `few` (x [P, H], weight [S, O, H],
+    slots [P]) for the pairs of a decode step, `many` (x [P, H], weight [S, H, O], slots [P]) for those of a prompt."""
 
     def grouped_mm(x_P: Tensor, weight_S: Tensor, slots_P: Tensor) -> Tensor:
         if len(x_P) <= FEW_PAIRS:
-            return indexed_mm(x_P, weight_S.transpose(1, 2), slots_P)
-        return run_groups(x_P, weight_S, slots_P)
+            return few(x_P, weight_S.transpose(1, 2), slots_P)
+        return many(x_P, weight_S, slots_P)
 
     if not torch._C._dispatch_has_kernel_for_dispatch_key("moe_offload::grouped_mm", "CUDA"):
         ops.serve_grouped_mm(grouped_mm, "CUDA")

@@ -59,12 +59,17 @@ class LayerCache:
     """The slot table of one layer: `slots` slots for `num_experts` experts."""
 
     def __init__(self, num_experts: int, slots: int, policy: Policy, name: str = "experts"):
-        self.name, self.num_experts, self.slots, self.policy = name, num_experts, slots, policy
-        self.slot_of = [-1] * num_experts
+        self.name, self.num_experts, self.policy = name, num_experts, policy
+        self.counters = Counters(counts=[0] * num_experts)
+        self.resize(slots)
+
+    def resize(self, slots: int) -> None:
+        """So many slots, all empty. What the policy and the counters know stays."""
+        self.slots = slots
+        self.slot_of = [-1] * self.num_experts
         self.expert_at = [-1] * slots
         self.pending: dict[int, Load] = {}
         self.free = list(range(slots - 1, -1, -1))
-        self.counters = Counters(counts=[0] * num_experts)
 
     def check(self, experts: Collection[int]) -> None:
         """Raise `RoutingError` unless every id is in [0, E): a negative id would silently wrap to another expert."""

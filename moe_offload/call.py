@@ -19,10 +19,12 @@ from torch import nn
 from . import progress
 from .advise import Advisor
 from .errors import OffloadError
+from .links import Scope
 from .measure import PROMPT_TOKENS
 from .replay import StaticCaches
+from .retry import Retry
 from .runtime import Runtime
-from .steps import Steps, given
+from .steps import given
 
 logger = logging.getLogger("moe_offload")
 
@@ -36,26 +38,12 @@ ADAPTED = (
 _numbers = itertools.count()
 
 
-class Scope:
-    """Whether our own backend is running the model. One per model, written under its lock; Dynamo guards on it."""
-
-    def __init__(self) -> None:
-        self.active = False
-
-
 class Call:
     """What `model(...)` runs: one forward at a time, without gradients, inside our scope."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        runtime: Runtime,
-        scope: Scope,
-        compile: Callable[[], Callable[..., Any]],
-        advisor: Advisor,
-    ):
-        self.model, self.runtime, self.scope, self.advisor = model, runtime, scope, advisor
-        self.compiled, self.steps = compile(), Steps(compile, _most_sequences(runtime))
+    def __init__(self, model: nn.Module, runtime: Runtime, scope: Scope, run: Retry, advisor: Advisor):
+        self.model, self.runtime, self.scope, self.run = model, runtime, scope, run
+        self.advisor = advisor
         modules = [(module, layer.bank.name) for layer in runtime.layers for module in layer.bank.modules]
         self.places = [
             (model.get_submodule(name.rpartition(".")[0])._modules, name.rpartition(".")[2], module)
@@ -87,8 +75,7 @@ class Call:
             begun_s = time.perf_counter()
             self.scope.active = True
             try:
-                run = self.steps.find(sequences, tokens) or self.compiled
-                output = run(*args, **kwargs)
+                output = self.run(sequences, tokens, args, kwargs)
                 self.runtime.check_ids()
                 self.advisor.ended(sequences * tokens, time.perf_counter() - begun_s)
                 return output
@@ -132,13 +119,6 @@ def _size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
     sizes = [x.shape[:2] for x in given(args, kwargs)]
     *sequences, tokens = max(sizes, key=torch.Size.numel, default=(0, 0))
     return math.prod(sequences), tokens
-
-
-def _most_sequences(runtime: Runtime) -> int:
-    """Of how many sequences a decode step may be for the device to decide; 0 where it does not."""
-    if runtime.deciding is None:
-        return 0
-    return min(layer.cache.slots // layer.bank.top_k for layer in runtime.layers)
 
 
 def own_code(model: nn.Module) -> Callable[..., Any]:

@@ -41,12 +41,13 @@ class Deciding:
 
     def take_over(self, sizes: Collection[int]) -> None:
         """The device decides from now on; its events have so many pairs."""
+        first = self.caches[0].arrivals
         if not self._prepared.issuperset(sizes):
+            first.transfer.refuse_capture(first.bank.name)
             for cache in self.caches:
                 cache.prepare(sizes)
             self._prepared.update(sizes)
         if not self.now:
-            first = self.caches[0].arrivals
             first.transfer.refuse_capture(first.bank.name)
             first.shared.drop()  # read ahead for what the device may load itself
             for cache in self.caches:
@@ -131,6 +132,16 @@ class DeviceCache:
             arrivals.take(wanted=False)
         if -1 in cache.slot_of:
             raise AssertionError(f"{arrivals.bank.name}: {cache.slots} slots do not hold {cache.num_experts} experts")
+
+    @property
+    def readable(self) -> bool:
+        """Whether the device can go on by itself: it reads the rows, or has them all."""
+        return self.rows_EN is not None or self.arrivals.cache.slots == self.arrivals.cache.num_experts
+
+    def resize(self) -> None:
+        """The host's cache has another number of slots. To be called while the host decides: it knows all there is."""
+        cache = self.arrivals.cache
+        self.state = DeviceState.empty(cache.num_experts, cache.slots, self.device, self.state.totals_4)
 
     def counters(self) -> Counters:
         bank = self.arrivals.bank

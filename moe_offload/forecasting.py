@@ -136,7 +136,7 @@ def of_outline(found: Outline, settings: OffloadConfig, profile: Profile | None 
         profile = Profile.load(settings.profile)
     if profile is not None:
         profile.check(fingerprint(model, banks))
-    shapes, whole = layer_shapes(banks), costs(model, banks, settings)
+    shapes, whole = layer_shapes(banks), costs(model, banks, settings, next(iter(where.plans)))
     experts = [bank.num_experts for bank in banks]
     return Forecast(
         name=str(getattr(model.config, "_name_or_path", "") or type(model).__name__),
@@ -150,17 +150,17 @@ def of_outline(found: Outline, settings: OffloadConfig, profile: Profile | None 
         kv_bytes=kv_bytes(model, settings.kv_tokens),
         floor_bytes=floor(shapes, whole),
         resident_bytes=budget_for(1.0, shapes, whole),
-        largest_context=_largest_context(found, settings, where.plan) if len(where.plans) == 1 else None,
+        largest_context=_largest_context(found, settings, where) if len(where.plans) == 1 else None,
     )
 
 
-def _largest_context(found: Outline, settings: OffloadConfig, plan: Plan) -> int:
+def _largest_context(found: Outline, settings: OffloadConfig, where: Arrangement) -> int:
     """The most tokens of KV cache with which the floor is within the budget; at least those that were planned for."""
-    shapes, whole = layer_shapes(found.banks), costs(found.model, found.banks, settings)
+    shapes, whole = layer_shapes(found.banks), costs(found.model, found.banks, settings, where.device)
     longest = longest_context(found.model) or 2**20
     low, high = min(settings.kv_tokens, longest), longest
     while low < high:
         middle = (low + high + 1) // 2
-        fits = floor(shapes, replace(whole, kv_bytes=kv_bytes(found.model, middle))) <= plan.budget_bytes
+        fits = floor(shapes, replace(whole, kv_bytes=kv_bytes(found.model, middle))) <= where.plan.budget_bytes
         low, high = (middle, high) if fits else (low, middle - 1)
     return low

@@ -17,6 +17,7 @@ from .live.server import LiveView, open_view
 from .live.take import take
 from .metrics import LOCAL, Exporter, registry_of
 from .notebook import to_html
+from .plan import Plan
 from .profile import Fingerprint, Profile
 from .recorder import Recorder, Step
 from .runtime import Runtime
@@ -44,7 +45,7 @@ class Handle:
         graphs: list[Any],
         on_close: Callable[[], None],
     ):
-        self.where, self.plan, self.tiers, self.fingerprint = where, where.plan, where.tiers, fingerprint
+        self._arranged, self.tiers, self.fingerprint = where, where.tiers, fingerprint
         self.compile, self.implementation, self.graphs = compile, implementation, graphs
         self.model, self._runtime, self._on_close = model, runtime, on_close
         self._recorder: Recorder | None = None
@@ -56,6 +57,15 @@ class Handle:
     @property
     def banks(self) -> list[ExpertBank]:
         return [layer.bank for layer in self._runtime.layers]
+
+    @property
+    def where(self) -> Arrangement:
+        """Where everything is now: slots may have been given back since (`shrink.py`)."""
+        return self._arranged.with_slots(self._runtime.slots)
+
+    @property
+    def plan(self) -> Plan:
+        return self.where.plan
 
     @property
     def closed(self) -> bool:

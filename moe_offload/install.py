@@ -22,21 +22,16 @@ from torch import Tensor, nn
 
 from . import backend
 from .advise import Advisor
-from .call import ADAPTED, Call, Scope, own_code
+from .call import ADAPTED, Call, own_code
 from .errors import OffloadError
 from .experts import ExpertBank
 from .kernels import KERNELS
-from .layer_runtime import LayerRuntime, closed
+from .layer_runtime import LayerRuntime
+from .links import Link, Scope, connect, disconnect
+from .retry import Retry
 from .runtime import Runtime
 
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
-
-
-class Link:
-    """What an experts module needs to find its layer: the scope, and the bank the marker op is keyed by."""
-
-    def __init__(self, scope: Scope, bank_SN: Tensor):
-        self.scope, self.bank_SN = scope, bank_SN
 
 
 class ModuleCore:
@@ -72,9 +67,10 @@ class ModuleCore:
         return out
 
 
-def serve_few_pairs(device: str) -> None:
-    """Matrix products of decode steps by the kernels of `device`."""
-    backend.serve_few_pairs(KERNELS[device.partition(":")[0]]().indexed_mm)
+def serve_products(device: str) -> None:
+    """Matrix products by the kernels of `device`."""
+    kernels = KERNELS[device.partition(":")[0]]()
+    backend.serve_products(kernels.indexed_mm, kernels.grouped_mm)
 
 
 def choose_implementation(banks: Sequence[ExpertBank], wanted: str) -> str:
@@ -115,35 +111,21 @@ def install(
         run: Callable[..., Any] = torch.compile(own_code(model), backend=made, dynamic=dynamic, fullgraph=fullgraph)
         return run
 
-    model._compiled_call_impl = Call(model, runtime, scope, compile, advisor)
+    model._compiled_call_impl = Call(model, runtime, scope, Retry(runtime, scope, compile), advisor)
     # On some devices generate() compiles its decode steps itself, and would trace the op of last resort.
     model.__dict__["get_compiled_call"] = lambda compile_config: model.__call__
     return log
 
 
-class _Closed:
-    """What the bank of a closed model is bound to: whatever a graph asks of it, the answer is `ClosedError`."""
-
-    def __getattr__(self, verb: str) -> Any:
-        raise closed("this model")
-
-
-_CLOSED_BANK = torch.empty(1)
-backend.bind(_CLOSED_BANK, _Closed())
-
-
 def uninstall(runtime: Runtime) -> None:
     """Let go of the banks; the model stays refused (its weights are gone), but holds no memory."""
     for layer in runtime.layers:
-        backend.unbind(layer.slots.bank_SN)
-        for module in layer.bank.modules:
-            module._moe_offload.bank_SN = _CLOSED_BANK
+        disconnect(layer)
 
 
 def _install_layer(layer: LayerRuntime, scope: Scope, implementation: str, nan_rows: dict[Hashable, Tensor]) -> None:
     bank = layer.bank
     layer.module_core = ModuleCore(bank, implementation, backend.bank_of(layer).views)
-    backend.bind(layer.slots.bank_SN, layer)
     phantoms = {f.name: backend.Phantom.of(layer, f, nan_rows) for f in bank.layout.fields}
     for module in bank.modules:
         for name, phantom in phantoms.items():
@@ -151,6 +133,7 @@ def _install_layer(layer: LayerRuntime, scope: Scope, implementation: str, nan_r
         module._moe_offload = Link(scope, layer.slots.bank_SN)
         # On the module's own config: it may be a copy that model.set_experts_implementation() never reaches.
         module.config._experts_implementation_internal = f"moe_offload_{implementation}"
+    connect(layer)
 
 
 def _register_implementations() -> None:
@@ -165,7 +148,8 @@ def _implementation(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         if hasattr(self, "parametrizations"):
             raise OffloadError(ADAPTED)
-        if torch.compiler.is_compiling() and self._moe_offload.scope.active:
+        scope = self._moe_offload.scope
+        if torch.compiler.is_compiling() and scope.active and scope.banks:
             return original(self, hidden_states, top_k_index, top_k_weights)
         bank_SN = self._moe_offload.bank_SN
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():

@@ -29,6 +29,7 @@ from .cache import Counters, LayerCache
 from .device_cache import Deciding, DeviceCache
 from .errors import ClosedError, RoutingError
 from .experts import ExpertBank
+from .groups import compute_in_groups, uses
 from .overlap import RunCore, compute_while_loading
 from .policies import Policy
 from .process_memory import trim_heap
@@ -76,9 +77,9 @@ class LayerRuntime:
     ):
         self.bank, self.store = bank, store
         self.lock = lock or threading.RLock()  # that of the model: its layers share the scratch rows
+        self.device, self.poison = scratch.raw.device, poison
         cache = LayerCache(bank.num_experts, slots, policy, bank.name)
-        rows = Rows(slots, bank.layout.row_bytes, bank.layout.dtype, poison, device=scratch.raw.device)
-        self.arrivals = Arrivals(bank, cache, rows, scratch, store, transfer, poison)
+        self.arrivals = Arrivals(bank, cache, self._rows(slots), scratch, store, transfer, poison)
         self.following: Arrivals | None = None  # for which rows are read ahead; set by `Runtime`
         self.guesses = Guesses()  # of the model; set by `Runtime`
         self.recorder: Recorder | None = None  # of the model, while its trace is recorded
@@ -120,7 +121,7 @@ class LayerRuntime:
         self.guesses.begin()
         slot_of, pending = cache.slot_of, cache.pending
         slots = [pending[e].slot if e in pending else slot_of[e] for e in ids] if pending else [slot_of[e] for e in ids]
-        return torch.tensor(slots, dtype=ids_P.dtype, device=ids_P.device).view(ids_P.shape)
+        return arrivals.transfer.send(torch.tensor(slots, dtype=ids_P.dtype)).view(ids_P.shape)
 
     def place(self, ids_P: Tensor) -> Tensor:
         if self.device_cache is None:  # the graph was traced for a layer of the device, and Dynamo shares it
@@ -138,9 +139,11 @@ class LayerRuntime:
         self._refuse_capture()
         self._hand_back()  # all layers: while this one computes, rows of the next are read ahead
         ids, used = self._event(ids_P)
-        cache, arrivals, tokens = self.cache, self.arrivals, self._tokens(len(ids))
+        cache, arrivals = self.cache, self.arrivals
+        ids_P, pairs, runs_ahead = ids_P.reshape(-1), ids_P.numel(), arrivals.transfer.runs_ahead
+        tokens = self._tokens(pairs)
         past: list[int] = []
-        if len(ids) <= cache.slots:  # as small as a decode step: it may evict like one
+        if pairs <= cache.slots:  # as small as a decode step: it may evict like one
             loads = cache.lookup(used, tokens)
         else:
             loads, past = cache.fill(used, tokens)
@@ -149,15 +152,15 @@ class LayerRuntime:
             arrivals.start(loads)
             self.guesses.begin()
             if not arrivals.demanded and not past:
-                slot_of = cache.slot_of
-                slots_P = torch.tensor([slot_of[e] for e in ids], dtype=ids_P.dtype, device=ids_P.device)
-                return core(x_P, slots_P, self.slots.bank_SN, others)
+                return core(x_P, self._slots_of(ids_P, ids), self.slots.bank_SN, others)
+            if runs_ahead:
+                return compute_in_groups(arrivals, self.following, x_P, ids_P, used, core, others, past)
             return compute_while_loading(arrivals, self.following, x_P, torch.tensor(ids), core, others, past)
         except BaseException:
             arrivals.abort()
             raise
         finally:
-            if tokens >= PROMPT:
+            if tokens >= PROMPT and not runs_ahead:  # a device's activations are not on the heap
                 trim_heap()
 
     def experts(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -189,23 +192,46 @@ class LayerRuntime:
         if self.deciding is not None:
             self.deciding.take_over(sizes)
 
+    def empty(self) -> None:
+        """Wait for what is under way, and give the slots back with all that is in them. Then `hold`, or `release`."""
+        self.arrivals.abort()
+        self.arrivals.slots = NOTHING
+
+    def hold(self, slots: int) -> None:
+        """So many slots, all empty."""
+        self.arrivals.slots = self._rows(slots)
+        self.cache.resize(slots)
+        if self.device_cache is not None:
+            self.device_cache.resize()
+
     def release(self) -> None:
         """Give the memory back. Nothing may be on its way any more."""
         self.module_core = self.device_cache = self.deciding = None
         self.arrivals.slots = self.arrivals.scratch = NOTHING
         self.arrivals.shared.release()
 
+    def _rows(self, slots: int) -> Rows:
+        layout = self.bank.layout
+        return Rows(slots, layout.row_bytes, layout.dtype, self.poison, device=self.device)
+
     def _event(self, ids_P: Tensor) -> tuple[list[int], Counter[int]]:
-        """The ids of one event, checked and counted; what is on its way for it has been claimed."""
-        ids = ids_P.reshape(-1).tolist()
-        used = Counter(ids)
+        """The ids of one event, checked and counted; what is on its way for it has been claimed.
+
+        Of a prompt on a device the host hears no more than the counts, and there are no ids.
+        """
+        ids_P, pairs, ids = ids_P.reshape(-1), ids_P.numel(), []
+        if self.arrivals.transfer.runs_ahead and pairs > self.bank.num_experts and self.recorder is None:
+            used = uses(ids_P, self.bank.num_experts)
+        else:
+            ids = ids_P.tolist()
+            used = Counter(ids)
         try:
             self.cache.check(used)
         except RoutingError:
             self._hand_back()  # raises for a layer of the device where it began there: this one may only have followed
             raise
         if self.recorder is not None:
-            self.recorder.event(self.bank.index, ids, self._tokens(len(ids)))
+            self.recorder.event(self.bank.index, ids, self._tokens(pairs))
         self.arrivals.begin(used)
         counts = self.cache.counters.counts
         for e, count in used.items():
@@ -218,6 +244,13 @@ class LayerRuntime:
 
     def _refuse_capture(self) -> None:
         self.arrivals.transfer.refuse_capture(self.bank.name)
+
+    def _slots_of(self, ids_P: Tensor, ids: Sequence[int]) -> Tensor:
+        """Where the experts of an event are that are all resident; where the device runs ahead, without its ids."""
+        slot_of, transfer = self.cache.slot_of, self.arrivals.transfer
+        if transfer.runs_ahead:
+            return transfer.send(torch.tensor(slot_of, dtype=ids_P.dtype)).index_select(0, ids_P)
+        return torch.tensor([slot_of[e] for e in ids], dtype=ids_P.dtype)
 
     def _tokens(self, pairs: int) -> int:
         return -(-pairs // self.bank.top_k)

@@ -20,14 +20,14 @@ def layer_shapes(banks: Sequence[ExpertBank]) -> list[LayerShape]:
     return [LayerShape(bank.num_experts, bank.top_k, bank.layout.row_bytes) for bank in banks]
 
 
-def costs(model: Any, banks: Sequence[ExpertBank], settings: OffloadConfig) -> Costs:
-    """What stands in the budget besides the banks."""
+def costs(model: Any, banks: Sequence[ExpertBank], settings: OffloadConfig, device: str = "cpu") -> Costs:
+    """What stands in the budget of `device` besides the banks."""
     row_bytes = max(bank.layout.row_bytes for bank in banks)
     return Costs(
         dense_bytes=dense_bytes(model, banks),
         kv_bytes=kv_bytes(model, settings.kv_tokens),
         scores_bytes=scores_bytes(model),
-        scratch_bytes=settings.scratch_rows(row_bytes) * row_bytes,
+        scratch_bytes=settings.scratch_rows(row_bytes, device) * row_bytes,
         reserve_bytes=settings.reserve_bytes,
     )
 

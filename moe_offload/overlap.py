@@ -1,4 +1,5 @@
-"""Compute what is resident while the rest loads, then the pairs of each row as it arrives.
+"""Compute what is resident while the rest loads, then the pairs of each row as it arrives: on a CPU, where to compute
+is to wait. A device with streams is told all at once (groups.py).
 
 Shapes: P token-expert pairs, E experts, S slots, N elements of one row.
 
@@ -10,8 +11,7 @@ Shapes: P token-expert pairs, E experts, S slots, N elements of one row.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -19,12 +19,11 @@ from torch import Tensor
 
 from .arrivals import Arrivals
 from .buffers import Rows
-
-EXPECTED_USES = 2  # pairs per expert from which on reading ahead for the next layer is no guess
+from .feed import Feed
 
 
 class RunCore(Protocol):
-    """The experts code of one site: a result per pair, or, given `rows` (ascending positions or a slice), for those.
+    """The experts code of one site: a result per pair, or, given `rows` (positions, each once, or a slice), for those.
 
     There are as many `slots` as results.
     """
@@ -48,12 +47,15 @@ def compute_while_loading(
     others: Sequence[Tensor],
     past: Sequence[int],
 ) -> Tensor:
-    """The result of every pair, in their order. `ids_P` is on the host.
+    """The result of every pair, in their order.
 
     `past` are experts without a slot: as many of their rows as there is scratch are on their way at any time. Rows of
     `following` that will probably be asked for are read into scratch that has done its part.
     """
-    wave = _Wave(arrivals, following, x_P, ids_P, core, others, deque(past))
+    feed = Feed(arrivals, following, len(ids_P), past)
+    feed.claim()
+    feed.fill()
+    wave = _Wave(arrivals, feed, x_P, ids_P, core, others)
     arrivals.transfer.get_going()
     # Rows read ahead first: until they are out of scratch, nothing more can be read into it.
     while wave.next_is_in_scratch():
@@ -61,8 +63,8 @@ def compute_while_loading(
     wave.compute_resident()
     while arrivals.demanded:
         wave.compute_next()
-    if wave.out_P is None or wave.past:  # there was a load, so there were pairs; and nobody is to be left out
-        raise AssertionError(f"{arrivals.bank.name}: experts {list(wave.past)} were not computed")
+    if wave.out_P is None or feed.past:  # there was a load, so there were pairs; and nobody is to be left out
+        raise AssertionError(f"{arrivals.bank.name}: experts {list(feed.past)} were not computed")
     return wave.out_P
 
 
@@ -72,29 +74,24 @@ class _Wave:
     def __init__(
         self,
         arrivals: Arrivals,
-        following: Arrivals | None,
+        feed: Feed,
         x_P: Tensor,
         ids_P: Tensor,
         core: RunCore,
         others: Sequence[Tensor],
-        past: deque[int],
     ):
-        self.arrivals, self.following, self.past = arrivals, following, past
+        self.arrivals, self.feed = arrivals, feed
         self.x_P, self.ids_P, self.core, self.others = x_P, ids_P, core, others
         self.out_P: Tensor | None = None
-        self.expected = self._expected_next()
-        self._fill_scratch()
         cache = arrivals.cache
-        absent = [one.expert for one in arrivals.demanded] + list(past)
+        absent = [one.expert for one in arrivals.demanded] + list(feed.past)
         here_E = torch.ones(cache.num_experts, dtype=torch.bool)
         here_E[absent] = False
-        # What is decided about pairs is decided on the host; positions and slots go to where the pairs are.
-        here = here_E[ids_P].nonzero().flatten()
-        self.slots_here = torch.tensor(cache.slot_of)[ids_P[here]].to(x_P.device)
-        self.here = here.to(x_P.device)
+        self.here = here_E[ids_P].nonzero().flatten()
+        self.slots_here = torch.tensor(cache.slot_of)[ids_P[self.here]]
         # Grouped experts code has sorted its pairs: those of one expert are neighbours, and need no gathering.
         in_order = bool((ids_P[1:] >= ids_P[:-1]).all())
-        self.order_P = None if in_order else ids_P.argsort(stable=True).to(x_P.device)
+        self.order_P = None if in_order else ids_P.argsort(stable=True)
         self.ends_E = ids_P.bincount(minlength=cache.num_experts).cumsum(0).tolist()
 
     def next_is_in_scratch(self) -> bool:
@@ -112,13 +109,10 @@ class _Wave:
         e = arrival.expert
         rows = slice(self.ends_E[e - 1] if e else 0, self.ends_E[e])
         source, i = (arrivals.scratch, arrival.place) if arrival.load is None else (arrivals.slots, arrival.load.slot)
-        slots = torch.full((rows.stop - rows.start,), i, device=self.x_P.device)
+        slots = torch.full((rows.stop - rows.start,), i)
         self._compute(rows if self.order_P is None else self.order_P[rows], slots, source)
         if arrival.place >= 0:
-            if self.past:
-                arrivals.send(self.past.popleft(), None, arrival.place)
-            else:
-                self._read_ahead(arrival.place)
+            self.feed.reuse(arrival.place)
 
     def _compute(self, rows: Tensor | slice, slots: Tensor, source: Rows) -> None:
         part = self.core(self.x_P, slots, source.bank_SN, self.others, rows)
@@ -128,36 +122,3 @@ class _Wave:
             self.out_P[rows] = part
         else:
             self.out_P.index_copy_(0, rows, part)
-
-    def _fill_scratch(self) -> None:
-        """Rows past the slots into whatever scratch is free; what is left over reads ahead."""
-        arrivals, past = self.arrivals, self.past
-        taken = {held.place for held in arrivals.held.values()} | {one.place for one in arrivals.demanded}
-        places = deque(i for i in range(len(arrivals.scratch.rows)) if i not in taken)
-        for e in [e for e in past if e in arrivals.held]:  # these first: they are here, or will be soon
-            past.remove(e)
-            arrivals.send(e, None)
-        while places and past:
-            arrivals.send(past.popleft(), None, places.popleft())
-        for place in places:
-            self._read_ahead(place)
-
-    def _expected_next(self) -> Iterator[int]:
-        """Experts that the following layer will probably need and has to read, the likeliest first.
-
-        Only where an event uses most experts of a layer, as a long prompt does: then what is absent there will mostly
-        be asked for. Guesses for a single token need its router (`prefetch`).
-        """
-        following = self.following
-        if following is None or len(self.ids_P) < EXPECTED_USES * following.cache.num_experts:
-            return iter(())
-        cache = following.cache
-        absent = (e for e, slot in enumerate(cache.slot_of) if slot < 0 and e not in cache.pending)
-        return iter(sorted(absent, key=cache.counters.counts.__getitem__, reverse=True))
-
-    def _read_ahead(self, place: int) -> None:
-        following, expert = self.following, next(self.expected, None)
-        if following is not None and expert is not None:
-            self.arrivals.shared.read_ahead(
-                following.bank.index, following.store, following.bank.layout, expert, place, following.count_wasted
-            )

@@ -43,6 +43,11 @@ class Runtime:
         self.closed = False
         self._stores, self._transfer = stores, transfer
 
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """Of each layer, now."""
+        return tuple(layer.cache.slots for layer in self.layers)
+
     def check_open(self) -> None:
         if self.closed:
             raise closed("this model")
@@ -65,6 +70,20 @@ class Runtime:
             layer.deciding = self.deciding
         for layer, cache in zip(decided, self.deciding.caches, strict=True):
             layer.device_cache = cache
+
+    def leave_to_host(self) -> None:
+        """Slots have become fewer: the device gives up the layers of which it cannot read what has none any more."""
+        if self.deciding is None:
+            return
+        kept = [cache for cache in self.deciding.caches if cache.readable]
+        self.decided = frozenset(i for i in self.decided if self.layers[i].arrivals in [one.arrivals for one in kept])
+        self.deciding.caches = kept
+        if not kept:
+            self.deciding = None
+        for layer in self.layers:
+            layer.deciding = self.deciding
+            if layer.bank.index not in self.decided:
+                layer.device_cache = None
 
     def current(self) -> AbstractContextManager[object]:
         """While it is entered, this thread launches on the device that the model computes on."""

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
+from torch import Tensor
+
 from .errors import ClosedError, ExpertReadError
 from .stores import Store
 from .stores.request import RowRead
@@ -62,6 +64,7 @@ class Ticket:
 
 class Transfer(Protocol):
     timeline: Timeline | None  # that of the model, while it is recorded
+    runs_ahead: bool  # what is computed is only launched by the host, which must not wait for it
 
     def start(self, store: Store, layer: int, expert: int, row: memoryview, urgent: bool = True) -> Ticket:
         """Begin to fill `row` (writable bytes of one slot) with that expert. Errors of the store may surface here."""
@@ -71,6 +74,9 @@ class Transfer(Protocol):
 
     def get_going(self) -> None:
         """Return once as much as can be on its way at once is; the caller is about to keep every core busy."""
+
+    def send(self, values: Tensor) -> Tensor:
+        """A few numbers of the host, where the device computes. Nothing waits; do not change `values` afterwards."""
 
     def hurry(self, ticket: Ticket) -> None:
         """A row that was started in the background is needed now."""
@@ -96,6 +102,8 @@ class ThreadTransfer:
     A reader thread holds the GIL only between reads, and no lock while it reads. What it raises, whatever it is, is
     raised by the `wait` for that row. A process forked from this one has no such threads: it gets `ClosedError`.
     """
+
+    runs_ahead = False
 
     def __init__(self, threads: int = THREADS):
         self.timeline: Timeline | None = None
@@ -145,6 +153,9 @@ class ThreadTransfer:
         """A thread that wakes up while all cores compute waits for its turn, 3 ms on Linux, and the disk with it."""
         with self._taken:
             self._taken.wait_for(lambda: not self._urgent or len(self._running) >= self._count, GET_GOING_S)
+
+    def send(self, values: Tensor) -> Tensor:
+        return values
 
     def hurry(self, ticket: Ticket) -> None:
         with self._changed:

@@ -27,7 +27,7 @@ from .kernels import pinned
 from .stores import Store
 from .stores.host import HostStore
 from .stores.request import RowRead
-from .transfer import TIMEOUT_S, ThreadTransfer, Ticket
+from .transfer import THREADS, TIMEOUT_S, ThreadTransfer, Ticket
 
 logger = logging.getLogger("moe_offload")
 
@@ -48,6 +48,9 @@ class Streams(Protocol):
 
     def copy(self, target: Tensor, source: Tensor, after: Any) -> Any:
         """Copy on the stream beside, not before `after`; the event is its end. May be called by any thread."""
+
+    def send(self, values: Tensor) -> Tensor:
+        """`values`, of the host, on the device, for what is launched from now on. The host does not wait."""
 
     def order(self, event: Any) -> None:
         """What is launched on the compute stream from now on begins after `event`. The host does not wait."""
@@ -95,6 +98,9 @@ class CudaStreams:
             done.record(self.stream)
         return done
 
+    def send(self, values: Tensor) -> Tensor:
+        return values.pin_memory().to(self.device, non_blocking=True)
+
     def order(self, event: torch.cuda.Event) -> None:
         torch.cuda.current_stream(self.device).wait_event(event)
 
@@ -126,6 +132,13 @@ def free_bytes(device: str) -> int:
     return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
+def release_unused(device: str) -> None:
+    """Give back what torch keeps for reuse: a block that is to be larger than any that is free needs new memory."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+
+
 @dataclass
 class Staging:
     """One pinned buffer, and the end of the last copy out of it."""
@@ -145,8 +158,10 @@ class DeviceTransfer(ThreadTransfer):
     """`start` takes the slot as a uint8 tensor `[row_bytes]` of the device; or, for a device that is the CPU, as a
     memoryview."""
 
-    def __init__(self, streams: Streams, staging_rows: int = STAGING_ROWS):
-        super().__init__()
+    runs_ahead = True
+
+    def __init__(self, streams: Streams, staging_rows: int = STAGING_ROWS, reader_threads: int = THREADS):
+        super().__init__(reader_threads)
         self.streams, self._most = streams, staging_rows
         self._spare: dict[int, deque[Staging]] = {}  # row bytes -> buffers that no thread fills
         self._made: dict[int, int] = {}
@@ -187,12 +202,16 @@ class DeviceTransfer(ThreadTransfer):
         self.streams.order(ticket.copied)
         return nbytes
 
+    def send(self, values: Tensor) -> Tensor:
+        return self.streams.send(values)
+
     def cancel(self, tickets: Iterable[Ticket]) -> None:
+        """A copy that has been launched ends before whatever is launched from now on, as for `wait`."""
         tickets = list(tickets)
         super().cancel(tickets)
         for ticket in tickets:
             if isinstance(ticket, DeviceTicket) and ticket.copied is not None:
-                self.streams.finish(ticket.copied)  # nothing may write there any more when this returns
+                self.streams.order(ticket.copied)
 
     def current(self) -> AbstractContextManager[object]:
         return self.streams.current()

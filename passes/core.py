@@ -60,7 +60,7 @@ class Core:
     def __call__(
         self, x_P: Tensor, slots: Tensor, bank_SN: Tensor, others: Sequence[Any], rows: Tensor | slice | None = None
     ) -> Tensor:
-        """One result per pair, in their order; with `rows` (ascending positions), one per pair of `rows`.
+        """One result per pair, in their order; with `rows` (positions, each once), one per pair of `rows`.
 
         There is a slot for each result. `bank_SN` may have any number of slots, and must hold those.
         """

@@ -49,10 +49,10 @@ class FaultStore:
         self.closed += 1
 
 
-def make(slots=3, store=None, scratch_rows=1, poison=True, threads=1):
+def make(slots=3, store=None, scratch_rows=1, poison=True, threads=1, transfer=None, device="cpu"):
     store = FaultStore() if store is None else store
-    transfer, layers = ThreadTransfer(threads), []
-    scratch = Scratch(torch.zeros(scratch_rows * LAYOUT.row_bytes, dtype=torch.uint8), transfer, poison)
+    transfer, layers = transfer or ThreadTransfer(threads), []
+    scratch = Scratch(torch.zeros(scratch_rows * LAYOUT.row_bytes, dtype=torch.uint8, device=device), transfer, poison)
     for index in range(LAYERS):
         bank = ExpertBank(index, (f"layer {index}",), (), E, K, LAYOUT)
         policy = POLICIES["decayed_lfu"](E, 32.0)

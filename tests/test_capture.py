@@ -83,8 +83,8 @@ def test_a_step_that_the_device_decides_may_be_captured(streams):
     model(STEP, past_key_values=past)
     streams.captures = True
     model(STEP, past_key_values=past)
-    with pytest.raises(OffloadError, match=r"layers\.1.*first decode step of its size"):
-        model.moe_offload._runtime.deciding.caches[1].place(torch.tensor([1, 2, 3]))
+    with pytest.raises(OffloadError, match=r"layers\.0.*first decode step of its size"):
+        model.moe_offload._runtime.deciding.take_over({3})
     with pytest.raises(OffloadError, match=r"layers\.0.*captured"):
         model.moe_offload._runtime.hand_back()
     streams.captures = False

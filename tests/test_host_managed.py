@@ -5,6 +5,8 @@ The streams are those of the host here. What a GPU adds (that kernels run later)
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ from moe_offload.families.tiny import build
 from moe_offload.transfer import TRANSFERS
 from moe_offload.transfer_device import DeviceTransfer
 
-from .offloaded import IDS, QWEN, offload, resident, say
+from .offloaded import IDS, QWEN, SETTINGS, offload, resident, say
 from .test_transfer_device import SlowStreams
 
 
@@ -23,7 +25,7 @@ class HostStreams(SlowStreams):
         self.finish(event)
 
 
-@pytest.fixture(params=["disk", "cpu"])
+@pytest.fixture(params=[("disk", "grouped_mm"), ("cpu", "grouped_mm"), ("cpu", "batched_mm")], ids="-".join)
 def offloaded_slowly(request, monkeypatch):
     torch._dynamo.reset()
     made = []
@@ -33,7 +35,9 @@ def offloaded_slowly(request, monkeypatch):
         return made[-1]
 
     monkeypatch.setitem(TRANSFERS, "cpu", transfer)
-    model = offload(build(QWEN, num_hidden_layers=2), 0.25, device_map=request.param)
+    where, implementation = request.param
+    config = replace(SETTINGS, experts_implementation=implementation, wave_rows=2)
+    model = offload(build(QWEN, num_hidden_layers=2), 0.3, device_map=where, config=config)
     yield model
     model.moe_offload.close()
     assert made and not any(thread.is_alive() for thread in made[0]._threads)
@@ -41,7 +45,7 @@ def offloaded_slowly(request, monkeypatch):
 
 def test_tokens_are_those_of_the_resident_model(offloaded_slowly):
     model, plain = offloaded_slowly, resident(layers=2)
-    for ids in (IDS, IDS.flip(1)):
+    for ids in (IDS, IDS.flip(1), IDS.repeat(1, 4)):
         assert torch.equal(say(model, ids), say(plain, ids))
     stats = model.moe_offload.stats()
     assert stats.misses > 20 and stats.bytes_read > 0 and stats.stall_s > 0

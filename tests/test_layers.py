@@ -37,13 +37,13 @@ LAYERS = [
     ),
     Layer(
         "parts",
-        "experts arrange explain progress buffers process_memory scratch arrivals overlap trial checkpoint conversion "
-        "rows packed packed_format shards new_checkpoint plan measure transfer stores stores.* kernels kernels.* "
-        "device_cache transfer_device dense",
+        "experts arrange explain progress buffers process_memory scratch arrivals feed overlap groups trial checkpoint "
+        "conversion rows packed packed_format shards new_checkpoint plan measure transfer stores stores.* kernels "
+        "kernels.* device_cache transfer_device dense replay",
     ),
     Layer("runtime", "layer_runtime runtime prewarm assemble"),
     Layer("engine", "backend handle live.take metrics notebook advise loading outline open_stores pack_streams"),
-    Layer("model", "install call steps saving refusals record pack forecasting"),
+    Layer("model", "install call steps links retry kv_state shrink saving refusals record pack forecasting"),
     Layer("api", "api"),
     Layer(
         "front",

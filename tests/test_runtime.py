@@ -8,15 +8,30 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_offload.errors import ClosedError, ExpertReadError, OffloadError, RoutingError
 from moe_offload.prewarm import prewarm
+from moe_offload.transfer_device import DeviceTransfer
 
-from .fault_store import LAYOUT, E, FaultStore, K, assert_sound, decode, expected, make, prefill, run, tags
+from . import fault_store
+from .fault_store import LAYOUT, E, FaultStore, K, assert_sound, decode, expected, prefill, run, tags
+from .test_transfer_device import InstantStreams
 
 EVENTS = [[0, 1], [2, 3, 2], [4, 0], list(range(E)), [5], [6, 1], [7, 6, 5, 4, 3, 2], [0, 1]]
 
 
+@pytest.fixture(params=["threads", "streams"])
+def make(request):
+    """A runtime on a CPU, or on a device that runs ahead of the host, which is the CPU all the same."""
+
+    def made(*args, **options):
+        if request.param == "streams":
+            options["transfer"] = DeviceTransfer(InstantStreams(), reader_threads=1)
+        return fault_store.make(*args, **options)
+
+    return made
+
+
 @pytest.mark.parametrize("slots", [K, 3, 5, E])
 @pytest.mark.parametrize("scratch_rows", [1, 3])
-def test_every_event_gets_the_right_rows(slots, scratch_rows):
+def test_every_event_gets_the_right_rows(make, slots, scratch_rows):
     runtime, store = make(slots, scratch_rows=scratch_rows)
     for ids in EVENTS:
         for index, layer in enumerate(runtime.layers):
@@ -34,7 +49,7 @@ FAULTS = [ExpertReadError("EIO"), "short", KeyboardInterrupt(), MemoryError(), S
 
 @pytest.mark.parametrize("fault", FAULTS, ids=[getattr(type(f), "__name__", f) if f != "short" else f for f in FAULTS])
 @pytest.mark.parametrize("lasting", [False, True], ids=["once", "lasting"])
-def test_the_nth_read_fails(fault, lasting):
+def test_the_nth_read_fails(make, fault, lasting):
     """For n = 1, 2, ... until a run meets no fault. The error comes out, nothing is damaged, the same event works next.
 
     A lasting fault ends after two events."""
@@ -66,7 +81,7 @@ def test_the_nth_read_fails(fault, lasting):
     raise AssertionError("the faults never ended")
 
 
-def test_a_failed_load_leaves_no_mapping_and_its_slot_free():
+def test_a_failed_load_leaves_no_mapping_and_its_slot_free(make):
     runtime, store = make(K)
     layer = runtime.layers[0]
     decode(layer, [0, 1])
@@ -78,7 +93,7 @@ def test_a_failed_load_leaves_no_mapping_and_its_slot_free():
     assert torch.equal(decode(layer, [2, 3]), expected(0, [2, 3]))
 
 
-def test_a_lasting_fault_neither_hangs_nor_grows():
+def test_a_lasting_fault_neither_hangs_nor_grows(make):
     runtime, _ = make(K, FaultStore(1, ExpertReadError("EIO"), lasting=True))
     layer = runtime.layers[0]
     for _ in range(1000):
@@ -89,7 +104,7 @@ def test_a_lasting_fault_neither_hangs_nor_grows():
 
 
 @pytest.mark.parametrize("ids", [[0, 1], [0, 2], [2, 3]])
-def test_an_event_after_one_that_never_waited(ids):
+def test_an_event_after_one_that_never_waited(make, ids):
     """Ctrl-C between fetch and wait: the wait never comes."""
     runtime, _ = make(K)
     layer = runtime.layers[0]
@@ -101,7 +116,7 @@ def test_an_event_after_one_that_never_waited(ids):
 # Prefill.
 
 
-def test_prefill_through_k_slots_with_every_expert_at_once():
+def test_prefill_through_k_slots_with_every_expert_at_once(make):
     runtime, store = make(K, scratch_rows=3)
     layer, ids = runtime.layers[1], [*range(E), *reversed(range(E))]
     assert torch.equal(prefill(layer, ids), expected(1, ids))
@@ -109,7 +124,7 @@ def test_prefill_through_k_slots_with_every_expert_at_once():
     assert layer.cache.counters.streamed == E - K
 
 
-def test_a_prompt_does_not_flush_what_decoding_uses():
+def test_a_prompt_does_not_flush_what_decoding_uses(make):
     runtime, _ = make(3)
     layer = runtime.layers[0]
     for _ in range(4):
@@ -119,7 +134,7 @@ def test_a_prompt_does_not_flush_what_decoding_uses():
     assert (layer.cache.counters.hits, layer.cache.counters.streamed) == (9 + 3, E - 3)
 
 
-def test_a_prompt_replaces_what_it_shows_to_be_out_of_use():
+def test_a_prompt_replaces_what_it_shows_to_be_out_of_use(make):
     runtime, _ = make(3)
     layer = runtime.layers[0]
     decode(layer, [5, 6, 7])
@@ -129,14 +144,14 @@ def test_a_prompt_replaces_what_it_shows_to_be_out_of_use():
     assert (layer.cache.counters.hits, layer.cache.counters.misses, layer.cache.counters.streamed) == (1, 6, 1)
 
 
-def test_the_most_used_get_the_free_slots():
+def test_the_most_used_get_the_free_slots(make):
     runtime, _ = make(K)
     prefill(runtime.layers[0], [0, 1, 2, 6, 4, 6, 4, 6])
     assert sorted(runtime.layers[0].cache.resident()) == [4, 6]
 
 
 @pytest.mark.parametrize("step", [decode, prefill])
-def test_zero_pairs(step):
+def test_zero_pairs(make, step):
     runtime, store = make(K)
     assert step(runtime.layers[0], []).shape == (0, 2)
     assert store.log == [] and runtime.layers[0].cache.counters.requests == 0
@@ -144,7 +159,7 @@ def test_zero_pairs(step):
 
 @pytest.mark.parametrize("step", [decode, prefill])
 @pytest.mark.parametrize("bad", [-1, -E, E, 2**40])
-def test_ids_outside_the_layer_are_refused_before_anything_happens(step, bad):
+def test_ids_outside_the_layer_are_refused_before_anything_happens(make, step, bad):
     runtime, store = make(E)
     layer = runtime.layers[0]
     with pytest.raises(RoutingError, match="layer 0: the router asked for expert"):
@@ -155,7 +170,7 @@ def test_ids_outside_the_layer_are_refused_before_anything_happens(step, bad):
 # Poison.
 
 
-def test_free_slots_are_nan():
+def test_free_slots_are_nan(make):
     runtime, _ = make(4)
     layer = runtime.layers[0]
     assert bool(layer.slots.bank_SN.isnan().all())
@@ -164,7 +179,7 @@ def test_free_slots_are_nan():
     assert not bool(layer.slots.bank_SN[[layer.cache.slot_of[0], layer.cache.slot_of[1]]].isnan().any())
 
 
-def test_free_slots_are_nan_after_a_failed_load_too():
+def test_free_slots_are_nan_after_a_failed_load_too(make):
     runtime, store = make(K)
     layer = runtime.layers[0]
     decode(layer, [0, 1])
@@ -177,7 +192,7 @@ def test_free_slots_are_nan_after_a_failed_load_too():
 # Prewarm.
 
 
-def test_prewarm_fills_free_slots_and_counts_apart():
+def test_prewarm_fills_free_slots_and_counts_apart(make):
     runtime, _ = make(3)
     layer = runtime.layers[0]
     decode(layer, [7])
@@ -190,7 +205,7 @@ def test_prewarm_fills_free_slots_and_counts_apart():
 
 
 @pytest.mark.parametrize("fault", [ExpertReadError("EIO"), KeyboardInterrupt()])
-def test_prewarm_stops_cleanly_when_a_read_fails(fault):
+def test_prewarm_stops_cleanly_when_a_read_fails(make, fault):
     runtime, _ = make(3, FaultStore(2, fault))
     layer = runtime.layers[0]
     with pytest.raises(type(fault)):
@@ -200,14 +215,14 @@ def test_prewarm_stops_cleanly_when_a_read_fails(fault):
     assert torch.equal(decode(layer, [1, 2, 3]), expected(0, [1, 2, 3]))
 
 
-def test_prewarm_goes_across_layers_in_the_order_given():
+def test_prewarm_goes_across_layers_in_the_order_given(make):
     runtime, store = make(3)
     prewarm(runtime, [(1, 5), (0, 2), (1, 6), (0, 1), (0, 0), (1, 7)])
     assert store.log == [(1, 5), (0, 2), (1, 6), (0, 1), (0, 0), (1, 7)]
     assert sorted(runtime.layers[1].cache.resident()) == [5, 6, 7]
 
 
-def test_prewarm_gives_up_what_an_interrupted_event_left_behind():
+def test_prewarm_gives_up_what_an_interrupted_event_left_behind(make):
     runtime, _ = make(3)
     layer = runtime.layers[0]
     layer.fetch(torch.tensor([4]))  # and no wait
@@ -220,12 +235,12 @@ def test_prewarm_gives_up_what_an_interrupted_event_left_behind():
 def test_the_heap_is_trimmed_after_prompts_only(tokens, trims, monkeypatch):
     trimmed = []
     monkeypatch.setattr("moe_offload.layer_runtime.trim_heap", lambda: trimmed.append(1))
-    runtime, _ = make(K)
+    runtime, _ = fault_store.make(K)
     prefill(runtime.layers[0], [0, 1] * tokens)
     assert len(trimmed) == trims
 
 
-def test_prewarm_stops_cleanly_when_interrupted_between_reads():
+def test_prewarm_stops_cleanly_when_interrupted_between_reads(make):
     runtime, _ = make(3)
     layer = runtime.layers[0]
 
@@ -241,7 +256,7 @@ def test_prewarm_stops_cleanly_when_interrupted_between_reads():
 # The whole runtime.
 
 
-def test_layers_share_scratch_and_store_but_nothing_else():
+def test_layers_share_scratch_and_store_but_nothing_else(make):
     runtime, _ = make(K)
     first, second = runtime.layers
     decode(first, [0, 1])
@@ -250,13 +265,13 @@ def test_layers_share_scratch_and_store_but_nothing_else():
     assert torch.equal(decode(first, [1, 0]), expected(0, [1, 0]))
 
 
-def test_read_stacked_gives_every_field_of_every_expert():
+def test_read_stacked_gives_every_field_of_every_expert(make):
     stacked = make()[0].read_stacked(1)
     assert torch.equal(stacked["w"], expected(1, range(E))[:, :1].expand(E, 3))
     assert torch.equal(stacked["b"], expected(1, range(E))[:, :1])
 
 
-def test_close_gives_everything_back_once():
+def test_close_gives_everything_back_once(make):
     runtime, store = make()
     decode(runtime.layers[0], [0, 1])
     runtime.check_open()
@@ -272,7 +287,7 @@ def test_close_gives_everything_back_once():
             use()
 
 
-def test_experts_weights_and_sums_over_k():
+def test_experts_weights_and_sums_over_k(make):
     runtime, _ = make()
     layer = runtime.layers[0]
     layer.module_core = tags
@@ -281,7 +296,7 @@ def test_experts_weights_and_sums_over_k():
     assert out[:, 0].tolist() == [2.0, 2.0, 7.0]
 
 
-def test_close_while_something_is_being_traced():
+def test_close_while_something_is_being_traced(make):
     """A model may be collected at any time, and Dynamo makes no real tensors then."""
     runtime, _ = make()
     with FakeTensorMode():
@@ -307,7 +322,7 @@ def long_prompt(*without):
     return [e for e in range(E) if e not in without] * 3
 
 
-def test_a_long_prompt_reads_ahead_for_the_next_layer():
+def test_a_long_prompt_reads_ahead_for_the_next_layer(make):
     runtime, store = make(slots=2, scratch_rows=3)
     first, second = runtime.layers
     assert torch.equal(prefill(first, long_prompt()), expected(0, long_prompt()))
@@ -321,7 +336,7 @@ def test_a_long_prompt_reads_ahead_for_the_next_layer():
     assert_sound(second)
 
 
-def test_what_was_read_ahead_in_vain_is_counted_and_harms_nothing():
+def test_what_was_read_ahead_in_vain_is_counted_and_harms_nothing(make):
     runtime, _ = make(slots=2, scratch_rows=3)
     first, second = runtime.layers
     prefill(first, long_prompt())
@@ -332,7 +347,7 @@ def test_what_was_read_ahead_in_vain_is_counted_and_harms_nothing():
     assert second.cache.counters.misses == E - 1
 
 
-def test_another_layer_s_event_drops_what_was_read_ahead():
+def test_another_layer_s_event_drops_what_was_read_ahead(make):
     runtime, _ = make(slots=2, scratch_rows=3)
     first, second = runtime.layers
     prefill(first, long_prompt())
@@ -343,7 +358,7 @@ def test_another_layer_s_event_drops_what_was_read_ahead():
     assert_sound(second)
 
 
-def test_a_row_read_ahead_goes_on_to_its_slot():
+def test_a_row_read_ahead_goes_on_to_its_slot(make):
     runtime, _ = make(slots=4, scratch_rows=3)
     first, second = runtime.layers
     prefill(first, long_prompt())
@@ -354,13 +369,13 @@ def test_a_row_read_ahead_goes_on_to_its_slot():
     assert_sound(second)
 
 
-def test_a_short_prompt_reads_nothing_ahead():
+def test_a_short_prompt_reads_nothing_ahead(make):
     runtime, _ = make(slots=2, scratch_rows=3)
     prefill(runtime.layers[0], list(range(E)))
     assert ahead(runtime) == (-1, [])
 
 
-def test_a_failed_read_ahead_is_the_next_layer_s_error_and_leaves_it_sound():
+def test_a_failed_read_ahead_is_the_next_layer_s_error_and_leaves_it_sound(make):
     runtime, _ = make(slots=2, scratch_rows=3, store=FaultStore(at=E + 2, fault=ExpertReadError("on purpose")))
     first, second = runtime.layers
     assert torch.equal(prefill(first, long_prompt()), expected(0, long_prompt()))

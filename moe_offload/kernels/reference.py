@@ -1,6 +1,6 @@
 """The kernels as tensor operations: what a CPU runs, and what every other version is compared with.
 
-Shapes: P token-expert pairs, E experts, S slots, N elements of one row, H hidden, M rows of one expert's matrix.
+Shapes: P token-expert pairs, E experts, S slots, N elements of one row, H hidden, M or O outputs of a matrix.
 
 Nothing here waits for the device: no `.item()`, no `nonzero`, no shape that depends on a value.
 """
@@ -81,6 +81,11 @@ def gather(rows_EN: Tensor, bank_SN: Tensor, loads: Loads) -> None:
 def indexed_mm(x_PH: Tensor, weight_SMH: Tensor, slots_P: Tensor) -> Tensor:
     """`out[p] = weight[slots[p]] @ x[p]`, [P, M]."""
     return torch.bmm(weight_SMH[slots_P], x_PH.unsqueeze(-1)).squeeze(-1)
+
+
+def grouped_mm(x_PH: Tensor, weight_SHO: Tensor, slots_P: Tensor) -> Tensor:
+    """`out[p] = x[p] @ weight[slots[p]]`, [P, O]. A matrix is copied for every pair: to compare with, not to use."""
+    return indexed_mm(x_PH, weight_SHO.transpose(1, 2), slots_P)
 
 
 def _scatter(target: Tensor, index: Tensor, source: Tensor) -> None:

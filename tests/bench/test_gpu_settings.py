@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
+import transformers
 
 from moe_offload import OffloadConfig
 from moe_offload.bench.command import workload
+from moe_offload.bench.contenders import Job
 from moe_offload.bench.devices import Cuda
 from moe_offload.bench.gpu_contenders import GPU_SIDES, settings
 from moe_offload.bench.run import choose, missing_rivals
@@ -29,6 +33,19 @@ def test_ours_differ_in_who_decides_alone():
     assert config.device_map == {"": 0, "model.layers.0.mlp.experts": "cpu"}
     assert config.policy == "decayed_lfu" and config.untested and config.kv_tokens == 5000
     assert settings([], 10, "host")["kv_tokens"] == OffloadConfig().kv_tokens  # never less than by default
+
+
+def test_what_the_others_are_told(monkeypatch, tmp_path):
+    told = {}
+    model = types.SimpleNamespace(eval=lambda: "loaded")
+    monkeypatch.setattr(
+        transformers.AutoModelForCausalLM, "from_pretrained", lambda folder, **given: told.update(given) or model
+    )
+    job = Job(tmp_path, 5, tmp_path, 100)
+    assert GPU_SIDES["resident"].load(job) == "loaded"
+    assert told == {"dtype": "auto", "device_map": {"": 0}}  # straight to the GPU: not all of it in RAM first
+    assert GPU_SIDES["accelerate"].load(job) == "loaded"
+    assert told["device_map"] == "auto" and told["max_memory"][0] == 5 and told["max_memory"]["cpu"] > 10**8
 
 
 def test_what_is_compiled_is_given_a_static_cache():

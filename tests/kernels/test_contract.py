@@ -5,6 +5,7 @@ TRITON_INTERPRET=1 python -m pytest tests/kernels          wherever Triton can b
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import subprocess
@@ -49,8 +50,24 @@ def entry(request):
         pytest.importorskip("triton")
         if not INTERPRETED:
             pytest.skip("needs TRITON_INTERPRET=1")
+        multiply_bfloat16()
         return Entry(KERNELS["cuda"](), "cpu")
     return Entry(KERNELS[name](), name)
+
+
+def multiply_bfloat16():
+    """Triton's interpreter (3.6) multiplies the bit patterns of bfloat16 as if they were whole numbers."""
+    from triton.runtime import interpreter
+
+    right = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(self, a, b, d, *how):
+        return right(
+            self, *(self.create_fp_ext(x, tl.float32) if x.dtype == tl.bfloat16 else x for x in (a, b)), d, *how
+        )
+
+    tl = interpreter.tl
+    interpreter.InterpreterBuilder.create_dot = create_dot
 
 
 # decide: against cache.py
@@ -242,6 +259,73 @@ def test_indexed_mm(entry, dtype, layout, hidden, rows):
     assert out_PM.dtype == dtype and out_PM.shape == want_PM.shape
     bound_PM = torch.finfo(dtype).eps * want_PM.abs() + 20 * torch.finfo(torch.float32).eps * size_PM
     assert ((out_PM.double() - want_PM).abs() <= bound_PM).all()
+
+
+# grouped_mm
+
+
+RUNS = {
+    "one": [(2, 1)],
+    "one slot": [(1, 70)],
+    "a tile and one more": [(0, 65)],
+    "any order": [(4, 3), (0, 130), (3, 64), (2, 1)],
+    "back again": [(1, 40), (3, 2), (1, 40), (0, 1), (3, 70)],  # more runs than slots
+    "every pair another": [(i % 4, 1) for i in range(90)],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("layout", "runs"),
+    [*((layout, "any order") for layout in ("rows", "transposed", "interleaved")), *(("field", runs) for runs in RUNS)],
+)
+@pytest.mark.parametrize(("hidden", "columns"), [(1, 1), (70, 150)])
+def test_grouped_mm(entry, dtype, layout, runs, hidden, columns):
+    generator = torch.Generator().manual_seed(0)
+    slots_P = torch.tensor([slot for slot, count in RUNS[runs] for _ in range(count)])
+    wide_PH = torch.randn(len(slots_P), 2 * hidden, generator=generator).to(dtype)
+    values_SOH = torch.randn(5, columns, hidden, generator=generator).to(dtype)
+    values_SOH[[slot for slot in range(5) if slot not in slots_P]] = torch.nan
+    weight_SHO = laid_out(values_SOH.to(entry.device), layout).transpose(1, 2)
+    wide_P2 = torch.stack([slots_P, slots_P], dim=1).to(entry.device)
+    x_PH = wide_PH[:, ::2] if layout == "field" else wide_PH[:, :hidden].contiguous()
+    out_PO = entry.kernels.grouped_mm(x_PH.to(entry.device), weight_SHO, wide_P2[:, 0]).cpu()
+    terms_POH = values_SOH[slots_P].double() * x_PH.double().unsqueeze(1)
+    want_PO, size_PO = terms_POH.sum(-1), terms_POH.abs().sum(-1)
+    assert out_PO.dtype == dtype and out_PO.shape == want_PO.shape
+    bound_PO = torch.finfo(dtype).eps * want_PO.abs() + 20 * torch.finfo(torch.float32).eps * size_PO
+    assert ((out_PO.double() - want_PO).abs() <= bound_PO).all()
+
+
+def test_grouped_mm_of_nothing(entry):
+    x_PH, weight_SHO, slots_P = (torch.zeros(size, device=entry.device) for size in ((0, 8), (2, 8, 16), 0))
+    assert entry.kernels.grouped_mm(x_PH, weight_SHO, slots_P.long()).shape == (0, 16)
+
+
+def test_what_does_not_fit_is_refused(entry):
+    if entry.kernels.grouped_mm is reference.grouped_mm:
+        pytest.skip("torch refuses it")
+    x_PH, weight_SHO, slots_P = (torch.zeros(size, device=entry.device) for size in ((3, 8), (2, 8, 16), 3))
+    slots_P = slots_P.long()
+    for x, weight, slots in (
+        (x_PH[:, :7], weight_SHO, slots_P), (x_PH, weight_SHO, slots_P[:2]), (x_PH.bfloat16(), weight_SHO, slots_P)
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="do not fit"):
+            entry.kernels.grouped_mm(x, weight, slots)
+
+
+@pytest.mark.parametrize("runs", RUNS)
+def test_tiles_end_with_their_run(runs):
+    pytest.importorskip("triton")
+    from moe_offload.kernels.grouped_triton import tile_table
+
+    slots_P = torch.tensor([slot for slot, count in RUNS[runs] for _ in range(count)])
+    tiles, begin_T = tile_table(slots_P, 16)
+    begins = begin_T[: int(tiles) + 1].tolist()
+    assert (begins[0], begins[-1]) == (0, len(slots_P))
+    for begin, end in itertools.pairwise(begins):
+        assert 0 < end - begin <= 16 and len(set(slots_P[begin:end].tolist())) == 1
+    assert int(tiles) <= -(-len(slots_P) // 16) + len(RUNS[runs]) - (len(RUNS[runs]) > 0)
 
 
 def laid_out(values_SMH, layout):

@@ -48,7 +48,8 @@ class Compiled:
                 aligned[(i,)] = [["tt.divisibility", 16]]
         source = ASTSource(self.kernel, signature, {(names.index(k),): v for k, v in constants.items()}, aligned)
         options = {name: value for name, value in named.items() if name not in names}
-        self.ptx = compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+        made = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        self.ptx, self.shared_bytes = made.asm["ptx"], made.metadata.shared
 
 
 @pytest.fixture
@@ -90,3 +91,16 @@ def test_weights_are_read_sixteen_bytes_at_a_time_and_no_warp_waits(kernels, mon
     loop = kernel.ptx[kernel.ptx.index("Inner Loop Header") :]
     loop = loop[: loop.index("\tbra ") if "\tbra " in loop else loop.index(" bra ")]
     assert loop.count("ld.global.v4.b32") >= 4 and "bar.sync" not in loop and "st.shared" not in loop
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("dtype", "product"), [(torch.bfloat16, "wgmma.mma_async"), (torch.float32, "fma.rn.f32")])
+def test_tiles_are_loaded_ahead_and_multiplied_as_their_dtype_allows(kernels, monkeypatch, transposed, dtype, product):
+    """bfloat16 by the tensor cores; float32 never, which would round it to 10 bits."""
+    kernel = compiled(monkeypatch, kernels.grouped_mm, "_grouped_mm")
+    x_PH, weight_SHO = (torch.empty(*shape, dtype=dtype) for shape in ((512, 1024), (2, 1024, 1024)))
+    slots_P = torch.zeros(512, dtype=torch.int64)
+    kernels.grouped_mm(x_PH, weight_SHO.transpose(1, 2) if transposed else weight_SHO, slots_P)
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*;", kernel.ptx)
+    assert copies and all(", 0x10" in copy for copy in copies) and product in kernel.ptx
+    assert "tf32" not in kernel.ptx and kernel.shared_bytes <= 227 << 10

@@ -1,0 +1,110 @@
+"""One forward; and where the device runs out of memory, once more with fewer slots, if that can be exact.
+
+A forward that failed half way may have added to its KV cache. It is run again only where that has been taken back
+(`kv_state.py`); else its caller, who has the tokens, has to begin anew. The layers that had been asked count those
+requests twice, as does the policy: that costs slots their order for a while, never a token.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .errors import OffloadError
+from .kv_state import remember
+from .links import Scope
+from .measure import PROMPT_TOKENS
+from .runtime import Runtime
+from .shrink import shrink
+from .sizes import format_size
+from .steps import Steps
+
+logger = logging.getLogger("moe_offload")
+ADVICE = (
+    "give the model a smaller budget, or one that counts what it is used for (kv_tokens for the whole context), or "
+    f"read prompts in pieces: generate(..., prefill_chunk_size={PROMPT_TOKENS})"
+)
+
+
+class Retry:
+    """What runs the forwards of one model. `compile` returns the compiled model, without any graph as yet."""
+
+    def __init__(self, runtime: Runtime, scope: Scope, compile: Callable[[], Callable[..., Any]]):
+        self.runtime, self.scope, self.compile = runtime, scope, compile
+        self.compiled, self.steps = compile(), Steps(compile, _most_sequences(runtime))
+
+    def __call__(self, sequences: int, tokens: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The output of a forward of so many `tokens` in each of the `sequences`."""
+        take_back = remember((args, kwargs), tokens)
+        run = self.steps.find(sequences, tokens) or self.compiled
+        try:
+            return run(*args, **kwargs)
+        except BaseException as error:
+            failed = _out_of_memory(error)
+            if failed is None:
+                raise
+        del run
+        _forget(failed)
+        self.scope.renew()
+        self.compiled, self.steps = self.compile(), Steps(self.compile, 0)  # no graph holds memory any more
+        before = self.runtime.slots
+        freed = shrink(self.runtime)
+        self.steps = Steps(self.compile, _most_sequences(self.runtime))
+        if not freed:
+            raise _advised(failed, "and no layer has a slot to spare")
+        given = (
+            f"{format_size(freed)} of expert slots were given back ({_range(self.runtime.slots)} instead of "
+            f"{_range(before)} in each layer)"
+        )
+        if take_back is None or not take_back():
+            raise OffloadError(
+                f"the device ran out of memory in a forward of {sequences * tokens} tokens. {given}, but its KV cache "
+                f"cannot be put back to what it was, so call generate(...) again, with a new cache. To avoid it, "
+                f"{ADVICE}."
+            ) from failed
+        logger.warning(
+            "the device ran out of memory in a forward of %d tokens: %s, and it is run again. From now on fewer "
+            "experts are found in slots. To avoid it, %s",
+            sequences * tokens, given, ADVICE,
+        )  # fmt: skip
+        try:
+            return (self.steps.find(sequences, tokens) or self.compiled)(*args, **kwargs)
+        except BaseException as error:
+            again = _out_of_memory(error)
+            if again is None:
+                raise
+        raise _advised(again, f"a second time, after {given}")
+
+
+def _most_sequences(runtime: Runtime) -> int:
+    """Of how many sequences a decode step may be for the device to decide; 0 where it does not."""
+    if runtime.deciding is None:
+        return 0
+    return min(layer.cache.slots // layer.bank.top_k for layer in runtime.layers)
+
+
+def _out_of_memory(error: BaseException) -> torch.OutOfMemoryError | None:
+    """What the device's allocator raised; perhaps while a graph was compiled, in Dynamo's wrapping."""
+    inner = getattr(error, "inner_exception", error)
+    return inner if isinstance(inner, torch.OutOfMemoryError) else None
+
+
+def _forget(error: BaseException) -> None:
+    """Let go of all that the failed forward had computed: an error holds the frames it went through."""
+    one: BaseException | None = error
+    while one is not None:
+        traceback.clear_frames(one.__traceback__)
+        one = one.__cause__ or one.__context__
+
+
+def _advised(error: torch.OutOfMemoryError, what: str) -> torch.OutOfMemoryError:
+    error.args = (f"{error}\nmoe_offload: the device ran out of memory, {what}. To avoid it, {ADVICE}.",)
+    return error
+
+
+def _range(slots: Sequence[int]) -> str:
+    return f"{min(slots)}" if min(slots) == max(slots) else f"{min(slots)} to {max(slots)}"
