@@ -106,12 +106,13 @@ def run(part: Part, log: Any) -> bool:
         else:
             try:
                 how = str(process.wait(part.limit_s))
-            except subprocess.TimeoutExpired:
-                how = f"stopped after its {part.limit_s:.0f} s"
-            finally:
+            except BaseException as error:
                 with contextlib.suppress(ProcessLookupError):  # the sides of a bench, too
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+                if not isinstance(error, subprocess.TimeoutExpired):
+                    raise
+                how = f"stopped after its {part.limit_s:.0f} s"
         said.seek(0)
         text = said.read().decode(errors="replace")
     print_and_log(f"== {part.name} ({shlex.join(part.command)}): {how}, {time.perf_counter() - begun:.0f} s", log)
