@@ -109,13 +109,13 @@ def build_runtime(
 def readable_rows(
     banks: Sequence[ExpertBank], slots: Sequence[int], stores: Sequence[Store], wanted: Sequence[bool], device: str
 ) -> dict[int, Tensor | None]:
-    """The rows of those of the `wanted` layers that `device` can read by itself; None where it will not need to."""
+    """The rows of those of the `wanted` layers that `device` can read by itself; None where it cannot, nor needs to."""
     found: dict[int, Tensor | None] = {}
     for bank, n, store, wants in zip(banks, slots, stores, wanted, strict=True):
-        if wants and n == bank.num_experts:
-            found[bank.index] = None
-        elif wants and isinstance(store, HostStore) and (device == "cpu" or bank.index in store.pinned):
+        if wants and isinstance(store, HostStore) and (device == "cpu" or bank.index in store.pinned):
             found[bank.index] = _rows_of(bank, store, device)
+        elif wants and n == bank.num_experts:
+            found[bank.index] = None
     return found
 
 

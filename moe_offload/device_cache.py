@@ -78,9 +78,9 @@ class Deciding:
 
 
 class DeviceCache:
-    """`rows_EN` are all rows of the layer, in memory that the device can read; None where every expert has a slot: then
-    the host loads all of them before the device takes over, and nothing is ever missing. `totals_4` is this layer's
-    part of the model's counters."""
+    """`rows_EN` are all rows of the layer, in memory that the device can read; None where it cannot. Where every expert
+    has a slot, the host loads all of them before the device takes over, and nothing is ever missing. `totals_4` is this
+    layer's part of the model's counters."""
 
     def __init__(
         self, arrivals: Arrivals, rows_EN: Tensor | None, totals_4: Tensor, half_life: float, kernels: Kernels
@@ -108,10 +108,10 @@ class DeviceCache:
         loads = self._loads[pairs]
         try:
             slots_P = self.kernels.decide(ids_P.reshape(-1), self.state, loads, self._paces[pairs])
-            if self.rows_EN is not None:
+            if self.rows_EN is not None and not self.whole:
                 self.kernels.gather(self.rows_EN, self.arrivals.slots.bank_SN, loads)
         except BaseException:  # Ctrl-C, too: the tables may name rows that have not been copied
-            if self.rows_EN is not None:
+            if not self.whole:
                 self.state.forget()
             raise
         return slots_P.view(ids_P.shape)
@@ -119,7 +119,7 @@ class DeviceCache:
     def push(self) -> None:
         if self.arrivals.under_way:  # an event that was interrupted
             self.arrivals.abort()
-        if self.rows_EN is None:
+        if self.whole:
             self._load_all()
         self.state.push(self.arrivals.cache)
 
@@ -134,9 +134,14 @@ class DeviceCache:
             raise AssertionError(f"{arrivals.bank.name}: {cache.slots} slots do not hold {cache.num_experts} experts")
 
     @property
+    def whole(self) -> bool:
+        """Whether every expert has a slot."""
+        return self.arrivals.cache.slots == self.arrivals.cache.num_experts
+
+    @property
     def readable(self) -> bool:
         """Whether the device can go on by itself: it reads the rows, or has them all."""
-        return self.rows_EN is not None or self.arrivals.cache.slots == self.arrivals.cache.num_experts
+        return self.rows_EN is not None or self.whole
 
     def resize(self) -> None:
         """The host's cache has another number of slots. To be called while the host decides: it knows all there is."""

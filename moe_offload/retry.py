@@ -35,7 +35,7 @@ class Retry:
 
     def __init__(self, runtime: Runtime, scope: Scope, compile: Callable[[], Callable[..., Any]]):
         self.runtime, self.scope, self.compile = runtime, scope, compile
-        self.compiled, self.steps = compile(), Steps(compile, _most_sequences(runtime))
+        self._begin()
 
     def __call__(self, sequences: int, tokens: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The output of a forward of so many `tokens` in each of the `sequences`."""
@@ -50,10 +50,9 @@ class Retry:
         del run
         _forget(failed)
         self.scope.renew()
-        self.compiled, self.steps = self.compile(), Steps(self.compile, 0)  # no graph holds memory any more
+        self._begin()  # before: the graphs there were hold memory
         before = self.runtime.slots
         freed = shrink(self.runtime)
-        self.steps = Steps(self.compile, _most_sequences(self.runtime))
         if not freed:
             raise _advised(failed, "and no layer has a slot to spare")
         given = (
@@ -79,12 +78,14 @@ class Retry:
                 raise
         raise _advised(again, f"a second time, after {given}")
 
+    def _begin(self) -> None:
+        self.compiled, self.steps = self.compile(), Steps(self.compile, self._most_sequences)
 
-def _most_sequences(runtime: Runtime) -> int:
-    """Of how many sequences a decode step may be for the device to decide; 0 where it does not."""
-    if runtime.deciding is None:
-        return 0
-    return min(layer.cache.slots // layer.bank.top_k for layer in runtime.layers)
+    def _most_sequences(self) -> int:
+        """Of how many sequences a decode step may be for the device to decide; 0 where it does not."""
+        if self.runtime.deciding is None:
+            return 0
+        return min(layer.cache.slots // layer.bank.top_k for layer in self.runtime.layers)
 
 
 def _out_of_memory(error: BaseException) -> torch.OutOfMemoryError | None:

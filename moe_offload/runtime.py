@@ -62,7 +62,7 @@ class Runtime:
     def decide_on_device(self, rows_EN: Mapping[int, Tensor | None], half_life: float, kernels: Kernels) -> None:
         """Let the device decide for the layers that are keys of `rows_EN`, in graphs that ask it to.
 
-        `rows_EN[l]` are all rows of layer l, None where each has a slot of its own; there is one layer at least.
+        `rows_EN[l]` are all rows of layer l, None where it cannot read them and each has a slot of its own.
         """
         self.decided, decided = frozenset(rows_EN), [self.layers[i] for i in rows_EN]
         self.deciding = Deciding([layer.arrivals for layer in decided], list(rows_EN.values()), half_life, kernels)

@@ -20,17 +20,17 @@ SIZES = 8  # numbers of sequences with a function each: to compile one takes sec
 
 
 class Steps:
-    """`make` compiles the model's call anew. At most `most` sequences fit the slots of every layer: more are not for
+    """`make` compiles the model's call anew. At most `most()` sequences fit the slots of every layer: more are not for
     the device, and 0 is none."""
 
-    def __init__(self, make: Callable[[], Callable[..., Any]], most: int):
+    def __init__(self, make: Callable[[], Callable[..., Any]], most: Callable[[], int]):
         self._make, self._most = make, most
         self._of: dict[int, Callable[..., Any]] = {}
         self._warned = False
 
     def find(self, sequences: int, tokens: int) -> Callable[..., Any] | None:
         """What runs a forward of so many sequences of so many tokens each; None where it needs nothing of its own."""
-        if tokens != 1 or not 1 < sequences <= self._most:
+        if tokens != 1 or not 1 < sequences <= self._most():
             return None
         if sequences not in self._of:
             if len(self._of) == SIZES:

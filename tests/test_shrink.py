@@ -115,6 +115,22 @@ def test_what_the_device_holds_no_longer_and_cannot_read_is_the_hosts(readable):
         assert torch.equal(layer.slots.bank_SN[layer.place(ids), 0], expected(layer.bank.index, [6, 7])[:, 0])
 
 
+def test_a_bank_that_was_full_goes_on_where_the_device_can_read_its_rows():
+    """Until then nothing is gathered: every row has come through the host, once."""
+    runtime, store = make(E)
+    rows_EN = torch.arange(E).float().view(E, 1).expand(E, LAYOUT.row_bytes // 4).contiguous()
+    runtime.decide_on_device({0: rows_EN}, 32.0, KERNELS["cpu"]())
+    first, _ = runtime.layers
+    first.take_over([2])
+    assert sorted(store.log) == [(0, e) for e in range(E)]
+    shrink(runtime)
+    assert runtime.decided == {0} and first.slots.bank_SN.shape[0] < E
+    first.take_over([2])
+    for ids in ([6, 7], [0, 1], [2, 3], [4, 5]):
+        assert first.slots.bank_SN[first.place(torch.tensor(ids)), 0].tolist() == ids
+    assert len(store.log) == E
+
+
 def test_an_id_that_no_expert_has_comes_before_any_lack_of_memory(deciding):
     deciding.deciding._totals_L4[1, REFUSED] = 1
     with pytest.raises(OffloadError, match="layer 1"):

@@ -105,7 +105,7 @@ def test_so_many_sizes_get_graphs_and_the_host_serves_the_others(monkeypatch):
 
 def test_which_forwards_have_a_function_of_their_own(caplog):
     made = []
-    found = Steps(lambda: made.append(lambda *args, **kwargs: len(made)) or made[-1], most=100)
+    found = Steps(lambda: made.append(lambda *args, **kwargs: len(made)) or made[-1], most=lambda: 100)
     assert found.find(1, 1) is found.find(2, 7) is found.find(0, 0) is found.find(101, 1) is None and not made
     functions = [found.find(n, 1) for n in range(2, 2 + SIZES)]
     assert len(set(functions)) == len(made) == SIZES
@@ -114,4 +114,4 @@ def test_which_forwards_have_a_function_of_their_own(caplog):
     (record,) = caplog.records
     assert "50 sequences: 2, 3, 4, 5, 6, 7, 8, 9 already have" in record.getMessage()
     assert [found.find(n, 1) for n in range(2, 2 + SIZES)] == functions
-    assert Steps(None, most=0).find(2, 1) is None
+    assert Steps(None, most=lambda: 0).find(2, 1) is None
