@@ -17,6 +17,7 @@ from transformers import LogitsProcessorList
 
 from moe_offload import OffloadError
 from moe_offload.families.tiny import build
+from moe_offload.retry import Retry
 from moe_offload.shrink import fewer
 
 from .offloaded import IDS, QWEN, SETTINGS, offload, resident
@@ -26,8 +27,9 @@ LAYERS = 2
 
 
 @pytest.fixture(autouse=True)
-def fresh_dynamo():
+def a_device(monkeypatch):
     torch._dynamo.reset()
+    monkeypatch.setattr(Retry, "_runs_out", lambda retry: True)
 
 
 def offloaded(settings=SETTINGS):
