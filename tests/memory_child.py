@@ -19,6 +19,8 @@ def main() -> None:
     options = parse()
     import torch
     import transformers
+    import transformers.core_model_loading
+    import transformers.modeling_utils  # what loading imports, and is no part of a model
     from transformers import AutoModelForCausalLM
 
     from moe_offload import from_pretrained

@@ -30,7 +30,8 @@ class Model:
     def __init__(self, share=0.25):
         self.counters = [Counters(), Counters()]
         layers = [SimpleNamespace(counters=c, store=None) for c in self.counters]
-        self.advisor = Advisor(SimpleNamespace(layers=layers, decided=()), plan_at(share))
+        plan = plan_at(share)
+        self.advisor = Advisor(SimpleNamespace(layers=layers, decided=(), slots=plan.slots), plan)
 
     def forward(self, tokens=1, *, hits=1, misses=3, stall_s=0.04, spent_s=0.1):
         """`stall_s` is that of both layers together."""

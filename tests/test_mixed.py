@@ -263,6 +263,7 @@ def cudart(monkeypatch):
     made = Cudart(most=2)
     monkeypatch.setattr("torch.cuda.cudart", lambda: made)
     monkeypatch.setattr("torch.cuda.device", lambda device: torch.no_grad())
+    monkeypatch.setattr(pinned, "drain", lambda: None)
     return made
 
 
