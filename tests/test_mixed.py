@@ -51,7 +51,11 @@ def state_of(model):
 
 @pytest.mark.parametrize(
     ("family", "layers", "on_disk"),
-    [(QWEN, 3, (1,)), ("gpt_oss", 2, (0,)), pytest.param("deepseek_v3", 3, (1,), marks=pytest.mark.long)],
+    [
+        (QWEN, 3, (1,)),
+        pytest.param("gpt_oss", 2, (0,), marks=pytest.mark.long),
+        pytest.param("deepseek_v3", 3, (1,), marks=pytest.mark.long),
+    ],
 )
 def test_tokens_logits_and_counters_are_those_of_the_host_and_of_the_resident_model(family, layers, on_disk):
     plain = resident(family, layers=layers)

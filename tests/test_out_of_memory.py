@@ -155,6 +155,7 @@ def test_graphs_on_both_sides_of_a_break_are_made_anew_and_the_cache_is_cut(kind
     model.moe_offload.close()
 
 
+@pytest.mark.long  # test_retry.py has it without a model
 def test_what_cannot_be_put_back_is_for_the_caller_to_begin_anew():
     """Recurrent states are written over as they are read."""
     family = "qwen3_next"

@@ -31,7 +31,7 @@ DOZEN = (
     "gemma4",
     "minimax",
 )
-SLOW = ("nemotron_h", "gemma4")  # to trace
+SLOW = ("nemotron_h", "gemma4", "zaya")  # to trace
 REFUSED = (
     "dbrx",
     "doge",
