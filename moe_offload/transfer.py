@@ -40,7 +40,7 @@ class Ticket:
         self.layer, self.expert, self.row_bytes, self.urgent = layer, expert, row_bytes, urgent
         self.parts, self.dropped = len(read.parts), 0
         self.queued = deque(read.parts)
-        self.unfinished = len(read.parts)
+        self.unfinished = len(read.parts)  # parts that may still write to the row; the last one counts until `finish`
         self.finish = read.finish
         self.nbytes = 0
         self.error: BaseException | None = None
@@ -240,8 +240,8 @@ class ThreadTransfer:
 
     def _part_done(self, ticket: Ticket) -> None:
         with self._changed:
-            ticket.unfinished -= 1
-            if ticket.unfinished:
+            if ticket.unfinished > 1:
+                ticket.unfinished -= 1
                 self._free(ticket)  # in one step: who waits for the row must find us idle after it
                 return
         try:
@@ -250,10 +250,11 @@ class ThreadTransfer:
         except BaseException as error:
             ticket.error = error
         with self._changed:
+            ticket.unfinished = 0  # not before `finish`: who cancels would take the row, and `finish` write to it
             self._free(ticket)
             if self.timeline is not None:
                 self.timeline.arrived(ticket.reads, ticket.nbytes)
-        self._ended(ticket)
+            self._ended(ticket)
 
     def _free(self, ticket: Ticket) -> None:
         """The calling thread works for `ticket` no more. The caller holds the lock."""
@@ -282,7 +283,7 @@ class ThreadTransfer:
             self._ended(ticket)
 
     def _ended(self, ticket: Ticket) -> None:
-        """No thread will touch the row of `ticket` any more, however it went."""
+        """No thread will touch the row of `ticket` any more, however it went. The caller holds the lock."""
         ticket.done.set()
 
     def _check_open(self) -> None:

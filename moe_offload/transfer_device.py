@@ -243,17 +243,17 @@ class DeviceTransfer(ThreadTransfer):
         with self._returned:
             free = self._spare.setdefault(row_bytes, deque())
             if not free and self._made.get(row_bytes, 0) < self._most:
-                staging = Staging(page_aligned(row_bytes))
-                self.streams.pin(staging.buffer)
-                free.append(staging)
-                self._all.append(staging)
+                made = Staging(page_aligned(row_bytes))
+                self.streams.pin(made.buffer)
+                free.append(made)
+                self._all.append(made)
                 self._made[row_bytes] = self._made.get(row_bytes, 0) + 1
-            if not self._returned.wait_for(lambda: free, TIMEOUT_S):
-                raise ExpertReadError(
-                    f"no staging row of {row_bytes} bytes has come free in {TIMEOUT_S:.0f} s; {self._state()}. The "
-                    "disk or mount does not answer; the next call tries again."
-                )
-            staging = free.popleft()
+            staging = free.popleft() if self._returned.wait_for(lambda: free, TIMEOUT_S) else None
+        if staging is None:
+            raise ExpertReadError(
+                f"no staging row of {row_bytes} bytes has come free in {TIMEOUT_S:.0f} s; {self._state()}. The disk or "
+                "mount does not answer; the next call tries again."
+            )
         if staging.last is not None:
             self.streams.finish(staging.last)
         return staging

@@ -117,6 +117,32 @@ def test_after_cancel_nothing_writes_there(transfer):
     assert transfer.wait(transfer.start(ScriptedStore(), 0, 9, again)) == ROW and bytes(again) == b"\x09" * ROW
 
 
+def test_after_cancel_nothing_writes_there_even_of_a_row_whose_parts_are_read(one_thread):
+    """What makes a row out of its parts (a conversion, a copy to a device) writes last, and no part is left by then."""
+    finishing, go_on = threading.Event(), threading.Event()
+    target = row()
+
+    class Converting(ScriptedStore):
+        def begin(self, layer, expert, row):
+            def convert():
+                finishing.set()
+                assert go_on.wait(5)
+                row[:] = bytes([expert]) * ROW
+                return ROW
+
+            return RowRead(super().begin(layer, expert, row).parts, convert)
+
+    ticket = one_thread.start(Converting(), 0, 7, target)
+    assert finishing.wait(5)
+    canceller = threading.Thread(target=one_thread.cancel, args=([ticket],))
+    canceller.start()
+    canceller.join(0.1)
+    still_waits = canceller.is_alive()
+    go_on.set()
+    canceller.join(5)
+    assert still_waits and bytes(target) == b"\x07" * ROW
+
+
 def test_closing_with_rows_under_way(transfer):
     slow = ScriptedStore(lambda expert, part: time.sleep(0.01))
     tickets = [transfer.start(slow, 0, e, row()) for e in range(50)]
