@@ -62,7 +62,8 @@ def test_what_was_read_ahead_leaves_scratch_before_anything_else_is_computed():
     first, second = runtime.layers
     prefill(second, ids)
     prefill(first, ids)
-    assert len(runtime.layers[0].arrivals.shared._ahead) == 4
+    ahead = runtime.layers[0].arrivals.shared._ahead
+    assert len(ahead) == 4 and all(held.ticket.done.wait(5) for held in ahead.values())
     spy, log = Spy(second), len(store.log)
     second.stream(torch.zeros(len(ids), 1), torch.tensor(ids), spy)
     assert spy.calls == [*[(3, False)] * 4, (2 * 3, True), *[(3, False)] * 2]
