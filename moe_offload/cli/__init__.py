@@ -7,8 +7,12 @@ a family that differs, is exit code 1.
 
 from __future__ import annotations
 
+import atexit
+import os
 import sys
-from typing import Annotated
+import threading
+from contextlib import suppress
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -69,7 +73,8 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except typer.Abort:
-        sys.exit("moe-offload: aborted")
+        typer.echo("moe-offload: aborted", err=True)
+        code = 1
     except Exception as error:
         # Typer carries click within itself in some versions, so the class of its errors has no lasting name.
         if not hasattr(error, "format_message"):
@@ -81,4 +86,18 @@ def main() -> None:
         else:
             typer.echo(f"{command}: {' '.join(error.format_message().split())} (see {command} --help)", err=True)
         code = getattr(error, "exit_code", 2)
-    sys.exit(code if isinstance(code, int) else 0)
+    _end(code if isinstance(code, int) else 0)
+
+
+def _end(code: int) -> NoReturn:
+    """End the process, and threads that are left (a request that was cancelled, a read that hangs) where they are.
+
+    Python's own end unwinds a thread that comes back from torch later through C++, which is SIGABRT instead of `code`.
+    """
+    if threading.active_count() == 1:
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(BrokenPipeError):
+            stream.flush()
+    os._exit(code)

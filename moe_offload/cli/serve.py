@@ -33,6 +33,8 @@ from .options import (
 if TYPE_CHECKING:
     from ..serving.server import Server
 
+ATTENTION_S = 0.2  # a signal that another thread has caught is acted on when the main thread runs next
+
 
 def serve(
     model: Model,
@@ -79,7 +81,8 @@ def serve(
                 )
             stop.serving = True
             typer.echo(f"Serving {name} on {server.url} (Ctrl-C stops)", err=True)
-            stop.asked.wait()
+            while not stop.asked.wait(ATTENTION_S):
+                pass
             typer.echo("moe-offload: stopping", err=True)
     except KeyboardInterrupt:
         fail("interrupted", 130)

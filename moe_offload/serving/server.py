@@ -77,7 +77,9 @@ class Server:
         """
         self._uvicorn.should_exit = True
         try:
-            self._thread.join(GRACE_S)
+            until = time.monotonic() + GRACE_S
+            while self._thread.is_alive() and time.monotonic() < until:
+                self._thread.join(0.1)  # in pieces: an interrupt may have been caught by another thread
         finally:
             self.app.state.model.cancel()
         self._thread.join(CANCEL_S)
