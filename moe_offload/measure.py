@@ -14,6 +14,9 @@ from .plan import Costs, LayerShape
 from .profile import Fingerprint
 
 PROMPT_TOKENS = 512  # a prompt that the automatic reserve makes room for
+#: torch gives cuBLAS 32 MiB on Hopper, 8 before it (aten/src/ATen/cuda/CublasHandlePool.cpp), out of its own allocator,
+#: which takes memory from the device 2 MiB at a time: a bank may leave nearly as much unused.
+CUBLAS_BYTES, CUDA_BLOCK_BYTES = 32 << 20, 2 << 20
 
 
 def layer_shapes(banks: Sequence[ExpertBank]) -> list[LayerShape]:
@@ -27,6 +30,7 @@ def costs(model: Any, banks: Sequence[ExpertBank], settings: OffloadConfig, devi
         dense_bytes=dense_bytes(model, banks),
         kv_bytes=kv_bytes(model, settings.kv_tokens),
         scores_bytes=scores_bytes(model),
+        library_bytes=CUBLAS_BYTES + len(banks) * CUDA_BLOCK_BYTES if device.startswith("cuda") else 0,
         scratch_bytes=settings.scratch_rows(row_bytes, device) * row_bytes,
         reserve_bytes=settings.reserve_bytes,
     )

@@ -35,19 +35,22 @@ class LayerShape:
 class Costs:
     """What stands in the budget besides the banks.
 
-    `reserve_bytes` None means KV cache, the scores of attention that is not fused, and a share of the budget.
+    `reserve_bytes` None means KV cache, the scores of attention that is not fused, what the device's libraries and
+    allocator hold, and a share of the budget.
     """
 
     dense_bytes: int
     kv_bytes: int = 0
     scores_bytes: int = 0
+    library_bytes: int = 0
     scratch_bytes: int = 0
     reserve_bytes: int | None = None
 
     def reserve(self, budget: int) -> int:
         if self.reserve_bytes is not None:
             return self.reserve_bytes
-        return self.kv_bytes + self.scores_bytes + min(budget // WORKSPACE_SHARE, WORKSPACE_LIMIT)
+        known = self.kv_bytes + self.scores_bytes + self.library_bytes
+        return known + min(budget // WORKSPACE_SHARE, WORKSPACE_LIMIT)
 
     def for_banks(self, budget: int) -> int:
         """What is left of `budget` for slots; negative when nothing is."""
@@ -145,7 +148,7 @@ def _smallest_budget(need: int, costs: Costs) -> int:
     fixed = costs.dense_bytes + costs.scratch_bytes + need
     if costs.reserve_bytes is not None:
         return fixed + costs.reserve_bytes
-    fixed += costs.kv_bytes + costs.scores_bytes
+    fixed += costs.kv_bytes + costs.scores_bytes + costs.library_bytes
     budget = min(fixed * WORKSPACE_SHARE // (WORKSPACE_SHARE - 1), fixed + WORKSPACE_LIMIT)
     while costs.for_banks(budget) < need:  # integer division rounds: a byte or two, either way
         budget += 1

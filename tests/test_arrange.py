@@ -10,7 +10,7 @@ from moe_offload.config import OffloadConfig
 from moe_offload.errors import BudgetError, ConfigError, UnsupportedModelError
 from moe_offload.experts import find_experts
 from moe_offload.families.tiny import build
-from moe_offload.measure import costs, dense_bytes, dense_bytes_on, layer_shapes
+from moe_offload.measure import CUBLAS_BYTES, CUDA_BLOCK_BYTES, costs, dense_bytes, dense_bytes_on, layer_shapes
 from moe_offload.plan import budget_for
 
 from .offloaded import QWEN
@@ -31,8 +31,8 @@ def banks(model):
     return find_experts(model)
 
 
-def budget_of(model, banks, residency=0.5):
-    return budget_for(residency, layer_shapes(banks), costs(model, banks, SETTINGS))
+def budget_of(model, banks, residency=0.5, device="cpu"):
+    return budget_for(residency, layer_shapes(banks), costs(model, banks, SETTINGS, device))
 
 
 def arranged(model, banks, **said):
@@ -67,13 +67,11 @@ def test_dense_weights_are_shared_out_completely(model, banks):
 
 @pytest.mark.parametrize("device_map", ["auto", {"": 0, "model.layers.2": 1, "model.layers.3": "cuda:1"}])
 def test_two_devices_each_have_a_plan_and_a_bank_a_layer(model, banks, device_map):
-    budget = budget_of(model, banks)
-    found = arranged(
-        model, banks, device_map=device_map, max_memory={0: budget, 1: budget // 2, "cpu": banks[0].nbytes}
-    )
+    budget = budget_of(model, banks, device="cuda:0")
+    found = arranged(model, banks, device_map=device_map, max_memory={0: budget, 1: budget - 1, "cpu": banks[0].nbytes})
     assert list(found.plans) == ["cuda:0", "cuda:1"]
     assert [spot.device for spot in found.spots] == ["cuda:0"] * 2 + ["cuda:1"] * 2
-    for device, size in (("cuda:0", budget), ("cuda:1", budget // 2)):
+    for device, size in (("cuda:0", budget), ("cuda:1", budget - 1)):
         plan = found.plans[device]
         assert plan.budget_bytes == size and len(plan.slots) == 2 and plan.slack_bytes >= 0
     assert found.slots == found.plans["cuda:0"].slots + found.plans["cuda:1"].slots
@@ -83,8 +81,11 @@ def test_two_devices_each_have_a_plan_and_a_bank_a_layer(model, banks, device_ma
 
 
 def test_experts_beside_the_device_that_computes(model, banks):
-    found = arranged(model, banks, device_map={"": 0, EXPERTS: "cpu"}, max_memory={0: budget_of(model, banks)})
+    budget = budget_of(model, banks, device="cuda:0")
+    found = arranged(model, banks, device_map={"": 0, EXPERTS: "cpu"}, max_memory={0: budget})
     assert found.tiers == ["host"] * L and list(found.plans) == ["cuda:0"]
+    assert found.plan.costs.library_bytes == CUBLAS_BYTES + L * CUDA_BLOCK_BYTES
+    assert found.plan.slots == arranged(model, banks, budget=budget_of(model, banks)).slots, "which is no expert's room"
 
 
 def test_what_is_not_said_and_needed_is_asked_for(model, banks):

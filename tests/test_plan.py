@@ -35,6 +35,7 @@ all_costs = st.builds(
     dense_bytes=st.integers(0, 10**6),
     kv_bytes=st.integers(0, 10**5),
     scores_bytes=st.integers(0, 10**5),
+    library_bytes=st.integers(0, 10**5),
     scratch_bytes=st.integers(0, 10**5),
     reserve_bytes=st.none() | st.integers(0, 10**5),
 )

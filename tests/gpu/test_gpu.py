@@ -41,7 +41,7 @@ def on_gpu(family, dtype=torch.float32, **sizes):
 def offloaded(family, settings, residency=0.5, dtype=torch.float32, where="cpu", **sizes):
     model = on_gpu(family, dtype, **sizes)
     banks = find_experts(model)
-    budget = budget_for(residency, layer_shapes(banks), costs(model, banks, settings))
+    budget = budget_for(residency, layer_shapes(banks), costs(model, banks, settings, "cuda:0"))
     rows = {"": 0, "model.layers.*.mlp.experts": where}
     if where == "mixed":
         rows = {"": 0, banks[0].name: "cpu", banks[1].name: "disk"}
@@ -120,7 +120,7 @@ def test_a_model_on_the_second_gpu_launches_there():
     model = build("qwen3_moe", num_hidden_layers=2).to("cuda:1").eval()
     want = model.generate(IDS.to("cuda:1"), max_new_tokens=24, do_sample=False, pad_token_id=0).cpu()
     banks = find_experts(model)
-    budget = budget_for(0.5, layer_shapes(banks), costs(model, banks, DEVICE))
+    budget = budget_for(0.5, layer_shapes(banks), costs(model, banks, DEVICE, "cuda:1"))
     model = moe_offload.optimize(model, budget, device_map={"": 1, "model.layers.*.mlp.experts": "cpu"}, config=DEVICE)
     assert torch.cuda.current_device() == 0
     got = model.generate(IDS.to("cuda:1"), max_new_tokens=24, do_sample=False, pad_token_id=0).cpu()
