@@ -7,12 +7,8 @@ a family that differs, is exit code 1.
 
 from __future__ import annotations
 
-import atexit
-import os
 import sys
-import threading
-from contextlib import suppress
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
@@ -69,7 +65,7 @@ def _version() -> None:
 
 
 def main() -> None:
-    """The console script. A wrong flag is one line and exit code 2, like everything else that cannot work."""
+    """What the console script runs. A wrong flag is one line and exit code 2, like everything else that cannot work."""
     try:
         code = app(standalone_mode=False)
     except typer.Abort:
@@ -86,18 +82,4 @@ def main() -> None:
         else:
             typer.echo(f"{command}: {' '.join(error.format_message().split())} (see {command} --help)", err=True)
         code = getattr(error, "exit_code", 2)
-    _end(code if isinstance(code, int) else 0)
-
-
-def _end(code: int) -> NoReturn:
-    """End the process, and threads that are left (a request that was cancelled, a read that hangs) where they are.
-
-    Python's own end unwinds a thread that comes back from torch later through C++, which is SIGABRT instead of `code`.
-    """
-    if threading.active_count() == 1:
-        sys.exit(code)
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(BrokenPipeError):
-            stream.flush()
-    os._exit(code)
+    sys.exit(code if isinstance(code, int) else 0)
