@@ -12,6 +12,7 @@ from ..errors import ConfigError
 from ..experts import find_experts
 from ..loading import resolve_folder, skeleton
 from ..plan import budget_for
+from .contenders import room_for
 from .devices import DEVICES
 from .gpu_contenders import settings
 from .synthetic import PREFIX, default_cache, synthetic
@@ -47,7 +48,8 @@ def workload(
     outline = skeleton(folder)
     ids = _prompt_ids(folder, prompt, amounts["prompt_tokens"]) if prompt is not None else None
     tokens = (len(ids) if ids else amounts["prompt_tokens"]) + amounts["new_tokens"]
-    config = settings([bank.name for bank in find_experts(outline)], tokens, "device") if device != "cpu" else None
+    names = [bank.name for bank in find_experts(outline)]
+    config = room_for(tokens) if device == "cpu" else settings(names, tokens, "device")
     if budget is None:
         whole = make_plan(folder, 2**60, config=config)
         budgets = {f"{share * 100:g}%": str(budget_for(share, whole.layers, whole.costs)) for share in residency}

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..config import resolve
 from ..experts import ExpertBank, find_experts
 from ..loading import load_dense, skeleton
 from ..packed import index_checkpoint
@@ -42,6 +43,11 @@ class Contender:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
+def room_for(tokens: int) -> dict[str, Any]:
+    """What ours is told, so that its budget has room for a KV cache of so many tokens; never less than by default."""
+    return {"kv_tokens": max(resolve().kv_tokens, tokens)}
+
+
 def resident(job: Job) -> Any:
     from transformers import AutoModelForCausalLM
 
@@ -52,7 +58,7 @@ def ours(job: Job) -> Any:
     from ..api import from_pretrained
 
     packed = job.scratch / PACKED
-    return from_pretrained(packed if packed.exists() else job.folder, job.budget)
+    return from_pretrained(packed if packed.exists() else job.folder, job.budget, config=room_for(job.tokens))
 
 
 def accelerate(job: Job) -> Any:

@@ -14,10 +14,9 @@ from typing import Any
 import psutil
 
 from ..assemble import DEVICE_POLICY
-from ..config import resolve
 from ..experts import find_experts
 from ..loading import skeleton
-from .contenders import Contender, Job
+from .contenders import Contender, Job, room_for
 
 #: What makes generate() compile: a KV cache that stays where it is.
 STATIC_CACHE = {"cache_implementation": "static"}
@@ -29,8 +28,8 @@ def settings(experts: Sequence[str], tokens: int, decide: str) -> dict[str, Any]
         "device_map": {"": 0, **dict.fromkeys(experts, "cpu")},
         "decide": decide,
         "policy": DEVICE_POLICY,
-        "kv_tokens": max(resolve().kv_tokens, tokens),
         "untested": True,
+        **room_for(tokens),
     }
 
 

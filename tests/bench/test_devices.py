@@ -7,9 +7,9 @@ import torch
 from typer.testing import CliRunner
 
 from moe_offload.bench.devices import Cpu, Cuda
-from moe_offload.bench.link import link_roof
+from moe_offload.bench.link import link_roof, pinned, registered
 from moe_offload.cli import app
-from moe_offload.errors import ConfigError
+from moe_offload.errors import ConfigError, OffloadError
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -27,13 +27,18 @@ class FakeMemory:
 
     def __init__(self, monkeypatch):
         self.peak = self.reserved = 0
+        self.begun = False
         for name, value in (
-            ("init", lambda: None),
+            ("init", lambda: vars(self).update(begun=True)),
             ("max_memory_allocated", lambda: self.peak),
             ("max_memory_reserved", lambda: self.reserved),
-            ("reset_peak_memory_stats", lambda: vars(self).update(peak=1)),
+            ("reset_peak_memory_stats", self.reset),
         ):
             monkeypatch.setattr(torch.cuda, name, value)
+
+    def reset(self):
+        assert self.begun  # before it there are no counters, and resetting them is an error
+        self.peak = 1
 
 
 def test_peaks_are_of_a_phase_and_of_the_whole(monkeypatch):
@@ -67,3 +72,19 @@ def test_the_link_roof_is_the_faster_way_and_names_both():
     assert max(measured) == max(rate for rates in roof.found.values() for rate in rates)
     assert all(rate > 0 for rate in details.values())
     assert (roof.bank_SN == 7).all()
+
+
+def test_pinned_memory_is_used_and_a_refusal_says_why(monkeypatch):
+    """`pinned.pin` answers with what went wrong: nothing is good news."""
+    undone = []
+    monkeypatch.setattr(pinned, "unpin", undone.append)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(pinned, "device_view", lambda rows, device: (device, rows))
+    monkeypatch.setattr(pinned, "pin", lambda rows: "out of memory")
+    refused = r"4096 bytes of host memory cannot be pinned \(out of memory\); raise the memlock limit"
+    with pytest.raises(OffloadError, match=refused), registered(4096, "cuda:0"):
+        pass
+    monkeypatch.setattr(pinned, "pin", lambda rows: "")
+    with registered(4096, "cuda:0") as (host, (device, seen)):
+        assert (device, seen.data_ptr(), undone) == ("cuda:0", host.data_ptr(), [])
+    assert [rows.data_ptr() for rows in undone] == [host.data_ptr()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from dataclasses import replace
 
 import pytest
 import transformers
@@ -13,6 +14,7 @@ from moe_offload.bench.contenders import Job
 from moe_offload.bench.devices import Cuda
 from moe_offload.bench.gpu_contenders import GPU_SIDES, settings
 from moe_offload.bench.run import choose, missing_rivals
+from moe_offload.bench.side import SIDES
 from moe_offload.errors import ConfigError
 
 ASKED = {"budget": None, "layers": None, "routing": None, "prompt": None, "packed": False}
@@ -20,10 +22,17 @@ AMOUNTS = {"prompt_tokens": 3000, "new_tokens": 64, "requests": 3}
 
 
 @pytest.fixture
-def work(monkeypatch, tmp_path_factory):
+def planned(monkeypatch, tmp_path_factory):
     monkeypatch.setattr(Cuda, "check", lambda self: None)
     cache = tmp_path_factory.getbasetemp() / "synthetic"
-    return workload("synthetic:tiny", device="cuda", residency=[0.5, 0.25, 0.5], cache=cache, **ASKED, **AMOUNTS)
+    return lambda device: workload(
+        "synthetic:tiny", device=device, residency=[0.5, 0.25, 0.5], cache=cache, **ASKED, **AMOUNTS
+    )
+
+
+@pytest.fixture
+def work(planned):
+    return planned("cuda")
 
 
 def test_ours_differ_in_who_decides_alone():
@@ -54,7 +63,9 @@ def test_what_is_compiled_is_given_a_static_cache():
     assert options == {"resident": static, "ours": static, "ours-host": static, "accelerate": {}}
 
 
-def test_each_residency_is_planned_once_with_room_for_the_request(work):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_each_residency_is_planned_once_with_room_for_the_request(planned, device):
+    work = planned(device)
     assert list(work.plans) == ["50%", "25%"] and work.tokens == 3064
     assert [plan.slots for plan in work.plans.values()] == [(16, 16, 16), (8, 8, 8)]
     kv_bytes = 2 * 3 * 2 * 32 * 3064 * 2  # keys and values, layers, heads, head size, tokens, bf16
@@ -64,6 +75,13 @@ def test_each_residency_is_planned_once_with_room_for_the_request(work):
 def test_what_does_not_count_is_at_most_half(work):
     assert work.request(1, 64)["left_out"] == 8
     assert work.request(1, 4)["left_out"] == 2
+
+
+def test_no_warm_up_is_longer_than_there_is_room_for(planned):
+    """The routing of a side has room for a request, and no more."""
+    for device, sides in SIDES.items():
+        few = replace(planned(device), new_tokens=3)
+        assert all(few.effort(side).warm_up_tokens <= 3 for side in sides)
 
 
 def test_sides_are_chosen_by_residency(work):
