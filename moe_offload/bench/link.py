@@ -31,8 +31,6 @@ ROWS, COPIED = 32, 8  # rows in host memory, and how many of them are copied at 
 class LinkRoof:
     """`measure` takes some tens of milliseconds; what it found by which way, `details` says."""
 
-    name = "link_bytes_per_s"
-
     def __init__(self, rows_EN: Tensor, view_EN: Tensor, device: str):
         self.rows_EN, self.view_EN, self.device = rows_EN, view_EN, device
         self.bank_SN = torch.empty((COPIED, rows_EN.shape[1]), dtype=rows_EN.dtype, device=device)
@@ -56,7 +54,7 @@ class LinkRoof:
         return max(rates)
 
     def details(self) -> dict[str, float]:
-        return {way: statistics.median(rates) for way, rates in self.found.items() if rates}
+        return {way: statistics.median(rates or [0.0]) for way, rates in self.found.items()}
 
 
 @contextlib.contextmanager

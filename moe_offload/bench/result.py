@@ -31,7 +31,8 @@ def result_of(
     """`together`: the resident model took turns with ours. `details` are what else is known of the roof."""
     sides = _in_order(measured)
     roofs = [roof for one in measured for roof in one.roofs]
-    resident = next((one for one in sides if one.side == "resident" and one.answers), None)
+    answered = [one for one in sides if one.answers]
+    resident = next((one for one in answered if one.side == "resident"), None)
     routings = [one.loaded.get("routing") for one in measured]
     return {
         "model": str(work.folder),
@@ -51,8 +52,8 @@ def result_of(
         "packed": work.packed,
         "routing": next(filter(None, routings), "the model's own router"),
         "resident_and_ours_took_turns": together,
-        "tokens_of": sides[0].side,
-        "tokens_agree": [_agreement(sides[0], other) for other in sides[1:]],
+        "tokens_of": answered[0].side if answered else None,
+        "tokens_agree": [_agreement(answered[0], other) for other in answered[1:]],
         "rows": [_row(one, work, sides) for one in sides],
         "roofs": {
             ROOFS[work.device]: statistics.median(roofs or [0.0]),

@@ -21,8 +21,6 @@ SECONDS = 1.5  # of reading, each time: less says little of a disk
 class DiskRoof:
     """`disk_roof` of the very files the experts rest in, by reads as large and as many at once as the engine's own."""
 
-    name = "disk_bytes_per_s"
-
     def __init__(self, files: Sequence[Path], read_bytes: int, depth: int):
         self.files, self.read_bytes, self.depth = files, read_bytes, depth
 

@@ -126,7 +126,8 @@ def choose(sides: Iterable[str], work: Workload) -> Chosen:
             raise ConfigError(f"--sides {side}: for --device {work.device} there are {', '.join(known)}")
         if share and share not in work.plans:
             raise ConfigError(f"--sides {named}: {share} is not among what is measured, {', '.join(work.plans)}")
-        chosen[side] = (share,) if share else tuple(work.plans)
+        wanted = {*chosen.get(side, ()), share} if share else {*work.plans}
+        chosen[side] = tuple(asked for asked in work.plans if asked in wanted)
     return chosen
 
 

@@ -148,8 +148,8 @@ def _ratios(result: dict[str, Any], several: bool) -> list[str]:
 
 
 def _agreement(result: dict[str, Any]) -> str:
-    if len(result["rows"]) == 1:
-        return "one side only, whose tokens nothing is compared with"
+    if not result["tokens_agree"]:
+        return "no two sides answered, so tokens are compared with nothing"
     parting = [one for one in result["tokens_agree"] if one["agree"] < one["of"]]
     first = result["tokens_of"]
     if not parting:

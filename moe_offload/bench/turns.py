@@ -20,8 +20,6 @@ LEAST_LIMIT = 600 * 10**6  # libraries and tracing take some 150 MB however smal
 class Roof(Protocol):
     """What whoever only moves bytes gets: from the disk, or over the link."""
 
-    name: str  # in the result
-
     def measure(self, seed: int) -> float:
         """Bytes per second, now."""
 

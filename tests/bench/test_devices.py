@@ -65,6 +65,7 @@ def test_a_gpu_that_is_absent_is_refused_in_words(monkeypatch):
 
 def test_the_link_roof_is_the_faster_way_and_names_both():
     with link_roof(4096, "cpu") as roof:
+        assert roof.details() == {"copy_engine_bytes_per_s": 0, "kernel_bytes_per_s": 0}  # where no side has loaded
         roof.rows_EN.fill_(7)
         measured = [roof.measure(seed) for seed in range(3)]
         details = roof.details()

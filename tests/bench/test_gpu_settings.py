@@ -85,7 +85,7 @@ def test_no_warm_up_is_longer_than_there_is_room_for(planned):
 
 
 def test_sides_are_chosen_by_residency(work):
-    assert choose(["resident", "ours", "accelerate@50%"], work) == {
+    assert choose(["resident", "ours@25%", "ours@50%", "accelerate@50%"], work) == {
         "resident": ("50%", "25%"),
         "ours": ("50%", "25%"),
         "accelerate": ("50%",),

@@ -77,7 +77,6 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(turns, "Child", FakeChild)
     monkeypatch.setattr(run, "shard_files", lambda folder: [folder / "model.safetensors"])
     roof = SimpleNamespace(
-        name="link",
         measure=lambda seed: LINK,
         details=lambda: {"copy_engine_bytes_per_s": LINK, "kernel_bytes_per_s": LINK / 2},
     )
@@ -161,6 +160,14 @@ def test_a_side_that_fails_keeps_nobody_from_going_on(gpu, monkeypatch):
     assert [len(one["rows"]) for one in kept] == [2, 3] and kept[-1] == result
     assert result["rows"][0]["failed"] and "decode_bound_s" not in result["rows"][1]
     assert "resident failed: resident: out of memory" in table(result)
+    assert result["tokens_of"] == "ours"
+    assert [(one["side"], one["asked"]) for one in result["tokens_agree"]] == [("ours", "50%")]
+
+
+def test_where_no_side_can_be_loaded_the_table_says_why(gpu, monkeypatch):
+    monkeypatch.setattr(FakeChild, "fails", ("ours", "load"))
+    shown = table(bench(gpu, ["ours"], 0.5))
+    assert "ours failed: ours: out of memory" in shown and "no two sides answered" in shown
 
 
 def test_the_table_says_all_that_a_reader_needs(gpu, monkeypatch):
