@@ -1,89 +1,135 @@
-"""One command for whoever has a GPU for a quarter of an hour: what it can do, whether we are right on it, then figures.
+"""One command for whoever has a GPU for half an hour: what it can do, whether we are right on it, then the tables.
 
-    OUT=results python benchmarks/gpu.py
-    OUT=results python benchmarks/gpu.py --only bench      where time is short: checks, tests or bench, one at a time
+    OUT=results python benchmarks/gpu.py                      everything
+    OUT=results python benchmarks/gpu.py --only bench         where time is short: checks, tests or bench,
+    OUT=results python benchmarks/gpu.py --only kernels       or single parts of them
+    OUT=results python benchmarks/gpu.py --only bench --full  all layers of both models: an hour, 110 GB of RAM
 
-Runs gpu_checks.py (links, latencies, our kernels), the GPU tests and the bench (gpu_bench.py), and writes all that they
-print to $OUT/gpu.txt, results of the bench to $OUT/bench_*.json and their table to $OUT/bench_<date>.md. Each part is
-independent: one that fails, or takes too long, does not keep the next from running.
+Each part is independent, with a time limit of its own: one that fails, or takes too long, does not keep the next from
+running, and what it had found by then stays. Everything that is printed goes to $OUT/gpu.txt, the figures of
+gpu_checks.py to $OUT/gpu_checks.json, each bench (gpu_bench.py) to $OUT/<model>_<hardware>_<yyyy-mm>.md and .json.
+
+The benches replay recorded routing where the traces are: in shared/traces, here or beside the repository, or in the
+folder that --traces names. Without them the model's own router chooses, and the tables say so.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import gpu_bench
+from gpu_bench import BENCHES, FULL_LIMIT_S, ROOT, Bench
 
-HERE = Path(__file__).parent
-TEST = [sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
-TIMEOUT_S = 900
-CHECKS = {
-    "what the machine is": ["nvidia-smi"],
-    "what the GPU and our kernels can do": [sys.executable, str(HERE / "gpu_checks.py")],
-}
-TESTS = {
-    "the kernels are right": [*TEST, "tests/kernels"],
-    "whole models are right": [*TEST, "tests/gpu", "tests/test_transfer.py"],
-}
+TRACES = (ROOT / "shared" / "traces", ROOT.parent / "shared" / "traces")
 
 
-def run(command: list[str], timeout_s: float) -> tuple[int, str]:
-    """Exit code and what was printed. One that takes longer ends with 124, and all that it has started with it."""
-    try:
-        started = subprocess.Popen(
-            command,
-            cwd=HERE.parent,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,  # a group of its own: the sides of a bench end with it
-        )
-    except OSError as error:
-        return 127, f"{error}\n"
-    code = None
-    try:
-        out, said = started.communicate(timeout=timeout_s)
-        code = started.returncode
-    except subprocess.TimeoutExpired:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(started.pid, signal.SIGKILL)
-        out, said = started.communicate()
-        said += f"\nstopped after {timeout_s:.0f} s\n"
-    return 124 if code is None else code, out + said[-8000:]
+@dataclass(frozen=True)
+class Part:
+    """A command with a time limit, in seconds."""
+
+    group: str
+    name: str
+    command: list[str]
+    limit_s: float
+    bench: Bench | None = None
+
+
+def parts(cache: Path, traces: Path | None, full: bool) -> list[Part]:
+    pytest = [sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
+    checks = [sys.executable, str(ROOT / "benchmarks" / "gpu_checks.py")]
+    return [
+        Part("checks", "machine", ["nvidia-smi"], 60),
+        Part("checks", "mechanisms", checks, 300),
+        Part("tests", "kernels", [*pytest, "tests/kernels"], 300),
+        Part("tests", "models", [*pytest, "tests/gpu", "tests/test_transfer.py"], 600),
+        *(
+            Part("bench", one.name, one.command(cache, traces, full), FULL_LIMIT_S if full else one.limit_s, one)
+            for one in BENCHES
+        ),
+    ]
+
+
+def run(part: Part, log: Any) -> bool:
+    """Run it, print and log what it says, and say whether it succeeded. It and all it started end at its limit."""
+    begun = time.perf_counter()
+    with tempfile.TemporaryFile() as said:
+        try:
+            process = subprocess.Popen(
+                part.command, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        except OSError as error:
+            how = f"cannot be started: {error}"
+        else:
+            try:
+                how = str(process.wait(part.limit_s))
+            except BaseException as error:
+                with contextlib.suppress(ProcessLookupError):  # the sides of a bench, too
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                if not isinstance(error, subprocess.TimeoutExpired):
+                    raise
+                how = f"stopped after its {part.limit_s:.0f} s"
+        said.seek(0)
+        text = said.read().decode(errors="replace")
+    print_and_log(f"== {part.name} ({shlex.join(part.command)}): {how}, {time.perf_counter() - begun:.0f} s", log)
+    print_and_log(text, log)
+    return how == "0"
+
+
+def print_and_log(text: str, log: Any) -> None:
+    for stream in (sys.stdout, log):
+        stream.write(text + "\n")
+        stream.flush()
+
+
+def run_all(chosen: list[Part], out: Path, cache: Path, log: Any) -> list[str]:
+    """The names of those that failed."""
+    failed = []
+    for i, part in enumerate(chosen):
+        complete = run(part, log)
+        if part.bench is not None:
+            file = part.bench.keep(out, cache, part.command, complete)
+            print_and_log(f"written to {file}" if file else "nothing was found", log)
+            if part.bench.model not in {later.bench.model for later in chosen[i + 1 :] if later.bench}:
+                # Both models whole would fill a small disk.
+                shutil.rmtree(part.bench.checkpoints(cache), ignore_errors=True)
+        if not complete:
+            failed.append(part.name)
+    return failed
 
 
 def main() -> int:
+    nowhere = parts(Path(), None, False)
+    names = [*dict.fromkeys(part.group for part in nowhere), *(part.name for part in nowhere)]
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--only", nargs="+", choices=("checks", "tests", "bench"), help="these parts")
-    only = parser.parse_args().only
-    out = Path(os.environ.get("OUT", "."))
+    parser.add_argument("--only", nargs="+", choices=names, help="these parts; gpu.txt is then added to")
+    parser.add_argument("--full", action="store_true", help="all layers of the models")
+    parser.add_argument("--traces", type=Path, help="the folder of recorded routing")
+    options = parser.parse_args()
+    out = Path(os.environ.get("OUT", ".")).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    parts = {"checks": CHECKS, "tests": TESTS, "bench": gpu_bench.commands(out)}
-    failed = 0
-    with (out / "gpu.txt").open("a" if only else "w") as log:
-        for part in only or parts:
-            for name, command in parts[part].items():
-                begun = time.perf_counter()
-                code, printed = run(command, gpu_bench.TIMEOUT_S if part == "bench" else TIMEOUT_S)
-                failed += code != 0
-                text = f"== {name} ({' '.join(command)}): {code}, {time.perf_counter() - begun:.0f} s\n"
-                for stream in (sys.stdout, log):
-                    stream.write(text + printed + "\n")
-                    stream.flush()
-                if part == "bench":  # after each: whoever is cut off keeps what there is
-                    table = gpu_bench.markdown(gpu_bench.results(out))
-                    (out / f"bench_{datetime.date.today().isoformat()}.md").write_text(table)
-        if "bench" in (only or parts):
-            print(table)
-    return min(failed, 1)
+    traces = options.traces or next((folder for folder in TRACES if folder.is_dir()), None)
+    log_mode = "a" if options.only else "w"
+    with tempfile.TemporaryDirectory(prefix="moe_offload-gpu-") as cache, (out / "gpu.txt").open(log_mode) as log:
+        chosen = [
+            part
+            for part in parts(Path(cache), traces, options.full)
+            if not options.only or not {part.group, part.name}.isdisjoint(options.only)
+        ]
+        failed = run_all(chosen, out, Path(cache), log)
+        print_and_log(f"failed: {', '.join(failed) or 'none'}", log)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -1,120 +1,92 @@
-"""`moe-offload bench --device cuda`, once per shape and share of resident experts, and one table of all of them.
+"""`moe-offload bench --device cuda` for `gpu.py`: the command lines, and the dated files that results become.
 
-`gpu.py` runs `commands()` and then writes `markdown()`. A figure stands beside the bound that it is measured against:
-the larger of the resident model's time and the missed bytes over the link.
+A checkpoint of one shape is written once and serves all the runs of it. What is measured last, a time limit may leave
+out: half of the experts come first.
 """
 
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
+import subprocess
 import sys
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-TIMEOUT_S = 400
-LAYERS = 6
-#: Shape, the recorded routing that goes with it, and the shares: what the goals are set for comes first.
-SHAPES = (
-    ("qwen3-30b-a3b", "qwen3-30b-a3b_k6_bigmoeonedge.npz", (50, 25, 100, 10)),
-    ("gpt-oss-20b", "gpt-oss-20b_decode_dev.npz", (50, 25)),
-)
-TRACES = (HERE.parent.parent / "shared" / "traces", HERE.parent / "shared" / "traces")
-GB = 1e9
+ROOT = Path(__file__).resolve().parents[1]
+FULL_LIMIT_S = 2400.0
+QWEN, GPT = "qwen3-30b-a3b", "gpt-oss-20b"
+TRACES = {QWEN: "qwen3-30b-a3b_k6_bigmoeonedge.npz", GPT: "gpt-oss-20b_decode_dev.npz"}
+ALL = ("--residency", "50%,25%,10%,100%", "--sides", "resident,ours,ours-host@50%,accelerate@50%")
 
 
-def commands(out: Path, folders: Sequence[Path] = TRACES) -> dict[str, list[str]]:
-    """What to run, by name; each writes its result into `out`. Without a trace at hand, routers choose themselves."""
-    found = {}
-    for shape, trace, shares in SHAPES:
-        routing = next((folder / trace for folder in folders if (folder / trace).is_file()), None)
-        for share in shares:
-            found[f"bench, {shape}, {share} % resident"] = [
-                *(sys.executable, "-m", "moe_offload", "bench", f"synthetic:{shape}", "--layers", str(LAYERS)),
-                *("--device", "cuda", "--residency", f"{share}%", "--new-tokens", "128"),
-                *(("--routing", str(routing)) if routing else ()),
-                *("--json", str(out.resolve() / f"bench_{shape}_{share}.json")),
-            ]
-    return found
+@dataclass(frozen=True)
+class Bench:
+    """One run, on so many of the model's layers that it takes minutes; `asked` is what it measures."""
+
+    name: str
+    model: str
+    layers: int
+    limit_s: float
+    asked: tuple[str, ...]
+
+    def command(self, cache: Path, traces: Path | None, full: bool) -> list[str]:
+        command = [sys.executable, "-m", "moe_offload", "bench", f"synthetic:{self.model}", "--device", "cuda"]
+        command += [*(() if full else ("--layers", str(self.layers))), *self.asked]
+        if traces is not None and (traces / TRACES[self.model]).is_file():
+            command += ["--routing", str(traces / TRACES[self.model])]
+        return [*command, "--cache", str(self.checkpoints(cache)), "--json", str(self.found(cache))]
+
+    def checkpoints(self, cache: Path) -> Path:
+        return cache / self.model
+
+    def found(self, cache: Path) -> Path:
+        """Where the result is, as far as it has come."""
+        return cache / f"{self.name}.json"
+
+    def keep(self, out: Path, cache: Path, command: list[str], complete: bool) -> Path | None:
+        """Write what was found so far into `out`, as dated files; None where nothing was."""
+        found = self.found(cache)
+        if not found.is_file():
+            return None
+        result = json.loads(found.read_text())
+        file = out / _file_name(self.name, result)
+        file.write_text(_markdown(command, result, complete))
+        shutil.copy(found, file.with_suffix(".json"))
+        return file
 
 
-def results(out: Path) -> list[dict[str, Any]]:
-    """What has been written into `out`, in the order of `SHAPES`, least resident first."""
-    files = [out / f"bench_{shape}_{share}.json" for shape, _, shares in SHAPES for share in sorted(shares)]
-    return [json.loads(file.read_text()) for file in files if file.is_file()]
+BENCHES = (
+    Bench(QWEN, QWEN, 12, 340, (*ALL, "--prompt-tokens", "4096", "--new-tokens", "256", "--requests", "3")),
+    # The most memory that is held over a thousand tokens, beside the budget: prompts are what a budget has room for.
+    Bench(
+        f"{QWEN}-1000-tokens", QWEN, 12, 120,
+        ("--residency", "50%", "--sides", "ours", "--prompt-tokens", "512", "--new-tokens", "1000", "--requests", "1"),
+    ),
+    # Its attention is not fused: the scores of 4096 tokens would take 8 GB.
+    Bench(GPT, GPT, 4, 240, (*ALL, "--prompt-tokens", "512", "--new-tokens", "256", "--requests", "3")),
+)  # fmt: skip
 
 
-def markdown(found: Sequence[dict[str, Any]]) -> str:
-    """One line for each shape and share. Empty without results."""
-    if not found:
-        return ""
-    first = found[0]
-    machine = first["machine"]
-    lines = [
-        f"# `moe-offload bench --device cuda`, {LAYERS} layers, random weights: {machine['gpu']}, {first['date']}",
-        "",
-        f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, transformers "
-        f"{machine['transformers']}; medians of {first['requests']} requests of {first['prompt_tokens']} + "
-        f"{first['new_tokens']} tokens. The bound is max(resident time, missed bytes / link); the link is the faster "
-        "of copy engine and kernel. Memory is torch.cuda.max_memory_allocated, loading included.",
-        "",
-        "| shape, resident | resident tokens/s | ours | of resident | of the bound | misses over link | host decides |"
-        " accelerate | prefill of its bound | hits | link GB/s, engine, kernel | peak GB (budget) | tokens |",
-        "|" + "---|" * 13,
-        *(_line(one) for one in found),
-        "",
-        *dict.fromkeys(f"Routing of {_shape(one)}: {one['routing']}." for one in found),
-        *(
-            f"{_shape(one)}, {_share(one)}: {row['side']} failed: {row['failed']}"
-            for one in found
-            for row in one["rows"]
-            if row["failed"]
-        ),
-    ]
-    return "\n".join(lines) + "\n"
+def _file_name(name: str, result: dict[str, Any]) -> str:
+    """<model>_<hardware>_<yyyy-mm>.md, as the files beside this one are named."""
+    words = result["machine"]["gpu"].lower().replace("nvidia", " ").split()
+    return f"{name}_{'-'.join(words)}_{result['date'][:7]}.md"
 
 
-def _line(one: dict[str, Any]) -> str:
-    rows = {row["side"]: row for row in one["rows"]}
-    ours, ratios, roofs = rows.get("ours", {}), one["ratios"], one["roofs"]
+def _markdown(command: list[str], result: dict[str, Any], complete: bool) -> str:
+    from moe_offload.bench.table import table
 
-    def speed(side: str) -> str:
-        return _shown(rows.get(side, {}).get("tokens_per_s"), ".1f")
-
-    def times(ratio: str) -> str:
-        return f" ({_shown(ratios[ratio], '.1f')}x)"
-
-    peak = ours.get("peak_bytes")
-    cells = (
-        f"{_shape(one)}, {_share(one)}",
-        speed("resident"),
-        speed("ours"),
-        _shown(ratios["share_of_resident_speed"], ".0%"),
-        _shown(_inverse(ratios["decode_over_roof"]), ".0%"),
-        _shown(ratios["miss_traffic_over_link"], ".0%"),
-        speed("ours-host") + times("speedup_over_ours_host"),
-        speed("accelerate") + times("speedup_over_accelerate_cpu"),
-        _shown(_inverse(ratios["prefill_over_roof"]), ".0%"),
-        _shown(ours.get("hit_rate"), ".1%"),
-        f"{roofs['copy_engine_bytes_per_s'] / GB:.1f}, {roofs['kernel_bytes_per_s'] / GB:.1f}",
-        f"{_shown(peak and peak / GB, '.2f')} ({one['budget_bytes'] / GB:.2f})",
-        f"differ: {', '.join(one['tokens_differ'])}" if one["tokens_differ"] else "the same",
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    asked = shlex.join(["moe-offload", *command[command.index("bench") : command.index("--cache")]])
+    cut_short = "" if complete else "\nThe run was cut short: what is below is what it had found by then.\n"
+    return (
+        f"# {Path(result['model']).name}, random weights: {result['machine']['gpu']}, {result['date']}\n\n"
+        f"Commit {commit or 'unknown'}. One run of `moe-offload bench`, all sides in it; *bound* is the larger of the "
+        "resident model's own\ntime and missed bytes over the link.\n"
+        f"{cut_short}\n```\n$ {asked}\n\n{table(result)}\n```\n"
     )
-    return "| " + " | ".join(cells) + " |"
-
-
-def _shape(one: dict[str, Any]) -> str:
-    return Path(one["model"]).name
-
-
-def _share(one: dict[str, Any]) -> str:
-    return f"{one['residency']:.0%}"
-
-
-def _inverse(ratio: float | None) -> float | None:
-    return None if ratio is None else 1 / ratio
-
-
-def _shown(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)

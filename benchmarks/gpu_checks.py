@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_timing import copy_batch, copy_rows, graph, microseconds, registered, replaced
+from gpu_timing import copy_batch, graph, replaced
 from torch import Tensor
 
+from moe_offload.bench.link import copy_rows, microseconds, registered
 from moe_offload.kernels import KERNELS, DeviceState, Loads, pace
 
 LINK_ROWS_MB = (4.7, 9.4, 26.0)  # Qwen3-30B-A3B in 8 bits and in bf16, gpt-oss-20b in 8 bits
@@ -54,7 +55,7 @@ def say(section: str, what: str, value: float | bool, unit: str, **more: Any) ->
 
 def views(options: argparse.Namespace) -> None:
     """Host memory seen as a tensor of the device: by storage, and by the array interface."""
-    with registered(8 << 20) as (host, view):
+    with registered(8 << 20, options.device) as (host, view):
         host.copy_(torch.randint(0, 255, host.shape, dtype=torch.uint8))
         before = torch.cuda.memory_allocated()
         say("views", "a storage over registered memory reads right", torch.equal(view.clone().cpu(), host), "")
@@ -84,7 +85,7 @@ def latency(options: argparse.Namespace) -> None:
         event.synchronize()
         pinned.tolist()
 
-    with registered(8192) as (host, view):
+    with registered(8192, options.device) as (host, view):
         flags, seen_by_device = host.view(torch.int64).numpy(), view.view(torch.int64)[:8]
 
         def polled() -> None:
@@ -173,7 +174,7 @@ def link(name: str, host_EN: Tensor, rows_EN: Tensor, bank_SN: Tensor, count: in
     for chunk, warps in CHUNKS[:1] if options.tiny else CHUNKS:
         with replaced(gather_triton, CHUNK=chunk, WARPS=warps):
             report(f"kernel, chunks of {chunk * 8 >> 10} KiB, {warps} warps", ours)
-    report("copy engine, row by row", partial(copy_rows, bank_SN, host_EN, count))
+    report("copy engine, row by row", partial(copy_rows, bank_SN, host_EN, list(range(count))))
     if not options.tiny:
         report("copy engine, one batch", copy_batch(bank_SN, host_EN, count))
     loads.count_1.zero_()
@@ -225,7 +226,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=[f.__name__ for f in SECTIONS], help="these sections")
     parser.add_argument("--tiny", action="store_true", help="our kernels at tiny sizes, on the CPU: times mean nothing")
     options = parser.parse_args()
-    options.device = "cpu" if options.tiny else "cuda"
+    options.device = "cpu" if options.tiny else "cuda:0"
     if not options.tiny and not torch.cuda.is_available():
         parser.error("no CUDA device; --tiny with TRITON_INTERPRET=1 tries the script without one")
     card = "none" if options.tiny else torch.cuda.get_device_name()

@@ -1,4 +1,4 @@
-"""How each side of the comparison loads the model. Each runs in a process of its own (`side.py`).
+"""How each side of the comparison loads the model on a CPU. Each runs in a process of its own (`side.py`).
 
 resident     transformers' own from_pretrained: the whole model in memory
 ours         moe_offload.from_pretrained inside the budget; of a packed copy where one was written
@@ -10,50 +10,75 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..config import resolve
 from ..experts import ExpertBank, find_experts
 from ..loading import load_dense, skeleton
 from ..packed import index_checkpoint
 from ..stores.disk import DiskStore
 
 
-def resident(folder: Path, budget: int, scratch: Path) -> Any:
+@dataclass(frozen=True)
+class Job:
+    """What a side is to load: a checkpoint `folder`, inside `budget` bytes, for requests of `tokens` tokens."""
+
+    folder: Path
+    budget: int
+    scratch: Path
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Contender:
+    """How a side loads its model, and what it gives `generate` beside the request."""
+
+    load: Callable[[Job], Any]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def room_for(tokens: int) -> dict[str, Any]:
+    """What ours is told, so that its budget has room for a KV cache of so many tokens; never less than by default."""
+    return {"kv_tokens": max(resolve().kv_tokens, tokens)}
+
+
+def resident(job: Job) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    return AutoModelForCausalLM.from_pretrained(job.folder, dtype="auto").eval()
 
 
-def ours(folder: Path, budget: int, scratch: Path) -> Any:
+def ours(job: Job) -> Any:
     from ..api import from_pretrained
 
-    packed = scratch / PACKED
-    return from_pretrained(packed if packed.exists() else folder, budget)
+    packed = job.scratch / PACKED
+    return from_pretrained(packed if packed.exists() else job.folder, job.budget, config=room_for(job.tokens))
 
 
-def accelerate(folder: Path, budget: int, scratch: Path) -> Any:
+def accelerate(job: Job) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(
-        folder,
+        job.folder,
         dtype="auto",
         device_map="auto",
-        max_memory={"cpu": budget},
-        offload_folder=str(scratch / "accelerate"),
+        max_memory={"cpu": job.budget},
+        offload_folder=str(job.scratch / "accelerate"),
     ).eval()
 
 
-def mapped(folder: Path, budget: int, scratch: Path) -> Any:
-    meta = skeleton(folder)
+def mapped(job: Job) -> Any:
+    meta = skeleton(job.folder)
     banks = find_experts(meta)
-    model: Any = load_dense(folder, meta, index_checkpoint(meta, banks, folder).keys)
+    model: Any = load_dense(job.folder, meta, index_checkpoint(meta, banks, job.folder).keys)
     for bank in find_experts(model):
-        for name, shape, dtype, file in _fields(bank, scratch / "mmap"):
+        for name, shape, dtype, file in _fields(bank, job.scratch / "mmap"):
             size = torch.Size(shape).numel()
             stacked = torch.from_file(str(file), shared=False, size=size, dtype=dtype).view(shape)
             for module in bank.modules:
@@ -62,11 +87,11 @@ def mapped(folder: Path, budget: int, scratch: Path) -> Any:
 
 
 PACKED = "packed"
-SIDES: dict[str, Callable[[Path, int, Path], Any]] = {
-    "resident": resident,
-    "ours": ours,
-    "accelerate": accelerate,
-    "mmap": mapped,
+CPU_SIDES = {
+    "resident": Contender(resident),
+    "ours": Contender(ours),
+    "accelerate": Contender(accelerate),
+    "mmap": Contender(mapped),
 }
 
 

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
-
-import torch
 
 CGROUPS = Path("/sys/fs/cgroup")
 KIB = 1024
@@ -71,22 +67,3 @@ def _status(name: str) -> int:
         if line.startswith(name + ":"):
             return int(line.split()[1]) * KIB
     raise OSError(f"/proc/self/status has no {name}")
-
-
-class Meter(NamedTuple):
-    """Bytes that this process holds where its model computes, now and at most since `reset`."""
-
-    held: Callable[[], int]
-    reset: Callable[[], None]
-    peak: Callable[[], int]
-
-
-def _reset_on_cuda() -> None:
-    torch.cuda.init()  # before it there are no counters, and resetting them is an error
-    torch.cuda.reset_peak_memory_stats()
-
-
-METERS = {
-    "cpu": Meter(resident_bytes, reset_peak, peak_bytes),
-    "cuda": Meter(torch.cuda.memory_allocated, _reset_on_cuda, torch.cuda.max_memory_allocated),
-}

@@ -1,4 +1,11 @@
-"""One request as a user makes it: a prompt of P tokens, then D more, greedily, through `generate`, on the clock."""
+"""One request as a user makes it: a prompt of P tokens, then D more, greedily, through `generate`, on the clock.
+
+    prompt | first token | steps left out | steps that count
+           ^ settle      ^ or here        ^ settle          ^ settle
+
+The clock waits for the device where a phase ends, never between steps. `generate` does, once a token, on every side
+alike: it looks whether all sequences have ended, as it does for anybody who calls it.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-#: Until when what was launched on a device is done.
-EDGES: dict[str, Callable[[], None]] = {"cpu": lambda: None, "cuda": torch.cuda.synchronize}
 
 
 @dataclass
@@ -27,31 +31,25 @@ class Answer:
 
 
 class Clock:
-    """A streamer for `generate`, which calls `put` with the prompt and then with every token.
+    """A logits processor for `generate`, which calls it once for each token, the first of which ends the prefill."""
 
-    Phases end with the first token, and `left_out` tokens later.
-    """
+    def __init__(self, stops: set[int], settle: Callable[[], None], mark: Callable[[], dict[str, float]]):
+        self.stops, self._settle, self._mark = stops, settle, mark
+        self.calls = 0
+        self.marks: list[dict[str, float]] = []
+        self.times: list[tuple[float, float]] = []  # when it stopped, and when it went on
 
-    def __init__(self, on_phase: Callable[[], None], edge: Callable[[], None], left_out: int):
-        self.times: list[float] = []
-        self.decode_begun = 0.0
-        self.tokens: list[int] = []
-        self._on_phase, self._edge, self._ends, self._prompt_seen = on_phase, edge, {0, left_out}, False
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.calls in self.stops:
+            self.stop()
+        self.calls += 1
+        return scores
 
-    def put(self, value: Tensor) -> None:
-        if not self._prompt_seen:
-            self._prompt_seen = True
-            return
-        ends = len(self.times) in self._ends
-        if ends:
-            self._edge()
-        self.times.append(time.perf_counter())
-        self.tokens += value.reshape(-1).tolist()
-        if ends:
-            self._on_phase()
-            self.decode_begun = time.perf_counter()  # reading counters off a device takes a while
-
-    def end(self) -> None: ...
+    def stop(self) -> None:
+        self._settle()
+        stopped = time.perf_counter()
+        self.marks.append(self._mark())
+        self.times.append((stopped, time.perf_counter()))
 
 
 def random_prompt(vocabulary: int, tokens: int, seed: int) -> list[int]:
@@ -64,22 +62,24 @@ def ask(
     model: Any,
     prompt: list[int],
     new_tokens: int,
-    counters: Callable[[], dict[str, float]] = dict,
+    mark: Callable[[], dict[str, float]] = dict,
+    *,
     device: str = "cpu",
+    settle: Callable[[], None] = lambda: None,
     left_out: int = 0,
     **options: Any,
 ) -> Answer:
-    """`1 + new_tokens` greedy tokens after `prompt` (ids); `counters()` is read where a phase begins or ends.
+    """`1 + new_tokens` greedy tokens after `prompt` (ids); `mark()` is read wherever the clock stops.
 
-    The first `left_out` tokens after the first, fewer than `new_tokens`, do not count as decoded. `options` go to
-    `generate`. A GPU is waited for where a phase ends; the last token is only seen once it is there.
+    The first `left_out` tokens after the first, fewer than `new_tokens`, do not count as decoded. `options` are those
+    of `generate`.
     """
+    from transformers import LogitsProcessorList
+
     input_ids = torch.tensor([prompt], device=device)
-    marks = [counters()]
-    clock = Clock(lambda: marks.append(counters()), EDGES[device], left_out)
-    EDGES[device]()
-    begun = time.perf_counter()
-    model.generate(
+    clock = Clock({0, left_out}, settle, mark)
+    clock.stop()
+    output = model.generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
         max_new_tokens=1 + new_tokens,
@@ -87,10 +87,11 @@ def ask(
         do_sample=False,
         eos_token_id=None,
         pad_token_id=0,
-        streamer=clock,
+        logits_processor=LogitsProcessorList([clock]),
         **options,
     )
-    marks.append(counters())
-    first, last = clock.times[0], clock.times[-1]
-    prefill, decode = ({n: b[n] - a[n] for n in a} for a, b in (marks[:2], marks[-2:]))
-    return Answer(first - begun, last - clock.decode_begun, clock.tokens, left_out, prefill, decode)
+    clock.stop()
+    (_, begun), (first, _), (_, resumed), (last, _) = (*clock.times[:2], *clock.times[-2:])
+    prefill, decode = ({n: b[n] - a[n] for n in a} for a, b in (clock.marks[:2], clock.marks[-2:]))
+    tokens = output[0, len(prompt) :].tolist()
+    return Answer(first - begun, last - resumed, tokens, left_out, prefill, decode)

@@ -5,116 +5,124 @@ from __future__ import annotations
 import datetime
 import platform
 import statistics
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from ..belady import belady_hits
-from .link import fastest
-from .workload import Measured, Workload
+from .bounds import bounds, traffic_over_roof
+from .devices import DEVICES
+from .workload import OURS, Measured, Workload, steps, token_s
 
-#: Device -> the ratios of its result, and what they are.
-RATIOS = {
-    "cpu": {
-        "decode_over_roof": "decode, time over max(resident, missed bytes / disk)",
-        "prefill_over_roof": "prefill, time over max(resident, missed bytes / disk)",
-        "speedup_over_accelerate_disk": "decode, times accelerate's disk offload",
-        "speedup_over_mmap": "decode, times plain mmap",
-        "read_bandwidth_over_raw": "our reads over raw reads of the same size and depth",
-    },
-    "cuda": {
-        "decode_over_roof": "decode, time over max(resident, missed bytes / link)",
-        "prefill_over_roof": "prefill, time over max(resident, missed bytes / link)",
-        "share_of_resident_speed": "decode, share of the resident model's speed",
-        "miss_traffic_over_link": "decode, missed bytes/s over the link",
-        "speedup_over_accelerate_cpu": "decode, times accelerate's CPU offload",
-        "speedup_over_ours_host": "decode, times ours where the host decides",
-    },
-}
+#: What ours is compared with, and the name of that ratio.
 SPEEDUPS = {
-    "speedup_over_accelerate_disk": "accelerate",
-    "speedup_over_accelerate_cpu": "accelerate",
-    "speedup_over_mmap": "mmap",
-    "speedup_over_ours_host": "ours-host",
+    "cpu": {"accelerate": "speedup_over_accelerate_disk", "mmap": "speedup_over_mmap"},
+    "cuda": {"accelerate": "speedup_over_accelerate", "ours-host": "speedup_over_host"},
 }
-
-
-def steps_of(answer: dict[str, Any]) -> int:
-    """Decoded tokens that count."""
-    return max(len(answer["tokens"]) - 1 - int(answer["left_out"]), 1)
-
-
-def token_s(answer: dict[str, Any]) -> float:
-    return float(answer["decode_s"] / steps_of(answer))
+ROOFS = {"cpu": "disk_bytes_per_s", "cuda": "link_bytes_per_s"}
 
 
 def result_of(
-    work: Workload, measured: dict[str, Measured], together: bool, link: dict[str, float] | None
+    work: Workload, measured: Sequence[Measured], together: bool, notes: Sequence[str], details: dict[str, float]
 ) -> dict[str, Any]:
-    """`link`: what the link of a GPU gave, in bytes/s; None on a CPU, where each answer has a roof of its own."""
-    plan = work.plan
-    ours, resident = measured.get("ours"), measured.get("resident")
-    rows = [_row(one, work) for one in measured.values()]
-    if link is None:
-        disk = statistics.median([roof for one in measured.values() for roof in one.roofs] or [0.0])
-        roofs: dict[str, Any] = {"disk_bytes_per_s": disk}
-    else:
-        roofs = {f"{name}_bytes_per_s": link[name] for name in ("copy_engine", "kernel")}
-        roofs["link_bytes_per_s"] = fastest(link)
+    """`together`: the resident model took turns with ours. `details` are what else is known of the roof."""
+    sides = _in_order(measured)
+    roofs = [roof for one in measured for roof in one.roofs]
+    answered = [one for one in sides if one.answers]
+    resident = next((one for one in answered if one.side == "resident"), None)
+    routings = [one.loaded.get("routing") for one in measured]
     return {
         "model": str(work.folder),
         "date": datetime.date.today().isoformat(),
-        "machine": machine(work.device),
         "device": work.device,
-        "budget_bytes": plan.budget_bytes,
-        "residency": plan.residency,
-        "row_bytes": max(layer.row_bytes for layer in plan.layers),
-        "prompt_tokens": len(work.request(0)["prompt"]),
+        "machine": {**machine(), **DEVICES[work.device]().facts()},
+        "plans": [
+            {"asked": asked, "budget_bytes": plan.budget_bytes, "residency": plan.residency}
+            for asked, plan in work.plans.items()
+        ],
+        "row_bytes": work.row_bytes,
+        "prompt_tokens": len(work.request(0, 1)["prompt"]),
         "new_tokens": work.new_tokens,
+        "left_out": work.request(0, work.new_tokens)["left_out"],
         "requests": work.requests,
         "prompt": "given" if work.prompt else "random tokens",
         "packed": work.packed,
-        "routing": (ours or next(iter(measured.values()))).loaded.get("routing") or "the model's own router",
+        "routing": next(filter(None, routings), "the model's own router"),
         "resident_and_ours_took_turns": together,
-        "tokens_of": next(iter(measured)),
-        "tokens_differ": _differing(list(measured.values())),
-        "rows": rows,
-        "roofs": {**roofs, "resident_token_s": resident.median(token_s) if resident and resident.answers else None},
-        "ratios": _ratios(work, measured),
+        "tokens_of": answered[0].side if answered else None,
+        "tokens_agree": [_agreement(answered[0], other) for other in answered[1:]],
+        "rows": [_row(one, work, sides) for one in sides],
+        "roofs": {
+            ROOFS[work.device]: statistics.median(roofs or [0.0]),
+            **details,
+            "resident_token_s": resident and resident.median(token_s),
+        },
+        "notes": list(notes),
     }
 
 
-def _differing(sides: list[Measured]) -> list[str]:
-    """The sides whose tokens are not those of the first one, as far as both answered."""
-    first, *others = ([(one.side, answer["tokens"]) for answer in one.answers] for one in sides)
-    pairs = [pair for other in others for pair in zip(first, other, strict=False)]
-    return list(dict.fromkeys(side for (_, a), (side, b) in pairs if a[: len(b)] != b[: len(a)]))
+def _in_order(measured: Sequence[Measured]) -> list[Measured]:
+    """The resident model first, all its turns as one side; then from the smallest budget to the largest."""
+    turns = [one for one in measured if one.side == "resident"]
+    others = [one for one in measured if one.side != "resident"]
+    order = [*OURS, *dict.fromkeys(one.side for one in others)]
+    others.sort(key=lambda one: (one.plan.budget_bytes, order.index(one.side)))
+    if not turns:
+        return others
+    answers = [answer for one in turns for answer in one.answers]
+    roofs = [roof for one in turns for roof in one.roofs]
+    return [replace(turns[-1], answers=answers, roofs=roofs), *others]
 
 
-def _row(one: Measured, work: Workload) -> dict[str, Any]:
-    row: dict[str, Any] = {"side": one.side, "limited": one.limited, "failed": one.failed}
+def _agreement(first: Measured, other: Measured) -> dict[str, Any]:
+    """How many tokens of the other side are those of the first, up to where they part, as far as both answered."""
+    agree = total = 0
+    for one, another in zip(first.answers, other.answers, strict=False):
+        pairs = list(zip(one["tokens"], another["tokens"], strict=False))
+        total += len(pairs)
+        agree += next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+    return {"side": other.side, "asked": other.asked, "agree": agree, "of": total}
+
+
+def _row(one: Measured, work: Workload, sides: Sequence[Measured]) -> dict[str, Any]:
+    row: dict[str, Any] = {"side": one.side, "asked": one.asked, "limited": one.limited, "failed": one.failed}
+    if one.side != "resident":
+        row |= {"budget_bytes": one.plan.budget_bytes, "residency": one.plan.residency}
     if not one.answers:
         return row
     row |= {
         "tokens_per_s": 1 / one.median(token_s),
         "ttft_s": one.median(lambda a: a["ttft_s"]),
-        "prefill_tokens_per_s": work.prompt_tokens / one.median(lambda a: a["ttft_s"]),
-        "peak_bytes": one.peak_over_baseline,
+        "prefill_tokens_per_s": len(work.request(0, 1)["prompt"]) / one.median(lambda a: a["ttft_s"]),
         "load_s": one.loaded["load_s"],
     }
-    if one.loaded["slots"] is not None:
+    if one.memory:
+        row |= {**one.memory, "peak_bytes": one.memory["peak_bytes"] - one.baseline_bytes}
+    if one.answers[0]["peaks_bytes"][0] is not None:
+        row["prefill_peak_bytes"] = max(answer["peaks_bytes"][0] for answer in one.answers)
+        row["decode_peak_bytes"] = max(max(answer["peaks_bytes"][1:]) for answer in one.answers)
+    if one.side in OURS:
         decode = [answer["decode"] for answer in one.answers]
-        steps = sum(steps_of(answer) for answer in one.answers)
+        counted = sum(steps(answer) for answer in one.answers)
         hits, misses = (sum(d[name] for d in decode) for name in ("hits", "misses"))
         row |= {
             "hit_rate": hits / max(hits + misses, 1),
             "belady_hit_rate": _belady(one),
-            "bytes_per_token": sum(d["bytes_read"] for d in decode) / steps,
-            "stall_s_per_token": sum(d["stall_s"] for d in decode) / steps,
+            "bytes_per_token": sum(d["bytes_read"] for d in decode) / counted,
+            "misses_per_token": misses / counted,
+            "stall_s_per_token": sum(d["stall_s"] for d in decode) / counted,
             "prefill_bytes": one.median(lambda a: a["prefill"]["bytes_read"]),
             "prefill_stall_s": one.median(lambda a: a["prefill"]["stall_s"]),
+            **bounds(one),
+            "traffic_over_roof": traffic_over_roof(one),
+            **_speedups(one, work, sides),
         }
+        if one.reads:
+            pairs = zip(one.reads, one.roofs, strict=False)
+            row["read_bandwidth_over_raw"] = statistics.median(read / roof for read, roof in pairs)
     return row
 
 
@@ -138,40 +146,14 @@ def _belady(one: Measured) -> float:
     return hits / max(requests, 1)
 
 
-def _ratios(work: Workload, measured: dict[str, Measured]) -> dict[str, float | None]:
-    """Ours against the roofs and the others, in the order of RATIOS. Time over a roof cannot be below 1.0.
-
-    None where a side is missing.
-    """
-    ours, resident = measured.get("ours"), measured.get("resident")
-    ratios: dict[str, float | None] = dict.fromkeys(RATIOS[work.device])
-    if ours is None or not ours.answers:
-        return ratios
-    if resident is not None and len(resident.answers) == len(ours.answers):
-        decode, prefill = [], []
-        for mine, theirs, roof in zip(ours.answers, resident.answers, ours.roofs, strict=True):
-            missed = mine["decode"]["bytes_read"] / steps_of(mine)
-            decode.append(token_s(mine) / max(token_s(theirs), missed / roof))
-            prefill.append(mine["ttft_s"] / max(theirs["ttft_s"], mine["prefill"]["bytes_read"] / roof))
-        ratios |= {"decode_over_roof": statistics.median(decode), "prefill_over_roof": statistics.median(prefill)}
-        if work.device != "cpu":
-            ratios["share_of_resident_speed"] = resident.median(token_s) / ours.median(token_s)
-    for name in (name for name in ratios if name.startswith("speedup_over_")):
-        other = measured.get(SPEEDUPS[name])
-        if other is not None and other.answers:
-            ratios[name] = other.median(token_s) / ours.median(token_s)
-    if work.device != "cpu":
-        ratios["miss_traffic_over_link"] = (
-            ours.median(lambda a: a["decode"]["bytes_read"] / a["decode_s"]) / ours.roofs[0]
-        )
-    if ours.reads:
-        ratios["read_bandwidth_over_raw"] = statistics.median(
-            read / roof for read, roof in zip(ours.reads, ours.roofs, strict=False)
-        )
-    return ratios
+def _speedups(one: Measured, work: Workload, sides: Sequence[Measured]) -> dict[str, float]:
+    """Times the others at the same budget."""
+    names = SPEEDUPS[work.device]
+    others = [other for other in sides if other.asked == one.asked and other.side in names and other.answers]
+    return {names[other.side]: other.median(token_s) / one.median(token_s) for other in others if other is not one}
 
 
-def machine(device: str) -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     import torch
     import transformers
@@ -184,7 +166,6 @@ def machine(device: str) -> dict[str, Any]:
         "cpu": model,
         "cores": psutil.cpu_count(logical=True),
         "memory_bytes": psutil.virtual_memory().total,
-        **({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

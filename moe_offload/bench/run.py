@@ -1,145 +1,151 @@
 """The bench: sides that answer the same requests in turn, with the roofs measured beside them.
 
-    roof    what a process that only reads gets from this disk, before and after each request of ours
-    pairs   resident and ours stay alive together where both fit, and take turns request by request
-    then    accelerate and mmap, each alone, under the memory limit that ours has
+    roof    what a process that only reads gets from this disk (or copies over this link), before and after each request
+    turns   the resident model stays alive beside ours where both fit, through all residencies, and takes turns with it
+    then    the others (accelerate, mmap), each alone, in the memory that ours has
 
-On a GPU the roof is what its link gives, measured once before all sides; no process is limited, memory is measured.
-
-Every side answers the same prompts, over the same recorded routing, and must answer with the same tokens.
+Every side answers the same prompts, over the same recorded routing. On a CPU all must answer with the same tokens; on
+a GPU the resident model's kernels are others, which round otherwise, and the result says how far the tokens agree.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from ..checkpoint import shard_files
 from ..errors import ConfigError
 from ..pack import pack_checkpoint
 from ..stores.reads import PART_BYTES
 from ..transfer import THREADS
-from .child import Child, SideFailed
-from .contenders import PACKED, drop_cache, write_mapped
-from .contenders_cuda import SIDES_ON
-from .link import fastest
-from .result import result_of, token_s
-from .roofs import disk_roof
-from .workload import Measured, Workload
+from .contenders import PACKED, write_mapped
+from .devices import DEVICES
+from .link import link_roof
+from .result import result_of
+from .roofs import DiskRoof
+from .side import SIDES
+from .turns import Roof, Running, Stage
+from .workload import OURS, Measured, Workload
 
-SLACK_BYTES = 64 * 10**6  # what a process may hold beyond its budget, plus one row
-ROOM_BYTES = 2 * 10**9  # that resident models leave for KV caches, workspace and everybody else
-LEAST_LIMIT = 600 * 10**6  # libraries and tracing take some 150 MB however small the model
+#: Side -> the plans it is measured inside, by what was asked.
+Chosen = dict[str, tuple[str, ...]]
+#: For what surrounds a model in memory: the rest of the machine; the contexts of three processes, a prompt of 4096.
+KEPT_FREE_BYTES = {"cpu": 2 * 10**9, "cuda": 6 * 10**9}
 
 
-def bench(work: Workload, sides: Iterable[str], scratch: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Run `sides` over `work`; return the result as plain JSON values. `say` hears what happens, line by line."""
-    wanted = list(sides)
-    known = SIDES_ON[work.device]
-    unknown = [side for side in wanted if side not in known]
-    if unknown:
-        raise ConfigError(f"--sides {unknown[0]}: on {work.device} there are {', '.join(known)}")
-    size = sum(file.stat().st_size for file in shard_files(work.folder))
-    measured: dict[str, Measured] = {}
+def bench(
+    work: Workload,
+    sides: Iterable[str],
+    scratch: Path,
+    say: Callable[[str], None],
+    keep: Callable[[dict[str, Any]], None] = lambda result: None,
+) -> dict[str, Any]:
+    """Run `sides` over `work`; return the result as plain JSON values. `say` hears what happens, line by line.
+
+    A side may name the one residency that it is wanted at, as in "accelerate@50%". `keep` is given the result so far,
+    each time a side is through.
+    """
+    chosen = choose(sides, work)
+    device = DEVICES[work.device]()
+    device.check()
+    notes, done = missing_rivals(work.device), list[Measured]()
     with tempfile.TemporaryDirectory(prefix="moe_offload-bench-", dir=scratch) as temporary:
-        settings = {
-            "folder": str(work.folder),
-            "budget": work.plan.budget_bytes,
-            "scratch": temporary,
-            "routing": work.routing,
-            "tokens": work.longest(),
-            "device": work.device,
-        }
-        link = None if work.device == "cpu" else _link(work, settings, say)
-        available = psutil.virtual_memory().available if link is None else int(link["free_bytes"])
-        if work.packed and "ours" in wanted:
+        if work.packed and "ours" in chosen:
             say("ours: packing")
             pack_checkpoint(work.folder, Path(temporary) / PACKED, verify="none")
-        room = available - ROOM_BYTES
-        if "resident" in wanted and size > room:
+        room = device.room_bytes() - KEPT_FREE_BYTES[work.device]
+        size = sum(file.stat().st_size for file in shard_files(work.folder))
+        if "resident" in chosen and size > room:
             say("resident: the whole model does not fit in the memory that is free; left out")
-            wanted.remove("resident")
-        together = {"resident", "ours"} <= set(wanted) and size + work.plan.budget_bytes < room
-        pairs = [["resident", "ours"]] if together else [[s] for s in ("resident", "ours") if s in wanted]
-        for group in [*pairs, *([s] for s in known if s in wanted and s not in ("resident", "ours"))]:
-            if group == ["mmap"]:
-                say("mmap: writing the file to map")
-                write_mapped(work.folder, Path(temporary))
-            if link is None:
-                drop_cache(work.folder, Path(temporary))
-            for found in _measure(group, work, settings, link, say):
-                measured[found.side] = found
-    return result_of(work, measured, together, link)
+            del chosen["resident"]
+        if not chosen:
+            raise ConfigError("--sides: there is nothing to measure")
+        budgets = [work.plans[asked].budget_bytes for side in OURS for asked in chosen.get(side, ())]
+        together = "resident" in chosen and bool(budgets) and size + max(budgets) < room
+        settings = {
+            "device": work.device,
+            "folder": str(work.folder),
+            "scratch": temporary,
+            "routing": work.routing,
+            "tokens": work.tokens,
+        }
+        with _roof(work, Path(temporary)) as roof:
+            stage = Stage(work, settings, roof, say)
+            for found in chain(_resident_and_ours(stage, chosen, together), _others(stage, chosen)):
+                done += found
+                result = result_of(work, done, together, notes, roof.details())
+                keep(result)
+    for note in notes:
+        say(note)
+    return result
 
 
-def _link(work: Workload, settings: dict[str, Any], say: Callable[[str], None]) -> dict[str, float]:
-    """What the link gives a process that only copies, and how much of the device is free."""
-    say("link: measuring")
-    with Child("link", settings, None) as child:
-        return child.do("link", row_bytes=max(layer.row_bytes for layer in work.plan.layers))
-
-
-def _measure(
-    group: Sequence[str],
-    work: Workload,
-    settings: dict[str, Any],
-    link: dict[str, float] | None,
-    say: Callable[[str], None],
-) -> list[Measured]:
-    """The sides of `group` alive together, taking turns. `link`: what was measured of it, where rows rest in RAM."""
-    row_bytes = max(layer.row_bytes for layer in work.plan.layers)
-    limit = max(work.plan.budget_bytes + SLACK_BYTES + row_bytes, LEAST_LIMIT)
-    # The roof is that of the very files ours reads: what was written a moment ago may lie in a cache of the host.
-    packed = sorted((Path(settings["scratch"]) / PACKED).glob("*.safetensors"))
-    files = packed or shard_files(work.folder)
-    disk = partial(disk_roof, files, min(row_bytes, PART_BYTES), THREADS)
-    found = [Measured(side) for side in group]
+def _resident_and_ours(stage: Stage, chosen: Chosen, together: bool) -> Iterator[list[Measured]]:
+    """The resident model, and ours at one residency after the other: in turns with it, or else after it."""
+    beside: Measured | None = None
     with ExitStack() as alive:
-        children: dict[str, Child] = {}
-        for one in found:
-            say(f"{one.side}: loading")
-            try:
-                unlimited = one.side == "resident" or link is not None
-                child = alive.enter_context(Child(one.side, settings, None if unlimited else limit))
-                one.loaded, one.limited = child.do("load"), child.limited
-                effort = work.effort(one.side)
-                if effort.warm_up_tokens >= 0:
-                    one.warm_up = child.do("ask", **work.request(0), new_tokens=effort.warm_up_tokens)
-                children[one.side] = child
-            except SideFailed as error:
-                one.failed = str(error)
-                say(str(error))
-        for number in range(1, work.requests + 1):
-            # Turns change: whoever is first in one request is last in the next.
-            for one in found if number % 2 else reversed(found):
-                effort = work.effort(one.side)
-                if one.failed or number > effort.requests:
-                    continue
-                child = children[one.side]
-                before = disk(seed=2 * number) if link is None else fastest(link)
-                try:
-                    if one.side == "ours" and link is None:
-                        one.reads.append(child.do("read", seconds=1.5, seed=number)["bandwidth"])
-                    one.answers.append(child.do("ask", **work.request(number), new_tokens=effort.new_tokens))
-                except SideFailed as error:
-                    one.failed = str(error)
-                    say(str(error))
-                    continue
-                after = disk(seed=2 * number + 1) if link is None else fastest(link)
-                one.roofs.append((before + after) / 2)
-                answer = one.answers[-1]
-                say(
-                    f"{one.side}: request {number}: first token after {answer['ttft_s']:.2f} s, then "
-                    f"{token_s(answer) * 1e3:.3g} ms a token"
-                )
-        for one in found:
-            if one.side in children and not one.failed:
-                child = children[one.side]
-                one.peak_over_baseline = child.do("memory")["peak_bytes"] - child.baseline_bytes
-    return found
+        team: list[Running] = []
+        if "resident" in chosen:
+            team = [stage.start("resident", chosen["resident"][0], alive)]
+            if not together:
+                (beside,) = stage.take_turns(team)
+                yield [beside]
+                alive.close()
+                team = []
+        for asked in stage.work.plans:
+            for side in (side for side in OURS if asked in chosen.get(side, ())):
+                with ExitStack() as turn:
+                    *turns, one = stage.take_turns([*team, stage.start(side, asked, turn)])
+                one.beside = turns[0] if turns else beside
+                yield [*turns, one]
+
+
+def _others(stage: Stage, chosen: Chosen) -> Iterator[list[Measured]]:
+    """Each alone, the resident model gone."""
+    for side in (side for side in chosen if side not in ("resident", *OURS)):
+        if side == "mmap":
+            stage.say("mmap: writing the file to map")
+            write_mapped(stage.work.folder, Path(stage.settings["scratch"]))
+        for asked in chosen[side]:
+            with ExitStack() as turn:
+                found = stage.take_turns([stage.start(side, asked, turn)])
+            yield found
+
+
+def choose(sides: Iterable[str], work: Workload) -> Chosen:
+    """Inside which of the plans each side is wanted. Raises `ConfigError` for what is not there."""
+    known, chosen = SIDES[work.device], Chosen()
+    for named in sides:
+        side, _, share = named.partition("@")
+        if side not in known:
+            raise ConfigError(f"--sides {side}: for --device {work.device} there are {', '.join(known)}")
+        if share and share not in work.plans:
+            raise ConfigError(f"--sides {named}: {share} is not among what is measured, {', '.join(work.plans)}")
+        wanted = {*chosen.get(side, ()), share} if share else {*work.plans}
+        chosen[side] = tuple(asked for asked in work.plans if asked in wanted)
+    return chosen
+
+
+def missing_rivals(device: str) -> list[str]:
+    """What a reader of GPU figures would look for and does not find."""
+    if device == "cpu":
+        return []
+    if importlib.util.find_spec("moe_infinity") is None:
+        return ["MoE-Infinity: not installed (there is no module moe_infinity), so not compared"]
+    return ["MoE-Infinity: installed, but this bench has no side for it, so not compared"]
+
+
+@contextmanager
+def _roof(work: Workload, temporary: Path) -> Iterator[Roof]:
+    if work.device == "cpu":
+        # That of the very files ours reads: what was written a moment ago may lie in a cache of the host.
+        packed = sorted((temporary / PACKED).glob("*.safetensors"))
+        yield DiskRoof(packed or shard_files(work.folder), min(work.row_bytes, PART_BYTES), THREADS)
+    else:
+        with link_roof(work.row_bytes, DEVICES[work.device].name) as roof:
+            yield roof

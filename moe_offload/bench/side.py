@@ -1,12 +1,10 @@
 """One side of the comparison in its own process: commands come in as JSON lines, answers go out as JSON lines.
 
-python -m moe_offload.bench.side '{"side": "ours", "folder": ..., "budget": ..., "scratch": ..., "routing": ...,
-                                   "tokens": 545, "device": "cpu"}'
+python -m moe_offload.bench.side '{"side": "ours", "device": "cpu", "folder": ..., "budget": ..., "scratch": ...}'
 <- {"ready": ..., "baseline_bytes": ...}                       nothing loaded yet: now a limit may be put around it
--> {"do": "load"}                                              <- {"load_s": ..., "plan": {...}}
+-> {"do": "load"}                                              <- {"load_s": ..., "slots": [...]}
 -> {"do": "ask", "prompt": [...], "new_tokens": 32, "row": 0}  <- an Answer, with counters and the ids it used
 -> {"do": "read", "seconds": 1.0, "seed": 1}                   <- {"bandwidth": ...}    ours: rows, nothing computed
--> {"do": "link", "row_bytes": ...}                            <- {"copy_engine": ..., "kernel": ..., "free_bytes": ...}
 -> {"do": "memory"}                                            <- {"peak_bytes": ...}
 """
 
@@ -25,52 +23,60 @@ import torch
 
 from ..experts import find_experts
 from ..loading import skeleton
-from .contenders_cuda import SIDES_ON, STATIC
-from .limit import METERS
-from .link import free_bytes, link_rates
+from .contenders import CPU_SIDES, Contender, Job
+from .devices import DEVICES
+from .gpu_contenders import GPU_SIDES
 from .request import ask
 from .routing import Routing, install, load_recorded
 
 COUNTERS = ("hits", "misses", "bytes_read", "stall_s")
-#: Decoded tokens of a request that do not count, at most half: generate() makes a KV cache for each request, and a CUDA
-#: graph whose addresses have changed is recorded anew, which takes longer than many tokens.
-LEFT_OUT = {"cpu": 0, "cuda": 8}
+SIDES: dict[str, dict[str, Contender]] = {"cpu": CPU_SIDES, "cuda": GPU_SIDES}
 
 
 class Side:
-    """The loaded model, its routing, and what may be asked of it."""
+    """The loaded model, its routing, and what may be asked of it: requests of at most `tokens` tokens."""
 
     def __init__(
-        self, side: str, folder: str, budget: int, scratch: str, routing: str | None, tokens: int, device: str
+        self, side: str, device: str, folder: str, budget: int, scratch: str, routing: str | None, tokens: int
     ):
-        self.name, self.folder, self.budget = side, Path(folder), budget
-        self.tokens, self.device = tokens, device
-        self.scratch, self.routing_file = Path(scratch), routing
+        self.contender, self.device = SIDES[device][side], DEVICES[device]()
+        self.job, self.routing_file = Job(Path(folder), budget, Path(scratch), tokens), routing
         self.model: Any = None
+        self._peaks: list[int | None] = []
 
     def load(self) -> dict[str, Any]:
-        METERS[self.device].reset()
+        self.device.reset_peak()
         begun = time.perf_counter()
-        self.model = SIDES_ON[self.device][self.name](self.folder, self.budget, self.scratch)
+        self.model = self.contender.load(self.job)
+        self.device.settle()
         load_s = time.perf_counter() - begun
-        banks = find_experts(skeleton(self.folder))
+        banks = find_experts(skeleton(self.job.folder))
         first = banks[0]
         recorded = None
         if self.routing_file is not None:
             recorded = load_recorded(self.routing_file, len(banks), first.num_experts, first.top_k)
-        self.routing = Routing(recorded, [bank.top_k for bank in banks], self.tokens, self.device)
+        top_ks = [bank.top_k for bank in banks]
+        self.routing = Routing(recorded, top_ks, self.job.tokens, self.device.name)
         install(self.model, [bank.name for bank in banks], self.routing)
         note = recorded.note if recorded else None
         plan = self._handle.plan if self._handle else None
         return {"load_s": load_s, "routing": note, "slots": list(plan.slots) if plan else None}
 
-    def ask(self, prompt: list[int], new_tokens: int, row: int) -> dict[str, Any]:
+    def ask(self, prompt: list[int], new_tokens: int, row: int, left_out: int = 0) -> dict[str, Any]:
         self.routing.seek(row, len(prompt) + new_tokens)
-        options = STATIC if self.device != "cpu" and self.name != "accelerate" else {}
-        left_out = min(LEFT_OUT[self.device], new_tokens // 2)
-        answer = ask(self.model, prompt, new_tokens, self._counters, self.device, left_out, **options)
+        self._peaks = []
+        answer = ask(
+            self.model,
+            prompt,
+            new_tokens,
+            self._mark,
+            device=self.device.name,
+            settle=self.device.settle,
+            left_out=left_out,
+            **self.contender.options,
+        )
         used = self.routing.used(len(prompt), new_tokens) if self._handle else None
-        return {**dataclasses.asdict(answer), "used": used}
+        return {**dataclasses.asdict(answer), "used": used, "peaks_bytes": self._peaks[1:]}
 
     def read(self, seconds: float, seed: int) -> dict[str, Any]:
         """Rows from the store as the engine reads them, into the scratch rows, and nothing else.
@@ -93,18 +99,16 @@ class Side:
                 moved += layer.arrivals.transfer.wait(under_way.pop(0))
         return {"bandwidth": moved / (time.perf_counter() - begun)}
 
-    def link(self, row_bytes: int) -> dict[str, float]:
-        """What this process, with nothing loaded, gets from the link to the device, in bytes/s."""
-        return {"free_bytes": free_bytes(), **link_rates(row_bytes, self.device)}
-
     def memory(self) -> dict[str, Any]:
-        return {"peak_bytes": METERS[self.device].peak()}
+        return self.device.memory()
 
     @property
     def _handle(self) -> Any:
         return getattr(self.model, "moe_offload", None)
 
-    def _counters(self) -> dict[str, float]:
+    def _mark(self) -> dict[str, float]:
+        """Where a phase ends: what has been counted so far, and the memory that the phase took."""
+        self._peaks.append(self.device.take_peak())
         if not self._handle:
             return {}
         stats = self._handle.stats()
@@ -126,7 +130,7 @@ def main() -> None:
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
-    say({"ready": True, "baseline_bytes": METERS[side.device].held()})
+    say({"ready": True, "baseline_bytes": side.device.held_bytes()})
     with torch.inference_mode(False), torch.no_grad():
         for line in sys.stdin:
             command = json.loads(line)

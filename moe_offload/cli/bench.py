@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,8 +23,14 @@ def bench(
     ],
     budget: Annotated[str | None, typer.Option("--budget", help="All the model may hold, as in run.")] = None,
     residency: Annotated[
-        str | None, typer.Option("--residency", help="Instead of --budget: the share of experts kept, as 25%.")
+        list[str] | None,
+        typer.Option(
+            "--residency", help="Instead of --budget: the share of experts kept, as 25%, or several, as 25%,50%."
+        ),
     ] = None,
+    device: Annotated[
+        str, typer.Option("--device", help="Where models compute: cpu (experts on disk) or cuda (experts in RAM).")
+    ] = "cpu",
     layers: Annotated[int | None, typer.Option("--layers", help="Layers of a synthetic model.", **whole(1))] = None,
     routing: Annotated[
         Path | None, typer.Option("--routing", help="Replay the expert ids of this trace (.npz) for every side.")
@@ -32,9 +38,6 @@ def bench(
     prompt: Annotated[
         Path | None, typer.Option("--prompt", help="A text file for the prompt; random tokens without one.")
     ] = None,
-    device: Annotated[
-        str, typer.Option("--device", help="Where models compute: cpu (experts on disk) or cuda (experts in RAM).")
-    ] = "cpu",
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Tokens of each prompt.", **whole(1))] = 512,
     new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens decoded after the first.", **whole(1))] = 32,
     requests: Annotated[
@@ -44,8 +47,8 @@ def bench(
         str | None,
         typer.Option(
             "--sides",
-            help="What to compare, by commas: resident,ours,accelerate,mmap (on cuda: ours-host instead of mmap).",
-            show_default="all",
+            help="What to compare, by commas; accelerate@50% at that residency alone.",
+            show_default="cpu: resident,ours,accelerate,mmap; cuda: resident,ours,ours-host,accelerate",
         ),
     ] = None,
     packed: Annotated[bool, typer.Option("--packed", help="Ours reads a copy that moe-offload pack has made.")] = False,
@@ -57,13 +60,14 @@ def bench(
 ) -> None:
     """Measure offloading beside the resident model, accelerate's offload, plain mmap, and the disk or link itself."""
     wanted = settings(config_file, budget=budget)
-    share = None if residency is None else residency_share(residency)
+    listed = [share for text in residency or [] for share in text.split(",")]
+    shares = [residency_share(share) for share in listed]
     check_output("--json", json_file)
     if not model.startswith("synthetic:") and layers is None:  # with --layers it is refused below, whatever it is
         check_inputs(model, wanted)
     from ..bench.command import scratch_folder, workload, write_json
-    from ..bench.contenders_cuda import SIDES_ON
     from ..bench.run import bench as run_bench
+    from ..bench.side import SIDES
     from ..bench.table import table
 
     if config_file is not None:
@@ -71,22 +75,28 @@ def bench(
     work = or_exit(
         lambda: workload(
             model,
+            device=device,
             budget=budget,
-            residency=share,
+            residency=shares,
             layers=layers,
             routing=routing,
             prompt=prompt,
             cache=cache,
             packed=packed,
-            device=device,
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             requests=requests,
         )
     )
-    typer.echo(str(work.plan), err=True)
-    named = list(SIDES_ON[device]) if sides is None else [side.strip() for side in sides.split(",") if side.strip()]
-    result = or_exit(lambda: run_bench(work, named, scratch_folder(cache), lambda line: typer.echo(line, err=True)))
+    for plan in work.plans.values():
+        typer.echo(str(plan), err=True)
+    named = list(SIDES[device]) if sides is None else [side.strip() for side in sides.split(",") if side.strip()]
+
+    def keep(result: dict[str, Any]) -> None:
+        if json_file is not None:
+            or_exit(lambda: write_json(result, json_file))
+
+    result = or_exit(
+        lambda: run_bench(work, named, scratch_folder(cache), lambda line: typer.echo(line, err=True), keep)
+    )
     typer.echo(table(result))
-    if json_file is not None:
-        or_exit(lambda: write_json(result, json_file))

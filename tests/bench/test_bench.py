@@ -12,19 +12,14 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from moe_offload.bench.roofs import disk_roof
+from moe_offload.bench import roofs
+from moe_offload.bench.contenders import CPU_SIDES, PACKED, Job, write_mapped
 from moe_offload.bench.routing import load_recorded
 from moe_offload.bench.synthetic import synthetic
+from moe_offload.bench.table import RATIOS
 from moe_offload.cli import app
 from moe_offload.errors import CheckpointError, ConfigError
-
-RATIOS = {
-    "decode_over_roof",
-    "prefill_over_roof",
-    "speedup_over_accelerate_disk",
-    "speedup_over_mmap",
-    "read_bandwidth_over_raw",
-}
+from moe_offload.pack import pack_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -46,27 +41,69 @@ def run(*arguments: str):
     return CliRunner().invoke(app, ["bench", *arguments])
 
 
+@pytest.fixture
+def measured(cache, trace, tmp_path, monkeypatch):
+    """Runs the bench and answers with its result and what it printed."""
+    monkeypatch.setattr(roofs, "SECONDS", 0.1)
+
+    def measure(*arguments: str, layers: int, tokens: int):
+        file = tmp_path / "result.json"
+        amounts = ["--layers", str(layers), "--prompt-tokens", "24", "--new-tokens", str(tokens), "--packed"]
+        done = run(
+            *("synthetic:tiny", "--routing", str(trace), "--cache", str(cache), "--json", str(file)),
+            *(*amounts, *arguments),
+        )
+        assert done.exit_code == 0, done.output
+        assert not [entry.name for entry in cache.iterdir() if "-layers" not in entry.name]  # temporary files are gone
+        return json.loads(file.read_text()), done.output
+
+    return measure
+
+
 @pytest.mark.timeout(600)
-def test_every_side_in_one_run(cache, trace, tmp_path):
-    file = tmp_path / "result.json"
-    amounts = ["--prompt-tokens", "24", "--new-tokens", "6", "--requests", "2"]
-    done = run(
-        *("synthetic:tiny", "--residency", "50%", "--routing", str(trace), "--cache", str(cache)),
-        *(*amounts, "--json", str(file), "--packed"),
-    )
-    assert done.exit_code == 0, done.output
-    result = json.loads(file.read_text())
+def test_ours_beside_the_resident_model(measured):
+    result, shown = measured("--residency", "50%", "--requests", "1", "--sides", "resident,ours", layers=1, tokens=3)
+    _, ours = result["rows"]
+    assert not any(row["failed"] for row in result["rows"])
+    assert result["tokens_agree"] == [{"side": "ours", "asked": "50%", "agree": 4, "of": 4}]
+    assert result["resident_and_ours_took_turns"] and "all sides gave the tokens of resident" in shown
+    assert all(ours[ratio] > 0 for ratio in ("decode_over_roof", "prefill_over_roof", "read_bandwidth_over_raw"))
+    assert 0 < ours["hit_rate"] <= ours["belady_hit_rate"] <= 1
+    assert "recorded" in result["routing"] and "half the trace further" in result["routing"]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_every_side_in_one_run(measured):
+    sides = "resident,ours,accelerate@50%,mmap@50%"
+    result, shown = measured("--residency", "50%,100%", "--requests", "2", "--sides", sides, layers=2, tokens=6)
     assert {row["side"] for row in result["rows"]} == {"resident", "ours", "accelerate", "mmap"}
     assert not any(row["failed"] for row in result["rows"])
-    assert result["tokens_of"] == "resident" and result["tokens_differ"] == []
-    assert set(result["ratios"]) == RATIOS
-    assert all(ratio > 0 for ratio in result["ratios"].values())
-    (ours,) = (row for row in result["rows"] if row["side"] == "ours")
-    assert 0 < ours["hit_rate"] <= ours["belady_hit_rate"] <= 1
+    assert result["tokens_of"] == "resident" and len(result["tokens_agree"]) == 4
+    assert all(one["agree"] == one["of"] > 0 for one in result["tokens_agree"])
+    ours, whole = (row for row in result["rows"] if row["side"] == "ours")
+    assert all(ours[ratio] > 0 for ratio in RATIOS["cpu"])
     assert ours["bytes_per_token"] > 0
-    assert "recorded" in result["routing"] and "half the trace further" in result["routing"]
-    assert "all sides gave the tokens of resident" in done.output
-    assert [entry.name for entry in cache.iterdir()] == ["tiny_3-layers"]  # temporary files are gone
+    assert whole["bytes_per_token"] < ours["bytes_per_token"] and whole["hit_rate"] <= whole["belady_hit_rate"]
+    assert whole["decode_over_roof"] > 0 and "speedup_over_mmap" not in whole
+    assert "all sides gave the tokens of resident" in shown
+
+
+def test_every_side_loads_the_same_model(cache, tmp_path):
+    folder = synthetic("tiny", 2, cache)
+    pack_checkpoint(folder, tmp_path / PACKED, verify="none")
+    write_mapped(folder, tmp_path)
+    ids_BT = torch.arange(12).view(1, -1)
+    logits = {}
+    for side, contender in CPU_SIDES.items():
+        model = contender.load(Job(folder, 5_000_000, tmp_path, 16))
+        with torch.no_grad():
+            logits[side] = model(ids_BT).logits
+        if side == "ours":
+            assert 0 < model.moe_offload.plan.residency < 1
+            model.moe_offload.close()
+    assert list(logits) == ["resident", "ours", "accelerate", "mmap"]
+    assert all(torch.equal(logits["resident"], other) for other in logits.values())
 
 
 def test_wrong_requests_are_one_line(cache, tmp_path):
@@ -80,7 +117,12 @@ def test_wrong_requests_are_one_line(cache, tmp_path):
         (["synthetic:tiny", "--residency", "much"], "--residency 'much'"),
         (["synthetic:tiny", "--residency", "50%", "--routing", "absent.npz"], "no such file"),
         (["synthetic:tiny", "--residency", "50%", "--sides", "ours,theirs"], "--sides theirs"),
-        (["synthetic:tiny", "--residency", "50%", "--sides", "ours-host"], "on cpu there are resident, ours, acc"),
+        (
+            ["synthetic:tiny", "--residency", "50%", "--sides", "ours-host"],
+            "--device cpu there are resident, ours, acc",
+        ),
+        (["synthetic:tiny", "--residency", "50%", "--sides", "ours@25%"], "25% is not among what is measured"),
+        (["synthetic:tiny", "--residency", "50%,110%"], "--residency '110%'"),
         (["synthetic:tiny", "--residency", "50%", "--device", "tpu"], "--device tpu: there are cpu, cuda"),
     ]:
         done = run(*arguments, "--cache", str(cache))
@@ -134,4 +176,4 @@ def test_traces_that_are_none(tmp_path, bad):
 def test_the_disk_roof_counts_bytes(tmp_path):
     file = tmp_path / "data"
     file.write_bytes(bytes(1 << 20))
-    assert disk_roof([file], 1 << 16, depth=2, seconds=0.05) > 0
+    assert roofs.disk_roof([file], 1 << 16, depth=2, seconds=0.05, seed=0) > 0

@@ -6,16 +6,19 @@ import pytest
 import torch
 from torch import nn
 
+from moe_offload import OffloadConfig, from_pretrained
+from moe_offload.bench.request import ask
 from moe_offload.bench.routing import Recorded, Routing, install
+from moe_offload.bench.synthetic import synthetic
 from moe_offload.errors import ConfigError
 
 LAYERS, K, EXPERTS, ROWS = 3, 2, 8, 11
 
 
-def trace() -> Recorded:
+def trace(layers: int = LAYERS, experts: int = EXPERTS, k: int = K) -> Recorded:
     generator = torch.Generator().manual_seed(0)
-    ids = [torch.randperm(EXPERTS, generator=generator)[:K] for _ in range(ROWS * LAYERS)]
-    return Recorded(torch.stack(ids).view(ROWS, LAYERS, K), "")
+    ids = [torch.randperm(experts, generator=generator)[:k] for _ in range(ROWS * layers)]
+    return Recorded(torch.stack(ids).view(ROWS, layers, k), "")
 
 
 def by_the_host(recorded: Recorded, row: int, tokens: int, layer: int) -> torch.Tensor:
@@ -97,3 +100,35 @@ def test_a_request_too_long_is_refused():
     routing = Routing(trace(), [K], tokens=4, device="cpu")
     with pytest.raises(ConfigError, match="5 tokens"):
         routing.seek(0, 5)
+
+
+def test_a_device_that_decides_meets_the_recorded_ids(tmp_path):
+    """A whole request through ours: the ids of the trace, and the tokens of the resident model over the same ones."""
+    from transformers import AutoModelForCausalLM
+
+    layers, experts, k, prompt, steps, row = 2, 32, 4, 6, 4, 7
+    recorded = trace(layers, experts, k)
+    folder = synthetic("tiny", layers, tmp_path)
+    config = OffloadConfig(
+        decide="device",
+        policy="decayed_lfu",
+        device_map={"": "cpu", "model.layers.*.mlp.experts": "cpu"},
+        max_memory={"cpu": "12MB"},
+        reserve=0,
+    )
+    answers = []
+    for load in (
+        lambda: AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval(),
+        lambda: from_pretrained(folder, "3MB", config=config),
+    ):
+        model = load()
+        routing = Routing(recorded, [k] * layers, tokens=prompt + steps, device="cpu")
+        install(model, [f"model.layers.{layer}.mlp.experts" for layer in range(layers)], routing)
+        routing.seek(row, prompt + steps)
+        answers.append(ask(model, list(range(prompt)), steps, cache_implementation="static", disable_compile=True))
+    assert answers[0].tokens == answers[1].tokens
+    assert model.moe_offload.stats().by_device == steps * layers
+    assert routing.used(prompt, steps)[1][3] == sorted(by_the_host(recorded, row + prompt + 2, 1, 1)[0].tolist())
+    rows = [by_the_host(recorded, row, prompt + steps, layer).flatten() for layer in range(layers)]
+    assert model.moe_offload.profile().counts == [torch.bincount(ids, minlength=experts).tolist() for ids in rows]
+    model.moe_offload.close()

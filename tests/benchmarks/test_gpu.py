@@ -1,14 +1,16 @@
-"""The one command for a GPU: what it would run, what it makes of the results, and what it does when a part hangs."""
+"""benchmarks/gpu.py without a GPU: parts that fail, hang or are not there, and files with the right names."""
 
 from __future__ import annotations
 
 import importlib
+import io
 import json
+import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
-import psutil
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from moe_offload.cli import app
@@ -22,59 +24,104 @@ def gpu(monkeypatch):
     return importlib.import_module("gpu")
 
 
-def test_what_is_run(gpu, tmp_path):
-    (tmp_path / "qwen3-30b-a3b_k6_bigmoeonedge.npz").touch()
-    found = list(gpu.gpu_bench.commands(tmp_path / "out", [tmp_path / "absent", tmp_path]).values())
-    asked = [(c[4], c[c.index("--residency") + 1]) for c in found]
-    qwen, gpt = "synthetic:qwen3-30b-a3b", "synthetic:gpt-oss-20b"
-    assert sorted(asked) == sorted([(qwen, f"{s}%") for s in (10, 25, 50, 100)] + [(gpt, f"{s}%") for s in (25, 50)])
-    assert all(c[c.index("--device") + 1] == "cuda" for c in found)
-    assert [("--routing" in c) for c in found] == [qwen in c for c in found]  # the other trace is not there
-    assert len({c[-1] for c in found}) == 6 and found[0][-1] == str(tmp_path / "out/bench_qwen3-30b-a3b_50.json")
+def part(gpu, program, limit_s=60.0, **given):
+    return gpu.Part("checks", program, [sys.executable, "-S", "-u", "-c", program], limit_s, **given)
 
 
-def test_the_bench_takes_these_flags(gpu, tmp_path):
-    """Everything but the run itself: flags are parsed, and answered with that there is no GPU."""
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    for command in gpu.gpu_bench.commands(tmp_path, []).values():
-        done = CliRunner().invoke(app, command[3:])
-        assert done.exit_code == 2 and "finds no CUDA device" in " ".join(done.output.split()), done.output
+def started(gpu, monkeypatch, out, parts, *arguments):
+    monkeypatch.setattr(gpu, "parts", lambda *_: parts)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *arguments])
+    monkeypatch.setenv("OUT", str(out))
+    return gpu.main()
 
 
-def result(residency, **changed):
-    rows = [
-        {"side": "resident", "failed": "", "tokens_per_s": 200.0},
-        {"side": "ours", "failed": "", "tokens_per_s": 150.0, "hit_rate": 0.9, "peak_bytes": 4_000_000_000},
-        {"side": "accelerate", "failed": "out of memory"},
+def test_each_part_runs_whatever_the_others_do(gpu, monkeypatch, tmp_path, capsys):
+    hangs = "import time; print('begun'); time.sleep(600)"
+    made = [
+        gpu.Part("checks", "absent", ["no-such-program"], 60),
+        part(gpu, hangs, limit_s=1.0),
+        part(gpu, "raise SystemExit('broken')"),
+        part(gpu, "print('fine')"),
     ]
-    ratios = {"share_of_resident_speed": 0.75, "decode_over_roof": 1.25, "miss_traffic_over_link": 0.8}
-    ratios |= {"prefill_over_roof": 2.0, "speedup_over_ours_host": None, "speedup_over_accelerate_cpu": None}
-    machine = {"gpu": "H", "cpu": "C", "cores": 16, "torch": "2", "transformers": "5"}
-    return {
-        "model": "/cache/qwen3-30b-a3b_6-layers", "date": "2026-11-26", "machine": machine, "requests": 3,
-        "prompt_tokens": 512, "new_tokens": 128, "residency": residency, "budget_bytes": 5_000_000_000, "rows": rows,
-        "ratios": ratios, "roofs": {"copy_engine_bytes_per_s": 55e9, "kernel_bytes_per_s": 50e9}, "routing": "a trace",
-        "tokens_differ": [], **changed,
-    }  # fmt: skip
+    assert started(gpu, monkeypatch, tmp_path / "out", made) == 1
+    log = (tmp_path / "out" / "gpu.txt").read_text()
+    assert log == capsys.readouterr().out
+    for words in ("cannot be started", "begun", "stopped after its 1 s", "broken", "fine"):
+        assert words in log
+    assert f"failed: absent, {hangs}, raise SystemExit('broken')\n" in log
 
 
-def test_the_table(gpu, tmp_path):
-    assert gpu.gpu_bench.markdown(gpu.gpu_bench.results(tmp_path)) == ""
-    (tmp_path / "bench_qwen3-30b-a3b_50.json").write_text(json.dumps(result(0.5)))
-    (tmp_path / "bench_qwen3-30b-a3b_25.json").write_text(json.dumps(result(0.25, tokens_differ=["ours"])))
-    text = gpu.gpu_bench.markdown(gpu.gpu_bench.results(tmp_path))
-    head, rule, low, high = (line for line in text.splitlines() if line.startswith("|"))
-    assert {line.count("|") for line in (head, rule, low, high)} == {14}
-    assert low.startswith("| qwen3-30b-a3b_6-layers, 25% | 200.0 | 150.0 | 75% | 80% | 80% | - (-x) | - (-x) | 50% |")
-    assert "differ: ours" in low and "the same" in high and "4.00 (5.00)" in high
-    assert "2026-11-26" in text and text.count("Routing of") == 1 and "accelerate failed: out of memory" in text
+def test_parts_are_chosen_by_group_or_by_name(gpu, monkeypatch, tmp_path):
+    """And what was printed by others, before, stays."""
+    names = [("a", "b"), ("a", "c"), ("d", "e"), ("d", "f")]
+    made = [gpu.Part(group, name, ["echo", f"this is {name}"], 60) for group, name in names]
+    for asked in ("a", "e"):
+        assert started(gpu, monkeypatch, tmp_path, made, "--only", asked) == 0
+    lines = (tmp_path / "gpu.txt").read_text().splitlines()
+    assert [line for line in lines if line.startswith("this")] == ["this is b", "this is c", "this is e"]
 
 
-def test_a_part_that_hangs_ends_with_what_it_has_started(gpu):
-    code, printed = gpu.run(["sh", "-c", "sleep 60 & echo $!; wait"], 1)
-    assert code == 124 and "stopped after 1 s" in printed
-    started = int(printed.split()[0])
-    assert not psutil.pid_exists(started) or psutil.Process(started).status() == psutil.STATUS_ZOMBIE
-    assert gpu.run(["no-such-program"], 60)[0] == 127
-    assert gpu.run(["sh", "-c", "exit 3"], 60) == (3, "")
+def test_what_a_part_started_ends_with_it(gpu, tmp_path):
+    beat = tmp_path / "beat"
+    inner = f"import time, pathlib\nwhile True: pathlib.Path({str(beat)!r}).touch(); time.sleep(0.05)"
+    outer = f"import subprocess, sys; subprocess.Popen([sys.executable, '-S', '-c', {inner!r}]).wait()"
+    assert not gpu.run(part(gpu, outer, limit_s=3.0), io.StringIO())
+    assert beat.exists()
+    beat.unlink()
+    time.sleep(0.5)
+    assert not beat.exists()
+
+
+def test_a_checkpoint_stays_for_the_next_bench_of_its_model_and_no_longer(gpu, tmp_path):
+    seen = []
+
+    def bench(model):
+        folder = tmp_path / model
+        keep = lambda *_: seen.append(sorted(path.name for path in tmp_path.iterdir()))  # noqa: E731
+        made = SimpleNamespace(model=model, checkpoints=lambda cache: folder, keep=keep)
+        return part(gpu, f"import os; os.makedirs({str(folder)!r}, exist_ok=True)", bench=made)
+
+    assert not gpu.run_all([bench("one"), bench("one"), bench("other")], tmp_path, tmp_path, io.StringIO())
+    assert seen == [["one"], ["one"], ["other"]] and not list(tmp_path.iterdir())
+
+
+def benches(gpu, *arguments):
+    return [one for one in gpu.parts(*arguments) if one.group == "bench"]
+
+
+def test_the_benches_replay_traces_where_there_are_any(gpu, tmp_path):
+    assert sum(one.limit_s for one in benches(gpu, tmp_path, None, False)) <= 720
+    for one in benches(gpu, tmp_path, None, False):
+        assert "--layers" in one.command and "--routing" not in one.command
+    (tmp_path / "qwen3-30b-a3b_k6_bigmoeonedge.npz").touch()
+    whole, peak, other = benches(gpu, tmp_path, tmp_path, True)
+    for one in (whole, peak):
+        assert "--layers" not in one.command and one.command[one.command.index("--routing") + 1].endswith("ge.npz")
+    assert "--routing" not in other.command
+    assert peak.command[peak.command.index("--new-tokens") + 1] == "1000"
+    assert len({one.command[-1] for one in (whole, peak, other)}) == 3
+
+
+def test_the_command_lines_of_the_benches_are_right(gpu, tmp_path):
+    """As typer reads them: they get as far as looking for a GPU, or for what they are to measure."""
+    for one in benches(gpu, tmp_path, None, False):
+        done = CliRunner().invoke(app, [*one.command[3:], "--layers", "999"])
+        assert done.exit_code == 2
+        assert "--device cuda" in done.output or "layers" in done.output, done.output
+
+
+def test_what_was_found_becomes_a_dated_file(gpu, monkeypatch, tmp_path):
+    one = benches(gpu, tmp_path, None, False)[0]
+    keep = lambda complete: one.bench.keep(tmp_path, tmp_path, one.command, complete)  # noqa: E731
+    assert keep(False) is None
+    result = {"model": "/tmp/x/qwen3_12-layers", "date": "2026-11-26", "machine": {"gpu": "NVIDIA H100 80GB HBM3"}}
+    one.bench.found(tmp_path).write_text(json.dumps(result))
+    monkeypatch.setattr("moe_offload.bench.table.table", lambda result: "the table")
+    file = keep(False)
+    assert file.name == "qwen3-30b-a3b_h100-80gb-hbm3_2026-11.md"
+    text = file.read_text()
+    assert text.startswith("# qwen3_12-layers, random weights: NVIDIA H100 80GB HBM3, 2026-11-26\n")
+    assert "$ moe-offload bench synthetic:qwen3-30b-a3b --device cuda --layers 12" in text
+    assert "cut short" in text and "the table" in text and str(tmp_path) not in text
+    assert json.loads(file.with_suffix(".json").read_text()) == result
+    assert "cut short" not in keep(True).read_text()
