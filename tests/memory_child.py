@@ -1,7 +1,7 @@
 """Run in a process of its own by test_memory.py: load a checkpoint, generate, say how much memory it ever took.
 
     python -m tests.memory_child CHECKPOINT --budget 1GB     offloaded
-    python -m tests.memory_child CHECKPOINT                  resident: the unmodified model, compiled the same way
+    python -m tests.memory_child CHECKPOINT                  resident: the unmodified model
 
 Prints one JSON object. The peak is the kernel's own high-water mark, so it covers everything from the first import on.
 """
@@ -30,7 +30,6 @@ def main() -> None:
         model: Any = AutoModelForCausalLM.from_pretrained(
             options.checkpoint, dtype="auto", experts_implementation=options.implementation
         )
-        model.compile(backend="eager", dynamic=True)
     else:
         config = {"experts_implementation": options.implementation, "compile": "graph", "reserve": options.reserve}
         model = from_pretrained(options.checkpoint, options.budget, config=config)

@@ -97,7 +97,7 @@ def test_through_inductor():
 
 def test_hands_change_at_prompts_and_foreign_calls():
     """A second request prefills on the host in between; a submodule call in the middle goes past every pass."""
-    plain, model = resident(layers=2, compiled=False), decided()
+    plain, model = resident(layers=2), decided()
     for ids in (IDS, IDS.flip(1), IDS + 3):
         print("IDS", ids)
         torch.testing.assert_close(say(model, ids), say(plain, ids), rtol=0, atol=0)

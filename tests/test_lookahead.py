@@ -15,7 +15,12 @@ from .fault_store import LAYOUT, E, assert_sound, decode, expected, make, prefil
 from .offloaded import SETTINGS, offload, offloaded, resident, say
 from .offloaded import build as build_tiny
 
-FAMILIES = ["qwen3_moe", "gpt_oss", "deepseek_v3", "mixtral", "olmoe"]
+FAMILIES = [
+    "qwen3_moe",
+    "gpt_oss",
+    "deepseek_v3",
+    *(pytest.param(name, marks=pytest.mark.long) for name in ("mixtral", "olmoe")),
+]
 
 
 def looking_ahead(**options):

@@ -48,7 +48,7 @@ def test_the_same_object_says_the_same_tokens(family, layers, tiers):
 
 
 def test_calls_that_no_pass_sees_give_the_same_result():
-    plain, model = resident(compiled=False), offloaded()
+    plain, model = resident(), offloaded()
     with torch.no_grad():
         want = plain(IDS).logits
         inner = model.model(IDS).last_hidden_state  # eager: past the model's own compiled call
@@ -202,7 +202,7 @@ def test_two_models_and_two_threads():
     seeds, prompts = (0, 1), (IDS, IDS + 40)
     want = {}
     for seed in seeds:
-        plain = resident(seed=seed, compiled=False)  # without a graph: the same kernels all the same
+        plain = resident(seed=seed)  # without a graph: the same kernels all the same
         want |= {(seed, i): say(plain, prompt, 8) for i, prompt in enumerate(prompts)}
     models = [offloaded(seed=seed) for seed in seeds]
     assert all(torch.equal(say(models[seed], prompts[i], 8), tokens) for (seed, i), tokens in want.items())

@@ -50,8 +50,8 @@ def generate(model, n, **options):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_mutates_nothing_but_what_stays_where_it_is(family, steps):
-    plain = resident(family, compiled=False, layers=2)
-    model = offload(resident(family, compiled=False, layers=2), 0.5, config=DEVICE, device_map="cpu")
+    plain = resident(family, layers=2)
+    model = offload(resident(family, layers=2), 0.5, config=DEVICE, device_map="cpu")
     for tokens in (4, 3, 9):  # the last needs a longer cache
         got = generate(model, tokens, cache_implementation="static")
         assert torch.equal(got, generate(plain, tokens))
@@ -66,7 +66,7 @@ def test_a_step_mutates_nothing_but_what_stays_where_it_is(family, steps):
 
 
 def test_a_step_with_a_cache_that_grows_is_not_recorded(steps):
-    model = offload(resident(compiled=False, layers=2), 0.5, config=DEVICE, device_map="cpu")
+    model = offload(resident(layers=2), 0.5, config=DEVICE, device_map="cpu")
     generate(model, 6)
     assert [constant for _, constant in steps] == [True, False], "constants, before a second length has been seen"
     model.moe_offload.close()
@@ -90,7 +90,7 @@ def test_a_number_that_changes_may_be_counted_and_no_more(used, says):
 
 
 def test_a_cache_is_marked_once_all_of_it_is_there():
-    model = resident(compiled=False, layers=2)
+    model = resident(layers=2)
     cache, marks = StaticCache(config=model.config, max_cache_len=16), StaticCaches()
     marks.mark(cache)
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
@@ -129,7 +129,7 @@ def test_nothing_is_made_within_a_step_that_outlives_it(monkeypatch):
     monkeypatch.setattr(device_cache.DeviceCache, "place", watched)
     monkeypatch.setattr(device_cache.Loads, "empty", staticmethod(outside(device_cache.Loads.empty)))
     monkeypatch.setattr(device_cache, "pace", outside(device_cache.pace))
-    model = offload(resident(compiled=False, layers=2), 0.5, config=DEVICE, device_map="cpu")
+    model = offload(resident(layers=2), 0.5, config=DEVICE, device_map="cpu")
     generate(model, 4)
     cache = model.moe_offload._runtime.deciding.caches[0]
     with pytest.raises(AssertionError, match="3 pairs was not prepared for"):

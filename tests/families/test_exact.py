@@ -17,6 +17,8 @@ from moe_offload.families.check import INDUCTOR_TOLERANCE, QUICK, SLICE, Case, _
 from moe_offload.families.session import run_session
 from moe_offload.families.tiny import FAMILIES, SIZES, available, build
 
+from ..offloaded import TRACED_ROUND_OTHERWISE
+
 DOZEN = (
     "qwen3_moe",
     "mixtral",
@@ -32,7 +34,6 @@ DOZEN = (
     "minimax",
 )
 SLOW = ("nemotron_h", "gemma4", "zaya")  # to trace
-TRACED_ROUND_OTHERWISE = ("mixtral", "phimoe", "minimax", "gemma4")  # than untraced, by themselves
 REFUSED = (
     "dbrx",
     "doge",
