@@ -86,7 +86,7 @@ def made(kind, slots=3):
 
 
 @pytest.mark.parametrize("kind", ["threads", "streams"])
-@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.long), 47])
+@pytest.mark.parametrize("every", [pytest.param(5, marks=pytest.mark.long), 47])
 def test_whatever_is_interrupted_the_next_events_get_their_rows(kind, every):
     with Interrupt() as places:
         before(made(kind))
