@@ -8,6 +8,7 @@ record_profile(model, inputs)    which experts a workload uses (moe_offload/reco
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import weakref
 from collections.abc import Mapping, Sequence
@@ -92,8 +93,14 @@ def optimize(
     bound_kernel_caches()
     place_dense(model, banks, where.device)
     stores = open_stores(model, banks, where.tiers, settings, where.device)
-    runtime = build_runtime(banks, where.plan, stores, settings, prior, where.device, device_decides)
-    handle = _install(model, runtime, where, settings)
+    with contextlib.ExitStack() as undo:
+        for store in set(stores):
+            undo.callback(store.close)
+        runtime = build_runtime(banks, where.plan, stores, settings, prior, where.device, device_decides)
+        undo.pop_all()
+        undo.callback(runtime.close)
+        handle = _install(model, runtime, where, settings)
+        undo.pop_all()
     model.moe_offload = handle  # type: ignore[assignment]
     logger.info("%s", handle)
     at_start(where.plan, settings.budget)
@@ -224,10 +231,12 @@ def _overlaps(settings: OffloadConfig, inner: str, runtime: Runtime) -> bool:
 
 
 def _release(runtime: Runtime) -> None:
-    with runtime.lock:
+    with runtime.alone():
         if not runtime.closed:
-            patch.uninstall(runtime)
-            runtime.close()
+            try:
+                patch.uninstall(runtime)
+            finally:
+                runtime.close()
 
 
 def _prewarm(runtime: Runtime, prior: Profile | None) -> None:

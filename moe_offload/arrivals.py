@@ -59,17 +59,21 @@ class Arrivals:
 
     def begin(self, used: Collection[int]) -> None:
         """A new event, of the experts `used`: claim what was read ahead for it, give up what stands in its way."""
-        if self.demanded or self.held:
+        if self.demanded or self.held or len(self.cache.pending) > len(self.guessed):
             self.abort()  # an event that was interrupted before its wait left loads behind; a new one starts clean
         begun = time.perf_counter()
         self.held = self.shared.claim(self.bank.index, used)
-        self._settle_guesses(used)
-        self._waited(begun, rows=0)
+        try:
+            self._settle_guesses(used)
+            self._waited(begun, rows=0)
+        except BaseException:
+            self.abort()
+            raise
 
     def claim_guesses(self, used: Collection[int]) -> None:
         """What was guessed and is `used` is demanded now, first of all. Call it after the cache was looked up."""
         for e in [e for e in self.guessed if e in used]:
-            arrival = self.guessed.pop(e)
+            arrival = self.guessed[e]
             self.cache.counters.ahead += 1
             if arrival.load is not None and arrival.ticket.done.is_set() and arrival.ticket.error is None:
                 self.cache.commit(arrival.load, self.transfer.wait(arrival.ticket))
@@ -77,6 +81,7 @@ class Arrivals:
                 self.cache.counters.late += 1
                 self.transfer.hurry(arrival.ticket)
                 self.demanded.append(arrival)
+            del self.guessed[e]  # not before: an error would leave it to nobody
 
     def start(self, loads: Iterable[Load], urgent: bool = True) -> None:
         try:
@@ -135,12 +140,14 @@ class Arrivals:
         """Give back the slot of every load that has not been committed, once nothing writes there any more."""
         under_way = [*self.demanded, *self.guessed.values()]
         tickets = [one.ticket for one in under_way] + [held.ticket for held in self.held.values()]
-        self.demanded, self.held, self.guessed = deque(), {}, {}
         try:
             self.transfer.cancel(tickets)
         finally:
-            for load in list(self.cache.pending.values()):
-                self._give_back(load)
+            self.demanded, self.held, self.guessed = deque(), {}, {}
+            loads = list(self.cache.pending.values())
+            self.cache.abort_all()
+            for load in loads:
+                self._poison(load)
 
     # Before anything has been asked for.
 
@@ -152,13 +159,13 @@ class Arrivals:
 
     def guess(self, experts: Sequence[int], most: int) -> None:
         """Begin to load what is missing of `experts` in the background, at most `most`, into the coldest slots."""
-        for load in self.cache.guess(experts, most - len(self.guessed)):
-            try:
+        try:
+            for load in self.cache.guess(experts, most - len(self.guessed)):
                 ticket = self._read(load.expert, load, -1, urgent=False)
-            except BaseException:
-                self._give_back(load)
-                raise
-            self.guessed[load.expert] = Arrival(load.expert, load, -1, ticket)
+                self.guessed[load.expert] = Arrival(load.expert, load, -1, ticket)
+        except BaseException:  # the loads after it, too, are nobody's
+            self.abort()
+            raise
 
     def _settle_guesses(self, used: Collection[int]) -> None:
         """Commit the guesses that are here and not `used`; give up those that failed, or take room that is needed.
@@ -199,5 +206,8 @@ class Arrivals:
 
     def _give_back(self, load: Load) -> None:
         self.cache.abort(load)
+        self._poison(load)
+
+    def _poison(self, load: Load) -> None:
         if self.poison:
             self.slots.bytes[load.slot].fill_(POISON)

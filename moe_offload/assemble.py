@@ -10,11 +10,12 @@ import logging
 import threading
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from .buffers import unfilled
 from .config import OffloadConfig
-from .errors import ConfigError
+from .errors import BudgetError, ConfigError
 from .experts import ExpertBank
 from .kernels import KERNELS, pinned
 from .layer_runtime import LayerRuntime
@@ -24,6 +25,7 @@ from .profile import Profile
 from .profile_stats import rates
 from .runtime import Runtime
 from .scratch import Scratch
+from .sizes import format_size
 from .stores import Store
 from .stores.host import HostStore
 from .transfer import TRANSFERS
@@ -74,7 +76,27 @@ def build_runtime(
     """One `LayerRuntime` for each bank, in their order, that computes on `device`.
 
     `device_decides[l]`: whether the device is to decide for layer l; it will, unless its rows could not be pinned.
+    Raises `BudgetError` where the device has no memory for what was planned.
     """
+    try:
+        return _build(banks, plan, stores, settings, prior, device, device_decides)
+    except torch.OutOfMemoryError as error:
+        raise BudgetError(
+            f"{device} has no room for {format_size(plan.bank_bytes)} of expert slots and "
+            f"{format_size(plan.costs.scratch_bytes)} of scratch, within a budget of {format_size(plan.budget_bytes)}: "
+            "something else holds its memory. Make room, or use a smaller budget."
+        ) from error
+
+
+def _build(
+    banks: Sequence[ExpertBank],
+    plan: Plan,
+    stores: Sequence[Store],
+    settings: OffloadConfig,
+    prior: Profile | None,
+    device: str,
+    device_decides: Sequence[bool],
+) -> Runtime:
     transfer, lock = TRANSFERS[device.partition(":")[0]](device), threading.RLock()
     scratch = Scratch(unfilled(plan.costs.scratch_bytes, device), transfer, settings.poison)
     rows_EN = readable_rows(banks, plan.slots, stores, device_decides, device)

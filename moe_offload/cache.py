@@ -155,6 +155,11 @@ class LayerCache:
         if self.pending.pop(load.expert, None) is not None:
             self.free.append(load.slot)
 
+    def abort_all(self) -> None:
+        """No row is on its way: every slot that holds none is free, though it was being given away when Ctrl-C came."""
+        self.pending.clear()
+        self.free = [slot for slot in range(self.slots - 1, -1, -1) if self.expert_at[slot] < 0]
+
     def count_miss(self, nbytes: int) -> None:
         self.counters.misses += 1
         self.counters.bytes_read += nbytes

@@ -49,7 +49,8 @@ def remember(arguments: Iterable[Any], tokens: int) -> Undo | None:
 
 
 def _all(undos: Iterable[Undo]) -> bool:
-    return all(undo() for undo in undos)
+    results = [undo() for undo in undos]  # each of them: none is left half put back
+    return all(results)
 
 
 def _of_cache(cache: Any, tokens: int) -> Undo | None:

@@ -115,10 +115,14 @@ class LayerRuntime:
             self._hand_back()
         ids, used = self._event(ids_P)
         cache, arrivals = self.cache, self.arrivals
-        loads = cache.lookup(used, self._tokens(len(ids)))
-        arrivals.claim_guesses(used)
-        arrivals.start(loads)
-        self.guesses.begin()
+        try:
+            loads = cache.lookup(used, self._tokens(len(ids)))
+            arrivals.claim_guesses(used)
+            arrivals.start(loads)
+            self.guesses.begin()
+        except BaseException:
+            arrivals.abort()
+            raise
         slot_of, pending = cache.slot_of, cache.pending
         slots = [pending[e].slot if e in pending else slot_of[e] for e in ids] if pending else [slot_of[e] for e in ids]
         return arrivals.transfer.send(torch.tensor(slots, dtype=ids_P.dtype)).view(ids_P.shape)
@@ -143,11 +147,11 @@ class LayerRuntime:
         ids_P, pairs, runs_ahead = ids_P.reshape(-1), ids_P.numel(), arrivals.transfer.runs_ahead
         tokens = self._tokens(pairs)
         past: list[int] = []
-        if pairs <= cache.slots:  # as small as a decode step: it may evict like one
-            loads = cache.lookup(used, tokens)
-        else:
-            loads, past = cache.fill(used, tokens)
         try:
+            if pairs <= cache.slots:  # as small as a decode step: it may evict like one
+                loads = cache.lookup(used, tokens)
+            else:
+                loads, past = cache.fill(used, tokens)
             arrivals.claim_guesses(used)
             arrivals.start(loads)
             self.guesses.begin()
@@ -232,10 +236,10 @@ class LayerRuntime:
             raise
         if self.recorder is not None:
             self.recorder.event(self.bank.index, ids, self._tokens(pairs))
-        self.arrivals.begin(used)
         counts = self.cache.counters.counts
         for e, count in used.items():
             counts[e] += count
+        self.arrivals.begin(used)  # last: what it has claimed is given back by whoever called
         return ids, used
 
     def _hand_back(self) -> None:

@@ -53,7 +53,9 @@ def open_stores(
                 host = HostStore(rows)
             else:
                 held = {bank.index: rows[bank.index] for bank in in_ram}
-                host = HostStore(rows, pinned.pin_layers(held, device), partial(pinned.unpin_layers, held, device))
+                unpin = partial(pinned.unpin_layers, held, device)
+                undo.callback(unpin)  # before the first is pinned: Ctrl-C may come between two
+                host = HostStore(rows, pinned.pin_layers(held, device), unpin)
             stores |= {bank.index: host for bank in in_ram}
         if absent and checkpoint not in stores.values():
             checkpoint.close()  # every row of it has gone to RAM

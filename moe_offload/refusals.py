@@ -42,8 +42,8 @@ def _refuse_moves(part: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool
         if (moved.dtype, moved.device, moved.is_shared()) != before:
             raise OffloadError(
                 f"asked to move or convert an offloaded model ({before[0]} on {before[1]} to {moved.dtype} on "
-                f"{moved.device}{', shared' if moved.is_shared() else ''}); its expert rows are fixed. Convert or move "
-                "the model first, then call optimize()."
+                f"{moved.device}{', shared' if moved.is_shared() else ''}); its slots and rows are fixed. "
+                "Convert or move the model first, then call optimize(); model.moe_offload.close() frees its memory."
             )
     return part
 

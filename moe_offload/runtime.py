@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -41,12 +43,20 @@ class Runtime:
         self.deciding: Deciding | None = None  # where the device decides
         self.decided: frozenset[int] = frozenset()  # the layers it decides for
         self.closed = False
-        self._stores, self._transfer = stores, transfer
+        self._stores, self._transfer, self._pid = stores, transfer, os.getpid()
 
     @property
     def slots(self) -> tuple[int, ...]:
         """Of each layer, now."""
         return tuple(layer.cache.slots for layer in self.layers)
+
+    def alone(self) -> AbstractContextManager[object]:
+        """While it is entered, no forward runs. In a process forked from this one none does, and the lock is not to be
+        taken: a thread that is not there may have held it."""
+        return self.lock if self._here() else contextlib.nullcontext()
+
+    def _here(self) -> bool:
+        return os.getpid() == self._pid
 
     def check_open(self) -> None:
         if self.closed:
@@ -133,16 +143,16 @@ class Runtime:
 
     def close(self) -> None:
         """Give back files, threads and memory. Idempotent; waits for a forward in flight."""
-        with self.lock, self.current():
+        with self.alone(), self.current():
             if self.closed:
                 return
             self.closed = True
-            try:
-                self.hand_back()
-            finally:
-                self.deciding = None
-                self._transfer.close()
-                for store in self._stores:
-                    store.close()
+            with contextlib.ExitStack() as last_first:  # each of them, whatever happens to the others
                 for layer in self.layers:
-                    layer.release()
+                    last_first.callback(layer.release)
+                for store in self._stores:
+                    last_first.callback(store.close)
+                last_first.callback(self._transfer.close)
+                last_first.callback(setattr, self, "deciding", None)
+                if self._here():
+                    self.hand_back()

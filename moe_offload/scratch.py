@@ -67,9 +67,13 @@ class Scratch:
         claimed = {}
         if layer == self._layer:
             claimed = {e: self._ahead.pop(e) for e in list(self._ahead) if e in used}
-        self.drop()
-        for held in claimed.values():
-            self.transfer.hurry(held.ticket)
+        try:
+            self.drop()
+            for held in claimed.values():
+                self.transfer.hurry(held.ticket)
+        except BaseException:  # Ctrl-C: nobody will hear of these
+            self.transfer.cancel([held.ticket for held in claimed.values()])
+            raise
         return claimed
 
     def release(self) -> None:
@@ -80,7 +84,8 @@ class Scratch:
     def drop(self) -> None:
         """Give up what is ahead; when this returns nothing writes into scratch any more."""
         tickets = [held.ticket for held in self._ahead.values()]
-        self._ahead, self._layer = {}, -1
+        self._layer = -1  # nobody's, and known until they have ended: Ctrl-C may come before that
         self.transfer.cancel(tickets)
+        self._ahead = {}
         for ticket in tickets:
             self._wasted(ticket.moved)

@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -59,7 +59,7 @@ class Ticket:
     @property
     def moved(self) -> int:
         """About how many bytes of the row have been read, or are being read."""
-        return self.row_bytes * (self.parts - self.dropped) // max(self.parts, 1)
+        return self.row_bytes * (self.parts - self.dropped) // self.parts if self.parts else self.row_bytes
 
 
 class Transfer(Protocol):
@@ -109,9 +109,10 @@ class ThreadTransfer:
         self.timeline: Timeline | None = None
         self._count = threads
         self._threads: list[threading.Thread] = []
-        lock = threading.RLock()  # guards all below, and every ticket's counts
-        self._changed = threading.Condition(lock)
-        self._taken = threading.Condition(lock)
+        self._lock = threading.RLock()  # guards all below, and every ticket's counts
+        # Take the lock itself: a condition is left in Python code, and Ctrl-C there would leave it locked.
+        self._changed = threading.Condition(self._lock)
+        self._taken = threading.Condition(self._lock)
         self._urgent: deque[Ticket] = deque()
         self._background: deque[Ticket] = deque()
         self._running: dict[int, tuple[Ticket, float]] = {}  # thread -> the ticket it works for, since when
@@ -125,12 +126,16 @@ class ThreadTransfer:
         return ticket
 
     def _queue(self, ticket: Ticket) -> None:
-        with self._changed:
-            if not self._threads:
-                self._start_threads()
-            (self._urgent if ticket.urgent else self._background).append(ticket)
-            self._changed.notify(len(ticket.queued))
-            self._has_changed()
+        try:
+            with self._lock:
+                if not self._threads:
+                    self._start_threads()
+                (self._urgent if ticket.urgent else self._background).append(ticket)
+                self._changed.notify(len(ticket.queued))
+                self._has_changed()
+        except BaseException:  # no thread could be started, or Ctrl-C: nobody will hear of this ticket
+            self.cancel([ticket])
+            raise
 
     def wait(self, ticket: Ticket) -> int:
         begun, warned = time.monotonic(), False
@@ -151,14 +156,18 @@ class ThreadTransfer:
 
     def get_going(self) -> None:
         """A thread that wakes up while all cores compute waits for its turn, 3 ms on Linux, and the disk with it."""
-        with self._taken:
+        if not self._here():
+            return
+        with self._lock:
             self._taken.wait_for(lambda: not self._urgent or len(self._running) >= self._count, GET_GOING_S)
 
     def send(self, values: Tensor) -> Tensor:
         return values
 
     def hurry(self, ticket: Ticket) -> None:
-        with self._changed:
+        if not self._here():
+            return
+        with self._lock:
             if ticket in self._background:
                 self._background.remove(ticket)
                 self._urgent.append(ticket)
@@ -167,20 +176,26 @@ class ThreadTransfer:
                 self._has_changed()
 
     def cancel(self, tickets: Iterable[Ticket]) -> None:
+        if not self._here():
+            return
         tickets, interrupted = list(tickets), None
-        with self._changed:
-            for ticket in tickets:
-                self._drop(ticket, ClosedError(f"{ticket.name}: cancelled"))
-        for ticket in tickets if os.getpid() == self._pid else ():
-            while not ticket.done.is_set():
-                try:
-                    if not ticket.done.wait(TIMEOUT_S):
-                        self._closed = True  # a read that hangs may still write: nothing is ever loaded there again
-                        break
-                except KeyboardInterrupt as error:  # the slots are not ours before the reads under way have ended
-                    interrupted = error
+        while True:
+            try:
+                self._drop_and_wait(tickets)
+                break
+            except KeyboardInterrupt as error:  # the slots are not ours before the reads under way have ended
+                interrupted = error
         if interrupted is not None:
             raise interrupted
+
+    def _drop_and_wait(self, tickets: Sequence[Ticket]) -> None:
+        with self._lock:
+            for ticket in tickets:
+                self._drop(ticket, ClosedError(f"{ticket.name}: cancelled"))
+        for ticket in tickets:
+            if not ticket.done.wait(TIMEOUT_S):
+                self._refuse_from_now_on()  # what hangs may still write: nothing is ever loaded there again
+                return
 
     def depth(self) -> Depth:
         # Copies, each made in one step of the interpreter: who watches takes no lock.
@@ -196,16 +211,21 @@ class ThreadTransfer:
         pass  # a CPU runs what it is told
 
     def close(self) -> None:
-        with self._changed:
-            if self._closed:
-                return
+        self._refuse_from_now_on()
+        threads, self._threads = self._threads if self._here() else [], []
+        for thread in threads:
+            if thread is not threading.current_thread():  # the model was collected in one of its own
+                thread.join(SLOW_S)
+
+    def _refuse_from_now_on(self) -> None:
+        if not self._here():
+            self._closed = True
+            return
+        with self._lock:
             self._closed = True
             for ticket in (*self._urgent, *self._background):
                 self._drop(ticket, self._is_closed())
             self._changed.notify_all()
-        if os.getpid() == self._pid:
-            for thread in self._threads:
-                thread.join(SLOW_S)
 
     def _start_threads(self) -> None:
         # Daemons: a read that hangs must not keep the interpreter from ending.
@@ -216,7 +236,7 @@ class ThreadTransfer:
 
     def _work(self) -> None:
         while True:
-            with self._changed:
+            with self._lock:
                 while not (self._urgent or self._background or self._closed):
                     self._changed.wait()
                 queue = self._urgent or self._background
@@ -235,11 +255,11 @@ class ThreadTransfer:
                     part()
             except BaseException as error:  # whatever it is, it belongs to the forward that waits
                 ticket.error = ticket.error or error
-            del part  # holds on to the row's memory
             self._part_done(ticket)
+            del part, ticket  # an idle thread would hold on to the row's memory
 
     def _part_done(self, ticket: Ticket) -> None:
-        with self._changed:
+        with self._lock:
             if ticket.unfinished > 1:
                 ticket.unfinished -= 1
                 self._free(ticket)  # in one step: who waits for the row must find us idle after it
@@ -249,7 +269,7 @@ class ThreadTransfer:
                 ticket.nbytes = ticket.finish()
         except BaseException as error:
             ticket.error = error
-        with self._changed:
+        with self._lock:
             ticket.unfinished = 0  # not before `finish`: who cancels would take the row, and `finish` write to it
             self._free(ticket)
             if self.timeline is not None:
@@ -273,11 +293,13 @@ class ThreadTransfer:
         for queue in (self._urgent, self._background):
             if ticket in queue:
                 queue.remove(ticket)
-        ticket.unfinished -= len(ticket.queued)
-        ticket.dropped += len(ticket.queued)
-        if ticket.queued:
+        nothing: deque[Callable[[], None]] = deque()
+        count = len(ticket.queued)
+        if count:
             ticket.error = ticket.error or why
-            ticket.queued.clear()
+            ticket.queued = nothing  # from here on no call that Ctrl-C could end: what is dropped twice counts once
+            ticket.unfinished -= count
+            ticket.dropped += count
         self._has_changed()
         if ticket.unfinished == 0:
             self._ended(ticket)
@@ -286,8 +308,13 @@ class ThreadTransfer:
         """No thread will touch the row of `ticket` any more, however it went. The caller holds the lock."""
         ticket.done.set()
 
+    def _here(self) -> bool:
+        """Whether this is the process with the threads. In one forked from it nobody reads, and the lock is not to be
+        taken: a thread that is not there may have held it."""
+        return os.getpid() == self._pid
+
     def _check_open(self) -> None:
-        if os.getpid() != self._pid:
+        if not self._here():
             raise ClosedError(
                 "this process was forked from the one that offloaded the model, and the threads that read experts are "
                 "not in it; load the model in the process that runs it (for multiprocessing, use the 'spawn' method)"
@@ -299,7 +326,7 @@ class ThreadTransfer:
         return ClosedError("this transfer was closed. Offload the model again to go on.")
 
     def _state(self) -> str:
-        with self._changed:
+        with self._lock:
             now = time.perf_counter()
             under_way = [f"{ticket.name} for {now - since:.1f} s" for ticket, since in self._running.values()]
             return (

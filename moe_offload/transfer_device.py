@@ -10,6 +10,7 @@ Two orders hold, and neither makes the host wait: a copy into a slot begins afte
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections import deque
@@ -166,7 +167,7 @@ class DeviceTransfer(ThreadTransfer):
         self._spare: dict[int, deque[Staging]] = {}  # row bytes -> buffers that no thread fills
         self._made: dict[int, int] = {}
         self._all: list[Staging] = []
-        self._returned = threading.Condition()
+        self._returned = threading.Condition(self._lock)
 
     def start(self, store: Store, layer: int, expert: int, row: Any, urgent: bool = True) -> Ticket:
         self._check_open()
@@ -187,6 +188,7 @@ class DeviceTransfer(ThreadTransfer):
 
         def finish() -> int:
             nbytes = read.finish()
+            self._check_open()  # a read that outlasted `close`: its slot may be somebody else's by now
             ticket.copied = staging.last = self.streams.copy(row, staging.buffer, after)
             return nbytes
 
@@ -208,13 +210,15 @@ class DeviceTransfer(ThreadTransfer):
     def cancel(self, tickets: Iterable[Ticket]) -> None:
         """A copy that has been launched ends before whatever is launched from now on, as for `wait`."""
         tickets = list(tickets)
-        super().cancel(tickets)
-        for ticket in tickets:
-            if isinstance(ticket, DeviceTicket) and ticket.copied is not None:
-                self.streams.order(ticket.copied)
+        try:
+            super().cancel(tickets)
+        finally:  # after Ctrl-C, too
+            for ticket in tickets if self._here() else ():
+                if isinstance(ticket, DeviceTicket) and ticket.copied is not None:
+                    self.streams.order(ticket.copied)
 
     def current(self) -> AbstractContextManager[object]:
-        return self.streams.current()
+        return self.streams.current() if self._here() else contextlib.nullcontext()  # CUDA does not survive a fork
 
     def refuse_capture(self, name: str) -> None:
         if self.streams.capturing():
@@ -226,11 +230,14 @@ class DeviceTransfer(ThreadTransfer):
             )
 
     def close(self) -> None:
-        if not self._closed:
-            super().close()
+        super().close()
+        if not self._here():
+            return
+        staged, self._all = self._all, []
+        with contextlib.ExitStack() as last_first:  # each is unpinned, whatever happens to the others
+            for staging in staged:
+                last_first.callback(self.streams.unpin, staging.buffer)
             self.streams.drain()
-            for staging in self._all:
-                self.streams.unpin(staging.buffer)
 
     def _ended(self, ticket: Ticket) -> None:
         if isinstance(ticket, DeviceTicket) and ticket.staging is not None:  # once: what is done may still be cancelled
@@ -240,13 +247,13 @@ class DeviceTransfer(ThreadTransfer):
 
     def _take(self, row_bytes: int) -> Staging:
         """A buffer whose last copy is over. Waits for one: reader threads give them back without our help."""
-        with self._returned:
+        with self._lock:
             free = self._spare.setdefault(row_bytes, deque())
             if not free and self._made.get(row_bytes, 0) < self._most:
                 made = Staging(page_aligned(row_bytes))
+                self._all.append(made)  # first: whatever interrupts the pinning, `close` undoes it
                 self.streams.pin(made.buffer)
                 free.append(made)
-                self._all.append(made)
                 self._made[row_bytes] = self._made.get(row_bytes, 0) + 1
             staging = free.popleft() if self._returned.wait_for(lambda: free, TIMEOUT_S) else None
         if staging is None:
@@ -254,11 +261,15 @@ class DeviceTransfer(ThreadTransfer):
                 f"no staging row of {row_bytes} bytes has come free in {TIMEOUT_S:.0f} s; {self._state()}. The disk or "
                 "mount does not answer; the next call tries again."
             )
-        if staging.last is not None:
-            self.streams.finish(staging.last)
+        try:
+            if staging.last is not None:
+                self.streams.finish(staging.last)
+        except BaseException:
+            self._return(staging)
+            raise
         return staging
 
     def _return(self, staging: Staging) -> None:
-        with self._returned:
+        with self._lock:
             self._spare[len(staging.buffer)].append(staging)
             self._returned.notify()

@@ -10,7 +10,7 @@ from transformers import cache_utils
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer, StaticCache
 
 from moe_offload.families.tiny import build
-from moe_offload.kv_state import remember
+from moe_offload.kv_state import _all, remember
 
 WINDOW, LONGEST = 8, 16
 LAYERS = 3
@@ -158,6 +158,12 @@ def test_a_cache_that_moves_between_devices_is_not_put_back():
     cache = MAKERS["dynamic"]()
     cache.offloading = True
     assert remember([cache], 1) is None
+
+
+def test_every_part_is_put_back_though_one_cannot_be():
+    done = []
+    assert not _all([lambda: False, lambda: bool(done.append(1)) or True])
+    assert done == [1]
 
 
 def test_plain_arguments_need_no_undoing():

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -275,6 +276,39 @@ def test_ctrl_c_while_cancelling_still_waits_for_the_reads_under_way(one_thread,
     with pytest.raises(KeyboardInterrupt):
         one_thread.cancel([first])
     assert len(calls) == 2 and first.done.is_set()
+
+
+def test_an_idle_thread_does_not_hold_on_to_the_memory_of_its_last_row(one_thread):
+    class Memory(bytearray):
+        pass
+
+    class Converting(ScriptedStore):
+        def begin(self, layer, expert, row):
+            return RowRead([lambda: None], lambda: len(row))
+
+    memory = Memory(ROW)
+    gone = weakref.ref(memory)
+    one_thread.wait(one_thread.start(Converting(), 0, 1, memoryview(memory)))
+    del memory
+    deadline = time.monotonic() + 5
+    while gone() is not None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert gone() is None
+
+
+def test_a_thread_may_close_what_it_works_for():
+    """The last reference to a model may go in any thread, and its end closes it."""
+    made = ThreadTransfer(1)
+    errors = []
+
+    def close(expert, part):
+        try:
+            made.close()
+        except RuntimeError as error:
+            errors.append(error)
+
+    ticket = made.start(ScriptedStore(close), 0, 1, row())
+    assert ticket.done.wait(5) and not errors and made._closed
 
 
 def test_threads_start_with_the_first_row_and_end_with_close():

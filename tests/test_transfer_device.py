@@ -185,7 +185,8 @@ def test_what_is_cancelled_after_it_is_done_gives_its_staging_back_once(transfer
         transfer.wait(ticket)
     transfer.cancel(tickets)
     transfer.cancel(tickets)
-    assert len({id(staging) for staging in transfer._spare[ROW]}) == len(transfer._spare[ROW]) == 2
+    spare = transfer._spare[ROW]  # the second row may have found that of the first
+    assert len({id(staging) for staging in spare}) == len(spare) == transfer._made[ROW]
 
 
 def test_rows_in_ram_need_no_thread(transfer):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..sizes import format_size
 logger = logging.getLogger("moe_offload")
 PIECE_BYTES = 1 << 30  # registered at a time: a limit is met after most of it, not before all of it
 PORTABLE_MAPPED = 1 | 2  # for every context, and with an address on the device
+_process = 0  # that registered: one forked from it has neither the registrations nor CUDA
 
 
 def pin_layers(rows_EN: Mapping[int, Tensor], device: str) -> frozenset[int]:
@@ -41,9 +43,10 @@ def pin_layers(rows_EN: Mapping[int, Tensor], device: str) -> frozenset[int]:
 
 def unpin_layers(rows_EN: Mapping[int, Tensor], device: str) -> None:
     """Undo `pin_layers`. Nothing may be copying from there any more."""
-    with torch.cuda.device(device):
-        for rows in rows_EN.values():
-            unpin(rows)
+    if os.getpid() == _process:
+        with torch.cuda.device(device), contextlib.ExitStack() as each:  # whatever happens to the others
+            for rows in rows_EN.values():
+                each.callback(unpin, rows)
 
 
 def pin(rows: Tensor) -> str:
@@ -55,12 +58,13 @@ def pin(rows: Tensor) -> str:
 
 
 def unpin(rows: Tensor) -> None:
-    """Undo `pin`, as far as it came. Nothing may be copying from there any more."""
+    """Undo `pin`, as far as it came, or was called at all. Nothing may be copying from there any more."""
+    if os.getpid() != _process:
+        return
     cudart: Any = torch.cuda.cudart()
-    for piece in _pieces(rows):
-        if int(cudart.cudaHostUnregister(piece.data_ptr())):
-            drain()
-            return
+    codes = [int(cudart.cudaHostUnregister(piece.data_ptr())) for piece in _pieces(rows)]
+    if any(codes):  # of those that were not registered
+        drain()
 
 
 def device_view(rows: Tensor, device: str) -> Tensor:
@@ -85,6 +89,8 @@ def drain() -> None:
 
 def _register(piece: Tensor) -> str:
     """'' or what went wrong."""
+    global _process
+    _process = os.getpid()
     cudart: Any = torch.cuda.cudart()
     code = cudart.cudaHostRegister(piece.data_ptr(), piece.nbytes, PORTABLE_MAPPED)
     if int(code) == 0:

@@ -39,7 +39,7 @@ class DiskStore:
         self._counts = [len(layer) for layer in index.rows]
         self._names, self._stamps = index.names, index.stamps
         self._lock = threading.Lock()
-        self._reading = 0
+        self._reading, self._pid = 0, os.getpid()
         self._closed = False
         self._files: dict[Path, DataFile] = {}
         given = dict(descriptors or {})
@@ -80,6 +80,8 @@ class DiskStore:
         return self.begin(layer, expert, row).run()
 
     def close(self) -> None:
+        if os.getpid() != self._pid:  # forked: no thread reads here, though one may have held the lock then
+            self._lock, self._reading = threading.Lock(), 0
         with self._lock:
             self._closed = True
             self._close_if_idle()

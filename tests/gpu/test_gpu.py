@@ -235,3 +235,32 @@ def test_an_error_of_pinning_does_not_come_up_again():
     pinned.unpin(rows)
     pinned.unpin(rows)  # not pinned any more: an error, likewise
     assert (torch.ones(3, device="cuda") + 1).tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("settings", [DEVICE, HOST], ids=["device", "host"])
+def test_a_device_that_runs_out_in_a_forward(settings, caplog):
+    """All that torch may hold is what it holds once the slots are there, and a little: no prompt fits beside them."""
+    sizes = {"num_hidden_layers": 2, "hidden_size": 1024, "moe_intermediate_size": 768, "num_experts": 64}
+    ids = (torch.arange(512) % 97 + 3).view(1, -1)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    model = build("qwen3_moe", **sizes).to("cuda").eval()
+    want = model.generate(ids.cuda(), **options).cpu()
+    banks = find_experts(model)
+    budget = budget_for(0.9, layer_shapes(banks), costs(model, banks, settings))
+    rows = {"": 0, "model.layers.*.mlp.experts": "cpu"}
+    model = moe_offload.optimize(model, budget, device_map=rows, config=settings)
+    before = model.moe_offload.plan.slots
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    limit = torch.cuda.memory_reserved() + (8 << 20)
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        assert torch.equal(model.generate(ids.cuda(), **options).cpu(), want)
+        assert torch.cuda.max_memory_reserved() <= limit
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "ran out of memory" in caplog.text
+    assert all(now < then for now, then in zip(model.moe_offload.plan.slots, before, strict=True))
+    assert torch.cuda.max_memory_allocated() <= model.moe_offload.plan.budget_bytes
+    assert torch.equal(model.generate(ids.cuda(), **options).cpu(), want)
+    model.moe_offload.close()
