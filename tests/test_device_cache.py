@@ -36,8 +36,9 @@ def decided(family=QWEN, settings=DEVICE, layers=2, residency=0.5, **options):
     ("family", "implementation"),
     [
         (QWEN, "grouped_mm"),
-        (QWEN, "batched_mm"),
-        ("gpt_oss", "grouped_mm"),
+        ("gpt_oss", "batched_mm"),
+        pytest.param(QWEN, "batched_mm", marks=pytest.mark.long),
+        pytest.param("gpt_oss", "grouped_mm", marks=pytest.mark.long),
         pytest.param("deepseek_v3", "grouped_mm", marks=pytest.mark.long),
     ],
 )

@@ -17,9 +17,8 @@ from .offloaded import build as build_tiny
 
 FAMILIES = [
     "qwen3_moe",
-    "gpt_oss",
     "deepseek_v3",
-    *(pytest.param(name, marks=pytest.mark.long) for name in ("mixtral", "olmoe")),
+    *(pytest.param(name, marks=pytest.mark.long) for name in ("gpt_oss", "mixtral", "olmoe")),
 ]
 
 
