@@ -28,7 +28,8 @@ from .kernels import pinned
 from .stores import Store
 from .stores.host import HostStore
 from .stores.request import RowRead
-from .transfer import THREADS, TIMEOUT_S, ThreadTransfer, Ticket
+from .transfer import Ticket
+from .transfer_threads import THREADS, TIMEOUT_S, ThreadTransfer
 
 logger = logging.getLogger("moe_offload")
 

@@ -14,7 +14,7 @@ from moe_offload.policies import POLICIES
 from moe_offload.runtime import Runtime
 from moe_offload.scratch import Scratch
 from moe_offload.stores.request import RowRead
-from moe_offload.transfer import ThreadTransfer
+from moe_offload.transfer_threads import ThreadTransfer
 
 from .test_cache import check
 

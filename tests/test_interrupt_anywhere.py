@@ -13,8 +13,8 @@ import torch
 import moe_offload
 from moe_offload.errors import ExpertReadError
 from moe_offload.stores.request import RowRead
-from moe_offload.transfer import ThreadTransfer
 from moe_offload.transfer_device import DeviceTransfer
+from moe_offload.transfer_threads import ThreadTransfer
 
 from .fault_store import E, FaultStore, assert_sound, decode, expected, make, prefill, run
 from .test_transfer_device import InstantStreams

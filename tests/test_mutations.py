@@ -28,7 +28,7 @@ from moe_offload.plan import floor
 from moe_offload.policies import POLICIES
 from moe_offload.stores.host import HostStore
 from moe_offload.stores.request import RowRead
-from moe_offload.transfer import ThreadTransfer
+from moe_offload.transfer_threads import ThreadTransfer
 
 slots_pass = importlib.import_module("passes.slots")  # the name `passes.slots` is the pass itself
 

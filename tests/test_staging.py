@@ -17,8 +17,8 @@ from moe_offload.families.tiny import build
 from moe_offload.kernels import pinned
 from moe_offload.stores.host import HostStore
 from moe_offload.stores.spill import spill
-from moe_offload.transfer import ThreadTransfer
 from moe_offload.transfer_device import CudaStreams, DeviceTransfer
+from moe_offload.transfer_threads import ThreadTransfer
 
 from .cudart import PAGE, cuda  # noqa: F401
 from .fault_store import decode, make
@@ -135,7 +135,7 @@ def test_rows_out_of_ram_that_nobody_needed_count_as_moved(cuda):  # noqa: F811
 
 def test_a_read_that_outlasts_close_is_not_copied_any_more(cuda, monkeypatch):  # noqa: F811
     """Its slot has gone to somebody else by then."""
-    monkeypatch.setattr("moe_offload.transfer.SLOW_S", 0.05)
+    monkeypatch.setattr("moe_offload.transfer_threads.SLOW_S", 0.05)
     begun, gate, row = threading.Event(), threading.Event(), slot()
 
     def hang(expert, part):
@@ -155,9 +155,9 @@ def test_a_read_that_outlasts_close_is_not_copied_any_more(cuda, monkeypatch):  
 
 def test_what_hung_and_was_given_up_is_unpinned_by_close(cuda, monkeypatch):  # noqa: F811
     """`cancel` refuses every row from then on; to close is more than that."""
-    for module in ("transfer", "transfer_device"):
+    for module in ("transfer_threads", "transfer_device"):
         monkeypatch.setattr(f"moe_offload.{module}.TIMEOUT_S", 0.05)
-    monkeypatch.setattr("moe_offload.transfer.SLOW_S", 0.05)
+    monkeypatch.setattr("moe_offload.transfer_threads.SLOW_S", 0.05)
     begun, gate = threading.Event(), threading.Event()
 
     def hang(expert, part):

@@ -18,7 +18,7 @@ from moe_offload.chrome_trace import FORWARDS, PID, READERS, WAITS, save
 from moe_offload.cli import app
 from moe_offload.errors import ExpertReadError
 from moe_offload.timeline import SHORT_S, Timeline
-from moe_offload.transfer import ThreadTransfer
+from moe_offload.transfer_threads import ThreadTransfer
 
 from .fault_store import FaultStore, K, decode, make
 from .offloaded import IDS, offloaded, say

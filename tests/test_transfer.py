@@ -14,11 +14,12 @@ import weakref
 
 import pytest
 
-from moe_offload import transfer as transfer_module
+from moe_offload import transfer_threads
 from moe_offload.errors import ClosedError, ExpertReadError
 from moe_offload.stores.request import RowRead
-from moe_offload.transfer import TRANSFERS, ThreadTransfer
+from moe_offload.transfer import TRANSFERS
 from moe_offload.transfer_device import present
+from moe_offload.transfer_threads import ThreadTransfer
 
 ROW = 64
 PARTS = 4
@@ -236,7 +237,7 @@ def test_whatever_is_raised_in_a_thread_reaches_the_waiter_and_the_thread_lives(
 
 
 def test_a_slow_disk_is_reported_once_with_its_queue(one_thread, monkeypatch, caplog):
-    monkeypatch.setattr(transfer_module, "SLOW_S", 0.05)
+    monkeypatch.setattr(transfer_threads, "SLOW_S", 0.05)
     go, first = held_up(one_thread)
     one_thread.start(ScriptedStore(), 7, 3, row())
     threading.Timer(0.4, go.set).start()
@@ -249,8 +250,8 @@ def test_a_slow_disk_is_reported_once_with_its_queue(one_thread, monkeypatch, ca
 
 
 def test_a_read_that_never_ends_is_an_error_and_nothing_hangs(one_thread, monkeypatch):
-    monkeypatch.setattr(transfer_module, "SLOW_S", 0.02)
-    monkeypatch.setattr(transfer_module, "TIMEOUT_S", 0.1)
+    monkeypatch.setattr(transfer_threads, "SLOW_S", 0.02)
+    monkeypatch.setattr(transfer_threads, "TIMEOUT_S", 0.1)
     go, first = held_up(one_thread)
     with pytest.raises(ExpertReadError, match=r"has not arrived after .* reading: layer 0, expert 0 for"):
         one_thread.wait(first)
@@ -343,7 +344,7 @@ def test_a_process_ends_with_reads_under_way():
     script = """
         import time
         from moe_offload.stores.request import RowRead
-        from moe_offload.transfer import ThreadTransfer
+        from moe_offload.transfer_threads import ThreadTransfer
         class Store:
             def begin(self, layer, expert, row):
                 return RowRead([lambda: time.sleep(30)], lambda: 0)

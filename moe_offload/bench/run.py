@@ -22,7 +22,7 @@ from ..checkpoint import shard_files
 from ..errors import ConfigError
 from ..pack import pack_checkpoint
 from ..stores.reads import PART_BYTES
-from ..transfer import THREADS
+from ..transfer_threads import THREADS
 from .contenders import PACKED, write_mapped
 from .devices import DEVICES
 from .link import link_roof
