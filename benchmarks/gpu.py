@@ -5,6 +5,9 @@
     OUT=results python benchmarks/gpu.py --only kernels       or single parts of them
     OUT=results python benchmarks/gpu.py --only bench --full  all layers of both models: an hour, 110 GB of RAM
 
+A machine that stops a command after ten minutes takes it in pieces: --only checks, then tests, then each bench by its
+name (--only with a name that is none lists them). SIGTERM and Ctrl-C leave what a bench had found by then.
+
 Each part is independent, with a time limit of its own: one that fails, or takes too long, does not keep the next from
 running, and what it had found by then stays. Everything that is printed goes to $OUT/gpu.txt, the figures of
 gpu_checks.py to $OUT/gpu_checks.json, each bench (gpu_bench.py) to $OUT/<model>_<hardware>_<yyyy-mm>.md and .json.
@@ -97,16 +100,26 @@ def run_all(chosen: list[Part], out: Path, cache: Path, log: Any) -> list[str]:
     """The names of those that failed."""
     failed = []
     for i, part in enumerate(chosen):
-        complete = run(part, log)
+        complete = False
+        try:
+            complete = run(part, log)
+        finally:
+            if part.bench is not None:
+                file = part.bench.keep(out, cache, part.command, complete)
+                print_and_log(f"written to {file}" if file else "nothing was found", log)
         if part.bench is not None:
-            file = part.bench.keep(out, cache, part.command, complete)
-            print_and_log(f"written to {file}" if file else "nothing was found", log)
             if part.bench.model not in {later.bench.model for later in chosen[i + 1 :] if later.bench}:
                 # Both models whole would fill a small disk.
                 shutil.rmtree(part.bench.checkpoints(cache), ignore_errors=True)
         if not complete:
             failed.append(part.name)
     return failed
+
+
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def main() -> int:
@@ -117,6 +130,9 @@ def main() -> int:
     parser.add_argument("--full", action="store_true", help="all layers of the models")
     parser.add_argument("--traces", type=Path, help="the folder of recorded routing")
     options = parser.parse_args()
+    if not has_gpu():
+        parser.error("no CUDA device: all of this needs one")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is ended, and what was found is kept
     out = Path(os.environ.get("OUT", ".")).resolve()
     out.mkdir(parents=True, exist_ok=True)
     traces = options.traces or next((folder for folder in TRACES if folder.is_dir()), None)

@@ -91,8 +91,10 @@ def latency(options: argparse.Namespace) -> None:
         def polled() -> None:
             flags[7] = -1
             seen_by_device.copy_(ids)
+            until = time.perf_counter() + 1
             while flags[7] != 7:
-                pass
+                if time.perf_counter() > until:
+                    raise TimeoutError("the host does not see what the device has stored in mapped memory")
 
         for what, f in (
             ("tolist", ids.tolist),
@@ -176,7 +178,10 @@ def link(name: str, host_EN: Tensor, rows_EN: Tensor, bank_SN: Tensor, count: in
             report(f"kernel, chunks of {chunk * 8 >> 10} KiB, {warps} warps", ours)
     report("copy engine, row by row", partial(copy_rows, bank_SN, host_EN, list(range(count))))
     if not options.tiny:
-        report("copy engine, one batch", copy_batch(bank_SN, host_EN, count))
+        try:
+            report("copy engine, one batch", copy_batch(bank_SN, host_EN, count))
+        except Exception as error:  # no cuda.bindings, or another signature: the other rows are measured all the same
+            print(f"copy engine, one batch: {type(error).__name__}: {error}")
     loads.count_1.zero_()
     say("gather", f"{name}, kernel that finds nothing to load", microseconds(ours, options.device), "us")
 
@@ -248,9 +253,9 @@ def main() -> int:
             traceback.print_exc()
             failed.append(section.__name__)
         print(f"{section.__name__} took {time.perf_counter() - begun:.0f} s", flush=True)
-    if "OUT" in os.environ:
-        found = {"machine": machine, "failed": failed, "rows": ROWS}
-        Path(os.environ["OUT"], "gpu_checks.json").write_text(json.dumps(found, indent=1))
+        if "OUT" in os.environ:  # after each: the next may be the one that is killed
+            found = {"machine": machine, "failed": failed, "rows": ROWS}
+            Path(os.environ["OUT"], "gpu_checks.json").write_text(json.dumps(found, indent=1))
     print("\nfailed:", ", ".join(failed) or "none")
     return 1 if failed else 0
 

@@ -137,11 +137,15 @@ class Arrivals:
         return bool(self.demanded or self.held or self.guessed or self.cache.pending)
 
     def abort(self) -> None:
-        """Give back the slot of every load that has not been committed, once nothing writes there any more."""
-        under_way = [*self.demanded, *self.guessed.values()]
-        tickets = [one.ticket for one in under_way] + [held.ticket for held in self.held.values()]
+        """Give back the slot of every load that has not been committed, once nothing writes there any more.
+
+        What other layers have under way ends, too: Ctrl-C may come between asking for a row and noting its ticket, and
+        whose it is nobody can say then.
+        """
+        known: list[Arrival | Held] = [*self.demanded, *self.guessed.values(), *self.held.values()]
         try:
-            self.transfer.cancel(tickets)
+            self.transfer.cancel([*(one.ticket for one in known), *self.transfer.under_way()])
+            self.shared.drop()
         finally:
             self.demanded, self.held, self.guessed = deque(), {}, {}
             loads = list(self.cache.pending.values())

@@ -29,6 +29,9 @@ ADVICE = (
     f"read prompts in pieces: generate(..., prefill_chunk_size={PROMPT_TOKENS})"
 )
 
+#: How CUDA says so of what it allocates outside of torch's allocator: graphs, code, workspaces of its libraries.
+NO_MEMORY = ("CUDA error: out of memory", "CUDA_ERROR_OUT_OF_MEMORY", "CUBLAS_STATUS_ALLOC_FAILED")
+
 
 class Retry:
     """What runs the forwards of one model. `compile` returns the compiled model, without any graph as yet."""
@@ -92,10 +95,13 @@ class Retry:
         return min(layer.cache.slots // layer.bank.top_k for layer in self.runtime.layers)
 
 
-def _out_of_memory(error: BaseException) -> torch.OutOfMemoryError | None:
-    """What the device's allocator raised; perhaps while a graph was compiled, in Dynamo's wrapping."""
+def _out_of_memory(error: BaseException) -> RuntimeError | None:
+    """What the device's allocator raised, or CUDA and its libraries where they allocate by themselves; perhaps while a
+    graph was compiled, in Dynamo's wrapping."""
     inner = getattr(error, "inner_exception", error)
-    return inner if isinstance(inner, torch.OutOfMemoryError) else None
+    if isinstance(inner, torch.OutOfMemoryError):
+        return inner
+    return inner if isinstance(inner, RuntimeError) and any(words in str(inner) for words in NO_MEMORY) else None
 
 
 def _forget(error: BaseException) -> None:
@@ -106,7 +112,7 @@ def _forget(error: BaseException) -> None:
         one = one.__cause__ or one.__context__
 
 
-def _advised(error: torch.OutOfMemoryError, what: str) -> torch.OutOfMemoryError:
+def _advised(error: RuntimeError, what: str) -> RuntimeError:
     error.args = (f"{error}\nmoe_offload: the device ran out of memory, {what}. To avoid it, {ADVICE}.",)
     return error
 

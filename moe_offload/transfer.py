@@ -73,6 +73,9 @@ class Transfer(Protocol):
     def cancel(self, tickets: Iterable[Ticket]) -> None:
         """Drop what has not begun, and return when nothing writes into these rows any more."""
 
+    def under_way(self) -> list[Ticket]:
+        """Every row that may still be written to, whoever asked for it, and whether or not anybody knows."""
+
     def depth(self) -> Depth:
         """What is queued and under way: all zero once every row has been waited for."""
 

@@ -235,6 +235,7 @@ class DeviceTransfer(ThreadTransfer):
         if not self._here():
             return
         staged, self._all = self._all, []
+        self._spare.clear()
         with contextlib.ExitStack() as last_first:  # each is unpinned, whatever happens to the others
             for staging in staged:
                 last_first.callback(self.streams.unpin, staging.buffer)
@@ -260,7 +261,7 @@ class DeviceTransfer(ThreadTransfer):
         if staging is None:
             raise ExpertReadError(
                 f"no staging row of {row_bytes} bytes has come free in {TIMEOUT_S:.0f} s; {self._state()}. The disk or "
-                "mount does not answer; the next call tries again."
+                "mount does not answer; if it goes on so, load the model again."
             )
         try:
             if staging.last is not None:
@@ -272,5 +273,5 @@ class DeviceTransfer(ThreadTransfer):
 
     def _return(self, staging: Staging) -> None:
         with self._lock:
-            self._spare[len(staging.buffer)].append(staging)
+            self._spare.setdefault(len(staging.buffer), deque()).append(staging)
             self._returned.notify()

@@ -74,7 +74,7 @@ class ThreadTransfer:
             if waited > TIMEOUT_S:
                 raise ExpertReadError(
                     f"{ticket.name}: its row has not arrived after {waited:.0f} s; {self._state()}. The disk or mount "
-                    "does not answer; the next call tries again."
+                    "does not answer; if it goes on so, load the model again."
                 )
             if not warned:
                 warned = True
@@ -125,6 +125,12 @@ class ThreadTransfer:
             if not ticket.done.wait(TIMEOUT_S):
                 self._refuse_from_now_on()  # what hangs may still write: nothing is ever loaded there again
                 return
+
+    def under_way(self) -> list[Ticket]:
+        if not self._here():
+            return []
+        with self._lock:
+            return [*self._urgent, *self._background, *(ticket for ticket, _ in self._running.values())]
 
     def depth(self) -> Depth:
         # Copies, each made in one step of the interpreter: who watches takes no lock.

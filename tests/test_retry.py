@@ -125,6 +125,19 @@ def test_it_may_come_out_of_the_compiler():
     assert torch.equal(model([3, 4]), expected(0, [3, 4])) and model.runtime.slots == (4, 4)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "Triton Error [CUDA]: CUDA_ERROR_OUT_OF_MEMORY",
+    ],
+)
+def test_it_may_come_from_what_allocates_by_itself(words):
+    model = Model(fails=[1], error=lambda: RuntimeError(words))
+    assert torch.equal(model([3, 4]), expected(0, [3, 4])) and model.runtime.slots == (4, 4)
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, MemoryError, OffloadError])
 @pytest.mark.parametrize("fails", [[1], [1, 2]])
 def test_other_errors_are_not_ours(error, fails):

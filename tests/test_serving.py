@@ -108,7 +108,7 @@ def test_stats_count_and_reset_takes_nothing_away(client) -> None:
 def test_prometheus_sees_the_same_counters(client) -> None:
     ask(client)
     stats = client.get("/moe_offload/stats", cast_to=dict)
-    text = client.get("http://" + client.base_url.netloc.decode() + "/metrics/", cast_to=str)
+    text = client.get("http://" + client.base_url.netloc.decode() + "/metrics", cast_to=str)
     hits = next(line for line in text.splitlines() if line.startswith("moe_offload_hits_total"))
     assert float(hits.split()[-1]) == stats["hits"]
 

@@ -4,9 +4,12 @@ in which the locks of threads that are not there may be held for ever."""
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
 import os
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -54,6 +57,16 @@ def test_staging_is_unpinned_when_the_transfer_is_closed(cuda):  # noqa: F811
     assert cuda.registered
     transfer.close()
     assert cuda.registered == {}
+
+
+def test_a_closed_store_of_pinned_rows_holds_none_of_them(cuda):  # noqa: F811
+    rows = torch.ones(2, PAGE, dtype=torch.uint8)
+    gone, held = weakref.ref(rows), {0: rows}
+    store = HostStore([rows], [0], functools.partial(pinned.unpin_layers, held, "cuda:0"))
+    del rows, held
+    store.close()
+    gc.collect()
+    assert gone() is None
 
 
 def test_staging_that_cannot_be_pinned_still_serves(cuda):  # noqa: F811

@@ -7,7 +7,7 @@ import inspect
 import logging
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
@@ -96,11 +96,12 @@ def build_app(handle: Handle, tokenizer: Any, name: str) -> FastAPI:
         return {**dataclasses.asdict(found), "hit_rate": found.hit_rate}
 
     try:
-        from prometheus_client import make_asgi_app
+        from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
     except ImportError:
         pass  # moe-offload[metrics]: the rest works without
     else:
-        app.mount("/metrics", make_asgi_app(handle.metrics()))
+        registry = handle.metrics()
+        app.get("/metrics")(lambda: Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST))
     return app
 
 

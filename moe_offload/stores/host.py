@@ -62,7 +62,7 @@ class HostStore:
     def close(self) -> None:
         if self._rows is not None:
             self._release()
-        self._rows = None
+        self._rows, self._release = None, lambda: None  # which may hold the rows, too
 
 
 def pack_rows(bank: ExpertBank) -> torch.Tensor:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from moe_offload.cli import app
@@ -32,7 +34,25 @@ def started(gpu, monkeypatch, out, parts, *arguments):
     monkeypatch.setattr(gpu, "parts", lambda *_: parts)
     monkeypatch.setattr(sys, "argv", ["gpu.py", *arguments])
     monkeypatch.setenv("OUT", str(out))
+    monkeypatch.setattr(gpu, "has_gpu", lambda: True)
+    monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
     return gpu.main()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_without_a_gpu_it_is_one_line():
+    done = subprocess.run([sys.executable, SCRIPTS / "gpu.py"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith("no CUDA device: all of this needs one")
+
+
+def test_what_was_found_is_kept_when_it_is_stopped(gpu, monkeypatch, tmp_path):
+    kept = []
+    bench = SimpleNamespace(keep=lambda *given: kept.append(given), model="tiny")
+    monkeypatch.setattr(gpu, "run", lambda *_: sys.exit(143))
+    with pytest.raises(SystemExit):
+        gpu.run_all([part(gpu, "", bench=bench)], tmp_path, tmp_path / "cache", io.StringIO())
+    ((out, cache, _, complete),) = kept
+    assert (out, cache, complete) == (tmp_path, tmp_path / "cache", False)
 
 
 def test_each_part_runs_whatever_the_others_do(gpu, monkeypatch, tmp_path, capsys):
