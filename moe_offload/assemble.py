@@ -6,9 +6,10 @@ rows, that is, where they rest in RAM (pinned, for a GPU), and where all of them
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -78,54 +79,48 @@ def build_runtime(
     `device_decides[l]`: whether the device is to decide for layer l; it will, unless its rows could not be pinned.
     Raises `BudgetError` where the device has no memory for what was planned.
     """
+    with _or_budget_error(plan, device):
+        transfer, lock = TRANSFERS[device.partition(":")[0]](device), threading.RLock()
+        scratch = Scratch(unfilled(plan.costs.scratch_bytes, device), transfer, settings.poison)
+        rows_EN = readable_rows(banks, plan.slots, stores, device_decides, device)
+        layers = []
+        for bank, slots, store in zip(banks, plan.slots, stores, strict=True):
+            name = DEVICE_POLICY if bank.index in rows_EN else settings.policy
+            policy = POLICIES[name](bank.num_experts, settings.half_life)
+            if prior is not None and prior.tokens:
+                policy.seed(rates(prior, bank.index))
+            layers.append(
+                LayerRuntime(
+                    bank,
+                    slots=slots,
+                    policy=policy,
+                    store=store,
+                    transfer=transfer,
+                    scratch=scratch,
+                    lock=lock,
+                    poison=settings.poison,
+                )
+            )
+        runtime = Runtime(layers, list({id(store): store for store in stores}.values()), transfer, lock)
+        if rows_EN:
+            runtime.decide_on_device(rows_EN, settings.half_life, KERNELS[device.partition(":")[0]]())
+            logger.info(
+                "the device decides which experts are in the slots of %d of %d layers, by %s",
+                len(rows_EN), len(layers), DEVICE_POLICY,
+            )  # fmt: skip
+        return runtime
+
+
+@contextlib.contextmanager
+def _or_budget_error(plan: Plan, device: str) -> Iterator[None]:
     try:
-        return _build(banks, plan, stores, settings, prior, device, device_decides)
+        yield
     except torch.OutOfMemoryError as error:
         raise BudgetError(
             f"{device} has no room for {format_size(plan.bank_bytes)} of expert slots and "
             f"{format_size(plan.costs.scratch_bytes)} of scratch, within a budget of {format_size(plan.budget_bytes)}: "
             "something else holds its memory. Make room, or use a smaller budget."
         ) from error
-
-
-def _build(
-    banks: Sequence[ExpertBank],
-    plan: Plan,
-    stores: Sequence[Store],
-    settings: OffloadConfig,
-    prior: Profile | None,
-    device: str,
-    device_decides: Sequence[bool],
-) -> Runtime:
-    transfer, lock = TRANSFERS[device.partition(":")[0]](device), threading.RLock()
-    scratch = Scratch(unfilled(plan.costs.scratch_bytes, device), transfer, settings.poison)
-    rows_EN = readable_rows(banks, plan.slots, stores, device_decides, device)
-    layers = []
-    for bank, slots, store in zip(banks, plan.slots, stores, strict=True):
-        name = DEVICE_POLICY if bank.index in rows_EN else settings.policy
-        policy = POLICIES[name](bank.num_experts, settings.half_life)
-        if prior is not None and prior.tokens:
-            policy.seed(rates(prior, bank.index))
-        layers.append(
-            LayerRuntime(
-                bank,
-                slots=slots,
-                policy=policy,
-                store=store,
-                transfer=transfer,
-                scratch=scratch,
-                lock=lock,
-                poison=settings.poison,
-            )
-        )
-    runtime = Runtime(layers, list({id(store): store for store in stores}.values()), transfer, lock)
-    if rows_EN:
-        runtime.decide_on_device(rows_EN, settings.half_life, KERNELS[device.partition(":")[0]]())
-        logger.info(
-            "the device decides which experts are in the slots of %d of %d layers, by %s",
-            len(rows_EN), len(layers), DEVICE_POLICY,
-        )  # fmt: skip
-    return runtime
 
 
 def readable_rows(
