@@ -39,7 +39,7 @@ LAYERS = [
         "parts",
         "experts arrange explain progress buffers process_memory scratch arrivals feed overlap groups trial checkpoint "
         "conversion rows packed packed_format shards new_checkpoint plan measure transfer stores stores.* kernels "
-        "kernels.* device_cache transfer_device dense replay",
+        "kernels.* device_cache transfer_threads transfer_device dense replay",
     ),
     Layer("runtime", "layer_runtime runtime prewarm assemble"),
     Layer("engine", "backend handle live.take metrics notebook advise loading outline open_stores pack_streams"),
