@@ -14,9 +14,10 @@ from .plan import Costs, LayerShape
 from .profile import Fingerprint
 
 PROMPT_TOKENS = 512  # a prompt that the automatic reserve makes room for
-#: torch gives cuBLAS 32 MiB on Hopper, 8 before it (aten/src/ATen/cuda/CublasHandlePool.cpp), out of its own allocator,
-#: which takes memory from the device 2 MiB at a time: a bank may leave nearly as much unused.
-CUBLAS_BYTES, CUDA_BLOCK_BYTES = 32 << 20, 2 << 20
+#: torch gives cuBLAS 32 MiB on Hopper, 8 before it, out of its own allocator (CublasHandlePool.cpp): once for what runs
+#: as it comes, once more in the memory of CUDA graphs (clear_cublass_cache in cudagraph_trees.py). The allocator takes
+#: memory from the device 2 MiB at a time: a bank may leave nearly as much unused.
+CUBLAS_BYTES, CUDA_BLOCK_BYTES = 2 * 32 << 20, 2 << 20
 
 
 def layer_shapes(banks: Sequence[ExpertBank]) -> list[LayerShape]:
