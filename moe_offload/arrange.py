@@ -20,7 +20,7 @@ import psutil
 from .config import OffloadConfig
 from .errors import BudgetError, ConfigError
 from .experts import ExpertBank
-from .measure import costs, dense_bytes_on, layer_shapes
+from .measure import costs, dense_bytes_on, layer_shapes, library_bytes
 from .placement import Spot, compute_device, expand, limits, refuse_absent, settle, spots
 from .plan import Plan, plan_slots
 from .sizes import format_size, parse_size
@@ -101,6 +101,7 @@ def arrange(
             whole,
             dense_bytes=dense.get(device, 0),
             kv_bytes=whole.kv_bytes * len(ours) // len(banks),
+            library_bytes=library_bytes(len(ours), device),
         )
         free = available if device == "cpu" else free_bytes(device) if present is not None else allowed.get(device)
         plans[device] = plan_slots(_budget(device, with_experts, settings, allowed, free), layer_shapes(ours), share)

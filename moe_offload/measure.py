@@ -31,10 +31,15 @@ def costs(model: Any, banks: Sequence[ExpertBank], settings: OffloadConfig, devi
         dense_bytes=dense_bytes(model, banks),
         kv_bytes=kv_bytes(model, settings.kv_tokens),
         scores_bytes=scores_bytes(model),
-        library_bytes=CUBLAS_BYTES + len(banks) * CUDA_BLOCK_BYTES if device.startswith("cuda") else 0,
+        library_bytes=library_bytes(len(banks), device),
         scratch_bytes=settings.scratch_rows(row_bytes, device) * row_bytes,
         reserve_bytes=settings.reserve_bytes,
     )
+
+
+def library_bytes(banks: int, device: str) -> int:
+    """What a device's libraries and its allocator hold beside so many banks."""
+    return CUBLAS_BYTES + banks * CUDA_BLOCK_BYTES if device.startswith("cuda") else 0
 
 
 def dense_bytes(model: nn.Module, banks: Sequence[ExpertBank]) -> int:
