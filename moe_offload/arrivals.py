@@ -62,8 +62,8 @@ class Arrivals:
         if self.demanded or self.held or len(self.cache.pending) > len(self.guessed):
             self.abort()  # an event that was interrupted before its wait left loads behind; a new one starts clean
         begun = time.perf_counter()
-        self.held = self.shared.claim(self.bank.index, used)
         try:
+            self.held = self.shared.claim(self.bank.index, used)
             self._settle_guesses(used)
             self._waited(begun, rows=0)
         except BaseException:

@@ -67,13 +67,9 @@ class Scratch:
         claimed = {}
         if layer == self._layer:
             claimed = {e: self._ahead.pop(e) for e in list(self._ahead) if e in used}
-        try:
-            self.drop()
-            for held in claimed.values():
-                self.transfer.hurry(held.ticket)
-        except BaseException:  # Ctrl-C: nobody will hear of these
-            self.transfer.cancel([held.ticket for held in claimed.values()])
-            raise
+        self.drop()
+        for held in claimed.values():
+            self.transfer.hurry(held.ticket)
         return claimed
 
     def release(self) -> None:

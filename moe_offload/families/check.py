@@ -21,7 +21,8 @@ from ..experts import find_experts, is_experts
 from ..measure import costs, layer_shapes
 from ..plan import budget_for
 from .session import NotSupported, run_session, tokens
-from .tiny import FAMILIES, build
+from .table import FAMILIES
+from .tiny import build
 
 #: Under Inductor a fused kernel may round otherwise than the unmodified graph's: the largest difference accepted.
 INDUCTOR_TOLERANCE = 1e-5

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel, StaticCache
 
 from ..errors import OffloadError
-from .tiny import FAMILIES, Family, Kind
+from .table import FAMILIES, Family, Kind
 
 FIRST_ID = 3  # below it are the special ids: padding, begin, end
 

@@ -134,7 +134,7 @@ def test_what_was_found_becomes_a_dated_file(gpu, monkeypatch, tmp_path):
     one = benches(gpu, tmp_path, None, False)[0]
     keep = lambda complete: one.bench.keep(tmp_path, tmp_path, one.command, complete)  # noqa: E731
     assert keep(False) is None
-    result = {"model": "/tmp/x/qwen3_12-layers", "date": "2026-11-26", "machine": {"gpu": "NVIDIA H100 80GB HBM3"}}
+    result = {"model": "checkpoints/qwen3_12-layers", "date": "2026-11-26", "machine": {"gpu": "NVIDIA H100 80GB HBM3"}}
     one.bench.found(tmp_path).write_text(json.dumps(result))
     monkeypatch.setattr("moe_offload.bench.table.table", lambda result: "the table")
     file = keep(False)

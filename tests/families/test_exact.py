@@ -15,7 +15,8 @@ from torch._dynamo.utils import counters
 import moe_offload
 from moe_offload.families.check import QUICK, SLICE, Case, _offloaded, _resident, check
 from moe_offload.families.session import run_session
-from moe_offload.families.tiny import FAMILIES, available, build
+from moe_offload.families.table import FAMILIES
+from moe_offload.families.tiny import available, build
 
 from ..offloaded import TRACED_ROUND_OTHERWISE
 

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from moe_offload.experts import is_experts
 from moe_offload.families import tiny
 from moe_offload.families.session import NotSupported, family_of, run_session, tokens
-from moe_offload.families.tiny import FAMILIES, available, build, unlisted
+from moe_offload.families.table import FAMILIES
+from moe_offload.families.tiny import available, build, unlisted
 
 CACHED = [name for name in available() if FAMILIES[name].kind in ("lm", "embeds")]
 

@@ -1,0 +1,362 @@
+"""Every MoE family in transformers, and the sizes at which a model of it is tiny.
+
+One entry per model class that has routed experts of its own, whether or not moe_offload can run it. Only this table
+knows the families; `tiny.py` builds them alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+# What a model is fed and what it returns:
+#   lm           token ids, a KV cache; returns logits, or hidden states where the class has no head
+#   embeds       embeddings, a KV cache
+#   encdec       token ids on both sides, a KV cache on the decoder's
+#   encoder      token ids, no cache
+#   vision_grid  flattened image patches and their grids, no cache
+#   vitpose      images and the dataset each belongs to, no cache
+Kind = Literal["lm", "embeds", "encdec", "encoder", "vision_grid", "vitpose"]
+
+# The value of an override that keeps the class' own default where SIZES would change it.
+DEFAULT: Any = object()
+
+# Sizes for any configuration field of that name. Unequal where a mix-up would otherwise go unnoticed.
+SIZES: dict[str, Any] = {
+    # width and depth
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "d_model": 64,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,  # generation runs to its full length
+    "tie_word_embeddings": False,  # else the best next token is the last one, whatever the experts say
+    "num_mtp_layers": 0,
+    "num_nextn_predict_layers": 0,
+    # experts
+    "num_experts": 8,
+    "num_local_experts": 8,
+    "n_routed_experts": 8,
+    "moe_num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_topk": 2,
+    "moe_k": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "num_shared_experts": 1,
+    "moe_num_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "num_dense_layers": 1,
+    "moe_intermediate_size": 40,
+    "expert_ffn_hidden_size": 40,
+    "intermediate_size": 48,
+    "intermediate_size_mlp": 48,
+    "ffn_hidden_size": 48,
+    "dense_intermediate_size": 48,
+    "share_expert_dim": 32,
+    "shared_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "shared_experts_intermediate_size": 32,
+    "moe_shared_expert_intermediate_size": 32,
+    "router_hidden_size": 16,
+    # attention
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "kv_channels": 16,
+    "attention_dropout": 0.0,
+    "sliding_window": 8,
+    "sliding_window_size": 8,
+    "attention_chunk_size": 8,
+    "max_window_layers": 1,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 16,
+    # latent attention
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+    "o_groups": 2,
+    "o_lora_rank": 16,
+    # sparse attention
+    "index_topk": 8,
+    "index_head_dim": 16,
+    "index_n_heads": 2,
+    "block_size": 8,
+    # linear attention
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_head_dim": 8,
+    "linear_num_heads": 4,
+    # state space
+    "mamba_d_state": 8,
+    "mamba_n_heads": 8,
+    "mamba_num_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_head_dim": 16,
+    "mamba_dt_rank": 8,
+    "mamba_chunk_size": 8,
+    "ssm_state_size": 8,
+    "n_groups": 2,
+    "chunk_size": 8,
+    "use_mamba_kernels": False,
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model class with routed experts, how to make it tiny, and what transformers cannot do with it."""
+
+    folder: str  # transformers/models/<folder>
+    config: str
+    model: str
+    kind: Kind
+    overrides: Mapping[str, Any]
+    no_static_cache: str = ""  # why it cannot run with a StaticCache; empty where it can
+
+    @property
+    def config_path(self) -> str:
+        return f"transformers.models.{self.folder}.configuration_{self.folder}.{self.config}"
+
+    @property
+    def model_path(self) -> str:
+        return f"transformers.models.{self.folder}.modeling_{self.folder}.{self.model}"
+
+
+def causal_lm(folder: str, prefix: str, no_static_cache: str = "", **overrides: Any) -> Family:
+    return Family(folder, f"{prefix}Config", f"{prefix}ForCausalLM", "lm", overrides, no_static_cache)
+
+
+def text_lm(folder: str, prefix: str, **overrides: Any) -> Family:
+    """The language model of a multimodal family, with its head."""
+    return Family(folder, f"{prefix}TextConfig", f"{prefix}ForCausalLM", "lm", overrides)
+
+
+def text_model(folder: str, prefix: str, **overrides: Any) -> Family:
+    """The language model of a multimodal family whose head belongs to the multimodal class: returns hidden states."""
+    return Family(folder, f"{prefix}TextConfig", f"{prefix}TextModel", "lm", overrides)
+
+
+def encoder_decoder(folder: str, prefix: str, **overrides: Any) -> Family:
+    reason = "an encoder-decoder keeps two caches, of different lengths"
+    return Family(folder, f"{prefix}Config", f"{prefix}ForConditionalGeneration", "encdec", overrides, reason)
+
+
+def no_cache(folder: str, config: str, model: str, kind: Kind, **overrides: Any) -> Family:
+    return Family(folder, config, model, kind, overrides, "it has no KV cache")
+
+
+MHA: dict[str, Any] = {"num_key_value_heads": 4}  # as many key heads as query heads
+DENSE_FIRST: dict[str, Any] = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
+LINEAR_FULL_LINEAR: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+
+
+def rope(**more: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, **more}}
+
+
+FAMILIES: dict[str, Family] = {
+    "afmoe": causal_lm("afmoe", "Afmoe", num_hidden_layers=4),
+    "aria": Family("aria", "AriaTextConfig", "AriaTextForCausalLM", "lm", {}),
+    "axk1": causal_lm("axk1", "AXK1", **MHA),
+    "axk2": causal_lm("axk2", "AXK2", **MHA, head_dim=DEFAULT),
+    "bailing_hybrid": causal_lm("bailing_hybrid", "BailingHybrid", **MHA, layer_group_size=2),
+    "beam": causal_lm("beam", "Beam", **DENSE_FIRST),
+    "cohere2_moe": causal_lm("cohere2_moe", "Cohere2Moe"),
+    "dbrx": causal_lm(
+        "dbrx",
+        "Dbrx",
+        n_heads=4,
+        n_layers=2,
+        max_seq_len=128,
+        attn_config={"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        ffn_config={"hidden_size": 64, "ffn_hidden_size": 48, "moe_num_experts": 8, "moe_top_k": 2},
+    ),
+    "deepseek_ocr2": text_model("deepseek_ocr2", "DeepseekOcr2", **DENSE_FIRST, n_group=DEFAULT, topk_group=DEFAULT),
+    "deepseek_v2": causal_lm("deepseek_v2", "DeepseekV2", **MHA, topk_method="group_limited_greedy"),
+    "deepseek_v3": causal_lm("deepseek_v3", "DeepseekV3", **MHA),
+    "deepseek_v32": causal_lm("deepseek_v32", "DeepseekV32", **MHA),
+    "deepseek_v4": causal_lm(
+        "deepseek_v4", "DeepseekV4", "StaticCache has no layer for its compressed attention", num_key_value_heads=1
+    ),
+    "diffusion_gemma": Family(
+        "diffusion_gemma",
+        "DiffusionGemmaTextConfig",
+        "DiffusionGemmaEncoderTextModel",
+        "lm",
+        {"top_k_experts": 2, "global_head_dim": 16},
+    ),
+    "doge": causal_lm("doge", "Doge", is_moe=True, num_experts=16),
+    "dots1": causal_lm("dots1", "Dots1", **MHA),
+    "dots3_note": text_lm(
+        "dots3_note",
+        "Dots3Note",
+        **MHA,
+        swa_num_attention_heads=4,
+        swa_num_key_value_heads=4,
+        swa_q_lora_rank=16,
+        swa_kv_lora_rank=16,
+        swa_head_dim=16,
+        swa_v_head_dim=16,
+        swa_qk_nope_head_dim=8,
+    ),
+    "dots3_note_vision": no_cache(
+        "dots3_note",
+        "Dots3NoteVisionConfig",
+        "Dots3NoteVisionModel",
+        "vision_grid",
+        pyramid_num_routed=[-1, 4, 8],
+        num_local_experts=DEFAULT,
+        adapter_in_dim=64,
+        adapter_out_dim=64,
+    ),
+    "ernie4_5_moe": causal_lm("ernie4_5_moe", "Ernie4_5_Moe"),
+    "ernie4_5_vl_moe": text_model(
+        "ernie4_5_vl_moe", "Ernie4_5_VLMoe", moe_intermediate_size=[40, 24], **rope(mrope_section=[3, 3, 2])
+    ),
+    "exaone_moe": causal_lm("exaone_moe", "ExaoneMoe"),
+    "flex_olmo": causal_lm("flex_olmo", "FlexOlmo"),
+    "flint": causal_lm("flint", "Flint"),
+    "gemma4": text_lm(
+        "gemma4", "Gemma4", enable_moe_block=True, top_k_experts=2, hidden_size_per_layer_input=0, global_head_dim=16
+    ),
+    "glm4_moe": causal_lm("glm4_moe", "Glm4Moe"),
+    "glm4_moe_lite": causal_lm("glm4_moe_lite", "Glm4MoeLite", **MHA),
+    "glm4v_moe": text_model("glm4v_moe", "Glm4vMoe", **rope(partial_rotary_factor=0.5, mrope_section=[2, 1, 1])),
+    "glm5_next": text_model(
+        "glm5_next",
+        "Glm5Next",
+        **MHA,
+        **LINEAR_FULL_LINEAR,
+        **DENSE_FIRST,
+        index_kpool=4,
+        indexer_types=["full", "full", "full"],
+        qk_rope_head_dim=DEFAULT,
+        head_dim=DEFAULT,
+    ),
+    "glm_moe_dsa": causal_lm("glm_moe_dsa", "GlmMoeDsa", **MHA),
+    "gpt_oss": causal_lm("gpt_oss", "GptOss"),
+    "granitemoe": causal_lm("granitemoe", "GraniteMoe"),
+    "granitemoe_swa": causal_lm("granitemoe_swa", "GraniteMoeSWA"),
+    "granitemoehybrid": causal_lm("granitemoehybrid", "GraniteMoeHybrid", layer_types=["mamba", "attention", "mamba"]),
+    "granitemoeshared": causal_lm("granitemoeshared", "GraniteMoeShared"),
+    "hunyuan_v1_moe": causal_lm("hunyuan_v1_moe", "HunYuanMoEV1"),
+    "hy_v3": causal_lm("hy_v3", "HYV3"),
+    "hy_v4": causal_lm("hy_v4", "HYV4", **MHA),
+    "inkling": text_lm("inkling", "Inkling"),
+    "inkling2": text_lm("inkling2", "Inkling2"),
+    "jamba": causal_lm(
+        "jamba",
+        "Jamba",
+        num_hidden_layers=4,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        expert_layer_period=2,
+        expert_layer_offset=1,
+    ),
+    "jetmoe": causal_lm("jetmoe", "JetMoe"),
+    "kimi_linear": causal_lm("kimi_linear", "KimiLinear", **MHA, **LINEAR_FULL_LINEAR, **DENSE_FIRST),
+    "kolibri1": causal_lm("kolibri1", "Kolibri1"),
+    "laguna": causal_lm("laguna", "Laguna"),
+    "lfm2_moe": causal_lm("lfm2_moe", "Lfm2Moe", layer_types=["conv", "full_attention", "conv"]),
+    "llama4": text_lm("llama4", "Llama4", num_experts_per_tok=1),
+    "longcat_flash": causal_lm(
+        "longcat_flash", "LongcatFlash", **MHA, num_layers=2, zero_expert_num=4, head_dim=8, qk_head_dim=DEFAULT
+    ),
+    "mellum": causal_lm("mellum", "Mellum"),
+    "mimo_v2_flash": causal_lm("mimo_v2_flash", "MiMoV2Flash"),
+    "minimax": causal_lm("minimax", "MiniMax", "it takes no cache but one of its own class"),
+    "minimax_m2": causal_lm("minimax_m2", "MiniMaxM2"),
+    "minimax_m3_vl": text_lm("minimax_m3_vl", "MiniMaxM3VL"),
+    "mistral4": causal_lm("mistral4", "Mistral4", **MHA),
+    "mistral_large4": text_model("mistral_large4", "MistralLarge4", **MHA),
+    "mixtral": causal_lm("mixtral", "Mixtral"),
+    "muse_spark": text_model("muse_spark", "MuseSpark", moe_hidden_size=32),
+    "nemotron_h": causal_lm(
+        "nemotron_h",
+        "NemotronH",
+        layers_block_type=["mamba", "moe", "attention", "moe"],
+        num_hidden_layers=DEFAULT,
+    ),
+    "nllb_moe": encoder_decoder(
+        "nllb_moe",
+        "NllbMoe",
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_sparse_step=2,
+        decoder_sparse_step=2,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        expert_capacity=64,
+        dropout=0.0,
+    ),
+    "olmoe": causal_lm("olmoe", "Olmoe"),
+    "openai_privacy_filter": no_cache(
+        "openai_privacy_filter", "OpenAIPrivacyFilterConfig", "OpenAIPrivacyFilterForTokenClassification", "encoder"
+    ),
+    "phimoe": causal_lm("phimoe", "Phimoe"),
+    "qwen2_moe": causal_lm("qwen2_moe", "Qwen2Moe"),
+    "qwen3_5_moe": text_lm("qwen3_5_moe", "Qwen3_5Moe", **LINEAR_FULL_LINEAR),
+    "qwen3_moe": causal_lm("qwen3_moe", "Qwen3Moe"),
+    "qwen3_next": causal_lm("qwen3_next", "Qwen3Next", **LINEAR_FULL_LINEAR),
+    "qwen3_omni_moe_talker": Family(
+        "qwen3_omni_moe",
+        "Qwen3OmniMoeTalkerTextConfig",
+        "Qwen3OmniMoeTalkerModel",
+        "embeds",
+        {"shared_expert_intermediate_size": 32},
+    ),
+    "qwen3_omni_moe_thinker": Family(
+        "qwen3_omni_moe", "Qwen3OmniMoeTextConfig", "Qwen3OmniMoeThinkerTextModel", "lm", {}
+    ),
+    "qwen3_vl_moe": text_model("qwen3_vl_moe", "Qwen3VLMoe"),
+    "qwen4_exp": text_lm(
+        "qwen4_exp",
+        "Qwen4Exp",
+        **LINEAR_FULL_LINEAR,
+        indexer_n_heads=2,
+        indexer_kv_heads=1,
+        indexer_head_dim=16,
+        indexer_budget=8,
+        indexer_compress_ratio=4,
+        hc_lowrank=8,
+    ),
+    "solar_open": causal_lm("solar_open", "SolarOpen"),
+    "step3p7": text_model("step3p7", "Step3p7", **DENSE_FIRST),
+    "switch_transformers": encoder_decoder(
+        "switch_transformers",
+        "SwitchTransformers",
+        num_layers=2,
+        num_decoder_layers=2,
+        num_sparse_encoder_layers=1,
+        num_sparse_decoder_layers=1,
+        num_heads=4,
+        d_kv=16,
+        d_ff=48,
+        expert_capacity=64,
+        dropout_rate=0.0,
+    ),
+    "unlimited_ocr": text_model("unlimited_ocr", "UnlimitedOcr", n_group=DEFAULT, topk_group=DEFAULT),
+    "vitpose_backbone": no_cache(
+        "vitpose_backbone",
+        "VitPoseBackboneConfig",
+        "VitPoseBackbone",
+        "vitpose",
+        num_hidden_layers=2,
+        num_experts=4,
+        part_features=16,
+        image_size=(32, 32),
+        patch_size=(8, 8),
+    ),
+    "zaya": causal_lm("zaya", "Zaya", num_experts_per_tok=1),
+}
