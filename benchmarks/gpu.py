@@ -54,8 +54,8 @@ def parts(cache: Path, traces: Path | None, full: bool) -> list[Part]:
     return [
         Part("checks", "machine", ["nvidia-smi"], 60),
         Part("checks", "mechanisms", checks, 300),
-        Part("tests", "kernels", [*pytest, "tests/kernels"], 300),
-        Part("tests", "models", [*pytest, "tests/gpu", "tests/test_transfer.py"], 600),
+        Part("tests", "kernels", [*pytest, "tests/runtime/kernels"], 300),
+        Part("tests", "models", [*pytest, "tests/gpu", "tests/memory/transfer/test_threads.py"], 600),
         *(
             Part("bench", one.name, one.command(cache, traces, full), FULL_LIMIT_S if full else one.limit_s, one)
             for one in BENCHES

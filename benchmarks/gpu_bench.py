@@ -77,7 +77,7 @@ def _file_name(name: str, result: dict[str, Any]) -> str:
 
 
 def _markdown(command: list[str], result: dict[str, Any], complete: bool) -> str:
-    from moe_offload.bench.table import table
+    from moe_offload.apps.bench.table import table
 
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False

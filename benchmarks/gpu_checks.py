@@ -27,8 +27,8 @@ import torch
 from gpu_timing import copy_batch, graph, replaced
 from torch import Tensor
 
-from moe_offload.bench.link import copy_rows, microseconds, registered
-from moe_offload.kernels import KERNELS, DeviceState, Loads, pace
+from moe_offload.apps.bench.roofs.link import copy_rows, microseconds, registered
+from moe_offload.runtime.kernels import KERNELS, DeviceState, Loads, pace
 
 LINK_ROWS_MB = (4.7, 9.4, 26.0)  # Qwen3-30B-A3B in 8 bits and in bf16, gpt-oss-20b in 8 bits
 PROGRAMS = (16, 32, 64, 96, 132, 264)
@@ -159,7 +159,7 @@ def gather(options: argparse.Namespace) -> None:
 
 
 def link(name: str, host_EN: Tensor, rows_EN: Tensor, bank_SN: Tensor, count: int, options: argparse.Namespace) -> None:
-    from moe_offload.kernels import gather_triton
+    from moe_offload.runtime.kernels import gather_triton
 
     loads = Loads.empty(count, options.device)
     loads.slot_P.copy_(torch.arange(count))
@@ -200,7 +200,7 @@ def indexed_mm(options: argparse.Namespace) -> None:
 def products(
     name: str, pairs: int, rows: int, hidden: int, transposed: bool, roof: float, options: argparse.Namespace
 ) -> None:
-    from moe_offload.kernels import indexed_triton
+    from moe_offload.runtime.kernels import indexed_triton
 
     sets = 2 if options.tiny else 8  # of slots, taken in turn: the second-level cache must not hold them
     slots = torch.randperm(sets * pairs).view(sets, pairs).to(options.device)

@@ -1,4 +1,4 @@
-"""What `gpu_checks.py` measures with, beside `moe_offload/bench/link.py`: graphs, and copies in one batch."""
+"""What `gpu_checks.py` measures with, beside `bench`'s own link: graphs, and copies in one batch."""
 
 from __future__ import annotations
 

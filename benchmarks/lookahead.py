@@ -25,10 +25,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moe_offload
-from moe_offload.bench import routing as recorded
-from moe_offload.bench.request import random_prompt
-from moe_offload.layer_runtime import LayerRuntime
-from moe_offload.plan import budget_for
+from moe_offload.apps.bench import routing as recorded
+from moe_offload.apps.bench.request import random_prompt
+from moe_offload.plan.budget import budget_for
+from moe_offload.runtime.layer import LayerRuntime
 
 
 def recall(options: argparse.Namespace) -> None:

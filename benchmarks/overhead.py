@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, Qwen3MoeConfig, Qwe
 
 import moe_offload
 from moe_offload.experts import find_experts
-from moe_offload.prewarm import prewarm
+from moe_offload.runtime.prewarm import prewarm
 
 PROMPT = 16
 

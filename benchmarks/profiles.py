@@ -22,12 +22,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moe_offload
-from moe_offload.cache import LayerCache
-from moe_offload.plan import budget_for
-from moe_offload.policies import POLICIES
-from moe_offload.prewarm import prewarm
-from moe_offload.profile import Profile
-from moe_offload.profile_stats import most_wanted, rates
+from moe_offload.cache import POLICIES
+from moe_offload.cache.layer_cache import LayerCache
+from moe_offload.observe.profile import Profile
+from moe_offload.observe.profile_stats import most_wanted, rates
+from moe_offload.plan.budget import budget_for
+from moe_offload.runtime.prewarm import prewarm
 
 PROMPT, DECODED, WINDOWS = 48, 256, 12
 PARTS = {"prompt": slice(0, 1), "next 8": slice(1, 9), "next 32": slice(1, 33), "all 256": slice(1, 257)}

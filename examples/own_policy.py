@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from moe_offload import Trace
-from moe_offload.simulate import simulate
-from moe_offload.simulate.show import table
+from moe_offload.apps.simulate import simulate
+from moe_offload.apps.simulate.show import table
 
 
 class SecondChance:

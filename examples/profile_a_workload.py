@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import moe_offload
-from moe_offload.profile import Profile
-from moe_offload.profile_stats import distances, skews
+from moe_offload.observe.profile import Profile
+from moe_offload.observe.profile_stats import distances, skews
 
 HERE = Path(__file__).parent
 MODEL = HERE / "polyglot-tiny"

@@ -11,11 +11,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .version import __version__ as __version__
+__version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .api import from_pretrained, make_plan, optimize
-    from .config import OffloadConfig
+    from .config.settings import OffloadConfig
     from .errors import (
         BudgetError,
         CheckpointChangedError,
@@ -31,16 +31,16 @@ if TYPE_CHECKING:
         TraceError,
         UnsupportedModelError,
     )
-    from .forecasting import Forecast, forecast
+    from .observe.profile import Profile
+    from .observe.trace import Trace
     from .pack import pack_checkpoint
-    from .profile import Profile
+    from .plan.forecast import Forecast, forecast
     from .record import record_profile
-    from .trace import Trace
 
 
 _HOMES = {
     "api": ["from_pretrained", "make_plan", "optimize"],
-    "config": ["OffloadConfig"],
+    "config.settings": ["OffloadConfig"],
     "errors": [
         "BudgetError",
         "CheckpointChangedError",
@@ -56,11 +56,11 @@ _HOMES = {
         "TraceError",
         "UnsupportedModelError",
     ],
-    "forecasting": ["Forecast", "forecast"],
+    "plan.forecast": ["Forecast", "forecast"],
     "pack": ["pack_checkpoint"],
-    "profile": ["Profile"],
+    "observe.profile": ["Profile"],
     "record": ["record_profile"],
-    "trace": ["Trace"],
+    "observe.trace": ["Trace"],
 }
 
 __all__ = [

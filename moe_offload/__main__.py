@@ -8,7 +8,7 @@ import sys
 import threading
 from contextlib import suppress
 
-from .cli import main as command_line
+from .apps.cli import main as command_line
 
 
 def main() -> None:

@@ -2,8 +2,8 @@
 
 optimize(model, budget)          a loaded model, or one whose experts are on "meta"
 from_pretrained(path, budget)    a checkpoint whose experts never all come into RAM
-make_plan(model_or_path, budget) how many slots would fit, before anything is loaded (more: moe_offload/forecasting.py)
-record_profile(model, inputs)    which experts a workload uses (moe_offload/record.py)
+make_plan(model_or_path, budget) how many slots would fit, before anything is loaded (more: plan/forecast.py)
+record_profile(model, inputs)    which experts a workload uses (record.py)
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from . import install as patch
-from .advise import Advisor, at_start
-from .arrange import Arrangement, arrange
-from .assemble import build_runtime, on_device
-from .config import Config, OffloadConfig, resolve
-from .dense import keep_where_it_is, place_dense
+from .checkpoint.loading import load_dense, resolve_folder, skeleton
+from .checkpoint.packed import index_checkpoint
+from .config.device_map import DeviceMap
+from .config.settings import Config, OffloadConfig, resolve
+from .config.sizes import format_size
 from .errors import OffloadError
 from .experts import ExpertBank, find_experts
-from .forecasting import read_outline
+from .forward.advise import Advisor, at_start
 from .handle import Handle
-from .loading import load_dense, resolve_folder, skeleton
-from .measure import fingerprint
-from .open_stores import open_stores
-from .packed import index_checkpoint
-from .placement import DeviceMap
-from .plan import Plan
-from .prewarm import prewarm
-from .process_memory import bound_kernel_caches
-from .profile import Profile
-from .profile_stats import most_wanted
-from .progress import bar
-from .refusals import refuse_what_reaches_experts
-from .runtime import Runtime
-from .saving import save_real_rows
-from .sizes import format_size
-from .transfer_device import present
+from .memory.process_memory import bound_kernel_caches, trim_heap
+from .memory.stores.open import open_stores
+from .memory.transfer.staged import present
+from .observe.profile import Profile
+from .observe.profile_stats import most_wanted
+from .observe.progress import bar
+from .patch import install as patch
+from .patch.dense_weights import keep_where_it_is, place_dense
+from .patch.refusals import refuse_what_reaches_experts
+from .patch.saving import save_real_rows
+from .plan.arrange import Arrangement, arrange
+from .plan.budget import Plan
+from .plan.forecast import read_outline
+from .plan.weights import fingerprint
+from .runtime.assemble import build_runtime, on_device
+from .runtime.model import Runtime
+from .runtime.prewarm import prewarm
 
 logger = logging.getLogger("moe_offload")
 Model = TypeVar("Model", bound=nn.Module)
@@ -69,11 +69,13 @@ def optimize(
     else in a spill file in `offload_folder`, written once and removed on close.
     `profile` fills the slots before the first token with what such a workload uses; interrupt it (Ctrl-C) and the
     model is offloaded all the same, only colder. What is not given as an argument is read from `config` (an
-    `OffloadConfig`, a dict of its fields, or the path of a file), `MOE_OFFLOAD_*` and the default file (`config.py`).
+    `OffloadConfig`, a dict of its fields, or the path of a file), `MOE_OFFLOAD_*` and the default file
+    (`config/settings.py`).
 
-    Afterwards `save_pretrained` writes the ordinary checkpoint, a row at a time (`saving.py`); `state_dict()` has to
-    hold all experts in RAM. Adapters on dense layers work as ever. What would reach the experts (moving, converting,
-    copying, loading, adapting them) raises `OffloadError` and says what to do instead (`refusals.py`).
+    Afterwards `save_pretrained` writes the ordinary checkpoint, a row at a time (`patch/saving.py`); `state_dict()`
+    has to hold all experts in RAM. Adapters on dense layers work as ever. What would reach the experts (moving,
+    converting, copying, loading, adapting them) raises `OffloadError` and says what to do instead
+    (`patch/refusals.py`).
 
     Raises `UnsupportedModelError` naming a module that cannot be run exactly, `BudgetError` stating the floor,
     `ConfigError`, `CheckpointError` or `ProfileError`; the model is unchanged then. A row that cannot be read while the
@@ -144,6 +146,7 @@ def from_pretrained(
         if kwargs.pop(removed, None) is not None:
             logger.info("%s is not needed: experts are read from the original shards", removed)
     model = load_dense(folder, meta, index.keys, **kwargs)
+    trim_heap()  # for each of the loader's threads it keeps tens of MB
     return optimize(model, profile=prior, config=settings).eval()
 
 

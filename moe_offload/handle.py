@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import chrome_trace
-from .arrange import Arrangement
+import psutil
+
+from .cache.counters import TOTALS, Stats
+from .config.sizes import format_size
 from .errors import TraceError
 from .experts import ExpertBank
-from .explain import explain
-from .live.server import LiveView, open_view
-from .live.take import take
-from .metrics import LOCAL, Exporter, registry_of
-from .notebook import to_html
-from .plan import Plan
-from .profile import Fingerprint, Profile
-from .recorder import Recorder, Step
-from .runtime import Runtime
-from .sizes import format_size
-from .stats import TOTALS, Stats
-from .timeline import Depth, Timeline
-from .trace import Trace
+from .observe import chrome_trace
+from .observe.live.server import LiveView, open_view
+from .observe.live.snapshot import LayerNow, Snapshot
+from .observe.metrics import LOCAL, Exporter, registry_of
+from .observe.notebook import to_html
+from .observe.profile import Fingerprint, Profile
+from .observe.timeline import Depth, Timeline
+from .observe.trace import Trace
+from .observe.trace_recorder import Recorder, Step
+from .plan.arrange import Arrangement
+from .plan.budget import Plan
+from .plan.explain import explain
+from .runtime.model import Runtime
 
 
 class Handle:
@@ -104,7 +107,26 @@ class Handle:
 
     def snapshot(self) -> dict[str, Any]:
         """State and counters as of now, as plain JSON values (`live/snapshot.py`). From any thread; waits for none."""
-        return take(self).model_dump()
+        return self._snapshot().model_dump()
+
+    def _snapshot(self) -> Snapshot:
+        stats, depth = self.stats(), self.depth()
+        names = [name for name in Snapshot.model_fields if name in stats.__dataclass_fields__ and name != "layers"]
+        return Snapshot(
+            **{name: getattr(stats, name) for name in names},
+            model=self.name,
+            pid=os.getpid(),
+            uptime_s=time.monotonic() - self.begun,
+            budget_bytes=self.plan.budget_bytes,
+            plan=dict(self.plan.rows()),
+            rss_bytes=psutil.Process().memory_info().rss,
+            queued=depth.urgent + depth.background,
+            reading=depth.reading,
+            layers=[
+                LayerNow(**{**row, "name": row["name"][:256]}, row_bytes=layer.row_bytes)
+                for row, layer in zip(stats.layers, self.plan.layers, strict=True)
+            ],
+        )
 
     def serve_live(self) -> Path | None:
         """Let `moe-offload top` watch this model, until it is closed. Returns the path of the socket, or None where
@@ -262,4 +284,4 @@ class Handle:
 
 
 def _line(handle: Handle | None) -> bytes | None:
-    return None if handle is None or handle.closed else take(handle).model_dump_json().encode()
+    return None if handle is None or handle.closed else handle._snapshot().model_dump_json().encode()

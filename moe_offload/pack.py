@@ -8,29 +8,31 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .buffers import page_aligned
-from .checkpoint import INDEX, Headers
-from .errors import CheckpointError, ConfigError, PackError
+from .checkpoint.headers import INDEX, Headers
+from .checkpoint.loading import resolve_folder, skeleton
+from .checkpoint.packed import ABSENT, ROWS, SOURCES, checkpoint_headers, index_checkpoint, is_packed
+from .checkpoint.packed_format import describe, parse_sources, rows_metadata, sources_metadata
+from .checkpoint.row_index import RowIndex, index_rows
+from .checkpoint.shards import Entry, Shard, file_name, header, split, write_shard
+from .checkpoint.staging_folder import check_new, new_folder
+from .config.sizes import parse_size
+from .errors import CheckpointChangedError, CheckpointError, ConfigError, PackError
 from .experts import ExpertBank, find_experts
-from .loading import resolve_folder, skeleton
-from .new_folder import check_new, new_folder
-from .pack_streams import dense_parts, expert_rows
-from .packed import ABSENT, ROWS, SOURCES, checkpoint_headers, index_checkpoint, is_packed
-from .packed_format import describe, parse_sources, rows_metadata, sources_metadata
-from .progress import bar
-from .rows import RowIndex, index_rows
-from .shards import Entry, Shard, file_name, header, split, write_shard
-from .sizes import parse_size
-from .stores import Store
-from .stores.disk import DiskStore
+from .memory.buffers import page_aligned
+from .memory.stores import Store
+from .memory.stores.direct_io import DataFile
+from .memory.stores.disk import DiskStore
+from .memory.stores.row_reads import PART_BYTES
+from .observe.progress import bar
 
 VERIFY = ("none", "sample", "all")
 #: What is not copied from the original folder: weights, in whatever form, and their indexes.
@@ -169,3 +171,41 @@ names and that is not there. Use the original checkpoint for that. Nothing is qu
 the folder was made from the original by `moe-offload pack ORIGINAL FOLDER`; should a later transformers lay the experts
 out otherwise, loading says so, and the original is to be packed again.
 """
+
+
+def dense_parts(shard: Shard, headers: Headers) -> Iterator[memoryview]:
+    """The bytes of a shard's dense tensors, part by part; each view is good until the next one is asked for.
+
+    Raises `ExpertReadError` or `CheckpointChangedError` when the original cannot be read, or is no longer the one that
+    `headers` were read from.
+    """
+    part = page_aligned(PART_BYTES).numpy().data
+    with contextlib.ExitStack() as opened:
+        files: dict[Path, DataFile] = {}
+        for entry in shard.entries:
+            range_ = headers[entry.key]
+            if range_.file not in files:
+                descriptor = os.open(range_.file, os.O_RDONLY | os.O_CLOEXEC)
+                files[range_.file] = opened.enter_context(contextlib.closing(DataFile(range_.file, descriptor)))
+            for at in range(0, range_.nbytes, PART_BYTES):
+                chunk = part[: min(PART_BYTES, range_.nbytes - at)]
+                files[range_.file].read(range_.offset + at, [chunk], entry.key)
+                yield chunk
+        for path, file in files.items():
+            if file.stamp() != headers.stamps[path]:
+                raise CheckpointChangedError(f"{path}: was modified while it was packed. Let it rest and pack again.")
+
+
+def expert_rows(shard: Shard, banks: Sequence[ExpertBank], store: Store) -> Iterator[memoryview]:
+    """The rows of a shard's layers; each view is good until the next one is asked for. Padding is zero."""
+    keys = {entry.key for entry in shard.entries}
+    for bank in (bank for bank in banks if bank.name in keys):
+        row = page_aligned(bank.layout.row_bytes)
+        ends = [(field.offset, field.offset + field.nbytes) for field in bank.layout.fields]
+        gaps = zip([0, *(end for _, end in ends)], [*(start for start, _ in ends), len(row)], strict=True)
+        padding = [row[start:stop] for start, stop in gaps]
+        for e in range(bank.num_experts):
+            store.read(bank.index, e, row.numpy().data)
+            for span in padding:
+                span.zero_()
+            yield row.numpy().data

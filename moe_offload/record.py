@@ -13,13 +13,13 @@ import optree
 import torch
 from torch import Tensor
 
-from . import backend
-from .call import own_code
 from .errors import ProfileError
 from .experts import find_experts
-from .install import IMPLEMENTATIONS, choose_implementation
-from .measure import fingerprint
-from .profile import Profile
+from .forward import backend
+from .forward.call import own_code
+from .observe.profile import Profile
+from .patch.install import IMPLEMENTATIONS, choose_implementation
+from .plan.weights import fingerprint
 
 
 class Count:

@@ -16,4 +16,4 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 def no_settings_of_the_user(monkeypatch):
     for name in [name for name in os.environ if name.startswith("MOE_OFFLOAD_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setattr("moe_offload.config_file.default_path", lambda: Path("/nowhere/default_config.yaml"))
+    monkeypatch.setattr("moe_offload.config.file.default_path", lambda: Path("/nowhere/default_config.yaml"))

@@ -9,9 +9,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from moe_offload.bench.link import link_roof
-from moe_offload.bench.routing import Routing, load_recorded
-from moe_offload.cli import app
+from moe_offload.apps.bench.roofs.link import link_roof
+from moe_offload.apps.bench.routing import Routing, load_recorded
+from moe_offload.apps.cli import app
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 

@@ -14,12 +14,11 @@ from transformers import StaticCache
 
 import moe_offload
 from moe_offload import OffloadConfig, OffloadError
+from moe_offload.apps.families.tiny import build
 from moe_offload.experts import find_experts
-from moe_offload.families.tiny import build
-from moe_offload.measure import costs, layer_shapes
-from moe_offload.plan import budget_for
-
-from ..offloaded import IDS
+from moe_offload.plan.budget import budget_for
+from moe_offload.plan.weights import costs, layer_shapes
+from tests.fakes.offloaded import IDS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 FAMILIES = ["qwen3_moe", "gpt_oss", "deepseek_v3"]
@@ -213,7 +212,7 @@ def test_two_models_on_one_gpu():
 
 
 def test_what_was_pinned_is_given_back():
-    from moe_offload.kernels import pinned
+    from moe_offload.memory.transfer import pinned
 
     for _ in range(3):
         model = offloaded("qwen3_moe", DEVICE)
@@ -227,7 +226,7 @@ def test_what_was_pinned_is_given_back():
 
 
 def test_an_error_of_pinning_does_not_come_up_again():
-    from moe_offload.kernels import pinned
+    from moe_offload.memory.transfer import pinned
 
     rows = torch.zeros(2, 4096, dtype=torch.uint8)
     assert pinned._register(rows) == "" and pinned._register(rows) != ""

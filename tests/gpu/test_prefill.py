@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from .test_gpu import DEVICE, FAMILIES, HOST, logits_of, offloaded, on_gpu, say
+from tests.gpu.test_gpu import DEVICE, FAMILIES, HOST, logits_of, offloaded, on_gpu, say
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 PROMPT = torch.randint(3, 90, (1, 300), generator=torch.Generator().manual_seed(0))

@@ -7,10 +7,9 @@ import torch
 
 import moe_offload
 from moe_offload import RoutingError
+from moe_offload.apps.families.tiny import build
 from moe_offload.experts import is_experts
-from moe_offload.families.tiny import build
-
-from ..offloaded import QWEN, offload, resident, say
+from tests.fakes.offloaded import QWEN, offload, resident, say
 
 
 @pytest.fixture(autouse=True)

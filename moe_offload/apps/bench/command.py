@@ -1,0 +1,92 @@
+"""From what a person typed to a workload: the model, the budget, the routing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ...api import make_plan
+from ...checkpoint.loading import resolve_folder, skeleton
+from ...errors import ConfigError
+from ...experts import find_experts
+from ...plan.budget import budget_for
+from .devices import DEVICES
+from .sides.contenders import room_for
+from .sides.gpu_contenders import settings
+from .synthetic import PREFIX, default_cache, synthetic
+from .workload import Workload
+
+
+def workload(
+    model: str,
+    *,
+    device: str,
+    budget: str | None,
+    residency: Sequence[float],
+    layers: int | None,
+    routing: Path | None,
+    prompt: Path | None,
+    cache: Path | None,
+    packed: bool,
+    **amounts: int,
+) -> Workload:
+    """Raises `ConfigError` for settings that contradict each other, and what loading and planning raise."""
+    if device not in DEVICES:
+        raise ConfigError(f"--device {device}: there are {', '.join(DEVICES)}")
+    DEVICES[device]().check()
+    if (budget is None) == (not residency):
+        raise ConfigError("give either --budget (8GB) or --residency (25%), one of them")
+    if packed and device != "cpu":
+        raise ConfigError("--packed is for rows that are read from disk; on a GPU they rest in RAM")
+    if layers is not None and not model.startswith(PREFIX):
+        raise ConfigError(f"--layers is for {PREFIX}NAME; {model} has the layers it has")
+    if routing is not None and not routing.is_file():
+        raise ConfigError(f"--routing {routing}: no such file")
+    folder = synthetic(model.removeprefix(PREFIX), layers, cache) if model.startswith(PREFIX) else resolve_folder(model)
+    outline = skeleton(folder)
+    ids = _prompt_ids(folder, prompt, amounts["prompt_tokens"]) if prompt is not None else None
+    tokens = (len(ids) if ids else amounts["prompt_tokens"]) + amounts["new_tokens"]
+    names = [bank.name for bank in find_experts(outline)]
+    config = room_for(tokens) if device == "cpu" else settings(names, tokens, "device")
+    if budget is None:
+        whole = make_plan(folder, 2**60, config=config)
+        budgets = {f"{share * 100:g}%": str(budget_for(share, whole.layers, whole.costs)) for share in residency}
+    else:
+        budgets = {budget: budget}
+    return Workload(
+        folder,
+        {asked: make_plan(folder, budget, config=config) for asked, budget in budgets.items()},
+        outline.config.get_text_config().vocab_size,
+        device,
+        str(routing) if routing else None,
+        prompt=ids,
+        packed=packed,
+        **amounts,
+    )
+
+
+def scratch_folder(cache: Path | None) -> Path:
+    folder = cache or default_cache()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _prompt_ids(folder: Path, file: Path, tokens: int) -> Sequence[int]:
+    from transformers import AutoTokenizer
+
+    try:
+        ids: list[int] = AutoTokenizer.from_pretrained(folder)(file.read_text())["input_ids"][:tokens]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--prompt {file}: cannot be read and tokenised: {error}") from error
+    if not ids:
+        raise ConfigError(f"--prompt {file}: it is empty")
+    return ids
+
+
+def write_json(result: dict[str, Any], file: Path) -> None:
+    """Whole or not at all: a run that is cut short leaves what it had found before."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    partial.replace(file)

@@ -1,0 +1,151 @@
+"""The bench: sides that answer the same requests in turn, with the roofs measured beside them.
+
+    roof    what a process that only reads gets from this disk (or copies over this link), before and after each request
+    turns   the resident model stays alive beside ours where both fit, through all residencies, and takes turns with it
+    then    the others (accelerate, mmap), each alone, in the memory that ours has
+
+Every side answers the same prompts, over the same recorded routing. On a CPU all must answer with the same tokens; on
+a GPU the resident model's kernels are others, which round otherwise, and the result says how far the tokens agree.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from ...checkpoint.headers import shard_files
+from ...errors import ConfigError
+from ...memory.stores.row_reads import PART_BYTES
+from ...memory.transfer.threads import THREADS
+from ...pack import pack_checkpoint
+from .devices import DEVICES
+from .result import result_of
+from .roofs.disk import DiskRoof
+from .roofs.link import link_roof
+from .sides.contenders import PACKED, write_mapped
+from .sides.side import SIDES
+from .sides.turns import Roof, Running, Stage
+from .workload import OURS, Measured, Workload
+
+#: Side -> the plans it is measured inside, by what was asked.
+Chosen = dict[str, tuple[str, ...]]
+#: For what surrounds a model in memory: the rest of the machine; the contexts of three processes, a prompt of 4096.
+KEPT_FREE_BYTES = {"cpu": 2 * 10**9, "cuda": 6 * 10**9}
+
+
+def bench(
+    work: Workload,
+    sides: Iterable[str],
+    scratch: Path,
+    say: Callable[[str], None],
+    keep: Callable[[dict[str, Any]], None] = lambda result: None,
+) -> dict[str, Any]:
+    """Run `sides` over `work`; return the result as plain JSON values. `say` hears what happens, line by line.
+
+    A side may name the one residency that it is wanted at, as in "accelerate@50%". `keep` is given the result so far,
+    each time a side is through.
+    """
+    chosen = choose(sides, work)
+    device = DEVICES[work.device]()
+    device.check()
+    notes, done = missing_rivals(work.device), list[Measured]()
+    with tempfile.TemporaryDirectory(prefix="moe_offload-bench-", dir=scratch) as temporary:
+        if work.packed and "ours" in chosen:
+            say("ours: packing")
+            pack_checkpoint(work.folder, Path(temporary) / PACKED, verify="none")
+        room = device.room_bytes() - KEPT_FREE_BYTES[work.device]
+        size = sum(file.stat().st_size for file in shard_files(work.folder))
+        if "resident" in chosen and size > room:
+            say("resident: the whole model does not fit in the memory that is free; left out")
+            del chosen["resident"]
+        if not chosen:
+            raise ConfigError("--sides: there is nothing to measure")
+        budgets = [work.plans[asked].budget_bytes for side in OURS for asked in chosen.get(side, ())]
+        together = "resident" in chosen and bool(budgets) and size + max(budgets) < room
+        settings = {
+            "device": work.device,
+            "folder": str(work.folder),
+            "scratch": temporary,
+            "routing": work.routing,
+            "tokens": work.tokens,
+        }
+        with _roof(work, Path(temporary)) as roof:
+            stage = Stage(work, settings, roof, say)
+            for found in chain(_resident_and_ours(stage, chosen, together), _others(stage, chosen)):
+                done += found
+                result = result_of(work, done, together, notes, roof.details())
+                keep(result)
+    for note in notes:
+        say(note)
+    return result
+
+
+def _resident_and_ours(stage: Stage, chosen: Chosen, together: bool) -> Iterator[list[Measured]]:
+    """The resident model, and ours at one residency after the other: in turns with it, or else after it."""
+    beside: Measured | None = None
+    with ExitStack() as alive:
+        team: list[Running] = []
+        if "resident" in chosen:
+            team = [stage.start("resident", chosen["resident"][0], alive)]
+            if not together:
+                (beside,) = stage.take_turns(team)
+                yield [beside]
+                alive.close()
+                team = []
+        for asked in stage.work.plans:
+            for side in (side for side in OURS if asked in chosen.get(side, ())):
+                with ExitStack() as turn:
+                    *turns, one = stage.take_turns([*team, stage.start(side, asked, turn)])
+                one.beside = turns[0] if turns else beside
+                yield [*turns, one]
+
+
+def _others(stage: Stage, chosen: Chosen) -> Iterator[list[Measured]]:
+    """Each alone, the resident model gone."""
+    for side in (side for side in chosen if side not in ("resident", *OURS)):
+        if side == "mmap":
+            stage.say("mmap: writing the file to map")
+            write_mapped(stage.work.folder, Path(stage.settings["scratch"]))
+        for asked in chosen[side]:
+            with ExitStack() as turn:
+                found = stage.take_turns([stage.start(side, asked, turn)])
+            yield found
+
+
+def choose(sides: Iterable[str], work: Workload) -> Chosen:
+    """Inside which of the plans each side is wanted. Raises `ConfigError` for what is not there."""
+    known, chosen = SIDES[work.device], Chosen()
+    for named in sides:
+        side, _, share = named.partition("@")
+        if side not in known:
+            raise ConfigError(f"--sides {side}: for --device {work.device} there are {', '.join(known)}")
+        if share and share not in work.plans:
+            raise ConfigError(f"--sides {named}: {share} is not among what is measured, {', '.join(work.plans)}")
+        wanted = {*chosen.get(side, ()), share} if share else {*work.plans}
+        chosen[side] = tuple(asked for asked in work.plans if asked in wanted)
+    return chosen
+
+
+def missing_rivals(device: str) -> list[str]:
+    """What a reader of GPU figures would look for and does not find."""
+    if device == "cpu":
+        return []
+    if importlib.util.find_spec("moe_infinity") is None:
+        return ["MoE-Infinity: not installed (there is no module moe_infinity), so not compared"]
+    return ["MoE-Infinity: installed, but this bench has no side for it, so not compared"]
+
+
+@contextmanager
+def _roof(work: Workload, temporary: Path) -> Iterator[Roof]:
+    if work.device == "cpu":
+        # That of the very files ours reads: what was written a moment ago may lie in a cache of the host.
+        packed = sorted((temporary / PACKED).glob("*.safetensors"))
+        yield DiskRoof(packed or shard_files(work.folder), min(work.row_bytes, PART_BYTES), THREADS)
+    else:
+        with link_roof(work.row_bytes, DEVICES[work.device].name) as roof:
+            yield roof

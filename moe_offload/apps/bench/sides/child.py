@@ -1,0 +1,102 @@
+"""The other end of `side.py`: start a side, put a limit around it, ask it things."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import select
+import subprocess
+import sys
+import tempfile
+from types import TracebackType
+from typing import IO, Any
+
+from ....errors import OffloadError
+from .limit import MemoryLimit
+
+TIMEOUT_S = 900.0
+
+
+class SideFailed(OffloadError):
+    """A side of the benchmark ended or reported an error."""
+
+
+class Child:
+    """A side in its own process, limited to `limit_bytes` beyond what it holds before it loads anything."""
+
+    def __init__(self, side: str, settings: dict[str, Any], limit_bytes: int | None):
+        self.side = side
+        self._said: IO[bytes] = tempfile.TemporaryFile()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "moe_offload.apps.bench.sides.side", json.dumps({"side": side, **settings})],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._said,
+        )
+        self._limit: MemoryLimit | None = None
+        try:
+            self.baseline_bytes = int(self._answer()["baseline_bytes"])
+            if limit_bytes is not None:
+                self._limit = MemoryLimit(self._process.pid, limit_bytes)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def limited(self) -> str:
+        return self._limit.enforced if self._limit else "no limit"
+
+    def do(self, what: str, **arguments: Any) -> dict[str, Any]:
+        """Send a command, return its answer. Raises `SideFailed` with what the process said last."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps({"do": what, **arguments}).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._ended() from None
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        ready, _, _ = select.select([self._process.stdout], [], [], TIMEOUT_S)
+        if not ready:
+            raise SideFailed(f"{self.side}: no answer within {TIMEOUT_S:.0f} s")
+        line = self._process.stdout.readline()
+        if not line:
+            raise self._ended()
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise SideFailed(f"{self.side}: {answer['error']}")
+        return answer
+
+    def _ended(self) -> SideFailed:
+        code = self._process.wait()
+        self._said.seek(0)
+        last = self._said.read().decode(errors="replace").strip().splitlines()[-3:]
+        why = "killed, as when memory runs out" if code == -9 else f"exit code {code}"
+        return SideFailed(f"{self.side}: its process ended ({why}). {' | '.join(last)}")
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            if self._process.stdin:
+                self._process.stdin.close()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if self._process.stdout:
+            self._process.stdout.close()
+        self._said.close()
+        if self._limit:
+            self._limit.close()
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._process.kill()
+        self.close()

@@ -1,0 +1,134 @@
+"""How each side of the comparison loads the model on a CPU. Each runs in a process of its own (`side.py`).
+
+resident     transformers' own from_pretrained: the whole model in memory
+ours         moe_offload.from_pretrained inside the budget; of a packed copy where one was written
+accelerate   device_map="auto" with max_memory={"cpu": budget} and an offload folder: whole layers come from disk
+mmap         dense weights in memory, the experts' stacked parameters mapped from a file: the kernel decides
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ....checkpoint.loading import load_dense, skeleton
+from ....checkpoint.packed import index_checkpoint
+from ....config.settings import resolve
+from ....experts import ExpertBank, find_experts
+from ....memory.stores.disk import DiskStore
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a side is to load: a checkpoint `folder`, inside `budget` bytes, for requests of `tokens` tokens."""
+
+    folder: Path
+    budget: int
+    scratch: Path
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Contender:
+    """How a side loads its model, and what it gives `generate` beside the request."""
+
+    load: Callable[[Job], Any]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def room_for(tokens: int) -> dict[str, Any]:
+    """What ours is told, so that its budget has room for a KV cache of so many tokens; never less than by default."""
+    return {"kv_tokens": max(resolve().kv_tokens, tokens)}
+
+
+def resident(job: Job) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(job.folder, dtype="auto").eval()
+
+
+def ours(job: Job) -> Any:
+    from ....api import from_pretrained
+
+    packed = job.scratch / PACKED
+    return from_pretrained(packed if packed.exists() else job.folder, job.budget, config=room_for(job.tokens))
+
+
+def accelerate(job: Job) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        job.folder,
+        dtype="auto",
+        device_map="auto",
+        max_memory={"cpu": job.budget},
+        offload_folder=str(job.scratch / "accelerate"),
+    ).eval()
+
+
+def mapped(job: Job) -> Any:
+    meta = skeleton(job.folder)
+    banks = find_experts(meta)
+    model: Any = load_dense(job.folder, meta, index_checkpoint(meta, banks, job.folder).keys)
+    for bank in find_experts(model):
+        for name, shape, dtype, file in _fields(bank, job.scratch / "mmap"):
+            size = torch.Size(shape).numel()
+            stacked = torch.from_file(str(file), shared=False, size=size, dtype=dtype).view(shape)
+            for module in bank.modules:
+                setattr(module, name, nn.Parameter(stacked, requires_grad=False))
+    return model.eval()
+
+
+PACKED = "packed"
+CPU_SIDES = {
+    "resident": Contender(resident),
+    "ours": Contender(ours),
+    "accelerate": Contender(accelerate),
+    "mmap": Contender(mapped),
+}
+
+
+def write_mapped(folder: Path, scratch: Path) -> None:
+    """The files that `mapped` maps: one per stacked parameter, as the model holds it. A row in memory at a time."""
+    target = scratch / "mmap"
+    target.mkdir(parents=True, exist_ok=True)
+    meta = skeleton(folder)
+    banks = find_experts(meta)
+    store = DiskStore([bank.layout for bank in banks], index_checkpoint(meta, banks, folder))
+    with contextlib.closing(store):
+        for bank in banks:
+            row = torch.empty(bank.layout.row_bytes, dtype=torch.uint8)
+            with contextlib.ExitStack() as files:
+                streams = [files.enter_context(file.open("wb")) for *_, file in _fields(bank, target)]
+                for e in range(bank.num_experts):
+                    store.read(bank.index, e, memoryview(row.numpy()))
+                    for field, stream in zip(bank.layout.fields, streams, strict=True):
+                        stream.write(row[field.offset : field.offset + field.nbytes].numpy())
+                for stream in streams:
+                    stream.flush()
+                    os.fsync(stream.fileno())
+
+
+def drop_cache(*folders: Path) -> None:
+    """Forget what the system has cached of these files: pages read by one side must not serve another."""
+    for file in (file for folder in folders for file in folder.rglob("*") if file.is_file()):
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
+def _fields(bank: ExpertBank, folder: Path) -> list[tuple[str, tuple[int, ...], torch.dtype, Path]]:
+    """Name, stacked shape, dtype and file of each parameter of a layer."""
+    return [
+        (field.name, (bank.num_experts, *field.shape), field.dtype, folder / f"{bank.index}.{field.name}")
+        for field in bank.layout.fields
+    ]

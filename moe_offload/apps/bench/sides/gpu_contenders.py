@@ -1,0 +1,70 @@
+"""How each side of the comparison loads the model on a GPU. Each runs in a process of its own (`side.py`).
+
+resident     transformers' own, the whole model on the GPU; generate() compiles its decode steps to CUDA graphs
+ours         moe_offload inside the budget, all rows in pinned RAM, the device decides: a decode step is one CUDA graph
+ours-host    the same rows, budget and policy, but the host decides: it hears each layer's ids, and no step is a graph
+accelerate   device_map="auto" with max_memory={0: budget, "cpu": the rest}: layers cross the link when they compute
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import psutil
+
+from ....checkpoint.loading import skeleton
+from ....experts import find_experts
+from ....runtime.assemble import DEVICE_POLICY
+from .contenders import Contender, Job, room_for
+
+#: What makes generate() compile: a KV cache that stays where it is.
+STATIC_CACHE = {"cache_implementation": "static"}
+
+
+def settings(experts: Sequence[str], tokens: int, decide: str) -> dict[str, Any]:
+    """Ours on GPU 0, with room for a KV cache of `tokens` tokens; `experts` are the names of the experts modules."""
+    return {
+        "device_map": {"": 0, **dict.fromkeys(experts, "cpu")},
+        "decide": decide,
+        "policy": DEVICE_POLICY,
+        "untested": True,
+        **room_for(tokens),
+    }
+
+
+def resident(job: Job) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(job.folder, dtype="auto", device_map={"": 0}).eval()
+
+
+def ours(job: Job) -> Any:
+    return _ours(job, "device")
+
+
+def ours_host(job: Job) -> Any:
+    return _ours(job, "host")
+
+
+def accelerate(job: Job) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    limits = {0: job.budget, "cpu": psutil.virtual_memory().available}
+    model = AutoModelForCausalLM.from_pretrained(job.folder, dtype="auto", device_map="auto", max_memory=limits)
+    return model.eval()
+
+
+GPU_SIDES = {
+    "resident": Contender(resident, STATIC_CACHE),
+    "ours": Contender(ours, STATIC_CACHE),
+    "ours-host": Contender(ours_host, STATIC_CACHE),
+    "accelerate": Contender(accelerate),  # what it moves about cannot be compiled
+}
+
+
+def _ours(job: Job, decide: str) -> Any:
+    from ....api import from_pretrained
+
+    names = [bank.name for bank in find_experts(skeleton(job.folder))]
+    return from_pretrained(job.folder, job.budget, config=settings(names, job.tokens, decide))

@@ -1,0 +1,144 @@
+"""One side of the comparison in its own process: commands come in as JSON lines, answers go out as JSON lines.
+
+python -m moe_offload.apps.bench.sides.side '{"side": "ours", "device": "cpu", "folder": ..., ...}'
+<- {"ready": ..., "baseline_bytes": ...}                       nothing loaded yet: now a limit may be put around it
+-> {"do": "load"}                                              <- {"load_s": ..., "slots": [...]}
+-> {"do": "ask", "prompt": [...], "new_tokens": 32, "row": 0}  <- an Answer, with counters and the ids it used
+-> {"do": "read", "seconds": 1.0, "seed": 1}                   <- {"bandwidth": ...}    ours: rows, nothing computed
+-> {"do": "memory"}                                            <- {"peak_bytes": ...}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ....checkpoint.loading import skeleton
+from ....experts import find_experts
+from ..devices import DEVICES
+from ..request import ask
+from ..routing import Routing, install, load_recorded
+from .contenders import CPU_SIDES, Contender, Job
+from .gpu_contenders import GPU_SIDES
+
+COUNTERS = ("hits", "misses", "bytes_read", "stall_s")
+SIDES: dict[str, dict[str, Contender]] = {"cpu": CPU_SIDES, "cuda": GPU_SIDES}
+
+
+class Side:
+    """The loaded model, its routing, and what may be asked of it: requests of at most `tokens` tokens."""
+
+    def __init__(
+        self, side: str, device: str, folder: str, budget: int, scratch: str, routing: str | None, tokens: int
+    ):
+        self.contender, self.device = SIDES[device][side], DEVICES[device]()
+        self.job, self.routing_file = Job(Path(folder), budget, Path(scratch), tokens), routing
+        self.model: Any = None
+        self._peaks: list[int | None] = []
+
+    def load(self) -> dict[str, Any]:
+        self.device.reset_peak()
+        begun = time.perf_counter()
+        self.model = self.contender.load(self.job)
+        self.device.settle()
+        load_s = time.perf_counter() - begun
+        banks = find_experts(skeleton(self.job.folder))
+        first = banks[0]
+        recorded = None
+        if self.routing_file is not None:
+            recorded = load_recorded(self.routing_file, len(banks), first.num_experts, first.top_k)
+        top_ks = [bank.top_k for bank in banks]
+        self.routing = Routing(recorded, top_ks, self.job.tokens, self.device.name)
+        install(self.model, [bank.name for bank in banks], self.routing)
+        note = recorded.note if recorded else None
+        plan = self._handle.plan if self._handle else None
+        return {"load_s": load_s, "routing": note, "slots": list(plan.slots) if plan else None}
+
+    def ask(self, prompt: list[int], new_tokens: int, row: int, left_out: int = 0) -> dict[str, Any]:
+        self.routing.seek(row, len(prompt) + new_tokens)
+        self._peaks = []
+        answer = ask(
+            self.model,
+            prompt,
+            new_tokens,
+            self._mark,
+            device=self.device.name,
+            settle=self.device.settle,
+            left_out=left_out,
+            **self.contender.options,
+        )
+        used = self.routing.used(len(prompt), new_tokens) if self._handle else None
+        return {**dataclasses.asdict(answer), "used": used, "peaks_bytes": self._peaks[1:]}
+
+    def read(self, seconds: float, seed: int) -> dict[str, Any]:
+        """Rows from the store as the engine reads them, into the scratch rows, and nothing else.
+
+        Others every time: what was read a moment ago may lie in a cache of the disk or the host.
+        """
+        runtime = self._handle._runtime
+        moved, turn, choose = 0, 0, random.Random(seed)
+        under_way: list[Any] = []
+        begun = time.perf_counter()
+        while (now := time.perf_counter()) - begun < seconds or under_way:
+            layer = choose.choice(runtime.layers)
+            places = layer.arrivals.scratch.rows
+            if now - begun < seconds and len(under_way) < len(places):
+                expert = choose.randrange(layer.bank.num_experts)
+                row = places[turn % len(places)]
+                under_way.append(layer.arrivals.transfer.start(layer.store, layer.bank.index, expert, row))
+                turn += 1
+            else:
+                moved += layer.arrivals.transfer.wait(under_way.pop(0))
+        return {"bandwidth": moved / (time.perf_counter() - begun)}
+
+    def memory(self) -> dict[str, Any]:
+        return self.device.memory()
+
+    @property
+    def _handle(self) -> Any:
+        return getattr(self.model, "moe_offload", None)
+
+    def _mark(self) -> dict[str, float]:
+        """Where a phase ends: what has been counted so far, and the memory that the phase took."""
+        self._peaks.append(self.device.take_peak())
+        if not self._handle:
+            return {}
+        stats = self._handle.stats()
+        return {name: getattr(stats, name) for name in COUNTERS}
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints is no answer
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    from transformers import AutoModelForCausalLM, PreTrainedModel  # noqa: F401  what any side imports is no memory of it
+
+    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1))  # nor is what tracing imports
+    side = Side(**json.loads(sys.argv[1]))
+
+    def say(answer: dict[str, Any]) -> None:
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+    say({"ready": True, "baseline_bytes": side.device.held_bytes()})
+    with torch.inference_mode(False), torch.no_grad():
+        for line in sys.stdin:
+            command = json.loads(line)
+            try:
+                say(getattr(side, command.pop("do"))(**command))
+            except Exception as error:  # the driver decides what a side that fails means
+                say({"error": f"{type(error).__name__}: {error}"})
+
+
+if __name__ == "__main__":
+    main()

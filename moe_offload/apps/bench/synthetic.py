@@ -1,0 +1,154 @@
+"""Checkpoints of real architectures with random weights, for machines that no model can be downloaded to.
+
+They have the file layout, the shapes and the dtypes of the real thing, in as many layers as asked for; only the numbers
+mean nothing. A router of random numbers chooses evenly, so measure them with recorded routing (`routing.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...config.sizes import format_size
+from ...errors import CheckpointError, ConfigError
+
+#: What the configurations of these models say, as published with them; `tiny` is for tests.
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3-30b-a3b": (
+        "Qwen3MoeConfig",
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "moe_intermediate_size": 768,
+            "num_hidden_layers": 48,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "vocab_size": 151936,
+            "max_position_embeddings": 40960,
+            "norm_topk_prob": True,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "gpt-oss-20b": ("GptOssConfig", {"num_hidden_layers": 24, "num_local_experts": 32, "num_experts_per_tok": 4}),
+    "tiny": (
+        "Qwen3MoeConfig",
+        {
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "moe_intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "num_experts": 32,
+            "num_experts_per_tok": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "vocab_size": 1024,
+            "max_position_embeddings": 4096,
+        },
+    ),
+}
+PREFIX = "synthetic:"
+BLOCK = 16_777_213  # random numbers, repeated; a prime, so that no two experts begin at the same one
+SCALE = 0.02
+
+
+def default_cache() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "moe_offload" / "synthetic"
+
+
+def synthetic(name: str, layers: int | None = None, cache: Path | None = None) -> Path:
+    """The folder of a checkpoint of architecture `name` with `layers` of its layers (all by default), bf16, random.
+
+    It is written once, into `cache` (`~/.cache/moe_offload/synthetic`), and found there afterwards. Raises
+    `ConfigError` for an architecture that is not in `ARCHITECTURES`, `CheckpointError` when the disk is too full.
+    """
+    if name not in ARCHITECTURES:
+        raise ConfigError(f"synthetic:{name}: no such architecture; there are {', '.join(sorted(ARCHITECTURES))}")
+    class_name, sizes = ARCHITECTURES[name]
+    if layers is not None:
+        if not 1 <= layers <= sizes["num_hidden_layers"]:
+            raise ConfigError(f"--layers {layers}: {name} has 1 to {sizes['num_hidden_layers']} layers")
+        sizes = {**sizes, "num_hidden_layers": layers}
+    folder = (cache or default_cache()) / f"{name}_{sizes['num_hidden_layers']}-layers"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            _write(_skeleton(class_name, sizes), partial)
+            partial.rename(folder)
+        except OSError as error:
+            raise CheckpointError(f"{folder}: cannot write the synthetic checkpoint: {error}") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _skeleton(class_name: str, sizes: dict[str, Any]) -> Any:
+    import transformers
+
+    config = getattr(transformers, class_name)(**sizes, dtype=torch.bfloat16, eos_token_id=None, pad_token_id=0)
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
+def _write(model: Any, folder: Path) -> None:
+    """One shard of dense weights and one per layer, never more than a layer in memory."""
+    from safetensors.torch import save_file
+    from transformers.core_model_loading import revert_weight_conversion
+
+    need = sum(p.numel() * p.element_size() for p in model.parameters())
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise CheckpointError(
+            f"{folder.parent}: the checkpoint needs {format_size(need)}, and {format_size(free)} are free; "
+            "ask for fewer --layers, or name another folder with --cache"
+        )
+    numbers = torch.randn(BLOCK, generator=torch.Generator().manual_seed(0)).mul_(SCALE).bfloat16()
+    groups = list(_groups(model))
+    weight_map: dict[str, str] = {}
+    for i, names in enumerate(groups, start=1):
+        filled = {name: _fill(model.get_parameter(name), name, numbers) for name in names}
+        tensors = {k: t.contiguous() for k, t in revert_weight_conversion(model, filled).items()}
+        file = f"model-{i:05}-of-{len(groups):05}.safetensors"
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        with (folder / file).open("rb") as stream:
+            os.fsync(stream.fileno())  # what is measured later must not compete with writing this
+        weight_map |= dict.fromkeys(tensors, file)
+    index = {"metadata": {"total_size": need}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    model.config.save_pretrained(folder)
+    model.generation_config.eos_token_id = None
+    model.generation_config.save_pretrained(folder)
+
+
+def _groups(model: Any) -> Iterator[list[str]]:
+    names = [name for name, _ in model.named_parameters()]
+    inner = {n for n in names if ".layers." in n}
+    yield [n for n in names if n not in inner]
+    for i in range(model.config.num_hidden_layers):
+        yield [n for n in names if f".layers.{i}." in n]
+
+
+def _fill(param: Tensor, name: str, numbers: Tensor) -> Tensor:
+    if name.endswith("norm.weight"):
+        return torch.ones(param.shape, dtype=param.dtype)
+    filled = torch.empty(param.numel(), dtype=param.dtype)
+    begin = zlib.crc32(name.encode())  # no two tensors alike
+    for i in range(0, len(filled), BLOCK):
+        part = filled[i : i + BLOCK]
+        part.copy_(numbers.roll(-(begin % BLOCK))[: len(part)])
+        begin += 1
+    return filled.view(param.shape)

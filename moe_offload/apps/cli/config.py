@@ -1,0 +1,90 @@
+"""moe-offload config."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ...config import file as files
+from ...config.settings import OffloadConfig, active_file, from_text, origins, resolve
+from .options import Budget, ConfigFile, DeviceMapOption, Json, MaxMemory, fail, or_exit
+
+#: What is asked, in this order: what most people want to say once for a machine. The rest can be written by hand.
+QUESTIONS = {
+    "budget": "How much memory may a model hold on the device it computes on (8GB, 8GiB, 50%, auto)?",
+    "max_memory": "Limits per device, as {cpu: 60GiB}?",
+    "device_map": "Where do experts rest (auto, disk, cpu, or a mapping)?",
+    "profile": "An activation profile to start from (path)?",
+    "kv_tokens": "Tokens of KV cache to make room for?",
+    "compile": "What runs the rewritten graph (auto, graph, inductor)?",
+    "offload_folder": "A folder for the experts of models that are already loaded?",
+}
+NOTHING = "none"
+
+
+def config(
+    budget: Budget = None,
+    max_memory: MaxMemory = None,
+    device_map: DeviceMapOption = None,
+    profile: Annotated[str | None, typer.Option("--profile", help="Activation profile to pre-warm from.")] = None,
+    policy: Annotated[str | None, typer.Option("--policy", help="Which resident expert gives way.")] = None,
+    compile: Annotated[str | None, typer.Option("--compile", help="auto, graph or inductor.")] = None,
+    kv_tokens: Annotated[str | None, typer.Option("--kv-tokens", help="Tokens of KV cache to make room for.")] = None,
+    offload_folder: Annotated[str | None, typer.Option("--offload-folder", help="Where experts are spilled.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing: flags, else what is there already.")] = False,
+    show: Annotated[bool, typer.Option("--show", help="Write nothing; print what is in force, and why.")] = False,
+    as_json: Json = False,
+    config_file: ConfigFile = None,
+) -> None:
+    """Write the file of settings that every command and optimize() read (asks, like accelerate config), or show it."""
+    if show:
+        _show(config_file, as_json)
+        return
+    path = config_file or files.default_path()
+    old = or_exit(lambda: OffloadConfig.from_dict(files.read(path))) if path.exists() else OffloadConfig()
+    typed = {"budget": budget, "max_memory": max_memory, "device_map": device_map, "profile": profile}
+    typed |= {"policy": policy, "compile": compile, "kv_tokens": kv_tokens, "offload_folder": offload_folder}
+    flags = {name: _value(name, text) for name, text in typed.items() if text is not None}
+    values = or_exit(lambda: OffloadConfig.from_dict({**old.to_dict(), **flags}))
+    if not yes:
+        if not sys.stdin.isatty():
+            fail("standard input is no terminal to ask questions on: give --yes, with flags for what to write", 2)
+        values = _ask(values, skip=set(flags), prompt=typer.prompt)
+    or_exit(lambda: files.write(path, values.changed()))
+    typer.echo(f"settings written to {path}", err=True)
+    typer.echo(path.read_text(), nl=False)
+    if active_file() != path:
+        typer.echo(f"to use them: --config_file {path}, or export MOE_OFFLOAD_CONFIG_FILE={path}", err=True)
+
+
+def _ask(values: OffloadConfig, skip: set[str], prompt: Callable[..., str]) -> OffloadConfig:
+    """Each question until its answer is accepted; Enter keeps what is shown."""
+    for name, question in QUESTIONS.items():
+        while name not in skip:
+            now = getattr(values, name)
+            shown = NOTHING if now is None else now if isinstance(now, str | int) else json.dumps(now)
+            try:
+                answer = _value(name, str(prompt(question, default=str(shown))))
+                values = OffloadConfig.from_dict({**values.to_dict(), name: answer})
+                break
+            except ValueError as error:
+                typer.echo(f"  {error}", err=True)
+    return values
+
+
+def _value(name: str, text: str) -> Any:
+    return None if text.strip().lower() == NOTHING else from_text(name, text.strip())
+
+
+def _show(config_file: Path | None, as_json: bool) -> None:
+    settings, where = or_exit(lambda: (resolve(config_file), origins(config_file)))
+    if as_json:
+        typer.echo(json.dumps({name: {"value": v, "from": where[name]} for name, v in settings.to_dict().items()}))
+        return
+    for name, value in settings.to_dict().items():
+        typer.echo(f"{name:<24}{value!s:<24}  {where[name]}")

@@ -1,0 +1,146 @@
+"""moe-offload serve, and the session that chat shares with it."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ...config.settings import OffloadConfig
+from .options import (
+    Budget,
+    ConfigFile,
+    DeviceMapOption,
+    Live,
+    MaxMemory,
+    Model,
+    PrewarmWith,
+    SaveProfile,
+    check_inputs,
+    check_output,
+    fail,
+    live_or_default,
+    or_exit,
+    settings,
+    whole,
+)
+
+if TYPE_CHECKING:
+    from ..serving.server import Server
+
+ATTENTION_S = 0.2  # a signal that another thread has caught is acted on when the main thread runs next
+
+
+def serve(
+    model: Model,
+    budget: Budget = None,
+    device_map: DeviceMapOption = None,
+    max_memory: MaxMemory = None,
+    config_file: ConfigFile = None,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 is all of them.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="Port; 0 is any that is free.", **whole(0, 65535))] = 8000,
+    name: Annotated[
+        str | None, typer.Option("--name", help="What clients call the model.", show_default="MODEL as given")
+    ] = None,
+    profile_in: PrewarmWith = None,
+    profile_out: SaveProfile = None,
+    live: Live = None,
+) -> None:
+    """Answer OpenAI-compatible requests (chat completions, completions, responses) with a model inside a budget.
+
+    Clients need the address that is printed and no key: OpenAI(base_url=..., api_key="none").
+
+    Ctrl-C stops: running requests have ten seconds, then the profile is saved. A second one does not wait.
+    """
+    wanted = settings(
+        config_file,
+        budget=budget,
+        device_map=device_map,
+        max_memory=max_memory,
+        profile=profile_in,
+        live=live_or_default(live, config_file),
+    )
+    check_inputs(model, wanted)
+    check_output("--profile-out", profile_out)
+    name, stop = name or model, Stop()
+    try:
+        with (
+            on_signals(stop),
+            served(model, wanted, host=host, port=port, name=name, profile_out=profile_out) as server,
+        ):
+            if not server.is_local:
+                typer.echo(
+                    f"moe-offload: {host} is open to other machines, and whoever reaches it may use the model: "
+                    "there is no authentication",
+                    err=True,
+                )
+            stop.serving = True
+            typer.echo(f"Serving {name} on {server.url} (Ctrl-C stops)", err=True)
+            while not stop.asked.wait(ATTENTION_S):
+                pass
+            typer.echo("moe-offload: stopping", err=True)
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
+
+
+class Stop:
+    """What Ctrl-C and SIGTERM mean: while the model loads an interrupt; while it serves a wish, which a second Ctrl-C
+    makes an interrupt."""
+
+    def __init__(self) -> None:
+        self.serving, self.asked = False, threading.Event()
+
+    def __call__(self, number: int, _: object) -> None:
+        if not self.serving or (self.asked.is_set() and number == signal.SIGINT):
+            raise KeyboardInterrupt
+        self.asked.set()
+
+
+@contextmanager
+def served(
+    model: str, wanted: OffloadConfig, *, host: str, port: int, name: str, profile_out: Path | None
+) -> Iterator[Server]:
+    """A running server for `model`. At the end its requests have been stopped, the summary printed, the profile saved.
+
+    An address that cannot be had is refused before the model is loaded.
+    """
+    from ..serving import require
+
+    or_exit(require)
+    from ...api import from_pretrained
+    from ..serving.app import build_app
+    from ..serving.server import Server, listen
+    from .texts import load_tokenizer
+
+    with or_exit(lambda: listen(host, port)) as sock:
+        loaded: Any = or_exit(lambda: from_pretrained(model, config=wanted))
+        with loaded.moe_offload as handle:
+            typer.echo(str(handle.plan), err=True)
+            tokenizer = or_exit(lambda: load_tokenizer(model))
+            server = Server(build_app(handle, tokenizer, name), sock)
+            or_exit(server.start, code=1)
+            try:
+                yield server
+                server.stop()
+            finally:  # an interrupt leaves requests unanswered, never the profile unsaved
+                server.app.state.model.cancel()
+                typer.echo(handle.summary(), err=True)
+                if profile_out is not None:
+                    saved = or_exit(lambda: handle.save_profile(profile_out), code=1)
+                    typer.echo(f"profile saved to {saved}", err=True)
+
+
+@contextmanager
+def on_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """`handler` is called on Ctrl-C and SIGTERM, in the main thread."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)

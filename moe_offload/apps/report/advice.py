@@ -1,0 +1,152 @@
+"""What the numbers of a run say, in words: one headline, and advice that only the run itself supports."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...config.sizes import format_size
+from .run_record import CurvePart, RunRecord, StepPart
+
+FIRST = 32  # tokens after the prompt that count as the start
+WORTH = 0.02  # of hit rate: less is not worth a line of advice
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Totals of a run. Rates are shares, 0 to 1; None where nothing was asked or decoded.
+
+    `best_rate` is that of a cache that knows the future and begins empty; None for a run that did not begin so.
+    """
+
+    prompt_tokens: int
+    decoded: int
+    hit_rate: float | None
+    best_rate: float | None
+    first_rate: float | None
+    later_rate: float | None
+    token_s: float | None
+    waiting: float | None
+    first_token_s: float | None
+    read_per_token: float | None
+
+
+def summary(run: RunRecord) -> Summary:
+    steps = run.steps
+    decode = decoding(run)
+    spent = run.ended_s - steps[0].began_s if steps else 0.0
+    decode_s = run.ended_s - decode[0].began_s if decode else 0.0
+    tokens = sum(step.tokens for step in decode)
+    return Summary(
+        prompt_tokens=sum(step.tokens for step in steps) - tokens,
+        decoded=tokens,
+        hit_rate=rate(steps),
+        best_rate=_best(run),
+        first_rate=rate(decode[:FIRST]),
+        later_rate=rate(decode[FIRST:]),
+        token_s=decode_s / tokens if tokens else None,
+        waiting=sum(step.stall_s for step in steps) / spent if spent else None,
+        first_token_s=decode[0].began_s - steps[0].began_s if decode else None,
+        read_per_token=sum(step.bytes_read for step in decode) / tokens if tokens else None,
+    )
+
+
+def decoding(run: RunRecord) -> list[StepPart]:
+    """The steps after the first prompt. (Later prompts of a chat are among them.)"""
+    return list(run.steps[1:])
+
+
+def rate(steps: Sequence[StepPart], best: bool = False) -> float | None:
+    asked = sum(step.hits + step.misses for step in steps)
+    return sum(step.best if best else step.hits for step in steps) / asked if asked else None
+
+
+def _best(run: RunRecord) -> float | None:
+    best, mine = rate(run.steps, best=True), rate(run.steps)
+    return None if best is None or mine is None or best < mine or run.profile is not None else best
+
+
+def headline(run: RunRecord) -> str:
+    s = summary(run)
+    if s.hit_rate is None:
+        return "Nothing ran: there is no token to report."
+    speed = f"{1 / s.token_s:.1f} tokens a second" if s.token_s else "A prompt and no further token"
+    best = f" (at best: {s.best_rate:.0%})" if s.best_rate is not None else ""
+    waiting = f", {s.waiting:.0%} of the time spent waiting for experts" if s.waiting is not None else ""
+    return f"{speed}; {s.hit_rate:.0%} of what was asked for was resident{best}{waiting}."
+
+
+def advice(run: RunRecord) -> list[str]:
+    """Sentences, the most useful first; none where there is nothing to say."""
+    s = summary(run)
+    if s.hit_rate is None:
+        return []
+    return [*_on_budget(run), *_on_waiting(s), *_on_policy(s), *_on_profile(run, s)]
+
+
+def _on_budget(run: RunRecord) -> list[str]:
+    here = min(run.curve, key=lambda point: abs(point.budget_bytes - run.budget_bytes), default=None)
+    if here is None or run.profile is not None:  # the curve begins empty
+        return []
+    more = [p for p in run.curve if p.budget_bytes > here.budget_bytes and p.hit_rate > here.hit_rate + WORTH]
+    said = []
+    if more:
+        knee = max(more, key=lambda p: (p.hit_rate - here.hit_rate) / (p.budget_bytes - here.budget_bytes))
+        said.append(
+            f"A budget of {_about(knee)} would have hit about {knee.hit_rate:.0%} on this run{_saving(here, knee)}."
+        )
+        enough = next((p for p in more if p.hit_rate >= 0.95), None)
+        if enough is not None and enough != knee:
+            said.append(f"For 95 % of hits it takes {_about(enough)}.")
+    else:
+        said.append("More memory would hardly have changed the hit rate of this run.")
+    less = [p for p in run.curve if p.budget_bytes < here.budget_bytes and p.hit_rate >= here.hit_rate - WORTH]
+    if less:
+        said.append(f"{_about(less[0])} would have done nearly as well: {less[0].hit_rate:.0%} of hits.")
+    return said
+
+
+def _on_waiting(s: Summary) -> list[str]:
+    if s.waiting is None or s.read_per_token is None:
+        return []
+    if s.waiting > 0.3:
+        return [
+            "Reading experts was the wall: a faster disk, a packed copy (moe-offload pack) or more memory would tell."
+        ]
+    if s.waiting < 0.1:
+        return ["Reading experts was not the wall: the processor was. More memory would save little time."]
+    return []
+
+
+def _on_policy(s: Summary) -> list[str]:
+    if s.hit_rate is None or s.best_rate is None:
+        return []
+    points = 100 * (s.best_rate - s.hit_rate)
+    return [
+        f"No cache of this size, not even one that knows the future, could have hit more than {points:.0f} points more."
+    ]
+
+
+def _on_profile(run: RunRecord, s: Summary) -> list[str]:
+    if run.profile is not None and run.cold_first_hits is not None:
+        first = run.steps[: FIRST + 1]
+        hits, asked = sum(x.hits for x in first), sum(x.hits + x.misses for x in first) or 1
+        return [
+            f"The profile {run.profile}: {format_size(run.prewarm_bytes)} were read before the first token, and the "
+            f"prompt with the first {FIRST} tokens hit {hits / asked:.0%} instead of {run.cold_first_hits / asked:.0%}."
+        ]
+    if s.first_rate is not None and s.later_rate is not None and s.later_rate > s.first_rate + 0.05:
+        return [
+            f"The first {FIRST} tokens hit {s.first_rate:.0%}, all later ones {s.later_rate:.0%}: a profile of such "
+            "text would help at the start (moe-offload profile record)."
+        ]
+    return []
+
+
+def _about(point: CurvePart) -> str:
+    return f"{format_size(point.budget_bytes)} ({point.residency:.0%} of the experts)"
+
+
+def _saving(here: CurvePart, there: CurvePart) -> str:
+    saved = here.bytes_per_token - there.bytes_per_token
+    return f", and read {format_size(int(saved))} less a token" if saved > 0 else ""

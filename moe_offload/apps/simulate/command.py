@@ -1,0 +1,68 @@
+"""What `moe-offload simulate` does, apart from the shell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ...errors import TraceError
+from ...observe.trace import Trace
+from .run import ALL, simulate
+from .show import check_plot, table, write_json, write_plot
+
+
+def run(
+    paths: Sequence[Path],
+    *,
+    policies: str,
+    capacities: str,
+    starts: str,
+    pooled: bool,
+    json_file: Path | None,
+    plot: Path | None,
+    note: Callable[[str], object],
+) -> str:
+    """The table; the JSON and the plot are written. What is no trace among several files is noted and skipped.
+
+    Raises TraceError when nothing is left, or for what cannot be asked for.
+    """
+    for out in (json_file, plot):
+        if out is not None and not out.absolute().parent.is_dir():
+            raise TraceError(f"{out}: its folder does not exist")
+    if plot is not None:
+        check_plot()
+    names = [name for given in _split(policies) for name in (ALL if given == "all" else [given])]
+    rows = simulate(
+        _load(paths, note),
+        list(dict.fromkeys(names)),
+        _split(capacities),
+        starts=_split(starts),
+        pool=pooled,
+    )
+    if json_file is not None:
+        write_json(rows, json_file)
+    if plot is not None:
+        write_plot(rows, plot)
+    return table(rows)
+
+
+def _load(paths: Sequence[Path], note: Callable[[str], object]) -> dict[str, Trace]:
+    traces: dict[str, Trace] = {}
+    errors: list[TraceError] = []
+    for path in paths:
+        try:
+            traces[path.stem if path.stem not in traces else str(path)] = Trace.load(path)
+        except TraceError as error:
+            errors.append(error)
+    if not traces:
+        raise errors[0]
+    for skipped in errors:
+        note(f"skipped: {skipped}")
+    return traces
+
+
+def _split(text: str) -> list[str]:
+    found = [part.strip() for part in text.split(",") if part.strip()]
+    if not found:
+        raise TraceError(f"{text!r} names nothing; write names with commas between them")
+    return found

@@ -1,0 +1,47 @@
+"""A stream replayed through the runtime's own cache, by the rules of the runtime: the reference, for any policy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...cache import Policy
+from ...cache.belady import belady_hits
+from ...cache.layer_cache import LayerCache
+from ...observe.trace import Event
+from .stream import Stream
+
+
+def ask(cache: LayerCache, event: Event, row_bytes: int = 0) -> int:
+    """What `LayerRuntime` does with one event; returns the hits. Every load arrives."""
+    before = cache.counters.hits
+    past: list[int] = []
+    if event.used.total() <= cache.slots:
+        loads = cache.lookup(event.used, event.tokens)
+    else:
+        loads, past = cache.fill(event.used, event.tokens)
+    for load in loads:
+        cache.commit(load, row_bytes)
+    for _ in past:
+        cache.count_miss(row_bytes)
+    return cache.counters.hits - before
+
+
+def replay(events: Iterable[Event], cache: LayerCache, row_bytes: int = 0) -> NDArray[np.int64]:
+    """The hits of each event; the cache has counted them, and the misses and bytes, as the runtime does."""
+    return np.array([ask(cache, event, row_bytes) for event in events], dtype=np.int64)
+
+
+def replay_policy(stream: Stream, slots: int, policy: Policy) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """`asked_V`, `hits_V` of a cache that starts empty."""
+    events = list(stream.events())
+    asked_V = np.array([len(event.used) for event in events], dtype=np.int64)
+    return asked_V, replay(events, LayerCache(stream.num_experts, slots, policy))
+
+
+def replay_bypass(stream: Stream, slots: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    events = [list(event.used) for event in stream.events()]
+    asked_V = np.array([len(event) for event in events], dtype=np.int64)
+    return asked_V, np.array(belady_hits(events, slots, bypass=True), dtype=np.int64)

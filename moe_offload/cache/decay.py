@@ -1,0 +1,61 @@
+"""Uses in which old ones fade, kept with additions and multiplications alone.
+
+    score(e) <- score(e) * 2 ** (-dt / half_life) + 1        on every use, dt in tokens
+
+Instead of fading all old uses, each new one counts more than those before it: a use adds `unit`, which doubles with
+every half-life. Scores of different experts are compared at one moment, so the sums are compared as they are. Nothing
+here but `+`, `*` and `/` on doubles: a device that does the same (moe_offload/runtime/kernels) has the same bits.
+
+The uses of a prompt come as one number; they are taken to be spread evenly over its tokens, so that the first of a long
+prompt have faded when its last is read (`mean_decay`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+FULL = 2.0**200  # of a unit, long before it overflows
+MOST = 64.0  # half-lives in one event, at most: what is older is forgotten anyway
+
+
+def mean_decay(tokens: int, half_life: float) -> float:
+    """What is left, on average, of uses that are spread evenly over the last `tokens` tokens: 1 for a single one."""
+    if tokens <= 1:  # 0: in a cache of all layers, where a forward's tokens count once
+        return 1.0
+    one = -math.expm1(-math.log(2.0) / half_life)
+    return -math.expm1(-math.log(2.0) * tokens / half_life) / (tokens * one)
+
+
+def growth(tokens: int, half_life: float) -> float:
+    """What the unit is multiplied with when that many tokens pass."""
+    return float(2.0 ** min(tokens / half_life, MOST))
+
+
+class Rate:
+    """Decayed uses of each expert, in units of one use now."""
+
+    def __init__(self, num_experts: int, half_life: float):
+        self.half_life = half_life
+        self.share = -math.expm1(-math.log(2.0) / half_life)  # of one use in the uses per token
+        self.growth = growth(1, half_life)
+        self.unit = 1.0
+        self.used = [0.0] * num_experts
+
+    def record(self, event: Mapping[int, int], tokens: int) -> None:
+        used = self.used
+        if tokens == 1:
+            self.unit = unit = self.unit * self.growth
+            for e in event:
+                used[e] += unit
+        else:
+            self.unit = unit = self.unit * growth(tokens, self.half_life)
+            weight = unit * mean_decay(tokens, self.half_life)
+            for e, uses in event.items():
+                used[e] += weight * uses
+        if unit > FULL:
+            self.used, self.unit = [u / unit for u in used], 1.0
+
+    def seed(self, rates: Sequence[float]) -> None:
+        """Start from what an endless stream with these uses per token would have left by now."""
+        self.used = [rate * self.unit / self.share for rate in rates]

@@ -1,0 +1,191 @@
+"""Which expert of a layer is in which slot. No torch: the simulator replays traces through this very class.
+
+Shapes: E experts, S slots.
+
+One `lookup` is one *event*: the distinct experts that one layer needs at once. It is atomic: when its loads have been
+committed, all of them are resident together, and no victim was one of them, nor of an event still loading. A prompt may
+be larger than the slots: it is not resident together, and leaves in the slots what the policy thinks will be wanted.
+
+    lookup(used)  hits keep their slot; each miss takes a free slot, or a victim's, and becomes a pending `Load`
+    fill(used)    a prompt: loads for those worth a slot, and the experts whose rows pass through scratch
+    guess(ids)    the same for what will probably be asked for, as far as there is room; records nothing
+    commit(load)  its bytes have arrived: only now is it resident, only now do the counters move
+    abort(load)   they did not: the slot is free again, nothing points to it
+
+A slot whose victim has been chosen is unmapped at once, so a failed load can never leave a mapping to half a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ..errors import RoutingError
+from . import Policy
+
+
+@dataclass(frozen=True)
+class Load:
+    """A row on its way: `expert` into `slot`."""
+
+    expert: int
+    slot: int
+
+
+@dataclass
+class Counters:
+    """What one layer's cache has done. Requests are distinct experts per event; bytes are those read from the store."""
+
+    events: int = 0
+    tokens: int = 0
+    hits: int = 0
+    misses: int = 0
+    bytes_read: int = 0
+    prewarm_bytes: int = 0
+    stall_s: float = 0.0  # time that compute waited for loads
+    streamed: int = 0  # of the misses: used from scratch, without taking a slot
+    ahead: int = 0  # of the misses: their row had been asked for before they were
+    late: int = 0  # of those: it had not arrived whole
+    wasted_bytes: int = 0  # read ahead, and not needed
+    by_device: int = 0  # of the events: decided by the device, without the host
+    counts: list[int] = field(default_factory=list)  # uses per expert, every token-expert pair counted
+
+    @property
+    def requests(self) -> int:
+        return self.hits + self.misses
+
+
+class LayerCache:
+    """The slot table of one layer: `slots` slots for `num_experts` experts."""
+
+    def __init__(self, num_experts: int, slots: int, policy: Policy, name: str = "experts"):
+        self.name, self.num_experts, self.policy = name, num_experts, policy
+        self.counters = Counters(counts=[0] * num_experts)
+        self.resize(slots)
+
+    def resize(self, slots: int) -> None:
+        """So many slots, all empty. What the policy and the counters know stays."""
+        self.slots = slots
+        self.slot_of = [-1] * self.num_experts
+        self.expert_at = [-1] * slots
+        self.pending: dict[int, Load] = {}
+        self.free = list(range(slots - 1, -1, -1))
+
+    def check(self, experts: Collection[int]) -> None:
+        """Raise `RoutingError` unless every id is in [0, E): a negative id would silently wrap to another expert."""
+        if experts and (min(experts) < 0 or max(experts) >= self.num_experts):
+            bad = sorted(e for e in experts if not 0 <= e < self.num_experts)
+            raise RoutingError(
+                f"{self.name}: the router asked for expert {bad[0]}, but the layer has experts "
+                f"0..{self.num_experts - 1}; "
+                "the model's routing code or its configuration is damaged"
+            )
+
+    def lookup(self, used: Mapping[int, int], tokens: int = 1) -> list[Load]:
+        """Make room for one event, at most S distinct experts; return the loads that are missing.
+
+        `used`: how many of the event's `tokens` use each expert.
+        """
+        if len(used) > self.slots:
+            raise ValueError(f"{self.name}: an event of {len(used)} experts does not fit {self.slots} slots")
+        absent = [e for e in used if self.slot_of[e] < 0]
+        if not absent:  # nearly always, while decoding: nothing to choose
+            self._record(used, tokens)
+            self.counters.hits += len(used)
+            return []
+        missing = sorted(e for e in absent if e not in self.pending)  # whatever the order of its pairs: see recorder
+        candidates = self._evictable(used)
+        if len(missing) > len(self.free) + len(candidates):
+            raise ValueError(
+                f"{self.name}: {len(missing)} loads, but {len(self.free)} free slots and {len(candidates)} that may be "
+                "taken; loads of an earlier event are still pending"
+            )
+        self._record(used, tokens)
+        self.counters.hits += len(used) - len(absent)
+        return self._admit(missing, candidates)
+
+    def fill(self, used: Mapping[int, int], tokens: int = 1) -> tuple[list[Load], list[int]]:
+        """An event too large for the slots (prefill): loads of what is worth a slot, and what must be streamed past.
+
+        The rows that are read anyway and those that are resident but not asked for compete for the slots, and the
+        policy, which has heard how often the prompt used each, decides: a prompt does not flush what decoding needs,
+        and does replace what it shows to be out of use. Both lists begin with what is used most.
+        """
+        self._record(used, tokens)
+        absent = sorted((e for e in used if self.slot_of[e] < 0), key=lambda e: (-used[e], e))
+        missing = [e for e in absent if e not in self.pending]
+        self.counters.hits += len(used) - len(absent)
+        candidates = self._evictable(used)
+        surplus = len(missing) - len(self.free)
+        # Among equals what is there stays, and then what is used most.
+        losers = set(self.policy.victims([*reversed(missing), *candidates], surplus)) if surplus > 0 else set()
+        past = [e for e in missing if e in losers]
+        giving_way = [e for e in candidates if e in losers]
+        return self._admit([e for e in missing if e not in losers], giving_way), past
+
+    def prewarm(self, experts: Sequence[int]) -> list[Load]:
+        """Loads that fill the free slots with `experts`, the most wanted first, before anything has asked for them."""
+        missing = [e for e in dict.fromkeys(experts) if self.slot_of[e] < 0 and e not in self.pending]
+        return self._admit(missing[: len(self.free)], [])
+
+    def guess(self, experts: Sequence[int], most: int) -> list[Load]:
+        """Loads of at most `most` experts that will probably be asked for next, likeliest first.
+
+        Each takes a free slot or that of the coldest row that is not itself expected. Nothing is recorded: the policy
+        hears of what is asked for, not of what was expected.
+        """
+        missing = [e for e in dict.fromkeys(experts) if self.slot_of[e] < 0 and e not in self.pending]
+        if most <= 0 or not missing:
+            return []
+        candidates = self._evictable(experts)
+        return self._admit(missing[: min(most, len(self.free) + len(candidates))], candidates)
+
+    def commit(self, load: Load, nbytes: int, demanded: bool = True) -> None:
+        """The row has arrived whole: `nbytes` were read for it."""
+        del self.pending[load.expert]
+        self.slot_of[load.expert] = load.slot
+        self.expert_at[load.slot] = load.expert
+        if demanded:
+            self.count_miss(nbytes)
+        else:
+            self.counters.prewarm_bytes += nbytes
+
+    def abort(self, load: Load) -> None:
+        """The row did not arrive: give the slot back."""
+        if self.pending.pop(load.expert, None) is not None:
+            self.free.append(load.slot)
+
+    def abort_all(self) -> None:
+        """No row is on its way: every slot that holds none is free, though it was being given away when Ctrl-C came."""
+        self.pending.clear()
+        self.free = [slot for slot in range(self.slots - 1, -1, -1) if self.expert_at[slot] < 0]
+
+    def count_miss(self, nbytes: int) -> None:
+        self.counters.misses += 1
+        self.counters.bytes_read += nbytes
+
+    def resident(self) -> list[int]:
+        return [e for e in self.expert_at if e >= 0]
+
+    def _evictable(self, needed: Collection[int]) -> list[int]:
+        """Residents that are not `needed`, in the order of their slots."""
+        protected = {*needed, *self.pending}
+        return [e for e in self.expert_at if e >= 0 and e not in protected]
+
+    def _record(self, used: Mapping[int, int], tokens: int) -> None:
+        self.policy.record(used, tokens)
+        self.counters.events += 1
+        self.counters.tokens += tokens
+
+    def _admit(self, experts: list[int], candidates: list[int]) -> list[Load]:
+        """A slot for each of `experts`: the free ones, then those of victims among the candidates."""
+        n = len(experts) - len(self.free)
+        victims = self.policy.victims(candidates, n) if n > 0 else []
+        slots = [self.free.pop() for _ in range(len(experts) - len(victims))]
+        for victim in victims:
+            slot = self.slot_of[victim]
+            self.slot_of[victim] = self.expert_at[slot] = -1
+            slots.append(slot)
+        loads = [Load(e, slot) for e, slot in zip(experts, slots, strict=True)]
+        self.pending.update((load.expert, load) for load in loads)
+        return loads

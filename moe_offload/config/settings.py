@@ -1,0 +1,269 @@
+"""Every setting of an offloaded model, in one frozen dataclass, and the one place that reads the environment.
+
+    keyword argument or flag  >  environment variable MOE_OFFLOAD_<FIELD>  >  configuration file  >  default
+
+The file is the one that was named (`config="settings.yaml"`, `--config_file`), else the one MOE_OFFLOAD_CONFIG_FILE
+names, else $HF_HOME/moe_offload/default_config.yaml if there is one. `accelerate launch` and `torchrun` hand the
+environment on to every process, so both work under them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from . import file as config_file
+from .rules import RULES, plain, reserve_bytes
+
+AUTO_SCRATCH = 128 * 10**6, 16  # bytes and rows at most, on a CPU
+#: On a device: what its link brings in 5 to 6 ms, so that it is busy from one layer's last row to the next one's ids.
+AUTO_SCRATCH_BESIDE = 320 * 10**6, 32
+ENVIRONMENT_PREFIX = "MOE_OFFLOAD_"
+FILE_VARIABLE = "MOE_OFFLOAD_CONFIG_FILE"
+DEFAULT = "default"
+
+
+@dataclass(frozen=True)
+class OffloadConfig:
+    """How a model is offloaded. No setting changes what the model computes.
+
+    budget: bytes the model may hold on the device it computes on (dense weights, expert slots, KV cache, workspace):
+        bytes, "8GB", "8GiB", "80%" of what is available, or "auto"; None: what `max_memory` says, else "auto".
+    device_map: where weights and expert rows go, in accelerate's grammar (`placement.py`); None: "auto".
+    max_memory: limits per device, as {"cpu": "60GiB"} (`placement.py`).
+    profile: path of the profile that says which experts to load before the first token.
+    policy: which resident expert gives way; a name in `moe_offload.cache.POLICIES`.
+    half_life: tokens after which a past use of an expert counts half ("decayed_lfu"; the others have their own).
+    experts_implementation: the transformers experts code to rewrite: "grouped_mm", "batched_mm", or "auto": the model's
+        own if it is one of these two, else "grouped_mm".
+    compile: what runs the rewritten graph: "inductor", "graph" (as it is, nothing generated), or "auto": "graph" on a
+        CPU, "inductor" elsewhere.
+    decide: who says which expert gives way while decoding: "host"; "device", without the host having to wait for ids,
+        in the layers whose rows rest in RAM, by "decayed_lfu" (the host in the others, by `policy`); or "auto": the
+        device where it is a GPU.
+    overlap: compute the experts that are resident while the missing ones load, in decode too, rather than wait for all
+        of them; None: where the graph runs as it is (Inductor fuses what is not cut into waves).
+    lookahead: ask each layer's router one layer early, and load what it names in the background. Whether that pays is
+        measured while the model runs, and it is switched off where it does not.
+    dynamic: as in torch.compile. True gives two graphs for good, one for prefill and one for decode; None lets Dynamo
+        decide; False compiles once per shape.
+    wave_rows: rows (experts) of scratch through which prefill streams what is not resident, and into which it reads
+        ahead: "auto", as many as 128 MB hold, 4 at least and 16 at most (on a GPU 320 MB and 32); or their number.
+    kv_tokens: tokens of KV cache that the automatic reserve makes room for.
+    reserve: what the budget keeps free of experts for KV cache and workspace: "auto", or a size (bytes or "1GB").
+    offload_folder: where the experts of an already loaded model are spilled; None: the temporary folder of the system.
+    untested: compute on a GPU, which no version has done yet. Compare its tokens with those of the resident model.
+    poison: fill free slots with NaN, so that reading one shows. For tests; costs a fill per eviction.
+    prewarm: load the expected hottest experts before the first token.
+    fullgraph: as in torch.compile: a graph break is an error.
+    live: let `moe-offload top` watch the model, through a socket that only this user can open. `moe-offload run` does.
+
+    Raises ConfigError, naming the field, its value and what it accepts.
+    """
+
+    budget: str | int | None = None
+    device_map: str | dict[str, str | int] | None = None
+    max_memory: dict[str | int, str | int] | None = None
+    profile: str | None = None
+    policy: str = "successors"
+    half_life: float = 32.0
+    experts_implementation: str = "auto"
+    compile: str = "auto"
+    decide: str = "auto"
+    overlap: bool | None = None
+    lookahead: bool = False
+    dynamic: bool | None = True
+    wave_rows: str | int = "auto"
+    kv_tokens: int = 2048
+    reserve: str | int = "auto"
+    offload_folder: str | None = None
+    untested: bool = False
+    poison: bool = False
+    prewarm: bool = True
+    fullgraph: bool = False
+    live: bool = False
+
+    def __post_init__(self) -> None:
+        for name, rule in RULES.items():
+            value = plain(getattr(self, name))
+            if not rule.holds(value):
+                raise ConfigError(f"{name}={value!r} is not accepted: {rule.refused(value)}")
+            object.__setattr__(self, name, value)
+
+    def scratch_rows(self, row_bytes: int, device: str = "cpu") -> int:
+        """How many scratch rows of this size a model gets on `device`."""
+        if isinstance(self.wave_rows, int):
+            return self.wave_rows
+        most_bytes, most_rows = AUTO_SCRATCH if device == "cpu" else AUTO_SCRATCH_BESIDE
+        return max(4, min(most_rows, most_bytes // row_bytes))
+
+    @property
+    def reserve_bytes(self) -> int | None:
+        """`reserve` in bytes; None when it is "auto" and the planner works it out."""
+        return None if self.reserve == "auto" else reserve_bytes(self.reserve)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> OffloadConfig:
+        """A config with `values` in place of the defaults. An unknown key raises ConfigError with the nearest name."""
+        _refuse_unknown(values)
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as plain JSON values: `from_dict` gives an equal config back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, text: str) -> OffloadConfig:
+        return cls.from_dict(config_file.from_json(text))
+
+    def to_json(self) -> str:
+        return config_file.to_json(self.to_dict())
+
+    @classmethod
+    def from_yaml(cls, text: str) -> OffloadConfig:
+        """As `from_dict`; YAML of plain values only, see `config_file.parse_yaml`."""
+        return cls.from_dict(config_file.from_yaml(text))
+
+    def to_yaml(self) -> str:
+        return config_file.to_yaml(self.to_dict())
+
+    def changed(self) -> dict[str, Any]:
+        """The fields that differ from the default: all that a file needs to hold."""
+        return {name: value for name, value in self.to_dict().items() if value != getattr(OffloadConfig, name)}
+
+
+#: What functions take as `config`: a whole one, some of its fields, or the path of a file.
+Config = OffloadConfig | Mapping[str, Any] | str | Path | None
+
+
+def resolve(config: Config = None, **overrides: Any) -> OffloadConfig:
+    """The settings in force: `overrides`, else `config`, else the environment, else the file, else the default.
+
+    An OffloadConfig is explicit in every field, so environment and file have no say; a dict only in the keys it holds.
+    A path names the file. Raises ConfigError; for a value from the environment or a file it names the variable or file.
+    """
+    if isinstance(config, OffloadConfig):
+        _refuse_unknown(overrides)
+        return dataclasses.replace(config, **overrides)
+    return OffloadConfig(**{name: value for name, (value, _) in _gather(config, overrides).items()})
+
+
+def origins(config: Config = None, **overrides: Any) -> dict[str, str]:
+    """Where `resolve` of the same arguments takes each field from: "argument", a variable, a file, or "default"."""
+    found = dict.fromkeys(RULES, "argument" if isinstance(config, OffloadConfig) else DEFAULT)
+    if not isinstance(config, OffloadConfig):
+        found |= {name: origin for name, (_, origin) in _gather(config, overrides).items()}
+    return found
+
+
+def active_file(named: str | Path | None = None) -> Path | None:
+    """The configuration file that counts: the named one, that of the environment, or the default one if it is there."""
+    wanted = str(named or "").strip() or os.environ.get(FILE_VARIABLE, "").strip()
+    if wanted:
+        return Path(wanted).expanduser()
+    default = config_file.default_path()
+    return default if default.exists() else None
+
+
+def _gather(config: Config, overrides: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+    """`{field: (value, where it is from)}` of all fields that somebody has set."""
+    if not isinstance(config, (Mapping, str, os.PathLike, type(None))):
+        raise ConfigError(
+            f"config={config!r} is not accepted: it takes an OffloadConfig, a dict of its fields, the path of a "
+            "configuration file, or None"
+        )
+    _refuse_unknown_variables()
+    explicit = {**(config if isinstance(config, Mapping) else {}), **overrides}
+    _refuse_unknown(explicit)
+    file = active_file(None if isinstance(config, Mapping) else config)
+    found = _from_file(file, skip=explicit) if file is not None else {}
+    return found | _from_environment(skip=explicit) | {name: (value, "argument") for name, value in explicit.items()}
+
+
+def _refuse_unknown_variables() -> None:
+    """A misspelt variable would be a setting that silently does not count."""
+    known = {ENVIRONMENT_PREFIX + name.upper() for name in RULES} | {FILE_VARIABLE}
+    for name in os.environ:
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "`moe-offload config --show` lists the settings"
+            raise ConfigError(f"unknown environment variable {name}: {hint}")
+
+
+def _refuse_unknown(values: Mapping[str, Any]) -> None:
+    for key in values:
+        if key not in RULES:
+            near = difflib.get_close_matches(str(key), RULES, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "the fields are " + ", ".join(RULES)
+            raise ConfigError(f"unknown setting {key!r}: {hint}")
+
+
+def _from_file(path: Path, *, skip: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+    """The fields that the file sets; those in `skip` are settled and their values are not looked at."""
+    values = config_file.read(path)
+    where = f"configuration file {path}"
+    try:
+        _refuse_unknown(values)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    return {name: (_checked(where, name, value), where) for name, value in values.items() if name not in skip}
+
+
+def _from_environment(*, skip: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+    """The fields that are set by MOE_OFFLOAD_<FIELD>, parsed; those in `skip` are settled and not looked at."""
+    found = {}
+    for field in dataclasses.fields(OffloadConfig):
+        variable = ENVIRONMENT_PREFIX + field.name.upper()
+        text = os.environ.get(variable, "").strip()
+        if field.name in skip or not text:  # a variable set to nothing is the shell's way to unset one
+            continue
+        where = f"environment variable {variable}"
+        found[field.name] = _checked(where, field.name, from_text(field.name, text)), where
+    return found
+
+
+def _checked(where: str, name: str, value: Any) -> Any:
+    try:
+        return getattr(OffloadConfig(**{name: value}), name)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def from_text(name: str, text: str) -> Any:
+    """What `text`, typed at a shell, means for the field `name`; as it is where it means nothing, for the field's rule
+    to refuse in its own words. Mappings are written as in YAML: '{0: 8GB, cpu: 60GiB}'."""
+    try:
+        return PARSERS[str(OffloadConfig.__annotations__[name])](text)
+    except (ValueError, KeyError):
+        return text
+
+
+def _number_or_text(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
+def _mapping_or_text(text: str) -> Any:
+    return config_file.parse_yaml(text) if text.startswith("{") else text
+
+
+_BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+
+#: From a field's declared type to the reading of its environment variable or flag.
+PARSERS: dict[str, Callable[[str], Any]] = {
+    "str": str,
+    "str | None": str,
+    "str | int": _number_or_text,
+    "str | int | None": _number_or_text,
+    "int": int,
+    "float": float,
+    "bool": lambda text: _BOOLEANS[text.lower()],
+    "bool | None": lambda text: None if text.lower() == "none" else _BOOLEANS[text.lower()],
+    "str | dict[str, str | int] | None": _mapping_or_text,
+    "dict[str | int, str | int] | None": _mapping_or_text,
+}

@@ -1,0 +1,146 @@
+"""Advice while a model runs: a warning with a number and one thing to do about it, once per model.
+
+    at_start    every layer has only the slots that one token needs
+    Advisor     decoding waits for experts much of the time, and that is for want of hits
+
+TRANSFORMERS_NO_ADVISORY_WARNINGS=1 silences both, as it does transformers' own advice.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import psutil
+
+from ..config.sizes import format_size, parse_size
+from ..memory.stores import Store
+from ..memory.stores.disk import DiskStore
+from ..plan.budget import Plan, budget_for, plan_slots
+from ..plan.expected_hits import typical
+from ..runtime.layer import PROMPT
+from ..runtime.model import Runtime
+
+logger = logging.getLogger("moe_offload")
+
+EVERY = 32  # forwards between two looks at the counters
+ENOUGH = 128  # tokens of decode before anything is said
+WAITING = 0.3  # of the time: from here on reading is what a token waits for
+HITTING = 0.6  # of the requests: from here on more slots may bring little
+WORTH = 0.05  # of the experts: fewer more in slots are not worth a line
+
+
+def at_start(plan: Plan, budget: Any) -> None:
+    """Say what an automatic `budget` has become, and warn of a plan without a slot to spare."""
+    if budget in (None, "auto"):
+        logger.info("budget: %s, taken from the memory available now", format_size(plan.budget_bytes, both=True))
+    if plan.residency == 1 or any(s > layer.top_k for s, layer in zip(plan.slots, plan.layers, strict=True)):
+        return
+    share = min(1.0, 2 * plan.residency)
+    budget_bytes = budget_for(share, plan.layers, plan.costs)
+    _advise(
+        "this budget (%s) is the least that works: slots for the experts of one token, so nearly every token reads "
+        "most of its experts anew. %s holds %.0f %% of the experts; `moe-offload estimate` shows what is between.",
+        format_size(plan.budget_bytes), format_size(budget_bytes), 100 * share,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Totals:
+    tokens: int = 0
+    hits: int = 0
+    misses: int = 0
+    stall_s: float = 0.0
+
+    def __add__(self, other: Totals) -> Totals:
+        return Totals(
+            self.tokens + other.tokens, self.hits + other.hits, self.misses + other.misses, self.stall_s + other.stall_s
+        )
+
+    def __sub__(self, other: Totals) -> Totals:
+        return self + Totals(-other.tokens, -other.hits, -other.misses, -other.stall_s)
+
+
+class Advisor:
+    """Told of every forward; adds up those of decode and looks at the sum now and then, until it has said something.
+
+    A forward of fewer than 64 tokens counts as decode. The first one after a prompt does not: it may compile a graph,
+    and finds the slots as the prompt left them. Only layers that the host serves are looked at: a device that decides
+    does not say how long it waited, and to ask for its counters would be to wait for it.
+    """
+
+    def __init__(self, runtime: Runtime, plan: Plan):
+        self._layers = [layer for i, layer in enumerate(runtime.layers) if i not in runtime.decided]
+        self._runtime, self._planned = runtime, plan
+        self._sum, self._spent_s, self._forwards = Totals(), 0.0, 0
+        self._begun: Totals | None = None  # the counters where the decoding at hand began
+        self._said = not self._layers
+
+    def begins(self, tokens: int) -> None:
+        if tokens >= PROMPT and self._begun is not None:
+            self._sum, self._begun = self._sum + (self._totals() - self._begun), None
+
+    def ended(self, tokens: int, spent_s: float) -> None:
+        if self._said or tokens >= PROMPT:
+            return
+        if self._begun is None:
+            self._begun = self._totals()
+            return
+        self._spent_s += spent_s
+        self._forwards += 1
+        if self._forwards % EVERY == 0:
+            self._look(self._sum + (self._totals() - self._begun))
+
+    def _look(self, decode: Totals) -> None:
+        asked = decode.hits + decode.misses
+        if decode.tokens < ENOUGH or not asked or not self._spent_s:
+            return
+        waiting, hitting = decode.stall_s / self._spent_s, decode.hits / asked
+        if waiting > WAITING and hitting < HITTING:
+            self._said = True
+            stores = [layer.store for layer in self._layers]
+            plan = replace(self._planned, slots=self._runtime.slots)
+            _advise(
+                "%.0f %% of the time of %d tokens was spent waiting for experts, of which %.0f %% were in slots when "
+                "they were asked for. %s",
+                100 * waiting, decode.tokens, 100 * hitting, knob(plan, stores),
+            )  # fmt: skip
+
+    def _totals(self) -> Totals:
+        counters = [layer.counters for layer in self._layers]
+        return Totals(
+            max(c.tokens for c in counters),
+            sum(c.hits for c in counters),
+            sum(c.misses for c in counters),
+            sum(c.stall_s for c in counters),
+        )
+
+
+def knob(plan: Plan, stores: Sequence[Store]) -> str:
+    """The one thing to do about too many misses. A profile is not among them: it helps before the first token."""
+    all_bytes = budget_for(1.0, plan.layers, plan.costs)
+    room = plan.budget_bytes + parse_size("auto", total=max(psutil.virtual_memory().available, 2))
+    larger = plan_slots(min(room, all_bytes), plan.layers, plan.costs)
+    if larger.residency == 1:
+        return f"A budget of {format_size(all_bytes)} holds all experts, and so much memory is available."
+    if larger.residency >= plan.residency + WORTH:
+        rate = typical(larger.slots, [layer.num_experts for layer in larger.layers])
+        return (
+            f"There is memory for a budget of {format_size(larger.budget_bytes)}, with {larger.residency:.0%} of the "
+            f"experts in slots instead of {plan.residency:.0%} (about {rate.expected:.0%} hits, {rate.source}); all of "
+            f"them take {format_size(all_bytes)}."
+        )
+    if any(isinstance(store, DiskStore) and not store.packed for store in stores):
+        return (
+            f"All experts take a budget of {format_size(all_bytes)}, more than there is. `moe-offload pack` writes a "
+            "copy of the checkpoint from which an expert is read in one piece, without conversion."
+        )
+    return f"All experts take a budget of {format_size(all_bytes)}, more than there is; a faster disk would help."
+
+
+def _advise(message: str, *arguments: object) -> None:
+    from transformers.utils.logging import warning_advice
+
+    warning_advice(logger, message, *arguments)

@@ -1,0 +1,276 @@
+"""The torch.compile backend: find the offloaded experts in a traced graph, run the passes, run or compile the result.
+
+At this level (Dynamo's FX graph) parameters are graph inputs and `example_inputs` are the very objects the model holds,
+so a *phantom* (the stand-in that `install` left for a stacked weight) is recognised by itself, never by a name.
+
+Three rules of the house, each learnt the hard way:
+- the graph is changed in place and keeps every placeholder: Dynamo reads them after the backend has returned;
+- the bank comes in through the placeholder of the layer's first weight, re-typed, and is substituted at each call;
+- which bank that is, is read from the argument of that call, because Dynamo may share one graph between layers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+import passes
+from passes import ops
+
+from ..errors import OffloadError, UnsupportedModelError
+from ..experts import ExpertBank, Field
+from ..observe import progress
+from ..runtime.layer import LayerRuntime
+from .cuda_graphs import copied, replayable
+
+logger = logging.getLogger("moe_offload")
+
+FEW_PAIRS = 64  # a product each: 8 sequences of 8 experts
+#: A step in which nothing waits for the host is replayed. What is no kernel (a sliding window's counter) stays outside.
+CUDA_GRAPH = {"triton.cudagraphs": True, "graph_partition": True}
+
+Compiled = Callable[..., Any]
+Product = Callable[[Tensor, Tensor, Tensor], Tensor]
+#: What runs a rewritten graph: Inductor, or the graph itself.
+Inner = Callable[[GraphModule, list[Any]], Compiled]
+
+
+class Phantom(nn.Parameter):
+    """Stands in a module for a stacked weight `[E, ...]` whose rows live in a store.
+
+    One row of NaN seen E times (stride 0): it traces like the real thing, costs one row, and any use that bypasses the
+    passes yields NaN rather than somebody else's weights.
+    """
+
+    layer: LayerRuntime
+    field: Field
+
+    @staticmethod
+    def of(layer: LayerRuntime, field: Field, rows: dict[Hashable, Tensor]) -> Phantom:
+        """`rows` shares the NaN rows of a model: all phantoms of one shape and dtype see the same one."""
+        key = field.shape, field.dtype
+        if key not in rows:
+            device = layer.slots.bank_SN.device
+            rows[key] = torch.full((1, *field.shape), float("nan"), dtype=field.dtype, device=device)
+        expanded = rows[key].expand(layer.bank.num_experts, *field.shape)
+        phantom = cast(Phantom, nn.Parameter(expanded, requires_grad=False))
+        phantom.layer, phantom.field = layer, field
+        return phantom
+
+
+def phantoms_in(inputs: Iterable[Any]) -> dict[int, Phantom]:
+    """`{position: phantom}` among the inputs of a graph."""
+    return {i: cast(Phantom, x) for i, x in enumerate(inputs) if isinstance(x, nn.Parameter) and hasattr(x, "field")}
+
+
+def make_backend(
+    inner: Inner,
+    compile_core: Callable[[GraphModule], Compiled],
+    log: list[Any],
+    overlap: bool = False,
+    guess: bool = False,
+) -> Compiled:
+    """A backend for torch.compile; each graph's pass reports are appended to `log`.
+
+    `overlap` and `guess` are those of `passes.offload_pipeline`.
+    """
+
+    pipeline = partial(passes.offload_pipeline, compile_core=compile_core, overlap=overlap, guess=guess)
+
+    def backend(gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Compiled:
+        phantoms = phantoms_in(example_inputs)
+        progress.stage("rewriting")
+        if not phantoms:
+            log.append([])
+            return inner(gm, list(example_inputs))
+        on_device = {one.layer.bank.name for one in phantoms.values() if one.layer.device_cache is not None}
+        reports, banked = rewrite(gm, phantoms, partial(pipeline, on_device=on_device))
+        log.append(reports)
+        inputs = list(example_inputs)
+        for position in banked:
+            inputs[position] = phantoms[position].layer.slots.bank_SN
+        nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        places = [node for node in gm.graph.nodes if node.target is ops.place]
+        placed = [nodes.index(node.args[1]) for node in places]
+        sizes = {node.args[0].meta["example_value"].numel() for node in places}
+        on_gpu = any(inputs[position].is_cuda for position in placed)
+        replayed = on_gpu and inner is run_inductor and replayable(gm.graph) and not _waits(gm.graph)
+        compiled = run_inductor(gm, inputs, **CUDA_GRAPH) if replayed else inner(gm, inputs)
+
+        def call(*args: Any) -> Any:
+            served = list(args)
+            for position in banked:
+                served[position] = args[position].layer.slots.bank_SN
+            if placed:
+                args[placed[0]].layer.take_over(sizes)
+            return copied(compiled(*served)) if replayed else compiled(*served)
+
+        return call
+
+    return backend
+
+
+def _waits(graph: Graph) -> bool:
+    """Whether some op of `graph` needs the host: such a graph cannot be replayed whole."""
+    return any(torch.Tag.cudagraph_unsafe in getattr(node.target, "tags", ()) for node in graph.nodes)
+
+
+def rewrite(
+    gm: GraphModule, phantoms: dict[int, Phantom], pipeline: Callable[..., list[passes.Pass]]
+) -> tuple[list[passes.Report], list[int]]:
+    """Rewrite `gm` in place; return what each pass did and which inputs must now be banks.
+
+    Raises `UnsupportedModelError`, naming the module, if any phantom is left with a use: never a wrong answer.
+    """
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    weights: dict[Node, passes.Weight] = {}
+    banks: dict[Hashable, passes.Bank] = {}
+    for position, phantom in phantoms.items():
+        layer = phantom.layer
+        if phantom.dtype != phantom.field.dtype:
+            raise OffloadError(
+                f"{layer.bank.name}: its {phantom.field.name} is {phantom.dtype}, but was offloaded as "
+                f"{phantom.field.dtype}; "
+                "convert the model before optimize(), not after"
+            )
+        name = layer.bank.name
+        weights[placeholders[position]] = passes.Weight(name, phantom.field.name, layer.bank.num_experts)
+        banks[name] = bank_of(layer)
+    try:
+        sites = passes.find_sites(gm.graph, weights)
+        reports = passes.run(gm.graph, pipeline(sites, banks))
+    except passes.UnknownUse as error:
+        raise UnsupportedModelError(
+            f"{error}; please report this model family. Its weights were offloaded, so it cannot be run as it is."
+        ) from error
+    banked = {site.bank: phantoms[placeholders.index(site.bank)].layer for site in sites}
+    _check_nothing_left(weights, banked)
+    fake_mode = torch._guards.TracingContext.get().fake_mode
+    for node, layer in banked.items():
+        if fake_mode is not None:
+            node.meta["example_value"] = fake_mode.from_tensor(layer.slots.bank_SN, static_shapes=True)
+    gm.recompile()
+    for report in reports:
+        logger.debug("%s: %d sites, %s, %.1f ms", report.name, len(report.sites), report.change, report.elapsed_s * 1e3)
+    return reports, [placeholders.index(node) for node in banked]
+
+
+def _check_nothing_left(weights: dict[Node, passes.Weight], banked: Iterable[Node]) -> None:
+    banked = set(banked)
+    for node, weight in weights.items():
+        if node.users and node not in banked:
+            raise UnsupportedModelError(
+                f"{weight.layer}: after the rewrite the graph still uses {weight.field!r} in "
+                f"{next(iter(node.users)).format_node()}; refusing to run it on weights that are not there"
+            )
+
+
+def run_graph(gm: GraphModule, example_inputs: list[Any]) -> Compiled:
+    """Run the rewritten graph as it is: the unmodified model's own kernels, no compiler needed."""
+    run: Compiled = gm.forward
+    return run
+
+
+def run_inductor(gm: GraphModule, example_inputs: list[Any], **options: Any) -> Compiled:
+    """Compile the rewritten graph with Inductor; `options` are its settings."""
+    from torch._inductor.compile_fx import compile_fx
+
+    progress.stage("Inductor")
+    return cast(Compiled, compile_fx(gm, example_inputs, config_patches=options or None))
+
+
+def serve_products(few: Product, many: Product) -> None:
+    """On CUDA, let matrix products go through kernels that ask the host nothing: `few` (x [P, H], weight [S, O, H],
+    slots [P]) for the pairs of a decode step, `many` (x [P, H], weight [S, H, O], slots [P]) for those of a prompt."""
+
+    def grouped_mm(x_P: Tensor, weight_S: Tensor, slots_P: Tensor) -> Tensor:
+        if len(x_P) <= FEW_PAIRS:
+            return few(x_P, weight_S.transpose(1, 2), slots_P)
+        return many(x_P, weight_S, slots_P)
+
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("moe_offload::grouped_mm", "CUDA"):
+        ops.serve_grouped_mm(grouped_mm, "CUDA")
+
+
+def core_as_is(core: GraphModule) -> Compiled:
+    return core.forward
+
+
+def core_inductor(core: GraphModule) -> Compiled:
+    """Compile a core once for every wave size, so that a wave rounds as the unmodified compiled graph does."""
+    compiled: Compiled = torch.compile(core, backend="inductor", dynamic=True)
+    return compiled
+
+
+def moe_offload(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Compiled:
+    """`torch.compile(model, backend="moe_offload")`, found through the `torch_dynamo_backends` entry point.
+
+    A model that went through `optimize()` needs no torch.compile of yours: its own call is compiled already. Given one,
+    the experts appear as one op a layer, which is complete by itself. `mode` and `options` are those of Inductor.
+    """
+    uses_us = any(str(node.target).startswith("moe_offload.") for node in gm.graph.nodes)
+    if not uses_us and not phantoms_in(example_inputs):
+        raise OffloadError(
+            "torch.compile(backend='moe_offload') was given a model without offloaded experts; call "
+            "moe_offload.optimize(model, budget=...) first (the model it returns is compiled on its first call)"
+        )
+    options = dict(kwargs.get("options") or {})
+    if kwargs.get("mode") not in (None, "default"):
+        options = {**torch._inductor.list_mode_options(kwargs["mode"]), **options}
+    backend = make_backend(lambda g, inputs: run_inductor(g, inputs, **options), core_inductor, [])
+    return backend(gm, example_inputs)  # type: ignore[no-any-return]
+
+
+def bank_of(layer: LayerRuntime) -> passes.Bank:
+    """How the passes see this layer's bank."""
+    return passes.Bank(layer.bank.layout.fields, layer.cache.slots, layer.bank.layout.dtype)
+
+
+def bind(bank_SN: Tensor, layer: Any) -> None:
+    """Let rewritten graphs that are handed this bank reach `layer`."""
+    ops.bind(bank_SN, layer)
+
+
+def unbind(bank_SN: Tensor) -> None:
+    ops.unbind(bank_SN)
+
+
+def experts_op(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank_SN: Tensor) -> Tensor:
+    """The marker op: one layer's experts, complete in itself, for code that the passes never see."""
+    out: Tensor = ops.experts(x_TH, ids_TK, weights_TK, bank_SN)
+    return out
+
+
+def observing_backend(weights: dict[int, tuple[ExpertBank, str]]) -> Compiled:
+    """A backend that only counts: `weights` maps the id of each stacked parameter to its layer and field."""
+
+    def backend(gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Compiled:
+        placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        found = {
+            node: passes.Weight(weights[id(x)][0].name, weights[id(x)][1], weights[id(x)][0].num_experts)
+            for node, x in zip(placeholders, example_inputs, strict=True)
+            if id(x) in weights
+        }
+        passes.run(gm.graph, passes.observe_pipeline(passes.find_sites(gm.graph, found)))
+        gm.recompile()
+        run: Compiled = gm.forward
+        return run
+
+    return backend
+
+
+def observe(bank: ExpertBank, counter: ops.Observer) -> None:
+    """Let instrumented graphs reach `counter` through any of the layer's weights."""
+    for param in bank.params.values():
+        ops.bind(param, counter)
+
+
+def unobserve(bank: ExpertBank) -> None:
+    for param in bank.params.values():
+        ops.unbind(param)

@@ -1,0 +1,58 @@
+"""Memory that holds rows: slots of a layer, scratch of a model.
+
+Shapes: N elements of one row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..experts import ROW_ALIGN
+
+POISON = 0xFF  # every byte of a free slot in tests: NaN in each floating type we hold
+
+
+class Rows:
+    """A buffer of rows: seen by kernels as `bank_SN`, filled through `rows`, one byte view per row.
+
+    On a CPU these are memoryviews, for whoever reads into them; on a device of its own memory they are tensors.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        row_bytes: int,
+        dtype: torch.dtype,
+        poison: bool = False,
+        raw: Tensor | None = None,
+        device: torch.device | str = "cpu",
+    ):
+        # Not initialised: memory that no row has been loaded into is never touched, and never counts.
+        self.bytes = unfilled(count * row_bytes, device).view(count, row_bytes) if raw is None else raw
+        if poison:
+            self.bytes.fill_(POISON)
+        self.bank_SN = self.bytes.view(dtype)
+        rows = self.bytes.unbind() if count else ()
+        self.rows: list[Any] = [memoryview(row.numpy()) if row.device.type == "cpu" else row for row in rows]
+
+
+def unfilled(nbytes: int, device: torch.device | str) -> Tensor:
+    """Uninitialised bytes on `device`, which begin at a page on a CPU."""
+    if torch.device(device).type == "cpu":
+        return page_aligned(nbytes)
+    return torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+
+def page_aligned(nbytes: int) -> Tensor:
+    """Uninitialised bytes that begin at a page: what a read past the page cache needs."""
+    raw = torch.empty(nbytes + ROW_ALIGN, dtype=torch.uint8)
+    begin = -raw.data_ptr() % ROW_ALIGN
+    return raw[begin : begin + nbytes]
+
+
+#: What is left when memory was given back. Made beforehand: a model may be collected in the middle of a trace, under a
+#: mode in which no real tensor can be made.
+NOTHING = Rows(0, ROW_ALIGN, torch.uint8)

@@ -1,0 +1,148 @@
+"""Read bytes of a file into memory: past the page cache where that is possible, completely in any case.
+
+    in place    offset, length and addresses are multiples of a page: one O_DIRECT read, straight into the slot
+    detour      they are not (in most checkpoints a header of any length comes first): the pages around it into a buffer
+                of this thread, then one copy; a quarter of the processor time of a read through the page cache
+    buffered    the file system refuses O_DIRECT: an ordinary read
+
+Short reads and interruptions are gone on from; EIO and EAGAIN are tried once more.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import mmap
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ...checkpoint.headers import FileStamp
+from ...errors import ExpertReadError
+from ...experts import round_up
+from .row_reads import PAGE, PART_BYTES
+
+logger = logging.getLogger("moe_offload")
+PASSING_ERRORS = (errno.EIO, errno.EAGAIN)  # tried once more: a flaky link or controller often recovers
+REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
+_threads = threading.local()
+
+
+class DataFile:
+    """A file opened for reading, twice where O_DIRECT is to be had. Takes `descriptor` over.
+
+    Both stay open until `close`, even once O_DIRECT has been refused: another thread may be about to read through that
+    number, which by then could be another file's.
+    """
+
+    def __init__(self, path: Path, descriptor: int):
+        self.path, self.descriptor, self.size = path, descriptor, os.fstat(descriptor).st_size
+        self._direct = _open_direct(descriptor)
+        self._refused = False
+
+    def stamp(self) -> FileStamp:
+        return FileStamp.of(self.descriptor)
+
+    def read(self, offset: int, buffers: Sequence[memoryview], who: str) -> None:
+        """Fill `buffers` with the bytes at `offset`; together at most PART_BYTES. Raises `ExpertReadError`."""
+        nbytes = sum(buffer.nbytes for buffer in buffers)
+        direct = self._direct
+        if direct is not None and not self._refused:
+            in_place = offset % PAGE == 0 and all(_address(b) % PAGE == 0 and b.nbytes % PAGE == 0 for b in buffers)
+            try:
+                if in_place:
+                    self._fill(direct, offset, list(buffers), nbytes, who)
+                else:
+                    self._detour(direct, offset, buffers, nbytes, who)
+                return
+            except _Refused as refused:
+                logger.info("%s: O_DIRECT is refused (%s); read through the page cache", self.path, refused)
+                self._refused = True
+        self._fill(self.descriptor, offset, list(buffers), nbytes, who)
+
+    def close(self) -> None:
+        for descriptor in (self.descriptor, self._direct):
+            if descriptor is not None and descriptor >= 0:
+                os.close(descriptor)
+        self.descriptor, self._direct = -1, None
+
+    def _detour(self, direct: int, offset: int, buffers: Sequence[memoryview], nbytes: int, who: str) -> None:
+        begin = offset // PAGE * PAGE
+        skip = offset - begin
+        around = _own_buffer()[: round_up(skip + nbytes, PAGE)]
+        self._fill(direct, begin, [around], skip + nbytes, who)
+        for buffer in buffers:  # numpy copies without holding the GIL
+            np.copyto(np.frombuffer(buffer, np.uint8), np.frombuffer(around[skip : skip + buffer.nbytes], np.uint8))
+            skip += buffer.nbytes
+
+    def _fill(self, descriptor: int, offset: int, buffers: list[memoryview], needed: int, who: str) -> None:
+        """Read on until at least `needed` bytes have come (the last page of a file may be short)."""
+        at, retried, stuck = offset, False, False
+        while at - offset < needed:
+            try:
+                count = os.preadv(descriptor, buffers, at)
+            except InterruptedError:
+                continue
+            except OSError as error:
+                if error.errno in REFUSALS and descriptor == self._direct:
+                    raise _Refused(error.strerror) from None
+                if error.errno in PASSING_ERRORS and not retried:
+                    retried = True
+                    continue
+                raise self._failed(offset, at, needed, retried, error, who) from error
+            if descriptor == self._direct and at - offset + count < needed:
+                short, count = count, count // PAGE * PAGE  # go on from a whole page: another offset is refused
+                if short and not count and not stuck:
+                    stuck = True
+                    continue
+            if count == 0:
+                raise ExpertReadError(
+                    f"{who}: {self.path} was truncated: {offset + needed - at} bytes are missing at offset {at}; it "
+                    f"had {self.size} bytes when it was opened. Restore it and load the model again."
+                )
+            at += count
+            buffers = _after(buffers, count)
+
+    def _failed(self, offset: int, at: int, needed: int, retried: bool, error: OSError, who: str) -> ExpertReadError:
+        name = errno.errorcode.get(error.errno or 0, "unknown errno")
+        return ExpertReadError(
+            f"{who}: reading {offset + needed - at} bytes at offset {at} of {self.path} failed"
+            f"{' twice' if retried else ''} with {name} ({error.strerror}). Check the disk or the network mount; the "
+            "next call tries again."
+        )
+
+
+class _Refused(Exception):
+    """The file system does not do O_DIRECT after all."""
+
+
+def _open_direct(descriptor: int) -> int | None:
+    """The same file (it may have no name any more) opened past the page cache; None where that is not possible."""
+    try:
+        return os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+    except (OSError, AttributeError) as error:  # refused, no /proc, too few descriptors, or not Linux
+        logger.info("no O_DIRECT: %s", error)
+        return None
+
+
+def _own_buffer() -> memoryview:
+    """A page-aligned buffer that belongs to the calling thread, for one part and the pages it begins and ends in."""
+    if not hasattr(_threads, "buffer"):
+        _threads.buffer = memoryview(mmap.mmap(-1, PART_BYTES + 2 * PAGE))
+    buffer: memoryview = _threads.buffer
+    return buffer
+
+
+def _address(buffer: memoryview) -> int:
+    return int(np.frombuffer(buffer, np.uint8).__array_interface__["data"][0])
+
+
+def _after(buffers: list[memoryview], count: int) -> list[memoryview]:
+    """What is left to fill after `count` bytes."""
+    while buffers and count >= buffers[0].nbytes:
+        count -= buffers[0].nbytes
+        buffers = buffers[1:]
+    return [buffers[0][count:], *buffers[1:]] if buffers else []

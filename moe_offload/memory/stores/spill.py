@@ -1,0 +1,92 @@
+"""Put experts that are already in RAM on disk: one file without a name, gone with the process.
+
+The file is unlinked as soon as it exists: a crash, at any moment, leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from ...checkpoint.headers import FileStamp
+from ...checkpoint.row_index import RowIndex, RowSource, row_at
+from ...errors import OffloadError
+from ...experts import ExpertBank
+from .disk import DiskStore
+from .host import pack_row
+
+
+def spill(
+    banks: Sequence[ExpertBank],
+    chosen: Sequence[ExpertBank],
+    folder: Path,
+    progress: Callable[[int], object] = lambda nbytes: None,
+) -> DiskStore:
+    """Write the rows of the `chosen` banks to one new file in `folder`; return a store over it.
+
+    Layers of the store are numbered like `banks`; those not chosen hold no expert. Rows follow each other, each aligned
+    to 4 KiB, and pass through one row's worth of memory. `progress(bytes)` is called after each row.
+    The model is not changed. Raises `OffloadError` stating bytes needed and free when the folder cannot take them; what
+    was written is given back then.
+    """
+    total = sum(bank.nbytes for bank in chosen)
+    descriptor = -1
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=".moe_offload-", suffix=".rows", dir=folder)
+        file = Path(name)
+        file.unlink()
+        if shutil.disk_usage(folder).free < total:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # known now, rather than after hours of writing
+        _write_rows(descriptor, chosen, progress)
+        index = _index(file, banks, chosen, FileStamp.of(descriptor))
+    except BaseException as error:
+        if descriptor >= 0:
+            os.close(descriptor)
+        if isinstance(error, OSError):
+            raise _cannot_spill(folder, total, error) from error
+        raise
+    return DiskStore([bank.layout for bank in banks], index, {file: descriptor})
+
+
+def _write_rows(descriptor: int, chosen: Sequence[ExpertBank], progress: Callable[[int], object]) -> None:
+    done = 0
+    for bank in chosen:
+        row = torch.zeros(bank.layout.row_bytes, dtype=torch.uint8)
+        for e in range(bank.num_experts):
+            pack_row(bank, e, row)
+            rest = row.numpy().data
+            while rest:
+                count = os.pwrite(descriptor, rest, done)
+                done, rest = done + count, rest[count:]
+            progress(row.nbytes)
+    os.fdatasync(descriptor)
+    if hasattr(os, "posix_fadvise"):  # pages still cached would hold the memory that the budget gave up
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _index(file: Path, banks: Sequence[ExpertBank], chosen: Sequence[ExpertBank], stamp: FileStamp) -> RowIndex:
+    rows: dict[int, tuple[RowSource, ...]] = {}
+    begin = 0
+    for bank in chosen:
+        starts = range(begin, begin + bank.nbytes, bank.layout.row_bytes)
+        rows[bank.index] = tuple(row_at(file, start, bank) for start in starts)
+        begin += bank.nbytes
+    layers = tuple(rows.get(bank.index, ()) for bank in banks)
+    return RowIndex(tuple(bank.name for bank in banks), layers, frozenset(), {file: stamp})
+
+
+def _cannot_spill(folder: Path, total: int, error: OSError) -> OffloadError:
+    try:
+        free = f"{shutil.disk_usage(folder).free} bytes free"
+    except OSError:
+        free = "free space unknown"
+    return OffloadError(
+        f"{folder}: cannot take the {total} bytes of experts that are to rest on disk: {error.strerror} ({free}). Give "
+        "offload_folder a place with enough space, or load from a checkpoint, whose own files are read in place."
+    )

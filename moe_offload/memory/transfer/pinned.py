@@ -1,0 +1,99 @@
+"""Host memory that a GPU reads by itself: registered in place, in pieces, as far as the system allows.
+
+`Tensor.pin_memory()` would copy, and round every size up to a power of two. Registering needs no copy; what cannot be
+registered stays as it is, and is copied by the driver through memory of its own: slower, never wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...config.sizes import format_size
+
+logger = logging.getLogger("moe_offload")
+PIECE_BYTES = 1 << 30  # registered at a time: a limit is met after most of it, not before all of it
+PORTABLE_MAPPED = 1 | 2  # for every context, and with an address on the device
+_process = 0  # that registered: one forked from it has neither the registrations nor CUDA
+
+
+def pin_layers(rows_EN: Mapping[int, Tensor], device: str) -> frozenset[int]:
+    """Pin the rows of each layer, for `device`; return the layers whose rows all are. Warns once of those that are not.
+
+    Other layers may be pinned in part: what of it was registered stays so until `unpin`, and is copied faster.
+    """
+    with torch.cuda.device(device):
+        errors = {layer: pin(rows) for layer, rows in rows_EN.items()}
+    refused = [layer for layer, error in errors.items() if error]
+    if refused:
+        size = format_size(sum(rows_EN[layer].nbytes for layer in refused))
+        logger.warning(
+            "CUDA could pin the rows of %d of %d layers in RAM (%s): the other %s are copied more slowly, and there "
+            "the host decides which experts are in the slots. Raise the memlock limit (ulimit -l), or free RAM",
+            len(errors) - len(refused), len(errors), errors[refused[0]], size,
+        )  # fmt: skip
+    return frozenset(errors) - frozenset(refused)
+
+
+def unpin_layers(rows_EN: Mapping[int, Tensor], device: str) -> None:
+    """Undo `pin_layers`. Nothing may be copying from there any more."""
+    if os.getpid() == _process:
+        with torch.cuda.device(device), contextlib.ExitStack() as each:  # whatever happens to the others
+            for rows in rows_EN.values():
+                each.callback(unpin, rows)
+
+
+def pin(rows: Tensor) -> str:
+    """Register `rows` (uint8 [E, row_bytes], contiguous, page-aligned), whole rows at a time; '' or what went wrong.
+
+    What was registered stays so until `unpin`.
+    """
+    return next((error for piece in _pieces(rows) if (error := _register(piece))), "")
+
+
+def unpin(rows: Tensor) -> None:
+    """Undo `pin`, as far as it came, or was called at all. Nothing may be copying from there any more."""
+    if os.getpid() != _process:
+        return
+    cudart: Any = torch.cuda.cudart()
+    codes = [int(cudart.cudaHostUnregister(piece.data_ptr())) for piece in _pieces(rows)]
+    if any(codes):  # of those that were not registered
+        drain()
+
+
+def device_view(rows: Tensor, device: str) -> Tensor:
+    """`rows`, all pinned, as the device sees them, nothing copied. Keep `rows` alive beside the view."""
+    storage = torch._C._construct_storage_from_data_pointer(rows.data_ptr(), torch.device(device), rows.nbytes)
+    return torch.empty(0, dtype=rows.dtype, device=device).set_(storage, 0, rows.shape, rows.stride())
+
+
+def _pieces(rows: Tensor) -> tuple[Tensor, ...]:
+    pieces: tuple[Tensor, ...] = rows.split(max(1, PIECE_BYTES // max(rows.shape[1], 1)))
+    return pieces
+
+
+def drain() -> None:
+    """Clear the last error of the runtime: it would come up again at somebody else's next launch.
+
+    torch gives no other way to it than a launch of our own, after which it looks.
+    """
+    with contextlib.suppress(RuntimeError):
+        torch.full((1,), 1, device="cuda")
+
+
+def _register(piece: Tensor) -> str:
+    """'' or what went wrong."""
+    global _process
+    _process = os.getpid()
+    cudart: Any = torch.cuda.cudart()
+    code = cudart.cudaHostRegister(piece.data_ptr(), piece.nbytes, PORTABLE_MAPPED)
+    if int(code) == 0:
+        return ""
+    drain()
+    return str(cudart.cudaGetErrorString(code))

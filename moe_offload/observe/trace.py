@@ -1,0 +1,244 @@
+"""A trace: the ordered expert ids of a workload, as `simulate` replays them. Bounded `.npz`, read as hostile input.
+
+Shapes: T tokens, L MoE layers, K experts per token, E experts of a layer, R requests, V forwards.
+
+    experts        [T, L, K] integers  ids, distinct in a token and layer; -1 where absent (padding, a smaller top-k)
+    request_start  [R] int64           row of each request's first token
+    event_start    [V] int64           optional: row of each forward's first token; absent: every token is a forward
+    weights        [T, L, K] float     optional: the router's weights of the chosen experts
+    num_experts    [L] int64           optional: E of each layer; else "n_experts" of a .json beside it, else the
+                                       largest id + 1
+    meta           bytes of JSON       optional: {str: str}, such as model_type and source
+
+**Forwards.** A cache is asked once per forward and layer, for the distinct experts of all its rows: one *event*. While
+decoding, a forward is one row; a prompt of 500 tokens is one forward of 500 rows, and a batch of 4 sequences decodes in
+forwards of 4. `request_start` and `event_start` are all that is needed to replay a run to its very counters: a layer
+with nothing but -1 in a forward was not asked, and rows with an id are the tokens of its event. A request never starts
+inside a forward. A batch is one request, since its sequences share every forward.
+
+Every failure is a TraceError that names the file, what was found in it, and what to do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import TraceError
+from ..files import npz
+from ..files.whole_file import open_regular, reason, replace
+
+MAX_EXPERTS = 2**15 - 1  # ids are kept as int16
+MAX_META_BYTES = 2**16
+ARRAYS = {"experts", "request_start", "event_start", "weights", "num_experts", "meta"}
+
+
+class Event(NamedTuple):
+    """What one forward asks of one layer: how many of its tokens use each expert (in order of first use)."""
+
+    used: Counter[int]
+    tokens: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trace:
+    """Checked on creation: make one with `Trace.of`, read one with `Trace.load`."""
+
+    experts_TLK: NDArray[np.int16]
+    num_experts: tuple[int, ...]
+    request_start: NDArray[np.int64]
+    event_start: NDArray[np.int64]
+    weights_TLK: NDArray[np.floating[Any]] | None
+    meta: Mapping[str, str]
+
+    @classmethod
+    def of(
+        cls,
+        experts_TLK: NDArray[Any],
+        request_start: Sequence[int] | NDArray[Any] = (0,),
+        *,
+        event_start: Sequence[int] | NDArray[Any] | None = None,
+        weights_TLK: NDArray[Any] | None = None,
+        num_experts: Sequence[int] | None = None,
+        meta: Mapping[str, str] | None = None,
+    ) -> Trace:
+        """A trace of these arrays. Raises TraceError when no router and cache can have produced them."""
+        try:
+            return _checked(np.asarray(experts_TLK), request_start, event_start, weights_TLK, num_experts, meta)
+        except ValueError as error:
+            raise TraceError(f"these arrays make no trace: {error}") from None
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Trace:
+        """Read and check the trace at `path`, in bounded time and memory. Raises TraceError."""
+        path = Path(path)
+        try:
+            with open_regular(path) as (file, size):
+                found = npz.read(file, size, ARRAYS)
+            if "experts" not in found:
+                raise ValueError("it has no array 'experts'")
+            return _checked(
+                found["experts"],
+                found.get("request_start", (0,)),
+                found.get("event_start"),
+                found.get("weights"),
+                found.get("num_experts", _beside(path)),
+                _parsed(found.get("meta")),
+            )
+        except (OSError, ValueError) as error:
+            raise TraceError(
+                f"trace {os.fspath(path)!r} cannot be used: {reason(error)}. A trace is an .npz with an array "
+                "'experts' [tokens, layers, k], as --trace-out writes it"
+            ) from error
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write to `path` and return it. All or nothing: on any failure (TraceError) an old file is as it was."""
+        ids = np.int8 if max(self.num_experts) <= 128 else np.int16
+        arrays: dict[str, NDArray[Any]] = {
+            "experts": self.experts_TLK.astype(ids),
+            "request_start": self.request_start,
+            "event_start": self.event_start,
+            "num_experts": np.array(self.num_experts, dtype=np.int64),
+            "meta": np.frombuffer(json.dumps(dict(self.meta)).encode(), dtype=np.uint8),
+        }
+        if self.weights_TLK is not None:
+            arrays["weights"] = self.weights_TLK
+        data = io.BytesIO()
+        np.savez_compressed(data, allow_pickle=False, **arrays)
+        try:
+            replace(Path(path), data.getvalue())
+        except (OSError, ValueError) as error:
+            raise TraceError(
+                f"trace {os.fspath(path)!r} was not saved: {reason(error)}. What was there before is unchanged; "
+                "choose a writable folder with free space"
+            ) from error
+        return Path(path)
+
+    @property
+    def tokens(self) -> int:
+        return int(self.experts_TLK.shape[0])
+
+    @property
+    def layers(self) -> int:
+        return int(self.experts_TLK.shape[1])
+
+    @property
+    def top_k(self) -> int:
+        return int(self.experts_TLK.shape[2])
+
+    def requests(self, begin: int, end: int) -> Trace:
+        """The requests `begin` to `end` (not included) as a trace of their own."""
+        bounds = [*self.request_start.tolist(), self.tokens]
+        if not 0 <= begin < end < len(bounds):
+            raise TraceError(f"requests {begin} to {end} were asked for; the trace has {len(bounds) - 1}")
+        first, stop = bounds[begin], bounds[end]
+
+        def cut(starts: NDArray[np.int64]) -> NDArray[np.int64]:
+            return np.asarray(starts[(starts >= first) & (starts < stop)] - first)
+
+        return dataclasses.replace(
+            self,
+            experts_TLK=self.experts_TLK[first:stop],
+            request_start=cut(self.request_start),
+            event_start=cut(self.event_start),
+            weights_TLK=None if self.weights_TLK is None else self.weights_TLK[first:stop],
+        )
+
+
+def _checked(
+    experts_TLK: NDArray[Any],
+    request_start: Any,
+    event_start: Any,
+    weights_TLK: NDArray[Any] | None,
+    num_experts: Any,
+    meta: Mapping[str, str] | None,
+) -> Trace:
+    """The only way to a Trace. Raises ValueError."""
+    if experts_TLK.ndim != 3 or not experts_TLK.size:
+        raise ValueError(f"experts has the shape {experts_TLK.shape}, not [tokens, layers, k]")
+    if experts_TLK.dtype.kind not in "iu":
+        raise ValueError(f"experts are {experts_TLK.dtype}, not integers")
+    lowest, highest = int(experts_TLK.min()), int(experts_TLK.max())
+    if lowest < -1 or not 0 <= highest < MAX_EXPERTS:
+        raise ValueError(f"expert ids are {lowest} to {highest}; they must be -1 to {MAX_EXPERTS - 1}, and not all -1")
+    tokens, layers, _ = experts_TLK.shape
+    ids_TLK = np.ascontiguousarray(experts_TLK, dtype=np.int16)
+    sizes = _sizes(num_experts, layers, highest)
+    for layer in range(layers):
+        _check_layer(ids_TLK[:, layer], layer, sizes[layer])
+    requests = _starts("request_start", request_start, tokens)
+    forwards = np.arange(tokens) if event_start is None else _starts("event_start", event_start, tokens)
+    if not np.isin(requests, forwards).all():
+        raise ValueError("a request starts inside a forward: each request_start must be an event_start too")
+    if weights_TLK is not None:
+        weights_TLK = np.asarray(weights_TLK)
+        if weights_TLK.shape != experts_TLK.shape or weights_TLK.dtype.kind != "f":
+            raise ValueError(f"weights are {weights_TLK.dtype} {weights_TLK.shape} for experts {experts_TLK.shape}")
+        if not np.isfinite(weights_TLK).all():
+            raise ValueError("weights hold NaN or infinity")
+    return Trace(ids_TLK, sizes, requests, forwards, weights_TLK, dict(meta or {}))
+
+
+def _check_layer(ids_TK: NDArray[np.int16], layer: int, size: int) -> None:
+    sorted_TK = np.sort(ids_TK, axis=1)
+    twice_T = ((sorted_TK[:, 1:] == sorted_TK[:, :-1]) & (sorted_TK[:, 1:] >= 0)).any(axis=1)
+    if twice_T.any():
+        raise ValueError(f"token {int(twice_T.argmax())} names an expert of layer {layer} twice")
+    highest = int(sorted_TK[:, -1].max())
+    if highest >= size:
+        raise ValueError(f"layer {layer} uses expert {highest}, but num_experts says it has {size}")
+
+
+def _starts(name: str, given: Any, tokens: int) -> NDArray[np.int64]:
+    """Rows that begin something: from 0, increasing, below `tokens`."""
+    given_rows = np.asarray(given)
+    if given_rows.ndim != 1 or not given_rows.size or given_rows.dtype.kind not in "iu":
+        raise ValueError(f"{name} is {given_rows.dtype} {given_rows.shape}, not a list of row numbers")
+    starts: NDArray[np.int64] = given_rows.astype(np.int64)
+    if starts[0] != 0 or starts[-1] >= tokens or (np.diff(starts) <= 0).any():
+        raise ValueError(f"{name} must begin with 0 and increase, below {tokens} tokens")
+    return starts
+
+
+def _sizes(given: Any, layers: int, highest: int) -> tuple[int, ...]:
+    if given is None:
+        return (highest + 1,) * layers
+    sizes = np.asarray(given)
+    if sizes.shape not in {(layers,), ()} or sizes.dtype.kind not in "iu":
+        raise ValueError(f"num_experts is {sizes.dtype} {sizes.shape} for {layers} layers")
+    if sizes.min() < 1 or sizes.max() > MAX_EXPERTS:
+        raise ValueError(f"num_experts is {sizes.min()} to {sizes.max()}; it must be 1 to {MAX_EXPERTS}")
+    return tuple(np.broadcast_to(sizes, (layers,)).tolist())
+
+
+def _parsed(meta: NDArray[Any] | None) -> dict[str, str]:
+    if meta is None:
+        return {}
+    if meta.dtype != np.uint8 or meta.nbytes > MAX_META_BYTES:
+        raise ValueError(f"meta is {meta.dtype} of {meta.nbytes} bytes, not JSON of at most {MAX_META_BYTES}")
+    try:
+        found = json.loads(meta.tobytes())
+    except RecursionError:
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise ValueError("meta is not a JSON object of texts")
+    return found
+
+
+def _beside(path: Path) -> int | None:
+    """E as the description beside a shared trace states it: an id that was never used is an expert all the same."""
+    try:
+        with open_regular(path.with_suffix(".json")) as (file, _):
+            stated = json.loads(file.read(MAX_META_BYTES)).get("n_experts")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+    return stated if type(stated) is int and 1 <= stated <= MAX_EXPERTS else None

@@ -1,0 +1,56 @@
+"""Dense weights: all of them on the one device that the model computes on. Experts are the caches' business."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from ..config.settings import OffloadConfig
+from ..errors import UnsupportedModelError
+from ..experts import ExpertBank
+from ..memory.transfer.staged import present
+
+
+def keep_where_it_is(model: Any, banks: Sequence[ExpertBank], settings: OffloadConfig) -> OffloadConfig:
+    """`settings`, with a device map for a model that is on an accelerator already and was given none.
+
+    Raises `UnsupportedModelError` for a model that is on several devices, or on one that this process has not.
+    """
+    if getattr(model, "hf_device_map", None) and len(set(model.hf_device_map.values())) > 1:
+        raise UnsupportedModelError(
+            "the model was dispatched by accelerate (it has an hf_device_map with several devices), whose hooks would "
+            "move weights behind the cache's back; load it without device_map, or with moe_offload.from_pretrained()"
+        )
+    places: dict[str, str] = {}
+    for name, tensor in _dense(model, banks):
+        places.setdefault(str(tensor.device), name)
+        if tensor.device.type not in (here := present(settings.untested)):
+            raise UnsupportedModelError(
+                f"{name} is on {tensor.device}; this process computes on {', '.join(here)} only (experts may be "
+                "on 'meta'). Load the model there first. No GPU has run this version yet; config={'untested': True} "
+                "tries."
+            )
+    if len(places) > 1:
+        found = ", ".join(f"{name} on {device}" for device, name in places.items())
+        raise UnsupportedModelError(f"the dense weights are on several devices ({found}); load the model on one")
+    device = next(iter(places), "cpu")
+    if device == "cpu" or settings.device_map is not None:
+        return settings
+    return replace(settings, device_map={"": device})
+
+
+def place_dense(model: Any, banks: Sequence[ExpertBank], device: str) -> None:
+    """Move every parameter and buffer that is no expert's to `device`."""
+    for _, tensor in _dense(model, banks):
+        if str(tensor.device) != device:
+            tensor.data = tensor.data.to(device)
+
+
+def _dense(model: Any, banks: Sequence[ExpertBank]) -> Iterator[tuple[str, Tensor]]:
+    experts = {id(param) for bank in banks for param in bank.params.values()}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if id(tensor) not in experts:
+            yield name, tensor

@@ -1,0 +1,65 @@
+"""What cannot reach the experts of an offloaded model is refused, on the model and on every part that holds experts.
+
+.to(dtype), .half(), .cuda(), .share_memory()    would turn the stand-ins into real tensors of NaN
+copy.deepcopy, pickle, torch.save(model)         would copy stand-ins, or files and threads
+load_state_dict(with experts)                    would write into stand-ins
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import OffloadError
+from ..runtime.model import Runtime
+
+
+def refuse_what_reaches_experts(model: nn.Module, runtime: Runtime) -> None:
+    experts = {id(module): layer.bank for layer in runtime.layers for module in layer.bank.modules}
+    for part in model.modules():
+        held = [
+            f"{name}.{field.name}" if name else field.name
+            for name, module in part.named_modules(remove_duplicate=False)
+            if id(module) in experts
+            for field in experts[id(module)].layout.fields
+        ]
+        if held:
+            part._apply = partial(_refuse_moves, part)  # type: ignore[method-assign]
+            part.register_load_state_dict_pre_hook(partial(_refuse_loading, held))
+        if part is model or id(part) in experts:  # copies of a part between them arrive at its experts
+            part.__dict__["__deepcopy__"] = part.__dict__["__reduce_ex__"] = _refuse_copy
+
+
+def _refuse_moves(part: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    for p in part.parameters():
+        probe = torch.empty(0, dtype=p.dtype, device=p.device)
+        before = probe.dtype, probe.device, probe.is_shared()
+        moved = fn(probe)
+        if (moved.dtype, moved.device, moved.is_shared()) != before:
+            raise OffloadError(
+                f"asked to move or convert an offloaded model ({before[0]} on {before[1]} to {moved.dtype} on "
+                f"{moved.device}{', shared' if moved.is_shared() else ''}); its slots and rows are fixed. "
+                "Convert or move the model first, then call optimize(); model.moe_offload.close() frees its memory."
+            )
+    return part
+
+
+def _refuse_copy(*_: Any) -> Any:
+    raise OffloadError(
+        "an offloaded model cannot be copied or pickled (its experts are in files and slots); copy the model before "
+        "optimize(), save it with save_pretrained(), or load it again with moe_offload.from_pretrained()"
+    )
+
+
+def _refuse_loading(held: list[str], _: nn.Module, state: Mapping[str, Any], prefix: str, *__: Any) -> None:
+    found = [prefix + key for key in held if prefix + key in state]
+    if found:
+        raise OffloadError(
+            f"load_state_dict() was given {len(found)} tensors of experts, such as {found[0]}; those of an offloaded "
+            "model rest in files and cannot be replaced. Load weights before optimize(), or leave the experts out and "
+            "load the others with strict=False."
+        )

@@ -1,0 +1,237 @@
+"""Save an offloaded model: the ordinary Hugging Face layout, with the real experts, a row at a time.
+
+transformers itself writes the configuration and the dense weights, from the model as it is now (an adapter may have
+been merged into them). The experts' names, shapes and layout are what transformers would make of them in reverse, asked
+on the meta device; where each expert's bytes go is then found by `checkpoint/row_index.py`, in the same way as for a
+checkpoint that is read:
+
+    transformers' save_pretrained(dense)        -> config.json, generation_config.json, model-00001-of-00004.safetensors
+    revert_weight_conversion(experts on meta)   -> names, shapes        -> headers of model-00002 ... 00004
+    index_rows(model, those headers)            -> for each expert: its ranges, and the steps to undo
+    row of expert e from its store              -> bytes                -> written into those ranges
+
+`state_dict()` works as well, but it has to hold what it returns: all experts at once, in RAM.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from ..checkpoint.conversion import undo_steps
+from ..checkpoint.headers import read_headers
+from ..checkpoint.new_folder import new_checkpoint, write_index
+from ..checkpoint.row_index import Piece, index_rows
+from ..checkpoint.shards import Entry, Filling, Shard, file_name, header, split
+from ..config.sizes import parse_size
+from ..errors import ConfigError, OffloadError, SaveError
+from ..experts import ExpertBank
+from ..memory.buffers import page_aligned
+from ..observe.progress import bar
+from ..runtime.layer import LayerRuntime
+from ..runtime.model import Runtime
+
+#: Whether state_dict() is to leave the experts' stand-ins as they are: names and shapes are wanted, not weights.
+_stand_ins: ContextVar[bool] = ContextVar("stand_ins", default=False)
+
+_REFUSED = {
+    "push_to_hub": "call model.push_to_hub(repo_id), which saves to a temporary folder and uploads that",
+    "variant": "save without it and rename the files",
+    "distributed_checkpoint": "an offloaded model is in one process; save without it",
+}
+
+
+def save_real_rows(model: nn.Module, runtime: Runtime) -> None:
+    """Make state_dict() return real weights in place of stand-ins, and save_pretrained() stream them."""
+    from transformers import PreTrainedModel
+
+    for layer in runtime.layers:
+        for module in layer.bank.modules:
+            module.register_state_dict_post_hook(partial(_real_rows, runtime, layer.bank.index))
+    experts = {id(module) for layer in runtime.layers for module in layer.bank.modules}
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and any(id(inner) in experts for inner in module.modules()):
+            module.__dict__["save_pretrained"] = Saver(module, runtime).save_pretrained
+
+
+def _real_rows(runtime: Runtime, index: int, module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    if not _stand_ins.get():
+        for name, stacked in runtime.read_stacked(index).items():
+            state[prefix + name] = stacked
+
+
+class Saver:
+    """Saves `model`, which has some or all of the layers of `runtime`."""
+
+    def __init__(self, model: Any, runtime: Runtime):
+        self.model, self.runtime, self.original = model, runtime, model.save_pretrained
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
+        **kwargs: Any,
+    ) -> None:
+        """Write the model to a folder, as transformers' own `save_pretrained` does, one expert in memory at a time.
+
+        The result has the same tensors as that of the model that is not offloaded, and loads with plain transformers.
+        It is written beside what is in the folder and takes its place at the end, the index last: after an error or an
+        interruption the folder is as it was. Forwards in other threads wait meanwhile. With `state_dict`, exactly those
+        tensors are written, by transformers.
+
+        Raises `SaveError` when the folder is the one that experts are read from, cannot be written or has no room
+        (stating bytes needed and free), `ClosedError` after `close`, `ConfigError` for an argument that is not
+        supported, and what reading a row raises.
+        """
+        for name, advice in _REFUSED.items():
+            if {"push_to_hub": push_to_hub, **kwargs}.get(name):
+                raise ConfigError(f"save_pretrained({name}=...) does not work on an offloaded model: {advice}.")
+        if not is_main_process:
+            return
+        limit_bytes, out = parse_size(max_shard_size), Path(save_directory)
+        with self.runtime.lock:
+            self.runtime.check_open()
+            if getattr(self.model, "_hf_peft_config_loaded", False):  # only the adapter is written
+                self.original(out, state_dict=self._stand_in_state(), max_shard_size=limit_bytes, **kwargs)
+                return
+            self._refuse_source(out)
+            if state_dict is not None:
+                _refuse_stand_ins(state_dict)
+                self.original(out, state_dict=dict(state_dict), max_shard_size=limit_bytes, **kwargs)
+            else:
+                self._stream(out, limit_bytes, **kwargs)
+
+    def _stream(self, out: Path, limit_bytes: int, **kwargs: Any) -> None:
+        layers = self._layers()
+        banks = [bank for bank, _ in layers]
+        names = {f"{name}.{field.name}" for bank in banks for name in bank.names for field in bank.layout.fields}
+        dense = {key: tensor for key, tensor in self._stand_in_state().items() if key not in names}
+        entries = self._expert_entries(banks, kwargs.get("save_original_format", True))
+        needed_bytes = sum(tensor.nbytes for tensor in dense.values()) + sum(entry.nbytes for entry in entries)
+        with new_checkpoint(out, needed_bytes) as folder:
+            try:
+                self.original(folder, state_dict=dense, max_shard_size=limit_bytes, **kwargs)
+            except SafetensorError as error:  # its wrapping of what the operating system says
+                raise OSError(str(error)) from error
+            dense_files, runs = sorted(folder.glob("*.safetensors")), split(entries, limit_bytes)
+            first, count = len(dense_files) + 1, len(dense_files) + len(runs)
+            for number, file in enumerate(dense_files, 1):
+                file.rename(folder / file_name("model", number, count))
+            headers = read_headers(sorted(folder.glob("*.safetensors")))
+            with contextlib.closing(Filling(folder, _shards(runs, first, count))) as files:
+                self._write_rows(layers, files)
+            headers.update(files.ranges)
+            write_index(folder, headers, self.model.num_parameters())
+
+    def _write_rows(self, layers: Sequence[tuple[ExpertBank, LayerRuntime]], files: Filling) -> None:
+        banks = [bank for bank, _ in layers]
+        with _stand_ins_only(), _layout_errors():
+            index = index_rows(self.model, banks, files.ranges)
+        with bar("Saving", sum(bank.nbytes for bank in banks), what="experts") as shown:
+            for bank, layer in layers:
+                row = page_aligned(bank.layout.row_bytes)
+                for e, pieces in enumerate(index.rows[bank.index]):
+                    layer.store.read(layer.bank.index, e, row.numpy().data)
+                    for piece in pieces:
+                        _write_field(piece, row, files)
+                    shown.update(len(row))
+        files.check_complete()
+
+    def _layers(self) -> list[tuple[ExpertBank, LayerRuntime]]:
+        """The layers that the model has, each with its bank as seen from the model: it may be part of a larger one."""
+        names: dict[int, list[str]] = {}
+        for name, module in self.model.named_modules(remove_duplicate=False):
+            names.setdefault(id(module), []).append(name)
+        found: list[tuple[ExpertBank, LayerRuntime]] = []
+        for layer in self.runtime.layers:
+            own = tuple(name for module in layer.bank.modules for name in names.get(id(module), []))
+            if own:
+                found.append((dataclasses.replace(layer.bank, index=len(found), names=own), layer))
+        return found
+
+    def _expert_entries(self, banks: Sequence[ExpertBank], original_format: bool) -> list[Entry]:
+        """Every tensor of experts that is to be written, in the order of layers and experts."""
+        from transformers.core_model_loading import dot_natural_key, revert_weight_conversion
+
+        stacked = {
+            f"{bank.name}.{field.name}": torch.empty((bank.num_experts, *field.shape), dtype=field.dtype, device="meta")
+            for bank in banks
+            for field in bank.layout.fields
+        }
+        with _layout_errors():
+            stored = revert_weight_conversion(self.model, stacked) if original_format else stacked
+        return [
+            Entry(key, stored[key].dtype, tuple(stored[key].shape), stored[key].nbytes)
+            for key in sorted(stored, key=dot_natural_key)
+        ]
+
+    def _stand_in_state(self) -> dict[str, Tensor]:
+        with _stand_ins_only():
+            return dict(self.model.state_dict())
+
+    def _refuse_source(self, out: Path) -> None:
+        for folder in self.runtime.folders():
+            if out.exists() and out.samefile(folder):
+                raise SaveError(
+                    f"{out}: the experts of this model are read from there, so it cannot be saved over it; nothing was "
+                    "written. Save to another folder, close the model, and then put the one in the other's place."
+                )
+
+
+def _write_field(piece: Piece, row: Tensor, files: Filling) -> None:
+    """Write one field of the expert in `row` into the tensors that it is loaded from."""
+    f = piece.field
+    field = row[f.offset : f.offset + f.nbytes].view(f.dtype).view(f.shape)
+    parts = undo_steps(piece.steps, field, [source.shape for source in piece.sources])
+    for source, part in zip(piece.sources, parts, strict=True):
+        files.write(source, part.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def _shards(runs: Sequence[tuple[Entry, ...]], first: int, count: int) -> list[Shard]:
+    shards = []
+    for number, run in enumerate(runs, first):
+        entries = tuple(sorted(run, key=lambda entry: -entry.dtype.itemsize))  # aligned, whatever comes before
+        shards.append(Shard(file_name("model", number, count), entries, header(entries, {"format": "pt"})))
+    return shards
+
+
+def _refuse_stand_ins(state: Mapping[str, Tensor]) -> None:
+    for key, tensor in state.items():
+        if hasattr(tensor, "field"):
+            raise SaveError(
+                f"state_dict: {key} is a stand-in of NaN for offloaded experts, as model.parameters() gives it; "
+                "nothing was written. Pass what model.state_dict() returns, or no state_dict at all."
+            )
+
+
+@contextlib.contextmanager
+def _stand_ins_only() -> Iterator[None]:
+    token = _stand_ins.set(True)
+    try:
+        yield
+    finally:
+        _stand_ins.reset(token)
+
+
+@contextlib.contextmanager
+def _layout_errors() -> Iterator[None]:
+    """What is said about a checkpoint that does not fit is here about one that is yet to be written."""
+    try:
+        yield
+    except (OffloadError, ValueError) as error:
+        raise SaveError(
+            f"the experts cannot be written as the model's own checkpoints have them: {error}. "
+            "save_pretrained(..., save_original_format=False) writes them as the model holds them."
+        ) from error

@@ -1,0 +1,148 @@
+"""From a model, a device map and memory limits to a plan per device and a tier per layer.
+
+    device_map  ->  where each layer computes           (config/device_map.py)
+    budget, max_memory  ->  bytes per device  ->  slots   (budget.py)
+    what max_memory["cpu"] leaves  ->  RAM or disk       (config/device_map.py)
+
+On a CPU the slots and the rows that rest in RAM share one memory: `max_memory["cpu"]` is all of it, `budget` the part
+the model computes in, and what is between the two is for rows that rest in RAM. With only one of them, all of it is the
+budget and rows rest on disk: a slot in use beats a copy in waiting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import psutil
+
+from ..config.device_map import Spot, compute_device, expand, limits, refuse_absent, settle, spots
+from ..config.settings import OffloadConfig
+from ..config.sizes import format_size, parse_size
+from ..errors import BudgetError, ConfigError
+from ..experts import ExpertBank
+from ..memory.transfer.staged import free_bytes
+from .budget import Plan, plan_slots
+from .weights import costs, dense_bytes_on, layer_shapes, library_bytes
+
+RAM_SHARE = "80%"  # of what is available, for rows below an accelerator where nothing else is said
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """Where everything goes: `spots[l]` and `slots[l]` of MoE layer l, and the plan of each device.
+
+    `host_bytes` of rows rest in RAM; `host_room_bytes` is what was left for them (None: no limit was given).
+    """
+
+    names: tuple[str, ...]
+    spots: tuple[Spot, ...]
+    slots: tuple[int, ...]
+    plans: dict[str, Plan]
+    host_bytes: int
+    host_room_bytes: int | None
+
+    @property
+    def tiers(self) -> list[str]:
+        return [spot.tier for spot in self.spots]
+
+    @property
+    def device(self) -> str:
+        """The one device there is. Raises `ConfigError` when there are several."""
+        self.plan  # noqa: B018  which raises
+        return next(iter(self.plans))
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the one device there is. Raises `ConfigError` when there are several."""
+        if len(self.plans) > 1:
+            raise ConfigError(
+                f"the model is spread over {', '.join(self.plans)}: each has a plan of its own; ask forecast(), or "
+                "`moe-offload plan`"
+            )
+        return next(iter(self.plans.values()))
+
+    def with_slots(self, slots: tuple[int, ...]) -> Arrangement:
+        """The same, of one device, with another number of slots in its layers."""
+        return replace(self, slots=slots, plans={self.device: replace(self.plan, slots=slots)})
+
+
+def arrange(
+    model: Any, banks: Sequence[ExpertBank], settings: OffloadConfig, present: Sequence[str] | None = None
+) -> Arrangement:
+    """Plan `model` (it may be on the meta device) for `settings`.
+
+    `present` are the device types there are to compute on; None plans for any. Raises `ConfigError` for what means
+    nothing, `BudgetError` for what does not fit, `UnsupportedModelError` for a device that is not present.
+    """
+    names = [bank.name for bank in banks]
+    available = psutil.virtual_memory().available
+    allowed = limits(settings.max_memory, available)
+    accelerators = [device for device in allowed if device != "cpu"]
+    found = spots(names, [name for name, _ in model.named_modules()], settings.device_map, accelerators)
+    rules = expand(settings.device_map, names, accelerators)
+    dense = dense_bytes_on(model, banks, lambda module: compute_device(module, rules))
+    computing = sorted({spot.device for spot in found} | set(dense))
+    if present is not None:
+        refuse_absent(computing, present)
+    with_experts = [device for device in computing if any(spot.device == device for spot in found)]
+    for device in set(computing) - set(with_experts):  # no slots there, so no plan: only a limit to keep
+        if dense[device] > allowed.get(device, dense[device]):
+            raise BudgetError(
+                f"device_map puts {format_size(dense[device])} of dense weights on {device}, and max_memory allows "
+                f"{format_size(allowed[device])} there; raise it, or send fewer modules there"
+            )
+    plans = {}
+    for device in with_experts:
+        ours = [bank for bank, spot in zip(banks, found, strict=True) if spot.device == device]
+        whole = costs(model, banks, settings, device)
+        share = replace(
+            whole,
+            dense_bytes=dense.get(device, 0),
+            kv_bytes=whole.kv_bytes * len(ours) // len(banks),
+            library_bytes=library_bytes(len(ours), device),
+        )
+        free = available if device == "cpu" else free_bytes(device) if present is not None else allowed.get(device)
+        plans[device] = plan_slots(_budget(device, with_experts, settings, allowed, free), layer_shapes(ours), share)
+    slots = {device: iter(plan.slots) for device, plan in plans.items()}
+    per_layer = [next(slots[spot.device]) for spot in found]
+    room = _host_room(plans, dense, allowed)
+    if room is None and present is not None and "cpu" not in computing:  # an accelerator: RAM is the tier below it
+        room = parse_size(RAM_SHARE, total=available)
+    needs = [0 if n == bank.num_experts else bank.nbytes for bank, n in zip(banks, per_layer, strict=True)]
+    settled = settle(found, needs, room)
+    host = sum(bank.nbytes for bank, spot in zip(banks, settled, strict=True) if spot.tier == "host")
+    return Arrangement(tuple(names), tuple(settled), tuple(per_layer), plans, host, room)
+
+
+def _budget(
+    device: str, devices: Sequence[str], settings: OffloadConfig, allowed: dict[str, int], free: int | None
+) -> int:
+    """`free` bytes of the device are what "80%" and "auto" are of; None where that is not known."""
+    if settings.budget is not None:
+        if len(devices) > 1:
+            raise ConfigError(
+                f"budget={settings.budget!r} does not say how to share it between {', '.join(devices)}; give each a "
+                f"limit: max_memory={{{', '.join(f'{d!r}: ...' for d in devices)}}}"
+            )
+        budget = parse_size(settings.budget, total=free)
+        if budget > allowed.get(device, budget):
+            raise BudgetError(
+                f"budget={settings.budget!r} is more than max_memory={settings.max_memory!r} allows on {device}; the "
+                "budget is a part of it: lower the one or raise the other"
+            )
+        return budget
+    if device in allowed:
+        return allowed[device]
+    if free is None:
+        raise BudgetError(
+            f"nothing says how much of {device} the model may hold; say budget=..., or max_memory={{{device!r}: '8GB'}}"
+        )
+    return parse_size("auto", total=free)
+
+
+def _host_room(plans: dict[str, Plan], dense: dict[str, int], allowed: dict[str, int]) -> int | None:
+    if "cpu" not in allowed:
+        return None
+    return allowed["cpu"] - (plans["cpu"].budget_bytes if "cpu" in plans else dense.get("cpu", 0))

@@ -1,0 +1,177 @@
+"""A budget becomes a plan: how many slots each layer gets. Pure arithmetic on byte counts.
+
+    budget = dense weights + reserve (KV cache, workspace) + scratch rows for prefill waves + banks + slack
+    floor  = the smallest budget that works: the same with K slots in every layer
+
+Never over budget; one more slot never fits; with rows of one size more budget never means fewer slots, and with rows of
+several sizes the smallest share of a layer never drops (property-tested). All sizes in bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..config.sizes import format_size
+from ..errors import BudgetError
+
+#: Tracing, allocator slack, activations and compiled kernels (up to 85 MB: `process_memory`) grow with a model, but
+#: not for ever: a sixth of the budget, at most this.
+WORKSPACE_SHARE = 6
+WORKSPACE_LIMIT = 340 * 10**6
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What the plan needs to know of one MoE layer."""
+
+    num_experts: int
+    top_k: int
+    row_bytes: int
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What stands in the budget besides the banks.
+
+    `reserve_bytes` None means KV cache, the scores of attention that is not fused, what the device's libraries and
+    allocator hold, and a share of the budget.
+    """
+
+    dense_bytes: int
+    kv_bytes: int = 0
+    scores_bytes: int = 0
+    library_bytes: int = 0
+    scratch_bytes: int = 0
+    reserve_bytes: int | None = None
+
+    def reserve(self, budget: int) -> int:
+        if self.reserve_bytes is not None:
+            return self.reserve_bytes
+        known = self.kv_bytes + self.scores_bytes + self.library_bytes
+        return known + min(budget // WORKSPACE_SHARE, WORKSPACE_LIMIT)
+
+    def for_banks(self, budget: int) -> int:
+        """What is left of `budget` for slots; negative when nothing is."""
+        return budget - self.dense_bytes - self.scratch_bytes - self.reserve(budget)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`slots[l]` slots for layer l. `print` it: it says what the budget is spent on."""
+
+    budget_bytes: int
+    layers: tuple[LayerShape, ...]
+    costs: Costs
+    slots: tuple[int, ...]
+
+    @property
+    def bank_bytes(self) -> int:
+        return sum(s * layer.row_bytes for s, layer in zip(self.slots, self.layers, strict=True))
+
+    @property
+    def expert_bytes(self) -> int:
+        """All experts of all layers."""
+        return sum(layer.num_experts * layer.row_bytes for layer in self.layers)
+
+    @property
+    def slack_bytes(self) -> int:
+        return self.costs.for_banks(self.budget_bytes) - self.bank_bytes
+
+    @property
+    def floor_bytes(self) -> int:
+        return floor(self.layers, self.costs)
+
+    @property
+    def residency(self) -> float:
+        """Slots over experts, all layers together."""
+        return sum(self.slots) / sum(layer.num_experts for layer in self.layers)
+
+    def rows(self) -> list[tuple[str, int]]:
+        return [
+            ("dense weights", self.costs.dense_bytes),
+            ("reserve (KV cache, workspace)", self.costs.reserve(self.budget_bytes)),
+            ("scratch for prefill", self.costs.scratch_bytes),
+            ("expert slots", self.bank_bytes),
+            ("slack", self.slack_bytes),
+        ]
+
+    def __str__(self) -> str:
+        few, many = min(self.slots), max(self.slots)
+        slots = f"{few}" if few == many else f"{few} to {many}"
+        experts = max(layer.num_experts for layer in self.layers)
+        lines = [f"budget {format_size(self.budget_bytes)}, floor {format_size(self.floor_bytes)}"]
+        lines += [f"  {name:<30}{format_size(size):>30}" for name, size in self.rows()]
+        lines += [
+            f"{len(self.layers)} MoE layers, {slots} of {experts} experts resident in each ({self.residency:.0%}), "
+            f"{format_size(self.expert_bytes)} of experts in all, row "
+            f"{format_size(max(r.row_bytes for r in self.layers))}"
+        ]
+        return "\n".join(lines)
+
+
+def plan_slots(budget: int, layers: Sequence[LayerShape], costs: Costs) -> Plan:
+    """Share `budget` bytes out evenly over the layers, at least K slots each; what is left goes to single slots.
+
+    Raises `BudgetError`, stating the floor and what makes it up, when K slots a layer do not fit.
+    """
+    smallest = floor(layers, costs)
+    if budget < smallest:
+        raise BudgetError(_below_floor(budget, smallest, layers, costs))
+    left = costs.for_banks(budget)
+    low, high = 0, max(layer.num_experts for layer in layers)
+    while low < high:  # the largest even share that fits
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if _cost(layers, middle) <= left else (low, middle - 1)
+    slots = [_share(layer, low) for layer in layers]
+    left -= _cost(layers, low)
+    while open_layers := [i for i, x in enumerate(layers) if slots[i] < x.num_experts and x.row_bytes <= left]:
+        poorest = min(open_layers, key=lambda i: (slots[i], i))
+        slots[poorest] += 1
+        left -= layers[poorest].row_bytes
+    return Plan(budget, tuple(layers), costs, tuple(slots))
+
+
+def floor(layers: Sequence[LayerShape], costs: Costs) -> int:
+    """The smallest budget that holds K slots in every layer."""
+    return _smallest_budget(_cost(layers, 0), costs)
+
+
+def budget_for(residency: float, layers: Sequence[LayerShape], costs: Costs) -> int:
+    """The smallest budget that keeps at least this share of every layer's experts resident (never below the floor)."""
+    even = max(math.ceil(residency * layer.num_experts) for layer in layers)
+    return _smallest_budget(_cost(layers, even), costs)
+
+
+def _smallest_budget(need: int, costs: Costs) -> int:
+    fixed = costs.dense_bytes + costs.scratch_bytes + need
+    if costs.reserve_bytes is not None:
+        return fixed + costs.reserve_bytes
+    fixed += costs.kv_bytes + costs.scores_bytes + costs.library_bytes
+    budget = min(fixed * WORKSPACE_SHARE // (WORKSPACE_SHARE - 1), fixed + WORKSPACE_LIMIT)
+    while costs.for_banks(budget) < need:  # integer division rounds: a byte or two, either way
+        budget += 1
+    while costs.for_banks(budget - 1) >= need:
+        budget -= 1
+    return budget
+
+
+def _share(layer: LayerShape, even: int) -> int:
+    return min(layer.num_experts, max(layer.top_k, even))
+
+
+def _cost(layers: Sequence[LayerShape], even: int) -> int:
+    return sum(_share(layer, even) * layer.row_bytes for layer in layers)
+
+
+def _below_floor(budget: int, smallest: int, layers: Sequence[LayerShape], costs: Costs) -> str:
+    return (
+        f"budget {format_size(budget)} is below the floor of {format_size(smallest)} that this model needs: "
+        f"dense weights "
+        f"{format_size(costs.dense_bytes)}, reserve for KV cache and workspace {format_size(costs.reserve(smallest))}, "
+        f"scratch for prefill {format_size(costs.scratch_bytes)}, and the experts of one token "
+        f"{format_size(_cost(layers, 0))} ({sum(min(x.top_k, x.num_experts) for x in layers)} rows in "
+        f"{len(layers)} layers). "
+        f"Use a budget of at least {smallest} bytes, fewer kv_tokens (MOE_OFFLOAD_KV_TOKENS), or a smaller dtype."
+    )

@@ -1,0 +1,71 @@
+"""Which rule put what where, and what was not offloaded and why: the text of `model.moe_offload.explain()`.
+
+48 MoE layers (0-47): slots on cuda:0, rows in RAM         by "model.layers.*.mlp.experts": "cpu"
+not offloaded: attention 1.81 GB, every token uses all of it ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import Any
+
+from torch import nn
+
+from ..config.sizes import format_size
+from ..experts import ExpertBank
+from .arrange import Arrangement
+
+PLACES = {"disk": "on disk", "host": "in RAM"}
+
+#: Kinds of dense weights by a part of their module's name, and why each stays; the first that fits counts.
+KINDS = [
+    (("shared_expert", "shared_mlp"), "shared experts", "every token uses them, so they would never be evicted"),
+    (("embed", "lm_head", "wte"), "embeddings and head", "every token needs the whole head"),
+    (("attn", "attention", "mixer", "ssm", "mamba", "conv"), "attention", "every token uses all of it"),
+    (("gate", "router"), "routers", "they decide which experts are needed"),
+    (("mlp", "feed_forward", "ffn"), "dense feed-forward layers", "they have no experts to choose from"),
+    (("",), "norms and the rest", "small, and used by every token"),
+]
+
+
+def explain(model: Any, banks: Sequence[ExpertBank], where: Arrangement) -> str:
+    """Tell how `model` (it may be on the meta device, or offloaded) is arranged: a paragraph for experts, one for the
+    rest."""
+    lines = ["experts:"]
+    layers = list(zip(range(len(banks)), banks, where.spots, where.slots, strict=True))
+    for spot, group in groupby(layers, key=lambda layer: layer[2]):
+        members = list(group)
+        size = format_size(sum(bank.nbytes for _, bank, _, _ in members))
+        (first, bank, _, _), (last, *_) = members[0], members[-1]
+        lines.append(
+            f"  MoE layer{f' {first}' if first == last else f's {first}-{last}'} "
+            f"({bank.name}{'' if first == last else ' ...'}): {_range(n for *_, n in members)} slots each on "
+            f"{spot.device}, {size} of rows {PLACES[spot.tier]}\n    by {spot.rule}"
+        )
+    if where.host_room_bytes is not None:
+        lines.append(
+            f"  RAM: {format_size(where.host_bytes)} of rows, of {format_size(max(where.host_room_bytes, 0))} that "
+            "max_memory['cpu'] leaves for them"
+        )
+    lines.append("not offloaded, held where they compute:")
+    lines += [f"  {kind:<28}{format_size(size):>12}  {why}" for kind, size, why in kept(model, banks)]
+    return "\n".join(lines)
+
+
+def kept(model: nn.Module, banks: Sequence[ExpertBank]) -> list[tuple[str, int, str]]:
+    """What is not offloaded: `(kind, bytes, why)`, the largest first. Tied weights count once."""
+    seen = {id(param) for bank in banks for param in bank.params.values()}
+    found: dict[str, int] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            kind = next(kind for parts, kind, _ in KINDS if any(part in name.lower() for part in parts))
+            found[kind] = found.get(kind, 0) + tensor.numel() * tensor.element_size()
+    why = {kind: reason for _, kind, reason in KINDS}
+    return sorted(((kind, size, why[kind]) for kind, size in found.items()), key=lambda row: -row[1])
+
+
+def _range(numbers: Iterable[int]) -> str:
+    several = sorted(set(numbers))
+    return f"{several[0]}" if len(several) == 1 else f"{several[0]} to {several[-1]}"

@@ -1,0 +1,166 @@
+"""What a budget would give, before anything is loaded: slots, hit rate, KV cache, the floor, and what more would buy.
+
+print(moe_offload.forecast("Qwen/Qwen3-30B-A3B", "8GB"))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checkpoint.outline import Outline, outline
+from ..config.device_map import DeviceMap
+from ..config.settings import Config, OffloadConfig, resolve
+from ..config.sizes import format_size
+from ..errors import OffloadError
+from ..experts import ExpertBank, find_experts
+from ..observe.profile import Profile
+from .arrange import Arrangement, arrange
+from .budget import Plan, budget_for, floor
+from .expected_hits import HitRate, covered, typical
+from .explain import explain
+from .weights import costs, fingerprint, kv_bytes, layer_shapes, longest_context
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """`print` it. Sizes are bytes; `floor_bytes` and `resident_bytes` are budgets on one device: the smallest that
+    works, and the smallest that holds every expert.
+
+    `hit_rate` is an estimate and says of what; `largest_context` is how many tokens of KV cache fit when each layer
+    keeps no more than K slots (None where several devices share the model).
+    """
+
+    name: str
+    source: str
+    model: nn.Module
+    banks: list[ExpertBank]
+    where: Arrangement
+    hit_rate: HitRate
+    context: int
+    asked_context: int
+    kv_bytes: int
+    floor_bytes: int
+    resident_bytes: int
+    largest_context: int | None
+
+    @property
+    def plans(self) -> dict[str, Plan]:
+        return self.where.plans
+
+    def explain(self) -> str:
+        """Which rule puts what where, and what is not offloaded and why."""
+        return explain(self.model, self.banks, self.where)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values. `budget`, `floor`, `slots` and so on are of the first device; `devices` has them all."""
+        devices = {
+            device: {
+                "budget": plan.budget_bytes,
+                "floor": plan.floor_bytes,
+                "residency": plan.residency,
+                "bytes": dict(plan.rows()),
+            }
+            for device, plan in self.plans.items()
+        }
+        return {
+            "model": self.name,
+            "source": self.source,
+            **next(iter(devices.values())),
+            "slots": list(self.where.slots),
+            "tiers": self.where.tiers,
+            "experts": [bank.num_experts for bank in self.banks],
+            "row_bytes": max(bank.layout.row_bytes for bank in self.banks),
+            "hit_rate": {**vars(self.hit_rate)},
+            "context": {"tokens": self.context, "kv_bytes": self.kv_bytes, "largest": self.largest_context},
+            "resident": self.resident_bytes,
+            "devices": devices,
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: sizes from {self.source}"]
+        for device, plan in self.plans.items():
+            lines += [*([f"{device}:"] if len(self.plans) > 1 else []), str(plan)]
+        lines.append(f"hit rate to expect: {self.hit_rate}")
+        room = f"; at most {self.largest_context} tokens fit" if self.largest_context is not None else ""
+        beyond = (
+            f" (the model takes no more; asked for {self.asked_context})" if self.asked_context > self.context else ""
+        )
+        lines.append(f"KV cache at {self.context} tokens{beyond}: {format_size(self.kv_bytes)}{room}")
+        lines.append(f"every expert resident from a budget of {format_size(self.resident_bytes)}")
+        return "\n".join(lines)
+
+
+def forecast(
+    model_or_path: nn.Module | str | Path,
+    budget: int | str | None = None,
+    *,
+    device_map: DeviceMap = None,
+    max_memory: Mapping[str | int, str | int] | None = None,
+    profile: Profile | str | Path | None = None,
+    context: int | None = None,
+    config: Config = None,
+    dtype: str | torch.dtype = "auto",
+) -> Forecast:
+    """What this budget would give; arguments as for `optimize`, `context` in tokens of KV cache (`kv_tokens`).
+
+    A path or Hub repository is answered from headers. Devices need not be there: what would run on cuda:0 is planned,
+    too. Raises `BudgetError` when it cannot fit, stating the floor; and what `optimize` raises.
+    """
+    path = None if isinstance(profile, Profile) else profile
+    said = {"budget": budget, "device_map": device_map, "max_memory": max_memory, "profile": path, "kv_tokens": context}
+    settings = resolve(config, **{name: value for name, value in said.items() if value is not None})
+    found = read_outline(model_or_path, dtype)
+    return of_outline(found, settings, profile if isinstance(profile, Profile) else None)
+
+
+def read_outline(model_or_path: nn.Module | str | Path, dtype: str | torch.dtype = "auto") -> Outline:
+    if not isinstance(model_or_path, nn.Module):
+        return outline(model_or_path, dtype)
+    if hasattr(model_or_path, "moe_offload"):
+        raise OffloadError("this model is already offloaded; its plan is model.moe_offload.plan")
+    model: Any = model_or_path
+    return Outline(model, find_experts(model), "the model's own shapes")
+
+
+def of_outline(found: Outline, settings: OffloadConfig, profile: Profile | None = None) -> Forecast:
+    """As `forecast`, of an outline that was read before."""
+    model, banks = found.model, found.banks
+    where = arrange(model, banks, settings)
+    if profile is None and settings.profile is not None:
+        profile = Profile.load(settings.profile)
+    if profile is not None:
+        profile.check(fingerprint(model, banks))
+    shapes, whole = layer_shapes(banks), costs(model, banks, settings, next(iter(where.plans)))
+    experts = [bank.num_experts for bank in banks]
+    return Forecast(
+        name=str(getattr(model.config, "_name_or_path", "") or type(model).__name__),
+        source=found.source,
+        model=model,
+        banks=banks,
+        where=where,
+        hit_rate=typical(where.slots, experts) if profile is None else covered(where.slots, profile),
+        context=min(settings.kv_tokens, longest_context(model) or settings.kv_tokens),
+        asked_context=settings.kv_tokens,
+        kv_bytes=kv_bytes(model, settings.kv_tokens),
+        floor_bytes=floor(shapes, whole),
+        resident_bytes=budget_for(1.0, shapes, whole),
+        largest_context=_largest_context(found, settings, where) if len(where.plans) == 1 else None,
+    )
+
+
+def _largest_context(found: Outline, settings: OffloadConfig, where: Arrangement) -> int:
+    """The most tokens of KV cache with which the floor is within the budget; at least those that were planned for."""
+    shapes, whole = layer_shapes(found.banks), costs(found.model, found.banks, settings, where.device)
+    longest = longest_context(found.model) or 2**20
+    low, high = min(settings.kv_tokens, longest), longest
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = floor(shapes, replace(whole, kv_bytes=kv_bytes(found.model, middle))) <= where.plan.budget_bytes
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return low

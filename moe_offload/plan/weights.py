@@ -1,0 +1,111 @@
+"""What a model weighs: its dense bytes, its KV cache, and the fingerprint that ties a profile to it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..config.settings import OffloadConfig
+from ..experts import ExpertBank
+from ..observe.profile import Fingerprint
+from .budget import Costs, LayerShape
+
+PROMPT_TOKENS = 512  # a prompt that the automatic reserve makes room for
+#: torch gives cuBLAS 32 MiB on Hopper, 8 before it, out of its own allocator (CublasHandlePool.cpp): once for what runs
+#: as it comes, once more in the memory of CUDA graphs (clear_cublass_cache in cudagraph_trees.py). The allocator takes
+#: memory from the device 2 MiB at a time: a bank may leave nearly as much unused.
+CUBLAS_BYTES, CUDA_BLOCK_BYTES = 2 * 32 << 20, 2 << 20
+
+
+def layer_shapes(banks: Sequence[ExpertBank]) -> list[LayerShape]:
+    return [LayerShape(bank.num_experts, bank.top_k, bank.layout.row_bytes) for bank in banks]
+
+
+def costs(model: Any, banks: Sequence[ExpertBank], settings: OffloadConfig, device: str = "cpu") -> Costs:
+    """What stands in the budget of `device` besides the banks."""
+    row_bytes = max(bank.layout.row_bytes for bank in banks)
+    return Costs(
+        dense_bytes=dense_bytes(model, banks),
+        kv_bytes=kv_bytes(model, settings.kv_tokens),
+        scores_bytes=scores_bytes(model),
+        library_bytes=library_bytes(len(banks), device),
+        scratch_bytes=settings.scratch_rows(row_bytes, device) * row_bytes,
+        reserve_bytes=settings.reserve_bytes,
+    )
+
+
+def library_bytes(banks: int, device: str) -> int:
+    """What a device's libraries and its allocator hold beside so many banks."""
+    return CUBLAS_BYTES + banks * CUDA_BLOCK_BYTES if device.startswith("cuda") else 0
+
+
+def dense_bytes(model: nn.Module, banks: Sequence[ExpertBank]) -> int:
+    """Bytes of every parameter and buffer that is no expert's; tied ones count once."""
+    experts = {id(param) for bank in banks for param in bank.params.values()}
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(t.numel() * t.element_size() for t in tensors if id(t) not in experts)
+
+
+def dense_bytes_on(model: nn.Module, banks: Sequence[ExpertBank], device: Callable[[str], str]) -> dict[str, int]:
+    """`dense_bytes`, shared out: `device` says where the module of that name computes. Tied tensors count once."""
+    seen = {id(param) for bank in banks for param in bank.params.values()}
+    found: dict[str, int] = {}
+    for name, module in model.named_modules():
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                where = device(name)
+                found[where] = found.get(where, 0) + tensor.numel() * tensor.element_size()
+    return found
+
+
+def kv_bytes(model: Any, tokens: int) -> int:
+    """Bytes of an ordinary KV cache for one sequence of `tokens` tokens (an upper bound for models with "
+    "a smaller one)."""
+    config = model.config.get_text_config()
+    layers = getattr(config, "num_hidden_layers", None) or getattr(config, "num_layers", None) or 0
+    heads = getattr(config, "num_attention_heads", None) or 1
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or (getattr(config, "hidden_size", None) or 0) // heads
+    longest = longest_context(model) or tokens
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    return int(2 * layers * kv_heads * head_dim * min(tokens, longest) * dtype.itemsize)
+
+
+def longest_context(model: Any) -> int | None:
+    """The most tokens that the model was made for, where its configuration says."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or None
+
+
+def scores_bytes(model: Any, tokens: int = PROMPT_TOKENS) -> int:
+    """Bytes of the attention scores of one layer over a prompt of `tokens` tokens, where they are held whole.
+
+    Fused attention never does. The plain one (gpt_oss, for its sinks) has them in float32 and twice in the model's own
+    dtype at once; measured, they took a 6 GB budget over its limit.
+    """
+    config = model.config.get_text_config()
+    if getattr(config, "_attn_implementation", None) != "eager":
+        return 0
+    heads = getattr(config, "num_attention_heads", None) or 1
+    longest = longest_context(model) or tokens
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    return int(heads * min(tokens, longest) ** 2 * (4 + 2 * dtype.itemsize))
+
+
+def fingerprint(model: Any, banks: Sequence[ExpertBank]) -> Fingerprint:
+    """What a profile must agree with to be used for `model`."""
+    config: Any = model.config.get_text_config()
+    hidden = int(getattr(config, "hidden_size", None) or 1)
+    down = [next(f for f in bank.layout.fields if f.name == "down_proj") for bank in banks]
+    return Fingerprint(
+        model_type=str(model.config.model_type),
+        layers=len(banks),
+        experts=[bank.num_experts for bank in banks],
+        top_k=[bank.top_k for bank in banks],
+        hidden=hidden,
+        inner=[math.prod(f.shape) // hidden for f in down],
+        dtype=str(down[0].dtype).removeprefix("torch."),
+    )

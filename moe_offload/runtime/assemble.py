@@ -1,0 +1,142 @@
+"""Put the parts of a runtime together: a cache, slots and a policy for each layer; scratch, threads and a lock for all.
+
+Here it is settled who decides which expert gives way while decoding, layer by layer: the device where it can read the
+rows, that is, where they rest in RAM (pinned, for a GPU), and where all of them have slots; else the host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..cache import POLICIES
+from ..config.settings import OffloadConfig
+from ..config.sizes import format_size
+from ..errors import BudgetError, ConfigError
+from ..experts import ExpertBank
+from ..memory.buffers import unfilled
+from ..memory.scratch import Scratch
+from ..memory.stores import Store
+from ..memory.stores.host import HostStore
+from ..memory.transfer import TRANSFERS, pinned
+from ..observe.profile import Profile
+from ..observe.profile_stats import rates
+from ..plan.budget import Plan
+from .kernels import KERNELS
+from .layer import LayerRuntime
+from .model import Runtime
+
+logger = logging.getLogger("moe_offload")
+DEVICE_POLICY = "decayed_lfu"  # what the kernels know
+DEFAULT_POLICY = OffloadConfig().policy
+
+
+def on_device(
+    settings: OffloadConfig, banks: Sequence[ExpertBank], slots: Sequence[int], tiers: Sequence[str], device: str
+) -> list[bool]:
+    """For which layers the device is to decide. Raises `ConfigError` where it is asked to and cannot for any."""
+    obstacle = _obstacle(settings)
+    asked = settings.decide == "device"
+    if asked and obstacle is not None:
+        raise ConfigError(f"decide='device' is not possible here: {obstacle}")
+    if not asked and (settings.decide == "host" or device == "cpu" or obstacle is not None):
+        return [False] * len(tiers)
+    able = [tier == "host" or n == bank.num_experts for bank, n, tier in zip(banks, slots, tiers, strict=True)]
+    if not all(able):
+        logger.log(
+            logging.WARNING if asked else logging.INFO,
+            "the host decides which experts are in the slots of %d of %d layers: their rows rest on disk, which no "
+            "device can read by itself; device_map='cpu' (and max_memory) lets them rest in RAM",
+            able.count(False), len(able),
+        )  # fmt: skip
+    return able
+
+
+def _obstacle(settings: OffloadConfig) -> str | None:
+    if settings.policy not in (DEVICE_POLICY, DEFAULT_POLICY):
+        return f"the device knows the policy {DEVICE_POLICY!r}, not {settings.policy!r}"
+    if settings.lookahead:
+        return "lookahead loads what the host has read off a router; switch one of the two off"
+    return None
+
+
+def build_runtime(
+    banks: Sequence[ExpertBank],
+    plan: Plan,
+    stores: Sequence[Store],
+    settings: OffloadConfig,
+    prior: Profile | None,
+    device: str,
+    device_decides: Sequence[bool],
+) -> Runtime:
+    """One `LayerRuntime` for each bank, in their order, that computes on `device`.
+
+    `device_decides[l]`: whether the device is to decide for layer l; it will, unless its rows could not be pinned.
+    Raises `BudgetError` where the device has no memory for what was planned.
+    """
+    with _or_budget_error(plan, device):
+        transfer, lock = TRANSFERS[device.partition(":")[0]](device), threading.RLock()
+        scratch = Scratch(unfilled(plan.costs.scratch_bytes, device), transfer, settings.poison)
+        rows_EN = readable_rows(banks, plan.slots, stores, device_decides, device)
+        layers = []
+        for bank, slots, store in zip(banks, plan.slots, stores, strict=True):
+            name = DEVICE_POLICY if bank.index in rows_EN else settings.policy
+            policy = POLICIES[name](bank.num_experts, settings.half_life)
+            if prior is not None and prior.tokens:
+                policy.seed(rates(prior, bank.index))
+            layers.append(
+                LayerRuntime(
+                    bank,
+                    slots=slots,
+                    policy=policy,
+                    store=store,
+                    transfer=transfer,
+                    scratch=scratch,
+                    lock=lock,
+                    poison=settings.poison,
+                )
+            )
+        runtime = Runtime(layers, list({id(store): store for store in stores}.values()), transfer, lock)
+        if rows_EN:
+            runtime.decide_on_device(rows_EN, settings.half_life, KERNELS[device.partition(":")[0]]())
+            logger.info(
+                "the device decides which experts are in the slots of %d of %d layers, by %s",
+                len(rows_EN), len(layers), DEVICE_POLICY,
+            )  # fmt: skip
+        return runtime
+
+
+@contextlib.contextmanager
+def _or_budget_error(plan: Plan, device: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise BudgetError(
+            f"{device} has no room for {format_size(plan.bank_bytes)} of expert slots and "
+            f"{format_size(plan.costs.scratch_bytes)} of scratch, within a budget of {format_size(plan.budget_bytes)}: "
+            "something else holds its memory. Make room, or use a smaller budget."
+        ) from error
+
+
+def readable_rows(
+    banks: Sequence[ExpertBank], slots: Sequence[int], stores: Sequence[Store], wanted: Sequence[bool], device: str
+) -> dict[int, Tensor | None]:
+    """The rows of those of the `wanted` layers that `device` can read by itself; None where it cannot, nor needs to."""
+    found: dict[int, Tensor | None] = {}
+    for bank, n, store, wants in zip(banks, slots, stores, wanted, strict=True):
+        if wants and isinstance(store, HostStore) and (device == "cpu" or bank.index in store.pinned):
+            found[bank.index] = _rows_of(bank, store, device)
+        elif wants and n == bank.num_experts:
+            found[bank.index] = None
+    return found
+
+
+def _rows_of(bank: ExpertBank, store: HostStore, device: str) -> Tensor:
+    """The rows of a layer as `device` sees them."""
+    rows_EN = store.rows_EN(bank.index)
+    return (rows_EN if device == "cpu" else pinned.device_view(rows_EN, device)).view(bank.layout.dtype)

@@ -1,0 +1,166 @@
+"""One layer's cache while the device decides, and the change of hands between it and the host.
+
+Shapes: P = T*K token-expert pairs, E experts, S slots, N elements of one row.
+
+    decode    the device     `place`: a few kernels, nothing the host waits for, so that a CUDA graph can hold it
+    the rest  the host       `LayerCache`: prompts, profiles, calls that no pass has rewritten, layers on disk
+
+Both are the same cache with the same policy. Only one of them is in charge, and the other is out of date: `take_over`
+and `hand_back` carry the tables over, once at each change. A layer whose rows the device cannot read has no cache here,
+and the host's is always right: it may serve such a layer while the device decides for the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from ..cache.layer_cache import Counters
+from ..errors import RoutingError
+from .in_flight import Arrivals
+from .kernels import DeviceState, Kernels, Loads, pace
+from .kernels.state import REFUSED
+
+
+class Deciding:
+    """The device caches of a model, one for each of `layers`, which need not be all; `rows` are theirs, in order.
+
+    They change hands together: reading ahead, the host looks at other layers too.
+    """
+
+    def __init__(self, layers: Sequence[Arrivals], rows: Sequence[Tensor | None], half_life: float, kernels: Kernels):
+        device = layers[0].slots.bank_SN.device
+        self.now = False
+        self._prepared: set[int] = set()
+        self._totals_L4 = torch.zeros((len(layers), 4), dtype=torch.int64, device=device)
+        self._seen_L = torch.zeros(len(layers), dtype=torch.int64, pin_memory=device.type == "cuda")
+        parts = zip(layers, rows, self._totals_L4, strict=True)
+        self.caches = [DeviceCache(arrivals, rows_EN, part, half_life, kernels) for arrivals, rows_EN, part in parts]
+
+    def take_over(self, sizes: Collection[int]) -> None:
+        """The device decides from now on; its events have so many pairs."""
+        first = self.caches[0].arrivals
+        if not self._prepared.issuperset(sizes):
+            first.transfer.refuse_capture(first.bank.name)
+            for cache in self.caches:
+                cache.prepare(sizes)
+            self._prepared.update(sizes)
+        if not self.now:
+            first.transfer.refuse_capture(first.bank.name)
+            first.shared.drop()  # read ahead for what the device may load itself
+            for cache in self.caches:
+                cache.push()
+            self.now = True
+
+    def hand_back(self) -> None:
+        """The host decides from now on, and its counters are up to date.
+
+        Raises `RoutingError` if a router asked for an expert that does not exist since `take_over`.
+        """
+        if self.now:
+            first = self.caches[0].arrivals
+            first.transfer.refuse_capture(first.bank.name)
+            refused = [(cache.pull(), cache.arrivals) for cache in self.caches]
+            self._seen_L.zero_()  # what was on its way there has arrived: `pull` has waited
+            self.now = False  # not before: interrupted, it is done again
+            for count, arrivals in refused:
+                if count:
+                    raise no_such_expert(arrivals.bank.name, count, arrivals.cache.num_experts)
+
+    def check_ids(self) -> None:
+        """Raise `RoutingError` if the device met an id that is no expert's. A GPU is not waited for: it may be seen a
+        forward later."""
+        self._seen_L.copy_(self._totals_L4[:, REFUSED], non_blocking=True)
+        if self._seen_L.any():
+            self.hand_back()
+
+
+class DeviceCache:
+    """`rows_EN` are all rows of the layer, in memory that the device can read; None where it cannot. Where every expert
+    has a slot, the host loads all of them before the device takes over, and nothing is ever missing. `totals_4` is this
+    layer's part of the model's counters."""
+
+    def __init__(
+        self, arrivals: Arrivals, rows_EN: Tensor | None, totals_4: Tensor, half_life: float, kernels: Kernels
+    ):
+        cache, self.device = arrivals.cache, arrivals.slots.bank_SN.device
+        self.arrivals, self.rows_EN, self.half_life, self.kernels = arrivals, rows_EN, half_life, kernels
+        self.state = DeviceState.empty(cache.num_experts, cache.slots, self.device, totals_4)
+        # One of each per size of event, made once: a graph that was captured goes on using them.
+        self._paces: dict[int, Tensor] = {}
+        self._loads: dict[int, Loads] = {}
+
+    def prepare(self, sizes: Collection[int]) -> None:
+        """Make what events of so many pairs need, before a graph is recorded: what is made within one is in its memory
+        pool, which may hold nothing but the graph's own tensors."""
+        for pairs in set(sizes) - self._loads.keys():
+            tokens = -(-pairs // self.arrivals.bank.top_k)
+            self._paces[pairs] = pace(tokens, self.half_life, self.device)
+            self._loads[pairs] = Loads.empty(pairs, self.device)
+
+    def place(self, ids_P: Tensor) -> Tensor:
+        """The slots of `ids_P`, all of which hold their rows once what has been launched here is done."""
+        pairs = ids_P.numel()
+        if pairs not in self._loads:
+            raise AssertionError(f"{self.arrivals.bank.name}: an event of {pairs} pairs was not prepared for")
+        loads = self._loads[pairs]
+        try:
+            slots_P = self.kernels.decide(ids_P.reshape(-1), self.state, loads, self._paces[pairs])
+            if self.rows_EN is not None and not self.whole:
+                self.kernels.gather(self.rows_EN, self.arrivals.slots.bank_SN, loads)
+        except BaseException:  # Ctrl-C, too: the tables may name rows that have not been copied
+            if not self.whole:
+                self.state.forget()
+            raise
+        return slots_P.view(ids_P.shape)
+
+    def push(self) -> None:
+        if self.arrivals.under_way:  # an event that was interrupted
+            self.arrivals.abort()
+        if self.whole:
+            self._load_all()
+        self.state.push(self.arrivals.cache)
+
+    def _load_all(self) -> None:
+        """Load what has no slot yet; an error of the store leaves the host in charge."""
+        arrivals, cache = self.arrivals, self.arrivals.cache
+        for e in range(cache.num_experts):
+            arrivals.prewarm(e)
+        while arrivals.demanded:
+            arrivals.take(wanted=False)
+        if -1 in cache.slot_of:
+            raise AssertionError(f"{arrivals.bank.name}: {cache.slots} slots do not hold {cache.num_experts} experts")
+
+    @property
+    def whole(self) -> bool:
+        """Whether every expert has a slot."""
+        return self.arrivals.cache.slots == self.arrivals.cache.num_experts
+
+    @property
+    def readable(self) -> bool:
+        """Whether the device can go on by itself: it reads the rows, or has them all."""
+        return self.rows_EN is not None or self.whole
+
+    def resize(self) -> None:
+        """The host's cache has another number of slots. To be called while the host decides: it knows all there is."""
+        cache = self.arrivals.cache
+        self.state = DeviceState.empty(cache.num_experts, cache.slots, self.device, self.state.totals_4)
+
+    def counters(self) -> Counters:
+        bank = self.arrivals.bank
+        return self.state.counters(self.arrivals.cache.counters, bank.top_k, bank.layout.row_bytes)
+
+    def pull(self) -> int:
+        """How many ids were out of range."""
+        refused = int(self.state.totals_4[REFUSED])
+        self.state.pull(self.arrivals.cache, self.arrivals.bank.top_k, self.arrivals.bank.layout.row_bytes)
+        return refused
+
+
+def no_such_expert(name: str, refused: int, num_experts: int) -> RoutingError:
+    return RoutingError(
+        f"{name}: the router asked {refused} times for an expert outside 0..{num_experts - 1}; what was computed since "
+        "is void. The model's routing code or its configuration is damaged"
+    )

@@ -1,0 +1,217 @@
+"""Rows on their way to one layer: asked for, waited for, committed; or given back whole when anything fails.
+
+    demanded   by the event in hand, waited for in the order they were asked for
+    held       read ahead into scratch by the layer before, claimed by the event in hand
+    guessed    on their way into slots because a guess named them; nobody waits for them before an event asks
+
+This file is the only one that turns a cache's `Load` into bytes in a slot. A slot whose load has not been committed is
+never read, so whatever happens here changes when weights arrive, never which.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from ..cache.layer_cache import LayerCache, Load
+from ..experts import ExpertBank
+from ..memory.buffers import POISON, Rows
+from ..memory.scratch import Held, Scratch
+from ..memory.stores import Store
+from ..memory.transfer import Ticket, Transfer
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A row on its way: into the slot of `load`, or to be used from scratch row `place` (-1: none).
+
+    With both it was read ahead into scratch, and goes on to the slot from there.
+    """
+
+    expert: int
+    load: Load | None
+    place: int
+    ticket: Ticket
+
+
+class Arrivals:
+    """What is on its way to the slots and scratch rows of one layer."""
+
+    def __init__(
+        self,
+        bank: ExpertBank,
+        cache: LayerCache,
+        slots: Rows,
+        shared: Scratch,
+        store: Store,
+        transfer: Transfer,
+        poison: bool = False,
+    ):
+        self.bank, self.cache, self.store, self.transfer, self.poison = bank, cache, store, transfer, poison
+        self.slots, self.shared, self.scratch = slots, shared, shared.rows(bank.layout)
+        self.demanded: deque[Arrival] = deque()
+        self.held: dict[int, Held] = {}
+        self.guessed: dict[int, Arrival] = {}
+
+    # One event: begin, look the cache up, claim, start what is missing, take what arrives.
+
+    def begin(self, used: Collection[int]) -> None:
+        """A new event, of the experts `used`: claim what was read ahead for it, give up what stands in its way."""
+        if self.demanded or self.held or len(self.cache.pending) > len(self.guessed):
+            self.abort()  # an event that was interrupted before its wait left loads behind; a new one starts clean
+        begun = time.perf_counter()
+        try:
+            self.held = self.shared.claim(self.bank.index, used)
+            self._settle_guesses(used)
+            self._waited(begun, rows=0)
+        except BaseException:
+            self.abort()
+            raise
+
+    def claim_guesses(self, used: Collection[int]) -> None:
+        """What was guessed and is `used` is demanded now, first of all. Call it after the cache was looked up."""
+        for e in [e for e in self.guessed if e in used]:
+            arrival = self.guessed[e]
+            self.cache.counters.ahead += 1
+            if arrival.load is not None and arrival.ticket.done.is_set() and arrival.ticket.error is None:
+                self.cache.commit(arrival.load, self.transfer.wait(arrival.ticket))
+            else:
+                self.cache.counters.late += 1
+                self.transfer.hurry(arrival.ticket)
+                self.demanded.append(arrival)
+            del self.guessed[e]  # not before: an error would leave it to nobody
+
+    def start(self, loads: Iterable[Load], urgent: bool = True) -> None:
+        try:
+            for load in loads:
+                self.send(load.expert, load, urgent=urgent)
+        except BaseException:
+            self.abort()
+            raise
+
+    def send(self, expert: int, load: Load | None, place: int = -1, urgent: bool = True) -> None:
+        held = self.held.pop(expert, None)
+        if held is not None:
+            self.cache.counters.ahead += 1
+            self.cache.counters.late += not held.ticket.done.is_set()
+            self.demanded.append(Arrival(expert, load, held.place, held.ticket))
+            return
+        if load is not None:
+            place = -1
+        self.demanded.append(Arrival(expert, load, place, self._read(expert, load, place, urgent)))
+
+    def scratch_first(self) -> int:
+        """Let what was read ahead be taken before the rest, first what goes on to a slot; return how many those are."""
+        self.demanded = deque(sorted(self.demanded, key=lambda one: (one.place < 0, one.load is None)))
+        return sum(one.place >= 0 for one in self.demanded)
+
+    def take(self, wanted: bool = True) -> Arrival:
+        """The next row, in the order they were asked for, once it is complete and, if it has a slot, resident.
+
+        `wanted`: an event asked for it; else it is pre-warming.
+        """
+        begun = time.perf_counter()
+        try:
+            arrival = self.demanded[0]
+            nbytes = self.transfer.wait(arrival.ticket)
+            self.demanded.popleft()
+            if arrival.load is not None:
+                if arrival.place >= 0:
+                    self.slots.bytes[arrival.load.slot].copy_(self.scratch.bytes[arrival.place])
+                self.cache.commit(arrival.load, nbytes, wanted)
+            else:
+                self.cache.count_miss(nbytes)
+                self.cache.counters.streamed += 1
+            return arrival
+        except BaseException:
+            self.abort()
+            raise
+        finally:
+            self._waited(begun, rows=1)
+
+    @property
+    def under_way(self) -> bool:
+        """Whether anything is, or was when an event was interrupted."""
+        return bool(self.demanded or self.held or self.guessed or self.cache.pending)
+
+    def abort(self) -> None:
+        """Give back the slot of every load that has not been committed, once nothing writes there any more.
+
+        What other layers have under way ends, too: Ctrl-C may come between asking for a row and noting its ticket, and
+        whose it is nobody can say then.
+        """
+        known: list[Arrival | Held] = [*self.demanded, *self.guessed.values(), *self.held.values()]
+        try:
+            self.transfer.cancel([*(one.ticket for one in known), *self.transfer.under_way()])
+            self.shared.drop()
+        finally:
+            self.demanded, self.held, self.guessed = deque(), {}, {}
+            loads = list(self.cache.pending.values())
+            self.cache.abort_all()
+            for load in loads:
+                self._poison(load)
+
+    # Before anything has been asked for.
+
+    def prewarm(self, expert: int) -> bool:
+        """Begin to load `expert` into a free slot; say whether there is anything to wait for (`take`)."""
+        loads = self.cache.prewarm([expert])
+        self.start(loads, urgent=False)
+        return bool(loads)
+
+    def guess(self, experts: Sequence[int], most: int) -> None:
+        """Begin to load what is missing of `experts` in the background, at most `most`, into the coldest slots."""
+        try:
+            for load in self.cache.guess(experts, most - len(self.guessed)):
+                ticket = self._read(load.expert, load, -1, urgent=False)
+                self.guessed[load.expert] = Arrival(load.expert, load, -1, ticket)
+        except BaseException:  # the loads after it, too, are nobody's
+            self.abort()
+            raise
+
+    def _settle_guesses(self, used: Collection[int]) -> None:
+        """Commit the guesses that are here and not `used`; give up those that failed, or take room that is needed.
+
+        One that is still being read, and in nobody's way, goes on: to stop it would be to wait for it.
+        """
+        room = self.cache.slots - len(set(used) | set(self.guessed))
+        for e, arrival in list(self.guessed.items()):
+            load, ticket = arrival.load, arrival.ticket
+            if load is None:
+                raise AssertionError("a guess has a slot")
+            done = ticket.done.is_set()
+            if done and ticket.error is None:
+                if e not in used:
+                    del self.guessed[e]
+                    self.count_wasted(self.transfer.wait(ticket))
+                    self.cache.commit(load, 0, demanded=False)
+            elif done or (e not in used and (room < 0 or not ticket.begun)):
+                self.transfer.cancel([ticket])
+                del self.guessed[e]
+                self._give_back(load)
+                self.count_wasted(ticket.moved)
+
+    def count_wasted(self, nbytes: int) -> None:
+        self.cache.counters.wasted_bytes += nbytes
+
+    def _waited(self, begun_s: float, rows: int) -> None:
+        ended_s = time.perf_counter()
+        self.cache.counters.stall_s += ended_s - begun_s
+        if self.transfer.timeline is not None:
+            self.transfer.timeline.wait(self.bank.index, rows, begun_s, ended_s)
+
+    def _read(self, expert: int, load: Load | None, place: int, urgent: bool) -> Ticket:
+        rows, i = (self.slots, load.slot) if load is not None else (self.scratch, place)
+        if self.poison:
+            rows.bytes[i].fill_(POISON)
+        return self.transfer.start(self.store, self.bank.index, expert, rows.rows[i], urgent)
+
+    def _give_back(self, load: Load) -> None:
+        self.cache.abort(load)
+        self._poison(load)
+
+    def _poison(self, load: Load) -> None:
+        if self.poison:
+            self.slots.bytes[load.slot].fill_(POISON)

@@ -1,0 +1,266 @@
+"""What the ops of a graph do at run time: one `LayerRuntime` per MoE layer.
+
+Shapes: T tokens, K experts per token, P = T*K pairs, E experts, S slots, H hidden, N elements of one row.
+
+    prefetch(ids)  a guess at what the layer will be asked for: loads begin in the background
+    fetch(ids)     the cache names slots and starts to load what is missing
+    wait()         all there, here are the slots
+    place(ids)     both at once where the device decides, and the host does not hear of it (device_cache.py); elsewhere
+                   it is fetch and wait
+    stream(x, ids) the same lookup, but the pairs of resident experts are computed while the missing ones load, and each
+                   of those as it arrives; in prefill what has no slot passes through a few scratch rows
+
+It knows no graph and imports no pass.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from ..cache import Policy
+from ..cache.layer_cache import Counters, LayerCache
+from ..errors import ClosedError, RoutingError
+from ..experts import ExpertBank
+from ..memory.buffers import NOTHING, Rows
+from ..memory.process_memory import trim_heap
+from ..memory.scratch import Scratch
+from ..memory.stores import Store
+from ..memory.transfer import Transfer
+from ..observe.trace_recorder import Recorder
+from .device_cache import Deciding, DeviceCache
+from .guesses import Trial
+from .in_flight import Arrivals
+from .waves_cpu import RunCore, compute_while_loading
+from .waves_device import compute_in_groups, uses
+
+PROMPT = 64  # tokens from which on activations leave enough behind for the heap to be trimmed, which takes ms
+
+
+class Guesses:
+    """The last guess, until the event it was made in has asked for its own rows; and whether guessing pays."""
+
+    def __init__(self) -> None:
+        self.trial = Trial()
+        self._layer: LayerRuntime | None = None
+        self._ids: list[int] = []
+
+    def note(self, layer: LayerRuntime, ids: list[int]) -> None:
+        self._layer, self._ids = layer, ids
+
+    def begin(self) -> None:
+        """Demand has been queued: now the guess may follow it."""
+        layer, self._layer = self._layer, None
+        if layer is not None:
+            layer.arrivals.guess(self._ids, layer.cache.slots - len(self._ids))
+
+
+class LayerRuntime:
+    """One layer: its bank of slots, its cache, and the store its rows rest in."""
+
+    def __init__(
+        self,
+        bank: ExpertBank,
+        *,
+        slots: int,
+        policy: Policy,
+        store: Store,
+        transfer: Transfer,
+        scratch: Scratch,
+        lock: threading.RLock | None = None,
+        poison: bool = False,
+    ):
+        self.bank, self.store = bank, store
+        self.lock = lock or threading.RLock()  # that of the model: its layers share the scratch rows
+        self.device, self.poison = scratch.raw.device, poison
+        cache = LayerCache(bank.num_experts, slots, policy, bank.name)
+        self.arrivals = Arrivals(bank, cache, self._rows(slots), scratch, store, transfer, poison)
+        self.following: Arrivals | None = None  # for which rows are read ahead; set by `Runtime`
+        self.guesses = Guesses()  # of the model; set by `Runtime`
+        self.recorder: Recorder | None = None  # of the model, while its trace is recorded
+        self.device_cache: DeviceCache | None = None  # where the device decides
+        self.deciding: Deciding | None = None  # of the model, likewise
+        self.module_core: RunCore | None = None  # set where the model is patched; serves `experts`
+
+    @property
+    def cache(self) -> LayerCache:
+        return self.arrivals.cache
+
+    @property
+    def slots(self) -> Rows:
+        return self.arrivals.slots
+
+    # The verbs of a graph.
+
+    def prefetch(self, ids_P: Tensor) -> None:
+        trial = self.guesses.trial
+        self._refuse_capture()
+        if ids_P.numel() >= self.cache.slots:  # a prompt, or no slot to spare
+            trial.skip()
+            return
+        if self.bank.index == 1:
+            trial.step(time.perf_counter())
+        if trial.on:
+            ids = dict.fromkeys(ids_P.reshape(-1).tolist())
+            self.guesses.note(self, [e for e in ids if 0 <= e < self.cache.num_experts])
+
+    def fetch(self, ids_P: Tensor) -> Tensor:
+        self._refuse_capture()
+        if self.device_cache is not None:  # else this layer is the host's, and those of the device are not touched
+            self._hand_back()
+        ids, used = self._event(ids_P)
+        cache, arrivals = self.cache, self.arrivals
+        try:
+            loads = cache.lookup(used, self._tokens(len(ids)))
+            arrivals.claim_guesses(used)
+            arrivals.start(loads)
+            self.guesses.begin()
+        except BaseException:
+            arrivals.abort()
+            raise
+        slot_of, pending = cache.slot_of, cache.pending
+        slots = [pending[e].slot if e in pending else slot_of[e] for e in ids] if pending else [slot_of[e] for e in ids]
+        return arrivals.transfer.send(torch.tensor(slots, dtype=ids_P.dtype)).view(ids_P.shape)
+
+    def place(self, ids_P: Tensor) -> Tensor:
+        if self.device_cache is None:  # the graph was traced for a layer of the device, and Dynamo shares it
+            return self.wait(self.fetch(ids_P))
+        if self.deciding is None or not self.deciding.now:
+            raise AssertionError(f"{self.bank.name}: its graph lets the device decide, and it is not in charge")
+        return self.device_cache.place(ids_P)
+
+    def wait(self, ticket_P: Tensor) -> Tensor:
+        while self.arrivals.demanded:
+            self.arrivals.take()
+        return ticket_P.clone()
+
+    def stream(self, x_P: Tensor, ids_P: Tensor, core: RunCore, others: Sequence[Tensor] = ()) -> Tensor:
+        self._refuse_capture()
+        self._hand_back()  # all layers: while this one computes, rows of the next are read ahead
+        ids, used = self._event(ids_P)
+        cache, arrivals = self.cache, self.arrivals
+        ids_P, pairs, runs_ahead = ids_P.reshape(-1), ids_P.numel(), arrivals.transfer.runs_ahead
+        tokens = self._tokens(pairs)
+        past: list[int] = []
+        try:
+            if pairs <= cache.slots:  # as small as a decode step: it may evict like one
+                loads = cache.lookup(used, tokens)
+            else:
+                loads, past = cache.fill(used, tokens)
+            arrivals.claim_guesses(used)
+            arrivals.start(loads)
+            self.guesses.begin()
+            if not arrivals.demanded and not past:
+                return core(x_P, self._slots_of(ids_P, ids), self.slots.bank_SN, others)
+            if runs_ahead:
+                return compute_in_groups(arrivals, self.following, x_P, ids_P, used, core, others, past)
+            return compute_while_loading(arrivals, self.following, x_P, torch.tensor(ids), core, others, past)
+        except BaseException:
+            arrivals.abort()
+            raise
+        finally:
+            if tokens >= PROMPT and not runs_ahead:  # a device's activations are not on the heap
+                trim_heap()
+
+    def experts(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """The whole module, for callers that no pass has rewritten: slower, never wrong."""
+        tokens, k = ids_TK.shape
+        with self.lock, self.arrivals.transfer.current(), torch.autocast(x_TH.device.type, enabled=False):
+            if self.module_core is None:
+                raise closed(self.bank.name)
+            out_PH = self.stream(x_TH.repeat_interleave(k, dim=0), ids_TK.reshape(-1), self.module_core)
+            weighted_PH = out_PH * weights_TK.reshape(-1, 1)
+            return weighted_PH.view(tokens, k, -1).sum(dim=1).to(x_TH.dtype)
+
+    @property
+    def counters(self) -> Counters:
+        """What the layer has done so far, whoever decided."""
+        if self.device_cache is not None and self.deciding is not None and self.deciding.now:
+            return self.device_cache.counters()
+        return self.cache.counters
+
+    @property
+    def resident(self) -> int:
+        """How many experts are in slots."""
+        if self.device_cache is not None and self.deciding is not None and self.deciding.now:
+            return int((self.device_cache.state.expert_at_S >= 0).sum())
+        return len(self.cache.resident())
+
+    def take_over(self, sizes: Collection[int]) -> None:
+        """A graph is about to run in which the device decides, in all layers; its events have so many pairs."""
+        if self.deciding is not None:
+            self.deciding.take_over(sizes)
+
+    def empty(self) -> None:
+        """Wait for what is under way, and give the slots back with all that is in them. Then `hold`, or `release`."""
+        self.arrivals.abort()
+        self.arrivals.slots = NOTHING
+
+    def hold(self, slots: int) -> None:
+        """So many slots, all empty."""
+        self.arrivals.slots = self._rows(slots)
+        self.cache.resize(slots)
+        if self.device_cache is not None:
+            self.device_cache.resize()
+
+    def release(self) -> None:
+        """Give the memory back. Nothing may be on its way any more."""
+        self.module_core = self.device_cache = self.deciding = None
+        self.arrivals.slots = self.arrivals.scratch = NOTHING
+        self.arrivals.shared.release()
+
+    def _rows(self, slots: int) -> Rows:
+        layout = self.bank.layout
+        return Rows(slots, layout.row_bytes, layout.dtype, self.poison, device=self.device)
+
+    def _event(self, ids_P: Tensor) -> tuple[list[int], Counter[int]]:
+        """The ids of one event, checked and counted; what is on its way for it has been claimed.
+
+        Of a prompt on a device the host hears no more than the counts, and there are no ids.
+        """
+        ids_P, pairs, ids = ids_P.reshape(-1), ids_P.numel(), []
+        if self.arrivals.transfer.runs_ahead and pairs > self.bank.num_experts and self.recorder is None:
+            used = uses(ids_P, self.bank.num_experts)
+        else:
+            ids = ids_P.tolist()
+            used = Counter(ids)
+        try:
+            self.cache.check(used)
+        except RoutingError:
+            self._hand_back()  # raises for a layer of the device where it began there: this one may only have followed
+            raise
+        if self.recorder is not None:
+            self.recorder.event(self.bank.index, ids, self._tokens(pairs))
+        counts = self.cache.counters.counts
+        for e, count in used.items():
+            counts[e] += count
+        self.arrivals.begin(used)  # last: what it has claimed is given back by whoever called
+        return ids, used
+
+    def _hand_back(self) -> None:
+        if self.deciding is not None:
+            self.deciding.hand_back()
+
+    def _refuse_capture(self) -> None:
+        self.arrivals.transfer.refuse_capture(self.bank.name)
+
+    def _slots_of(self, ids_P: Tensor, ids: Sequence[int]) -> Tensor:
+        """Where the experts of an event are that are all resident; where the device runs ahead, without its ids."""
+        slot_of, transfer = self.cache.slot_of, self.arrivals.transfer
+        if transfer.runs_ahead:
+            return transfer.send(torch.tensor(slot_of, dtype=ids_P.dtype)).index_select(0, ids_P)
+        return torch.tensor([slot_of[e] for e in ids], dtype=ids_P.dtype)
+
+    def _tokens(self, pairs: int) -> int:
+        return -(-pairs // self.bank.top_k)
+
+
+def closed(name: str) -> ClosedError:
+    return ClosedError(
+        f"{name}: its expert cache was closed (close(), or leaving its `with` block); load the model again to use it"
+    )

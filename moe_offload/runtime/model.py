@@ -1,0 +1,158 @@
+"""All layers of one model: the lock that serialises its forwards, what they share, and what `close` gives back."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..memory.stores import Store
+from ..memory.transfer import Transfer
+from ..observe.timeline import Depth, Timeline
+from ..observe.trace_recorder import Recorder
+from .device_cache import Deciding
+from .kernels import Kernels
+from .layer import Guesses, LayerRuntime, closed
+
+
+class Runtime:
+    """All layers of one model, the lock that serialises its forwards, and what `close` gives back."""
+
+    def __init__(
+        self,
+        layers: Sequence[LayerRuntime],
+        stores: Sequence[Store],
+        transfer: Transfer,
+        lock: threading.RLock | None = None,
+    ):
+        self.layers = list(layers)
+        self.guesses = Guesses()
+        for layer in self.layers:
+            layer.guesses = self.guesses
+        for layer, following in pairwise(self.layers):
+            if layer.bank.layout.row_bytes == following.bank.layout.row_bytes:  # they share scratch rows one to one
+                layer.following = following.arrivals
+        self.lock = lock or threading.RLock()
+        self.deciding: Deciding | None = None  # where the device decides
+        self.decided: frozenset[int] = frozenset()  # the layers it decides for
+        self.closed = False
+        self._stores, self._transfer, self._pid = stores, transfer, os.getpid()
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """Of each layer, now."""
+        return tuple(layer.cache.slots for layer in self.layers)
+
+    def alone(self) -> AbstractContextManager[object]:
+        """While it is entered, no forward runs. In a process forked from this one none does, and the lock is not to be
+        taken: a thread that is not there may have held it."""
+        return self.lock if self._here() else contextlib.nullcontext()
+
+    def _here(self) -> bool:
+        return os.getpid() == self._pid
+
+    def check_open(self) -> None:
+        if self.closed:
+            raise closed("this model")
+
+    def record(self, recorder: Recorder) -> None:
+        """Write down what every layer is asked from now on."""
+        self.check_open()
+        with self.lock:
+            for layer in self.layers:
+                layer.recorder = recorder
+
+    def decide_on_device(self, rows_EN: Mapping[int, Tensor | None], half_life: float, kernels: Kernels) -> None:
+        """Let the device decide for the layers that are keys of `rows_EN`, in graphs that ask it to.
+
+        `rows_EN[l]` are all rows of layer l, None where it cannot read them and each has a slot of its own.
+        """
+        self.decided, decided = frozenset(rows_EN), [self.layers[i] for i in rows_EN]
+        self.deciding = Deciding([layer.arrivals for layer in decided], list(rows_EN.values()), half_life, kernels)
+        for layer in self.layers:
+            layer.deciding = self.deciding
+        for layer, cache in zip(decided, self.deciding.caches, strict=True):
+            layer.device_cache = cache
+
+    def leave_to_host(self) -> None:
+        """Slots have become fewer: the device gives up the layers of which it cannot read what has none any more."""
+        if self.deciding is None:
+            return
+        kept = [cache for cache in self.deciding.caches if cache.readable]
+        self.decided = frozenset(i for i in self.decided if self.layers[i].arrivals in [one.arrivals for one in kept])
+        self.deciding.caches = kept
+        if not kept:
+            self.deciding = None
+        for layer in self.layers:
+            layer.deciding = self.deciding
+            if layer.bank.index not in self.decided:
+                layer.device_cache = None
+
+    def current(self) -> AbstractContextManager[object]:
+        """While it is entered, this thread launches on the device that the model computes on."""
+        return self._transfer.current()
+
+    def check_ids(self) -> None:
+        """Raise `RoutingError` if the device met an id that is no expert's."""
+        if self.deciding is not None:
+            self.deciding.check_ids()
+
+    def hand_back(self) -> None:
+        """Where the device decides, hear what it has decided so far. Waits for a forward in flight."""
+        if self.deciding is not None:
+            with self.lock, self.current():
+                self.deciding.hand_back()
+
+    def depth(self) -> Depth:
+        """What is queued and being read now."""
+        return self._transfer.depth()
+
+    @property
+    def timeline(self) -> Timeline | None:
+        return self._transfer.timeline
+
+    def record_timeline(self, timeline: Timeline) -> None:
+        """Write down what happens when, from now on."""
+        self.check_open()
+        with self.lock:
+            self._transfer.timeline = timeline
+
+    def folders(self) -> set[Path]:
+        """The folders that rows are read from. A spill file has none: its name is gone."""
+        return {file.parent for store in self._stores for file in store.files if file.exists()}
+
+    def read_stacked(self, index: int) -> dict[str, Tensor]:
+        """The real stacked parameters `{field: [E, ...]}` of one layer, read anew from its store."""
+        self.check_open()
+        layer = self.layers[index]
+        layout, num_experts = layer.bank.layout, layer.bank.num_experts
+        stacked = {f.name: torch.empty((num_experts, *f.shape), dtype=f.dtype) for f in layout.fields}
+        row = torch.empty(layout.row_bytes, dtype=torch.uint8)
+        for e in range(num_experts):
+            layer.store.read(index, e, memoryview(row.numpy()))
+            for f in layout.fields:
+                stacked[f.name][e] = row[f.offset : f.offset + f.nbytes].view(f.dtype).view(f.shape)
+        return stacked
+
+    def close(self) -> None:
+        """Give back files, threads and memory. Idempotent; waits for a forward in flight."""
+        with self.alone(), self.current():
+            if self.closed:
+                return
+            self.closed = True
+            with contextlib.ExitStack() as last_first:  # each of them, whatever happens to the others
+                for layer in self.layers:
+                    last_first.callback(layer.release)
+                for store in self._stores:
+                    last_first.callback(store.close)
+                last_first.callback(self._transfer.close)
+                last_first.callback(setattr, self, "deciding", None)
+                if self._here():
+                    self.hand_back()

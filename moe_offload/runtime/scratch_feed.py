@@ -1,0 +1,65 @@
+"""What goes through the scratch rows during one event: rows that have no slot, and then rows for the next layer.
+
+scratch row 0   ░░░░████░░░░████░░░░        ░ on its way   █ computed
+scratch row 1   ░░░░    ████░░░░████░░░░    the last ones on their way are for the next layer
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+from .in_flight import Arrivals
+
+EXPECTED_USES = 2  # pairs per expert from which on reading ahead for the next layer is no guess
+
+
+class Feed:
+    """`past` are the experts of an event of `pairs` pairs that have no slot and are not on their way yet."""
+
+    def __init__(self, arrivals: Arrivals, following: Arrivals | None, pairs: int, past: Sequence[int]):
+        self.arrivals, self.following, self.past = arrivals, following, deque(past)
+        self._expected = self._expected_next(pairs)
+
+    def claim(self) -> None:
+        """Demand those of `past` that were read ahead: they are here, or will be soon."""
+        for e in [e for e in self.past if e in self.arrivals.held]:
+            self.past.remove(e)
+            self.arrivals.send(e, None)
+
+    def fill(self) -> None:
+        """Rows past the slots into whatever scratch is free; what is left over reads ahead."""
+        arrivals, past = self.arrivals, self.past
+        taken = {held.place for held in arrivals.held.values()} | {one.place for one in arrivals.demanded}
+        places = deque(i for i in range(len(arrivals.scratch.rows)) if i not in taken)
+        while places and past:
+            arrivals.send(past.popleft(), None, places.popleft())
+        for place in places:
+            self._read_ahead(place)
+
+    def reuse(self, place: int) -> None:
+        """This scratch row has done its part: the next in need takes it."""
+        if self.past:
+            self.arrivals.send(self.past.popleft(), None, place)
+        else:
+            self._read_ahead(place)
+
+    def _expected_next(self, pairs: int) -> Iterator[int]:
+        """Experts that the following layer will probably need and has to read, the likeliest first.
+
+        Only where an event uses most experts of a layer, as a long prompt does: then what is absent there will mostly
+        be asked for. Guesses for a single token need its router (`prefetch`).
+        """
+        following = self.following
+        if following is None or pairs < EXPECTED_USES * following.cache.num_experts:
+            return iter(())
+        cache = following.cache
+        absent = (e for e, slot in enumerate(cache.slot_of) if slot < 0 and e not in cache.pending)
+        return iter(sorted(absent, key=cache.counters.counts.__getitem__, reverse=True))
+
+    def _read_ahead(self, place: int) -> None:
+        following, expert = self.following, next(self._expected, None)
+        if following is not None and expert is not None:
+            self.arrivals.shared.read_ahead(
+                following.bank.index, following.store, following.bank.layout, expert, place, following.count_wasted
+            )

@@ -1,0 +1,124 @@
+"""Compute what is resident while the rest loads, then the pairs of each row as it arrives: on a CPU, where to compute
+is to wait. A device with streams is told all at once (waves_device.py).
+
+Shapes: P token-expert pairs, E experts, S slots, N elements of one row.
+
+    resident pairs    ████████
+    row 1 (to a slot) ░░░░░░██                  ░ on its way   █ computed
+    row 2             ░░░░░░░░██
+    rows past the slots, through scratch ░░░░██   and scratch that has done its part reads ahead for the next layer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..memory.buffers import Rows
+from .in_flight import Arrivals
+from .scratch_feed import Feed
+
+
+class RunCore(Protocol):
+    """The experts code of one site: a result per pair, or, given `rows` (positions, each once, or a slice), for those.
+
+    There are as many `slots` as results.
+    """
+
+    def __call__(
+        self,
+        x_P: Tensor,
+        slots: Tensor,
+        bank_SN: Tensor,
+        others: Sequence[Tensor],
+        rows: Tensor | slice | None = None,
+    ) -> Tensor: ...
+
+
+def compute_while_loading(
+    arrivals: Arrivals,
+    following: Arrivals | None,
+    x_P: Tensor,
+    ids_P: Tensor,
+    core: RunCore,
+    others: Sequence[Tensor],
+    past: Sequence[int],
+) -> Tensor:
+    """The result of every pair, in their order.
+
+    `past` are experts without a slot: as many of their rows as there is scratch are on their way at any time. Rows of
+    `following` that will probably be asked for are read into scratch that has done its part.
+    """
+    feed = Feed(arrivals, following, len(ids_P), past)
+    feed.claim()
+    feed.fill()
+    wave = _Wave(arrivals, feed, x_P, ids_P, core, others)
+    arrivals.transfer.get_going()
+    # Rows read ahead first: until they are out of scratch, nothing more can be read into it.
+    while wave.next_is_in_scratch():
+        wave.compute_next()
+    wave.compute_resident()
+    while arrivals.demanded:
+        wave.compute_next()
+    if wave.out_P is None or feed.past:  # there was a load, so there were pairs; and nobody is to be left out
+        raise AssertionError(f"{arrivals.bank.name}: experts {list(feed.past)} were not computed")
+    return wave.out_P
+
+
+class _Wave:
+    """One event under way: what of it has been computed, and what still loads."""
+
+    def __init__(
+        self,
+        arrivals: Arrivals,
+        feed: Feed,
+        x_P: Tensor,
+        ids_P: Tensor,
+        core: RunCore,
+        others: Sequence[Tensor],
+    ):
+        self.arrivals, self.feed = arrivals, feed
+        self.x_P, self.ids_P, self.core, self.others = x_P, ids_P, core, others
+        self.out_P: Tensor | None = None
+        cache = arrivals.cache
+        absent = [one.expert for one in arrivals.demanded] + list(feed.past)
+        here_E = torch.ones(cache.num_experts, dtype=torch.bool)
+        here_E[absent] = False
+        self.here = here_E[ids_P].nonzero().flatten()
+        self.slots_here = torch.tensor(cache.slot_of)[ids_P[self.here]]
+        # Grouped experts code has sorted its pairs: those of one expert are neighbours, and need no gathering.
+        in_order = bool((ids_P[1:] >= ids_P[:-1]).all())
+        self.order_P = None if in_order else ids_P.argsort(stable=True)
+        self.ends_E = ids_P.bincount(minlength=cache.num_experts).cumsum(0).tolist()
+
+    def next_is_in_scratch(self) -> bool:
+        demanded = self.arrivals.demanded
+        return bool(demanded) and demanded[0].place >= 0 and demanded[0].ticket.done.is_set()
+
+    def compute_resident(self) -> None:
+        if len(self.here):
+            self._compute(self.here, self.slots_here, self.arrivals.slots)
+
+    def compute_next(self) -> None:
+        """The pairs of the next row to arrive; its place in scratch, if it has one, goes to the next in need."""
+        arrivals = self.arrivals
+        arrival = arrivals.take()
+        e = arrival.expert
+        rows = slice(self.ends_E[e - 1] if e else 0, self.ends_E[e])
+        source, i = (arrivals.scratch, arrival.place) if arrival.load is None else (arrivals.slots, arrival.load.slot)
+        slots = torch.full((rows.stop - rows.start,), i)
+        self._compute(rows if self.order_P is None else self.order_P[rows], slots, source)
+        if arrival.place >= 0:
+            self.feed.reuse(arrival.place)
+
+    def _compute(self, rows: Tensor | slice, slots: Tensor, source: Rows) -> None:
+        part = self.core(self.x_P, slots, source.bank_SN, self.others, rows)
+        if self.out_P is None:
+            self.out_P = part.new_empty((len(self.ids_P), *part.shape[1:]))
+        if isinstance(rows, slice):
+            self.out_P[rows] = part
+        else:
+            self.out_P.index_copy_(0, rows, part)

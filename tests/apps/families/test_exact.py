@@ -1,0 +1,136 @@
+"""Offloaded runs of real families equal resident ones, bit for bit; what cannot be run exactly is refused by name.
+
+CI takes families of different kinds. The rest is one command:
+
+    python -m pytest tests/families/test_exact.py -m long        every family, and a dozen through Inductor
+    moe-offload families --matrix                                 every combination, for every family
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import moe_offload
+from moe_offload.apps.families.check import QUICK, SLICE, Case, _offloaded, _resident, check
+from moe_offload.apps.families.session import run_session
+from moe_offload.apps.families.table import FAMILIES
+from moe_offload.apps.families.tiny import available, build
+from tests.fakes.offloaded import TRACED_ROUND_OTHERWISE
+
+DOZEN = (
+    "qwen3_moe",
+    "mixtral",
+    "gpt_oss",
+    "deepseek_v3",
+    "deepseek_v4",
+    "olmoe",
+    "granitemoe",
+    "phimoe",
+    "zaya",
+    "nemotron_h",
+    "gemma4",
+    "minimax",
+)
+LONG = ("nemotron_h", "gemma4", "zaya", "olmoe", "phimoe")  # slow to trace, or much like another one
+REFUSED = (
+    "dbrx",
+    "doge",
+    "jetmoe",
+    "llama4",
+    "longcat_flash",
+    "nllb_moe",
+    "step3p7",
+    "switch_transformers",
+    "vitpose_backbone",
+)
+
+
+def _have(names: tuple[str, ...]) -> list[str]:
+    return [name for name in names if name in available()]
+
+
+@pytest.mark.parametrize("family", [pytest.param(f, marks=[pytest.mark.long] * (f in LONG)) for f in _have(DOZEN)])
+def test_exact(family: str) -> None:
+    cases = QUICK if family in ("qwen3_moe", "gpt_oss") else QUICK[::2]
+    row = check(family, cases, plain=family not in TRACED_ROUND_OTHERWISE, new_tokens=16)
+    assert (row.status, row.difference) == ("exact", 0.0), row.reason
+
+
+@pytest.mark.parametrize("family", _have(REFUSED))
+def test_refused_with_a_reason_that_names_a_module(family: str) -> None:
+    model = build(family)
+    modules = [name for name, _ in model.named_modules() if name]
+    with pytest.raises(moe_offload.UnsupportedModelError) as error:
+        moe_offload.optimize(model, "1GB")
+    assert any(name in str(error.value) for name in modules), error.value
+    assert not hasattr(model, "moe_offload")
+
+
+def test_every_family_of_the_interface_is_either_exact_or_listed_as_refused() -> None:
+    from moe_offload.experts import is_experts
+
+    without = [f for f in available() if not any(is_experts(m) for m in build(f).modules())]
+    assert sorted(without) == sorted(_have(REFUSED))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", pytest.param("gpt_oss", marks=pytest.mark.long)])
+def test_no_more_graphs_and_breaks_than_the_unmodified_model(family: str) -> None:
+    """Two prompts of different lengths: no break, and no recompilation that plain transformers avoids."""
+
+    def graphs(run) -> tuple[int, int]:
+        torch._dynamo.reset()
+        counters.clear()
+        run()
+        return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+
+    def resident() -> None:
+        model = _resident(family, "grouped_mm", "float32", "graph")
+        for prompt in (16, 11):
+            run_session(model, FAMILIES[family].kind, prompt=prompt, new_tokens=12)
+
+    def offloaded() -> None:
+        model = moe_offload.optimize(build(family), "1GB", device_map="cpu")
+        for prompt in (16, 11):
+            run_session(model, FAMILIES[family].kind, prompt=prompt, new_tokens=12)
+        model.moe_offload.close()
+
+    want, got = graphs(resident), graphs(offloaded)
+    assert got[0] <= want[0] and got[1] == want[1] == 0
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("family", _have(DOZEN))
+def test_exact_through_inductor(family: str) -> None:
+    row = check(family, SLICE, compile="inductor")
+    assert row.status == "exact", row.reason
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("family", [f for f in available() if f not in REFUSED])
+def test_every_family(family: str) -> None:
+    row = check(family, SLICE)
+    assert (row.status, row.difference) == ("exact", 0.0), row.reason
+
+
+def test_a_wrong_expert_would_be_seen(monkeypatch) -> None:
+    """The comparison itself can fail: let the cache hand out its neighbour's slot."""
+    from moe_offload.runtime.layer import LayerRuntime
+
+    right = LayerRuntime.stream
+
+    def neighbour(self, x_P, ids_P, core, others=()):
+        def misled(x, slots, bank_SN, *rest):
+            return core(x, (slots + 1) % len(bank_SN), bank_SN, *rest)
+
+        return right(self, x_P, ids_P, misled, others)
+
+    monkeypatch.setattr(LayerRuntime, "stream", neighbour)
+    want = run_session(_resident("qwen3_moe", "grouped_mm", "float32", "plain"), "lm", new_tokens=4)
+    torch._dynamo.reset()
+    options = {"batch": 1, "static_cache": False, "prompt": 16, "new_tokens": 4}
+    got = _offloaded("qwen3_moe", Case(residency=1.0), "graph", options)
+    assert not all(torch.equal(a, b) for a, b in zip(want, got, strict=True))

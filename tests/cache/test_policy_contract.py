@@ -1,0 +1,213 @@
+"""What every policy promises, checked on every entry of POLICIES; DecayedLFU and Successors against their formulas."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from moe_offload.cache import POLICIES, DecayedLFU, Successors, successors
+
+E = 8
+ROOT = Path(__file__).resolve().parents[2]
+
+experts = st.sets(st.integers(0, E - 1), min_size=1, max_size=4).map(sorted)
+sizes = st.just(1) | st.integers(1, 100)
+event = sizes.flatmap(
+    lambda tokens: st.tuples(
+        st.dictionaries(st.integers(0, E - 1), st.integers(1, tokens), min_size=1, max_size=4), st.just(tokens)
+    )
+)
+events = st.lists(event, max_size=30)
+counts = st.lists(st.integers(0, 1000), min_size=E, max_size=E)
+half_lives = st.floats(0.01, 1e7)
+
+
+every_policy = pytest.mark.parametrize("make", POLICIES.values(), ids=POLICIES)
+
+
+def after(make, history, half_life=32.0, prior=None):
+    policy = make(E, half_life)
+    if prior is not None:
+        policy.seed(prior)
+    for used, tokens in history:
+        policy.record(used, tokens)
+    return policy
+
+
+def once(experts):
+    """An event in which one token uses each of them."""
+    return dict.fromkeys(experts, 1)
+
+
+def order(policy):
+    """All experts in the order in which they give way."""
+    return policy.victims(range(E), E)
+
+
+@every_policy
+@given(history=events, half_life=half_lives, candidates=experts, prior=st.none() | counts)
+def test_victims_are_candidates(make, history, half_life, candidates, prior):
+    policy = after(make, history, half_life, prior)
+    for n in range(len(candidates) + 1):
+        gone = policy.victims(iter(candidates), n)  # candidates come once, as any iterable
+        assert len(gone) == len(set(gone)) == n and set(gone) <= set(candidates)
+
+
+@every_policy
+@given(history=events, half_life=half_lives, prior=st.none() | counts)
+def test_the_same_history_gives_the_same_victims(make, history, half_life, prior):
+    assert order(after(make, history, half_life, prior)) == order(after(make, history, half_life, prior))
+
+
+@every_policy
+@given(history=events, candidates=experts)
+def test_asking_for_a_victim_changes_nothing(make, history, candidates):
+    asked, not_asked = after(make, history), after(make, history)
+    for _ in range(3):
+        asked.victims(candidates, 1)
+    assert order(asked) == order(not_asked)
+
+
+@every_policy
+@given(prior=counts)
+def test_a_higher_count_in_the_profile_gives_way_later(make, prior):
+    gone = [prior[e] for e in order(after(make, [], prior=prior))]
+    assert gone == sorted(gone)
+
+
+@every_policy
+@given(prior=counts, used=experts)
+def test_a_profile_of_nothing_but_zeros_is_no_prior(make, prior, used):
+    assert order(after(make, [(once(used), 1)], prior=[0] * E)) == order(after(make, [(once(used), 1)]))
+
+
+@every_policy
+@given(prior=counts)
+def test_a_profile_is_outweighed_by_use(make, prior):
+    """A prior, never a pin: what is used steadily from now on ends up above everything that is not."""
+    policy = after(make, [(once([0]), 1)] * 400, prior=prior)
+    assert order(policy)[-1] == 0
+
+
+@every_policy
+@given(history=events, used=experts)
+def test_what_was_just_used_outlives_what_never_was(make, history, used):
+    policy = after(make, [*history, (once(used), 1)])
+    never = set(range(E)) - {e for event, _ in history for e in event} - set(used)
+    assume(never)
+    assert policy.victims([*used, *never], 1)[0] in never
+
+
+# The scores of DecayedLFU.
+
+
+def reference(history, half_life):
+    """The definition, with nothing clever: every score is multiplied at every event."""
+    scores = [0.0] * E
+    for used, tokens in history:
+        scores = [score * 2.0 ** (-tokens / half_life) for score in scores]
+        left = sum(2.0 ** (-t / half_life) for t in range(tokens)) / tokens  # of uses spread over the tokens
+        for e, uses in used.items():
+            scores[e] += uses * left
+    return scores
+
+
+@given(history=events, half_life=half_lives)
+def test_scores_are_those_of_the_definition(history, half_life):
+    policy = after(DecayedLFU, history, half_life)
+    for got, want in zip(map(policy.score, range(E)), reference(history, half_life), strict=True):
+        assert math.isclose(got, want, rel_tol=1e-6, abs_tol=1e-9)
+
+
+@given(history=events, half_life=half_lives)
+def test_the_victim_has_the_smallest_score(history, half_life):
+    scores = reference(history, half_life)
+    victim = after(DecayedLFU, history, half_life).victims(range(E), 1)[0]
+    assert scores[victim] <= min(scores) * (1 + 1e-6) + 1e-9
+
+
+@settings(deadline=None)
+@given(prior=counts.filter(any), half_life=st.floats(1.0, 1e5))
+def test_a_seeded_score_is_in_proportion_to_its_count(prior, half_life):
+    policy = after(DecayedLFU, [], half_life, prior)
+    total, got = sum(prior), [policy.score(e) for e in range(E)]
+    for score, count in zip(got, prior, strict=True):
+        assert math.isclose(score / sum(got), count / total, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("half_life", [1e7, 32.0, 1e-3, 1e-9])
+def test_scores_stay_finite_for_ten_million_tokens(half_life):
+    policy = DecayedLFU(E, half_life)
+    policy.seed([1000, *[0] * (E - 1)])
+    for step in range(10_000):
+        policy.record({step % (E - 1): 1}, 1000)
+    assert all(math.isfinite(policy.score(e)) for e in range(E))
+    assert all(map(math.isfinite, [*policy.rate.used, policy.rate.unit]))
+    assert policy.victims(range(E), 1) == [E - 1]  # the one that was never used
+    if half_life < 1:  # hardly any memory: least recently used
+        assert policy.victims(range(E - 1), 1) == [10_000 % (E - 1)]
+
+
+# The scores of Successors.
+
+
+class PlainSuccessors:
+    """The definition: every rate is multiplied at every event."""
+
+    def __init__(self):
+        self.fast, self.slow = [0.0] * E, [0.0] * E
+        self.by, self.followed, self.sets = [[0] * E for _ in range(E)], [0] * E, []
+
+    def record(self, used, tokens):
+        for rates, half_life in ((self.fast, successors.FAST), (self.slow, successors.SLOW)):
+            for e in range(E):
+                left = sum(2 ** (-t / half_life) for t in range(tokens)) / tokens  # of uses spread over the tokens
+                fresh = used.get(e, 0) * left * (1 - 2 ** (-1 / half_life))
+                rates[e] = rates[e] * 2 ** (-tokens / half_life) + fresh
+        back = (len(self.sets) + 1) % 2 + 1  # in turns for the set before, and the set before that
+        for f in self.sets[-back] if back <= len(self.sets) else []:
+            self.followed[f] += 1
+            for e in used:
+                self.by[f][e] += 1
+            if self.followed[f] == 255:
+                self.followed[f], self.by[f] = 127, [count // 2 for count in self.by[f]]
+        self.sets.append(used)
+
+    def score(self, e):
+        current = self.sets[-1]
+        follows = sum(self.by[f][e] / (self.followed[f] + successors.DOUBT) for f in current) / len(current)
+        return self.fast[e] + self.slow[e] + successors.WEIGHT * follows
+
+
+@given(history=events.filter(bool), again=st.integers(1, 40))
+@settings(deadline=None)
+def test_victims_have_the_smallest_scores(history, again):
+    policy, plain = Successors(E), PlainSuccessors()
+    for used, tokens in history * again:
+        policy.record(used, tokens)
+        plain.record(used, tokens)
+    scores = [plain.score(e) for e in policy.victims(range(E), E)]
+    assert all(a <= b + 1e-6 for a, b in pairwise(scores))
+
+
+def test_rates_stay_finite_for_ten_million_tokens():
+    policy = Successors(E)
+    policy.seed([1.0, *[0.0] * (E - 1)])
+    for step in range(20_000):
+        policy.record({step % (E - 1): 1}, 1000 if step % 2 else 1)
+    for rate in (policy.fast, policy.slow):
+        assert all(map(math.isfinite, [*rate.used, rate.unit]))
+    assert policy.victims(range(E), 1) == [E - 1]
+
+
+def test_policies_need_no_torch():
+    program = "import sys, moe_offload.cache, moe_offload.cache.layer_cache; assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

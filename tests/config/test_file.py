@@ -1,0 +1,145 @@
+"""The configuration file: who wins, where it lies, and what a hostile one can do (nothing)."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from moe_offload.config import file as config_file
+from moe_offload.config.settings import OffloadConfig, active_file, origins, resolve
+from moe_offload.errors import ConfigError
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(text, name="settings.yaml"):
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_precedence(file, monkeypatch):
+    path = file("budget: 8GB\npolicy: lru\nwave_rows: 3\nprofile: it.json\n")
+    monkeypatch.setenv("MOE_OFFLOAD_WAVE_ROWS", "7")
+    assert resolve(path) == OffloadConfig(budget="8GB", policy="lru", wave_rows=7, profile="it.json")
+    assert resolve(path, budget="4GB").budget == "4GB"
+    assert resolve(path, profile=None).profile is None, "what is said to be nothing is nothing"
+    assert resolve(str(path)) == resolve(path)
+    where = origins(path, budget="4GB")
+    assert where["budget"] == "argument" and where["wave_rows"] == "environment variable MOE_OFFLOAD_WAVE_ROWS"
+    assert where["policy"] == f"configuration file {path}" and where["kv_tokens"] == "default"
+
+
+def test_which_file_counts(file, monkeypatch):
+    default, of_environment, named = (file(f"wave_rows: {n}", f"{n}.yaml") for n in (1, 2, 3))
+    assert active_file() is None and resolve() == OffloadConfig()
+    monkeypatch.setattr(config_file, "default_path", lambda: default)
+    assert resolve().wave_rows == 1
+    assert resolve({"policy": "lru"}) == OffloadConfig(policy="lru", wave_rows=1)
+    assert resolve(OffloadConfig()).wave_rows == "auto", "a config is explicit in every field"
+    monkeypatch.setenv("MOE_OFFLOAD_CONFIG_FILE", str(of_environment))
+    assert resolve().wave_rows == 2
+    assert resolve(named).wave_rows == 3
+
+
+def test_a_file_that_was_named_must_be_there(monkeypatch, tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere.yaml cannot be read.*moe-offload config"):
+        resolve("nowhere.yaml")
+    monkeypatch.setenv("MOE_OFFLOAD_CONFIG_FILE", str(tmp_path / "gone.yaml"))
+    with pytest.raises(ConfigError, match=r"gone\.yaml"):
+        resolve()
+
+
+def test_a_misspelt_variable_is_refused(monkeypatch):
+    monkeypatch.setenv("MOE_OFFLOAD_BUGDET", "6MB")
+    with pytest.raises(ConfigError, match="MOE_OFFLOAD_BUGDET: did you mean MOE_OFFLOAD_BUDGET"):
+        resolve()
+
+
+def test_the_default_place_is_beside_accelerates(monkeypatch, tmp_path):
+    monkeypatch.undo()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
+    assert config_file.default_path() == tmp_path / "moe_offload" / "default_config.yaml"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("halflife: 3", "did you mean 'half_life'"),
+        ("half_life: -3", "half_life=-3 is not accepted"),
+        ("budget: 8 gigs", "budget='8 gigs'"),
+        ("policy: lru\npolicy: lru", "'policy' is there twice"),
+        ('device_map: {"": cpu, "": disk}', "'' is there twice"),
+        ("a: &a [x]\nb: *a", "line 1 has an anchor or alias"),
+        ("- lru", "found \"\\['lru'\\]\""),
+        ("lru", "found 'lru'"),
+        ("1: 2", "expected settings"),
+        ("policy: [", "not plain YAML"),
+        ("policy: !!python/object/apply:os.system [ls]", "not plain YAML"),
+        ("policy: !!python/name:os.system", "not plain YAML"),
+        ("{? [a] : b}", "not plain YAML"),
+        ("policy: " + "[" * 30000, "not plain YAML"),
+        ("kv_tokens: " + "9" * 5000, "not plain YAML"),
+        ("#" * 70000, "more than 65536 bytes"),
+        ("policy: lru\n---\npolicy: lru", "not plain YAML"),
+        ("policy: \x07", "not plain YAML"),
+    ],
+)
+def test_what_is_no_configuration_is_refused(file, text, says):
+    path, began = file(text), time.monotonic()
+    with pytest.raises(ConfigError, match=says) as error:
+        resolve(path)
+    assert str(path) in str(error.value) and len(str(error.value)) < 600
+    assert time.monotonic() - began < 5
+
+
+def test_a_bomb_of_aliases_is_refused_at_its_first_line(file):
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x]"] + [
+        f"{b}: &{b} [{f'*{a}, ' * 8}*{a}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+    ]
+    with pytest.raises(ConfigError, match="line 1 has an anchor"):
+        resolve(file("\n".join(lines)))
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.mkdir(), lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_no_file_neither_blocks_nor_feeds_us(make, tmp_path):
+    path = tmp_path / "settings.yaml"
+    make(path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        resolve(path)
+
+
+def test_bytes_that_are_no_text(tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_bytes(b"policy: \xff\xfe")
+    with pytest.raises(ConfigError, match="cannot be used"):
+        resolve(path)
+
+
+def test_an_empty_file_says_nothing(file):
+    assert resolve(file("")) == OffloadConfig() == resolve(file("# nothing yet\n"))
+
+
+def test_json(file):
+    path = file(json.dumps({"budget": "8GB", "max_memory": {"0": "8GB"}}), "settings.json")
+    assert resolve(path) == OffloadConfig(budget="8GB", max_memory={0: "8GB"})
+    for text in ('{"budget": 1, "budget": 2}', "{", "[1]", "[" * 30000):
+        with pytest.raises(ConfigError, match=r"settings.json cannot be used"):
+            resolve(file(text, "settings.json"))
+
+
+def test_writing_is_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "default_config.yaml"
+    said = {"budget": "8GB", "device_map": {"": 0, "model.layers.*.mlp.experts": "disk"}}
+    config_file.write(path, said)
+    assert config_file.read(path) == said and path.read_text().startswith("# Settings of moe_offload")
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(ConfigError, match=r"not written: No space left.*unchanged"):
+        config_file.write(path, {"budget": "4GB"})
+    assert config_file.read(path) == said and [p.name for p in path.parent.iterdir()] == [path.name]

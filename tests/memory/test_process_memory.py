@@ -1,0 +1,43 @@
+"""What the kernel library may keep is bounded before the first kernel, and a user's own setting stays."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = """
+import os, sys, torch, moe_offload
+from moe_offload.apps.families.tiny import build
+model = build("qwen3_moe", dtype=torch.bfloat16)
+moe_offload.optimize(model, "200MB", device_map="cpu")
+print(os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"], os.environ["LRU_CACHE_CAPACITY"])
+def held(): return int(next(l for l in open("/proc/self/status") if l.startswith("VmRSS")).split()[1]) / 1024
+weight = torch.randn(64, 96).bfloat16()
+def work(begin):
+    for rows in range(begin, begin + 600): torch.mm(torch.randn(rows, 64).bfloat16(), weight)
+work(1); before = held(); work(601); print(held() - before)
+"""
+
+
+def run(**settings):
+    environment = {k: v for k, v in os.environ.items() if not k.endswith("CACHE_CAPACITY")} | settings
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_bounded_unless_the_user_says_otherwise():
+    onednn, ideep, grown = run()
+    assert (onednn, ideep) == ("128", "128")
+    onednn, ideep, grown_much = run(ONEDNN_PRIMITIVE_CACHE_CAPACITY="4096", LRU_CACHE_CAPACITY="4096")
+    assert (onednn, ideep) == ("4096", "4096")
+    if float(grown_much) < 30:
+        pytest.skip("this processor's kernels are small")
+    assert float(grown) < float(grown_much) / 3

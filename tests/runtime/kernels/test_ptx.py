@@ -1,0 +1,106 @@
+"""What the Triton kernels compile to for an H100: the compiler needs no GPU, and says what one would trip over.
+
+Each kernel is launched by its own wrapper, with its own settings, at the sizes that matter; the launch is compiled
+instead of run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+import pytest
+import torch
+
+from moe_offload.runtime.kernels import KERNELS, DeviceState, Loads, pace
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
+
+POINTERS = {torch.int32: "*i32", torch.int64: "*i64", torch.float64: "*fp64", torch.float32: "*fp32"}
+POINTERS[torch.bfloat16] = "*bf16"
+
+
+class Compiled:
+    """Stands in for a kernel: what would be launched is compiled as the launch would have it."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return self.compile
+
+    def compile(self, *args, **named):
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource, compile
+
+        names = self.kernel.arg_names
+        constants = {name: value for name, value in named.items() if name in names}
+        signature, aligned = dict.fromkeys(names, "constexpr"), {}
+        for i, (param, value) in enumerate(zip(self.kernel.params, args, strict=False)):
+            number = value.data_ptr() if isinstance(value, torch.Tensor) else value
+            if value is number and value == 1 and not param.do_not_specialize:
+                constants[param.name] = value
+                continue
+            signature[param.name] = "i32" if value is number else POINTERS[value.dtype]
+            if number % 16 == 0 and not param.do_not_specialize:
+                aligned[(i,)] = [["tt.divisibility", 16]]
+        source = ASTSource(self.kernel, signature, {(names.index(k),): v for k, v in constants.items()}, aligned)
+        options = {name: value for name, value in named.items() if name not in names}
+        made = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        self.ptx, self.shared_bytes = made.asm["ptx"], made.metadata.shared
+
+
+@pytest.fixture
+def kernels():
+    return KERNELS["cuda"]()
+
+
+def compiled(monkeypatch, function, name):
+    stand_in = Compiled(function.__globals__[name])
+    monkeypatch.setitem(function.__globals__, name, stand_in)
+    return stand_in
+
+
+@pytest.mark.parametrize(("experts", "slots", "pairs"), [(128, 32, 8), (32, 16, 4), (512, 512, 512)])
+def test_scores_are_never_fused_into_one_rounding(kernels, monkeypatch, experts, slots, pairs):
+    kernel = compiled(monkeypatch, kernels.decide, "_decide")
+    state, loads, ids_P = DeviceState.empty(experts, slots, "cpu"), Loads.empty(pairs, "cpu"), torch.arange(pairs)
+    kernels.decide(ids_P, state, loads, pace(1, 32.0, "cpu"))
+    doubles = set(re.findall(r"\w+(?:\.\w+)*\.f64\b", kernel.ptx))
+    assert {"mul.rn.f64", "add.rn.f64", "div.rn.f64"} <= doubles and not any("fma" in op for op in doubles)
+
+
+def test_rows_are_copied_sixteen_bytes_at_a_time(kernels, monkeypatch):
+    kernel = compiled(monkeypatch, kernels.gather, "_gather")
+    rows = torch.empty(2, 4096, dtype=torch.bfloat16)
+    kernels.gather(rows, rows, Loads.empty(1, "cpu"))
+    for way in ("ld", "st"):
+        wide = [op for op in re.findall(rf"{way}\.global\S*", kernel.ptx) if "v2.b64" in op or "v4.b32" in op]
+        assert len(wide) == 4
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_weights_are_read_sixteen_bytes_at_a_time_and_no_warp_waits(kernels, monkeypatch, transposed):
+    kernel = compiled(monkeypatch, kernels.indexed_mm, "_indexed_mm")
+    x_PH, weight_SMH = (torch.empty(*shape, dtype=torch.bfloat16) for shape in ((1, 512), (2, 512, 512)))
+    kernels.indexed_mm(
+        x_PH, weight_SMH.transpose(1, 2) if transposed else weight_SMH, torch.zeros(1, dtype=torch.int64)
+    )
+    loop = kernel.ptx[kernel.ptx.index("Inner Loop Header") :]
+    loop = loop[: loop.index("\tbra ") if "\tbra " in loop else loop.index(" bra ")]
+    assert loop.count("ld.global.v4.b32") >= 4 and "bar.sync" not in loop and "st.shared" not in loop
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("dtype", "product"), [(torch.bfloat16, "wgmma.mma_async"), (torch.float32, "fma.rn.f32")])
+def test_tiles_are_loaded_ahead_and_multiplied_as_their_dtype_allows(kernels, monkeypatch, transposed, dtype, product):
+    """bfloat16 by the tensor cores; float32 never, which would round it to 10 bits."""
+    kernel = compiled(monkeypatch, kernels.grouped_mm, "_grouped_mm")
+    x_PH, weight_SHO = (torch.empty(*shape, dtype=dtype) for shape in ((512, 1024), (2, 1024, 1024)))
+    slots_P = torch.zeros(512, dtype=torch.int64)
+    kernels.grouped_mm(x_PH, weight_SHO.transpose(1, 2) if transposed else weight_SHO, slots_P)
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*;", kernel.ptx)
+    assert copies and all(", 0x10" in copy for copy in copies) and product in kernel.ptx
+    assert "tf32" not in kernel.ptx and kernel.shared_bytes <= 227 << 10
