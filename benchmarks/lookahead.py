@@ -40,11 +40,11 @@ def recall(options: argparse.Namespace) -> None:
     prefetch, event = LayerRuntime.prefetch, LayerRuntime._event
 
     def heard_prefetch(self: LayerRuntime, ids_P: Tensor) -> None:
-        guessed.setdefault(self.bank.index, []).append(set(ids_P.flatten().tolist()))
+        guessed.setdefault(self.moe.index, []).append(set(ids_P.flatten().tolist()))
         prefetch(self, ids_P)
 
     def heard_event(self: LayerRuntime, ids_P: Tensor) -> Any:
-        asked.setdefault(self.bank.index, []).append(set(ids_P.flatten().tolist()))
+        asked.setdefault(self.moe.index, []).append(set(ids_P.flatten().tolist()))
         return event(self, ids_P)
 
     LayerRuntime.prefetch, LayerRuntime._event = heard_prefetch, heard_event  # type: ignore[method-assign]
@@ -95,7 +95,7 @@ class Guessing(recorded.Routing):
             row = self.rows[layer + 1] % len(self.recorded.ids_TLK)
             guess = self.recorded.ids_TLK[row, layer + 1].clone()
             wrong = torch.rand(guess.shape, generator=self.random) > self.right
-            guess[wrong] = torch.randint(following.bank.num_experts, (int(wrong.sum()),), generator=self.random)
+            guess[wrong] = torch.randint(following.moe.num_experts, (int(wrong.sum()),), generator=self.random)
             following.prefetch(guess)
         return ids
 
@@ -105,9 +105,9 @@ def pays(options: argparse.Namespace) -> None:
     budget = budget_for(options.residency, whole.layers, whole.costs)
     model: Any = moe_offload.from_pretrained(options.model, budget)
     layers = model.moe_offload._runtime.layers
-    first = layers[0].bank
+    first = layers[0].moe
     replayed = recorded.load_recorded(options.routing, len(layers), first.num_experts, first.top_k)
-    recorded.install(model, [layer.bank.name for layer in layers], replayed)
+    recorded.install(model, [layer.moe.name for layer in layers], replayed)
     recorded._current = Guessing(replayed, layers, options.recall)
     switch = model.moe_offload._runtime.guesses.trial = Switch()
     taken: dict[bool, list[float]] = {False: [], True: []}

@@ -103,10 +103,10 @@ def compare(source: str, dtype: str, implementation: str, inner: str, options: a
     settings = {"experts_implementation": implementation, "compile": inner, "reserve": 0}
     moe_offload.optimize(offloaded, "100GB", device_map="cpu", config=settings)
     handle = offloaded.moe_offload
-    layers = len(handle.banks)
+    layers = len(handle.moe_layers)
     if handle.plan.residency != 1.0:
         raise SystemExit("not all experts are resident")
-    prewarm(handle._runtime, [(bank.index, e) for bank in handle.banks for e in range(bank.num_experts)])
+    prewarm(handle._runtime, [(moe.index, e) for moe in handle.moe_layers for e in range(moe.num_experts)])
 
     torch.manual_seed(0)
     prompt = torch.randint(3, resident.config.vocab_size, (1, PROMPT))

@@ -99,7 +99,7 @@ def run(model: Any, window_1T: Tensor, profile: Profile | None) -> dict[str, Any
         old = layer.arrivals.cache
         policy = POLICIES["successors"](old.num_experts, 32.0)
         if profile is not None:
-            policy.seed(rates(profile, layer.bank.index))
+            policy.seed(rates(profile, layer.moe.index))
         layer.arrivals.cache = LayerCache(old.num_experts, old.slots, policy, old.name)
     begun = time.perf_counter()
     if profile is not None:

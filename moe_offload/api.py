@@ -24,7 +24,7 @@ from .config.device_map import DeviceMap
 from .config.settings import Config, OffloadConfig, resolve
 from .config.sizes import format_size
 from .errors import OffloadError
-from .experts import ExpertBank, find_experts
+from .experts import MoELayer, find_experts
 from .forward.advise import Advisor, at_start
 from .handle import Handle
 from .memory.process_memory import bound_kernel_caches, trim_heap
@@ -87,18 +87,18 @@ def optimize(
             "this model was already offloaded (model.moe_offload is its handle); to offload it anew, load it again: "
             "its weights are in the cache's files"
         )
-    banks = find_experts(model)
-    settings = keep_where_it_is(model, banks, settings)
-    where = arrange(model, banks, settings, present=present(settings.untested))
-    prior = _load_profile(profile or settings.profile, model, banks)
-    device_decides = on_device(settings, banks, where.slots, where.tiers, where.device)
+    moe_layers = find_experts(model)
+    settings = keep_where_it_is(model, moe_layers, settings)
+    where = arrange(model, moe_layers, settings, present=present(settings.untested))
+    prior = _load_profile(profile or settings.profile, model, moe_layers)
+    device_decides = on_device(settings, moe_layers, where.slots, where.tiers, where.device)
     bound_kernel_caches()
-    place_dense(model, banks, where.device)
-    stores = open_stores(model, banks, where.tiers, settings, where.device)
+    place_dense(model, moe_layers, where.device)
+    stores = open_stores(model, moe_layers, where.tiers, settings, where.device)
     with contextlib.ExitStack() as undo:
         for store in set(stores):
             undo.callback(store.close)
-        runtime = build_runtime(banks, where.plan, stores, settings, prior, where.device, device_decides)
+        runtime = build_runtime(moe_layers, where.plan, stores, settings, prior, where.device, device_decides)
         undo.pop_all()
         undo.callback(runtime.close)
         handle = _install(model, runtime, where, settings)
@@ -138,10 +138,10 @@ def from_pretrained(
     settings = _settings(config, budget, device_map, max_memory, profile)
     folder = resolve_folder(path_or_id, **{k: kwargs.pop(k) for k in ("revision", "token") if k in kwargs})
     meta = skeleton(folder, dtype)
-    banks = find_experts(meta)
-    arrange(meta, banks, settings, present=present(settings.untested))
-    prior = _load_profile(profile or settings.profile, meta, banks)
-    index = index_checkpoint(meta, banks, folder)
+    moe_layers = find_experts(meta)
+    arrange(meta, moe_layers, settings, present=present(settings.untested))
+    prior = _load_profile(profile or settings.profile, meta, moe_layers)
+    index = index_checkpoint(meta, moe_layers, folder)
     for removed in ("offload_folder", "low_cpu_mem_usage", "offload_state_dict", "torch_dtype"):
         if kwargs.pop(removed, None) is not None:
             logger.info("%s is not needed: experts are read from the original shards", removed)
@@ -162,7 +162,7 @@ def make_plan(
     """What `budget` would hold of this model. A path is answered from its headers alone: no weight is read."""
     settings = _settings(config, budget, device_map, max_memory, None)
     found = read_outline(model_or_path, dtype)
-    return arrange(found.model, found.banks, settings).plan
+    return arrange(found.model, found.moe_layers, settings).plan
 
 
 def _settings(
@@ -181,19 +181,19 @@ def _settings(
 
 
 def _load_profile(
-    profile: Profile | str | Path | None, model: nn.Module, banks: Sequence[ExpertBank]
+    profile: Profile | str | Path | None, model: nn.Module, moe_layers: Sequence[MoELayer]
 ) -> Profile | None:
     if profile is None:
         return None
     loaded = profile if isinstance(profile, Profile) else Profile.load(profile)
-    loaded.check(fingerprint(model, banks))
+    loaded.check(fingerprint(model, moe_layers))
     return loaded
 
 
 def _install(model: nn.Module, runtime: Runtime, where: Arrangement, settings: OffloadConfig) -> Handle:
-    print_of = fingerprint(model, [layer.bank for layer in runtime.layers])
+    print_of = fingerprint(model, [layer.moe for layer in runtime.layers])
     implementation = patch.choose_implementation(
-        [layer.bank for layer in runtime.layers], settings.experts_implementation
+        [layer.moe for layer in runtime.layers], settings.experts_implementation
     )
     if where.device != "cpu":
         patch.serve_products(where.device)
@@ -247,6 +247,6 @@ def _prewarm(runtime: Runtime, prior: Profile | None) -> None:
     if prior is None:
         return
     wanted = most_wanted(prior, [layer.cache.slots for layer in runtime.layers])
-    size = sum(runtime.layers[layer].bank.layout.row_bytes for layer, _ in wanted)
+    size = sum(runtime.layers[layer].moe.layout.row_bytes for layer, _ in wanted)
     with bar("Pre-warming", len(wanted), unit="row", what=format_size(size)) as shown:
         prewarm(runtime, wanted, shown.update)

@@ -79,7 +79,7 @@ class RowLayout:
 
 
 @dataclass(frozen=True)
-class ExpertBank:
+class MoELayer:
     """The experts of one layer: the module(s) that hold them and the layout of one row.
 
     `modules` has more than one entry only where a model ties the same parameters into several modules.
@@ -106,8 +106,8 @@ class ExpertBank:
         return self.num_experts * self.layout.row_bytes
 
 
-def find_experts(model: nn.Module) -> list[ExpertBank]:
-    """Every routed-experts module of `model`, in order, one `ExpertBank` per distinct set of parameters.
+def find_experts(model: nn.Module) -> list[MoELayer]:
+    """Every routed-experts module of `model`, in order, one `MoELayer` per distinct set of parameters.
 
     A module qualifies when it dispatches through transformers' experts interface: that is what makes its weights
     appear in a traced graph as `W[ids]` or `grouped_mm(x, W, offs)`, the two forms the passes know.
@@ -126,15 +126,15 @@ def find_experts(model: nn.Module) -> list[ExpertBank]:
             found.setdefault(key, []).append((name, module))
     if not found:
         raise UnsupportedModelError(_why_none(model))
-    banks: list[ExpertBank] = []
+    moe_layers: list[MoELayer] = []
     for members in found.values():
         name, module = members[0]
         params = stacked_params(name, module)
         num_experts = next(iter(params.values())).shape[0]
         top_k = min(_top_k(name, module, model), num_experts)
-        banks.append(
-            ExpertBank(
-                len(banks),
+        moe_layers.append(
+            MoELayer(
+                len(moe_layers),
                 tuple(n for n, _ in members),
                 tuple(m for _, m in members),
                 num_experts,
@@ -142,7 +142,7 @@ def find_experts(model: nn.Module) -> list[ExpertBank]:
                 RowLayout.of(params),
             )
         )
-    return banks
+    return moe_layers
 
 
 def is_experts(module: nn.Module) -> bool:

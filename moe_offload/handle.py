@@ -14,7 +14,7 @@ import psutil
 from .cache.counters import TOTALS, Stats
 from .config.sizes import format_size
 from .errors import TraceError
-from .experts import ExpertBank
+from .experts import MoELayer
 from .observe import chrome_trace
 from .observe.live.server import LiveView, open_view
 from .observe.live.snapshot import LayerNow, Snapshot
@@ -58,8 +58,8 @@ class Handle:
         self._timeline: Timeline | None = None
 
     @property
-    def banks(self) -> list[ExpertBank]:
-        return [layer.bank for layer in self._runtime.layers]
+    def moe_layers(self) -> list[MoELayer]:
+        return [layer.moe for layer in self._runtime.layers]
 
     @property
     def where(self) -> Arrangement:
@@ -88,12 +88,12 @@ class Handle:
             c = layer.counters
             layers.append(
                 {
-                    "name": layer.bank.name,
+                    "name": layer.moe.name,
                     "slots": layer.cache.slots,
-                    "experts": layer.bank.num_experts,
+                    "experts": layer.moe.num_experts,
                     "resident": layer.resident,
                     "tokens": c.tokens,
-                    "decides": "device" if layer.bank.index in self._runtime.decided else "host",
+                    "decides": "device" if layer.moe.index in self._runtime.decided else "host",
                     **{name: getattr(c, name) for name in TOTALS},
                 }
             )
@@ -173,7 +173,7 @@ class Handle:
 
     def explain(self) -> str:
         """Which rule put what where, and what was not offloaded and why."""
-        return explain(self.model, self.banks, self.where)
+        return explain(self.model, self.moe_layers, self.where)
 
     def start_trace(self) -> None:
         """Write down from now on which experts are asked for, forward by forward (64 MB at most)."""
@@ -183,7 +183,7 @@ class Handle:
                 "trace, load the model with config={'decide': 'host'}"
             )
         layers = self._runtime.layers
-        self._recorder = Recorder([layer.cache for layer in layers], [layer.bank.top_k for layer in layers])
+        self._recorder = Recorder([layer.cache for layer in layers], [layer.moe.top_k for layer in layers])
         self._runtime.record(self._recorder)
 
     def trace(self, **meta: str) -> Trace:
@@ -191,7 +191,7 @@ class Handle:
         look-ahead and failed reads, it replays to the very hits, misses and bytes of `stats()`."""
         facts = {
             "model_type": self.fingerprint.model_type,
-            "row_bytes": str(max(bank.layout.row_bytes for bank in self.banks)),
+            "row_bytes": str(max(moe.layout.row_bytes for moe in self.moe_layers)),
             "slots": ",".join(map(str, self.plan.slots)),
         }
         with self._runtime.lock:

@@ -26,7 +26,7 @@ from .checkpoint.shards import Entry, Shard, file_name, header, split, write_sha
 from .checkpoint.staging_folder import check_new, new_folder
 from .config.sizes import parse_size
 from .errors import CheckpointChangedError, CheckpointError, ConfigError, PackError
-from .experts import ExpertBank, find_experts
+from .experts import MoELayer, find_experts
 from .memory.buffers import page_aligned
 from .memory.stores import Store
 from .memory.stores.direct_io import DataFile
@@ -45,7 +45,7 @@ class Source:
 
     folder: Path
     meta: Any
-    banks: Sequence[ExpertBank]
+    moe_layers: Sequence[MoELayer]
     headers: Headers
     index: RowIndex
 
@@ -79,9 +79,9 @@ def pack_checkpoint(
         with bar("Packing", size) as shown:
             for shard in dense:
                 write_shard(folder / shard.name, shard, dense_parts(shard, source.headers), shown.update)
-            with contextlib.closing(_store(source.banks, source.index)) as store:
+            with contextlib.closing(_store(source.moe_layers, source.index)) as store:
                 for shard in experts:
-                    write_shard(folder / shard.name, shard, expert_rows(shard, source.banks, store), shown.update)
+                    write_shard(folder / shard.name, shard, expert_rows(shard, source.moe_layers, store), shown.update)
                 if verify != "none":
                     _verify(source, store, folder, all_rows=verify == "all")
     return out
@@ -91,12 +91,12 @@ def _open_source(folder: Path) -> Source:
     if is_packed(folder):
         raise CheckpointError(f"{folder}: is a packed checkpoint already. Copy it, or give the original one.")
     meta = skeleton(folder)
-    banks, headers = find_experts(meta), checkpoint_headers(folder)
-    return Source(folder, meta, banks, headers, index_rows(meta, banks, headers))
+    moe_layers, headers = find_experts(meta), checkpoint_headers(folder)
+    return Source(folder, meta, moe_layers, headers, index_rows(meta, moe_layers, headers))
 
 
-def _store(banks: Sequence[ExpertBank], index: RowIndex) -> DiskStore:
-    return DiskStore([bank.layout for bank in banks], index)
+def _store(moe_layers: Sequence[MoELayer], index: RowIndex) -> DiskStore:
+    return DiskStore([moe.layout for moe in moe_layers], index)
 
 
 def _dense_shards(source: Source, limit_bytes: int) -> list[Shard]:
@@ -114,10 +114,10 @@ def _dense_shards(source: Source, limit_bytes: int) -> list[Shard]:
 def _expert_shards(source: Source, limit_bytes: int) -> list[Shard]:
     """One tensor of rows per layer."""
     sources = sources_metadata(source.headers, source.index.keys)
-    recipes = index_rows(source.meta, source.banks, parse_sources(sources)).rows
-    layers = {bank.name: describe(bank, recipes[bank.index]) for bank in source.banks}
+    recipes = index_rows(source.meta, source.moe_layers, parse_sources(sources)).rows
+    layers = {moe.name: describe(moe, recipes[moe.index]) for moe in source.moe_layers}
     entries = [
-        Entry(bank.name, torch.uint8, (bank.num_experts, bank.layout.row_bytes), bank.nbytes) for bank in source.banks
+        Entry(moe.name, torch.uint8, (moe.num_experts, moe.layout.row_bytes), moe.nbytes) for moe in source.moe_layers
     ]
     runs = split(entries, limit_bytes)
     shards = []
@@ -132,18 +132,20 @@ def _expert_shards(source: Source, limit_bytes: int) -> list[Shard]:
 
 def _verify(source: Source, store: Store, folder: Path, *, all_rows: bool) -> None:
     """Read rows as a loaded model would, and compare them with the original's."""
-    with contextlib.closing(_store(source.banks, index_checkpoint(source.meta, source.banks, folder))) as packed:
-        for bank in source.banks:
-            experts = range(bank.num_experts)
-            want, found = page_aligned(bank.layout.row_bytes), page_aligned(bank.layout.row_bytes)
+    with contextlib.closing(
+        _store(source.moe_layers, index_checkpoint(source.meta, source.moe_layers, folder))
+    ) as packed:
+        for moe in source.moe_layers:
+            experts = range(moe.num_experts)
+            want, found = page_aligned(moe.layout.row_bytes), page_aligned(moe.layout.row_bytes)
             for e in experts if all_rows else sorted({experts[0], experts[len(experts) // 2], experts[-1]}):
-                store.read(bank.index, e, want.numpy().data)
-                packed.read(bank.index, e, found.numpy().data)
-                for field in bank.layout.fields:
+                store.read(moe.index, e, want.numpy().data)
+                packed.read(moe.index, e, found.numpy().data)
+                for field in moe.layout.fields:
                     span = slice(field.offset, field.offset + field.nbytes)
                     if not torch.equal(want[span], found[span]):
                         raise PackError(
-                            f"{bank.name} expert {e}: {field.name} reads back from {folder.parent} otherwise than it "
+                            f"{moe.name} expert {e}: {field.name} reads back from {folder.parent} otherwise than it "
                             "was written; the disk loses data. Nothing was left there; pack to another disk."
                         )
 
@@ -151,7 +153,7 @@ def _verify(source: Source, store: Store, folder: Path, *, all_rows: bool) -> No
 def _index_text(source: Source, dense: Sequence[Shard]) -> str:
     files = {entry.key: shard.name for shard in dense for entry in shard.entries}
     size = sum(entry.nbytes for shard in dense for entry in shard.entries)
-    files |= {bank.name: ABSENT for bank in source.banks}
+    files |= {moe.name: ABSENT for moe in source.moe_layers}
     return json.dumps({"metadata": {"total_size": size}, "weight_map": files}, indent=2) + "\n"
 
 
@@ -196,16 +198,16 @@ def dense_parts(shard: Shard, headers: Headers) -> Iterator[memoryview]:
                 raise CheckpointChangedError(f"{path}: was modified while it was packed. Let it rest and pack again.")
 
 
-def expert_rows(shard: Shard, banks: Sequence[ExpertBank], store: Store) -> Iterator[memoryview]:
+def expert_rows(shard: Shard, moe_layers: Sequence[MoELayer], store: Store) -> Iterator[memoryview]:
     """The rows of a shard's layers; each view is good until the next one is asked for. Padding is zero."""
     keys = {entry.key for entry in shard.entries}
-    for bank in (bank for bank in banks if bank.name in keys):
-        row = page_aligned(bank.layout.row_bytes)
-        ends = [(field.offset, field.offset + field.nbytes) for field in bank.layout.fields]
+    for moe in (moe for moe in moe_layers if moe.name in keys):
+        row = page_aligned(moe.layout.row_bytes)
+        ends = [(field.offset, field.offset + field.nbytes) for field in moe.layout.fields]
         gaps = zip([0, *(end for _, end in ends)], [*(start for start, _ in ends), len(row)], strict=True)
         padding = [row[start:stop] for start, stop in gaps]
-        for e in range(bank.num_experts):
-            store.read(bank.index, e, row.numpy().data)
+        for e in range(moe.num_experts):
+            store.read(moe.index, e, row.numpy().data)
             for span in padding:
                 span.zero_()
             yield row.numpy().data

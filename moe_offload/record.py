@@ -46,27 +46,29 @@ def record_profile(model: Any, inputs: Any, **meta: str) -> Profile:
         after = model.moe_offload.profile()
         counts = [[a - b for a, b in zip(x, y, strict=True)] for x, y in zip(after.counts, before.counts, strict=True)]
         return Profile.of(after.fingerprint, tokens=after.tokens - before.tokens, counts=counts, meta=meta)
-    banks = find_experts(model)
-    implementation = choose_implementation(banks, "auto")
-    weights = {id(p): (bank, field) for bank in banks for field, p in bank.params.items()}
-    counters = [Count(bank.num_experts, bank.top_k) for bank in banks]
-    was = [(module.config, module.config._experts_implementation) for bank in banks for module in bank.modules]
+    moe_layers = find_experts(model)
+    implementation = choose_implementation(moe_layers, "auto")
+    weights = {id(p): (moe, field) for moe in moe_layers for field, p in moe.params.items()}
+    counters = [Count(moe.num_experts, moe.top_k) for moe in moe_layers]
+    was = [(module.config, module.config._experts_implementation) for moe in moe_layers for module in moe.modules]
     try:
-        for bank, counter in zip(banks, counters, strict=True):
-            backend.observe(bank, counter)
+        for moe, counter in zip(moe_layers, counters, strict=True):
+            backend.observe(moe, counter)
         for config, chosen in was:
             if chosen not in IMPLEMENTATIONS:  # 'eager' experts never enter a graph
                 config._experts_implementation_internal = implementation
         _run(model, batches, torch.compile(own_code(model), backend=backend.observing_backend(weights), dynamic=True))
     finally:
-        for bank in banks:
-            backend.unobserve(bank)
+        for moe in moe_layers:
+            backend.unobserve(moe)
         for config, chosen in was:
             config._experts_implementation_internal = chosen
     tokens = max(int(c.counts.sum()) // c.top_k for c in counters)
     if tokens == 0:
         raise ProfileError("record_profile counted nothing: the inputs hold no token, or never reach an experts module")
-    return Profile.of(fingerprint(model, banks), tokens=tokens, counts=[c.counts.tolist() for c in counters], meta=meta)
+    return Profile.of(
+        fingerprint(model, moe_layers), tokens=tokens, counts=[c.counts.tolist() for c in counters], meta=meta
+    )
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import CheckpointError
-from ..experts import ExpertBank, find_experts
+from ..experts import MoELayer, find_experts
 from .folder import is_folder
 from .headers import DTYPES, Headers, TensorRange, index_names
 from .loading import HUB_FILES, skeleton
@@ -31,7 +31,7 @@ class Outline:
     """`model` is on the meta device; `source` says what its sizes were read from."""
 
     model: PreTrainedModel
-    banks: list[ExpertBank]
+    moe_layers: list[MoELayer]
     source: str
 
 
@@ -45,10 +45,10 @@ def outline(path_or_id: str | Path, dtype: str | torch.dtype = "auto") -> Outlin
         return _of_folder(cached, dtype)
     headers = hub_headers(name)
     model = skeleton(name, dtype, stored=headers)
-    banks = find_experts(model)
-    index_rows(model, banks, headers)
+    moe_layers = find_experts(model)
+    index_rows(model, moe_layers, headers)
     files = {found.file for found in headers.values()}
-    return Outline(model, banks, f"config.json and the headers of {len(files)} shards on the Hub")
+    return Outline(model, moe_layers, f"config.json and the headers of {len(files)} shards on the Hub")
 
 
 def _of_folder(folder: Path, dtype: str | torch.dtype) -> Outline:
@@ -56,9 +56,9 @@ def _of_folder(folder: Path, dtype: str | torch.dtype) -> Outline:
         model = skeleton(folder, dtype, stored=Headers())
         return Outline(model, find_experts(model), "config.json alone (there are no weights in the folder)")
     model = skeleton(folder, dtype)
-    banks = find_experts(model)
-    index = index_checkpoint(model, banks, folder)
-    return Outline(model, banks, f"config.json and the headers of {len(index.stamps)} shards")
+    moe_layers = find_experts(model)
+    index = index_checkpoint(model, moe_layers, folder)
+    return Outline(model, moe_layers, f"config.json and the headers of {len(index.stamps)} shards")
 
 
 def hub_headers(name: str) -> Headers:

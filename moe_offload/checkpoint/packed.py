@@ -25,7 +25,7 @@ import torch
 from safetensors import safe_open
 
 from ..errors import CheckpointError, UnsupportedModelError
-from ..experts import ExpertBank
+from ..experts import MoELayer
 from .headers import Headers, TensorRange, index_names, read_headers, shard_files
 from .packed_format import VERSION, describe, parse_sources
 from .row_index import RowIndex, index_rows, row_at
@@ -59,7 +59,7 @@ def checkpoint_headers(folder: Path) -> Headers:
     return headers
 
 
-def index_checkpoint(model: Any, banks: Sequence[ExpertBank], folder: Path) -> RowIndex:
+def index_checkpoint(model: Any, moe_layers: Sequence[MoELayer], folder: Path) -> RowIndex:
     """`index_rows` of a checkpoint folder, packed or not.
 
     Raises what `index_rows` raises, and `CheckpointError` naming the file when packed rows are damaged or incomplete,
@@ -67,11 +67,11 @@ def index_checkpoint(model: Any, banks: Sequence[ExpertBank], folder: Path) -> R
     """
     headers = checkpoint_headers(folder)
     if not is_packed(folder):
-        return index_rows(model, banks, headers)
+        return index_rows(model, moe_layers, headers)
     files = _rows_files(folder)
     ranges = read_headers(files)
     try:
-        index = index_rows(model, banks, headers)
+        index = index_rows(model, moe_layers, headers)
     except (CheckpointError, UnsupportedModelError) as error:
         raise _misfit(files[0], f"the experts that were packed are not this model's: {error}") from error
     described: dict[str, tuple[Path, Any]] = {}
@@ -81,13 +81,13 @@ def index_checkpoint(model: Any, banks: Sequence[ExpertBank], folder: Path) -> R
             raise _misfit(file, f"packed for a {model_type!r}, config.json says {model.config.model_type!r}")
         described |= {name: (file, layer) for name, layer in layers.items()}
     rows = []
-    for bank in banks:
-        if bank.name not in described or bank.name not in ranges:
-            raise _misfit(files[0], f"none of the {len(files)} files has the experts of {bank.name}")
-        file, found = described[bank.name]
-        _check_layer(file, bank, found, describe(bank, index.rows[bank.index]), ranges[bank.name])
-        start = ranges[bank.name].offset
-        rows.append(tuple(row_at(file, start + e * bank.layout.row_bytes, bank) for e in range(bank.num_experts)))
+    for moe in moe_layers:
+        if moe.name not in described or moe.name not in ranges:
+            raise _misfit(files[0], f"none of the {len(files)} files has the experts of {moe.name}")
+        file, found = described[moe.name]
+        _check_layer(file, moe, found, describe(moe, index.rows[moe.index]), ranges[moe.name])
+        start = ranges[moe.name].offset
+        rows.append(tuple(row_at(file, start + e * moe.layout.row_bytes, moe) for e in range(moe.num_experts)))
     return dataclasses.replace(index, rows=tuple(rows), stamps=ranges.stamps)
 
 
@@ -111,7 +111,7 @@ def _metadata(file: Path, key: str) -> str:
 
 
 def _facts(file: Path) -> tuple[str, dict[str, Any]]:
-    """The model type, and `{bank name: its description}`, as the file's metadata has them."""
+    """The model type, and `{layer name: its description}`, as the file's metadata has them."""
     try:
         facts = json.loads(_metadata(file, ROWS))
         version, model_type, layers = facts["version"], facts["model_type"], dict(facts["layers"])
@@ -125,17 +125,17 @@ def _facts(file: Path) -> tuple[str, dict[str, Any]]:
     return model_type, layers
 
 
-def _check_layer(file: Path, bank: ExpertBank, found: Any, wanted: dict[str, Any], tensor: TensorRange) -> None:
+def _check_layer(file: Path, moe: MoELayer, found: Any, wanted: dict[str, Any], tensor: TensorRange) -> None:
     """`found` is the file's description of the layer, `wanted` is what it would be if it were packed now."""
     if found != wanted:
         found = found if isinstance(found, dict) else {}
         differs = next(key for key in [*wanted, *found] if wanted.get(key) != found.get(key))
         if differs == "recipe":
-            raise _misfit(file, f"{bank.name}: its rows would now be made from the original tensors in another way")
-        raise _misfit(file, f"{bank.name}: packed with {differs} {found.get(differs)}, needed is {wanted.get(differs)}")
-    shape = (bank.num_experts, bank.layout.row_bytes)
+            raise _misfit(file, f"{moe.name}: its rows would now be made from the original tensors in another way")
+        raise _misfit(file, f"{moe.name}: packed with {differs} {found.get(differs)}, needed is {wanted.get(differs)}")
+    shape = (moe.num_experts, moe.layout.row_bytes)
     if (tensor.file, tensor.shape, tensor.dtype) != (file, shape, torch.uint8):
-        raise _damaged(file, ValueError(f"{bank.name} is {tensor.dtype} {list(tensor.shape)}, not uint8 {list(shape)}"))
+        raise _damaged(file, ValueError(f"{moe.name} is {tensor.dtype} {list(tensor.shape)}, not uint8 {list(shape)}"))
 
 
 def _misfit(file: Path, found: str) -> CheckpointError:

@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..experts import ExpertBank
+from ..experts import MoELayer
 from .headers import DTYPE_NAMES, DTYPES, Headers, TensorRange
 from .row_index import RowSource
 
@@ -26,7 +26,7 @@ VERSION = 1
 NOWHERE = Path("packed away")
 
 
-def describe(bank: ExpertBank, rows: Sequence[RowSource]) -> dict[str, Any]:
+def describe(moe: MoELayer, rows: Sequence[RowSource]) -> dict[str, Any]:
     """What a packed file says of one layer, as JSON values. `rows` must come from `parse_sources`."""
     recipe = [
         [
@@ -37,7 +37,7 @@ def describe(bank: ExpertBank, rows: Sequence[RowSource]) -> dict[str, Any]:
         for piece in source
     ]
     return {
-        "experts": bank.num_experts,
+        "experts": moe.num_experts,
         "fields": [
             {
                 "name": f.name,
@@ -46,15 +46,15 @@ def describe(bank: ExpertBank, rows: Sequence[RowSource]) -> dict[str, Any]:
                 "offset": f.offset,
                 "nbytes": f.nbytes,
             }
-            for f in bank.layout.fields
+            for f in moe.layout.fields
         ],
-        "row_bytes": bank.layout.row_bytes,
+        "row_bytes": moe.layout.row_bytes,
         "recipe": hashlib.sha256(json.dumps(recipe).encode()).hexdigest(),
     }
 
 
 def rows_metadata(model_type: str, layers: Mapping[str, Any]) -> str:
-    """The metadata of a file with the experts of `layers`, `{bank name: its description}`."""
+    """The metadata of a file with the experts of `layers`, `{layer name: its description}`."""
     return json.dumps(
         {
             "version": VERSION,

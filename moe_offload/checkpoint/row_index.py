@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import CheckpointError
-from ..experts import ExpertBank, Field
+from ..experts import Field, MoELayer
 from .conversion import Shape, Step, joins_bytes, one_expert_steps
 from .headers import FileStamp, Headers, TensorRange
 
@@ -42,9 +42,9 @@ RowSource = tuple[Piece, ...]
 
 @dataclass(frozen=True)
 class RowIndex:
-    """`rows[layer][expert]`, layers numbered like the banks; `keys` are all checkpoint keys that belong to experts.
+    """`rows[layer][expert]`, layers numbered like the MoE layers; `keys` are all checkpoint keys of experts.
 
-    `names` are the banks' module names, for messages; `stamps` say which files the index was made from.
+    `names` are the layers' module names, for messages; `stamps` say which files the index was made from.
     """
 
     names: tuple[str, ...]
@@ -53,30 +53,30 @@ class RowIndex:
     stamps: Mapping[Path, FileStamp]
 
 
-def row_at(file: Path, start: int, bank: ExpertBank) -> RowSource:
+def row_at(file: Path, start: int, moe: MoELayer) -> RowSource:
     """An expert whose row lies in `file` from `start` on, as a slot holds it."""
     return tuple(
-        Piece(f, (TensorRange(file, start + f.offset, f.nbytes, f.shape, f.dtype),), ()) for f in bank.layout.fields
+        Piece(f, (TensorRange(file, start + f.offset, f.nbytes, f.shape, f.dtype),), ()) for f in moe.layout.fields
     )
 
 
-def index_rows(model: nn.Module, banks: Sequence[ExpertBank], headers: Headers) -> RowIndex:
-    """Find every expert of `banks` in the files behind `headers`. `model` may be on the meta device; nothing is read.
+def index_rows(model: nn.Module, moe_layers: Sequence[MoELayer], headers: Headers) -> RowIndex:
+    """Find every expert of `moe_layers` in the files behind `headers`. `model` may be on meta; nothing is read.
 
     Raises `CheckpointError` naming module and experts when tensors are missing, too many or of another shape, and
     `UnsupportedModelError` when transformers converts them in a way that has no one-expert form.
     """
-    wanted = {f"{name}.{f.name}" for bank in banks for name in bank.names for f in bank.layout.fields}
+    wanted = {f"{name}.{f.name}" for moe in moe_layers for name in moe.names for f in moe.layout.fields}
     origins = _find_origins(model, headers, wanted)
     layers = []
-    for bank in banks:
+    for moe in moe_layers:
         columns = []
-        for f in bank.layout.fields:
-            parameter, origin = _origin_of(bank, f, origins, headers)
-            columns.append(_pieces(bank, f, parameter, origin, headers))
+        for f in moe.layout.fields:
+            parameter, origin = _origin_of(moe, f, origins, headers)
+            columns.append(_pieces(moe, f, parameter, origin, headers))
         layers.append(tuple(zip(*columns, strict=True)))
     keys = frozenset(key for origin in origins.values() for part in origin.parts.values() for key in part)
-    return RowIndex(tuple(bank.name for bank in banks), tuple(layers), keys, headers.stamps)
+    return RowIndex(tuple(moe.name for moe in moe_layers), tuple(layers), keys, headers.stamps)
 
 
 @dataclass
@@ -126,20 +126,20 @@ def _targets(target: str, converter: Any) -> Iterator[str]:
         yield target if pattern == patterns[0] else target.replace(patterns[0], pattern, 1)
 
 
-def _origin_of(bank: ExpertBank, f: Field, origins: dict[str, _Origin], headers: Headers) -> tuple[str, _Origin]:
+def _origin_of(moe: MoELayer, f: Field, origins: dict[str, _Origin], headers: Headers) -> tuple[str, _Origin]:
     """Parameters tied between modules are stored under one of their names, not always the first."""
-    for name in bank.names:
+    for name in moe.names:
         if f"{name}.{f.name}" in origins:
             return f"{name}.{f.name}", origins[f"{name}.{f.name}"]
-    near = [key for key in headers if key.startswith(f"{bank.name.rpartition('.')[0]}.")][:3]
+    near = [key for key in headers if key.startswith(f"{moe.name.rpartition('.')[0]}.")][:3]
     raise CheckpointError(
-        f"{bank.name}: none of its {bank.num_experts} experts has {f.name} in the checkpoint; near that name it has "
+        f"{moe.name}: none of its {moe.num_experts} experts has {f.name} in the checkpoint; near that name it has "
         f"{near or 'nothing'}. Use the checkpoint that belongs to this configuration; quantised experts are not read."
     )
 
 
-def _pieces(bank: ExpertBank, f: Field, parameter: str, origin: _Origin, headers: Headers) -> list[Piece]:
-    """Field `f` of every expert of the bank."""
+def _pieces(moe: MoELayer, f: Field, parameter: str, origin: _Origin, headers: Headers) -> list[Piece]:
+    """Field `f` of every expert of the layer."""
     from transformers.core_model_loading import ErnieFuseAndSplitTextVisionExperts, MergeModulelist
 
     ops = [] if origin.converter is None else origin.converter.operations
@@ -151,9 +151,9 @@ def _pieces(bank: ExpertBank, f: Field, parameter: str, origin: _Origin, headers
         label = f.name if pattern is None else _label(pattern)
         if any(splits) or any(type(op) is MergeModulelist for op in ops):
             shares = len(origin.converter.target_patterns) if any(splits) else 1
-            column = [headers[key] for key in _one_key_per_expert(bank, label, keys, shares, origin.share)]
+            column = [headers[key] for key in _one_key_per_expert(moe, label, keys, shares, origin.share)]
         else:
-            column = _slices(bank, label, keys, headers)
+            column = _slices(moe, label, keys, headers)
         columns.append(column)
     steps: dict[tuple[Shape, ...], tuple[Step, ...]] = {}
     pieces = []
@@ -165,46 +165,46 @@ def _pieces(bank: ExpertBank, f: Field, parameter: str, origin: _Origin, headers
             except ValueError as error:
                 found = ", ".join(str(list(shape)) for shape in shapes)
                 raise CheckpointError(
-                    f"{bank.name}: expert {e} has {f.name} in the checkpoint as {found}, the model expects "
+                    f"{moe.name}: expert {e} has {f.name} in the checkpoint as {found}, the model expects "
                     f"{list(f.shape)} ({error}). Use the checkpoint that belongs to this configuration."
                 ) from error
         pieces.append(Piece(f, sources, steps[shapes]))
     return pieces
 
 
-def _one_key_per_expert(bank: ExpertBank, label: str, keys: list[str], shares: int, share: int) -> list[str]:
-    """The keys of this bank's experts, in order of their number, where the checkpoint has one tensor per expert.
+def _one_key_per_expert(moe: MoELayer, label: str, keys: list[str], shares: int, share: int) -> list[str]:
+    """The keys of this layer's experts, in order of their number, where the checkpoint has one tensor per expert.
 
-    With several `shares`, the list is cut into that many equal runs, one per bank. The loader goes by position in the
+    With several `shares`, the list is cut into that many equal runs, one per layer. The loader goes by position in the
     list, so a hole in the numbering would silently give every later expert its neighbour's weights.
     """
     numbers = _numbers(keys)
     first = share * -(-len(keys) // shares)
-    absent = sorted(set(range(first, first + bank.num_experts)) - set(numbers))
+    absent = sorted(set(range(first, first + moe.num_experts)) - set(numbers))
     if absent:
         which = f"expert {absent[0]} has" if len(absent) == 1 else f"experts {_some(absent)} have"
         raise CheckpointError(
-            f"{bank.name}: {which} no {label} in the checkpoint, which has {len(keys)} of them for "
-            f"{shares * bank.num_experts} experts. Download the missing shard, or use the right configuration."
+            f"{moe.name}: {which} no {label} in the checkpoint, which has {len(keys)} of them for "
+            f"{shares * moe.num_experts} experts. Download the missing shard, or use the right configuration."
         )
-    if len(keys) > shares * bank.num_experts or len(set(numbers)) != len(numbers):
+    if len(keys) > shares * moe.num_experts or len(set(numbers)) != len(numbers):
         raise CheckpointError(
-            f"{bank.name}: the checkpoint has {label} of {len(keys)} experts, the model has "
-            f"{shares * bank.num_experts}. Use the checkpoint that belongs to this configuration."
+            f"{moe.name}: the checkpoint has {label} of {len(keys)} experts, the model has "
+            f"{shares * moe.num_experts}. Use the checkpoint that belongs to this configuration."
         )
     by_number = dict(zip(numbers, keys, strict=True))
-    return [by_number[number] for number in range(first, first + bank.num_experts)]
+    return [by_number[number] for number in range(first, first + moe.num_experts)]
 
 
-def _slices(bank: ExpertBank, label: str, keys: list[str], headers: Headers) -> list[TensorRange]:
+def _slices(moe: MoELayer, label: str, keys: list[str], headers: Headers) -> list[TensorRange]:
     """One slice per expert of the one tensor in which the checkpoint stacks them."""
     found = {key: list(headers[key].shape) for key in keys}
-    if len(found) != 1 or found[keys[0]][:1] != [bank.num_experts]:
+    if len(found) != 1 or found[keys[0]][:1] != [moe.num_experts]:
         raise CheckpointError(
-            f"{bank.name}: expected one tensor {label} of {bank.num_experts} experts, the checkpoint has "
+            f"{moe.name}: expected one tensor {label} of {moe.num_experts} experts, the checkpoint has "
             f"{found or 'none'}. Use the checkpoint that belongs to this configuration."
         )
-    return [headers[keys[0]][e] for e in range(bank.num_experts)]
+    return [headers[keys[0]][e] for e in range(moe.num_experts)]
 
 
 def _numbers(keys: list[str]) -> list[int]:

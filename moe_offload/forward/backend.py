@@ -24,7 +24,7 @@ import passes
 from passes import ops
 
 from ..errors import OffloadError, UnsupportedModelError
-from ..experts import ExpertBank, Field
+from ..experts import Field, MoELayer
 from ..observe import progress
 from ..runtime.layer import LayerRuntime
 from .cuda_graphs import copied, replayable
@@ -58,7 +58,7 @@ class Phantom(nn.Parameter):
         if key not in rows:
             device = layer.slots.bank_SN.device
             rows[key] = torch.full((1, *field.shape), float("nan"), dtype=field.dtype, device=device)
-        expanded = rows[key].expand(layer.bank.num_experts, *field.shape)
+        expanded = rows[key].expand(layer.moe.num_experts, *field.shape)
         phantom = cast(Phantom, nn.Parameter(expanded, requires_grad=False))
         phantom.layer, phantom.field = layer, field
         return phantom
@@ -89,7 +89,7 @@ def make_backend(
         if not phantoms:
             log.append([])
             return inner(gm, list(example_inputs))
-        on_device = {one.layer.bank.name for one in phantoms.values() if one.layer.device_cache is not None}
+        on_device = {one.layer.moe.name for one in phantoms.values() if one.layer.device_cache is not None}
         reports, banked = rewrite(gm, phantoms, partial(pipeline, on_device=on_device))
         log.append(reports)
         inputs = list(example_inputs)
@@ -135,12 +135,12 @@ def rewrite(
         layer = phantom.layer
         if phantom.dtype != phantom.field.dtype:
             raise OffloadError(
-                f"{layer.bank.name}: its {phantom.field.name} is {phantom.dtype}, but was offloaded as "
+                f"{layer.moe.name}: its {phantom.field.name} is {phantom.dtype}, but was offloaded as "
                 f"{phantom.field.dtype}; "
                 "convert the model before optimize(), not after"
             )
-        name = layer.bank.name
-        weights[placeholders[position]] = passes.Weight(name, phantom.field.name, layer.bank.num_experts)
+        name = layer.moe.name
+        weights[placeholders[position]] = passes.Weight(name, phantom.field.name, layer.moe.num_experts)
         banks[name] = bank_of(layer)
     try:
         sites = passes.find_sites(gm.graph, weights)
@@ -229,7 +229,7 @@ def moe_offload(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -
 
 def bank_of(layer: LayerRuntime) -> passes.Bank:
     """How the passes see this layer's bank."""
-    return passes.Bank(layer.bank.layout.fields, layer.cache.slots, layer.bank.layout.dtype)
+    return passes.Bank(layer.moe.layout.fields, layer.cache.slots, layer.moe.layout.dtype)
 
 
 def bind(bank_SN: Tensor, layer: Any) -> None:
@@ -247,7 +247,7 @@ def experts_op(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank_SN: Tensor
     return out
 
 
-def observing_backend(weights: dict[int, tuple[ExpertBank, str]]) -> Compiled:
+def observing_backend(weights: dict[int, tuple[MoELayer, str]]) -> Compiled:
     """A backend that only counts: `weights` maps the id of each stacked parameter to its layer and field."""
 
     def backend(gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Compiled:
@@ -265,12 +265,12 @@ def observing_backend(weights: dict[int, tuple[ExpertBank, str]]) -> Compiled:
     return backend
 
 
-def observe(bank: ExpertBank, counter: ops.Observer) -> None:
+def observe(moe: MoELayer, counter: ops.Observer) -> None:
     """Let instrumented graphs reach `counter` through any of the layer's weights."""
-    for param in bank.params.values():
+    for param in moe.params.values():
         ops.bind(param, counter)
 
 
-def unobserve(bank: ExpertBank) -> None:
-    for param in bank.params.values():
+def unobserve(moe: MoELayer) -> None:
+    for param in moe.params.values():
         ops.unbind(param)

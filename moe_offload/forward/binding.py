@@ -51,12 +51,12 @@ backend.bind(_CLOSED_BANK, _Closed())
 def connect(layer: LayerRuntime) -> None:
     """Let the layer's modules and graphs use the bank it has now."""
     backend.bind(layer.slots.bank_SN, layer)
-    for module in layer.bank.modules:
+    for module in layer.moe.modules:
         module._moe_offload.bank_SN = layer.slots.bank_SN
 
 
 def disconnect(layer: LayerRuntime) -> None:
     """Let go of the layer's bank, before its memory is given back."""
     backend.unbind(layer.slots.bank_SN)
-    for module in layer.bank.modules:
+    for module in layer.moe.modules:
         module._moe_offload.bank_SN = _CLOSED_BANK

@@ -44,11 +44,11 @@ class Call:
     def __init__(self, model: nn.Module, runtime: Runtime, scope: Scope, run: Retry, advisor: Advisor):
         self.model, self.runtime, self.scope, self.run = model, runtime, scope, run
         self.advisor = advisor
-        modules = [(module, layer.bank.name) for layer in runtime.layers for module in layer.bank.modules]
+        modules = [(module, layer.moe.name) for layer in runtime.layers for module in layer.moe.modules]
         self.places = [
             (model.get_submodule(name.rpartition(".")[0])._modules, name.rpartition(".")[2], module)
             for layer in runtime.layers
-            for name, module in zip(layer.bank.names, layer.bank.modules, strict=True)
+            for name, module in zip(layer.moe.names, layer.moe.modules, strict=True)
         ]
         self.configs = {id(module.config): (module.config, name) for module, name in modules}
         self.static_caches = StaticCaches()

@@ -92,7 +92,7 @@ class Retry:
         """Of how many sequences a decode step may be for the device to decide; 0 where it does not."""
         if self.runtime.deciding is None:
             return 0
-        return min(layer.cache.slots // layer.bank.top_k for layer in self.runtime.layers)
+        return min(layer.cache.slots // layer.moe.top_k for layer in self.runtime.layers)
 
 
 def _out_of_memory(error: BaseException) -> RuntimeError | None:

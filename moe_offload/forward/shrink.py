@@ -34,7 +34,7 @@ def shrink(runtime: Runtime) -> int:
     raises `OffloadError`, with the model closed, if the device has no memory even for less.
     """
     runtime.hand_back()
-    before, floors = runtime.slots, [min(layer.bank.top_k, layer.bank.num_experts) for layer in runtime.layers]
+    before, floors = runtime.slots, [min(layer.moe.top_k, layer.moe.num_experts) for layer in runtime.layers]
     after = fewer(before, floors)
     if after == list(before):
         return 0
@@ -50,7 +50,7 @@ def shrink(runtime: Runtime) -> int:
             continue
         runtime.leave_to_host()
         return sum(
-            (had - layer.cache.slots) * layer.bank.layout.row_bytes
+            (had - layer.cache.slots) * layer.moe.layout.row_bytes
             for had, layer in zip(before, runtime.layers, strict=True)
         )
     _let_go(runtime, device)

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ..config.settings import OffloadConfig
 from ..errors import UnsupportedModelError
-from ..experts import ExpertBank
+from ..experts import MoELayer
 from ..memory.transfer.staged import present
 
 
-def keep_where_it_is(model: Any, banks: Sequence[ExpertBank], settings: OffloadConfig) -> OffloadConfig:
+def keep_where_it_is(model: Any, moe_layers: Sequence[MoELayer], settings: OffloadConfig) -> OffloadConfig:
     """`settings`, with a device map for a model that is on an accelerator already and was given none.
 
     Raises `UnsupportedModelError` for a model that is on several devices, or on one that this process has not.
@@ -25,7 +25,7 @@ def keep_where_it_is(model: Any, banks: Sequence[ExpertBank], settings: OffloadC
             "move weights behind the cache's back; load it without device_map, or with moe_offload.from_pretrained()"
         )
     places: dict[str, str] = {}
-    for name, tensor in _dense(model, banks):
+    for name, tensor in _dense(model, moe_layers):
         places.setdefault(str(tensor.device), name)
         if tensor.device.type not in (here := present(settings.untested)):
             raise UnsupportedModelError(
@@ -42,15 +42,15 @@ def keep_where_it_is(model: Any, banks: Sequence[ExpertBank], settings: OffloadC
     return replace(settings, device_map={"": device})
 
 
-def place_dense(model: Any, banks: Sequence[ExpertBank], device: str) -> None:
+def place_dense(model: Any, moe_layers: Sequence[MoELayer], device: str) -> None:
     """Move every parameter and buffer that is no expert's to `device`."""
-    for _, tensor in _dense(model, banks):
+    for _, tensor in _dense(model, moe_layers):
         if str(tensor.device) != device:
             tensor.data = tensor.data.to(device)
 
 
-def _dense(model: Any, banks: Sequence[ExpertBank]) -> Iterator[tuple[str, Tensor]]:
-    experts = {id(param) for bank in banks for param in bank.params.values()}
+def _dense(model: Any, moe_layers: Sequence[MoELayer]) -> Iterator[tuple[str, Tensor]]:
+    experts = {id(param) for moe in moe_layers for param in moe.params.values()}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if id(tensor) not in experts:
             yield name, tensor

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OffloadError
-from ..experts import ExpertBank
+from ..experts import MoELayer
 from ..forward import backend
 from ..forward.advise import Advisor
 from ..forward.binding import Link, Scope, connect, disconnect
@@ -40,10 +40,10 @@ class ModuleCore:
     Routing weights of one leave the pairs unweighted: the weighted sum over K is taken after all waves.
     """
 
-    def __init__(self, bank: ExpertBank, implementation: str, views: Callable[[Tensor], dict[str, Tensor]]):
+    def __init__(self, moe: MoELayer, implementation: str, views: Callable[[Tensor], dict[str, Tensor]]):
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-        self.module, self.views = bank.modules[0], views
+        self.module, self.views = moe.modules[0], views
         self.run = ALL_EXPERTS_FUNCTIONS[implementation]
 
     def __call__(
@@ -73,11 +73,11 @@ def serve_products(device: str) -> None:
     backend.serve_products(kernels.indexed_mm, kernels.grouped_mm)
 
 
-def choose_implementation(banks: Sequence[ExpertBank], wanted: str) -> str:
+def choose_implementation(moe_layers: Sequence[MoELayer], wanted: str) -> str:
     """'auto' keeps the model's own choice where the passes can see it, else grouped_mm."""
     if wanted in IMPLEMENTATIONS:
         return wanted
-    own: set[str] = {bank.modules[0].config._experts_implementation for bank in banks}
+    own: set[str] = {moe.modules[0].config._experts_implementation for moe in moe_layers}
     return own.pop() if len(own) == 1 and own <= set(IMPLEMENTATIONS) else "grouped_mm"
 
 
@@ -124,10 +124,10 @@ def uninstall(runtime: Runtime) -> None:
 
 
 def _install_layer(layer: LayerRuntime, scope: Scope, implementation: str, nan_rows: dict[Hashable, Tensor]) -> None:
-    bank = layer.bank
-    layer.module_core = ModuleCore(bank, implementation, backend.bank_of(layer).views)
-    phantoms = {f.name: backend.Phantom.of(layer, f, nan_rows) for f in bank.layout.fields}
-    for module in bank.modules:
+    moe = layer.moe
+    layer.module_core = ModuleCore(moe, implementation, backend.bank_of(layer).views)
+    phantoms = {f.name: backend.Phantom.of(layer, f, nan_rows) for f in moe.layout.fields}
+    for module in moe.modules:
         for name, phantom in phantoms.items():
             setattr(module, name, phantom)
         module._moe_offload = Link(scope, layer.slots.bank_SN)

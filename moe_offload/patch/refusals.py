@@ -19,7 +19,7 @@ from ..runtime.model import Runtime
 
 
 def refuse_what_reaches_experts(model: nn.Module, runtime: Runtime) -> None:
-    experts = {id(module): layer.bank for layer in runtime.layers for module in layer.bank.modules}
+    experts = {id(module): layer.moe for layer in runtime.layers for module in layer.moe.modules}
     for part in model.modules():
         held = [
             f"{name}.{field.name}" if name else field.name

@@ -34,7 +34,7 @@ from ..checkpoint.row_index import Piece, index_rows
 from ..checkpoint.shards import Entry, Filling, Shard, file_name, header, split
 from ..config.sizes import parse_size
 from ..errors import ConfigError, OffloadError, SaveError
-from ..experts import ExpertBank
+from ..experts import MoELayer
 from ..memory.buffers import page_aligned
 from ..observe.progress import bar
 from ..runtime.layer import LayerRuntime
@@ -55,9 +55,9 @@ def save_real_rows(model: nn.Module, runtime: Runtime) -> None:
     from transformers import PreTrainedModel
 
     for layer in runtime.layers:
-        for module in layer.bank.modules:
-            module.register_state_dict_post_hook(partial(_real_rows, runtime, layer.bank.index))
-    experts = {id(module) for layer in runtime.layers for module in layer.bank.modules}
+        for module in layer.moe.modules:
+            module.register_state_dict_post_hook(partial(_real_rows, runtime, layer.moe.index))
+    experts = {id(module) for layer in runtime.layers for module in layer.moe.modules}
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and any(id(inner) in experts for inner in module.modules()):
             module.__dict__["save_pretrained"] = Saver(module, runtime).save_pretrained
@@ -115,10 +115,10 @@ class Saver:
 
     def _stream(self, out: Path, limit_bytes: int, **kwargs: Any) -> None:
         layers = self._layers()
-        banks = [bank for bank, _ in layers]
-        names = {f"{name}.{field.name}" for bank in banks for name in bank.names for field in bank.layout.fields}
+        moe_layers = [moe for moe, _ in layers]
+        names = {f"{name}.{field.name}" for moe in moe_layers for name in moe.names for field in moe.layout.fields}
         dense = {key: tensor for key, tensor in self._stand_in_state().items() if key not in names}
-        entries = self._expert_entries(banks, kwargs.get("save_original_format", True))
+        entries = self._expert_entries(moe_layers, kwargs.get("save_original_format", True))
         needed_bytes = sum(tensor.nbytes for tensor in dense.values()) + sum(entry.nbytes for entry in entries)
         with new_checkpoint(out, needed_bytes) as folder:
             try:
@@ -135,40 +135,40 @@ class Saver:
             headers.update(files.ranges)
             write_index(folder, headers, self.model.num_parameters())
 
-    def _write_rows(self, layers: Sequence[tuple[ExpertBank, LayerRuntime]], files: Filling) -> None:
-        banks = [bank for bank, _ in layers]
+    def _write_rows(self, layers: Sequence[tuple[MoELayer, LayerRuntime]], files: Filling) -> None:
+        moe_layers = [moe for moe, _ in layers]
         with _stand_ins_only(), _layout_errors():
-            index = index_rows(self.model, banks, files.ranges)
-        with bar("Saving", sum(bank.nbytes for bank in banks), what="experts") as shown:
-            for bank, layer in layers:
-                row = page_aligned(bank.layout.row_bytes)
-                for e, pieces in enumerate(index.rows[bank.index]):
-                    layer.store.read(layer.bank.index, e, row.numpy().data)
+            index = index_rows(self.model, moe_layers, files.ranges)
+        with bar("Saving", sum(moe.nbytes for moe in moe_layers), what="experts") as shown:
+            for moe, layer in layers:
+                row = page_aligned(moe.layout.row_bytes)
+                for e, pieces in enumerate(index.rows[moe.index]):
+                    layer.store.read(layer.moe.index, e, row.numpy().data)
                     for piece in pieces:
                         _write_field(piece, row, files)
                     shown.update(len(row))
         files.check_complete()
 
-    def _layers(self) -> list[tuple[ExpertBank, LayerRuntime]]:
-        """The layers that the model has, each with its bank as seen from the model: it may be part of a larger one."""
+    def _layers(self) -> list[tuple[MoELayer, LayerRuntime]]:
+        """The model's layers, each with its experts' names as seen from the model: it may be part of a larger one."""
         names: dict[int, list[str]] = {}
         for name, module in self.model.named_modules(remove_duplicate=False):
             names.setdefault(id(module), []).append(name)
-        found: list[tuple[ExpertBank, LayerRuntime]] = []
+        found: list[tuple[MoELayer, LayerRuntime]] = []
         for layer in self.runtime.layers:
-            own = tuple(name for module in layer.bank.modules for name in names.get(id(module), []))
+            own = tuple(name for module in layer.moe.modules for name in names.get(id(module), []))
             if own:
-                found.append((dataclasses.replace(layer.bank, index=len(found), names=own), layer))
+                found.append((dataclasses.replace(layer.moe, index=len(found), names=own), layer))
         return found
 
-    def _expert_entries(self, banks: Sequence[ExpertBank], original_format: bool) -> list[Entry]:
+    def _expert_entries(self, moe_layers: Sequence[MoELayer], original_format: bool) -> list[Entry]:
         """Every tensor of experts that is to be written, in the order of layers and experts."""
         from transformers.core_model_loading import dot_natural_key, revert_weight_conversion
 
         stacked = {
-            f"{bank.name}.{field.name}": torch.empty((bank.num_experts, *field.shape), dtype=field.dtype, device="meta")
-            for bank in banks
-            for field in bank.layout.fields
+            f"{moe.name}.{field.name}": torch.empty((moe.num_experts, *field.shape), dtype=field.dtype, device="meta")
+            for moe in moe_layers
+            for field in moe.layout.fields
         }
         with _layout_errors():
             stored = revert_weight_conversion(self.model, stacked) if original_format else stacked

@@ -21,7 +21,7 @@ from ..config.device_map import Spot, compute_device, expand, limits, refuse_abs
 from ..config.settings import OffloadConfig
 from ..config.sizes import format_size, parse_size
 from ..errors import BudgetError, ConfigError
-from ..experts import ExpertBank
+from ..experts import MoELayer
 from ..memory.transfer.staged import free_bytes
 from .budget import Plan, plan_slots
 from .weights import costs, dense_bytes_on, layer_shapes, library_bytes
@@ -69,20 +69,20 @@ class Arrangement:
 
 
 def arrange(
-    model: Any, banks: Sequence[ExpertBank], settings: OffloadConfig, present: Sequence[str] | None = None
+    model: Any, moe_layers: Sequence[MoELayer], settings: OffloadConfig, present: Sequence[str] | None = None
 ) -> Arrangement:
     """Plan `model` (it may be on the meta device) for `settings`.
 
     `present` are the device types there are to compute on; None plans for any. Raises `ConfigError` for what means
     nothing, `BudgetError` for what does not fit, `UnsupportedModelError` for a device that is not present.
     """
-    names = [bank.name for bank in banks]
+    names = [moe.name for moe in moe_layers]
     available = psutil.virtual_memory().available
     allowed = limits(settings.max_memory, available)
     accelerators = [device for device in allowed if device != "cpu"]
     found = spots(names, [name for name, _ in model.named_modules()], settings.device_map, accelerators)
     rules = expand(settings.device_map, names, accelerators)
-    dense = dense_bytes_on(model, banks, lambda module: compute_device(module, rules))
+    dense = dense_bytes_on(model, moe_layers, lambda module: compute_device(module, rules))
     computing = sorted({spot.device for spot in found} | set(dense))
     if present is not None:
         refuse_absent(computing, present)
@@ -95,12 +95,12 @@ def arrange(
             )
     plans = {}
     for device in with_experts:
-        ours = [bank for bank, spot in zip(banks, found, strict=True) if spot.device == device]
-        whole = costs(model, banks, settings, device)
+        ours = [moe for moe, spot in zip(moe_layers, found, strict=True) if spot.device == device]
+        whole = costs(model, moe_layers, settings, device)
         share = replace(
             whole,
             dense_bytes=dense.get(device, 0),
-            kv_bytes=whole.kv_bytes * len(ours) // len(banks),
+            kv_bytes=whole.kv_bytes * len(ours) // len(moe_layers),
             library_bytes=library_bytes(len(ours), device),
         )
         free = available if device == "cpu" else free_bytes(device) if present is not None else allowed.get(device)
@@ -110,9 +110,9 @@ def arrange(
     room = _host_room(plans, dense, allowed)
     if room is None and present is not None and "cpu" not in computing:  # an accelerator: RAM is the tier below it
         room = parse_size(RAM_SHARE, total=available)
-    needs = [0 if n == bank.num_experts else bank.nbytes for bank, n in zip(banks, per_layer, strict=True)]
+    needs = [0 if n == moe.num_experts else moe.nbytes for moe, n in zip(moe_layers, per_layer, strict=True)]
     settled = settle(found, needs, room)
-    host = sum(bank.nbytes for bank, spot in zip(banks, settled, strict=True) if spot.tier == "host")
+    host = sum(moe.nbytes for moe, spot in zip(moe_layers, settled, strict=True) if spot.tier == "host")
     return Arrangement(tuple(names), tuple(settled), tuple(per_layer), plans, host, room)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..config.sizes import format_size
-from ..experts import ExpertBank
+from ..experts import MoELayer
 from .arrange import Arrangement
 
 PLACES = {"disk": "on disk", "host": "in RAM"}
@@ -29,18 +29,18 @@ KINDS = [
 ]
 
 
-def explain(model: Any, banks: Sequence[ExpertBank], where: Arrangement) -> str:
+def explain(model: Any, moe_layers: Sequence[MoELayer], where: Arrangement) -> str:
     """Tell how `model` (it may be on the meta device, or offloaded) is arranged: a paragraph for experts, one for the
     rest."""
     lines = ["experts:"]
-    layers = list(zip(range(len(banks)), banks, where.spots, where.slots, strict=True))
+    layers = list(zip(range(len(moe_layers)), moe_layers, where.spots, where.slots, strict=True))
     for spot, group in groupby(layers, key=lambda layer: layer[2]):
         members = list(group)
-        size = format_size(sum(bank.nbytes for _, bank, _, _ in members))
-        (first, bank, _, _), (last, *_) = members[0], members[-1]
+        size = format_size(sum(moe.nbytes for _, moe, _, _ in members))
+        (first, moe, _, _), (last, *_) = members[0], members[-1]
         lines.append(
             f"  MoE layer{f' {first}' if first == last else f's {first}-{last}'} "
-            f"({bank.name}{'' if first == last else ' ...'}): {_range(n for *_, n in members)} slots each on "
+            f"({moe.name}{'' if first == last else ' ...'}): {_range(n for *_, n in members)} slots each on "
             f"{spot.device}, {size} of rows {PLACES[spot.tier]}\n    by {spot.rule}"
         )
     if where.host_room_bytes is not None:
@@ -49,13 +49,13 @@ def explain(model: Any, banks: Sequence[ExpertBank], where: Arrangement) -> str:
             "max_memory['cpu'] leaves for them"
         )
     lines.append("not offloaded, held where they compute:")
-    lines += [f"  {kind:<28}{format_size(size):>12}  {why}" for kind, size, why in kept(model, banks)]
+    lines += [f"  {kind:<28}{format_size(size):>12}  {why}" for kind, size, why in kept(model, moe_layers)]
     return "\n".join(lines)
 
 
-def kept(model: nn.Module, banks: Sequence[ExpertBank]) -> list[tuple[str, int, str]]:
+def kept(model: nn.Module, moe_layers: Sequence[MoELayer]) -> list[tuple[str, int, str]]:
     """What is not offloaded: `(kind, bytes, why)`, the largest first. Tied weights count once."""
-    seen = {id(param) for bank in banks for param in bank.params.values()}
+    seen = {id(param) for moe in moe_layers for param in moe.params.values()}
     found: dict[str, int] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if id(tensor) not in seen:

@@ -18,7 +18,7 @@ from ..config.device_map import DeviceMap
 from ..config.settings import Config, OffloadConfig, resolve
 from ..config.sizes import format_size
 from ..errors import OffloadError
-from ..experts import ExpertBank, find_experts
+from ..experts import MoELayer, find_experts
 from ..observe.profile import Profile
 from .arrange import Arrangement, arrange
 from .budget import Plan, budget_for, floor
@@ -39,7 +39,7 @@ class Forecast:
     name: str
     source: str
     model: nn.Module
-    banks: list[ExpertBank]
+    moe_layers: list[MoELayer]
     where: Arrangement
     hit_rate: HitRate
     context: int
@@ -55,7 +55,7 @@ class Forecast:
 
     def explain(self) -> str:
         """Which rule puts what where, and what is not offloaded and why."""
-        return explain(self.model, self.banks, self.where)
+        return explain(self.model, self.moe_layers, self.where)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values. `budget`, `floor`, `slots` and so on are of the first device; `devices` has them all."""
@@ -74,8 +74,8 @@ class Forecast:
             **next(iter(devices.values())),
             "slots": list(self.where.slots),
             "tiers": self.where.tiers,
-            "experts": [bank.num_experts for bank in self.banks],
-            "row_bytes": max(bank.layout.row_bytes for bank in self.banks),
+            "experts": [moe.num_experts for moe in self.moe_layers],
+            "row_bytes": max(moe.layout.row_bytes for moe in self.moe_layers),
             "hit_rate": {**vars(self.hit_rate)},
             "context": {"tokens": self.context, "kv_bytes": self.kv_bytes, "largest": self.largest_context},
             "resident": self.resident_bytes,
@@ -130,19 +130,19 @@ def read_outline(model_or_path: nn.Module | str | Path, dtype: str | torch.dtype
 
 def of_outline(found: Outline, settings: OffloadConfig, profile: Profile | None = None) -> Forecast:
     """As `forecast`, of an outline that was read before."""
-    model, banks = found.model, found.banks
-    where = arrange(model, banks, settings)
+    model, moe_layers = found.model, found.moe_layers
+    where = arrange(model, moe_layers, settings)
     if profile is None and settings.profile is not None:
         profile = Profile.load(settings.profile)
     if profile is not None:
-        profile.check(fingerprint(model, banks))
-    shapes, whole = layer_shapes(banks), costs(model, banks, settings, next(iter(where.plans)))
-    experts = [bank.num_experts for bank in banks]
+        profile.check(fingerprint(model, moe_layers))
+    shapes, whole = layer_shapes(moe_layers), costs(model, moe_layers, settings, next(iter(where.plans)))
+    experts = [moe.num_experts for moe in moe_layers]
     return Forecast(
         name=str(getattr(model.config, "_name_or_path", "") or type(model).__name__),
         source=found.source,
         model=model,
-        banks=banks,
+        moe_layers=moe_layers,
         where=where,
         hit_rate=typical(where.slots, experts) if profile is None else covered(where.slots, profile),
         context=min(settings.kv_tokens, longest_context(model) or settings.kv_tokens),
@@ -156,7 +156,7 @@ def of_outline(found: Outline, settings: OffloadConfig, profile: Profile | None 
 
 def _largest_context(found: Outline, settings: OffloadConfig, where: Arrangement) -> int:
     """The most tokens of KV cache with which the floor is within the budget; at least those that were planned for."""
-    shapes, whole = layer_shapes(found.banks), costs(found.model, found.banks, settings, where.device)
+    shapes, whole = layer_shapes(found.moe_layers), costs(found.model, found.moe_layers, settings, where.device)
     longest = longest_context(found.model) or 2**20
     low, high = min(settings.kv_tokens, longest), longest
     while low < high:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..config.settings import OffloadConfig
-from ..experts import ExpertBank
+from ..experts import MoELayer
 from ..observe.profile import Fingerprint
 from .budget import Costs, LayerShape
 
@@ -20,38 +20,38 @@ PROMPT_TOKENS = 512  # a prompt that the automatic reserve makes room for
 CUBLAS_BYTES, CUDA_BLOCK_BYTES = 2 * 32 << 20, 2 << 20
 
 
-def layer_shapes(banks: Sequence[ExpertBank]) -> list[LayerShape]:
-    return [LayerShape(bank.num_experts, bank.top_k, bank.layout.row_bytes) for bank in banks]
+def layer_shapes(moe_layers: Sequence[MoELayer]) -> list[LayerShape]:
+    return [LayerShape(moe.num_experts, moe.top_k, moe.layout.row_bytes) for moe in moe_layers]
 
 
-def costs(model: Any, banks: Sequence[ExpertBank], settings: OffloadConfig, device: str = "cpu") -> Costs:
+def costs(model: Any, moe_layers: Sequence[MoELayer], settings: OffloadConfig, device: str = "cpu") -> Costs:
     """What stands in the budget of `device` besides the banks."""
-    row_bytes = max(bank.layout.row_bytes for bank in banks)
+    row_bytes = max(moe.layout.row_bytes for moe in moe_layers)
     return Costs(
-        dense_bytes=dense_bytes(model, banks),
+        dense_bytes=dense_bytes(model, moe_layers),
         kv_bytes=kv_bytes(model, settings.kv_tokens),
         scores_bytes=scores_bytes(model),
-        library_bytes=library_bytes(len(banks), device),
+        library_bytes=library_bytes(len(moe_layers), device),
         scratch_bytes=settings.scratch_rows(row_bytes, device) * row_bytes,
         reserve_bytes=settings.reserve_bytes,
     )
 
 
-def library_bytes(banks: int, device: str) -> int:
+def library_bytes(moe_layers: int, device: str) -> int:
     """What a device's libraries and its allocator hold beside so many banks."""
-    return CUBLAS_BYTES + banks * CUDA_BLOCK_BYTES if device.startswith("cuda") else 0
+    return CUBLAS_BYTES + moe_layers * CUDA_BLOCK_BYTES if device.startswith("cuda") else 0
 
 
-def dense_bytes(model: nn.Module, banks: Sequence[ExpertBank]) -> int:
+def dense_bytes(model: nn.Module, moe_layers: Sequence[MoELayer]) -> int:
     """Bytes of every parameter and buffer that is no expert's; tied ones count once."""
-    experts = {id(param) for bank in banks for param in bank.params.values()}
+    experts = {id(param) for moe in moe_layers for param in moe.params.values()}
     tensors = [*model.parameters(), *model.buffers()]
     return sum(t.numel() * t.element_size() for t in tensors if id(t) not in experts)
 
 
-def dense_bytes_on(model: nn.Module, banks: Sequence[ExpertBank], device: Callable[[str], str]) -> dict[str, int]:
+def dense_bytes_on(model: nn.Module, moe_layers: Sequence[MoELayer], device: Callable[[str], str]) -> dict[str, int]:
     """`dense_bytes`, shared out: `device` says where the module of that name computes. Tied tensors count once."""
-    seen = {id(param) for bank in banks for param in bank.params.values()}
+    seen = {id(param) for moe in moe_layers for param in moe.params.values()}
     found: dict[str, int] = {}
     for name, module in model.named_modules():
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
@@ -95,16 +95,16 @@ def scores_bytes(model: Any, tokens: int = PROMPT_TOKENS) -> int:
     return int(heads * min(tokens, longest) ** 2 * (4 + 2 * dtype.itemsize))
 
 
-def fingerprint(model: Any, banks: Sequence[ExpertBank]) -> Fingerprint:
+def fingerprint(model: Any, moe_layers: Sequence[MoELayer]) -> Fingerprint:
     """What a profile must agree with to be used for `model`."""
     config: Any = model.config.get_text_config()
     hidden = int(getattr(config, "hidden_size", None) or 1)
-    down = [next(f for f in bank.layout.fields if f.name == "down_proj") for bank in banks]
+    down = [next(f for f in moe.layout.fields if f.name == "down_proj") for moe in moe_layers]
     return Fingerprint(
         model_type=str(model.config.model_type),
-        layers=len(banks),
-        experts=[bank.num_experts for bank in banks],
-        top_k=[bank.top_k for bank in banks],
+        layers=len(moe_layers),
+        experts=[moe.num_experts for moe in moe_layers],
+        top_k=[moe.top_k for moe in moe_layers],
         hidden=hidden,
         inner=[math.prod(f.shape) // hidden for f in down],
         dtype=str(down[0].dtype).removeprefix("torch."),

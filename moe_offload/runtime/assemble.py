@@ -18,7 +18,7 @@ from ..cache import POLICIES
 from ..config.settings import OffloadConfig
 from ..config.sizes import format_size
 from ..errors import BudgetError, ConfigError
-from ..experts import ExpertBank
+from ..experts import MoELayer
 from ..memory.buffers import unfilled
 from ..memory.scratch import Scratch
 from ..memory.stores import Store
@@ -37,7 +37,7 @@ DEFAULT_POLICY = OffloadConfig().policy
 
 
 def on_device(
-    settings: OffloadConfig, banks: Sequence[ExpertBank], slots: Sequence[int], tiers: Sequence[str], device: str
+    settings: OffloadConfig, moe_layers: Sequence[MoELayer], slots: Sequence[int], tiers: Sequence[str], device: str
 ) -> list[bool]:
     """For which layers the device is to decide. Raises `ConfigError` where it is asked to and cannot for any."""
     obstacle = _obstacle(settings)
@@ -46,7 +46,7 @@ def on_device(
         raise ConfigError(f"decide='device' is not possible here: {obstacle}")
     if not asked and (settings.decide == "host" or device == "cpu" or obstacle is not None):
         return [False] * len(tiers)
-    able = [tier == "host" or n == bank.num_experts for bank, n, tier in zip(banks, slots, tiers, strict=True)]
+    able = [tier == "host" or n == moe.num_experts for moe, n, tier in zip(moe_layers, slots, tiers, strict=True)]
     if not all(able):
         logger.log(
             logging.WARNING if asked else logging.INFO,
@@ -66,7 +66,7 @@ def _obstacle(settings: OffloadConfig) -> str | None:
 
 
 def build_runtime(
-    banks: Sequence[ExpertBank],
+    moe_layers: Sequence[MoELayer],
     plan: Plan,
     stores: Sequence[Store],
     settings: OffloadConfig,
@@ -74,7 +74,7 @@ def build_runtime(
     device: str,
     device_decides: Sequence[bool],
 ) -> Runtime:
-    """One `LayerRuntime` for each bank, in their order, that computes on `device`.
+    """One `LayerRuntime` for each MoE layer, in their order, that computes on `device`.
 
     `device_decides[l]`: whether the device is to decide for layer l; it will, unless its rows could not be pinned.
     Raises `BudgetError` where the device has no memory for what was planned.
@@ -82,16 +82,16 @@ def build_runtime(
     with _or_budget_error(plan, device):
         transfer, lock = TRANSFERS[device.partition(":")[0]](device), threading.RLock()
         scratch = Scratch(unfilled(plan.costs.scratch_bytes, device), transfer, settings.poison)
-        rows_EN = readable_rows(banks, plan.slots, stores, device_decides, device)
+        rows_EN = readable_rows(moe_layers, plan.slots, stores, device_decides, device)
         layers = []
-        for bank, slots, store in zip(banks, plan.slots, stores, strict=True):
-            name = DEVICE_POLICY if bank.index in rows_EN else settings.policy
-            policy = POLICIES[name](bank.num_experts, settings.half_life)
+        for moe, slots, store in zip(moe_layers, plan.slots, stores, strict=True):
+            name = DEVICE_POLICY if moe.index in rows_EN else settings.policy
+            policy = POLICIES[name](moe.num_experts, settings.half_life)
             if prior is not None and prior.tokens:
-                policy.seed(rates(prior, bank.index))
+                policy.seed(rates(prior, moe.index))
             layers.append(
                 LayerRuntime(
-                    bank,
+                    moe,
                     slots=slots,
                     policy=policy,
                     store=store,
@@ -124,19 +124,19 @@ def _or_budget_error(plan: Plan, device: str) -> Iterator[None]:
 
 
 def readable_rows(
-    banks: Sequence[ExpertBank], slots: Sequence[int], stores: Sequence[Store], wanted: Sequence[bool], device: str
+    moe_layers: Sequence[MoELayer], slots: Sequence[int], stores: Sequence[Store], wanted: Sequence[bool], device: str
 ) -> dict[int, Tensor | None]:
     """The rows of those of the `wanted` layers that `device` can read by itself; None where it cannot, nor needs to."""
     found: dict[int, Tensor | None] = {}
-    for bank, n, store, wants in zip(banks, slots, stores, wanted, strict=True):
-        if wants and isinstance(store, HostStore) and (device == "cpu" or bank.index in store.pinned):
-            found[bank.index] = _rows_of(bank, store, device)
-        elif wants and n == bank.num_experts:
-            found[bank.index] = None
+    for moe, n, store, wants in zip(moe_layers, slots, stores, wanted, strict=True):
+        if wants and isinstance(store, HostStore) and (device == "cpu" or moe.index in store.pinned):
+            found[moe.index] = _rows_of(moe, store, device)
+        elif wants and n == moe.num_experts:
+            found[moe.index] = None
     return found
 
 
-def _rows_of(bank: ExpertBank, store: HostStore, device: str) -> Tensor:
+def _rows_of(moe: MoELayer, store: HostStore, device: str) -> Tensor:
     """The rows of a layer as `device` sees them."""
-    rows_EN = store.rows_EN(bank.index)
-    return (rows_EN if device == "cpu" else pinned.device_view(rows_EN, device)).view(bank.layout.dtype)
+    rows_EN = store.rows_EN(moe.index)
+    return (rows_EN if device == "cpu" else pinned.device_view(rows_EN, device)).view(moe.layout.dtype)

@@ -43,12 +43,12 @@ class Deciding:
         """The device decides from now on; its events have so many pairs."""
         first = self.caches[0].arrivals
         if not self._prepared.issuperset(sizes):
-            first.transfer.refuse_capture(first.bank.name)
+            first.transfer.refuse_capture(first.moe.name)
             for cache in self.caches:
                 cache.prepare(sizes)
             self._prepared.update(sizes)
         if not self.now:
-            first.transfer.refuse_capture(first.bank.name)
+            first.transfer.refuse_capture(first.moe.name)
             first.shared.drop()  # read ahead for what the device may load itself
             for cache in self.caches:
                 cache.push()
@@ -61,13 +61,13 @@ class Deciding:
         """
         if self.now:
             first = self.caches[0].arrivals
-            first.transfer.refuse_capture(first.bank.name)
+            first.transfer.refuse_capture(first.moe.name)
             refused = [(cache.pull(), cache.arrivals) for cache in self.caches]
             self._seen_L.zero_()  # what was on its way there has arrived: `pull` has waited
             self.now = False  # not before: interrupted, it is done again
             for count, arrivals in refused:
                 if count:
-                    raise no_such_expert(arrivals.bank.name, count, arrivals.cache.num_experts)
+                    raise no_such_expert(arrivals.moe.name, count, arrivals.cache.num_experts)
 
     def check_ids(self) -> None:
         """Raise `RoutingError` if the device met an id that is no expert's. A GPU is not waited for: it may be seen a
@@ -96,7 +96,7 @@ class DeviceCache:
         """Make what events of so many pairs need, before a graph is recorded: what is made within one is in its memory
         pool, which may hold nothing but the graph's own tensors."""
         for pairs in set(sizes) - self._loads.keys():
-            tokens = -(-pairs // self.arrivals.bank.top_k)
+            tokens = -(-pairs // self.arrivals.moe.top_k)
             self._paces[pairs] = pace(tokens, self.half_life, self.device)
             self._loads[pairs] = Loads.empty(pairs, self.device)
 
@@ -104,7 +104,7 @@ class DeviceCache:
         """The slots of `ids_P`, all of which hold their rows once what has been launched here is done."""
         pairs = ids_P.numel()
         if pairs not in self._loads:
-            raise AssertionError(f"{self.arrivals.bank.name}: an event of {pairs} pairs was not prepared for")
+            raise AssertionError(f"{self.arrivals.moe.name}: an event of {pairs} pairs was not prepared for")
         loads = self._loads[pairs]
         try:
             slots_P = self.kernels.decide(ids_P.reshape(-1), self.state, loads, self._paces[pairs])
@@ -131,7 +131,7 @@ class DeviceCache:
         while arrivals.demanded:
             arrivals.take(wanted=False)
         if -1 in cache.slot_of:
-            raise AssertionError(f"{arrivals.bank.name}: {cache.slots} slots do not hold {cache.num_experts} experts")
+            raise AssertionError(f"{arrivals.moe.name}: {cache.slots} slots do not hold {cache.num_experts} experts")
 
     @property
     def whole(self) -> bool:
@@ -149,13 +149,13 @@ class DeviceCache:
         self.state = DeviceState.empty(cache.num_experts, cache.slots, self.device, self.state.totals_4)
 
     def counters(self) -> Counters:
-        bank = self.arrivals.bank
-        return self.state.counters(self.arrivals.cache.counters, bank.top_k, bank.layout.row_bytes)
+        moe = self.arrivals.moe
+        return self.state.counters(self.arrivals.cache.counters, moe.top_k, moe.layout.row_bytes)
 
     def pull(self) -> int:
         """How many ids were out of range."""
         refused = int(self.state.totals_4[REFUSED])
-        self.state.pull(self.arrivals.cache, self.arrivals.bank.top_k, self.arrivals.bank.layout.row_bytes)
+        self.state.pull(self.arrivals.cache, self.arrivals.moe.top_k, self.arrivals.moe.layout.row_bytes)
         return refused
 
 

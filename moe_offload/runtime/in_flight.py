@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from ..cache.layer_cache import LayerCache, Load
-from ..experts import ExpertBank
+from ..experts import MoELayer
 from ..memory.buffers import POISON, Rows
 from ..memory.scratch import Held, Scratch
 from ..memory.stores import Store
@@ -41,7 +41,7 @@ class Arrivals:
 
     def __init__(
         self,
-        bank: ExpertBank,
+        moe: MoELayer,
         cache: LayerCache,
         slots: Rows,
         shared: Scratch,
@@ -49,8 +49,8 @@ class Arrivals:
         transfer: Transfer,
         poison: bool = False,
     ):
-        self.bank, self.cache, self.store, self.transfer, self.poison = bank, cache, store, transfer, poison
-        self.slots, self.shared, self.scratch = slots, shared, shared.rows(bank.layout)
+        self.moe, self.cache, self.store, self.transfer, self.poison = moe, cache, store, transfer, poison
+        self.slots, self.shared, self.scratch = slots, shared, shared.rows(moe.layout)
         self.demanded: deque[Arrival] = deque()
         self.held: dict[int, Held] = {}
         self.guessed: dict[int, Arrival] = {}
@@ -63,7 +63,7 @@ class Arrivals:
             self.abort()  # an event that was interrupted before its wait left loads behind; a new one starts clean
         begun = time.perf_counter()
         try:
-            self.held = self.shared.claim(self.bank.index, used)
+            self.held = self.shared.claim(self.moe.index, used)
             self._settle_guesses(used)
             self._waited(begun, rows=0)
         except BaseException:
@@ -200,13 +200,13 @@ class Arrivals:
         ended_s = time.perf_counter()
         self.cache.counters.stall_s += ended_s - begun_s
         if self.transfer.timeline is not None:
-            self.transfer.timeline.wait(self.bank.index, rows, begun_s, ended_s)
+            self.transfer.timeline.wait(self.moe.index, rows, begun_s, ended_s)
 
     def _read(self, expert: int, load: Load | None, place: int, urgent: bool) -> Ticket:
         rows, i = (self.slots, load.slot) if load is not None else (self.scratch, place)
         if self.poison:
             rows.bytes[i].fill_(POISON)
-        return self.transfer.start(self.store, self.bank.index, expert, rows.rows[i], urgent)
+        return self.transfer.start(self.store, self.moe.index, expert, rows.rows[i], urgent)
 
     def _give_back(self, load: Load) -> None:
         self.cache.abort(load)

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..cache import Policy
 from ..cache.layer_cache import Counters, LayerCache
 from ..errors import ClosedError, RoutingError
-from ..experts import ExpertBank
+from ..experts import MoELayer
 from ..memory.buffers import NOTHING, Rows
 from ..memory.process_memory import trim_heap
 from ..memory.scratch import Scratch
@@ -65,7 +65,7 @@ class LayerRuntime:
 
     def __init__(
         self,
-        bank: ExpertBank,
+        moe: MoELayer,
         *,
         slots: int,
         policy: Policy,
@@ -75,11 +75,11 @@ class LayerRuntime:
         lock: threading.RLock | None = None,
         poison: bool = False,
     ):
-        self.bank, self.store = bank, store
+        self.moe, self.store = moe, store
         self.lock = lock or threading.RLock()  # that of the model: its layers share the scratch rows
         self.device, self.poison = scratch.raw.device, poison
-        cache = LayerCache(bank.num_experts, slots, policy, bank.name)
-        self.arrivals = Arrivals(bank, cache, self._rows(slots), scratch, store, transfer, poison)
+        cache = LayerCache(moe.num_experts, slots, policy, moe.name)
+        self.arrivals = Arrivals(moe, cache, self._rows(slots), scratch, store, transfer, poison)
         self.following: Arrivals | None = None  # for which rows are read ahead; set by `Runtime`
         self.guesses = Guesses()  # of the model; set by `Runtime`
         self.recorder: Recorder | None = None  # of the model, while its trace is recorded
@@ -103,7 +103,7 @@ class LayerRuntime:
         if ids_P.numel() >= self.cache.slots:  # a prompt, or no slot to spare
             trial.skip()
             return
-        if self.bank.index == 1:
+        if self.moe.index == 1:
             trial.step(time.perf_counter())
         if trial.on:
             ids = dict.fromkeys(ids_P.reshape(-1).tolist())
@@ -131,7 +131,7 @@ class LayerRuntime:
         if self.device_cache is None:  # the graph was traced for a layer of the device, and Dynamo shares it
             return self.wait(self.fetch(ids_P))
         if self.deciding is None or not self.deciding.now:
-            raise AssertionError(f"{self.bank.name}: its graph lets the device decide, and it is not in charge")
+            raise AssertionError(f"{self.moe.name}: its graph lets the device decide, and it is not in charge")
         return self.device_cache.place(ids_P)
 
     def wait(self, ticket_P: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ class LayerRuntime:
         tokens, k = ids_TK.shape
         with self.lock, self.arrivals.transfer.current(), torch.autocast(x_TH.device.type, enabled=False):
             if self.module_core is None:
-                raise closed(self.bank.name)
+                raise closed(self.moe.name)
             out_PH = self.stream(x_TH.repeat_interleave(k, dim=0), ids_TK.reshape(-1), self.module_core)
             weighted_PH = out_PH * weights_TK.reshape(-1, 1)
             return weighted_PH.view(tokens, k, -1).sum(dim=1).to(x_TH.dtype)
@@ -215,7 +215,7 @@ class LayerRuntime:
         self.arrivals.shared.release()
 
     def _rows(self, slots: int) -> Rows:
-        layout = self.bank.layout
+        layout = self.moe.layout
         return Rows(slots, layout.row_bytes, layout.dtype, self.poison, device=self.device)
 
     def _event(self, ids_P: Tensor) -> tuple[list[int], Counter[int]]:
@@ -224,8 +224,8 @@ class LayerRuntime:
         Of a prompt on a device the host hears no more than the counts, and there are no ids.
         """
         ids_P, pairs, ids = ids_P.reshape(-1), ids_P.numel(), []
-        if self.arrivals.transfer.runs_ahead and pairs > self.bank.num_experts and self.recorder is None:
-            used = uses(ids_P, self.bank.num_experts)
+        if self.arrivals.transfer.runs_ahead and pairs > self.moe.num_experts and self.recorder is None:
+            used = uses(ids_P, self.moe.num_experts)
         else:
             ids = ids_P.tolist()
             used = Counter(ids)
@@ -235,7 +235,7 @@ class LayerRuntime:
             self._hand_back()  # raises for a layer of the device where it began there: this one may only have followed
             raise
         if self.recorder is not None:
-            self.recorder.event(self.bank.index, ids, self._tokens(pairs))
+            self.recorder.event(self.moe.index, ids, self._tokens(pairs))
         counts = self.cache.counters.counts
         for e, count in used.items():
             counts[e] += count
@@ -247,7 +247,7 @@ class LayerRuntime:
             self.deciding.hand_back()
 
     def _refuse_capture(self) -> None:
-        self.arrivals.transfer.refuse_capture(self.bank.name)
+        self.arrivals.transfer.refuse_capture(self.moe.name)
 
     def _slots_of(self, ids_P: Tensor, ids: Sequence[int]) -> Tensor:
         """Where the experts of an event are that are all resident; where the device runs ahead, without its ids."""
@@ -257,7 +257,7 @@ class LayerRuntime:
         return torch.tensor([slot_of[e] for e in ids], dtype=ids_P.dtype)
 
     def _tokens(self, pairs: int) -> int:
-        return -(-pairs // self.bank.top_k)
+        return -(-pairs // self.moe.top_k)
 
 
 def closed(name: str) -> ClosedError:

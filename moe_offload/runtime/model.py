@@ -37,7 +37,7 @@ class Runtime:
         for layer in self.layers:
             layer.guesses = self.guesses
         for layer, following in pairwise(self.layers):
-            if layer.bank.layout.row_bytes == following.bank.layout.row_bytes:  # they share scratch rows one to one
+            if layer.moe.layout.row_bytes == following.moe.layout.row_bytes:  # they share scratch rows one to one
                 layer.following = following.arrivals
         self.lock = lock or threading.RLock()
         self.deciding: Deciding | None = None  # where the device decides
@@ -92,7 +92,7 @@ class Runtime:
             self.deciding = None
         for layer in self.layers:
             layer.deciding = self.deciding
-            if layer.bank.index not in self.decided:
+            if layer.moe.index not in self.decided:
                 layer.device_cache = None
 
     def current(self) -> AbstractContextManager[object]:
@@ -132,7 +132,7 @@ class Runtime:
         """The real stacked parameters `{field: [E, ...]}` of one layer, read anew from its store."""
         self.check_open()
         layer = self.layers[index]
-        layout, num_experts = layer.bank.layout, layer.bank.num_experts
+        layout, num_experts = layer.moe.layout, layer.moe.num_experts
         stacked = {f.name: torch.empty((num_experts, *f.shape), dtype=f.dtype) for f in layout.fields}
         row = torch.empty(layout.row_bytes, dtype=torch.uint8)
         for e in range(num_experts):

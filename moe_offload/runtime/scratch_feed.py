@@ -61,5 +61,5 @@ class Feed:
         following, expert = self.following, next(self._expected, None)
         if following is not None and expert is not None:
             self.arrivals.shared.read_ahead(
-                following.bank.index, following.store, following.bank.layout, expert, place, following.count_wasted
+                following.moe.index, following.store, following.moe.layout, expert, place, following.count_wasted
             )

@@ -64,7 +64,7 @@ def compute_while_loading(
     while arrivals.demanded:
         wave.compute_next()
     if wave.out_P is None or feed.past:  # there was a load, so there were pairs; and nobody is to be left out
-        raise AssertionError(f"{arrivals.bank.name}: experts {list(feed.past)} were not computed")
+        raise AssertionError(f"{arrivals.moe.name}: experts {list(feed.past)} were not computed")
     return wave.out_P
 
 

@@ -73,7 +73,7 @@ def compute_in_groups(
     for group in groups:
         taken = [] if group.here else [arrivals.take() for _ in group.experts]
         if taken and [(one.expert, _row(one)) for one in taken] != list(zip(group.experts, group.rows, strict=True)):
-            raise AssertionError(f"{arrivals.bank.name}: {taken} arrived, and {group} is next")
+            raise AssertionError(f"{arrivals.moe.name}: {taken} arrived, and {group} is next")
         begin, end = end, end + sum(used[e] for e in group.experts)
         source: Rows = arrivals.slots if group.in_slots else arrivals.scratch
         part = core(x_P, slots_P[begin:end], source.bank_SN, others, order_P[begin:end])
@@ -84,7 +84,7 @@ def compute_in_groups(
             if one.place >= 0:
                 feed.reuse(one.place)
     if out_P is None or end != len(ids_P) or arrivals.demanded or feed.past:
-        raise AssertionError(f"{arrivals.bank.name}: {end} of {len(ids_P)} pairs were computed")
+        raise AssertionError(f"{arrivals.moe.name}: {end} of {len(ids_P)} pairs were computed")
     return out_P
 
 

@@ -54,9 +54,9 @@ def write_shard(file: Path, header: Any, data: bytes = bytes(8)) -> Path:
 @pytest.mark.parametrize("kind", MODELS)
 def test_index_reproduces_every_expert(kind: str, shard: str, tmp_path: Path) -> None:
     model = build(kind)
-    banks, index = index_of(skeleton(kind), save(model, tmp_path, shard))
+    moe_layers, index = index_of(skeleton(kind), save(model, tmp_path, shard))
     assert (len(index.stamps) > 1) == (shard == "20KB")
-    assert_holds(DiskStore([bank.layout for bank in banks], index), find_experts(model))
+    assert_holds(DiskStore([moe.layout for moe in moe_layers], index), find_experts(model))
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -67,9 +67,9 @@ def test_keys_are_all_expert_tensors_and_no_other(kind: str, tmp_path: Path) -> 
 
 def test_dtype_of_the_checkpoint_is_cast_to_the_model_s(tmp_path: Path) -> None:
     model = build("renamed")
-    banks, index = index_of(skeleton("renamed", torch.bfloat16), save(model, tmp_path))
+    moe_layers, index = index_of(skeleton("renamed", torch.bfloat16), save(model, tmp_path))
     assert not index.rows[0][0][0].direct
-    assert_holds(DiskStore([bank.layout for bank in banks], index), find_experts(model.to(torch.bfloat16)))
+    assert_holds(DiskStore([moe.layout for moe in moe_layers], index), find_experts(model.to(torch.bfloat16)))
 
 
 def test_transposed_checkpoint_reads_as_transformers_loads_it(tmp_path: Path) -> None:
@@ -78,19 +78,19 @@ def test_transposed_checkpoint_reads_as_transformers_loads_it(tmp_path: Path) ->
 
     model = build("transposed")
     edit(save(model, tmp_path), transpose)
-    banks, index = index_of(skeleton("transposed"), tmp_path)
+    moe_layers, index = index_of(skeleton("transposed"), tmp_path)
     assert all(piece.steps for piece in index.rows[0][0])
     loaded = type(model).from_pretrained(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
-    assert_holds(DiskStore([bank.layout for bank in banks], index), find_experts(loaded))
+    assert_holds(DiskStore([moe.layout for moe in moe_layers], index), find_experts(loaded))
 
 
 def test_already_stacked_checkpoint_of_a_per_expert_family(tmp_path: Path) -> None:
     model = build("per_expert")
     save_file(dict(model.state_dict()), save(model, tmp_path) / "model.safetensors")
-    banks, index = index_of(skeleton("per_expert"), tmp_path)
+    moe_layers, index = index_of(skeleton("per_expert"), tmp_path)
     assert f"{EXPERTS}.down_proj" in index.keys
-    assert_holds(DiskStore([bank.layout for bank in banks], index), find_experts(model))
+    assert_holds(DiskStore([moe.layout for moe in moe_layers], index), find_experts(model))
 
 
 def test_one_checkpoint_list_split_over_two_banks(tmp_path: Path) -> None:
@@ -116,9 +116,9 @@ def test_one_checkpoint_list_split_over_two_banks(tmp_path: Path) -> None:
     model = Ernie4_5_VLMoeForConditionalGeneration._from_config(config)
     with torch.device("meta"):
         meta = Ernie4_5_VLMoeForConditionalGeneration._from_config(config)
-    banks, index = index_of(meta, save(model, tmp_path))
+    moe_layers, index = index_of(meta, save(model, tmp_path))
     assert any(key.endswith("experts.7.up_proj.weight") for key in index.keys)
-    assert_holds(DiskStore([bank.layout for bank in banks], index), find_experts(model))
+    assert_holds(DiskStore([moe.layout for moe in moe_layers], index), find_experts(model))
 
 
 @pytest.mark.parametrize("ops", [[Concatenate(dim=1)], [Interleave(dim=1)]])
@@ -135,8 +135,8 @@ def test_other_conversions_of_stacked_tensors(ops: list[Any], tmp_path: Path, mo
     save_file(state, save(model, tmp_path) / "model.safetensors")
     mapping = [WeightConverter(sources, "experts.gate_up_proj", operations=ops)]
     monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda _: mapping)
-    banks, index = index_of(skeleton("per_expert"), tmp_path)
-    assert_holds(DiskStore([bank.layout for bank in banks], index), find_experts(model))
+    moe_layers, index = index_of(skeleton("per_expert"), tmp_path)
+    assert_holds(DiskStore([moe.layout for moe in moe_layers], index), find_experts(model))
 
 
 CHAINS: list[tuple[list[Any], list[tuple[int, ...]], tuple[int, ...]]] = [
@@ -234,8 +234,8 @@ def test_links_to_blobs_are_followed_and_dangling_ones_named(tmp_path: Path) -> 
     (tmp_path / "real" / "model.safetensors").rename(blobs / "123")
     (snapshot / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
     (snapshot / "model-1.safetensors").symlink_to(Path("../../blobs/123"))
-    banks, index = index_of(skeleton("per_expert"), snapshot)
-    assert_holds(DiskStore([bank.layout for bank in banks], index), find_experts(model))
+    moe_layers, index = index_of(skeleton("per_expert"), snapshot)
+    assert_holds(DiskStore([moe.layout for moe in moe_layers], index), find_experts(model))
     (blobs / "123").unlink()
     with pytest.raises(CheckpointError, match=r"model-1.safetensors: .*a link whose target is gone"):
         shard_files(snapshot)
@@ -350,8 +350,8 @@ def test_expert_beyond_two_gigabytes_in_a_sparse_file(tmp_path: Path) -> None:
         for key, tensor in state.items():
             stream.seek(start + header[key]["data_offsets"][0])
             stream.write(tensor.numpy().tobytes())
-    banks, index = index_of(skeleton("stacked"), tmp_path)
-    assert_holds(DiskStore([bank.layout for bank in banks], index), find_experts(model))
+    moe_layers, index = index_of(skeleton("stacked"), tmp_path)
+    assert_holds(DiskStore([moe.layout for moe in moe_layers], index), find_experts(model))
 
 
 def test_more_experts_configured_than_stored(tmp_path: Path) -> None:

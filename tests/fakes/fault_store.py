@@ -9,7 +9,7 @@ import torch
 
 from moe_offload.cache import POLICIES
 from moe_offload.errors import ClosedError, ExpertReadError
-from moe_offload.experts import ExpertBank, RowLayout
+from moe_offload.experts import MoELayer, RowLayout
 from moe_offload.memory.scratch import Scratch
 from moe_offload.memory.stores.row_read import RowRead
 from moe_offload.memory.transfer.threads import ThreadTransfer
@@ -53,10 +53,10 @@ def make(slots=3, store=None, scratch_rows=1, poison=True, threads=1, transfer=N
     transfer, layers = transfer or ThreadTransfer(threads), []
     scratch = Scratch(torch.zeros(scratch_rows * LAYOUT.row_bytes, dtype=torch.uint8, device=device), transfer, poison)
     for index in range(LAYERS):
-        bank = ExpertBank(index, (f"layer {index}",), (), E, K, LAYOUT)
+        moe = MoELayer(index, (f"layer {index}",), (), E, K, LAYOUT)
         policy = POLICIES["decayed_lfu"](E, 32.0)
         options = {"slots": slots, "policy": policy, "store": store, "transfer": transfer, "scratch": scratch}
-        layers.append(LayerRuntime(bank, **options, poison=poison))
+        layers.append(LayerRuntime(moe, **options, poison=poison))
     return Runtime(layers, [store], transfer), store
 
 
@@ -91,4 +91,4 @@ def assert_sound(layer):
     assert not layer.cache.pending and not layer.arrivals.demanded
     for e in layer.cache.resident():
         row = layer.slots.bank_SN[layer.cache.slot_of[e]]
-        assert bool((row == 100.0 * layer.bank.index + e).all()), f"slot of expert {e} holds something else"
+        assert bool((row == 100.0 * layer.moe.index + e).all()), f"slot of expert {e} holds something else"

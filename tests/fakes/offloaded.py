@@ -29,8 +29,8 @@ def resident(family=QWEN, layers=1, **options):
 
 
 def offload(model, residency=0.0, **options):
-    banks = find_experts(model)
-    budget = budget_for(residency, layer_shapes(banks), costs(model, banks, SETTINGS))
+    moe_layers = find_experts(model)
+    budget = budget_for(residency, layer_shapes(moe_layers), costs(model, moe_layers, SETTINGS))
     return moe_offload.optimize(model, **{"budget": budget, "config": SETTINGS, **options})
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from moe_offload.checkpoint.headers import read_headers, shard_files
 from moe_offload.checkpoint.row_index import RowIndex, index_rows
-from moe_offload.experts import ExpertBank, find_experts
+from moe_offload.experts import MoELayer, find_experts
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -70,33 +70,33 @@ def save(model: Any, folder: Path, shard: str = "1GB") -> Path:
     return folder
 
 
-def index_of(model: nn.Module, folder: Path) -> tuple[list[ExpertBank], RowIndex]:
-    banks = find_experts(model)
-    return banks, index_rows(model, banks, read_headers(shard_files(folder)))
+def index_of(model: nn.Module, folder: Path) -> tuple[list[MoELayer], RowIndex]:
+    moe_layers = find_experts(model)
+    return moe_layers, index_rows(model, moe_layers, read_headers(shard_files(folder)))
 
 
-def new_row(bank: ExpertBank) -> torch.Tensor:
-    return torch.full((bank.layout.row_bytes,), 0xAB, dtype=torch.uint8)
+def new_row(moe: MoELayer) -> torch.Tensor:
+    return torch.full((moe.layout.row_bytes,), 0xAB, dtype=torch.uint8)
 
 
 def view(row: torch.Tensor) -> memoryview:
     return row.numpy().data
 
 
-def assert_row(row: torch.Tensor, bank: ExpertBank, e: int) -> None:
-    """`row` holds expert `e` of the bank's own parameters, bit for bit."""
-    for field in bank.layout.fields:
-        want = bank.params[field.name].detach()[e].contiguous().view(torch.uint8).flatten()
-        assert torch.equal(row[field.offset : field.offset + field.nbytes], want), (bank.name, e, field.name)
+def assert_row(row: torch.Tensor, moe: MoELayer, e: int) -> None:
+    """`row` holds expert `e` of the layer's own parameters, bit for bit."""
+    for field in moe.layout.fields:
+        want = moe.params[field.name].detach()[e].contiguous().view(torch.uint8).flatten()
+        assert torch.equal(row[field.offset : field.offset + field.nbytes], want), (moe.name, e, field.name)
 
 
-def assert_holds(store: Any, banks: list[ExpertBank]) -> None:
-    """Every row that `store` reads is the bank's."""
-    for bank in banks:
-        for e in range(bank.num_experts):
-            row = new_row(bank)
-            assert store.read(bank.index, e, view(row)) > 0
-            assert_row(row, bank, e)
+def assert_holds(store: Any, moe_layers: list[MoELayer]) -> None:
+    """Every row that `store` reads is the layer's."""
+    for moe in moe_layers:
+        for e in range(moe.num_experts):
+            row = new_row(moe)
+            assert store.read(moe.index, e, view(row)) > 0
+            assert_row(row, moe, e)
 
 
 def _class(kind: str) -> Any:

@@ -29,7 +29,7 @@ def streams(monkeypatch):
 
 def decided(on_disk=(), layers=2):
     model = build(QWEN, num_hidden_layers=layers)
-    names = [bank.name for bank in find_experts(model)]
+    names = [moe.name for moe in find_experts(model)]
     where = {"": "cpu", **{names[i]: "disk" for i in on_disk}}
     return offload(model, 0.5, config=replace(SETTINGS, decide="device"), device_map=where)
 

@@ -111,7 +111,7 @@ def test_what_the_device_holds_no_longer_and_cannot_read_is_the_hosts(readable):
         assert second.slots.bank_SN[second.place(torch.tensor([5, 1])), 0].tolist() == [105, 101]
     for layer in runtime.layers:
         ids = torch.tensor([6, 7])
-        assert torch.equal(layer.slots.bank_SN[layer.place(ids), 0], expected(layer.bank.index, [6, 7])[:, 0])
+        assert torch.equal(layer.slots.bank_SN[layer.place(ids), 0], expected(layer.moe.index, [6, 7])[:, 0])
 
 
 def test_a_bank_that_was_full_goes_on_where_the_device_can_read_its_rows():

@@ -39,11 +39,11 @@ def on_gpu(family, dtype=torch.float32, **sizes):
 
 def offloaded(family, settings, residency=0.5, dtype=torch.float32, where="cpu", **sizes):
     model = on_gpu(family, dtype, **sizes)
-    banks = find_experts(model)
-    budget = budget_for(residency, layer_shapes(banks), costs(model, banks, settings, "cuda:0"))
+    moe_layers = find_experts(model)
+    budget = budget_for(residency, layer_shapes(moe_layers), costs(model, moe_layers, settings, "cuda:0"))
     rows = {"": 0, "model.layers.*.mlp.experts": where}
     if where == "mixed":
-        rows = {"": 0, banks[0].name: "cpu", banks[1].name: "disk"}
+        rows = {"": 0, moe_layers[0].name: "cpu", moe_layers[1].name: "disk"}
     return moe_offload.optimize(model, budget, device_map=rows, config=settings)
 
 
@@ -118,8 +118,8 @@ def test_a_capture_that_needs_the_host_is_refused_and_leaves_nothing_behind(wher
 def test_a_model_on_the_second_gpu_launches_there():
     model = build("qwen3_moe", num_hidden_layers=2).to("cuda:1").eval()
     want = model.generate(IDS.to("cuda:1"), max_new_tokens=24, do_sample=False, pad_token_id=0).cpu()
-    banks = find_experts(model)
-    budget = budget_for(0.5, layer_shapes(banks), costs(model, banks, DEVICE, "cuda:1"))
+    moe_layers = find_experts(model)
+    budget = budget_for(0.5, layer_shapes(moe_layers), costs(model, moe_layers, DEVICE, "cuda:1"))
     model = moe_offload.optimize(model, budget, device_map={"": 1, "model.layers.*.mlp.experts": "cpu"}, config=DEVICE)
     assert torch.cuda.current_device() == 0
     got = model.generate(IDS.to("cuda:1"), max_new_tokens=24, do_sample=False, pad_token_id=0).cpu()
@@ -244,8 +244,8 @@ def test_a_device_that_runs_out_in_a_forward(settings, caplog):
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     model = build("qwen3_moe", **sizes).to("cuda").eval()
     want = model.generate(ids.cuda(), **options).cpu()
-    banks = find_experts(model)
-    budget = budget_for(0.9, layer_shapes(banks), costs(model, banks, settings))
+    moe_layers = find_experts(model)
+    budget = budget_for(0.9, layer_shapes(moe_layers), costs(model, moe_layers, settings))
     rows = {"": 0, "model.layers.*.mlp.experts": "cpu"}
     model = moe_offload.optimize(model, budget, device_map=rows, config=settings)
     before = model.moe_offload.plan.slots

@@ -37,7 +37,7 @@ def test_every_row_is_read_once_and_what_is_resident_never(where):
     model = offloaded("qwen3_moe", replace(HOST, **SCRATCH), residency=0.25, where=where)
     say(model)
     layers = model.moe_offload._runtime.layers
-    most = [layer.counters.misses + layer.bank.num_experts - len(layer.cache.resident()) for layer in layers]
+    most = [layer.counters.misses + layer.moe.num_experts - len(layer.cache.resident()) for layer in layers]
     logits_of(model, PROMPT)
     for layer, misses in zip(layers, most, strict=True):
         assert 0 < layer.counters.misses <= misses and len(layer.cache.resident()) == layer.cache.slots

@@ -23,7 +23,7 @@ from moe_offload.apps.cli import app
 from moe_offload.observe.metrics import check
 from tests.fakes.offloaded import offloaded, say
 
-MODEL = str(Path(__file__).parent.parent / "examples" / "polyglot-tiny")
+MODEL = str(Path(__file__).parents[2] / "examples" / "polyglot-tiny")
 
 
 @pytest.fixture(scope="module")

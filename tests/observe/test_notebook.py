@@ -64,7 +64,7 @@ def test_hostile_names_are_escaped(model):
     evil = "x\"'><script>alert(1)</script><img src=x onerror=alert(1)>"
     model.config._name_or_path = evil
     first = model.moe_offload._runtime.layers[0]
-    first.bank = dataclasses.replace(first.bank, names=(evil,))
+    first.moe = dataclasses.replace(first.moe, names=(evil,))
     assert model.moe_offload.stats().layers[0]["name"] == evil == model.moe_offload.name
     page = Page(model.moe_offload._repr_html_())
     assert not {"script", "img"} & set(page.tags)

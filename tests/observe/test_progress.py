@@ -19,8 +19,8 @@ from moe_offload.errors import ExpertReadError
 from moe_offload.observe import progress
 from tests.fakes.offloaded import IDS, SETTINGS, offloaded
 
-MODEL = Path(__file__).parent.parent / "examples" / "polyglot-tiny"
-ROOT = Path(__file__).parent.parent
+MODEL = Path(__file__).parents[2] / "examples" / "polyglot-tiny"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(params=[True, False], ids=["on", "off"])

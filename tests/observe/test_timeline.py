@@ -24,7 +24,7 @@ from tests.fakes.offloaded import IDS, offloaded, say
 from tests.memory.transfer.test_threads import NOTHING, PARTS, ROW, ScriptedStore, row
 
 TOLERANCE_US = 5000  # between two clocks of one machine
-MODEL = Path(__file__).parent.parent / "examples" / "polyglot-tiny"
+MODEL = Path(__file__).parents[2] / "examples" / "polyglot-tiny"
 
 
 def ours(path):

@@ -19,7 +19,7 @@ from moe_offload.cache import POLICIES
 from moe_offload.cache.layer_cache import LayerCache
 from moe_offload.observe.trace_recorder import Recorder
 
-MODEL = Path(__file__).parent.parent / "examples" / "polyglot-tiny"
+MODEL = Path(__file__).parents[2] / "examples" / "polyglot-tiny"
 POLICY = ["successors", "decayed_lfu", "lru"]
 
 
@@ -50,7 +50,7 @@ def test_replay_gives_the_counters_of_the_run(policy, implementation):
     assert trace.meta["model_type"] == "qwen3_moe" and len(trace.request_start) == 4
     for stream, layer in zip(per_layer(trace), handle._runtime.layers, strict=True):
         cache, ran = layer.cache, layer.cache.counters
-        row_bytes = layer.bank.layout.row_bytes
+        row_bytes = layer.moe.layout.row_bytes
         again = LayerCache(cache.num_experts, cache.slots, POLICIES[policy](cache.num_experts, 32.0))
         hits = plain.replay(stream.events(), again, ran.bytes_read // ran.misses)
         assert ran.bytes_read % ran.misses == 0 and ran.bytes_read // ran.misses >= row_bytes - 4096

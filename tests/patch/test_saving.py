@@ -97,7 +97,7 @@ def test_it_is_what_the_resident_model_writes_and_loads_again(family, options, r
     plain.save_pretrained(tmp_path / "plain")
     want = say(plain, n=8)
     model = open_checkpoint(tmp_path / "plain") if rows == "checkpoint" else offload(plain, device_map=rows)
-    assert model.moe_offload.tiers == ["host" if rows == "cpu" else "disk"] * len(model.moe_offload.banks)
+    assert model.moe_offload.tiers == ["host" if rows == "cpu" else "disk"] * len(model.moe_offload.moe_layers)
     model.save_pretrained(tmp_path / "saved", max_shard_size="60KB")
     shards = list((tmp_path / "saved").glob("*.safetensors"))
     assert len(shards) > 3
@@ -176,7 +176,7 @@ model.save_pretrained(sys.argv[2] + "/first", max_shard_size="20MB")  # what is 
 Path("/proc/self/clear_refs").write_text("5")
 before = status("VmRSS")
 model.save_pretrained(sys.argv[2] + "/second")
-print(status("VmHWM") - before, sum(bank.nbytes for bank in model.moe_offload.banks))
+print(status("VmHWM") - before, sum(moe.nbytes for moe in model.moe_offload.moe_layers))
 """
 
 

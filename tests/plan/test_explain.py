@@ -29,16 +29,16 @@ def test_rules_of_an_offloaded_model():
 def test_all_that_is_kept_has_a_reason(family, has):
     with torch.device("meta"):
         model = build(family)
-    banks = find_experts(model)
-    rows = kept(model, banks)
-    assert sum(size for _, size, _ in rows) == dense_bytes(model, banks)
+    moe_layers = find_experts(model)
+    rows = kept(model, moe_layers)
+    assert sum(size for _, size, _ in rows) == dense_bytes(model, moe_layers)
     assert has in {kind for kind, _, _ in rows}
 
 
 def test_a_plan_for_devices_that_are_not_here():
     with torch.device("meta"):
         model = build("qwen3_moe", num_hidden_layers=2)
-    banks = find_experts(model)
+    moe_layers = find_experts(model)
     limits = {0: "1GB", 1: "1GB", "cpu": "1GB"}
-    text = explain(model, banks, arrange(model, banks, OffloadConfig(max_memory=limits)))
+    text = explain(model, moe_layers, arrange(model, moe_layers, OffloadConfig(max_memory=limits)))
     assert "cuda:0" in text and "cuda:1" in text and "RAM: " in text and "every row has a slot" in text

@@ -21,7 +21,7 @@ from moe_offload.observe.profile import Profile
 from moe_offload.plan.expected_hits import RECORDED, covered, typical
 from moe_offload.plan.weights import fingerprint
 
-MODEL = Path(__file__).parent.parent / "examples" / "polyglot-tiny"
+MODEL = Path(__file__).parents[2] / "examples" / "polyglot-tiny"
 HUB = "someone/polyglot-tiny"
 
 
@@ -115,8 +115,8 @@ def test_without_a_connection_it_says_what_to_try(monkeypatch):
 
 
 def profile_of(model, counts):
-    banks = find_experts(model)
-    return Profile.of(fingerprint(model, banks), 100, [counts] * len(banks))
+    moe_layers = find_experts(model)
+    return Profile.of(fingerprint(model, moe_layers), 100, [counts] * len(moe_layers))
 
 
 def test_the_hit_rate_of_a_profile_is_what_its_hottest_cover(tmp_path):

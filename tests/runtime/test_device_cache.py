@@ -73,7 +73,7 @@ def test_no_op_of_a_decode_graph_waits_for_the_device(family, monkeypatch):
     assert decode
     for gm in decode:
         calls = [node for node in gm.graph.nodes if node.op.startswith("call_")]
-        assert sum(node.target is ops.place for node in calls) == len(model.moe_offload.banks)
+        assert sum(node.target is ops.place for node in calls) == len(model.moe_offload.moe_layers)
         for node in calls:
             tags = getattr(node.target, "tags", ())
             assert torch.Tag.cudagraph_unsafe not in tags, node.format_node()

@@ -34,11 +34,11 @@ def heard(monkeypatch):
     prefetch, event = LayerRuntime.prefetch, LayerRuntime._event
 
     def heard_prefetch(self, ids_P):
-        guesses.append((self.bank.index, sorted(ids_P.flatten().tolist())))
+        guesses.append((self.moe.index, sorted(ids_P.flatten().tolist())))
         prefetch(self, ids_P)
 
     def heard_event(self, ids_P):
-        events.append((self.bank.index, sorted(ids_P.flatten().tolist())))
+        events.append((self.moe.index, sorted(ids_P.flatten().tolist())))
         return event(self, ids_P)
 
     monkeypatch.setattr(LayerRuntime, "prefetch", heard_prefetch)

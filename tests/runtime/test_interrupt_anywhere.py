@@ -198,7 +198,7 @@ def test_while_what_is_claimed_waits_for_what_is_dropped(runtime, monkeypatch):
         time.sleep(LATE_S)
     claimed = next(e for e in range(E) if e not in second.cache.resident() and e not in shared._ahead)
     second.store.late_s = {claimed: 0.2}
-    shared.read_ahead(1, second.store, second.bank.layout, claimed, 0, lambda nbytes: None)
+    shared.read_ahead(1, second.store, second.moe.layout, claimed, 0, lambda nbytes: None)
     ticket, real, calls = shared._ahead[claimed].ticket, transfer.cancel, []
 
     def cancel(given):

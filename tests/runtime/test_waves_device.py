@@ -13,7 +13,7 @@ import torch
 from moe_offload.cache import POLICIES
 from moe_offload.config.settings import OffloadConfig
 from moe_offload.errors import RoutingError
-from moe_offload.experts import ExpertBank, RowLayout
+from moe_offload.experts import MoELayer, RowLayout
 from moe_offload.memory.scratch import Scratch
 from moe_offload.memory.stores.host import HostStore
 from moe_offload.memory.transfer.staged import DeviceTransfer
@@ -228,7 +228,7 @@ def share_of_the_bound(machine, scratch_rows, layers=8, experts=128, slots=32, p
     scratch = Scratch(torch.zeros(scratch_rows * layout.row_bytes, dtype=torch.uint8), transfer)
     made = [
         LayerRuntime(
-            ExpertBank(i, (f"layer {i}",), (), experts, 8, layout), slots=slots, store=store, transfer=transfer,
+            MoELayer(i, (f"layer {i}",), (), experts, 8, layout), slots=slots, store=store, transfer=transfer,
             policy=POLICIES["decayed_lfu"](experts, 32.0), scratch=scratch,
         )
         for i in range(layers)

@@ -14,7 +14,7 @@ import torch
 from moe_offload.apps.families.tiny import build
 from tests.fakes.offloaded import IDS, QWEN, offloaded, resident, say
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CHILD = """
 import json, os
 from pathlib import Path

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moe_offload
 
-MODEL = Path(__file__).parent.parent / "examples" / "polyglot-tiny"
+MODEL = Path(__file__).parents[2] / "examples" / "polyglot-tiny"
 BUDGET = "6MB"  # of 11
 PROMPTS = ("Il comando ls elenca", "The options are as follows:")
 

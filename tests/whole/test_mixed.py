@@ -32,7 +32,7 @@ def fresh_dynamo():
 def mixed(family=QWEN, settings=DEVICE, layers=3, on_disk=(1,), residency=0.5, **options):
     """A model in which MoE layers `on_disk` rest on disk, all others in RAM."""
     model = build(family, num_hidden_layers=layers)
-    names = [bank.name for bank in find_experts(model)]
+    names = [moe.name for moe in find_experts(model)]
     where = {"": "cpu", **{names[i]: "disk" for i in on_disk}}
     return offload(model, residency, config=settings, device_map=where, **options)
 
@@ -286,8 +286,8 @@ def test_a_layer_that_could_not_be_pinned_is_the_hosts(monkeypatch):
 
     held = HostStore([torch.zeros(8, 4096, dtype=torch.uint8)] * 3, pinned={0, 2})
     monkeypatch.setattr(pinned, "device_view", lambda rows, device: rows)
-    banks = find_experts(build(QWEN, num_hidden_layers=3))
-    found = assemble.readable_rows(banks, [4] * 3, [held] * 3, [True, True, True], "cuda:0")
+    moe_layers = find_experts(build(QWEN, num_hidden_layers=3))
+    found = assemble.readable_rows(moe_layers, [4] * 3, [held] * 3, [True, True, True], "cuda:0")
     assert sorted(found) == [0, 2]
-    assert sorted(assemble.readable_rows(banks, [4] * 3, [held] * 3, [True, True, False], "cpu")) == [0, 1]
-    assert assemble.readable_rows(banks, [8] * 3, [held] * 3, [False, True, False], "cuda:0") == {1: None}
+    assert sorted(assemble.readable_rows(moe_layers, [4] * 3, [held] * 3, [True, True, False], "cpu")) == [0, 1]
+    assert assemble.readable_rows(moe_layers, [8] * 3, [held] * 3, [False, True, False], "cuda:0") == {1: None}

@@ -45,8 +45,10 @@ def offloaded(implementation, overlap):
     config = OffloadConfig(
         experts_implementation=implementation, compile="graph", overlap=overlap, poison=True, kv_tokens=64, wave_rows=2
     )
-    banks = find_experts(model)
-    return optimize(model, floor(layer_shapes(banks), costs(model, banks, config)), device_map="cpu", config=config)
+    moe_layers = find_experts(model)
+    return optimize(
+        model, floor(layer_shapes(moe_layers), costs(model, moe_layers, config)), device_map="cpu", config=config
+    )
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +113,8 @@ def wait_names_the_next_slot(patch):
 def biases_keep_the_true_ids(patch):
     real = slots_pass._read_bank
 
-    def read_bank(graph, site, bank, slots_P):
-        real(graph, site, bank, slots_P)
+    def read_bank(graph, site, moe, slots_P):
+        real(graph, site, moe, slots_P)
         for read in site.reads:
             if read.offsets is None and read.node.meta["example_value"].dim() == 2:  # one vector per pair
                 read.node.replace_input_with(slots_P, site.reader_ids)
@@ -122,7 +124,7 @@ def biases_keep_the_true_ids(patch):
 
 def weights_keep_the_true_ids(patch):
     real = slots_pass._read_bank
-    patch.setattr(slots_pass, "_read_bank", lambda graph, site, bank, _: real(graph, site, bank, site.reader_ids))
+    patch.setattr(slots_pass, "_read_bank", lambda graph, site, moe, _: real(graph, site, moe, site.reader_ids))
 
 
 def lookup_protects_nothing(patch):

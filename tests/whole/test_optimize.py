@@ -105,9 +105,9 @@ def test_optimizing_part_of_an_offloaded_model_or_the_whole_of_one_in_parts_is_r
 def test_what_max_memory_leaves_beside_the_budget_holds_rows_in_ram():
     want = say(resident(layers=2))
     model = offloaded(layers=2)  # to know its budget
-    budget, bank = model.moe_offload.plan.budget_bytes, model.moe_offload.banks[0]
+    budget, moe = model.moe_offload.plan.budget_bytes, model.moe_offload.moe_layers[0]
     model.moe_offload.close()
-    limit = {"cpu": budget + bank.nbytes}
+    limit = {"cpu": budget + moe.nbytes}
     model = moe_offload.optimize(build(QWEN, num_hidden_layers=2), budget, max_memory=limit, config=SETTINGS)
     assert model.moe_offload.tiers == ["host", "disk"] and torch.equal(say(model), want)
     model.moe_offload.close()

@@ -103,10 +103,12 @@ def test_in_prefill_and_in_decode_and_the_tokens_are_the_same(kind, settings, ca
     want = say_with(resident(layers=LAYERS), kind)
     model = offloaded(settings=settings)
     allocator = allocator_of(model)
-    before, floors = slots(model), [bank.top_k for bank in model.moe_offload.banks]
+    before, floors = slots(model), [moe.top_k for moe in model.moe_offload.moe_layers]
     old = [weakref.ref(layer.slots.bytes) for layer in model.moe_offload._runtime.layers]
     summary = str(model.moe_offload)
-    allocator.fail_at(model.moe_offload.banks[0].num_experts)  # the first layer of the prompt is over, or nearly so
+    allocator.fail_at(
+        model.moe_offload.moe_layers[0].num_experts
+    )  # the first layer of the prompt is over, or nearly so
     with caplog.at_level(logging.WARNING, "moe_offload"):
         assert torch.equal(say_with(model, kind, **allocator.fails_in_decode()), want)
     assert len(warnings(caplog)) == 2, f"{allocator.calls} calls"

@@ -35,7 +35,7 @@ from moe_offload.pack import pack_checkpoint
 from tests.fakes.offloaded import SETTINGS
 from tests.fakes.tiny_checkpoints import MODELS, assert_holds, build, save
 
-MODEL = Path(__file__).parent.parent / "examples" / "polyglot-tiny"
+MODEL = Path(__file__).parents[2] / "examples" / "polyglot-tiny"
 FIRST = f"{ROWS}-00001-of-00001.safetensors"
 IDS = torch.arange(3, 15).view(1, -1)
 
@@ -74,17 +74,17 @@ def test_rows_are_the_model_s_and_one_aligned_read_each(kind: str, dtype: torch.
     out = pack_checkpoint(save(model, tmp_path / "original", "20KB"), tmp_path / "out", max_shard_size="15KB")
     assert is_packed(out) and len(list(out.glob(f"{ROWS}-*"))) > 1 and len(list(out.glob("model-*"))) > 1
     meta = skeleton(out)
-    banks = find_experts(meta)
-    index = index_checkpoint(meta, banks, out)
-    for bank, rows in zip(banks, index.rows, strict=True):
+    moe_layers = find_experts(meta)
+    index = index_checkpoint(meta, moe_layers, out)
+    for moe, rows in zip(moe_layers, index.rows, strict=True):
         for e, source in enumerate(rows):
-            plan = plan_row(source, bank.layout.row_bytes, index.stamps)
+            plan = plan_row(source, moe.layout.row_bytes, index.stamps)
             [part] = plan.parts
             [span] = part.spans
             assert (plan.convert, plan.scratch_bytes) == ((), 0)
-            assert part.offset % PAGE == 0 and (span.in_row, span.start, span.stop) == (True, 0, bank.layout.row_bytes)
-            assert part.offset == index.rows[bank.index][0][0].sources[0].offset + e * bank.layout.row_bytes
-    store = DiskStore([bank.layout for bank in banks], index)
+            assert part.offset % PAGE == 0 and (span.in_row, span.start, span.stop) == (True, 0, moe.layout.row_bytes)
+            assert part.offset == index.rows[moe.index][0][0].sources[0].offset + e * moe.layout.row_bytes
+    store = DiskStore([moe.layout for moe in moe_layers], index)
     assert_holds(store, find_experts(model))
     store.close()
 
@@ -93,11 +93,11 @@ def test_rows_of_several_megabytes_are_read_in_whole_pages(tmp_path: Path) -> No
     model = build("per_expert", hidden_size=512, moe_intermediate_size=512, num_hidden_layers=1)  # 3 MB a row
     out = pack_checkpoint(save(model, tmp_path / "original"), tmp_path / "out", verify="all")
     meta = skeleton(out)
-    [bank] = find_experts(meta)
-    index = index_checkpoint(meta, [bank], out)
+    [moe] = find_experts(meta)
+    index = index_checkpoint(meta, [moe], out)
     for source in index.rows[0]:
-        plan = plan_row(source, bank.layout.row_bytes, index.stamps)
-        assert len(plan.parts) == -(-bank.layout.row_bytes // (2 << 20)) and not plan.convert
+        plan = plan_row(source, moe.layout.row_bytes, index.stamps)
+        assert len(plan.parts) == -(-moe.layout.row_bytes // (2 << 20)) and not plan.convert
         for part in plan.parts:
             [span] = part.spans
             assert part.offset % PAGE == span.start % PAGE == span.stop % PAGE == 0
@@ -105,13 +105,13 @@ def test_rows_of_several_megabytes_are_read_in_whole_pages(tmp_path: Path) -> No
 
 def test_files_are_valid_safetensors_and_nothing_else_changes(packed: Path) -> None:
     meta = skeleton(MODEL)
-    banks = find_experts(meta)
+    moe_layers = find_experts(meta)
     with safe_open(rows_file(packed), framework="pt") as file:
-        assert list(file.keys()) == [bank.name for bank in banks]
-        for bank in banks:
-            tensor = file.get_tensor(bank.name)
+        assert list(file.keys()) == [moe.name for moe in moe_layers]
+        for moe in moe_layers:
+            tensor = file.get_tensor(moe.name)
             assert tensor.dtype == torch.uint8
-            assert tuple(tensor.shape) == (bank.num_experts, bank.layout.row_bytes)
+            assert tuple(tensor.shape) == (moe.num_experts, moe.layout.row_bytes)
     assert all(range_.offset % PAGE == 0 for range_ in read_headers([rows_file(packed)]).values())
     [dense] = packed.glob("model-*.safetensors")
     with safe_open(MODEL / "model.safetensors", framework="pt") as want, safe_open(dense, framework="pt") as found:

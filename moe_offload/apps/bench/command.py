@@ -48,7 +48,7 @@ def workload(
     outline = skeleton(folder)
     ids = _prompt_ids(folder, prompt, amounts["prompt_tokens"]) if prompt is not None else None
     tokens = (len(ids) if ids else amounts["prompt_tokens"]) + amounts["new_tokens"]
-    names = [bank.name for bank in find_experts(outline)]
+    names = [moe.name for moe in find_experts(outline)]
     config = room_for(tokens) if device == "cpu" else settings(names, tokens, "device")
     if budget is None:
         whole = make_plan(folder, 2**60, config=config)

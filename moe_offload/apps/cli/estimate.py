@@ -82,9 +82,9 @@ def _estimate(name: str, sizes: list[int], wanted: OffloadConfig) -> dict[str, A
     return {
         "model": name,
         "source": most.source,
-        "layers": len(most.banks),
-        "experts": max(bank.num_experts for bank in most.banks),
-        "top_k": max(bank.top_k for bank in most.banks),
+        "layers": len(most.moe_layers),
+        "experts": max(moe.num_experts for moe in most.moe_layers),
+        "top_k": max(moe.top_k for moe in most.moe_layers),
         "dense_bytes": plan.costs.dense_bytes,
         "expert_bytes": plan.expert_bytes,
         "row_bytes": max(layer.row_bytes for layer in plan.layers),

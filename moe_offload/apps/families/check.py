@@ -103,10 +103,10 @@ def check(
     model = build(family)
     name = type(model).__name__
     try:
-        banks = find_experts(model)
+        moe_layers = find_experts(model)
     except UnsupportedModelError as error:
         return Row(family, "refused", str(error), name)
-    facts = {"moe_layers": len(banks), "experts": banks[0].num_experts, "top_k": banks[0].top_k}
+    facts = {"moe_layers": len(moe_layers), "experts": moe_layers[0].num_experts, "top_k": moe_layers[0].top_k}
     done, worst = 0, 0.0
     for key, group in itertools.groupby(sorted(cases, key=_reference_key), key=_reference_key):
         implementation, dtype, batch, static = key
@@ -157,8 +157,8 @@ def _offloaded(family: str, case: Case, compile: str, options: dict[str, Any]) -
         kv_tokens=64,
         wave_rows=1,
     )
-    banks = find_experts(model)
-    budget = budget_for(case.residency, layer_shapes(banks), costs(model, banks, settings))
+    moe_layers = find_experts(model)
+    budget = budget_for(case.residency, layer_shapes(moe_layers), costs(model, moe_layers, settings))
     optimize(model, budget, device_map="cpu", config=settings)
     try:
         return run_session(model, FAMILIES[family].kind, **options)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ...errors import ClosedError
-from ...experts import ExpertBank
+from ...experts import MoELayer
 from ..buffers import page_aligned
 from .row_read import RowRead, check_request
 
@@ -65,17 +65,17 @@ class HostStore:
         self._rows, self._release = None, lambda: None  # which may hold the rows, too
 
 
-def pack_rows(bank: ExpertBank) -> torch.Tensor:
-    """The bank's rows `[E, row_bytes]`, uint8, on the CPU, from its module's stacked parameters. Padding is zero."""
-    rows = page_aligned(bank.nbytes).view(bank.num_experts, -1).zero_()
-    for e in range(bank.num_experts):
-        pack_row(bank, e, rows[e])
+def pack_rows(moe: MoELayer) -> torch.Tensor:
+    """The layer's rows `[E, row_bytes]`, uint8, on the CPU, from its module's stacked parameters. Padding is zero."""
+    rows = page_aligned(moe.nbytes).view(moe.num_experts, -1).zero_()
+    for e in range(moe.num_experts):
+        pack_row(moe, e, rows[e])
     return rows
 
 
-def pack_row(bank: ExpertBank, e: int, row: torch.Tensor) -> None:
+def pack_row(moe: MoELayer, e: int, row: torch.Tensor) -> None:
     """Write expert `e`'s fields into `row` [row_bytes], uint8; leaves padding as it is."""
-    params = bank.params
-    for field in bank.layout.fields:
+    params = moe.params
+    for field in moe.layout.fields:
         span = row[field.offset : field.offset + field.nbytes]
         span.view(field.dtype).view(field.shape).copy_(params[field.name].detach()[e])

@@ -17,25 +17,25 @@ import torch
 from ...checkpoint.headers import FileStamp
 from ...checkpoint.row_index import RowIndex, RowSource, row_at
 from ...errors import OffloadError
-from ...experts import ExpertBank
+from ...experts import MoELayer
 from .disk import DiskStore
 from .host import pack_row
 
 
 def spill(
-    banks: Sequence[ExpertBank],
-    chosen: Sequence[ExpertBank],
+    moe_layers: Sequence[MoELayer],
+    chosen: Sequence[MoELayer],
     folder: Path,
     progress: Callable[[int], object] = lambda nbytes: None,
 ) -> DiskStore:
-    """Write the rows of the `chosen` banks to one new file in `folder`; return a store over it.
+    """Write the rows of the `chosen` layers to one new file in `folder`; return a store over it.
 
-    Layers of the store are numbered like `banks`; those not chosen hold no expert. Rows follow each other, each aligned
-    to 4 KiB, and pass through one row's worth of memory. `progress(bytes)` is called after each row.
+    Layers of the store are numbered like `moe_layers`; those not chosen hold no expert. Rows follow each other, each
+    aligned to 4 KiB, and pass through one row's worth of memory. `progress(bytes)` is called after each row.
     The model is not changed. Raises `OffloadError` stating bytes needed and free when the folder cannot take them; what
     was written is given back then.
     """
-    total = sum(bank.nbytes for bank in chosen)
+    total = sum(moe.nbytes for moe in chosen)
     descriptor = -1
     try:
         descriptor, name = tempfile.mkstemp(prefix=".moe_offload-", suffix=".rows", dir=folder)
@@ -44,22 +44,22 @@ def spill(
         if shutil.disk_usage(folder).free < total:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # known now, rather than after hours of writing
         _write_rows(descriptor, chosen, progress)
-        index = _index(file, banks, chosen, FileStamp.of(descriptor))
+        index = _index(file, moe_layers, chosen, FileStamp.of(descriptor))
     except BaseException as error:
         if descriptor >= 0:
             os.close(descriptor)
         if isinstance(error, OSError):
             raise _cannot_spill(folder, total, error) from error
         raise
-    return DiskStore([bank.layout for bank in banks], index, {file: descriptor})
+    return DiskStore([moe.layout for moe in moe_layers], index, {file: descriptor})
 
 
-def _write_rows(descriptor: int, chosen: Sequence[ExpertBank], progress: Callable[[int], object]) -> None:
+def _write_rows(descriptor: int, chosen: Sequence[MoELayer], progress: Callable[[int], object]) -> None:
     done = 0
-    for bank in chosen:
-        row = torch.zeros(bank.layout.row_bytes, dtype=torch.uint8)
-        for e in range(bank.num_experts):
-            pack_row(bank, e, row)
+    for moe in chosen:
+        row = torch.zeros(moe.layout.row_bytes, dtype=torch.uint8)
+        for e in range(moe.num_experts):
+            pack_row(moe, e, row)
             rest = row.numpy().data
             while rest:
                 count = os.pwrite(descriptor, rest, done)
@@ -70,15 +70,15 @@ def _write_rows(descriptor: int, chosen: Sequence[ExpertBank], progress: Callabl
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _index(file: Path, banks: Sequence[ExpertBank], chosen: Sequence[ExpertBank], stamp: FileStamp) -> RowIndex:
+def _index(file: Path, moe_layers: Sequence[MoELayer], chosen: Sequence[MoELayer], stamp: FileStamp) -> RowIndex:
     rows: dict[int, tuple[RowSource, ...]] = {}
     begin = 0
-    for bank in chosen:
-        starts = range(begin, begin + bank.nbytes, bank.layout.row_bytes)
-        rows[bank.index] = tuple(row_at(file, start, bank) for start in starts)
-        begin += bank.nbytes
-    layers = tuple(rows.get(bank.index, ()) for bank in banks)
-    return RowIndex(tuple(bank.name for bank in banks), layers, frozenset(), {file: stamp})
+    for moe in chosen:
+        starts = range(begin, begin + moe.nbytes, moe.layout.row_bytes)
+        rows[moe.index] = tuple(row_at(file, start, moe) for start in starts)
+        begin += moe.nbytes
+    layers = tuple(rows.get(moe.index, ()) for moe in moe_layers)
+    return RowIndex(tuple(moe.name for moe in moe_layers), layers, frozenset(), {file: stamp})
 
 
 def _cannot_spill(folder: Path, total: int, error: OSError) -> OffloadError:

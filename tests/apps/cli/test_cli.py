@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from moe_offload.apps.cli import app, main
 
-MODEL = str(Path(__file__).parent.parent / "examples" / "polyglot-tiny")
+MODEL = str(Path(__file__).parents[3] / "examples" / "polyglot-tiny")
 
 
 def run(*arguments: str):

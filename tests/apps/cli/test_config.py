@@ -16,7 +16,7 @@ from moe_offload.apps.cli.config import QUESTIONS, _ask
 from moe_offload.config import file as config_file
 from moe_offload.config.settings import OffloadConfig, resolve
 
-MODEL = str(Path(__file__).parent.parent / "examples" / "polyglot-tiny")
+MODEL = str(Path(__file__).parents[3] / "examples" / "polyglot-tiny")
 
 
 def run(*arguments: str):

@@ -14,7 +14,7 @@ from moe_offload.apps.cli import app
 from moe_offload.files import whole_file
 from moe_offload.observe.profile import Profile
 
-MODEL = Path(__file__).parent.parent / "examples" / "polyglot-tiny"
+MODEL = Path(__file__).parents[3] / "examples" / "polyglot-tiny"
 TEXT = "ls elenca i file di una cartella. cp copia i file. " * 20
 
 

@@ -30,7 +30,7 @@ from moe_offload.apps.cli import app
 from moe_offload.apps.cli.serve import Stop
 from moe_offload.apps.serving.server import listen
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 MODEL = str(ROOT / "examples" / "polyglot-tiny")
 GREEDY = {"generation_config": json.dumps({"do_sample": False, "max_new_tokens": 16})}
 ITALIAN, JAPANESE = "Il comando ls elenca", "ls はディレクトリ"

@@ -9,7 +9,7 @@ import pytest
 from moe_offload.apps.cli import main
 from tests.observe.test_profile import PROFILE
 
-MODEL = str(Path(__file__).parent.parent / "examples" / "polyglot-tiny")
+MODEL = str(Path(__file__).parents[3] / "examples" / "polyglot-tiny")
 
 
 @pytest.fixture

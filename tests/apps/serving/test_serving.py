@@ -32,7 +32,7 @@ from moe_offload.apps.serving.server import Server, listen
 from moe_offload.errors import ServeError
 from moe_offload.memory.stores.disk import DiskStore
 
-MODEL = str(Path(__file__).parent.parent / "examples" / "polyglot-tiny")
+MODEL = str(Path(__file__).parents[3] / "examples" / "polyglot-tiny")
 NAME = "polyglot"
 TEXT = "Il comando ls elenca"
 

@@ -18,7 +18,7 @@ import torch
 from moe_offload.checkpoint.headers import read_headers, shard_files
 from moe_offload.checkpoint.row_index import index_rows
 from moe_offload.errors import CheckpointChangedError, CheckpointError, ExpertReadError, OffloadError
-from moe_offload.experts import ExpertBank, find_experts
+from moe_offload.experts import MoELayer, find_experts
 from moe_offload.memory.stores.disk import DiskStore
 from moe_offload.memory.stores.spill import spill
 from tests.fakes.tiny_checkpoints import assert_holds, assert_row, build, index_of, new_row, save, skeleton, view
@@ -30,12 +30,12 @@ class Disk:
     def __init__(self, folder: Path, kind: str = "per_expert"):
         self.model = build(kind)
         self.file = save(self.model, folder) / "model.safetensors"
-        self.banks = find_experts(self.model)
+        self.moe_layers = find_experts(self.model)
         _, index = index_of(skeleton(kind), folder)
-        self.store = DiskStore([bank.layout for bank in self.banks], index)
+        self.store = DiskStore([moe.layout for moe in self.moe_layers], index)
 
     def read(self, layer: int = 1, expert: int = 2) -> torch.Tensor:
-        row = new_row(self.banks[layer])
+        row = new_row(self.moe_layers[layer])
         self.store.read(layer, expert, view(row))
         return row
 
@@ -92,11 +92,11 @@ from moe_offload.errors import ExpertReadError
 from tests.fakes.tiny_checkpoints import index_of, new_row, skeleton, view
 from moe_offload.memory.stores.disk import DiskStore
 folder = Path(sys.argv[1])
-banks, index = index_of(skeleton("per_expert"), folder)
-store = DiskStore([bank.layout for bank in banks], index)
+moe_layers, index = index_of(skeleton("per_expert"), folder)
+store = DiskStore([moe.layout for moe in moe_layers], index)
 os.truncate(folder / "model.safetensors", 64)
 try:
-    store.read(0, 0, view(new_row(banks[0])))
+    store.read(0, 0, view(new_row(moe_layers[0])))
 except ExpertReadError:
     sys.exit(42)
 """
@@ -119,38 +119,38 @@ def test_modified_in_place(disk: Disk) -> None:
 
 def test_unlinked(disk: Disk) -> None:
     shutil.rmtree(disk.file.parent)
-    assert_holds(disk.store, disk.banks)
+    assert_holds(disk.store, disk.moe_layers)
 
 
 def test_replaced_by_rename(disk: Disk) -> None:
     other = disk.file.with_name("new")
     other.write_bytes(bytes(disk.file.stat().st_size))
     other.rename(disk.file)
-    assert_holds(disk.store, disk.banks)
+    assert_holds(disk.store, disk.moe_layers)
 
 
 def test_replaced_between_indexing_and_opening(tmp_path: Path) -> None:
     meta, model = skeleton("per_expert"), build("per_expert")
     [file] = shard_files(save(model, tmp_path))
-    headers, banks = read_headers([file]), find_experts(meta)
+    headers, moe_layers = read_headers([file]), find_experts(meta)
     shutil.copy(file, tmp_path / "copy")
     (tmp_path / "copy").rename(file)
     before = descriptors()
     with pytest.raises(CheckpointChangedError, match="replaced or modified since its header was read"):
-        DiskStore([bank.layout for bank in banks], index_rows(meta, banks, headers))
+        DiskStore([moe.layout for moe in moe_layers], index_rows(meta, moe_layers, headers))
     assert descriptors() == before
 
 
 def test_gone_between_indexing_and_opening(tmp_path: Path) -> None:
     meta = skeleton("per_expert")
-    banks, index = index_of(meta, save(build("per_expert"), tmp_path))
+    moe_layers, index = index_of(meta, save(build("per_expert"), tmp_path))
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"model.safetensors: cannot be opened"):
-        DiskStore([bank.layout for bank in banks], index)
+        DiskStore([moe.layout for moe in moe_layers], index)
 
 
 def test_too_few_descriptors(tmp_path: Path) -> None:
-    banks, index = index_of(skeleton("per_expert"), save(build("per_expert"), tmp_path, "5KB"))
+    moe_layers, index = index_of(skeleton("per_expert"), save(build("per_expert"), tmp_path, "5KB"))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     before = descriptors()
     next_free = os.dup(0)
@@ -158,7 +158,7 @@ def test_too_few_descriptors(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (next_free + 3, hard))
     try:
         with pytest.raises(CheckpointError, match="ulimit -n"):
-            DiskStore([bank.layout for bank in banks], index)
+            DiskStore([moe.layout for moe in moe_layers], index)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert descriptors() == before
@@ -189,15 +189,15 @@ class Faulty:
 def test_short_reads_are_completed(kind: str, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = Disk(tmp_path, kind)
     Faulty(monkeypatch, most=most)
-    assert_row(disk.read(0, 3), disk.banks[0], 3)
-    assert_row(disk.read(1, 0), disk.banks[1], 0)
+    assert_row(disk.read(0, 3), disk.moe_layers[0], 3)
+    assert_row(disk.read(1, 0), disk.moe_layers[1], 0)
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.EAGAIN, errno.EINTR])
 @pytest.mark.parametrize("call", [1, 2, 5])
 def test_a_passing_error_is_retried(disk: Disk, code: int, call: int, monkeypatch: pytest.MonkeyPatch) -> None:
     faulty = Faulty(monkeypatch, {call: code}, most=1000)
-    assert_row(disk.read(), disk.banks[1], 2)
+    assert_row(disk.read(), disk.moe_layers[1], 2)
     assert faulty.calls > call
 
 
@@ -213,7 +213,7 @@ def test_a_lasting_error_is_raised_each_time_and_leaves_no_trace(disk: Disk, mon
                 disk.read()
             assert faulty.calls == 2 * attempt
     assert descriptors() == before
-    assert_holds(disk.store, disk.banks)
+    assert_holds(disk.store, disk.moe_layers)
 
 
 def test_another_error_is_not_retried(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,73 +226,73 @@ def test_another_error_is_not_retried(disk: Disk, monkeypatch: pytest.MonkeyPatc
 def test_one_expert_s_neighbours_are_one_read(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     """down, gate and up lie side by side in the file, in another order than in the row."""
     faulty = Faulty(monkeypatch)
-    assert_row(disk.read(), disk.banks[1], 2)
+    assert_row(disk.read(), disk.moe_layers[1], 2)
     assert faulty.calls == 1
 
 
 # Spilling.
 
 
-def rows_of(banks: list[ExpertBank]) -> list[torch.Tensor]:
-    return [param.detach().clone() for bank in banks for param in bank.params.values()]
+def rows_of(moe_layers: list[MoELayer]) -> list[torch.Tensor]:
+    return [param.detach().clone() for moe in moe_layers for param in moe.params.values()]
 
 
 def test_spill_leaves_nothing_behind(tmp_path: Path) -> None:
-    banks, seen, before = find_experts(build("stacked")), list[int](), descriptors()
-    store = spill(banks, banks, tmp_path, progress=seen.append)
+    moe_layers, seen, before = find_experts(build("stacked")), list[int](), descriptors()
+    store = spill(moe_layers, moe_layers, tmp_path, progress=seen.append)
     assert list(tmp_path.iterdir()) == []
-    assert seen == [bank.layout.row_bytes for bank in banks for _ in range(bank.num_experts)] and len(seen) == 8
-    assert sum(seen) == sum(bank.nbytes for bank in banks)
+    assert seen == [moe.layout.row_bytes for moe in moe_layers for _ in range(moe.num_experts)] and len(seen) == 8
+    assert sum(seen) == sum(moe.nbytes for moe in moe_layers)
     store.close()
     assert descriptors() == before
 
 
 def test_spill_of_some_layers(tmp_path: Path) -> None:
-    banks = find_experts(build("per_expert"))
-    store = spill(banks, banks[1:], tmp_path)
-    assert_holds(store, banks[1:])
+    moe_layers = find_experts(build("per_expert"))
+    store = spill(moe_layers, moe_layers[1:], tmp_path)
+    assert_holds(store, moe_layers[1:])
     with pytest.raises(IndexError, match="layer 0, expert 0"):
-        store.read(0, 0, view(new_row(banks[0])))
+        store.read(0, 0, view(new_row(moe_layers[0])))
     store.close()
 
 
 def test_spill_to_a_full_disk_is_refused_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    banks = find_experts(build("per_expert"))
-    need = sum(bank.nbytes for bank in banks)
+    moe_layers = find_experts(build("per_expert"))
+    need = sum(moe.nbytes for moe in moe_layers)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=need - 1))
     with pytest.raises(OffloadError, match=rf"cannot take the {need} bytes .*No space left.*\({need - 1} bytes free\)"):
-        spill(banks, banks, tmp_path)
+        spill(moe_layers, moe_layers, tmp_path)
 
 
 def test_spill_that_fills_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """RLIMIT_FSIZE makes the kernel refuse the write half-way, as a quota would."""
-    banks = find_experts(build("per_expert"))
-    kept, before, limits = rows_of(banks), descriptors(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (banks[0].layout.row_bytes * 3 + 100, limits[1]))
+    moe_layers = find_experts(build("per_expert"))
+    kept, before, limits = rows_of(moe_layers), descriptors(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (moe_layers[0].layout.row_bytes * 3 + 100, limits[1]))
     try:
         with pytest.raises(OffloadError, match=rf"{tmp_path}: cannot take the .*File too large.*offload_folder"):
-            spill(banks, banks, tmp_path)
+            spill(moe_layers, moe_layers, tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert descriptors() == before and list(tmp_path.iterdir()) == []
-    assert all(torch.equal(a, b) for a, b in zip(kept, rows_of(banks), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(kept, rows_of(moe_layers), strict=True))
 
 
 def test_spill_to_no_folder(tmp_path: Path) -> None:
-    banks = find_experts(build("per_expert"))
+    moe_layers = find_experts(build("per_expert"))
     with pytest.raises(OffloadError, match="No such file or directory"):
-        spill(banks, banks, tmp_path / "nowhere")
+        spill(moe_layers, moe_layers, tmp_path / "nowhere")
 
 
 def test_spill_interrupted_gives_everything_back(tmp_path: Path) -> None:
-    banks, written, before = find_experts(build("per_expert")), list[int](), descriptors()
+    moe_layers, written, before = find_experts(build("per_expert")), list[int](), descriptors()
 
     def interrupt(nbytes: int) -> None:
         written.append(nbytes)
-        if sum(written) > sum(bank.nbytes for bank in banks) // 2:
+        if sum(written) > sum(moe.nbytes for moe in moe_layers) // 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        spill(banks, banks, tmp_path, interrupt)
+        spill(moe_layers, moe_layers, tmp_path, interrupt)
     assert descriptors() == before and list(tmp_path.iterdir()) == []

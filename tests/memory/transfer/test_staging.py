@@ -293,8 +293,8 @@ class TestForked:
         runtime.close()
 
     def test_files_are_closed_there_though_a_thread_was_reading(self, tmp_path):
-        banks = find_experts(build(QWEN, num_hidden_layers=1))
-        store = spill(banks, banks, tmp_path)
+        moe_layers = find_experts(build(QWEN, num_hidden_layers=1))
+        store = spill(moe_layers, moe_layers, tmp_path)
         let_go = held(store._lock)
         store._reading = 1
 

@@ -21,7 +21,7 @@ from torch import nn
 from ....checkpoint.loading import load_dense, skeleton
 from ....checkpoint.packed import index_checkpoint
 from ....config.settings import resolve
-from ....experts import ExpertBank, find_experts
+from ....experts import MoELayer, find_experts
 from ....memory.stores.disk import DiskStore
 
 
@@ -75,13 +75,13 @@ def accelerate(job: Job) -> Any:
 
 def mapped(job: Job) -> Any:
     meta = skeleton(job.folder)
-    banks = find_experts(meta)
-    model: Any = load_dense(job.folder, meta, index_checkpoint(meta, banks, job.folder).keys)
-    for bank in find_experts(model):
-        for name, shape, dtype, file in _fields(bank, job.scratch / "mmap"):
+    moe_layers = find_experts(meta)
+    model: Any = load_dense(job.folder, meta, index_checkpoint(meta, moe_layers, job.folder).keys)
+    for moe in find_experts(model):
+        for name, shape, dtype, file in _fields(moe, job.scratch / "mmap"):
             size = torch.Size(shape).numel()
             stacked = torch.from_file(str(file), shared=False, size=size, dtype=dtype).view(shape)
-            for module in bank.modules:
+            for module in moe.modules:
                 setattr(module, name, nn.Parameter(stacked, requires_grad=False))
     return model.eval()
 
@@ -100,16 +100,16 @@ def write_mapped(folder: Path, scratch: Path) -> None:
     target = scratch / "mmap"
     target.mkdir(parents=True, exist_ok=True)
     meta = skeleton(folder)
-    banks = find_experts(meta)
-    store = DiskStore([bank.layout for bank in banks], index_checkpoint(meta, banks, folder))
+    moe_layers = find_experts(meta)
+    store = DiskStore([moe.layout for moe in moe_layers], index_checkpoint(meta, moe_layers, folder))
     with contextlib.closing(store):
-        for bank in banks:
-            row = torch.empty(bank.layout.row_bytes, dtype=torch.uint8)
+        for moe in moe_layers:
+            row = torch.empty(moe.layout.row_bytes, dtype=torch.uint8)
             with contextlib.ExitStack() as files:
-                streams = [files.enter_context(file.open("wb")) for *_, file in _fields(bank, target)]
-                for e in range(bank.num_experts):
-                    store.read(bank.index, e, memoryview(row.numpy()))
-                    for field, stream in zip(bank.layout.fields, streams, strict=True):
+                streams = [files.enter_context(file.open("wb")) for *_, file in _fields(moe, target)]
+                for e in range(moe.num_experts):
+                    store.read(moe.index, e, memoryview(row.numpy()))
+                    for field, stream in zip(moe.layout.fields, streams, strict=True):
                         stream.write(row[field.offset : field.offset + field.nbytes].numpy())
                 for stream in streams:
                     stream.flush()
@@ -126,9 +126,9 @@ def drop_cache(*folders: Path) -> None:
             os.close(descriptor)
 
 
-def _fields(bank: ExpertBank, folder: Path) -> list[tuple[str, tuple[int, ...], torch.dtype, Path]]:
+def _fields(moe: MoELayer, folder: Path) -> list[tuple[str, tuple[int, ...], torch.dtype, Path]]:
     """Name, stacked shape, dtype and file of each parameter of a layer."""
     return [
-        (field.name, (bank.num_experts, *field.shape), field.dtype, folder / f"{bank.index}.{field.name}")
-        for field in bank.layout.fields
+        (field.name, (moe.num_experts, *field.shape), field.dtype, folder / f"{moe.index}.{field.name}")
+        for field in moe.layout.fields
     ]

@@ -66,5 +66,5 @@ GPU_SIDES = {
 def _ours(job: Job, decide: str) -> Any:
     from ....api import from_pretrained
 
-    names = [bank.name for bank in find_experts(skeleton(job.folder))]
+    names = [moe.name for moe in find_experts(skeleton(job.folder))]
     return from_pretrained(job.folder, job.budget, config=settings(names, job.tokens, decide))

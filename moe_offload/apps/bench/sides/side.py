@@ -50,14 +50,14 @@ class Side:
         self.model = self.contender.load(self.job)
         self.device.settle()
         load_s = time.perf_counter() - begun
-        banks = find_experts(skeleton(self.job.folder))
-        first = banks[0]
+        moe_layers = find_experts(skeleton(self.job.folder))
+        first = moe_layers[0]
         recorded = None
         if self.routing_file is not None:
-            recorded = load_recorded(self.routing_file, len(banks), first.num_experts, first.top_k)
-        top_ks = [bank.top_k for bank in banks]
+            recorded = load_recorded(self.routing_file, len(moe_layers), first.num_experts, first.top_k)
+        top_ks = [moe.top_k for moe in moe_layers]
         self.routing = Routing(recorded, top_ks, self.job.tokens, self.device.name)
-        install(self.model, [bank.name for bank in banks], self.routing)
+        install(self.model, [moe.name for moe in moe_layers], self.routing)
         note = recorded.note if recorded else None
         plan = self._handle.plan if self._handle else None
         return {"load_s": load_s, "routing": note, "slots": list(plan.slots) if plan else None}
@@ -91,9 +91,9 @@ class Side:
             layer = choose.choice(runtime.layers)
             places = layer.arrivals.scratch.rows
             if now - begun < seconds and len(under_way) < len(places):
-                expert = choose.randrange(layer.bank.num_experts)
+                expert = choose.randrange(layer.moe.num_experts)
                 row = places[turn % len(places)]
-                under_way.append(layer.arrivals.transfer.start(layer.store, layer.bank.index, expert, row))
+                under_way.append(layer.arrivals.transfer.start(layer.store, layer.moe.index, expert, row))
                 turn += 1
             else:
                 moved += layer.arrivals.transfer.wait(under_way.pop(0))
