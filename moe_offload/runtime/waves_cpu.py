@@ -23,18 +23,18 @@ from .scratch_feed import Feed
 
 
 class RunCore(Protocol):
-    """The experts code of one site: a result per pair, or, given `rows` (positions, each once, or a slice), for those.
+    """The experts code of one site: a result per pair, or, given `pairs_R` (positions, each once, or a slice), for those.
 
-    There are as many `slots` as results.
+    There is a slot for each result. Shapes: R pairs of one wave.
     """
 
     def __call__(
         self,
         x_P: Tensor,
-        slots: Tensor,
+        slots_R: Tensor,
         bank_SN: Tensor,
         others: Sequence[Tensor],
-        rows: Tensor | slice | None = None,
+        pairs_R: Tensor | slice | None = None,
     ) -> Tensor: ...
 
 
@@ -85,10 +85,10 @@ class _Wave:
         self.out_P: Tensor | None = None
         cache = arrivals.cache
         absent = [one.expert for one in arrivals.demanded] + list(feed.past)
-        here_E = torch.ones(cache.num_experts, dtype=torch.bool)
-        here_E[absent] = False
-        self.here = here_E[ids_P].nonzero().flatten()
-        self.slots_here = torch.tensor(cache.slot_of)[ids_P[self.here]]
+        resident_E = torch.ones(cache.num_experts, dtype=torch.bool)
+        resident_E[absent] = False
+        self.resident_R = resident_E[ids_P].nonzero().flatten()
+        self.resident_slots_R = torch.tensor(cache.slot_of)[ids_P[self.resident_R]]
         # Grouped experts code has sorted its pairs: those of one expert are neighbours, and need no gathering.
         in_order = bool((ids_P[1:] >= ids_P[:-1]).all())
         self.order_P = None if in_order else ids_P.argsort(stable=True)
@@ -99,26 +99,26 @@ class _Wave:
         return bool(demanded) and demanded[0].place >= 0 and demanded[0].ticket.done.is_set()
 
     def compute_resident(self) -> None:
-        if len(self.here):
-            self._compute(self.here, self.slots_here, self.arrivals.slots)
+        if len(self.resident_R):
+            self._compute(self.resident_R, self.resident_slots_R, self.arrivals.slots)
 
     def compute_next(self) -> None:
         """The pairs of the next row to arrive; its place in scratch, if it has one, goes to the next in need."""
         arrivals = self.arrivals
         arrival = arrivals.take()
         e = arrival.expert
-        rows = slice(self.ends_E[e - 1] if e else 0, self.ends_E[e])
+        pairs = slice(self.ends_E[e - 1] if e else 0, self.ends_E[e])
         source, i = (arrivals.scratch, arrival.place) if arrival.load is None else (arrivals.slots, arrival.load.slot)
-        slots = torch.full((rows.stop - rows.start,), i)
-        self._compute(rows if self.order_P is None else self.order_P[rows], slots, source)
+        slots_R = torch.full((pairs.stop - pairs.start,), i)
+        self._compute(pairs if self.order_P is None else self.order_P[pairs], slots_R, source)
         if arrival.place >= 0:
             self.feed.reuse(arrival.place)
 
-    def _compute(self, rows: Tensor | slice, slots: Tensor, source: Rows) -> None:
-        part = self.core(self.x_P, slots, source.bank_SN, self.others, rows)
+    def _compute(self, pairs_R: Tensor | slice, slots_R: Tensor, source: Rows) -> None:
+        part = self.core(self.x_P, slots_R, source.bank_SN, self.others, pairs_R)
         if self.out_P is None:
             self.out_P = part.new_empty((len(self.ids_P), *part.shape[1:]))
-        if isinstance(rows, slice):
-            self.out_P[rows] = part
+        if isinstance(pairs_R, slice):
+            self.out_P[pairs_R] = part
         else:
-            self.out_P.index_copy_(0, rows, part)
+            self.out_P.index_copy_(0, pairs_R, part)

@@ -60,9 +60,9 @@ def make(slots=3, store=None, scratch_rows=1, poison=True, threads=1, transfer=N
     return Runtime(layers, [store], transfer), store
 
 
-def tags(x_P, slots_P, bank_SN, others, rows=None):
+def tags(x_P, slots_P, bank_SN, others, pairs_R=None):
     """A core whose result is each pair's row: (first element, last element of the second field)."""
-    assert rows is None or len(x_P[rows]) == len(slots_P)
+    assert pairs_R is None or len(x_P[pairs_R]) == len(slots_P)
     assert bool((slots_P >= 0).all())
     return bank_SN[slots_P][:, [0, B]]
 
