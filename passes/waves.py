@@ -63,8 +63,8 @@ def waves(
         number = ops.register_core(core)
         value = exit_node.meta["example_value"]
         with graph.inserting_before(exit_node):
-            row = list(value.shape[1:])
-            out = graph.call_function(ops.stream, (x, ids, site.bank, others, number, row, value.dtype))
+            shape = list(value.shape[1:])  # of one pair's result
+            out = graph.call_function(ops.stream, (x, ids, site.bank, others, number, shape, value.dtype))
         out.meta = dict(exit_node.meta)
         exit_node.replace_all_uses_with(out, delete_user_cb=partial(_outside, nodes))
         feeding = [i for node in nodes for i in node.all_input_nodes if i not in nodes]

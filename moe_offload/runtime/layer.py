@@ -134,10 +134,10 @@ class LayerRuntime:
             raise AssertionError(f"{self.moe.name}: its graph lets the device decide, and it is not in charge")
         return self.device_cache.place(ids_P)
 
-    def wait(self, ticket_P: Tensor) -> Tensor:
+    def wait(self, slots_P: Tensor) -> Tensor:
         while self.arrivals.demanded:
             self.arrivals.take()
-        return ticket_P.clone()
+        return slots_P.clone()
 
     def stream(self, x_P: Tensor, ids_P: Tensor, core: RunCore, others: Sequence[Tensor] = ()) -> Tensor:
         self._refuse_capture()
