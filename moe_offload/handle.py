@@ -23,7 +23,7 @@ from .observe.notebook import to_html
 from .observe.profile import Fingerprint, Profile
 from .observe.timeline import Depth, Timeline
 from .observe.trace import Trace
-from .observe.trace_recorder import Recorder, Step
+from .observe.trace_recorder import Recorder, ForwardRecord
 from .plan.arrange import Arrangement
 from .plan.budget import Plan
 from .plan.explain import explain
@@ -120,7 +120,7 @@ class Handle:
             budget_bytes=self.plan.budget_bytes,
             plan=dict(self.plan.rows()),
             rss_bytes=psutil.Process().memory_info().rss,
-            queued=depth.urgent + depth.background,
+            queued=depth.demanded + depth.background,
             reading=depth.reading,
             layers=[
                 LayerNow(**{**row, "name": row["name"][:256]}, row_bytes=layer.row_bytes)
@@ -201,7 +201,7 @@ class Handle:
         """Write the trace to `path` (.npz), atomically."""
         return self.trace(**meta).save(path)
 
-    def steps(self) -> list[Step]:
+    def steps(self) -> list[ForwardRecord]:
         """What every forward since `start_trace` took: when, how many tokens, hits, misses, bytes, waiting."""
         with self._runtime.lock:
             return self._recording().steps()

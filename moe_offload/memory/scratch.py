@@ -58,10 +58,10 @@ class Scratch:
         rows = self.rows(layout)
         if self.poison:
             rows.bytes[place].fill_(POISON)
-        self._ahead[expert] = Held(place, self.transfer.start(store, layer, expert, rows.rows[place], urgent=False))
+        self._ahead[expert] = Held(place, self.transfer.start(store, layer, expert, rows.rows[place], demanded=False))
 
     def claim(self, layer: int, used: Container[int]) -> dict[int, Held]:
-        """What was read ahead for `layer` and is `used`, now urgent. All else that was read ahead is dropped."""
+        """What was read ahead for `layer` and is `used`, now demanded. All else that was read ahead is dropped."""
         if not self._ahead:
             return {}
         claimed = {}

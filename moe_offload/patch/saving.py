@@ -27,7 +27,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..checkpoint.conversion import undo_steps
+from ..checkpoint.conversion import restore_tensors
 from ..checkpoint.headers import read_headers
 from ..checkpoint.new_folder import new_checkpoint, write_index
 from ..checkpoint.row_index import Piece, index_rows
@@ -194,7 +194,7 @@ def _write_field(piece: Piece, row: Tensor, files: Filling) -> None:
     """Write one field of the expert in `row` into the tensors that it is loaded from."""
     f = piece.field
     field = row[f.offset : f.offset + f.nbytes].view(f.dtype).view(f.shape)
-    parts = undo_steps(piece.steps, field, [source.shape for source in piece.sources])
+    parts = restore_tensors(piece.conversions, field, [source.shape for source in piece.sources])
     for source, part in zip(piece.sources, parts, strict=True):
         files.write(source, part.contiguous().view(-1).view(torch.uint8).numpy().data)
 

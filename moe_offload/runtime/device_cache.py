@@ -128,8 +128,8 @@ class DeviceCache:
         arrivals, cache = self.arrivals, self.arrivals.cache
         for e in range(cache.num_experts):
             arrivals.prewarm(e)
-        while arrivals.demanded:
-            arrivals.take(wanted=False)
+        while arrivals.awaited:
+            arrivals.take(demanded=False)
         if -1 in cache.slot_of:
             raise AssertionError(f"{arrivals.moe.name}: {cache.slots} slots do not hold {cache.num_experts} experts")
 

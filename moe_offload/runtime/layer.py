@@ -135,7 +135,7 @@ class LayerRuntime:
         return self.device_cache.place(ids_P)
 
     def wait(self, slots_P: Tensor) -> Tensor:
-        while self.arrivals.demanded:
+        while self.arrivals.awaited:
             self.arrivals.take()
         return slots_P.clone()
 
@@ -155,7 +155,7 @@ class LayerRuntime:
             arrivals.claim_guesses(used)
             arrivals.start(loads)
             self.guesses.begin()
-            if not arrivals.demanded and not past:
+            if not arrivals.awaited and not past:
                 return core(x_P, self._slots_of(ids_P, ids), self.slots.bank_SN, others)
             if runs_ahead:
                 return compute_in_groups(arrivals, self.following, x_P, ids_P, used, core, others, past)

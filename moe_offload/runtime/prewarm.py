@@ -21,7 +21,7 @@ def prewarm(
     under_way: deque[Arrivals] = deque()
     with runtime.lock:
         for layer_runtime in runtime.layers:
-            if layer_runtime.arrivals.demanded:  # of an event that was interrupted before its wait
+            if layer_runtime.arrivals.awaited:  # of an event that was interrupted before its wait
                 layer_runtime.arrivals.abort()
         try:
             for layer, expert in wanted:
@@ -29,10 +29,10 @@ def prewarm(
                 if arrivals.prewarm(expert):
                     under_way.append(arrivals)
                 if len(under_way) >= DEPTH:
-                    under_way.popleft().take(wanted=False)
+                    under_way.popleft().take(demanded=False)
                     progress(1)
             while under_way:
-                under_way.popleft().take(wanted=False)
+                under_way.popleft().take(demanded=False)
                 progress(1)
         except BaseException:
             for layer_runtime in runtime.layers:

@@ -30,7 +30,7 @@ class Feed:
     def fill(self) -> None:
         """Rows past the slots into whatever scratch is free; what is left over reads ahead."""
         arrivals, past = self.arrivals, self.past
-        taken = {held.place for held in arrivals.held.values()} | {one.place for one in arrivals.demanded}
+        taken = {held.place for held in arrivals.held.values()} | {one.place for one in arrivals.awaited}
         places = deque(i for i in range(len(arrivals.scratch.rows)) if i not in taken)
         while places and past:
             arrivals.send(past.popleft(), None, places.popleft())

@@ -61,7 +61,7 @@ def compute_while_loading(
     while wave.next_is_in_scratch():
         wave.compute_next()
     wave.compute_resident()
-    while arrivals.demanded:
+    while arrivals.awaited:
         wave.compute_next()
     if wave.out_P is None or feed.past:  # there was a load, so there were pairs; and nobody is to be left out
         raise AssertionError(f"{arrivals.moe.name}: experts {list(feed.past)} were not computed")
@@ -84,7 +84,7 @@ class _Wave:
         self.x_P, self.ids_P, self.core, self.others = x_P, ids_P, core, others
         self.out_P: Tensor | None = None
         cache = arrivals.cache
-        absent = [one.expert for one in arrivals.demanded] + list(feed.past)
+        absent = [one.expert for one in arrivals.awaited] + list(feed.past)
         resident_E = torch.ones(cache.num_experts, dtype=torch.bool)
         resident_E[absent] = False
         self.resident_R = resident_E[ids_P].nonzero().flatten()
@@ -95,8 +95,8 @@ class _Wave:
         self.ends_E = ids_P.bincount(minlength=cache.num_experts).cumsum(0).tolist()
 
     def next_is_in_scratch(self) -> bool:
-        demanded = self.arrivals.demanded
-        return bool(demanded) and demanded[0].place >= 0 and demanded[0].ticket.done.is_set()
+        awaited = self.arrivals.awaited
+        return bool(awaited) and awaited[0].place >= 0 and awaited[0].ticket.done.is_set()
 
     def compute_resident(self) -> None:
         if len(self.resident_R):

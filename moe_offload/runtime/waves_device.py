@@ -83,7 +83,7 @@ def compute_in_groups(
         for one in taken:
             if one.place >= 0:
                 feed.reuse(one.place)
-    if out_P is None or end != len(ids_P) or arrivals.demanded or feed.past:
+    if out_P is None or end != len(ids_P) or arrivals.awaited or feed.past:
         raise AssertionError(f"{arrivals.moe.name}: {end} of {len(ids_P)} pairs were computed")
     return out_P
 
@@ -96,10 +96,10 @@ def _groups(arrivals: Arrivals, feed: Feed, used: Mapping[int, int], ahead: int)
     to the next expert past the slots.
     """
     most = max(1, len(arrivals.scratch.rows) // PARTS)
-    absent = {one.expert for one in arrivals.demanded}.union(feed.past)
+    absent = {one.expert for one in arrivals.awaited}.union(feed.past)
     here = [e for e in used if e not in absent]
-    coming = [(one.expert, _row(one), one.load is not None) for one in arrivals.demanded]
-    places = [one.place for one in arrivals.demanded if one.place >= 0]
+    coming = [(one.expert, _row(one), one.load is not None) for one in arrivals.awaited]
+    places = [one.place for one in arrivals.awaited if one.place >= 0]
     for i, e in enumerate(feed.past):
         places.append(places[i])
         coming.append((e, places[i], False))

@@ -88,7 +88,7 @@ def run(layer, ids):
 
 def assert_sound(layer):
     check(layer.cache)
-    assert not layer.cache.pending and not layer.arrivals.demanded
+    assert not layer.cache.pending and not layer.arrivals.awaited
     for e in layer.cache.resident():
         row = layer.slots.bank_SN[layer.cache.slot_of[e]]
         assert bool((row == 100.0 * layer.moe.index + e).all()), f"slot of expert {e} holds something else"

@@ -9,6 +9,6 @@ twin, `show` makes the table, the JSON and the plot.
 
 from __future__ import annotations
 
-from .run import ALL, Row, simulate
+from .run import ALL, SimulationResult, simulate
 
-__all__ = ["ALL", "Row", "simulate"]
+__all__ = ["ALL", "SimulationResult", "simulate"]

@@ -170,12 +170,12 @@ class DeviceTransfer(ThreadTransfer):
         self._all: list[Staging] = []
         self._returned = threading.Condition(self._lock)
 
-    def start(self, store: Store, layer: int, expert: int, row: Any, urgent: bool = True) -> Ticket:
+    def start(self, store: Store, layer: int, expert: int, row: Any, demanded: bool = True) -> Ticket:
         self._check_open()
         row = row if isinstance(row, Tensor) else torch.frombuffer(row, dtype=torch.uint8)
         after, row_bytes = self.streams.mark(), len(row)
         if isinstance(store, HostStore):
-            ticket = DeviceTicket(layer, expert, RowRead([], lambda: row_bytes), row_bytes, urgent)
+            ticket = DeviceTicket(layer, expert, RowRead([], lambda: row_bytes), row_bytes, demanded)
             ticket.copied = self.streams.copy(row, store.rows_EN(layer)[expert], after)
             ticket.nbytes = row_bytes
             ticket.done.set()
@@ -193,7 +193,7 @@ class DeviceTransfer(ThreadTransfer):
             ticket.copied = staging.last = self.streams.copy(row, staging.buffer, after)
             return nbytes
 
-        ticket = DeviceTicket(layer, expert, RowRead(read.parts, finish), row_bytes, urgent)
+        ticket = DeviceTicket(layer, expert, RowRead(read.parts, finish), row_bytes, demanded)
         ticket.staging = staging
         self._queue(ticket)
         return ticket

@@ -262,7 +262,7 @@ class TestForked:
         gate = threading.Event()
         transfer = ThreadTransfer(1)
         ticket = transfer.start(ScriptedStore(lambda expert, part: gate.wait(10)), 0, 1, memoryview(bytearray(ROW)))
-        late = transfer.start(ScriptedStore(), 0, 2, memoryview(bytearray(ROW)), urgent=False)
+        late = transfer.start(ScriptedStore(), 0, 2, memoryview(bytearray(ROW)), demanded=False)
         let_go = held(transfer._changed)
 
         def use():
