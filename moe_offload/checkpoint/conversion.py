@@ -1,8 +1,8 @@
 """transformers' conversion operations, for one expert.
 
 transformers converts stacked tensors `[E, ...]`. None of the operations it uses on experts mixes experts, so each has a
-one-expert form: the same thing on every dimension but the first. A chain of those forms is a tuple of conversions; an empty
-one, or one that only joins tensors end to end, means that the row's bytes are the file's bytes.
+one-expert form: the same thing on every dimension but the first. A chain of those forms is a tuple of conversions; an
+empty one, or one that only joins tensors end to end, means that the row's bytes are the file's bytes.
 
     [MergeModulelist(0), Concatenate(1)]  ->  (Join(0),)          gate [I, H], up [I, H]  ->  gate_up [2I, H]
     [Transpose(1, 2)]                     ->  (Swap(0, 1),)       [H, 2I]                 ->  [2I, H]
@@ -100,7 +100,9 @@ def joins_bytes(conversions: Sequence[Conversion]) -> bool:
     return all(conversion == Join(0) for conversion in conversions)
 
 
-def one_expert_conversions(ops: Sequence[Any], shapes: Sequence[Shape], wanted: Shape, parameter: str) -> tuple[Conversion, ...]:
+def one_expert_conversions(
+    ops: Sequence[Any], shapes: Sequence[Shape], wanted: Shape, parameter: str
+) -> tuple[Conversion, ...]:
     """The conversions that turn one expert's tensors of `shapes` into a field of shape `wanted`.
 
     `ops` are the operations of a transformers `WeightConverter`, whose dimensions count the experts' one. `wanted` is

@@ -3,7 +3,7 @@
 transformers knows how a checkpoint's names and shapes relate to the model's (`get_model_conversion_mapping`). It is
 asked here, key by key, exactly as its own loader asks; nothing is decided by a model's name. For one expert:
 
-    field gate_up_proj  <-  [gate_proj of expert 17: file, offset, size; up_proj of expert 17: ...], conversions (Join(0),)
+    field gate_up_proj  <-  [gate_proj of expert 17: file, offset, size; up_proj of ...], conversions (Join(0),)
     field down_proj     <-  [down_proj of expert 17: ...], conversions ()
 """
 
@@ -18,7 +18,7 @@ from torch import nn
 
 from ..errors import CheckpointError
 from ..experts import Field, MoELayer
-from .conversion import Shape, Conversion, joins_bytes, one_expert_conversions
+from .conversion import Conversion, Shape, joins_bytes, one_expert_conversions
 from .headers import FileStamp, Headers, TensorRange
 
 

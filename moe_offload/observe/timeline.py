@@ -113,7 +113,9 @@ class Timeline:
         elif ended_s - begun_s >= SHORT_S and self._room():
             self.waits.append(Wait(begun_s, ended_s, layer, rows))
 
-    def read(self, layer: int, expert: int, demanded: bool, begun_s: float, error: BaseException | None) -> list[ReadSpan]:
+    def read(
+        self, layer: int, expert: int, demanded: bool, begun_s: float, error: BaseException | None
+    ) -> list[ReadSpan]:
         """The calling thread is done with a part of this row. Returns what was written down of it: one, or none."""
         if not self._room():
             return []

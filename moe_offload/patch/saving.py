@@ -40,7 +40,7 @@ from ..observe.progress import bar
 from ..runtime.layer import LayerRuntime
 from ..runtime.model import Runtime
 
-#: Whether state_dict() is to leave the experts' stand-ins as they are: names and shapes are wanted, not weights.
+#: Whether state_dict() is to leave the experts' phantoms as they are: names and shapes are wanted, not weights.
 _stand_ins: ContextVar[bool] = ContextVar("stand_ins", default=False)
 
 _REFUSED = {
@@ -51,7 +51,7 @@ _REFUSED = {
 
 
 def save_real_rows(model: nn.Module, runtime: Runtime) -> None:
-    """Make state_dict() return real weights in place of stand-ins, and save_pretrained() stream them."""
+    """Make state_dict() return real weights in place of phantoms, and save_pretrained() stream them."""
     from transformers import PreTrainedModel
 
     for layer in runtime.layers:
@@ -211,7 +211,7 @@ def _refuse_stand_ins(state: Mapping[str, Tensor]) -> None:
     for key, tensor in state.items():
         if hasattr(tensor, "field"):
             raise SaveError(
-                f"state_dict: {key} is a stand-in of NaN for offloaded experts, as model.parameters() gives it; "
+                f"state_dict: {key} is a phantom (NaN in place of offloaded experts), as model.parameters() gives it; "
                 "nothing was written. Pass what model.state_dict() returns, or no state_dict at all."
             )
 

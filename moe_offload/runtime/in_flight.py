@@ -25,14 +25,14 @@ from ..memory.transfer import Ticket, Transfer
 
 @dataclass(frozen=True)
 class Arrival:
-    """A row on its way: into the slot of `load`, or to be used from scratch row `place` (-1: none).
+    """A row on its way: into the slot of `load`, or to be used from row `scratch_row` of scratch (-1: none).
 
     With both it was read ahead into scratch, and goes on to the slot from there.
     """
 
     expert: int
     load: Load | None
-    place: int
+    scratch_row: int
     ticket: Ticket
 
 
@@ -44,13 +44,13 @@ class Arrivals:
         moe: MoELayer,
         cache: LayerCache,
         slots: Rows,
-        shared: Scratch,
+        scratch: Scratch,
         store: Store,
         transfer: Transfer,
         poison: bool = False,
     ):
         self.moe, self.cache, self.store, self.transfer, self.poison = moe, cache, store, transfer, poison
-        self.slots, self.shared, self.scratch = slots, shared, shared.rows(moe.layout)
+        self.slots, self.scratch, self.scratch_rows = slots, scratch, scratch.rows(moe.layout)
         self.awaited: deque[Arrival] = deque()
         self.held: dict[int, Held] = {}
         self.guessed: dict[int, Arrival] = {}
@@ -63,7 +63,7 @@ class Arrivals:
             self.abort()  # an event that was interrupted before its wait left loads behind; a new one starts clean
         begun = time.perf_counter()
         try:
-            self.held = self.shared.claim(self.moe.index, used)
+            self.held = self.scratch.claim(self.moe.index, used)
             self._settle_guesses(used)
             self._waited(begun, rows=0)
         except BaseException:
@@ -91,21 +91,21 @@ class Arrivals:
             self.abort()
             raise
 
-    def send(self, expert: int, load: Load | None, place: int = -1, demanded: bool = True) -> None:
+    def send(self, expert: int, load: Load | None, scratch_row: int = -1, demanded: bool = True) -> None:
         held = self.held.pop(expert, None)
         if held is not None:
             self.cache.counters.ahead += 1
             self.cache.counters.late += not held.ticket.done.is_set()
-            self.awaited.append(Arrival(expert, load, held.place, held.ticket))
+            self.awaited.append(Arrival(expert, load, held.scratch_row, held.ticket))
             return
         if load is not None:
-            place = -1
-        self.awaited.append(Arrival(expert, load, place, self._read(expert, load, place, demanded)))
+            scratch_row = -1
+        self.awaited.append(Arrival(expert, load, scratch_row, self._read(expert, load, scratch_row, demanded)))
 
     def scratch_first(self) -> int:
         """Let what was read ahead be taken before the rest, first what goes on to a slot; return how many those are."""
-        self.awaited = deque(sorted(self.awaited, key=lambda one: (one.place < 0, one.load is None)))
-        return sum(one.place >= 0 for one in self.awaited)
+        self.awaited = deque(sorted(self.awaited, key=lambda one: (one.scratch_row < 0, one.load is None)))
+        return sum(one.scratch_row >= 0 for one in self.awaited)
 
     def take(self, demanded: bool = True) -> Arrival:
         """The next row, in the order they were asked for, once it is complete and, if it has a slot, resident.
@@ -118,8 +118,8 @@ class Arrivals:
             nbytes = self.transfer.wait(arrival.ticket)
             self.awaited.popleft()
             if arrival.load is not None:
-                if arrival.place >= 0:
-                    self.slots.bytes[arrival.load.slot].copy_(self.scratch.bytes[arrival.place])
+                if arrival.scratch_row >= 0:
+                    self.slots.bytes[arrival.load.slot].copy_(self.scratch_rows.bytes[arrival.scratch_row])
                 self.cache.commit(arrival.load, nbytes, demanded)
             else:
                 self.cache.count_miss(nbytes)
@@ -145,7 +145,7 @@ class Arrivals:
         known: list[Arrival | Held] = [*self.awaited, *self.guessed.values(), *self.held.values()]
         try:
             self.transfer.cancel([*(one.ticket for one in known), *self.transfer.under_way()])
-            self.shared.drop()
+            self.scratch.drop()
         finally:
             self.awaited, self.held, self.guessed = deque(), {}, {}
             loads = list(self.cache.pending.values())
@@ -155,9 +155,9 @@ class Arrivals:
 
     # Before anything has been asked for.
 
-    def prewarm(self, expert: int) -> bool:
+    def start_prewarm(self, expert: int) -> bool:
         """Begin to load `expert` into a free slot; say whether there is anything to wait for (`take`)."""
-        loads = self.cache.prewarm([expert])
+        loads = self.cache.fill_free_slots([expert])
         self.start(loads, demanded=False)
         return bool(loads)
 
@@ -202,8 +202,8 @@ class Arrivals:
         if self.transfer.timeline is not None:
             self.transfer.timeline.wait(self.moe.index, rows, begun_s, ended_s)
 
-    def _read(self, expert: int, load: Load | None, place: int, demanded: bool) -> Ticket:
-        rows, i = (self.slots, load.slot) if load is not None else (self.scratch, place)
+    def _read(self, expert: int, load: Load | None, scratch_row: int, demanded: bool) -> Ticket:
+        rows, i = (self.slots, load.slot) if load is not None else (self.scratch_rows, scratch_row)
         if self.poison:
             rows.bytes[i].fill_(POISON)
         return self.transfer.start(self.store, self.moe.index, expert, rows.rows[i], demanded)

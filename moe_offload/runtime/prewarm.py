@@ -11,7 +11,7 @@ from .model import Runtime
 DEPTH = 4  # rows on their way at once
 
 
-def prewarm(
+def prewarm_slots(
     runtime: Runtime, wanted: Iterable[tuple[int, int]], progress: Callable[[int], object] = lambda n: None
 ) -> None:
     """Load `wanted`, (layer, expert) in the order in which they are missed most, into free slots.
@@ -26,7 +26,7 @@ def prewarm(
         try:
             for layer, expert in wanted:
                 arrivals = runtime.layers[layer].arrivals
-                if arrivals.prewarm(expert):
+                if arrivals.start_prewarm(expert):
                     under_way.append(arrivals)
                 if len(under_way) >= DEPTH:
                     under_way.popleft().take(demanded=False)

@@ -6,7 +6,7 @@ Shapes: P token-expert pairs, E experts, S slots, N elements of one row.
     resident pairs    ████████
     row 1 (to a slot) ░░░░░░██                  ░ on its way   █ computed
     row 2             ░░░░░░░░██
-    rows past the slots, through scratch ░░░░██   and scratch that has done its part reads ahead for the next layer
+    rows without a slot, through scratch ░░░░██   and scratch that has done its part reads ahead for the next layer
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from .scratch_feed import Feed
 
 
 class RunCore(Protocol):
-    """The experts code of one site: a result per pair, or, given `pairs_R` (positions, each once, or a slice), for those.
+    """The experts code of one site: a result per pair, or, given `pairs_R`, one for each pair of a wave.
 
-    There is a slot for each result. Shapes: R pairs of one wave.
+    `pairs_R` are R positions, each once, or a slice. There is a slot for each result.
     """
 
     def __call__(
@@ -45,14 +45,14 @@ def compute_while_loading(
     ids_P: Tensor,
     core: RunCore,
     others: Sequence[Tensor],
-    past: Sequence[int],
+    without_slot: Sequence[int],
 ) -> Tensor:
     """The result of every pair, in their order.
 
-    `past` are experts without a slot: as many of their rows as there is scratch are on their way at any time. Rows of
-    `following` that will probably be asked for are read into scratch that has done its part.
+    `without_slot` are experts without a slot: as many of their rows as there is scratch are on their way at any time.
+    Rows of `following` that will probably be asked for are read into scratch that has done its part.
     """
-    feed = Feed(arrivals, following, len(ids_P), past)
+    feed = Feed(arrivals, following, len(ids_P), without_slot)
     feed.claim()
     feed.fill()
     wave = _Wave(arrivals, feed, x_P, ids_P, core, others)
@@ -63,8 +63,8 @@ def compute_while_loading(
     wave.compute_resident()
     while arrivals.awaited:
         wave.compute_next()
-    if wave.out_P is None or feed.past:  # there was a load, so there were pairs; and nobody is to be left out
-        raise AssertionError(f"{arrivals.moe.name}: experts {list(feed.past)} were not computed")
+    if wave.out_P is None or feed.without_slot:  # there was a load, so there were pairs; and nobody is to be left out
+        raise AssertionError(f"{arrivals.moe.name}: experts {list(feed.without_slot)} were not computed")
     return wave.out_P
 
 
@@ -84,7 +84,7 @@ class _Wave:
         self.x_P, self.ids_P, self.core, self.others = x_P, ids_P, core, others
         self.out_P: Tensor | None = None
         cache = arrivals.cache
-        absent = [one.expert for one in arrivals.awaited] + list(feed.past)
+        absent = [one.expert for one in arrivals.awaited] + list(feed.without_slot)
         resident_E = torch.ones(cache.num_experts, dtype=torch.bool)
         resident_E[absent] = False
         self.resident_R = resident_E[ids_P].nonzero().flatten()
@@ -96,23 +96,27 @@ class _Wave:
 
     def next_is_in_scratch(self) -> bool:
         awaited = self.arrivals.awaited
-        return bool(awaited) and awaited[0].place >= 0 and awaited[0].ticket.done.is_set()
+        return bool(awaited) and awaited[0].scratch_row >= 0 and awaited[0].ticket.done.is_set()
 
     def compute_resident(self) -> None:
         if len(self.resident_R):
             self._compute(self.resident_R, self.resident_slots_R, self.arrivals.slots)
 
     def compute_next(self) -> None:
-        """The pairs of the next row to arrive; its place in scratch, if it has one, goes to the next in need."""
+        """The pairs of the next row to arrive; its scratch row, if it has one, goes to the next in need."""
         arrivals = self.arrivals
         arrival = arrivals.take()
         e = arrival.expert
         pairs = slice(self.ends_E[e - 1] if e else 0, self.ends_E[e])
-        source, i = (arrivals.scratch, arrival.place) if arrival.load is None else (arrivals.slots, arrival.load.slot)
+        source, i = (
+            (arrivals.scratch_rows, arrival.scratch_row)
+            if arrival.load is None
+            else (arrivals.slots, arrival.load.slot)
+        )
         slots_R = torch.full((pairs.stop - pairs.start,), i)
         self._compute(pairs if self.order_P is None else self.order_P[pairs], slots_R, source)
-        if arrival.place >= 0:
-            self.feed.reuse(arrival.place)
+        if arrival.scratch_row >= 0:
+            self.feed.reuse(arrival.scratch_row)
 
     def _compute(self, pairs_R: Tensor | slice, slots_R: Tensor, source: Rows) -> None:
         part = self.core(self.x_P, slots_R, source.bank_SN, self.others, pairs_R)

@@ -23,7 +23,7 @@ from transformers.core_model_loading import (
     WeightConverter,
 )
 
-from moe_offload.checkpoint.conversion import one_expert_conversions, convert_tensors
+from moe_offload.checkpoint.conversion import convert_tensors, one_expert_conversions
 from moe_offload.checkpoint.headers import read_headers, shard_files
 from moe_offload.errors import CheckpointError, UnsupportedModelError
 from moe_offload.experts import find_experts
@@ -166,7 +166,9 @@ def test_one_expert_form_equals_transformers_on_the_stack(ops: Any, shapes: Any,
 @pytest.mark.parametrize("op", [Chunk(1), Concatenate(0), MergeModulelist(1), Transpose(0, 1)])
 def test_operation_without_a_one_expert_form_is_refused(op: Any) -> None:
     with pytest.raises(UnsupportedModelError, match=f"experts.up_proj: .*{type(op).__name__}"):
-        one_expert_conversions([op], [(4, 4), (4, 4)] if isinstance(op, Concatenate) else [(4, 4)], (4, 4), "experts.up_proj")
+        one_expert_conversions(
+            [op], [(4, 4), (4, 4)] if isinstance(op, Concatenate) else [(4, 4)], (4, 4), "experts.up_proj"
+        )
 
 
 # Checkpoints that do not fit the model.

@@ -1,4 +1,4 @@
-"""Fakes for passes: trace a small experts module, and stand-ins for the runtime that serve its rewritten graph.
+"""Fakes for passes: trace a small experts module, and fakes of the runtime that serve its rewritten graph.
 
 Shapes: T tokens, K experts per token, P = T*K pairs, E experts, S slots, H hidden.
 """

@@ -365,7 +365,7 @@ def test_a_state_dict_of_ones_own(original, older, tmp_path):
         handle.model.save_pretrained(tmp_path / "saved", state_dict=state)
         want = tensors(original)
         want["model.norm.weight"] += 1
-        assert_refused(handle.model, older, SaveError, "stand-in", state_dict=dict(handle.model.named_parameters()))
+        assert_refused(handle.model, older, SaveError, "phantom", state_dict=dict(handle.model.named_parameters()))
     found = tensors(tmp_path / "saved")
     assert found.keys() == want.keys() and all(torch.equal(found[key], want[key]) for key in want)
 

@@ -188,7 +188,7 @@ def scratch_rows_are_swapped(patch):
 
     def take(self, demanded=True):
         arrival = real(self, demanded)
-        return arrival if arrival.load else dataclasses.replace(arrival, place=(arrival.place + 1) % 2)
+        return arrival if arrival.load else dataclasses.replace(arrival, scratch_row=(arrival.scratch_row + 1) % 2)
 
     patch.setattr(Arrivals, "take", take)
 

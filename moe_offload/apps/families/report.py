@@ -42,7 +42,10 @@ def run_families(
             rows[future.result().family] = future.result()
             progress.advance(bar)
     found = [rows[name] for name in wanted]
-    found += [FamilyResult(name, "refused", "not in the table of tiny models yet", "") for name in ([] if names else unlisted())]
+    found += [
+        FamilyResult(name, "refused", "not in the table of tiny models yet", "")
+        for name in ([] if names else unlisted())
+    ]
     if as_json:
         print(json.dumps([row.asdict() for row in found]))
     else:

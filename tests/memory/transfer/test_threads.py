@@ -15,10 +15,10 @@ import weakref
 import pytest
 
 from moe_offload.errors import ClosedError, ExpertReadError
+from moe_offload.memory.devices import usable_kinds
 from moe_offload.memory.stores.row_read import RowRead
 from moe_offload.memory.transfer import TRANSFERS
 from moe_offload.memory.transfer import threads as transfer_threads
-from moe_offload.memory.transfer.staged import present
 from moe_offload.memory.transfer.threads import ThreadTransfer
 
 ROW = 64
@@ -47,7 +47,7 @@ def row():
     return memoryview(bytearray(b"\xff" * ROW))
 
 
-@pytest.fixture(params=[name for name in TRANSFERS if name in present()])
+@pytest.fixture(params=[name for name in TRANSFERS if name in usable_kinds()])
 def transfer(request):
     made = TRANSFERS[request.param](request.param)
     yield made
