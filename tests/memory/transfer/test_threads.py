@@ -344,7 +344,7 @@ def test_a_process_ends_with_reads_under_way():
     script = """
         import time
         from moe_offload.memory.stores.row_read import RowRead
-        from moe_offload.transfer_threads import ThreadTransfer
+        from moe_offload.memory.transfer.threads import ThreadTransfer
         class Store:
             def begin(self, layer, expert, row):
                 return RowRead([lambda: time.sleep(30)], lambda: 0)
