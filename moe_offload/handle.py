@@ -159,11 +159,11 @@ class Handle:
 
     def profile(self, **meta: str) -> Profile:
         """The activation profile so far: how often each layer used each expert."""
-        layers = self._runtime.layers
+        counters = [layer.counters.snapshot() for layer in self._runtime.layers]
         return Profile.of(
             self.fingerprint,
-            tokens=max((layer.counters.tokens for layer in layers), default=0),
-            counts=[list(layer.counters.counts) for layer in layers],
+            tokens=max((layer.tokens for layer in counters), default=0),
+            counts=[layer.counts for layer in counters],
             meta=meta,
         )
 

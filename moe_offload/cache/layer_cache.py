@@ -54,6 +54,17 @@ class Counters:
     def requests(self) -> int:
         return self.hits + self.misses
 
+    def record(self, used: Mapping[int, int], tokens: int) -> None:
+        """One event more, in a single call of C: neither Ctrl-C nor another thread finds uses without their tokens."""
+        counts = self.counts.copy()
+        for expert, uses in used.items():
+            counts[expert] += uses
+        vars(self).update(events=self.events + 1, tokens=self.tokens + tokens, counts=counts)
+
+    def snapshot(self) -> Counters:
+        """A copy whose counters belong together, whatever another thread records meanwhile."""
+        return Counters(**vars(self))
+
 
 class LayerCache:
     """The slot table of one layer: `slots` slots for `num_experts` experts."""
@@ -174,8 +185,7 @@ class LayerCache:
 
     def _record(self, used: Mapping[int, int], tokens: int) -> None:
         self.policy.record(used, tokens)
-        self.counters.events += 1
-        self.counters.tokens += tokens
+        self.counters.record(used, tokens)
 
     def _admit(self, experts: list[int], candidates: list[int]) -> list[Load]:
         """A slot for each of `experts`: the free ones, then those of victims among the candidates."""

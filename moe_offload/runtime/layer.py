@@ -219,7 +219,7 @@ class LayerRuntime:
         return Rows(slots, layout.row_bytes, layout.dtype, self.poison, device=self.device)
 
     def _event(self, ids_P: Tensor) -> tuple[list[int], Counter[int]]:
-        """The ids of one event, checked and counted; what is on its way for it has been claimed.
+        """The ids of one event, checked, and how often each is there; what is on its way for it has been claimed.
 
         Of a prompt on a device the host hears no more than the counts, and there are no ids.
         """
@@ -236,9 +236,6 @@ class LayerRuntime:
             raise
         if self.recorder is not None:
             self.recorder.event(self.moe.index, ids, self._tokens(pairs))
-        counts = self.cache.counters.counts
-        for e, count in used.items():
-            counts[e] += count
         self.arrivals.begin(used)  # last: what it has claimed is given back by whoever called
         return ids, used
 
