@@ -20,7 +20,7 @@ def refuse_foreign_passes() -> None:
     is imported here, so whatever the other one is, it does not run.
     """
     spec = find_spec("passes")
-    found = spec and (spec.origin or ", ".join(spec.submodule_search_locations or ()))
+    found = None if spec is None else spec.origin or ", ".join(spec.submodule_search_locations or ())
     if found is None or Path(found).parent != ROOT / "passes":
         raise OffloadError(
             f"moe_offload needs the package `passes` that is installed with it in {ROOT}, and `import passes` gives "
