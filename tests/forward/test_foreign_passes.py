@@ -13,11 +13,11 @@ ROOT = Path(__file__).resolve().parents[2]
 LOUD = "raise SystemExit('the other passes was run')"
 
 
-def imported(program: str, folder: Path, *, ours: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def imported(program: str, folder: Path, *options: str, ours: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """`program` in a fresh interpreter that has `folder` in front on its path, and our packages in `ours` after it."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ours)])}
     return subprocess.run(
-        [sys.executable, "-c", program], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, *options, "-c", program], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
     )
 
 
@@ -41,7 +41,7 @@ def test_one_that_was_imported_before_is_refused(tmp_path):
 
 def test_none_at_all_is_said(tmp_path):
     (tmp_path / "moe_offload").symlink_to(ROOT / "moe_offload")  # an installation that lost half of it
-    done = imported("import moe_offload.forward", tmp_path, ours=tmp_path)
+    done = imported("import moe_offload.forward", tmp_path, "-S", ours=tmp_path)  # and no site-packages
     assert done.returncode == 1 and "`import passes` gives nothing" in done.stderr
 
 
