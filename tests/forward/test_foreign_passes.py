@@ -17,7 +17,12 @@ def imported(program: str, folder: Path, *options: str, ours: Path = ROOT) -> su
     """`program` in a fresh interpreter that has `folder` in front on its path, and our packages in `ours` after it."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ours)])}
     return subprocess.run(
-        [sys.executable, *options, "-c", program], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, *options, "-c", program],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
 
