@@ -142,7 +142,7 @@ class Handle:
     def metrics(self, per_layer: bool = False) -> Any:
         """A `prometheus_client` registry of this model alone, read when it is scraped; `per_layer` adds that label.
 
-        Mount it with `prometheus_client.make_asgi_app(registry)`. Needs `pip install "moe-offload[metrics]"`.
+        Mount it with `prometheus_client.make_asgi_app(registry)`. Needs prometheus_client (the extra `metrics`).
         """
         return registry_of(self, per_layer)
 
