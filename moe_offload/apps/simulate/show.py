@@ -23,7 +23,11 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def write_json(rows: Sequence[Row], path: Path) -> None:
-    _write(path, json.dumps([dataclasses.asdict(row) for row in rows], indent=1).encode() + b"\n")
+    _write(path, rows_json(rows).encode() + b"\n")
+
+
+def rows_json(rows: Sequence[Row]) -> str:
+    return json.dumps([dataclasses.asdict(row) for row in rows], indent=1)
 
 
 def write_plot(rows: Sequence[Row], path: Path) -> None:
@@ -59,7 +63,7 @@ def check_plot() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise TraceError('--plot needs matplotlib: pip install "moe-offload[report]"') from error
+        raise TraceError('--save-plot needs matplotlib: pip install "moe-offload[report]"') from error
 
 
 def _style(policy: str, policies: Sequence[str]) -> dict[str, object]:
