@@ -15,13 +15,13 @@ from rich.progress import Progress
 from transformers.utils import logging as hf_logging
 
 from ...errors import ConfigError
-from .check import MATRIX, QUICK, Row, check
+from .check import MATRIX, QUICK, FamilyResult, check
 from .tiny import available, unlisted
 
 
 def check_families(
-    names: Sequence[str], *, compile: str, matrix: bool, jobs: int, done: Callable[[Row], object]
-) -> list[Row]:
+    names: Sequence[str], *, compile: str, matrix: bool, jobs: int, done: Callable[[FamilyResult], object]
+) -> list[FamilyResult]:
     """Check `names` (all families when empty): a row each, in the order of the names; `done` has each as it comes.
 
     Dynamo traces in Python, so the work is spread over `jobs` processes of one thread each. Raises ConfigError for a
@@ -33,9 +33,9 @@ def check_families(
             f"{unknown[0]!r} is no MoE family of the installed transformers; there are {', '.join(known)}"
         )
     wanted = list(names or known)
-    rows: dict[str, Row] = {}
+    rows: dict[str, FamilyResult] = {}
     for name in [] if names else unlisted():
-        rows[name] = Row(name, "refused", "not in the table of tiny models yet", "")
+        rows[name] = FamilyResult(name, "refused", "not in the table of tiny models yet", "")
         done(rows[name])
     spawn = multiprocessing.get_context("spawn")  # a forked child would inherit torch's threads, dead
     with (
@@ -51,19 +51,19 @@ def check_families(
     return [rows[name] for name in sorted(rows, key=lambda name: (name not in wanted, [*wanted, name].index(name)))]
 
 
-def line(row: Row) -> str:
+def line(row: FamilyResult) -> str:
     """One family as a line of text."""
     experts = f"{row.experts} experts, top-{row.top_k}" if row.experts else ""
     runs = f"{row.cases} runs" if row.cases else ""
     return f"{row.family:<22}{row.status:<10}{runs:<9}{experts:<22}{row.reason}".rstrip()
 
 
-def totals(rows: Sequence[Row]) -> str:
+def totals(rows: Sequence[FamilyResult]) -> str:
     exact, refused = (sum(row.status == status for row in rows) for status in ("exact", "refused"))
     return f"{exact} exact, {refused} refused, {len(rows) - exact - refused} different or failed"
 
 
-def markdown_table(rows: Sequence[Row]) -> str:
+def markdown_table(rows: Sequence[FamilyResult]) -> str:
     """The table of docs/families.md."""
     import transformers
 
@@ -73,7 +73,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
     return f"{table}\n\n{totals(rows)}, with transformers {transformers.__version__}."
 
 
-def rows_json(rows: Sequence[Row]) -> str:
+def rows_json(rows: Sequence[FamilyResult]) -> str:
     return json.dumps([row.asdict() for row in rows])
 
 
@@ -84,10 +84,10 @@ def _quiet() -> None:
     warnings.simplefilter("ignore")  # tiny random models set off advice that is meant for real ones
 
 
-def _checked(name: str, matrix: bool, compile: str) -> Row:
+def _checked(name: str, matrix: bool, compile: str) -> FamilyResult:
     try:
         return check(name, MATRIX if matrix else QUICK, compile=compile)
     except Exception as error:  # one family that breaks must not hide the others
-        return Row(name, "failed", f"{type(error).__name__}: {str(error).splitlines()[0]}", "")
+        return FamilyResult(name, "failed", f"{type(error).__name__}: {str(error).splitlines()[0]}", "")
     finally:
         torch._dynamo.reset()

@@ -8,7 +8,7 @@ from pathlib import Path
 from ...errors import ConfigError, TraceError
 from ...observe.trace import Trace
 from ..options.checks import check_output
-from .run import ALL, Row, simulate
+from .run import ALL, SimulationResult, simulate
 from .show import check_plot, write_json, write_plot
 
 
@@ -22,7 +22,7 @@ def run(
     json_file: Path | None,
     plot: Path | None,
     note: Callable[[str], object],
-) -> list[Row]:
+) -> list[SimulationResult]:
     """The rows; the JSON and the plot are written. What is no trace among several files is noted and skipped.
 
     Raises TraceError when nothing is left, ConfigError for what cannot be asked for.
