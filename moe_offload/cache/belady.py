@@ -1,4 +1,6 @@
-"""Belady's MIN, which is told what is to come (Belady, 1966): the bound beside every hit rate, never a running model's.
+"""Belady's MIN (Belady, 1966), which is told all future events: the best hit rate that any cache could have had.
+
+It is printed beside every hit rate. A running model cannot use it, since it does not know the future.
 
     Belady          MIN as a policy: the victims are the candidates whose next uses lie furthest ahead
     belady_hits     event by event, the most hits that any cache of so many slots could have had
@@ -30,7 +32,7 @@ class Belady:
         return sorted(candidates, key=lambda e: -self.upcoming[e][-1])[:n]
 
     def seed(self, rates: Sequence[float]) -> None:
-        """It knows better than any profile."""
+        """Nothing to do: the future is known, so a profile adds nothing."""
 
 
 def belady_hits(events: Sequence[Sequence[int]], slots: int, bypass: bool = False) -> list[int]:

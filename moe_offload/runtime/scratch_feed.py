@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from .in_flight import Arrivals
 
-EXPECTED_USES = 2  # pairs per expert from which on reading ahead for the next layer is no guess
+EXPECTED_USES = 2  # read ahead for the next layer only if the event has at least so many pairs per expert
 
 
 class Feed:

@@ -5,7 +5,7 @@
                 of this thread, then one copy; a quarter of the processor time of a read through the page cache
     buffered    the file system refuses O_DIRECT: an ordinary read
 
-Short reads and interruptions are gone on from; EIO and EAGAIN are tried once more.
+After a short read or an interruption the rest is read; after EIO and EAGAIN the read is tried once more.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rows resting in files: each row a handful of reads that several threads can do at once.
+"""The disk store: rows in checkpoint files (or a spill file), each a handful of reads that threads share.
 
 Descriptors are opened once and kept, so a checkpoint that is deleted or replaced meanwhile is still read as it was. A
 file that was modified in place is noticed (size, modification time) and never served. Nothing is memory-mapped.

@@ -1,4 +1,4 @@
-"""Rows resting in host memory: as fast as a copy, as large as the experts."""
+"""The host store: rows in RAM. A load costs a copy, and the store as much RAM as its experts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...experts import MoELayer
 from ..buffers import page_aligned
 from .row_read import RowRead, check_request
 
-#: Copied in one go by one thread: long enough to be worth handing over, short enough that several threads share a row.
+#: What one thread copies at a time: long enough to be worth handing to it, short enough that several share one row.
 PART_BYTES = 2 << 20
 
 
