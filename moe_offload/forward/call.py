@@ -33,7 +33,7 @@ VERSIONS_ARE_CACHED = r"Dynamo detected a call to a `functools\.lru_cache`-wrapp
 ADAPTED = (
     "an adapter changes the weights of offloaded experts (peft's target_parameters, which it also derives from "
     "target_modules that name projections of experts), but they rest in files and pass through slots. Adapt dense "
-    "layers only (such as target_modules=['q_proj', 'v_proj']), or merge the adapter into the model before optimize()."
+    "layers only (such as target_modules=['q_proj', 'v_proj']), or merge the adapter into the model before optimize()"
 )
 _numbers = itertools.count()
 

@@ -119,7 +119,7 @@ def _or_budget_error(plan: Plan, device: str) -> Iterator[None]:
         raise BudgetError(
             f"{device} has no room for {format_size(plan.bank_bytes)} of expert slots and "
             f"{format_size(plan.costs.scratch_bytes)} of scratch, within a budget of {format_size(plan.budget_bytes)}: "
-            "something else holds its memory. Make room, or use a smaller budget."
+            "something else holds its memory. Make room, or use a smaller budget"
         ) from error
 
 

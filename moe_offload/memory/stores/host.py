@@ -42,7 +42,7 @@ class HostStore:
     def begin(self, layer: int, expert: int, row: memoryview) -> RowRead:
         rows = self._rows  # a reader that got here before `close` keeps the memory until it is done
         if rows is None:
-            raise ClosedError("this store was closed; its rows are gone. Offload the model again to go on.")
+            raise ClosedError("this store was closed; its rows are gone. Offload the model again to go on")
         check_request(layer, expert, self._counts, row, self._row_bytes)
         source, target = rows[layer][expert].numpy(), np.frombuffer(row, np.uint8)
         nbytes = self._row_bytes[layer]
@@ -56,7 +56,7 @@ class HostStore:
     def rows_EN(self, layer: int) -> torch.Tensor:
         """The rows themselves, uint8 [E, row_bytes]: for a device that reads them without asking."""
         if self._rows is None:
-            raise ClosedError("this store was closed; its rows are gone. Offload the model again to go on.")
+            raise ClosedError("this store was closed; its rows are gone. Offload the model again to go on")
         return self._rows[layer]
 
     def close(self) -> None:

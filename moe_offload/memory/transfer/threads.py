@@ -74,7 +74,7 @@ class ThreadTransfer:
             if waited > TIMEOUT_S:
                 raise ExpertReadError(
                     f"{ticket.name}: its row has not arrived after {waited:.0f} s; {self._state()}. The disk or mount "
-                    "does not answer; if it goes on so, load the model again."
+                    "does not answer; if it goes on so, load the model again"
                 )
             if not warned:
                 warned = True
@@ -84,8 +84,10 @@ class ThreadTransfer:
         return ticket.nbytes
 
     def get_going(self) -> None:
-        """Wait until the reader threads have begun: once all cores compute, a thread that wakes up waits for a core (some
-        3 ms on Linux), and the disk is idle meanwhile."""
+        """Wait until the reader threads have begun.
+
+        Once all cores compute, a thread that wakes up waits some 3 ms for a core (Linux), and the disk idles meanwhile.
+        """
         if not self._here():
             return
         with self._lock:
@@ -259,7 +261,7 @@ class ThreadTransfer:
             raise self._is_closed()
 
     def _is_closed(self) -> ClosedError:
-        return ClosedError("this transfer was closed. Offload the model again to go on.")
+        return ClosedError("this transfer was closed. Offload the model again to go on")
 
     def _state(self) -> str:
         with self._lock:
