@@ -6,24 +6,25 @@ import os
 import time
 import weakref
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from .cache.counters import TOTALS, Stats
+from .cache.counters import Counters, LayerStats, Stats
 from .config.sizes import format_size
 from .errors import TraceError
 from .experts import MoELayer
 from .observe import chrome_trace
 from .observe.live.server import LiveView, open_view
-from .observe.live.snapshot import LayerNow, Snapshot
+from .observe.live.snapshot import Snapshot
 from .observe.metrics import LOCAL, Exporter, registry_of
 from .observe.notebook import to_html
 from .observe.profile import Fingerprint, Profile
 from .observe.timeline import Depth, Timeline
 from .observe.trace import Trace
-from .observe.trace_recorder import Recorder, Step
+from .observe.trace_recorder import ForwardRecord, TraceRecorder
 from .plan.arrange import Arrangement
 from .plan.budget import Plan
 from .plan.explain import explain
@@ -51,7 +52,7 @@ class Handle:
         self._arranged, self.tiers, self.fingerprint = where, where.tiers, fingerprint
         self.compile, self.implementation, self.graphs = compile, implementation, graphs
         self.model, self._runtime, self._on_close = model, runtime, on_close
-        self._recorder: Recorder | None = None
+        self._recorder: TraceRecorder | None = None
         self._live: LiveView | None = None
         self._exporters: list[Exporter] = []
         self.begun = time.monotonic()
@@ -83,23 +84,19 @@ class Handle:
 
     def stats(self) -> Stats:
         """Counters as of now; `stats().layers` has them per layer."""
-        layers: list[dict[str, Any]] = []
-        for layer in self._runtime.layers:
-            c = layer.counters
-            layers.append(
-                {
-                    "name": layer.moe.name,
-                    "slots": layer.cache.slots,
-                    "experts": layer.moe.num_experts,
-                    "resident": layer.resident,
-                    "tokens": c.tokens,
-                    "decides": "device" if layer.moe.index in self._runtime.decided else "host",
-                    **{name: getattr(c, name) for name in TOTALS},
-                }
+        layers = [
+            LayerStats(
+                **layer.counters.values(),
+                name=layer.moe.name,
+                experts=layer.moe.num_experts,
+                slots=layer.cache.slots,
+                resident=layer.resident,
+                row_bytes=layer.moe.layout.row_bytes,
+                decides="device" if layer.moe.index in self._runtime.decided else "host",
             )
-        totals = {name: sum(row[name] for row in layers) for name in TOTALS}
-        tokens = max((row["tokens"] for row in layers), default=0)
-        return Stats(**totals, tokens=tokens, graphs=len(self.graphs), layers=layers)
+            for layer in self._runtime.layers
+        ]
+        return Stats(**Counters.total(layers).values(), graphs=len(self.graphs), layers=layers)
 
     def depth(self) -> Depth:
         """Rows queued, and being read, as of now."""
@@ -107,13 +104,14 @@ class Handle:
 
     def snapshot(self) -> dict[str, Any]:
         """State and counters as of now, as plain JSON values (`live/snapshot.py`). From any thread; waits for none."""
-        return self._snapshot().model_dump()
+        return asdict(self._snapshot())
 
     def _snapshot(self) -> Snapshot:
         stats, depth = self.stats(), self.depth()
-        names = [name for name in Snapshot.model_fields if name in stats.__dataclass_fields__ and name != "layers"]
         return Snapshot(
-            **{name: getattr(stats, name) for name in names},
+            **stats.values(),
+            graphs=stats.graphs,
+            layers=stats.layers,
             model=self.name,
             pid=os.getpid(),
             uptime_s=time.monotonic() - self.begun,
@@ -122,10 +120,6 @@ class Handle:
             rss_bytes=psutil.Process().memory_info().rss,
             queued=depth.urgent + depth.background,
             reading=depth.reading,
-            layers=[
-                LayerNow(**{**row, "name": row["name"][:256]}, row_bytes=layer.row_bytes)
-                for row, layer in zip(stats.layers, self.plan.layers, strict=True)
-            ],
         )
 
     def serve_live(self) -> Path | None:
@@ -183,8 +177,8 @@ class Handle:
                 "trace, load the model with config={'decide': 'host'}"
             )
         layers = self._runtime.layers
-        self._recorder = Recorder([layer.cache for layer in layers], [layer.moe.top_k for layer in layers])
-        self._runtime.record(self._recorder)
+        self._recorder = TraceRecorder([layer.cache for layer in layers], [layer.moe.top_k for layer in layers])
+        self._runtime.record_trace(self._recorder)
 
     def trace(self, **meta: str) -> Trace:
         """What `start_trace` has recorded, for `simulate`. Started before the first token, without a profile,
@@ -201,10 +195,10 @@ class Handle:
         """Write the trace to `path` (.npz), atomically."""
         return self.trace(**meta).save(path)
 
-    def steps(self) -> list[Step]:
+    def forwards(self) -> list[ForwardRecord]:
         """What every forward since `start_trace` took: when, how many tokens, hits, misses, bytes, waiting."""
         with self._runtime.lock:
-            return self._recording().steps()
+            return self._recording().forwards()
 
     def recorded_s(self) -> float:
         """Seconds from `start_trace` to now, or to where the trace was full."""
@@ -227,7 +221,7 @@ class Handle:
             raise TraceError("no timeline is being recorded: call model.moe_offload.start_timeline() before the run")
         return chrome_trace.save(self._timeline, path, torch_profile)
 
-    def _recording(self) -> Recorder:
+    def _recording(self) -> TraceRecorder:
         if self._recorder is None:
             raise TraceError("no trace is being recorded: call model.moe_offload.start_trace() before the run")
         return self._recorder
@@ -266,7 +260,7 @@ class Handle:
                     f"{format_size(s.wasted_bytes)} in vain"
                 )
             if self._runtime.decided:
-                layers = [row["decides"] for row in s.layers]
+                layers = [layer.decides for layer in s.layers]
                 lines.append(
                     f"the device decides in {layers.count('device')} of {len(layers)} layers: it did in {s.by_device} "
                     f"of {s.events} events, the host in {s.by_host}"
@@ -284,4 +278,4 @@ class Handle:
 
 
 def _line(handle: Handle | None) -> bytes | None:
-    return None if handle is None or handle.closed else handle._snapshot().model_dump_json().encode()
+    return None if handle is None or handle.closed else handle._snapshot().to_json()

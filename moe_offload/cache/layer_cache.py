@@ -18,10 +18,11 @@ A slot whose victim has been chosen is unmapped at once, so a failed load can ne
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ..errors import RoutingError
 from . import Policy
+from .counters import LayerCounters
 
 
 @dataclass(frozen=True)
@@ -32,35 +33,12 @@ class Load:
     slot: int
 
 
-@dataclass
-class Counters:
-    """What one layer's cache has done. Requests are distinct experts per event; bytes are those read from the store."""
-
-    events: int = 0
-    tokens: int = 0
-    hits: int = 0
-    misses: int = 0
-    bytes_read: int = 0
-    prewarm_bytes: int = 0
-    stall_s: float = 0.0  # time that compute waited for loads
-    streamed: int = 0  # of the misses: used from scratch, without taking a slot
-    ahead: int = 0  # of the misses: their row had been asked for before they were
-    late: int = 0  # of those: it had not arrived whole
-    wasted_bytes: int = 0  # read ahead, and not needed
-    by_device: int = 0  # of the events: decided by the device, without the host
-    counts: list[int] = field(default_factory=list)  # uses per expert, every token-expert pair counted
-
-    @property
-    def requests(self) -> int:
-        return self.hits + self.misses
-
-
 class LayerCache:
     """The slot table of one layer: `slots` slots for `num_experts` experts."""
 
     def __init__(self, num_experts: int, slots: int, policy: Policy, name: str = "experts"):
         self.name, self.num_experts, self.policy = name, num_experts, policy
-        self.counters = Counters(counts=[0] * num_experts)
+        self.counters = LayerCounters(counts=[0] * num_experts)
         self.resize(slots)
 
     def resize(self, slots: int) -> None:
@@ -174,8 +152,7 @@ class LayerCache:
 
     def _record(self, used: Mapping[int, int], tokens: int) -> None:
         self.policy.record(used, tokens)
-        self.counters.events += 1
-        self.counters.tokens += tokens
+        self.counters.count_event(used, tokens)
 
     def _admit(self, experts: list[int], candidates: list[int]) -> list[Load]:
         """A slot for each of `experts`: the free ones, then those of victims among the candidates."""

@@ -43,7 +43,7 @@ HORIZON = 2  # events after which a use still counts as a successor
 FADE = 255  # so that a count is one byte: E * E bytes a layer, not 32 times that in floats
 DOUBT = 4  # an expert followed n times predicts with n / (n + DOUBT) of its shares
 SHORTLIST = 14
-LARGEST_SET = 32  # beyond, an event is a prompt or a large batch: everything follows everything
+LARGEST_CONTEXT = 32  # beyond, an event is a prompt or a large batch: everything follows everything
 
 _HALF = bytes(count >> 1 for count in range(256))
 
@@ -59,7 +59,7 @@ class Successors:
     def record(self, used: Mapping[int, int], tokens: int) -> None:
         self.fast.record(used, tokens)
         self.slow.record(used, tokens)
-        if len(used) > LARGEST_SET:
+        if len(used) > LARGEST_CONTEXT:
             self.recent = []
             return
         experts = sorted(used)

@@ -17,7 +17,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from ..cache.layer_cache import Counters
+from ..cache.counters import LayerCounters
 from ..errors import RoutingError
 from .in_flight import Arrivals
 from .kernels import DeviceState, Kernels, Loads, pace
@@ -148,7 +148,7 @@ class DeviceCache:
         cache = self.arrivals.cache
         self.state = DeviceState.empty(cache.num_experts, cache.slots, self.device, self.state.totals_4)
 
-    def counters(self) -> Counters:
+    def counters(self) -> LayerCounters:
         moe = self.arrivals.moe
         return self.state.counters(self.arrivals.cache.counters, moe.top_k, moe.layout.row_bytes)
 

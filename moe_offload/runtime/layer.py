@@ -24,7 +24,9 @@ import torch
 from torch import Tensor
 
 from ..cache import Policy
-from ..cache.layer_cache import Counters, LayerCache
+from ..cache.counters import LayerCounters
+from ..cache.layer_cache import LayerCache
+from ..cache.phase import fits_slots
 from ..errors import ClosedError, RoutingError
 from ..experts import MoELayer
 from ..memory.buffers import NOTHING, Rows
@@ -32,14 +34,14 @@ from ..memory.process_memory import trim_heap
 from ..memory.scratch import Scratch
 from ..memory.stores import Store
 from ..memory.transfer import Transfer
-from ..observe.trace_recorder import Recorder
+from ..observe.trace_recorder import TraceRecorder
 from .device_cache import Deciding, DeviceCache
 from .guesses import Trial
 from .in_flight import Arrivals
 from .waves_cpu import RunCore, compute_while_loading
 from .waves_device import compute_in_groups, uses
 
-PROMPT = 64  # tokens from which on activations leave enough behind for the heap to be trimmed, which takes ms
+HEAP_TRIM_TOKENS = 64  # from so many on, activations leave enough behind for the heap to be trimmed: it takes ms
 
 
 class Guesses:
@@ -82,7 +84,7 @@ class LayerRuntime:
         self.arrivals = Arrivals(moe, cache, self._rows(slots), scratch, store, transfer, poison)
         self.following: Arrivals | None = None  # for which rows are read ahead; set by `Runtime`
         self.guesses = Guesses()  # of the model; set by `Runtime`
-        self.recorder: Recorder | None = None  # of the model, while its trace is recorded
+        self.recorder: TraceRecorder | None = None  # of the model, while its trace is recorded
         self.device_cache: DeviceCache | None = None  # where the device decides
         self.deciding: Deciding | None = None  # of the model, likewise
         self.module_core: RunCore | None = None  # set where the model is patched; serves `experts`
@@ -100,7 +102,7 @@ class LayerRuntime:
     def prefetch(self, ids_P: Tensor) -> None:
         trial = self.guesses.trial
         self._refuse_capture()
-        if ids_P.numel() >= self.cache.slots:  # a prompt, or no slot to spare
+        if ids_P.numel() >= self.cache.slots:  # no slot is left for a guess; a prompt leaves none anyway
             trial.skip()
             return
         if self.moe.index == 1:
@@ -148,7 +150,7 @@ class LayerRuntime:
         tokens = self._tokens(pairs)
         past: list[int] = []
         try:
-            if pairs <= cache.slots:  # as small as a decode step: it may evict like one
+            if fits_slots(pairs, cache.slots):
                 loads = cache.lookup(used, tokens)
             else:
                 loads, past = cache.fill(used, tokens)
@@ -164,7 +166,7 @@ class LayerRuntime:
             arrivals.abort()
             raise
         finally:
-            if tokens >= PROMPT and not runs_ahead:  # a device's activations are not on the heap
+            if tokens >= HEAP_TRIM_TOKENS and not runs_ahead:  # a device's activations are not on the heap
                 trim_heap()
 
     def experts(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -178,7 +180,7 @@ class LayerRuntime:
             return weighted_PH.view(tokens, k, -1).sum(dim=1).to(x_TH.dtype)
 
     @property
-    def counters(self) -> Counters:
+    def counters(self) -> LayerCounters:
         """What the layer has done so far, whoever decided."""
         if self.device_cache is not None and self.deciding is not None and self.deciding.now:
             return self.device_cache.counters()
@@ -219,7 +221,7 @@ class LayerRuntime:
         return Rows(slots, layout.row_bytes, layout.dtype, self.poison, device=self.device)
 
     def _event(self, ids_P: Tensor) -> tuple[list[int], Counter[int]]:
-        """The ids of one event, checked and counted; what is on its way for it has been claimed.
+        """The ids of one event, checked; what is on its way for it has been claimed.
 
         Of a prompt on a device the host hears no more than the counts, and there are no ids.
         """
@@ -236,9 +238,6 @@ class LayerRuntime:
             raise
         if self.recorder is not None:
             self.recorder.event(self.moe.index, ids, self._tokens(pairs))
-        counts = self.cache.counters.counts
-        for e, count in used.items():
-            counts[e] += count
         self.arrivals.begin(used)  # last: what it has claimed is given back by whoever called
         return ids, used
 

@@ -232,7 +232,7 @@ def test_a_missing_field(path, saved, missing):
         (b"null", "profile"),
         (b"[]", "profile"),
         (b"{}", "created"),
-        (b'"moe_offload.observe.profile"', "profile"),
+        (b'"moe_offload.profile"', "profile"),
         (b"\xef\xbb\xbf{}", "BOM"),
         ("{}".encode("utf-16"), "utf-8"),
         (b"\xff\xfe\xfd", "utf-8"),

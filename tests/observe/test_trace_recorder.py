@@ -17,7 +17,7 @@ from moe_offload.apps.simulate import fast, plain
 from moe_offload.apps.simulate.stream import per_layer
 from moe_offload.cache import POLICIES
 from moe_offload.cache.layer_cache import LayerCache
-from moe_offload.observe.trace_recorder import Recorder
+from moe_offload.observe.trace_recorder import TraceRecorder
 
 MODEL = Path(__file__).parents[2] / "examples" / "polyglot-tiny"
 POLICY = ["successors", "decayed_lfu", "lru"]
@@ -59,7 +59,7 @@ def test_replay_gives_the_counters_of_the_run(policy, implementation):
             assert getattr(again.counters, name) == getattr(ran, name), name
         assert again.expert_at == cache.expert_at
         assert fast.replay(stream, cache.slots, policy, 32.0)[1].tolist() == hits.tolist()
-    steps = handle.steps()
+    steps = handle.forwards()
     stats = handle.stats()
     assert [sum(getattr(step, name) for step in steps) for name in ("hits", "misses", "bytes_read")] == [
         stats.hits, stats.misses, stats.bytes_read
@@ -68,7 +68,7 @@ def test_replay_gives_the_counters_of_the_run(policy, implementation):
 
 
 def recorder(experts=4, layers=2, top_k=2, **kwargs):
-    return Recorder(
+    return TraceRecorder(
         [LayerCache(experts, 2, POLICIES["lru"](experts, 1.0)) for _ in range(layers)], [top_k] * layers, **kwargs
     )
 
@@ -104,7 +104,7 @@ def test_a_full_trace_keeps_whole_forwards(caplog):
         for _ in range(10):
             run.event(0, [0, 1], 1)
             run.event(1, [0, 1], 1)
-    assert run.trace().tokens == 2 == len(run.steps()) and len(caplog.records) == 1
+    assert run.trace().tokens == 2 == len(run.forwards()) and len(caplog.records) == 1
     assert (run.trace().experts_TLK >= 0).all()
     assert run.passed_s() == run.marks[2][0] > 0, "the clock stops with the trace"
 

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from ... import __version__
+from ..live.top import top
 from .bench import bench
 from .chat import chat
 from .config import config
@@ -26,7 +27,6 @@ from .report import report
 from .run import run
 from .serve import serve
 from .simulate import simulate
-from .top import top
 
 app = typer.Typer(
     name="moe-offload",

@@ -28,7 +28,7 @@ def report(
     loaded = or_exit(lambda: RunRecord.load(run))
     typer.echo(f"{or_exit(lambda: write_page(loaded, out))}")
     if png is not None:
-        from ..report.png import write_png
+        from ..report.charts import write_png
 
         for path in or_exit(lambda: write_png(loaded, png)):
             typer.echo(f"{path}")

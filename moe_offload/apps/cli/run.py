@@ -117,10 +117,12 @@ def run(
             saved = or_exit(lambda: handle.save_timeline(timeline_out), code=1)
             typer.echo(f"timeline saved to {saved}; ui.perfetto.dev opens it", err=True)
         if report is not None:
-            from ..report.collect import record_of
+            from ..report.collect import collect_run
 
             name = None if wanted.profile is None else Path(wanted.profile).name
-            saved = or_exit(lambda: record_of(handle, model=model, profile=name, ended_s=ended_s).save(report), code=1)
+            saved = or_exit(
+                lambda: collect_run(handle, model=model, profile=name, ended_s=ended_s).save(report), code=1
+            )
             typer.echo(f"run saved to {saved}; moe-offload report {saved} makes a page of it", err=True)
         if interrupted:
             raise typer.Exit(130)

@@ -31,7 +31,7 @@ Ints = NDArray[np.int64]
 #: Arguments, not globals: compiled code is kept on disk, and would not notice when a policy's file changes.
 CONSTANTS = (
     *(s.FAST, s.SLOW, rate.Rate(0, s.FAST).share, rate.Rate(0, s.SLOW).share, s.WEIGHT, rate.FULL, rate.MOST),
-    *(s.HORIZON, s.FADE, s.DOUBT, s.SHORTLIST, s.LARGEST_SET),
+    *(s.HORIZON, s.FADE, s.DOUBT, s.SHORTLIST, s.LARGEST_CONTEXT),
     *(classes.CLASSES, classes.HALF_LIFE, tiny.SAMPLE),
 )
 
