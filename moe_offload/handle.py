@@ -86,7 +86,7 @@ class Handle:
         """Counters as of now; `stats().layers` has them per layer."""
         layers = [
             LayerStats(
-                **layer.counters.values(),
+                **layer.counters.snapshot().values(),
                 name=layer.moe.name,
                 experts=layer.moe.num_experts,
                 slots=layer.cache.slots,
@@ -136,7 +136,7 @@ class Handle:
     def metrics(self, per_layer: bool = False) -> Any:
         """A `prometheus_client` registry of this model alone, read when it is scraped; `per_layer` adds that label.
 
-        Mount it with `prometheus_client.make_asgi_app(registry)`. Needs `pip install "moe-offload[metrics]"`.
+        Mount it with `prometheus_client.make_asgi_app(registry)`. Needs prometheus_client (the extra `metrics`).
         """
         return registry_of(self, per_layer)
 
@@ -153,11 +153,11 @@ class Handle:
 
     def profile(self, **meta: str) -> Profile:
         """The activation profile so far: how often each layer used each expert."""
-        layers = self._runtime.layers
+        counters = [layer.counters.snapshot() for layer in self._runtime.layers]
         return Profile.of(
             self.fingerprint,
-            tokens=max((layer.counters.tokens for layer in layers), default=0),
-            counts=[list(layer.counters.counts) for layer in layers],
+            tokens=max((layer.tokens for layer in counters), default=0),
+            counts=[layer.counts for layer in counters],
             meta=meta,
         )
 

@@ -101,11 +101,18 @@ class LayerCounters(Counters):
     counts: list[int] = field(default_factory=list)  # [E], every token-expert pair counted
 
     def count_event(self, used: Mapping[int, int], tokens: int) -> None:
-        """One event of so many `tokens`; `used`: by how many of them each expert is used."""
-        self.events += 1
-        self.tokens += tokens  # first: Ctrl-C may come between, and more uses than tokens x top-k make no profile
+        """One event more; `used`: by how many of its `tokens` each expert is used.
+
+        All is set in a single call of C: neither Ctrl-C nor another thread finds uses without their tokens.
+        """
+        counts = self.counts.copy()
         for expert, uses in used.items():
-            self.counts[expert] += uses
+            counts[expert] += uses
+        vars(self).update(events=self.events + 1, tokens=self.tokens + tokens, counts=counts)
+
+    def snapshot(self) -> LayerCounters:
+        """A copy whose counters belong together, whatever another thread counts meanwhile."""
+        return LayerCounters(**vars(self))
 
 
 @dataclass(kw_only=True)

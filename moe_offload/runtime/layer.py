@@ -221,7 +221,7 @@ class LayerRuntime:
         return Rows(slots, layout.row_bytes, layout.dtype, self.poison, device=self.device)
 
     def _event(self, ids_P: Tensor) -> tuple[list[int], Counter[int]]:
-        """The ids of one event, checked; what is on its way for it has been claimed.
+        """The ids of one event, checked, and how often each is there; what is on its way for it has been claimed.
 
         Of a prompt on a device the host hears no more than the counts, and there are no ids.
         """

@@ -74,6 +74,8 @@ def after(runtime):
         for index, layer in enumerate(runtime.layers):
             assert torch.equal(run(layer, ids), expected(index, ids))
             assert_sound(layer)
+            counters = layer.counters  # a profile whose uses are more than its tokens allow cannot be saved
+            assert sum(counters.counts) <= counters.tokens * layer.moe.top_k
 
 
 def made(kind, slots=3):

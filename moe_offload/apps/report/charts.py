@@ -90,7 +90,7 @@ def _drawn(name: str, run: RunRecord, kind: str) -> bytes:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ReportError('a report needs matplotlib: pip install "moe-offload[report]"') from error
+        raise ReportError('a report needs matplotlib: in the clone, pip install -e ".[report]"') from error
     data = BytesIO()
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=INCHES, layout="constrained")

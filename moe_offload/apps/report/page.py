@@ -30,7 +30,7 @@ def page(run: RunRecord) -> str:
         from jinja2 import Environment, PackageLoader, StrictUndefined
         from markupsafe import Markup
     except ImportError as error:
-        raise ReportError('a report needs jinja2: pip install "moe-offload[report]"') from error
+        raise ReportError('a report needs jinja2: in the clone, pip install -e ".[report]"') from error
     environment = Environment(
         loader=PackageLoader("moe_offload.apps.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,

@@ -59,7 +59,7 @@ def check_plot() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise TraceError('--plot needs matplotlib: pip install "moe-offload[report]"') from error
+        raise TraceError('--plot needs matplotlib: in the clone, pip install -e ".[report]"') from error
 
 
 def _style(policy: str, policies: Sequence[str]) -> dict[str, object]:

@@ -11,11 +11,11 @@ import pytest
 from typer.testing import CliRunner
 
 from moe_offload.apps.cli import app
-from moe_offload.apps.report import RunRecord, collect
+from moe_offload.apps.report import collect
 from moe_offload.apps.report.advice import advice, headline, summary
 from moe_offload.apps.report.charts import CHARTS, VARIABLES, grouped, svg_of
 from moe_offload.apps.report.page import page
-from moe_offload.apps.report.run_record import MAX_BYTES
+from moe_offload.apps.report.run_record import MAX_BYTES, RunRecord
 from moe_offload.cache.counters import COUNTERS
 from moe_offload.errors import ReportError
 from moe_offload.files import whole_file
@@ -206,7 +206,7 @@ def test_wrong_requests_are_one_line(tmp_path, monkeypatch):
         assert done.exit_code == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1
     monkeypatch.setitem(sys.modules, "jinja2", None)
     done = CliRunner().invoke(app, ["report", str(path), "-o", str(tmp_path / "r.html")])
-    assert done.exit_code == 2 and 'pip install "moe-offload[report]"' in done.stderr
+    assert done.exit_code == 2 and 'pip install -e ".[report]"' in done.stderr
 
 
 def test_compiling_is_in_no_time_but_its_own():
@@ -257,5 +257,5 @@ def test_charts_have_the_colours_of_the_page_and_ids_of_their_own():
 
 def test_without_matplotlib_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ReportError, match=r"moe-offload\[report\]"):
+    with pytest.raises(ReportError, match=r"-e \"\.\[report\]\""):
         page(run_of())
