@@ -22,6 +22,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
+from ..cache.counters import Counters, LayerCounters
 from ..errors import ProfileError
 from ..files.strict_json import brief, parse, problems
 from ..files.whole_file import open_regular, reason, replace
@@ -104,6 +105,12 @@ class Profile(BaseModel):
             )
         except ValidationError as error:
             raise ProfileError(f"these counts make no profile: {problems(error)}") from None
+
+    @classmethod
+    def of_layers(cls, fingerprint: Fingerprint, layers: Sequence[LayerCounters], meta: dict[str, str]) -> Profile:
+        """The profile of what these layers have counted."""
+        counts = [list(layer.counts) for layer in layers]
+        return cls.of(fingerprint, Counters.total(layers).tokens, counts, meta)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:

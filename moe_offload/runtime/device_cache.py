@@ -96,7 +96,7 @@ class DeviceCache:
         """Make what events of so many pairs need, before a graph is recorded: what is made within one is in its memory
         pool, which may hold nothing but the graph's own tensors."""
         for pairs in set(sizes) - self._loads.keys():
-            tokens = -(-pairs // self.arrivals.moe.top_k)
+            tokens = self.arrivals.moe.tokens_of(pairs)
             self._paces[pairs] = pace(tokens, self.half_life, self.device)
             self._loads[pairs] = Loads.empty(pairs, self.device)
 

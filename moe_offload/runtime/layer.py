@@ -118,7 +118,7 @@ class LayerRuntime:
         ids, used = self._event(ids_P)
         cache, arrivals = self.cache, self.arrivals
         try:
-            loads = cache.lookup(used, self._tokens(len(ids)))
+            loads = cache.lookup(used, self.moe.tokens_of(len(ids)))
             arrivals.claim_guesses(used)
             arrivals.start(loads)
             self.guesses.begin()
@@ -147,7 +147,7 @@ class LayerRuntime:
         ids, used = self._event(ids_P)
         cache, arrivals = self.cache, self.arrivals
         ids_P, pairs, runs_ahead = ids_P.reshape(-1), ids_P.numel(), arrivals.transfer.runs_ahead
-        tokens = self._tokens(pairs)
+        tokens = self.moe.tokens_of(pairs)
         past: list[int] = []
         try:
             if fits_slots(pairs, cache.slots):
@@ -237,7 +237,7 @@ class LayerRuntime:
             self._hand_back()  # raises for a layer of the device where it began there: this one may only have followed
             raise
         if self.recorder is not None:
-            self.recorder.event(self.moe.index, ids, self._tokens(pairs))
+            self.recorder.event(self.moe.index, ids, self.moe.tokens_of(pairs))
         self.arrivals.begin(used)  # last: what it has claimed is given back by whoever called
         return ids, used
 
@@ -254,9 +254,6 @@ class LayerRuntime:
         if transfer.runs_ahead:
             return transfer.send(torch.tensor(slot_of, dtype=ids_P.dtype)).index_select(0, ids_P)
         return torch.tensor([slot_of[e] for e in ids], dtype=ids_P.dtype)
-
-    def _tokens(self, pairs: int) -> int:
-        return -(-pairs // self.moe.top_k)
 
 
 def closed(name: str) -> ClosedError:
