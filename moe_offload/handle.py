@@ -137,7 +137,7 @@ class Handle:
                 slots=layer.cache.slots,
                 resident=layer.resident,
                 row_bytes=layer.moe.layout.row_bytes,
-                decides="device" if layer.moe.index in self._runtime.decided else "host",
+                decides="device" if layer.moe.index in self._runtime.device_layers else "host",
             )
             for layer in self._runtime.layers
         ]
@@ -239,7 +239,7 @@ class Handle:
             model.moe_offload.save_trace("run.npz")  # moe-offload simulate run.npz
             ```
         """
-        if self._runtime.deciding is not None:
+        if self._runtime.device_caches is not None:
             raise TraceError(
                 "the device decides which experts are in the slots, and the host does not hear their ids; to record a "
                 "trace, load the model with config={'decide': 'host'}"
@@ -481,7 +481,7 @@ class Handle:
             budget_bytes=self.plan.budget_bytes,
             plan=dict(self.plan.rows()),
             rss_bytes=psutil.Process().memory_info().rss,
-            queued=depth.urgent + depth.background,
+            queued=depth.demanded + depth.background,
             reading=depth.reading,
         )
 

@@ -74,7 +74,7 @@ class Allocator:
 def allocator_of(model):
     """What every row of `model` goes through."""
     allocator, runtime = Allocator(), model.moe_offload._runtime
-    for cache in runtime.deciding.caches if runtime.deciding else ():
+    for cache in runtime.device_caches.caches if runtime.device_caches else ():
         known = cache.kernels
         cache.kernels = known._replace(gather=allocator.through(known.gather))
     runtime._transfer.wait = allocator.through(runtime._transfer.wait)
