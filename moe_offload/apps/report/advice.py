@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import takewhile, zip_longest
 from typing import TypeVar
 
 from ...config.sizes import format_size
@@ -79,7 +79,7 @@ def _spent_s(run: RunRecord) -> list[float]:
     """Seconds that each forward took, without compiling. Before a forward that decodes nobody thinks what to say: what
     passes until then (choosing a token) belongs to it."""
     spent = []
-    for forward, following in zip(run.forwards, [*run.forwards[1:], None], strict=True):
+    for forward, following in zip_longest(run.forwards, run.forwards[1:]):
         until_s = following.began_s if following is not None and following.decode else forward.ended_s
         spent.append(max(until_s - forward.began_s - forward.compile_s, 0.0))
     return spent

@@ -242,7 +242,7 @@ def test_a_chart_is_readable_on_a_phone(name):
     svg = svg_of(name, run_of())
     width = float(re.search(r'viewBox="0 0 ([\d.]+)', svg)[1])
     assert 'width="' not in svg[: svg.index(">")], "the page says how wide it is"
-    sizes = [float(points) * 350 / width for points in re.findall(r"font: ([\d.]+)px", svg)]
+    sizes = [float(points) * 350 / width for points in re.findall(r"font-size: ([\d.]+)px", svg)]
     assert sizes and min(sizes) >= 10, sizes
 
 
