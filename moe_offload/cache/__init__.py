@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
-from .belady import Belady
 from .decayed_lfu import DecayedLFU
 from .lfu import LFU
 from .lrfu_classes import LRFUClasses
@@ -39,15 +38,10 @@ POLICIES: dict[str, Callable[[int, float], Policy]] = {
     "tiny_lfu": lambda experts, half_life: TinyLFU(experts),
 }
 
-#: Those that must be told what is to come, for `simulate`. MIN with bypass chooses no victims: `..belady` has it.
-ORACLES: dict[str, Callable[[int, Sequence[Iterable[int]]], Policy]] = {"belady": Belady}
-
 __all__ = [
     "LFU",
     "LRU",
-    "ORACLES",
     "POLICIES",
-    "Belady",
     "DecayedLFU",
     "LRFUClasses",
     "Policy",

@@ -42,7 +42,8 @@ def replay_policy(stream: Stream, slots: int, policy: Policy) -> tuple[NDArray[n
     return asked_V, replay(events, LayerCache(stream.num_experts, slots, policy))
 
 
-def replay_bypass(stream: Stream, slots: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    events = [list(event.used) for event in stream.events()]
-    asked_V = np.array([len(event) for event in events], dtype=np.int64)
-    return asked_V, np.array(belady_hits(events, slots, bypass=True), dtype=np.int64)
+def replay_min(stream: Stream, slots: int, bypass: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The same of Belady's MIN."""
+    events = [event.used for event in stream.events()]
+    asked_V = np.array([len(used) for used in events], dtype=np.int64)
+    return asked_V, np.array(belady_hits(events, slots, bypass), dtype=np.int64)
