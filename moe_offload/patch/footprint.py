@@ -22,4 +22,5 @@ def _held_bytes(model: nn.Module, runtime: Runtime, return_buffers: bool = True)
     phantoms = {id(phantom) for layer in runtime.layers for phantom in layer.moe.params.values()}
     tensors = [*model.parameters(), *(model.buffers() if return_buffers else ())]
     dense_bytes = sum(t.numel() * t.element_size() for t in tensors if id(t) not in phantoms)
-    return dense_bytes + sum(layer.slots.bytes.numel() for layer in runtime.layers)
+    slot_bytes = sum(layer.slots.bytes.numel() for layer in runtime.layers)
+    return int(dense_bytes + slot_bytes)
