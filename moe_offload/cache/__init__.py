@@ -19,7 +19,7 @@ from .tiny_lfu import TinyLFU
 class Policy(Protocol):
     """What the cache tells a policy, and asks of it."""
 
-    def record(self, used: Mapping[int, int], tokens: int) -> None:
+    def access(self, used: Mapping[int, int], tokens: int) -> None:
         """One event used these experts, each for so many of its `tokens` tokens (while decoding: for the one)."""
 
     def victims(self, candidates: Iterable[int], n: int) -> list[int]:

@@ -8,7 +8,7 @@ be larger than the slots: it is not resident together, and leaves in the slots w
 
     lookup(used)  hits keep their slot; each miss takes a free slot, or a victim's, and becomes a pending `Load`
     fill(used)    a prompt: loads for those worth a slot, and the experts whose rows pass through scratch
-    guess(ids)    the same for what will probably be asked for, as far as there is room; records nothing
+    guess(ids)    the same for what will probably be asked for, as far as there is room; it is no access
     commit(load)  its bytes have arrived: only now is it resident, only now do the counters move
     abort(load)   they did not: the slot is free again, nothing points to it
 
@@ -68,17 +68,19 @@ class LayerCache:
             raise ValueError(f"{self.name}: an event of {len(used)} experts does not fit {self.slots} slots")
         absent = [e for e in used if self.slot_of[e] < 0]
         if not absent:  # nearly always, while decoding: nothing to choose
-            self._record(used, tokens)
+            self._access(used, tokens)
             self.counters.hits += len(used)
             return []
-        missing = sorted(e for e in absent if e not in self.pending)  # whatever the order of its pairs: see recorder
+        missing = sorted(
+            e for e in absent if e not in self.pending
+        )  # whatever the order of its pairs: see trace_recorder
         candidates = self._evictable(used)
         if len(missing) > len(self.free) + len(candidates):
             raise ValueError(
                 f"{self.name}: {len(missing)} loads, but {len(self.free)} free slots and {len(candidates)} that may be "
                 "taken; loads of an earlier event are still pending"
             )
-        self._record(used, tokens)
+        self._access(used, tokens)
         self.counters.hits += len(used) - len(absent)
         return self._admit(missing, candidates)
 
@@ -89,7 +91,7 @@ class LayerCache:
         policy, which has heard how often the prompt used each, decides: a prompt does not flush what decoding needs,
         and does replace what it shows to be out of use. Both lists begin with what is used most.
         """
-        self._record(used, tokens)
+        self._access(used, tokens)
         absent = sorted((e for e in used if self.slot_of[e] < 0), key=lambda e: (-used[e], e))
         missing = [e for e in absent if e not in self.pending]
         self.counters.hits += len(used) - len(absent)
@@ -109,7 +111,7 @@ class LayerCache:
     def guess(self, experts: Sequence[int], most: int) -> list[Load]:
         """Loads of at most `most` experts that will probably be asked for next, likeliest first.
 
-        Each takes a free slot or that of the coldest row that is not itself expected. Nothing is recorded: the policy
+        Each takes a free slot or that of the coldest row that is not itself expected. It is no access: the policy
         hears of what is asked for, not of what was expected.
         """
         missing = [e for e in dict.fromkeys(experts) if self.slot_of[e] < 0 and e not in self.pending]
@@ -150,8 +152,8 @@ class LayerCache:
         protected = {*needed, *self.pending}
         return [e for e in self.expert_at if e >= 0 and e not in protected]
 
-    def _record(self, used: Mapping[int, int], tokens: int) -> None:
-        self.policy.record(used, tokens)
+    def _access(self, used: Mapping[int, int], tokens: int) -> None:
+        self.policy.access(used, tokens)
         self.counters.count_event(used, tokens)
 
     def _admit(self, experts: list[int], candidates: list[int]) -> list[Load]:

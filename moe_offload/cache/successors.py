@@ -56,9 +56,9 @@ class Successors:
         self.recent: list[list[int]] = []  # the sets of the last events, the current one first
         self.turn = 0  # which of them the next event is counted for
 
-    def record(self, used: Mapping[int, int], tokens: int) -> None:
-        self.fast.record(used, tokens)
-        self.slow.record(used, tokens)
+    def access(self, used: Mapping[int, int], tokens: int) -> None:
+        self.fast.add(used, tokens)
+        self.slow.add(used, tokens)
         if len(used) > LARGEST_CONTEXT:
             self.recent = []
             return

@@ -82,7 +82,7 @@ def _replay(ids_NK, first_V, stop_V, tokens_V, num_experts, slots, kind, half_li
         asked_V[v] = n
         event[:n].sort()
 
-        # policy.record
+        # policy.access
         if kind == LRU:
             now += 1.0
             for i in range(n):

@@ -96,7 +96,7 @@ def test_a_plot_without_matplotlib(path, tmp_path, monkeypatch):
 
 def test_a_policy_of_one_s_own(path):
     class Random:
-        def record(self, used, tokens):
+        def access(self, used, tokens):
             pass
 
         def victims(self, candidates, n):
