@@ -71,9 +71,8 @@ class LayerCache:
             self._access(used, tokens)
             self.counters.hits += len(used)
             return []
-        missing = sorted(
-            e for e in absent if e not in self.pending
-        )  # whatever the order of its pairs: see trace_recorder
+        # Sorted: grouped and gathering graphs list the same ids in another order, and a replay must load the same rows.
+        missing = sorted(e for e in absent if e not in self.pending)
         candidates = self._evictable(used)
         if len(missing) > len(self.free) + len(candidates):
             raise ValueError(
