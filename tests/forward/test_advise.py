@@ -30,7 +30,7 @@ class Model:
         self.counters = [Counters(), Counters()]
         layers = [SimpleNamespace(counters=c, store=None) for c in self.counters]
         plan = plan_at(share)
-        self.advisor = Advisor(SimpleNamespace(layers=layers, decided=(), slots=plan.slots), plan)
+        self.advisor = Advisor(SimpleNamespace(layers=layers, device_layers=(), slots=plan.slots), plan)
 
     def forward(self, tokens=1, *, hits=1, misses=3, stall_s=0.04, spent_s=0.1):
         """`stall_s` is that of both layers together."""
