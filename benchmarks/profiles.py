@@ -1,6 +1,6 @@
 """What a profile is worth: a cold start, the right profile, the oracle's and a wrong one, on real text.
 
-    python benchmarks/profiles.py ../shared/models/polyglot-small --texts ../shared/models/texts.json
+    python benchmarks/profiles.py MODEL --texts TEXTS.json        {language: {"record": [page, ...], "evaluate": [...]}}
 
 The profile is of Italian pages, or Japanese ones; prompts are windows of Italian pages that no profile has seen: 48
 tokens at once, then the next 256 of the page one at a time, as in decoding. The oracle's profile is of that very

@@ -1,4 +1,6 @@
-"""Belady's MIN, which is told what is to come (Belady, 1966): the bound beside every hit rate, never a running model's.
+"""Belady's MIN (Belady, 1966), which is told all future events: the best hit rate that any cache could have had.
+
+It is printed beside every hit rate. A running model cannot use it, since it does not know the future.
 
 One event is the set of experts that a layer needs at once: all of them must be resident together. Who is needed last
 gives way. The residents stand in a heap by their next use, so that a long trace takes seconds a layer without anything

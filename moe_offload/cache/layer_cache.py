@@ -42,7 +42,7 @@ class LayerCache:
         self.resize(slots)
 
     def resize(self, slots: int) -> None:
-        """So many slots, all empty. What the policy and the counters know stays."""
+        """Have `slots` slots, all empty. The policy and the counters keep what they know."""
         self.slots = slots
         self.slot_of = [-1] * self.num_experts
         self.expert_at = [-1] * slots
@@ -55,8 +55,7 @@ class LayerCache:
             bad = sorted(e for e in experts if not 0 <= e < self.num_experts)
             raise RoutingError(
                 f"{self.name}: the router asked for expert {bad[0]}, but the layer has experts "
-                f"0..{self.num_experts - 1}; "
-                "the model's routing code or its configuration is damaged"
+                f"0..{self.num_experts - 1}; the model's routing code or its configuration is damaged"
             )
 
     def lookup(self, used: Mapping[int, int], tokens: int = 1) -> list[Load]:
@@ -71,7 +70,7 @@ class LayerCache:
             self._access(used, tokens)
             self.counters.hits += len(used)
             return []
-        # Sorted: grouped and gathering graphs list the same ids in another order, and a replay must load the same rows.
+        # Sorted: gather and grouped code list the same ids in different orders, and a replay must load the same rows.
         missing = sorted(e for e in absent if e not in self.pending)
         candidates = self._evictable(used)
         if len(missing) > len(self.free) + len(candidates):
@@ -96,7 +95,7 @@ class LayerCache:
         self.counters.hits += len(used) - len(absent)
         candidates = self._evictable(used)
         surplus = len(missing) - len(self.free)
-        # Among equals what is there stays, and then what is used most.
+        # A policy keeps the last of equal candidates: resident experts before missing ones, and then those used most.
         losers = set(self.policy.victims([*reversed(missing), *candidates], surplus)) if surplus > 0 else set()
         without_slot = [e for e in missing if e in losers]
         giving_way = [e for e in candidates if e in losers]
@@ -135,7 +134,10 @@ class LayerCache:
             self.free.append(load.slot)
 
     def abort_all(self) -> None:
-        """No row is on its way: every slot that holds none is free, though it was being given away when Ctrl-C came."""
+        """Forget all pending loads, and make every slot without an expert free.
+
+        Ctrl-C may have come after a slot was taken and before its load was pending: that slot is free again, too.
+        """
         self.pending.clear()
         self.free = [slot for slot in range(self.slots - 1, -1, -1) if self.expert_at[slot] < 0]
 

@@ -147,7 +147,7 @@ def rewrite(
         reports = passes.run(gm.graph, pipeline(sites, banks))
     except passes.UnknownUse as error:
         raise UnsupportedModelError(
-            f"{error}; please report this model family. Its weights were offloaded, so it cannot be run as it is."
+            f"{error}; please report this model family. Its weights were offloaded, so it cannot be run as it is"
         ) from error
     banked = {site.bank: phantoms[placeholders.index(site.bank)].layer for site in sites}
     _check_nothing_left(weights, banked)

@@ -29,12 +29,12 @@ from .retry import Retry
 
 logger = logging.getLogger("moe_offload")
 
-#: While it is traced, transformers asks for torch's version, through a cache; Dynamo warns of any, in grave words.
+#: Silences Dynamo's warning about the lru_cache around transformers' check of torch's version, which is harmless here.
 VERSIONS_ARE_CACHED = r"Dynamo detected a call to a `functools\.lru_cache`-wrapped function at 'moe\.py"
 ADAPTED = (
     "an adapter changes the weights of offloaded experts (peft's target_parameters, which it also derives from "
     "target_modules that name projections of experts), but they rest in files and pass through slots. Adapt dense "
-    "layers only (such as target_modules=['q_proj', 'v_proj']), or merge the adapter into the model before optimize()."
+    "layers only (such as target_modules=['q_proj', 'v_proj']), or merge the adapter into the model before optimize()"
 )
 _numbers = itertools.count()
 
@@ -61,8 +61,7 @@ class Call:
         if self.model.training and torch.is_grad_enabled():
             raise OffloadError(
                 f"{type(self.model).__name__} was called in training mode; an offloaded model is for inference only. "
-                f"Call "
-                "model.eval(), or train the model before optimize()."
+                "Call model.eval(), or train the model before optimize()"
             )
         with self.runtime.lock, self.runtime.current(), torch.no_grad(), progress.compiling():
             self.runtime.check_open()

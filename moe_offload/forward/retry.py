@@ -66,7 +66,7 @@ class Retry:
             raise OffloadError(
                 f"the device ran out of memory in a forward of {sequences * tokens} tokens. {given}, but its KV cache "
                 f"cannot be put back to what it was, so call generate(...) again, with a new cache. To avoid it, "
-                f"{ADVICE}."
+                f"{ADVICE}"
             ) from failed
         logger.warning(
             "the device ran out of memory in a forward of %d tokens: %s, and it is run again. From now on fewer "

@@ -87,7 +87,7 @@ class Runtime:
             layer.device_cache = cache
 
     def leave_to_host(self) -> None:
-        """Slots have become fewer: the device gives up the layers of which it cannot read what has none any more."""
+        """After slots have become fewer: layers whose non-resident rows the device cannot read go back to the host."""
         if self.device_caches is None:
             return
         kept = [cache for cache in self.device_caches.caches if cache.readable]
@@ -112,7 +112,7 @@ class Runtime:
             self.device_caches.check_ids()
 
     def hand_back(self) -> None:
-        """Where the device decides, hear what it has decided so far. Waits for a forward in flight."""
+        """Copy the device's slot tables and counters to the host's caches. Waits for a forward in flight."""
         if self.device_caches is not None:
             with self.lock, self.current():
                 self.device_caches.hand_back()

@@ -115,7 +115,7 @@ def test_a_policy_of_one_s_own(path):
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the recorded traces are not here")
 def test_recorded_routing():
-    """The reference of ../shared/traces/README.md, within 0.1 points and its rounding; a slice is replayed plainly."""
+    """The reference that is beside the traces, within 0.1 points and its rounding; a slice is replayed plainly."""
     trace = Trace.load(SHARED / "qwen3-30b-a3b_k6_bigmoeonedge.npz")
     policies = ["lru", "lfu", "decayed_lfu:16", "decayed_lfu:64", "decayed_lfu:256", "belady", "belady_bypass"]
     rates = [100 * row.hit_rate for row in simulate([trace], policies, ["25%", "50%"])]
