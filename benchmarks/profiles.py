@@ -112,7 +112,7 @@ def run(model: Any, window_1T: Tensor, profile: Profile | None) -> dict[str, Any
     read = handle.stats().bytes_read
     for t in range(PROMPT, PROMPT + DECODED):
         past = model(window_1T[:, t : t + 1], past_key_values=past, use_cache=True).past_key_values
-    steps = handle.steps()
+    steps = handle.forwards()
     return {
         "hits": {part: sum(step.hits for step in steps[span]) for part, span in PARTS.items()},
         "asked": {part: sum(step.hits + step.misses for step in steps[span]) for part, span in PARTS.items()},

@@ -105,6 +105,10 @@ class MoELayer:
     def nbytes(self) -> int:
         return self.num_experts * self.layout.row_bytes
 
+    def tokens_of(self, pairs: int) -> int:
+        """How many tokens have so many token-expert pairs; an experts module may leave out those of other ranks."""
+        return -(-pairs // self.top_k)
+
 
 def find_experts(model: nn.Module) -> list[MoELayer]:
     """Every routed-experts module of `model`, in order, one `MoELayer` per distinct set of parameters.

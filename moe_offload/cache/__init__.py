@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
-from .belady import Belady
 from .decayed_lfu import DecayedLFU
 from .lfu import LFU
 from .lrfu_classes import LRFUClasses
@@ -22,7 +21,7 @@ from .tiny_lfu import TinyLFU
 class Policy(Protocol):
     """What the cache tells a policy, and asks of it."""
 
-    def record(self, used: Mapping[int, int], tokens: int) -> None:
+    def access(self, used: Mapping[int, int], tokens: int) -> None:
         """One event of `tokens` tokens used these experts: `{expert: how many of the tokens used it}`."""
 
     def victims(self, candidates: Iterable[int], n: int) -> list[int]:
@@ -44,16 +43,10 @@ POLICIES: dict[str, Callable[[int, float], Policy]] = {
     "tiny_lfu": lambda experts, half_life: TinyLFU(experts),
 }
 
-#: Policies that must be told the future events, for `simulate`. MIN with bypass chooses no victims, so it is no policy:
-#: `belady_hits(bypass=True)` counts its hits.
-ORACLES: dict[str, Callable[[int, Sequence[Iterable[int]]], Policy]] = {"belady": Belady}
-
 __all__ = [
     "LFU",
     "LRU",
-    "ORACLES",
     "POLICIES",
-    "Belady",
     "DecayedLFU",
     "LRFUClasses",
     "Policy",

@@ -43,7 +43,7 @@ class Rate:
         self.unit = 1.0
         self.used = [0.0] * num_experts
 
-    def record(self, event: Mapping[int, int], tokens: int) -> None:
+    def add(self, event: Mapping[int, int], tokens: int) -> None:
         used = self.used
         if tokens == 1:
             self.unit = unit = self.unit * self.growth

@@ -16,8 +16,8 @@ class DecayedLFU:
     def __init__(self, num_experts: int, half_life: float):
         self.rate = Rate(num_experts, half_life)
 
-    def record(self, used: Mapping[int, int], tokens: int) -> None:
-        self.rate.record(used, tokens)
+    def access(self, used: Mapping[int, int], tokens: int) -> None:
+        self.rate.add(used, tokens)
 
     def victims(self, candidates: Iterable[int], n: int) -> list[int]:
         return sorted(candidates, key=self.rate.used.__getitem__)[:n]

@@ -14,7 +14,7 @@ class LRU:
         self.now = 0
         self.last = [-1.0] * num_experts
 
-    def record(self, used: Mapping[int, int], tokens: int) -> None:
+    def access(self, used: Mapping[int, int], tokens: int) -> None:
         self.now += 1
         for e, uses in used.items():
             self.last[e] = self.now + 1.0 - 1.0 / uses  # within a prompt, more uses count as later

@@ -24,7 +24,7 @@ HORIZON = 2  # events after which a use still counts as a successor
 FADE = 255  # counts are halved there, so that one fits a byte: E * E bytes a layer, an 32nd of Python's floats
 DOUBT = 4  # an expert followed n times predicts with n / (n + DOUBT) of its shares
 SHORTLIST = 14
-LARGEST_SET = 32  # an event of more experts is a prompt or a large batch, and says nothing of what follows what
+LARGEST_CONTEXT = 32  # an event of more experts is a prompt or a large batch, and says nothing of what follows what
 
 _HALF = bytes(count >> 1 for count in range(256))
 
@@ -37,10 +37,10 @@ class Successors:
         self.recent: list[list[int]] = []  # the sets of the last events, the current one first
         self.turn = 0  # which of them the next event is counted for
 
-    def record(self, used: Mapping[int, int], tokens: int) -> None:
-        self.fast.record(used, tokens)
-        self.slow.record(used, tokens)
-        if len(used) > LARGEST_SET:
+    def access(self, used: Mapping[int, int], tokens: int) -> None:
+        self.fast.add(used, tokens)
+        self.slow.add(used, tokens)
+        if len(used) > LARGEST_CONTEXT:
             self.recent = []
             return
         experts = sorted(used)

@@ -13,7 +13,7 @@ from ..experts import MoELayer
 from ..observe.profile import Fingerprint
 from .budget import Costs, LayerShape
 
-PROMPT_TOKENS = 512  # the automatic reserve has room for the attention scores of so many tokens at a time
+RESERVED_PROMPT_TOKENS = 512  # the automatic reserve has room for the attention scores of so many tokens at a time
 #: torch gives cuBLAS 32 MiB on Hopper, 8 before it, out of its own allocator (CublasHandlePool.cpp): once for what runs
 #: as it comes, once more in the memory of CUDA graphs (clear_cublass_cache in cudagraph_trees.py). The allocator takes
 #: memory from the device 2 MiB at a time: a bank may leave nearly as much unused.
@@ -82,7 +82,7 @@ def longest_context(model: Any) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or None
 
 
-def scores_bytes(model: Any, tokens: int = PROMPT_TOKENS) -> int:
+def scores_bytes(model: Any, tokens: int = RESERVED_PROMPT_TOKENS) -> int:
     """Bytes of the attention scores of one layer over a prompt of `tokens` tokens, where they are held whole.
 
     Fused attention never does. The plain one (gpt_oss, for its sinks) has them in float32 and twice in the model's own

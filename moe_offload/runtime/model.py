@@ -16,7 +16,7 @@ from torch import Tensor
 from ..memory.stores import Store
 from ..memory.transfer import Transfer
 from ..observe.timeline import Depth, Timeline
-from ..observe.trace_recorder import Recorder
+from ..observe.trace_recorder import TraceRecorder
 from .device_cache import DeviceCaches
 from .guesses import Guesses
 from .kernels import Kernels
@@ -43,6 +43,7 @@ class Runtime:
         self.lock = lock or threading.RLock()
         self.device_caches: DeviceCaches | None = None  # where the device decides
         self.device_layers: frozenset[int] = frozenset()  # the layers it decides for
+        self.recorder: TraceRecorder | None = None  # while a trace is recorded
         self.closed = False
         self._stores, self._transfer, self._pid = stores, transfer, os.getpid()
 
@@ -63,10 +64,11 @@ class Runtime:
         if self.closed:
             raise closed("this model")
 
-    def record(self, recorder: Recorder) -> None:
+    def record_trace(self, recorder: TraceRecorder) -> None:
         """Write down what every layer is asked from now on."""
         self.check_open()
         with self.lock:
+            self.recorder = recorder
             for layer in self.layers:
                 layer.recorder = recorder
 
