@@ -176,8 +176,8 @@ class Outputs:
         if self.timeline is not None:
             yield f"timeline saved to {handle.save_timeline(self.timeline)}; ui.perfetto.dev opens it"
         if self.report is not None:
-            from ..report.collect import record_of
+            from ..report.collect import collect_run
 
             name = None if wanted.profile is None else Path(wanted.profile).name
-            saved = record_of(handle, model=model, profile=name, ended_s=ended_s).save(self.report)
+            saved = collect_run(handle, model=model, profile=name, ended_s=ended_s).save(self.report)
             yield f"run saved to {saved}; moe-offload report {saved} makes a page of it"

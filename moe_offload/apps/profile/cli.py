@@ -41,7 +41,7 @@ def record(
     config_file: ConfigFile = None,
 ) -> None:
     """Run a model over texts and save which experts they use."""
-    from .texts import record_texts
+    from .texts import profile_texts
 
     check_output("--out", out)
     pairs = [entry.partition("=") for entry in meta or []]
@@ -50,7 +50,7 @@ def record(
     facts = {key: value for key, _, value in pairs}
     wanted = settings(config_file, budget=budget)
     check_model(model)
-    made = record_texts(model, texts, max_tokens=max_tokens, meta=facts, config=wanted)
+    made = profile_texts(model, texts, max_tokens=max_tokens, meta=facts, config=wanted)
     made.save(out)
     typer.echo(f"{made.tokens} tokens, {made.fingerprint.layers} layers: saved to {out}")
 
