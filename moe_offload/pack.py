@@ -89,7 +89,7 @@ def pack_checkpoint(
 
 def _open_source(folder: Path) -> Source:
     if is_packed(folder):
-        raise CheckpointError(f"{folder}: is a packed checkpoint already. Copy it, or give the original one.")
+        raise CheckpointError(f"{folder}: is a packed checkpoint already. Copy it, or give the original one")
     meta = skeleton(folder)
     moe_layers, headers = find_experts(meta), checkpoint_headers(folder)
     return Source(folder, meta, moe_layers, headers, index_rows(meta, moe_layers, headers))
@@ -146,7 +146,7 @@ def _verify(source: Source, store: Store, folder: Path, *, all_rows: bool) -> No
                     if not torch.equal(want[span], found[span]):
                         raise PackError(
                             f"{moe.name} expert {e}: {field.name} reads back from {folder.parent} otherwise than it "
-                            "was written; the disk loses data. Nothing was left there; pack to another disk."
+                            "was written; the disk loses data. Nothing was left there; pack to another disk"
                         )
 
 
@@ -195,7 +195,7 @@ def dense_parts(shard: Shard, headers: Headers) -> Iterator[memoryview]:
                 yield chunk
         for path, file in files.items():
             if file.stamp() != headers.stamps[path]:
-                raise CheckpointChangedError(f"{path}: was modified while it was packed. Let it rest and pack again.")
+                raise CheckpointChangedError(f"{path}: was modified while it was packed. Let it rest and pack again")
 
 
 def expert_rows(shard: Shard, moe_layers: Sequence[MoELayer], store: Store) -> Iterator[memoryview]:

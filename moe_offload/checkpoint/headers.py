@@ -96,13 +96,13 @@ def shard_files(folder: Path, skip: str = "") -> list[Path]:
         raise CheckpointError(
             f"{folder}: expected model.safetensors or model.safetensors.index.json, found {_what_is_in(folder)}. "
             "Point at the folder of a safetensors checkpoint; .bin files (pickle) are not read: convert them by "
-            "loading the model with transformers and calling save_pretrained."
+            "loading the model with transformers and calling save_pretrained"
         )
     files = [folder / name for name in names if name != skip]
     for file in files:
         if not file.is_file():
             what = "a link whose target is gone" if file.is_symlink() else "nothing there"
-            raise CheckpointError(f"{file}: listed in {INDEX}, found {what}. Download the missing shard.")
+            raise CheckpointError(f"{file}: listed in {INDEX}, found {what}. Download the missing shard")
         _refuse_pointer(file)
     return files
 
@@ -122,7 +122,7 @@ def read_headers(files: Iterable[Path]) -> Headers:
             if key in headers:
                 raise CheckpointError(
                     f"{file}: tensor {key!r} is also in {headers[key].file.name}; which one counts cannot be told. "
-                    "Remove the shard that does not belong to this checkpoint."
+                    "Remove the shard that does not belong to this checkpoint"
                 )
             headers[key] = found
         headers.stamps[file] = stamp
@@ -137,17 +137,17 @@ def _names_in(index: Path) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{index}: expected JSON with a 'weight_map' of file names, found {type(error).__name__}: {error}. "
-            "Download the file again."
+            "Download the file again"
         ) from error
     for name in names:
         path = PurePosixPath(name) if isinstance(name, str) else None
         if path is None or not path.parts or path.is_absolute() or ".." in path.parts or "\0" in str(path):
             raise CheckpointError(
                 f"{index}: lists the file {name!r}, which is not a name inside the checkpoint folder; refused. "
-                "Do not use this checkpoint unless you trust where it comes from."
+                "Do not use this checkpoint unless you trust where it comes from"
             )
     if not names:
-        raise CheckpointError(f"{index}: its weight_map lists no file at all. Download the file again.")
+        raise CheckpointError(f"{index}: its weight_map lists no file at all. Download the file again")
     return names
 
 
@@ -164,9 +164,9 @@ def _refuse_pointer(file: Path) -> None:
         with file.open("rb") as stream:
             pointer = stream.read(len(LFS_POINTER)) == LFS_POINTER
     except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error}. Check that it exists and may be read.") from error
+        raise CheckpointError(f"{file}: cannot be read: {error}. Check that it exists and may be read") from error
     if pointer:
-        raise CheckpointError(f"{file}: is a Git-LFS pointer, not the file itself. Run `git lfs pull` in the folder.")
+        raise CheckpointError(f"{file}: is a Git-LFS pointer, not the file itself. Run `git lfs pull` in the folder")
 
 
 def _what_is_in(folder: Path) -> str:
@@ -220,4 +220,4 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _damaged(file: Path, found: str) -> CheckpointError:
-    return CheckpointError(f"{file}: not a usable safetensors file: {found}. Download or save the file again.")
+    return CheckpointError(f"{file}: not a usable safetensors file: {found}. Download or save the file again")
