@@ -2,7 +2,8 @@
 
     "8GB" = 8 * 10**9        "8GiB" = "8g" = "8192M" = 8 * 2**30        "1e9"        "80%", "auto" (90 %) of a total
 
-A lone letter is binary, as docker, systemd and Java read it. Letter case never matters and a size is always bytes. (accelerate's own parser reads "8gb" as bits, an eighth of "8GB".)
+A lone letter is binary, as docker, systemd and Java read it. Letter case never matters and a size is always bytes.
+(accelerate's own parser reads "8gb" as bits, an eighth of "8GB".)
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ AUTO_PERCENT = Decimal(90)
 #: File offsets and tensor sizes are signed 64-bit: nothing larger can be addressed.
 LARGEST = 2**63 - 1
 
-ACCEPTED = '8000000000 (bytes), "8GB" (decimal), "8GiB" or "8g" (binary), KB to TB, KiB to TiB, "1.5GB", "80%" or "auto"'
+ACCEPTED = '8000000000 (bytes), "8GB" (decimal), "8GiB" or "8g" (binary), KB to TB, KiB to TiB, "80%" or "auto"'
 
 
 def parse_size(text: int | str, *, total: int | None = None) -> int:

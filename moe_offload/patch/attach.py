@@ -68,7 +68,7 @@ def _inner_compiler(settings: OffloadConfig, device: str) -> str:
 
 def _overlaps(settings: OffloadConfig, inner: str, runtime: Runtime) -> bool:
     """Whether decode computes resident experts while missing ones load: not where the device decides by itself."""
-    if runtime.deciding is not None:
+    if runtime.device_caches is not None:
         return False
     return inner == "graph" if settings.overlap is None else settings.overlap
 
@@ -76,5 +76,5 @@ def _overlaps(settings: OffloadConfig, inner: str, runtime: Runtime) -> bool:
 def _dynamic(settings: OffloadConfig, device: str, runtime: Runtime) -> bool | None:
     """On a GPU a step with a static KV cache has constant shapes, and must be traced so to become a CUDA graph; it
     does where no layer needs the host."""
-    everywhere = len(runtime.decided) == len(runtime.layers)
+    everywhere = len(runtime.device_layers) == len(runtime.layers)
     return None if settings.dynamic and device != "cpu" and everywhere else settings.dynamic

@@ -14,7 +14,7 @@ from ..config.settings import Config, OffloadConfig, resolve
 from ..config.sizes import format_size
 from ..errors import UnsupportedModelError
 from ..experts import MoELayer
-from ..memory.transfer.staged import present
+from ..memory.devices import usable_kinds
 from ..observe.profile import Fingerprint, Profile
 from .arrange import Arrangement, arrange
 from .weights import fingerprint
@@ -55,7 +55,7 @@ def prepare(
 
     Raises `ConfigError`, `BudgetError`, `UnsupportedModelError`, or `ProfileError` for the profile of another model.
     """
-    arrangement = arrange(model, moe_layers, settings, present=present(settings.untested))
+    arrangement = arrange(model, moe_layers, settings, usable=usable_kinds(settings.untested))
     arrangement.check_one_device()
     print_of = fingerprint(model, moe_layers)
     _warn_beyond_memory(arrangement)

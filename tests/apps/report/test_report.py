@@ -11,11 +11,10 @@ import pytest
 from typer.testing import CliRunner
 
 from moe_offload.apps.cli import app
-from moe_offload.apps.report import RunRecord
 from moe_offload.apps.report.advice import advice, headline, summary
 from moe_offload.apps.report.charts import Line, heat_map, lines, nice, short
 from moe_offload.apps.report.page import grouped, page
-from moe_offload.apps.report.run_record import MAX_BYTES
+from moe_offload.apps.report.run_record import MAX_BYTES, RunRecord
 from moe_offload.errors import ReportError
 from moe_offload.files import whole_file
 
@@ -192,7 +191,7 @@ def test_wrong_requests_are_one_line(tmp_path, monkeypatch):
         assert done.exit_code == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1
     monkeypatch.setitem(sys.modules, "jinja2", None)
     done = CliRunner().invoke(app, ["report", str(path), "-o", str(tmp_path / "r.html")])
-    assert done.exit_code == 2 and 'pip install "moe-offload[report]"' in done.stderr
+    assert done.exit_code == 2 and 'pip install -e ".[report]"' in done.stderr
 
 
 def test_charts():
