@@ -100,6 +100,7 @@ def _choose_class(config: Any) -> tuple[Any, Any]:
 def _class_named(name: str, config: Any) -> Any:
     """The model class of that name for `config` (or for its text part); not every class is exported at the top."""
     import transformers
+    from transformers import PreTrainedModel
 
     module = type(config).__module__.replace("configuration_", "modeling_")
     found = getattr(transformers, name, None)
@@ -108,8 +109,8 @@ def _class_named(name: str, config: Any) -> Any:
             found = getattr(importlib.import_module(module), name, None)
         except ImportError:
             found = None
-    kinds = {type(config), config.sub_configs.get("text_config")}
-    return found if getattr(found, "config_class", None) in kinds else None
+    made_for = found.config_class if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
+    return found if made_for in (type(config), config.sub_configs.get("text_config", type(config))) else None
 
 
 def _choose_dtype(config: Any, stored: Stored | None, dtype: Any) -> torch.dtype:
@@ -140,10 +141,10 @@ def _first_dtype(stored: Stored) -> torch.dtype | None:
 def _keep_in_float32(model: Any, dtype: torch.dtype) -> None:
     """Some parameters are loaded in float32 whatever the model's dtype: their bytes are to be planned for."""
     plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
-    for name, param in model.named_parameters():
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         kept = next((kind for pattern, kind in plan.items() if re.search(pattern.replace("*", ".*"), name)), None)
         if kept is not None:
-            param.data = param.data.to(kept)
+            tensor.data = tensor.data.to(kept)
 
 
 def _refuse_remote_code(place: Path | str, said: Mapping[str, Any], trusted: bool) -> None:
