@@ -93,13 +93,13 @@ def pack_checkpoint(
 def _open_source(folder: Path, arguments: Arguments) -> Source:
     place = folder / arguments.subfolder
     if is_packed(place):
-        raise CheckpointError(f"{place}: is a packed checkpoint already. Copy it, or give the original one.")
+        raise CheckpointError(f"{place}: is a packed checkpoint already. Copy it, or give the original one")
     found = outline_folder(folder, arguments)
     stored, index = cast(Stored, found.stored), cast(RowIndex, found.index)
     for key, (dtype, file) in stored.headers.unreadable.items():
         raise CheckpointError(
             f"{file}: {key!r} is of dtype {dtype}, which torch {torch.__version__} does not have, so it cannot be "
-            "copied. The model does not use it: remove it from the checkpoint, or do without packing."
+            "copied. The model does not use it: remove it from the checkpoint, or do without packing"
         )
     return Source(place, found.model, found.moe_layers, stored.headers, index)
 
@@ -155,7 +155,7 @@ def _verify(source: Source, store: Store, folder: Path, *, all_rows: bool) -> No
                     if not torch.equal(want[span], found[span]):
                         raise PackError(
                             f"{moe.name} expert {e}: {field.name} reads back from {folder.parent} otherwise than it "
-                            "was written; the disk loses data. Nothing was left there; pack to another disk."
+                            "was written; the disk loses data. Nothing was left there; pack to another disk"
                         )
 
 
@@ -204,7 +204,7 @@ def dense_parts(shard: Shard, headers: Headers) -> Iterator[memoryview]:
                 yield chunk
         for path, file in files.items():
             if file.stamp() != headers.stamps[path]:
-                raise CheckpointChangedError(f"{path}: was modified while it was packed. Let it rest and pack again.")
+                raise CheckpointChangedError(f"{path}: was modified while it was packed. Let it rest and pack again")
 
 
 def expert_rows(shard: Shard, moe_layers: Sequence[MoELayer], store: Store) -> Iterator[memoryview]:

@@ -40,7 +40,7 @@ def refuse_quantized(place: Path | str, config: Mapping[str, Any]) -> None:
         name = getattr(method, "value", method) or "a format that is not named"
         raise UnsupportedModelError(
             f"{place}: the checkpoint is quantised ({name}; {where} in its config.json), and quantised experts are not "
-            "read yet. Give the checkpoint that it was made from, in bfloat16, float16 or float32."
+            "read yet. Give the checkpoint that it was made from, in bfloat16, float16 or float32"
         )
 
 

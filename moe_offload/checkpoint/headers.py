@@ -97,7 +97,7 @@ def read_headers(files: Iterable[Path]) -> Headers:
             if key in headers:
                 raise CheckpointError(
                     f"{file}: tensor {key!r} is also in {headers[key].file.name}; which one counts cannot be told. "
-                    "Remove the shard that does not belong to this checkpoint."
+                    "Remove the shard that does not belong to this checkpoint"
                 )
             headers[key] = found
     return headers
@@ -148,4 +148,4 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _damaged(file: Path, found: str) -> CheckpointError:
-    return CheckpointError(f"{file}: not a usable safetensors file: {found}. Download or save the file again.")
+    return CheckpointError(f"{file}: not a usable safetensors file: {found}. Download or save the file again")

@@ -114,7 +114,7 @@ def _rows_files(folder: Path) -> list[Path]:
     if len(counts) != 1 or not files[0].stem.endswith(f"-{len(files):05d}"):
         raise CheckpointError(
             f"{folder}: a packed checkpoint has its experts in {ROWS}-00001-of-N.safetensors to N-of-N; found "
-            f"{', '.join(file.name for file in files[:4]) or 'none of them'}. Copy the missing files, or pack again."
+            f"{', '.join(file.name for file in files[:4]) or 'none of them'}. Copy the missing files, or pack again"
         )
     return files
 
@@ -136,7 +136,7 @@ def _facts(file: Path, headers: Headers) -> tuple[str, dict[str, Any]]:
     if version != VERSION:
         raise CheckpointError(
             f"{file}: rows in format version {version!r}; this moe_offload reads version {VERSION}. Use the version of "
-            "moe_offload that packed it, or pack the original checkpoint again."
+            "moe_offload that packed it, or pack the original checkpoint again"
         )
     return model_type, layers
 
@@ -157,11 +157,11 @@ def _check_layer(file: Path, moe: MoELayer, found: Any, wanted: dict[str, Any], 
 def _misfit(file: Path, found: str) -> CheckpointError:
     return CheckpointError(
         f"{file}: its rows are not those of this model under transformers {version('transformers')}: {found}. Pack "
-        "the original checkpoint again (moe-offload pack), or ask for the dtype it was packed in."
+        "the original checkpoint again (moe-offload pack), or ask for the dtype it was packed in"
     )
 
 
 def _damaged(file: Path, error: Exception) -> CheckpointError:
     return CheckpointError(
-        f"{file}: not a usable file of packed rows ({type(error).__name__}: {error}). Copy it again, or pack again."
+        f"{file}: not a usable file of packed rows ({type(error).__name__}: {error}). Copy it again, or pack again"
     )

@@ -32,8 +32,8 @@ class OffloadConfig:
 
     budget: bytes the model may hold on the device it computes on (dense weights, expert slots, KV cache, workspace):
         bytes, "8GB", "8GiB", "80%" of what is available, or "auto"; None: what `max_memory` says, else "auto".
-    device_map: where weights and expert rows go, in accelerate's grammar (`placement.py`); None: "auto".
-    max_memory: limits per device, as {"cpu": "60GiB"} (`placement.py`).
+    device_map: where weights and expert rows go, in accelerate's grammar (`device_map.py`); None: "auto".
+    max_memory: limits per device, as {"cpu": "60GiB"} (`device_map.py`).
     profile: path of the profile that says which experts to load before the first token.
     policy: which resident expert gives way; a name in `moe_offload.cache.POLICIES`.
     half_life: tokens after which a past use of an expert counts half ("decayed_lfu"; the others have their own).
@@ -228,7 +228,7 @@ def _checked(where: str, name: str, value: Any) -> Any:
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     if name == "profile" and plain_value is not None and not Path(plain_value).exists():
-        raise ConfigError(f"{where}: profile={plain_value!r}: there is no such file. Correct the path, or remove it.")
+        raise ConfigError(f"{where}: profile={plain_value!r}: there is no such file. Correct the path, or remove it")
     return plain_value
 
 

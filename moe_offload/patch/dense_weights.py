@@ -27,7 +27,7 @@ def keep_where_it_is(model: Any, moe_layers: Sequence[MoELayer], settings: Offlo
             raise UnsupportedModelError(
                 f"{name} is on {tensor.device}; this process computes on {', '.join(here)} only (experts may be "
                 "on 'meta'). Load the model there first. No GPU has run this version yet; config={'untested': True} "
-                "tries."
+                "tries"
             )
     if len(places) > 1:
         found = ", ".join(f"{name} on {device}" for device, name in places.items())

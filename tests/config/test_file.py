@@ -98,7 +98,7 @@ def test_the_default_place_is_beside_accelerates(monkeypatch, tmp_path):
         ("{? [a] : b}", "not plain YAML"),
         ("policy: " + "[" * 30000, "not plain YAML"),
         ("kv_tokens: " + "9" * 5000, "not plain YAML"),
-        ("#" * 70000, "more than 65536 bytes"),
+        ("#" * 70000, "more than 64 KiB"),
         ("policy: lru\n---\npolicy: lru", "not plain YAML"),
         ("policy: \x07", "not plain YAML"),
     ],

@@ -79,7 +79,7 @@ def test_the_timeline_of_a_run_adds_up_to_its_counters(tmp_path, layers, name):
     assert counters["bytes in flight"][-1]["args"] == {"bytes": 0}
     assert max(event["args"]["bytes"] for event in counters["bytes in flight"]) > 0
     assert counters["queue depth"][-1]["args"] == {"demanded": 0, "background": 0}
-    assert counters["resident rows"][-1]["args"] == {"rows": sum(row["resident"] for row in stats.layers)}
+    assert counters["resident rows"][-1]["args"] == {"rows": sum(layer.resident for layer in stats.layers)}
     assert counters["hit rate"][-1]["args"] == {"percent": round(100 * stats.hit_rate, 2)}
     assert len(counters["hit rate"]) == 6
     assert names[0] == "moe_offload" and names[FORWARDS] == "forwards" and names[WAITS] == "waits"
@@ -288,9 +288,9 @@ def test_a_place_that_cannot_be_written(tmp_path, timeline):
 def test_timeline_out(tmp_path):
     out = tmp_path / "run.json"
     arguments = ["run", str(MODEL), "--budget", "6MB", "--prompt", "Il comando", "--max-new-tokens", "4"]
-    result = CliRunner().invoke(app, [*arguments, "--timeline-out", str(out)])
+    result = CliRunner().invoke(app, [*arguments, "--save-timeline", str(out)])
     assert result.exit_code == 0, result.output
     assert f"timeline saved to {out}" in result.stderr and "timeline" not in result.stdout
     assert [e["name"] for e in ours(out)[0][FORWARDS]] == ["prefill", *["decode"] * 3]
-    result = CliRunner().invoke(app, [*arguments, "--timeline-out", str(tmp_path / "no" / "run.json")])
-    assert result.exit_code == 2 and "--timeline-out" in result.output and "does not exist" in result.output
+    result = CliRunner().invoke(app, [*arguments, "--save-timeline", str(tmp_path / "no" / "run.json")])
+    assert result.exit_code == 2 and "--save-timeline" in result.output and "does not exist" in result.output

@@ -131,7 +131,7 @@ BAD = {
 def test_a_failed_optimize_changes_nothing(options, error, tmp_path):
     if options.get("profile") == "damaged":
         path = tmp_path / "damaged.json"
-        path.write_text('{"format": "moe_offload.observe.profile", "vers')
+        path.write_text('{"format": "moe_offload.profile", "vers')
         options = {"profile": path}
     elif options.get("profile") == "other":
         options = {"profile": offloaded("gpt_oss").moe_offload.profile()}
@@ -150,7 +150,7 @@ def test_a_failed_optimize_changes_nothing(options, error, tmp_path):
 
 def test_close_and_leaving_the_context_end_it():
     with offloaded().moe_offload as handle:
-        assert not handle.closed and "open" in repr(handle)
+        assert not handle.closed and "closed" not in repr(handle)
     assert handle.closed and "closed" in str(handle)
     model = offloaded()
     model.moe_offload.close()

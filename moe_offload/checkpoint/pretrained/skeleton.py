@@ -89,7 +89,7 @@ def _choose_class(config: Any) -> tuple[Any, Any]:
     if found is None:
         raise UnsupportedModelError(
             f"config.json names {config.architectures or 'no architecture'}, which the installed transformers "
-            f"({transformers.__version__}) does not have. Install a version that has it."
+            f"({transformers.__version__}) does not have. Install a version that has it"
         )
     text = config.sub_configs.get("text_config")
     if text is not None and type(config) is not text and getattr(found, "config_class", None) is text:
@@ -166,10 +166,10 @@ def _refuse_remote_code(place: Path | str, said: Mapping[str, Any], trusted: boo
         raise UnsupportedModelError(
             f"{place}: model type {model_type!r} exists only as code that comes with the checkpoint "
             f"({remote['AutoConfig']}), which is not run here. "  # type: ignore[index]
-            "Use a model that the installed transformers has itself."
+            "Use a model that the installed transformers has itself"
         )
     if trusted and isinstance(place, Path) and (place / "custom_generate" / "generate.py").is_file():
         raise UnsupportedModelError(
             f"{place}: with trust_remote_code=True transformers would replace generate() by custom_generate/generate.py"
-            ", which is not supported yet. Leave the argument out to use the ordinary generate()."
+            ", which is not supported yet. Leave the argument out to use the ordinary generate()"
         )

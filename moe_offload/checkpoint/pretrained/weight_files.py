@@ -50,7 +50,7 @@ def weight_files(
         raise CheckpointError(
             f"{folder}: expected {wanted}, found {_what_is_in(folder)}. "
             "Point at the folder of a safetensors checkpoint; .bin files (pickle) are not read: convert them by "
-            "loading the model with transformers and calling save_pretrained. GGUF files are not read either."
+            "loading the model with transformers and calling save_pretrained. GGUF files are not read either"
         )
     files = [folder / name for name in names if name != skip]
     files += [folder / name for name in extra if (folder / name).is_file() and folder / name not in files]
@@ -58,7 +58,7 @@ def weight_files(
         if not file.is_file():
             what = "a link whose target is gone" if file.is_symlink() else "nothing there"
             where = f"listed in {index.name}" if index else "what config.json names as transformers_weights"
-            raise CheckpointError(f"{file}: {where}, found {what}. Download the missing shard.")
+            raise CheckpointError(f"{file}: {where}, found {what}. Download the missing shard")
         _refuse_pointer(file)
     return WeightFiles(tuple(files), index, metadata)
 
@@ -78,7 +78,7 @@ def refuse_distributed(folder: Path) -> None:
     if found:
         raise CheckpointError(
             f"{folder}: holds a distributed checkpoint ({found[0]} ...), which is not read here. Load it with "
-            "transformers and save it with save_pretrained() in the ordinary layout."
+            "transformers and save it with save_pretrained() in the ordinary layout"
         )
 
 
@@ -99,7 +99,7 @@ def _named(folder: Path, named: str) -> tuple[list[str], Path | None, dict[str, 
     if not named.endswith(".safetensors.index.json"):
         raise CheckpointError(
             f"{folder / 'config.json'}: its transformers_weights is {named!r}, which is neither *.safetensors nor "
-            "*.safetensors.index.json, the only files that are read. Name one of these, or remove the entry."
+            "*.safetensors.index.json, the only files that are read. Name one of these, or remove the entry"
         )
     names, metadata = _read_index(folder / named)
     return names, folder / named, metadata
@@ -113,12 +113,12 @@ def _read_index(index: Path) -> tuple[list[str], dict[str, Any]]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{index}: expected JSON with a 'weight_map' of file names, found {type(error).__name__}: {error}. "
-            "Download the file again."
+            "Download the file again"
         ) from error
     for name in names:
         _refuse_outside(index, "weight_map", name)
     if not names:
-        raise CheckpointError(f"{index}: its weight_map lists no file at all. Download the file again.")
+        raise CheckpointError(f"{index}: its weight_map lists no file at all. Download the file again")
     return names, metadata if isinstance(metadata, dict) else {}
 
 
@@ -127,7 +127,7 @@ def _refuse_outside(source: Path, entry: str, name: Any) -> None:
     if path is None or not path.parts or path.is_absolute() or ".." in path.parts or "\0" in str(path):
         raise CheckpointError(
             f"{source}: its {entry} lists the file {name!r}, which is not a name inside the checkpoint folder; "
-            "refused. Do not use this checkpoint unless you trust where it comes from."
+            "refused. Do not use this checkpoint unless you trust where it comes from"
         )
 
 
@@ -150,9 +150,9 @@ def _refuse_pointer(file: Path) -> None:
         with file.open("rb") as stream:
             pointer = stream.read(len(LFS_POINTER)) == LFS_POINTER
     except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error}. Check that it exists and may be read.") from error
+        raise CheckpointError(f"{file}: cannot be read: {error}. Check that it exists and may be read") from error
     if pointer:
-        raise CheckpointError(f"{file}: is a Git-LFS pointer, not the file itself. Run `git lfs pull` in the folder.")
+        raise CheckpointError(f"{file}: is a Git-LFS pointer, not the file itself. Run `git lfs pull` in the folder")
 
 
 def _what_is_in(folder: Path) -> str:

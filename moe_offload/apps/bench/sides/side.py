@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from ....cache.counters import Stats
 from ....checkpoint.outline import outline_folder
 from ..devices import DEVICES
 from ..request import ask
@@ -28,7 +29,6 @@ from ..routing import Routing, install, load_recorded
 from .contenders import CPU_SIDES, Contender, Job
 from .gpu_contenders import GPU_SIDES
 
-COUNTERS = ("hits", "misses", "bytes_read", "stall_s")
 SIDES: dict[str, dict[str, Contender]] = {"cpu": CPU_SIDES, "cuda": GPU_SIDES}
 
 
@@ -110,8 +110,8 @@ class Side:
         self._peaks.append(self.device.take_peak())
         if not self._handle:
             return {}
-        stats = self._handle.stats()
-        return {name: getattr(stats, name) for name in COUNTERS}
+        stats: Stats = self._handle.stats()
+        return dict(stats.values())
 
 
 def main() -> None:

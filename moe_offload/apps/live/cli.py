@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..options.ending import fail, or_exit
-from ..options.flags import seconds
+from ...errors import LiveError
+from ..options.ending import fail
+from ..options.numbers import seconds
 
 if TYPE_CHECKING:
-    from ...observe.live.client import Place
     from ...observe.live.snapshot import Snapshot
+    from .client import Place
 
 HISTORY = 40  # looks in the line of speeds
 ENDING_S = 2.0  # a process that ends closes its model first
@@ -36,7 +37,7 @@ def top(
         place, first = _find(target)
         if as_json:
             for snapshot in _looks(place, first, once, interval):
-                typer.echo(snapshot.model_dump_json())
+                typer.echo(snapshot.to_json().decode())
         else:
             _show(place, first, once, interval)
         if not once:
@@ -48,13 +49,13 @@ def top(
 
 def _find(target: str | None) -> tuple[Place, Snapshot]:
     """The one model that is meant; exit code 1 where there is none, 2 where there are several."""
-    from ...observe.live.client import running
+    from .client import running
 
     if target is not None and not re.fullmatch(r"\d+(-\d+)?", target):
         fail(f"{target!r} is no process: give its number, as in 4242, or 4242-2 for its second model", 2)
-    models = or_exit(running, code=1)
+    models = running()
     if not models:
-        fail(f"no running model found; {HOW}", 1)
+        raise LiveError(f"no running model found; {HOW}")
     found = [one for one in models if target in (None, one[0].name)] or [
         one for one in models if target == str(one[0].pid)
     ]
@@ -62,14 +63,13 @@ def _find(target: str | None) -> tuple[Place, Snapshot]:
         return found[0]
     listed = "; ".join(f"{place.name} ({snapshot.model})" for place, snapshot in found or models)
     if not found:
-        fail(f"no running model {target!r}; there are: {listed}", 2)
+        raise LiveError(f"no running model {target!r}; there are: {listed}")
     fail(f"several models are running, say which: {listed}", 2)
 
 
 def _looks(place: Place, first: Snapshot, once: bool, interval: float) -> Iterator[Snapshot]:
     """A snapshot now and one each `interval` seconds, until the model is gone."""
-    from ...errors import LiveError
-    from ...observe.live.client import GoneError, SilentError, ask
+    from .client import GoneError, SilentError, ask
 
     yield first
     while not once:
@@ -80,16 +80,14 @@ def _looks(place: Place, first: Snapshot, once: bool, interval: float) -> Iterat
             return
         except SilentError:  # it is busy: the next look may see it
             continue
-        except LiveError as error:
-            fail(str(error), 1)
 
 
 def _show(place: Place, first: Snapshot, once: bool, interval: float) -> None:
     from rich.console import Console
     from rich.live import Live
 
-    from ...observe.live.rates import between
-    from ...observe.live.screen import screen
+    from .rates import between
+    from .screen import screen
 
     console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:  # a file or a pipe has no width

@@ -18,9 +18,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from moe_offload.apps.cli import app
-from moe_offload.observe.live.client import running
-from moe_offload.observe.live.rates import between
-from moe_offload.observe.live.screen import screen, sparkline
+from moe_offload.apps.live.client import running
+from moe_offload.apps.live.rates import between
+from moe_offload.apps.live.screen import screen, sparkline
 from moe_offload.observe.live.snapshot import Snapshot
 from tests.fakes.watched import ROOT, models, use_folder
 
@@ -48,7 +48,7 @@ def watch(*arguments: str) -> subprocess.Popen:
 
 def test_no_running_model_is_one_line_that_says_how(folder):
     result = run("--once")
-    assert result.exit_code == 1 and result.stdout == ""
+    assert result.exit_code == 7 and result.stdout == ""
     (line,) = result.stderr.splitlines()
     assert "MOE_OFFLOAD_LIVE=1" in line and "serve_live()" in line
 
@@ -82,7 +82,7 @@ def test_two_processes_of_which_one_dies(folder):
         (line,) = several.stderr.splitlines()
         assert str(one.pid) in line and str(two.pid) in line
         absent = run("1", "--once")
-        assert absent.exit_code == 2 and str(one.pid) in absent.stderr
+        assert absent.exit_code == 7 and str(one.pid) in absent.stderr
         for child in (one, two):
             assert json.loads(run(str(child.pid), "--once", "--json").stdout)["pid"] == child.pid
 
@@ -110,7 +110,7 @@ def test_two_processes_of_which_one_dies(folder):
 def test_run_can_be_watched_unless_a_setting_says_no(folder, monkeypatch, variable, flags, watched):
     command = importlib.import_module("moe_offload.apps.generate.run")
     seen = []
-    monkeypatch.setattr(command, "_generate", lambda *_: seen.extend(running()) or "")
+    monkeypatch.setattr(command, "generate_into", lambda *_: seen.extend(running()))
     monkeypatch.setenv("MOE_OFFLOAD_LIVE", variable)
     result = CliRunner().invoke(app, ["run", MODEL, "--budget", "6MB", *flags])
     assert result.exit_code == 0, result.output
@@ -131,27 +131,21 @@ def test_it_needs_no_torch(folder):
     program = (
         "import sys\nfrom moe_offload.apps.cli import app\n"
         "try:\n    app(['top'])\nexcept SystemExit:\n    pass\n"
-        "assert 'torch' not in sys.modules and 'moe_offload.observe.live.client' in sys.modules"
+        "assert 'torch' not in sys.modules and 'moe_offload.apps.live.client' in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
 
-COUNTS = {
-    "streamed": 0, "prewarm_bytes": 0, "ahead": 0, "late": 0, "wasted_bytes": 0,
-}  # fmt: skip
-
-
 def look(seconds: float, tokens: int, hits: int, misses: int, stall_s: float, layers: int = 2) -> Snapshot:
     asked = {"tokens": tokens, "hits": hits, "misses": misses, "stall_s": stall_s, "bytes_read": misses * 1000}
-    layer = {"name": "l", "experts": 8, "slots": 4, "resident": 3, "row_bytes": 1000, **asked, **COUNTS}
-    return Snapshot.model_validate(
-        {
-            **{"model": "org/[red]name\x1b[2J", "pid": 7, "uptime_s": seconds, "budget_bytes": 10**9},
-            **{"plan": {"slots": 10**9}, "rss_bytes": 2 * 10**9, "graphs": 2, "queued": 3, "reading": 4},
-            **{"layers": [layer] * layers, **asked, **COUNTS},
-        }
-    )
+    layer = {"name": "l", "experts": 8, "slots": 4, "resident": 3, "row_bytes": 1000, **asked}
+    facts = {
+        **{"format": "moe_offload.live", "version": 1, "model": "org/[red]name\x1b[2J", "pid": 7, "uptime_s": seconds},
+        **{"budget_bytes": 10**9, "plan": {"slots": 10**9}, "rss_bytes": 2 * 10**9, "graphs": 2, "queued": 3},
+        **{"reading": 4, "layers": [layer] * layers, **asked},
+    }
+    return Snapshot.of(json.dumps(facts).encode())
 
 
 def drawn(
