@@ -1,8 +1,17 @@
 """Graph passes that turn the MoE layers of a traced model into expert-cache lookups and streamed loads.
 
 Imports torch and nothing else: what serves the rewritten graph is bound to it at run time (see `ops`).
-Reading order: `find` (where experts are read), `slots` (decode), `waves` (prefill), `lookahead`, `instrument`,
-`pipeline`.
+
+    find        where a graph reads stacked expert weights
+    sentinels   drop_sentinels    the guards against ids that mean "not mine" go
+    lookahead   insert_prefetch   the next layer's router is asked early
+    slots       rename_to_slots   decode: W[ids] becomes bank[slots]
+    waves       stream_in_waves   prefill: the experts code becomes one `stream` op
+    instrument  insert_observe    count ids, change nothing else
+    pipeline    which of them run, in which order
+
+Each pass is a plain function `(graph, *, sites, ...) -> sites it rewrote`: what `find` has found comes in, the graph is
+changed in place. Its module shows the graph before and after.
 """
 
 from .bank import Bank

@@ -1,4 +1,14 @@
-"""Which passes run, in which order, and the one place that runs them."""
+"""Which passes run, in which order, and the one place that runs them.
+
+drop_sentinels -> [insert_prefetch] -> [rename_to_slots] -> stream_in_waves     offloaded; in brackets: on request
+insert_observe                                                                  only counted
+
+before   w = W[ids];  y = bmm(w, x)          ids a constant number of pairs that fit the slots
+after    named = fetch(ids, bank);  slots = wait(named, bank);  w = bank[...].view(...)[slots];  y = bmm(w, x)
+
+before   y = grouped_mm(x, W, offs)          any number of pairs
+after    y = stream(x, ids, bank, ...)
+"""
 
 from __future__ import annotations
 

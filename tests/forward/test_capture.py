@@ -15,7 +15,7 @@ from moe_offload.memory.transfer import TRANSFERS
 from moe_offload.memory.transfer.staged import DeviceTransfer
 from moe_offload.memory.transfer.streams import CudaStreams
 from tests.fakes.offloaded import IDS, QWEN, SETTINGS, offload, resident, say
-from tests.whole.test_host_managed import HostStreams
+from tests.fakes.streams import HostStreams
 
 STEP = torch.tensor([[5]])
 

@@ -21,7 +21,7 @@ from moe_offload.observe.chrome_trace import FORWARDS, PID, READERS, WAITS, save
 from moe_offload.observe.timeline import SHORT_S, Timeline
 from tests.fakes.fault_store import FaultStore, K, decode, make
 from tests.fakes.offloaded import IDS, offloaded, say
-from tests.memory.transfer.test_threads import NOTHING, PARTS, ROW, ScriptedStore, row
+from tests.fakes.scripted_store import NOTHING, PARTS, ROW, ScriptedStore, row
 
 TOLERANCE_US = 5000  # between two clocks of one machine
 MODEL = Path(__file__).parents[2] / "examples" / "polyglot-tiny"

@@ -16,7 +16,7 @@ from moe_offload.memory.stores.row_read import RowRead
 from moe_offload.memory.transfer.staged import DeviceTransfer
 from moe_offload.memory.transfer.threads import ThreadTransfer
 from tests.fakes.fault_store import E, FaultStore, assert_sound, decode, expected, make, prefill, run
-from tests.memory.transfer.test_staged import InstantStreams
+from tests.fakes.streams import InstantStreams
 
 OURS = moe_offload.__path__[0]
 LATE_S = 0.0003

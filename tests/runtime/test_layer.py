@@ -11,7 +11,7 @@ from moe_offload.memory.transfer.staged import DeviceTransfer
 from moe_offload.runtime.prewarm import prewarm_slots
 from tests.fakes import fault_store
 from tests.fakes.fault_store import LAYOUT, E, FaultStore, K, assert_sound, decode, expected, prefill, run, tags
-from tests.memory.transfer.test_staged import InstantStreams
+from tests.fakes.streams import InstantStreams
 
 EVENTS = [[0, 1], [2, 3, 2], [4, 0], list(range(E)), [5], [6, 1], [7, 6, 5, 4, 3, 2], [0, 1]]
 

@@ -23,7 +23,7 @@ from moe_offload.runtime.model import Runtime
 from moe_offload.runtime.waves_device import uses
 from tests.fakes.fake_device import DEVICE, Fabric, Far
 from tests.fakes.fault_store import B, E, K, decode, expected, make, prefill, tags
-from tests.memory.transfer.test_staged import InstantStreams
+from tests.fakes.streams import InstantStreams
 
 
 class Spy:

@@ -1,6 +1,6 @@
 """A whole model whose rows go through the transfer of a device with streams, which are slow on purpose: same tokens.
 
-The streams are those of the host here. What a GPU adds (that kernels run later) is in test_transfer_device.py.
+The streams are those of the host here. What a GPU adds (that kernels run later) is in memory/transfer/test_staged.py.
 """
 
 from __future__ import annotations
@@ -14,14 +14,7 @@ from moe_offload.apps.families.tiny import build
 from moe_offload.memory.transfer import TRANSFERS
 from moe_offload.memory.transfer.staged import DeviceTransfer
 from tests.fakes.offloaded import IDS, QWEN, SETTINGS, offload, resident, say
-from tests.memory.transfer.test_staged import SlowStreams
-
-
-class HostStreams(SlowStreams):
-    """The compute stream is this thread: to order it is to wait."""
-
-    def order(self, event):
-        self.finish(event)
+from tests.fakes.streams import HostStreams
 
 
 @pytest.fixture(params=[("disk", "grouped_mm"), ("cpu", "grouped_mm"), ("cpu", "batched_mm")], ids="-".join)

@@ -26,8 +26,8 @@ from moe_offload.memory.transfer.threads import ThreadTransfer
 from tests.fakes.cudart import PAGE, cuda  # noqa: F401
 from tests.fakes.fault_store import decode, make
 from tests.fakes.offloaded import QWEN
-from tests.memory.transfer.test_staged import SlowStreams
-from tests.memory.transfer.test_threads import ROW, ScriptedStore
+from tests.fakes.scripted_store import ROW, ScriptedStore
+from tests.fakes.streams import SlowStreams
 
 forks = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here"),
