@@ -222,3 +222,32 @@ def test_an_event_that_finds_no_room_changes_nothing():
     with pytest.raises(Exception):  # noqa: B017 - a typed error, once it has one
         cache.lookup(once([2, 3, 4]))
     assert cache.pending == pending
+
+
+class FirstGoes:
+    """A policy to which all experts are alike: the first of the candidates gives way."""
+
+    def access(self, used, tokens):
+        pass
+
+    def victims(self, candidates, n):
+        return list(candidates)[:n]
+
+    def seed(self, rates):
+        pass
+
+
+def test_a_prompt_asks_first_for_what_it_uses_most():
+    """What has been used most is computed first, and what is cut off by a lack of room has been used least."""
+    cache = LayerCache(8, 2, FirstGoes())
+    loads, without_slot = cache.fill({0: 1, 1: 5, 2: 3, 3: 4, 4: 4}, 9)
+    assert [load.expert for load in loads] == [1, 3] and without_slot == [4, 2, 0]
+
+
+def test_among_equals_what_is_resident_stays():
+    """Replacing it by an equal would cost a read and win nothing."""
+    cache = LayerCache(8, 2, FirstGoes())
+    for load in cache.lookup({0: 1, 1: 1}):
+        cache.commit(load, 1)
+    loads, without_slot = cache.fill({2: 1, 3: 1}, 9)
+    assert loads == [] and without_slot == [2, 3] and cache.resident() == [0, 1]
