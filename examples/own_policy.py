@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_offload import Trace
-from moe_offload.apps.simulate import simulate
+from moe_offload.apps.simulate.run import simulate
 from moe_offload.apps.simulate.show import table
 
 

@@ -187,7 +187,7 @@ def test_without_the_package_the_error_says_what_to_install(used, monkeypatch):
 
 
 def test_run_serves_metrics(monkeypatch):
-    command = importlib.import_module("moe_offload.apps.cli.run")  # the package has a function of that name
+    command = importlib.import_module("moe_offload.apps.generate.run")
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -13,19 +13,19 @@ from typing import Annotated
 import typer
 
 from ... import __version__
-from .bench import bench
-from .chat import chat
+from ..bench.cli import bench
+from ..families.cli import families
+from ..generate.chat import chat
+from ..generate.run import run
+from ..options.flags import summary
+from ..profile.cli import app as profile
+from ..report.cli import report
+from ..serving.cli import serve
+from ..simulate.cli import simulate
 from .config import config
 from .estimate import estimate
-from .families import families
-from .options import summary
 from .pack import pack
 from .plan import plan
-from .profile import app as profile
-from .report import report
-from .run import run
-from .serve import serve
-from .simulate import simulate
 from .top import top
 
 app = typer.Typer(

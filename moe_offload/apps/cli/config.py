@@ -12,7 +12,8 @@ import typer
 
 from ...config import file as files
 from ...config.settings import OffloadConfig, active_file, from_text, origins, resolve
-from .options import Budget, ConfigFile, DeviceMapOption, Json, MaxMemory, fail, or_exit
+from ..options.ending import fail, or_exit
+from ..options.flags import Budget, ConfigFile, DeviceMapOption, Json, MaxMemory
 
 #: What is asked, in this order: what most people want to say once for a machine. The rest can be written by hand.
 QUESTIONS = {

@@ -11,7 +11,9 @@ import typer
 from ...config.settings import OffloadConfig
 from ...config.sizes import format_size, parse_size
 from ...errors import BudgetError, ConfigError
-from .options import ConfigFile, Context, Json, ProfileIn, check_inputs, fail, or_exit, settings
+from ..options.checks import check_inputs, settings
+from ..options.ending import fail, or_exit
+from ..options.flags import ConfigFile, Context, Json, ProfileIn
 
 LADDER = (4, 6, 8, 12, 16, 24, 32, 48, 64, 80, 96, 128, 192, 256, 384, 512, 768, 1024)  # GB that machines have
 COLUMNS = ("budget", "fits", "slots a layer", "resident", "hit rate", "largest context")

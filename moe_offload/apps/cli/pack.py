@@ -10,7 +10,8 @@ import typer
 from ...checkpoint.folder import is_folder
 from ...checkpoint.staging_folder import check_new
 from ...config.sizes import size_problem
-from .options import Model, fail, or_exit
+from ..options.ending import fail, or_exit
+from ..options.flags import Model
 
 
 def pack(

@@ -7,19 +7,9 @@ from typing import Annotated
 
 import typer
 
-from .options import (
-    Budget,
-    ConfigFile,
-    Context,
-    DeviceMapOption,
-    Json,
-    MaxMemory,
-    Model,
-    ProfileIn,
-    check_inputs,
-    or_exit,
-    settings,
-)
+from ..options.checks import check_inputs, settings
+from ..options.ending import or_exit
+from ..options.flags import Budget, ConfigFile, Context, DeviceMapOption, Json, MaxMemory, Model, ProfileIn
 
 
 def plan(

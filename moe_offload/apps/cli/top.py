@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import fail, or_exit, seconds
+from ..options.ending import fail, or_exit
+from ..options.flags import seconds
 
 if TYPE_CHECKING:
     from ...observe.live.client import Place

@@ -3,9 +3,3 @@
 `record` is what is kept of a run, `collect` takes it from a running model, `advice` puts it into words, `charts` draws
 it, `page` makes one HTML file of it all.
 """
-
-from __future__ import annotations
-
-from .run_record import RunRecord
-
-__all__ = ["RunRecord"]

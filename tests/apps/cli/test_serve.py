@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 
 from moe_offload import Profile
 from moe_offload.apps.cli import app
-from moe_offload.apps.cli.serve import Stop
+from moe_offload.apps.serving.cli import Stop
 from moe_offload.apps.serving.server import listen
 
 ROOT = Path(__file__).parents[3]
@@ -290,7 +290,7 @@ def test_open_to_other_machines_is_said(monkeypatch) -> None:
             super().__init__()
             self.asked.set()
 
-    monkeypatch.setattr(sys.modules["moe_offload.apps.cli.serve"], "Stop", Stopped)
+    monkeypatch.setattr(sys.modules["moe_offload.apps.serving.cli"], "Stop", Stopped)
     result = CliRunner().invoke(app, ["serve", MODEL, "--budget", "6MB", "--host", "0.0.0.0", "--port", "0"])
     assert result.exit_code == 0 and "no authentication" in result.stderr, result.output
 

@@ -108,7 +108,7 @@ def test_two_processes_of_which_one_dies(folder):
     ("variable", "flags", "watched"), [("", [], True), ("0", [], False), ("1", [], True), ("1", ["--no-live"], False)]
 )
 def test_run_can_be_watched_unless_a_setting_says_no(folder, monkeypatch, variable, flags, watched):
-    command = importlib.import_module("moe_offload.apps.cli.run")  # the package has a function of that name
+    command = importlib.import_module("moe_offload.apps.generate.run")
     seen = []
     monkeypatch.setattr(command, "_generate", lambda *_: seen.extend(running()) or "")
     monkeypatch.setenv("MOE_OFFLOAD_LIVE", variable)

@@ -11,11 +11,10 @@ import pytest
 from typer.testing import CliRunner
 
 from moe_offload.apps.cli import app
-from moe_offload.apps.report import RunRecord
 from moe_offload.apps.report.advice import advice, headline, summary
 from moe_offload.apps.report.charts import Line, heat_map, lines, nice, short
 from moe_offload.apps.report.page import grouped, page
-from moe_offload.apps.report.run_record import MAX_BYTES
+from moe_offload.apps.report.run_record import MAX_BYTES, RunRecord
 from moe_offload.errors import ReportError
 from moe_offload.files import whole_file
 

@@ -11,7 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from moe_offload.apps.cli import app
-from moe_offload.apps.simulate import ALL, plain, run, simulate
+from moe_offload.apps.simulate import plain, run
+from moe_offload.apps.simulate.run import ALL, simulate
 from moe_offload.errors import TraceError
 from moe_offload.observe.trace import Trace
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...config.settings import OffloadConfig
-from ...errors import OffloadError, ProfileError
+from ...errors import ProfileError
 from ...observe.profile import Profile
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def record_texts(
     from ...api import from_pretrained  # seconds of torch come after what may be wrong with the texts
     from ...checkpoint.loading import resolve_folder
     from ...record import record_profile
+    from ..generate.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(model)
     pieces = list(_pieces(tokenizer, contents, max_tokens))
@@ -47,15 +48,6 @@ def record_texts(
     offloaded: Any = from_pretrained(model, config=config)
     with offloaded.moe_offload as handle:
         return record_profile(handle.model, pieces, **meta)
-
-
-def load_tokenizer(model: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise OffloadError(f"{model}: cannot load its tokenizer: {str(error).splitlines()[0]}") from error
 
 
 def _pieces(tokenizer: Any, contents: Sequence[str], max_tokens: int | None) -> Iterator[Tensor]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import or_exit
+from ..options.ending import or_exit
 
 
 def simulate(
@@ -24,7 +24,7 @@ def simulate(
     plot: Annotated[Path | None, typer.Option("--plot", help="Write hit rate over capacity here, as PNG.")] = None,
 ) -> None:
     """Replay traces through the cache: hit rates of policies at several capacities, beside Belady's MIN."""
-    from ..simulate.command import run as run_simulation
+    from .command import run as run_simulation
 
     typer.echo(
         or_exit(

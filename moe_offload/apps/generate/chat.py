@@ -9,23 +9,10 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from ...errors import ConfigError, ServeError
-from .options import (
-    Budget,
-    ConfigFile,
-    DeviceMapOption,
-    Live,
-    MaxMemory,
-    Model,
-    PrewarmWith,
-    SaveProfile,
-    check_inputs,
-    check_output,
-    fail,
-    live_or_default,
-    or_exit,
-    settings,
-)
-from .serve import on_signals, served
+from ..options.checks import check_inputs, check_output, live_or_default, settings
+from ..options.ending import fail, or_exit
+from ..options.flags import Budget, ConfigFile, DeviceMapOption, Live, MaxMemory, Model, PrewarmWith, SaveProfile
+from ..serving.cli import on_signals, served
 
 
 def chat(

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .options import Json, fail, whole
+from ..options.ending import fail
+from ..options.flags import Json, whole
 
 
 def families(
@@ -23,7 +24,7 @@ def families(
     as_json: Json = False,
 ) -> None:
     """Build a tiny random model of every MoE family of the installed transformers; run it resident and offloaded."""
-    from ..families.report import run_families
+    from .report import run_families
 
     if not run_families(
         names or [], compile=compile, matrix=matrix, as_json=as_json, jobs=jobs, fail=lambda m: fail(m, 2)

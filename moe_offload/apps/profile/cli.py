@@ -9,19 +9,9 @@ from typing import Annotated
 import typer
 
 from ...errors import ProfileError
-from .options import (
-    ConfigFile,
-    Json,
-    Model,
-    check_inputs,
-    check_output,
-    fail,
-    or_exit,
-    residency_share,
-    settings,
-    summary,
-    whole,
-)
+from ..options.checks import check_inputs, check_output, residency_share, settings
+from ..options.ending import fail, or_exit
+from ..options.flags import ConfigFile, Json, Model, summary, whole
 
 app = typer.Typer(
     help="Activation profiles: which experts a workload uses, to pre-warm the slots with.",
@@ -75,8 +65,8 @@ def inspect(
     """How skewed a workload is, layer by layer, and what pre-warming with it would bring."""
     from ...observe.profile import Profile
     from ...observe.trace import Trace
-    from .profile_tables import inspect as look
-    from .profile_tables import inspect_table
+    from .tables import inspect as look
+    from .tables import inspect_table
 
     if (budget is None) != (model is None) or (budget and residency):
         fail("give --residency, or --budget together with --model", 2)
@@ -110,8 +100,8 @@ def merge(
 def diff(a: ProfileFile, b: ProfileFile, as_json: Json = False) -> None:
     """How far apart two workloads are, layer by layer."""
     from ...observe.profile import Profile
-    from .profile_tables import diff as compare
-    from .profile_tables import diff_table
+    from .tables import diff as compare
+    from .tables import diff_table
 
     found = or_exit(lambda: compare(Profile.load(a), Profile.load(b)))
     typer.echo(json.dumps(found) if as_json else diff_table(found))
@@ -123,7 +113,7 @@ for command in (record, inspect, merge, diff):
 
 def _slots(profile: object, residency: str | None, model: str | None, budget: str | None) -> list[int] | None:
     from ...observe.profile import Profile
-    from .profile_tables import slots_at
+    from .tables import slots_at
 
     assert isinstance(profile, Profile)
     if residency is not None:

@@ -9,23 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from ...errors import OffloadError
-from .options import (
-    Budget,
-    ConfigFile,
-    DeviceMapOption,
-    Live,
-    MaxMemory,
-    Model,
-    PrewarmWith,
-    SaveProfile,
-    check_inputs,
-    check_output,
-    fail,
-    live_or_default,
-    or_exit,
-    settings,
-    whole,
-)
+from ..options.checks import check_inputs, check_output, live_or_default, settings
+from ..options.ending import fail, or_exit
+from ..options.flags import Budget, ConfigFile, DeviceMapOption, Live, MaxMemory, Model, PrewarmWith, SaveProfile, whole
 
 
 def run(
@@ -87,7 +73,7 @@ def run(
     )
     check_inputs(model, wanted)
     from ...api import from_pretrained
-    from .texts import load_tokenizer
+    from .tokenizer import load_tokenizer
 
     loaded: Any = or_exit(lambda: from_pretrained(model, config=wanted))
     with loaded.moe_offload as handle:

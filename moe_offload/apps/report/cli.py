@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .options import check_output, fail, or_exit
+from ..options.checks import check_output
+from ..options.ending import fail, or_exit
 
 
 def report(
@@ -16,8 +17,8 @@ def report(
     png: Annotated[Path | None, typer.Option("--png", help="A folder for the charts as PNG, too.")] = None,
 ) -> None:
     """One page about a run: hits beside the best possible, what was read and waited for, other budgets."""
-    from ..report import RunRecord
-    from ..report.page import write_page
+    from .page import write_page
+    from .run_record import RunRecord
 
     check_output("--out", out)
     if png is not None:
@@ -28,7 +29,7 @@ def report(
     loaded = or_exit(lambda: RunRecord.load(run))
     typer.echo(f"{or_exit(lambda: write_page(loaded, out))}")
     if png is not None:
-        from ..report.png import write_png
+        from .png import write_png
 
         for path in or_exit(lambda: write_png(loaded, png)):
             typer.echo(f"{path}")

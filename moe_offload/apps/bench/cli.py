@@ -9,7 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from ...config.settings import FILE_VARIABLE
-from .options import ConfigFile, check_inputs, check_output, or_exit, residency_share, settings, whole
+from ..options.checks import check_inputs, check_output, residency_share, settings
+from ..options.ending import or_exit
+from ..options.flags import ConfigFile, whole
 
 
 def bench(
@@ -65,10 +67,10 @@ def bench(
     check_output("--json", json_file)
     if not model.startswith("synthetic:") and layers is None:  # with --layers it is refused below, whatever it is
         check_inputs(model, wanted)
-    from ..bench.command import scratch_folder, workload, write_json
-    from ..bench.run import bench as run_bench
-    from ..bench.sides.side import SIDES
-    from ..bench.table import table
+    from .command import scratch_folder, workload, write_json
+    from .run import bench as run_bench
+    from .sides.side import SIDES
+    from .table import table
 
     if config_file is not None:
         os.environ[FILE_VARIABLE] = str(config_file.resolve())  # for the process of each side, too

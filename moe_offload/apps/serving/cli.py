@@ -12,26 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...config.settings import OffloadConfig
-from .options import (
-    Budget,
-    ConfigFile,
-    DeviceMapOption,
-    Live,
-    MaxMemory,
-    Model,
-    PrewarmWith,
-    SaveProfile,
-    check_inputs,
-    check_output,
-    fail,
-    live_or_default,
-    or_exit,
-    settings,
-    whole,
-)
+from ..options.checks import check_inputs, check_output, live_or_default, settings
+from ..options.ending import fail, or_exit
+from ..options.flags import Budget, ConfigFile, DeviceMapOption, Live, MaxMemory, Model, PrewarmWith, SaveProfile, whole
 
 if TYPE_CHECKING:
-    from ..serving.server import Server
+    from .server import Server
 
 ATTENTION_S = 0.2  # a signal that another thread has caught is acted on when the main thread runs next
 
@@ -109,13 +95,13 @@ def served(
 
     An address that cannot be had is refused before the model is loaded.
     """
-    from ..serving import require
+    from . import require
 
     or_exit(require)
     from ...api import from_pretrained
-    from ..serving.app import build_app
-    from ..serving.server import Server, listen
-    from .texts import load_tokenizer
+    from ..generate.tokenizer import load_tokenizer
+    from .app import build_app
+    from .server import Server, listen
 
     with or_exit(lambda: listen(host, port)) as sock:
         loaded: Any = or_exit(lambda: from_pretrained(model, config=wanted))
