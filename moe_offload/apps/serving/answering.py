@@ -1,8 +1,8 @@
 """From a request to its answer: the body is read and understood, waits for its turn, is generated, and sent.
 
-    event loop   body (guards.Bodies)                                         pieces -> one answer, or events of a stream
-    a thread           fields, prompt's token ids (protocol)                  |
-    the queue's                                              generation ------+
+    event loop   body (guards.Bodies)                             pieces -> one answer, or events of a stream
+    a thread           fields, prompt's token ids (protocol)     |
+    the queue's thread                                 generation
 
 A client that leaves is noticed at any moment, and its request is dropped (queue.py).
 """

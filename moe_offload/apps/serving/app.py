@@ -1,8 +1,8 @@
 """The ASGI app: routes, and what stands before them.
 
-    POST /v1/completions, /v1/chat/completions        answering.py
-    GET  /v1/models, /v1/models/NAME, /health
-    GET  /v1/moe_offload/stats, /metrics              counters of the experts, and of the requests
+POST /v1/completions, /v1/chat/completions        answering.py
+GET  /v1/models, /v1/models/NAME, /health
+GET  /v1/moe_offload/stats, /metrics              counters of the experts, and of the requests
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from starlette.routing import Route
 
 from ...errors import OffloadError, ServeError
 from ...handle import Handle
+from . import LONGEST_QUEUE
 from .answering import Answering, unknown_model
 from .guards import LEFT, Guards
 from .protocol import fields
-from .protocol.failures import RequestError, error_response
+from .protocol.failures import error_response
 from .queue import Queue
 from .request_metrics import RequestMetrics
 
 logger = logging.getLogger("moe_offload")
 
-LONGEST_QUEUE = 64
 KINDS: dict[str, type[fields.Common]] = {"/v1/completions": fields.Completion, "/v1/chat/completions": fields.Chat}
 #: For a model that was never trained to chat: what was said, line by line, for it to continue.
 PLAIN_TEMPLATE = "{{ messages | map(attribute='content') | join('\n') }}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,10 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ...config.settings import OffloadConfig
+from ...config.settings import KEY_VARIABLE, OffloadConfig
 from ..options.checks import check_inputs, check_output, live_or_default, settings
 from ..options.ending import fail, or_exit
 from ..options.flags import Budget, ConfigFile, DeviceMapOption, Live, MaxMemory, Model, PrewarmWith, SaveProfile, whole
+from . import ACCESS, LONGEST_QUEUE
 
 if TYPE_CHECKING:
     from .server import Server
@@ -30,16 +33,24 @@ def serve(
     config_file: ConfigFile = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 is all of them.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="Port; 0 is any that is free.", **whole(0, 65535))] = 8000,
-    name: Annotated[
-        str | None, typer.Option("--name", help="What clients call the model.", show_default="MODEL as given")
+    served_model_name: Annotated[
+        str | None,
+        typer.Option("--served-model-name", help="What clients call the model.", show_default="MODEL as given"),
     ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option("--api-key", help="What clients must send; others are refused (401).", envvar=KEY_VARIABLE),
+    ] = None,
+    max_waiting: Annotated[
+        int, typer.Option("--max-waiting", help="Requests that may wait; more are refused (429).", **whole(0, 10000))
+    ] = LONGEST_QUEUE,
     profile_in: PrewarmWith = None,
     profile_out: SaveProfile = None,
     live: Live = None,
 ) -> None:
-    """Answer OpenAI-compatible requests (chat completions, completions, responses) with a model inside a budget.
+    """Answer OpenAI-compatible requests (completions and chat completions) with a model inside a budget.
 
-    Clients need the address that is printed and no key: OpenAI(base_url=..., api_key="none").
+    Clients need the address that is printed: OpenAI(base_url=..., api_key=...). Without --api-key any key will do.
 
     Ctrl-C stops: running requests have ten seconds, then the profile is saved. A second one does not wait.
     """
@@ -53,16 +64,29 @@ def serve(
     )
     check_inputs(model, wanted)
     check_output("--profile-out", profile_out)
-    name, stop = name or model, Stop()
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
+        fail("--api-key: a key is printable ASCII, without spaces around it", 2)
+    name, stop = served_model_name or model, Stop()
+    _log_requests()
     try:
         with (
             on_signals(stop),
-            served(model, wanted, host=host, port=port, name=name, profile_out=profile_out) as server,
+            served(
+                model,
+                wanted,
+                host=host,
+                port=port,
+                name=name,
+                profile_out=profile_out,
+                api_key=api_key,
+                max_waiting=max_waiting,
+                warm_up=True,
+            ) as server,
         ):
-            if not server.is_local:
+            if not server.is_local and api_key is None:
                 typer.echo(
                     f"moe-offload: {host} is open to other machines, and whoever reaches it may use the model: "
-                    "there is no authentication",
+                    "give an --api-key",
                     err=True,
                 )
             stop.serving = True
@@ -72,6 +96,15 @@ def serve(
             typer.echo("moe-offload: stopping", err=True)
     except KeyboardInterrupt:
         fail("interrupted", 130)
+
+
+def _log_requests() -> None:
+    """A line per request on standard error."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    access = logging.getLogger(ACCESS)
+    access.handlers, access.propagate = [handler], False
+    access.setLevel(logging.INFO)
 
 
 class Stop:
@@ -89,18 +122,28 @@ class Stop:
 
 @contextmanager
 def served(
-    model: str, wanted: OffloadConfig, *, host: str, port: int, name: str, profile_out: Path | None
+    model: str,
+    wanted: OffloadConfig,
+    *,
+    host: str,
+    port: int,
+    name: str,
+    profile_out: Path | None,
+    api_key: str | None = None,
+    max_waiting: int = LONGEST_QUEUE,
+    warm_up: bool = False,
 ) -> Iterator[Server]:
     """A running server for `model`. At the end its requests have been stopped, the summary printed, the profile saved.
 
-    An address that cannot be had is refused before the model is loaded.
+    `warm_up` compiles before the first request, and says how long that took. An address that cannot be had is refused
+    before the model is loaded.
     """
     from . import require
 
     or_exit(require)
     from ...api import from_pretrained
     from ..generate.tokenizer import load_tokenizer
-    from .app import build_app
+    from .app import App
     from .server import Server, listen
 
     with or_exit(lambda: listen(host, port)) as sock:
@@ -108,13 +151,18 @@ def served(
         with loaded.moe_offload as handle:
             typer.echo(str(handle.plan), err=True)
             tokenizer = or_exit(lambda: load_tokenizer(model))
-            server = Server(build_app(handle, tokenizer, name), sock)
+            app = or_exit(lambda: App(handle, tokenizer, name, api_key=api_key, longest_queue=max_waiting), code=1)
+            if warm_up:
+                begun_s = time.perf_counter()
+                or_exit(app.warm_up, code=1)
+                typer.echo(f"Compiled and warmed up in {time.perf_counter() - begun_s:.1f} s", err=True)
+            server = Server(app, sock)
             or_exit(server.start, code=1)
             try:
                 yield server
                 server.stop()
             finally:  # an interrupt leaves requests unanswered, never the profile unsaved
-                server.app.state.model.cancel()
+                app.close()
                 typer.echo(handle.summary(), err=True)
                 if profile_out is not None:
                     saved = or_exit(lambda: handle.save_profile(profile_out), code=1)

@@ -75,7 +75,7 @@ def generate(
     if sampling.presence_penalty or sampling.frequency_penalty:
         processors.append(Penalties(len(prompt_ids), sampling.presence_penalty, sampling.frequency_penalty))
     if sampling.logit_bias:
-        processors.append(LogitBias({(id,): float(bias) for id, bias in sampling.logit_bias.items()}))
+        processors.append(LogitBias([[[id], float(bias)] for id, bias in sampling.logit_bias.items()]))
     ids_1P = torch.tensor([prompt_ids], device=model.device)
     with _seeded(sampling.seed, ids_1P.device):
         model.generate(
@@ -153,7 +153,7 @@ class _Answer:
         return TokenLogprob(id, float(self._logprobs_V[id]), offset, top)
 
 
-class Penalties(LogitsProcessor):  # type: ignore[misc]  # transformers is untyped here
+class Penalties(LogitsProcessor):
     """OpenAI's formula, over the tokens of the answer: logit - count * frequency - (count > 0) * presence."""
 
     def __init__(self, prompt_tokens: int, presence: float, frequency: float):
@@ -161,7 +161,8 @@ class Penalties(LogitsProcessor):  # type: ignore[misc]  # transformers is untyp
 
     def __call__(self, ids_BT: Tensor, scores_BV: Tensor) -> Tensor:
         said_BT = ids_BT[:, self.prompt_tokens :]
-        counts_BV = torch.zeros_like(scores_BV).scatter_add_(1, said_BT, torch.ones_like(said_BT, dtype=scores_BV.dtype))
+        ones_BT = torch.ones_like(said_BT, dtype=scores_BV.dtype)
+        counts_BV = torch.zeros_like(scores_BV).scatter_add_(1, said_BT, ones_BT)
         return scores_BV - counts_BV * self.frequency - (counts_BV > 0) * self.presence
 
 

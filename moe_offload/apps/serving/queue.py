@@ -7,7 +7,6 @@ at its next token.
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 import time
 from collections import deque
@@ -15,8 +14,6 @@ from collections.abc import Callable
 from typing import Any
 
 from .protocol.failures import RequestError, stopping
-
-logger = logging.getLogger("moe_offload")
 
 LONGEST_RETRY_S = 60.0
 

@@ -1,13 +1,14 @@
-"""What the requests are like, for Prometheus and for the log: counts, waiting, latencies. Beside those of the experts."""
+"""What the requests are like, for Prometheus and for the log: counts, those that wait, latencies."""
 
 from __future__ import annotations
 
 import logging
 from typing import Any
 
+from . import ACCESS
 from .queue import Job, Queue
 
-access = logging.getLogger("moe_offload.access")
+access = logging.getLogger(ACCESS)
 
 FIRST_TOKEN_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 TOKEN_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)

@@ -119,7 +119,7 @@ def test_a_real_client_gets_what_the_resident_model_says(serving, said) -> None:
     assert listed.id == serving.name == MODEL
     assert complete(serving, ITALIAN) == complete(serving, ITALIAN, stream=True) == said(ITALIAN)
     assert chat(serving, ITALIAN) == chat(serving, ITALIAN, stream=True) == said(ITALIAN)
-    with pytest.raises(openai.BadRequestError, match="pinned to"):
+    with pytest.raises(openai.NotFoundError, match="is not here"):
         serving.client.completions.create(model="gpt-4", prompt=ITALIAN)
 
 
@@ -138,7 +138,9 @@ def test_two_clients_at_once_each_get_their_own_answer(serving, said) -> None:
 
 def test_sigterm_while_it_generates(tmp_path: Path) -> None:
     profile = tmp_path / "served.json"
-    with started("serve", MODEL, "--port", "0", "--profile-out", str(profile), "--name", "tiny") as process:
+    with started(
+        "serve", MODEL, "--port", "0", "--profile-out", str(profile), "--served-model-name", "tiny"
+    ) as process:
         serving = Serving(process)
         serving.begin_a_long_answer("tiny")
         process.send_signal(signal.SIGTERM)
@@ -269,7 +271,7 @@ def test_what_generate_does_not_know(no_model, flag) -> None:
 
 
 @pytest.mark.parametrize("command", ["serve", "chat"])
-@pytest.mark.parametrize("package", ["fastapi", "uvicorn", "openai", "jinja2", "rich"])
+@pytest.mark.parametrize("package", ["starlette", "uvicorn", "jinja2"])
 def test_a_package_that_is_not_installed(no_model, command, package, monkeypatch) -> None:
     real = importlib.import_module
 
@@ -292,7 +294,7 @@ def test_open_to_other_machines_is_said(monkeypatch) -> None:
 
     monkeypatch.setattr(sys.modules["moe_offload.apps.serving.cli"], "Stop", Stopped)
     result = CliRunner().invoke(app, ["serve", MODEL, "--budget", "6MB", "--host", "0.0.0.0", "--port", "0"])
-    assert result.exit_code == 0 and "no authentication" in result.stderr, result.output
+    assert result.exit_code == 0 and "--api-key" in result.stderr, result.output
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -57,7 +57,9 @@ class Form:
 
     def first(self, index: int) -> str:
         """The event that begins an answer of a chat; of a completion there is none."""
-        return self._event(index, {"role": "assistant", "content": "", "refusal": None}, None, None) if self._chat else ""
+        return (
+            self._event(index, {"role": "assistant", "content": "", "refusal": None}, None, None) if self._chat else ""
+        )
 
     def piece(self, index: int, piece: Piece) -> str:
         """The events of one piece. OpenAI's chat says why it ended in an event of its own, without text."""
@@ -87,7 +89,9 @@ class Form:
         if self._asked.alternatives is None:
             return None
         if self._chat:
-            entries = [{**self._token(t.id, t.logprob), "top_logprobs": [self._token(*x) for x in t.top]} for t in tokens]
+            entries = [
+                {**self._token(t.id, t.logprob), "top_logprobs": [self._token(*x) for x in t.top]} for t in tokens
+            ]
             return {"content": entries, "refusal": None}
         return {
             "tokens": [self._text(t.id) for t in tokens],

@@ -1,9 +1,9 @@
 """What went wrong with a request, in OpenAI's form: the same object in an answer and in the middle of a stream.
 
-    {"error": {"message": "...", "type": "invalid_request_error", "param": "temperature", "code": "unsupported_value"}}
+{"error": {"message": "...", "type": "invalid_request_error", "param": "temperature", "code": "unsupported_value"}}
 
-    an answer   with the status of `RequestError`, or 500, or 503 once the model is closed
-    a stream    200 has been sent: an event of this form, then [DONE]; OpenAI's clients raise APIError with the message
+an answer   with the status of `RequestError`, or 500, or 503 once the model is closed
+a stream    200 has been sent: an event of this form, then [DONE]; OpenAI's clients raise APIError with the message
 """
 
 from __future__ import annotations

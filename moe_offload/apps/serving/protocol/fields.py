@@ -17,15 +17,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 from transformers import GenerationConfig
 
-from .failures import RequestError
 from ..generation import Sampling
+from .failures import RequestError
 
 MOST_CHOICES, MOST_STOPS, MOST_LOGPROBS, MOST_BIASES = 16, 16, 20, 1024
-INT64 = 2**63
+INT64, LONGEST_STOP = 2**63, 1024
 
 TEXT_ONLY = "this server writes text and nothing else"
 NOT_CONSTRAINED = "the answer cannot be constrained here; ask for the form in the prompt and check it"
-NO_TOOLS = "tools are not supported here: describe them in the prompt"
+NO_TOOLS = "describe the tools in the prompt"
 NOT_KEPT = "nothing is kept here"
 #: Field: the values that ask for nothing (null always does), and why any other is refused.
 NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -53,11 +53,14 @@ SETTINGS = frozenset(
     "do_sample temperature top_k top_p min_p typical_p epsilon_cutoff eta_cutoff repetition_penalty max_new_tokens "
     "min_new_tokens no_repeat_ngram_size prefill_chunk_size".split()
 )
-IGNORED_SETTINGS = frozenset(("transformers_version", "bos_token_id", "eos_token_id", "pad_token_id", "_from_model_config"))
+IGNORED_SETTINGS = frozenset(
+    ("transformers_version", "bos_token_id", "eos_token_id", "pad_token_id", "_from_model_config")
+)
 
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
-Stop = Annotated[str, Field(min_length=1, max_length=1024)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 
 
 class StreamOptions(BaseModel):
@@ -79,7 +82,7 @@ class Common(BaseModel):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MOST_BIASES)] | None = None
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=MOST_BIASES)] | None = None
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
@@ -162,6 +165,9 @@ def _wrong_field(error: ValidationError) -> RequestError:
         message, code = f"{name!r} is no field that this server knows; leave it out", "unknown_parameter"
     elif first["type"] == "missing":
         message, code = f"{name} is missing", "missing_required_parameter"
+    elif name == "stop":
+        message = f"stop: it is a text, or a list of at most {MOST_STOPS}, each of 1 to {LONGEST_STOP} characters"
+        code = "invalid_value"
     else:
         message, code = f"{name}: {first['msg'][:200]}", "invalid_value"
     return RequestError(400, message, param=name, code=code)
@@ -178,9 +184,9 @@ def settings(asked: Common, own: GenerationConfig) -> GenerationConfig:
 def sampling(asked: Common, own: GenerationConfig, most_tokens: int, vocabulary: int) -> Sampling:
     """How to generate: what the request says, on top of the settings in `own`.
 
-    A request that says nothing about sampling is answered as `model.generate` would. One that gives a temperature, top_p,
-    top_k or min_p samples from the whole distribution but for what it says, as OpenAI's does: transformers' own default,
-    the 50 likeliest tokens, holds only for a model whose generation_config.json says so.
+    A request that says nothing about sampling is answered as `model.generate` would. One that gives a temperature,
+    top_p, top_k or min_p samples from the whole distribution but for what it says, as OpenAI's does: transformers' own
+    default, the 50 likeliest tokens, holds only for a model whose generation_config.json says so.
     """
     config = copy.deepcopy(own)
     if asked.temperature is not None and 0 < asked.temperature < 0.01:

@@ -14,7 +14,9 @@ DEFAULT_TOKENS = 16  # of /v1/completions, by OpenAI's reference
 UNBOUNDED_TOKENS = 1024  # of a chat, for a model whose configuration names no context
 MOST_PROMPTS = 128
 ROLES = ("system", "developer", "user", "assistant")
-RESERVED = ("conversation", "tokenize", "return_dict", "return_tensors", "add_generation_prompt", "tools", "chat_template")
+RESERVED = frozenset(
+    "conversation tokenize return_dict return_tensors add_generation_prompt tools chat_template".split()
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +73,7 @@ def chat_prompt(asked: Chat, tokenizer: Any, bounds: Bounds) -> Prompt:
         raise _wrong_messages("messages", "it is a list of at least one message")
     messages = [_message(i, given) for i, given in enumerate(asked.messages)]
     extra = asked.chat_template_kwargs or {}
-    reserved = sorted(set(RESERVED) & extra.keys())
+    reserved = sorted(RESERVED & extra.keys())
     if reserved:
         raise RequestError(400, f"chat_template_kwargs: {reserved[0]} is the server's", param="chat_template_kwargs")
     try:
@@ -99,7 +101,7 @@ def _message(i: int, given: Any) -> dict[str, Any]:
         raise _wrong_messages(f"{where}.role", f"it is one of {', '.join(ROLES)}")
     if isinstance(content, list):
         if not all(_is_text(part) for part in content):
-            raise _wrong_messages(f"{where}.content", "each part is {'type': 'text', 'text': ...}: " "there is only text")
+            raise _wrong_messages(f"{where}.content", "each part is {'type': 'text', 'text': ...}")
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str) or not isinstance(message.get("name", ""), str):
         raise _wrong_messages(f"{where}.content", "it is a text, or a list of parts of text")
