@@ -47,20 +47,34 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "metadata": (({},), NOT_KEPT),
     "service_tier": (("auto", "default"), "there is one tier here"),
 }
-#: Of transformers' settings, those that a request may give as `generation_config`, a JSON object in a string, which is
-#: what transformers' own chat sends. Its own fields of the same meaning win.
-SETTINGS = frozenset(
-    "do_sample temperature top_k top_p min_p typical_p epsilon_cutoff eta_cutoff repetition_penalty max_new_tokens "
-    "min_new_tokens no_repeat_ngram_size prefill_chunk_size".split()
-)
-IGNORED_SETTINGS = frozenset(
-    ("transformers_version", "bos_token_id", "eos_token_id", "pad_token_id", "_from_model_config")
-)
-
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
+
+
+class Settings(BaseModel):
+    """Of transformers' settings, those that a request may give as `generation_config`, a JSON object in a string, which
+    is what transformers' own chat sends. The request's own fields of the same meaning win."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    do_sample: bool | None = None
+    temperature: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    epsilon_cutoff: Annotated[float, Field(ge=0, lt=1)] | None = None
+    eta_cutoff: Annotated[float, Field(ge=0, lt=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
+    max_new_tokens: Count | None = None
+    min_new_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    no_repeat_ngram_size: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    prefill_chunk_size: Count | None = None
+
+
+#: What a generation_config.json has beside them, which a request cannot change and need not leave out.
+IGNORED_SETTINGS = frozenset("transformers_version bos_token_id eos_token_id pad_token_id _from_model_config".split())
 
 
 class StreamOptions(BaseModel):
@@ -238,11 +252,9 @@ def _settings(text: str | None) -> dict[str, Any]:
         if not isinstance(found, dict):
             raise ValueError("it is no object")
         found = {name: setting for name, setting in found.items() if name not in IGNORED_SETTINGS}
-        strange = sorted(found.keys() - SETTINGS)
-        if strange:
-            raise ValueError(f"{strange[0][:64]!r} cannot be set by a request; {', '.join(sorted(SETTINGS))} can")
-        GenerationConfig(**found).validate()
-    except (ValueError, TypeError, RecursionError) as error:
-        message = f"generation_config: {str(error).splitlines()[0][:300]}"
-        raise RequestError(400, message, param="generation_config", code="invalid_value") from None
-    return found
+        return Settings.model_validate(found).model_dump(exclude_none=True)
+    except ValidationError as error:
+        message = str(_wrong_field(error))
+    except (ValueError, RecursionError) as error:
+        message = str(error).splitlines()[0][:300]
+    raise RequestError(400, f"generation_config: {message}", param="generation_config", code="invalid_value")
