@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +22,7 @@ from . import ACCESS, LONGEST_QUEUE
 if TYPE_CHECKING:
     from .server import Server
 
+LAST_TOKEN_S = 60.0  # for the forward that runs, which may be compiling, before its counts are saved
 ATTENTION_S = 0.2  # a signal that another thread has caught is acted on when the main thread runs next
 
 
@@ -163,6 +164,8 @@ def served(
                 server.stop()
             finally:  # an interrupt leaves requests unanswered, never the profile unsaved
                 app.close()
+                with suppress(KeyboardInterrupt):
+                    app.queue.join(LAST_TOKEN_S)
                 typer.echo(handle.summary(), err=True)
                 if profile_out is not None:
                     saved = or_exit(lambda: handle.save_profile(profile_out), code=1)

@@ -1,0 +1,76 @@
+"""Addresses, and what clients are told by a server that stops."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+pytest.importorskip("openai")
+pytest.importorskip("uvicorn")
+
+import openai
+
+from moe_offload.apps.serving import server as server_module
+from moe_offload.apps.serving.server import Server, listen
+from moe_offload.errors import ServeError
+
+from .conftest import NAME, started
+
+
+def test_what_runs_and_what_waits_is_ended_when_its_time_is_over(monkeypatch) -> None:
+    monkeypatch.setattr(server_module, "GRACE_S", 0.2)
+    monkeypatch.setattr(server_module, "CANCEL_S", 60.0)  # a forward may be compiling, on a busy machine
+    failed: list[Exception] = []
+
+    with started() as served:
+        client = openai.OpenAI(base_url=served.url, api_key="none", max_retries=0, timeout=120)
+        options = {"model": NAME, "prompt": "Il comando", "max_tokens": 1900, "temperature": 0}
+
+        def wait() -> None:
+            try:
+                client.completions.create(**options)
+            except openai.APIStatusError as error:
+                failed.append(error)
+
+        running = client.completions.create(stream=True, **options)
+        next(iter(running))
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        while len(served.app.queue) < 1:
+            pass
+        served.server.stop()
+        assert not served.server._thread.is_alive() and served.app.queue.join(60)
+        with pytest.raises(openai.APIError, match="server is stopping: this request was not finished") as caught:
+            list(running)
+        assert (caught.value.type, caught.value.code) == ("server_error", "stopping")
+        waiting.join(30)
+        (error,) = failed
+        assert error.status_code == 503 and "stopping" in error.message
+        with pytest.raises(openai.APIConnectionError):
+            client.models.list()
+
+
+def test_a_port_that_cannot_be_had() -> None:
+    with listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ServeError, match=f"{port}.*in use"):
+            listen("127.0.0.1", port)
+    listen("127.0.0.1", port).close()  # at once again: no wait for the last connection to be forgotten
+    with pytest.raises(ServeError, match="no-such-host"):
+        listen("no-such-host.invalid", 0)
+    with pytest.raises(ServeError, match="not an address of this machine"):
+        listen("192.0.2.1", 0)
+
+
+@pytest.mark.parametrize(
+    ("host", "url", "local"), [("localhost", "127.0.0.1", True), ("::1", "[::1]", True), ("0.0.0.0", "0.0.0.0", False)]
+)
+def test_where_it_is_reached(host, url, local) -> None:
+    try:
+        sock = listen(host, 0)
+    except ServeError:
+        pytest.skip(f"{host} is not to be had here")
+    with sock:
+        server = Server(app=None, sock=sock)  # type: ignore[arg-type]
+        assert server.url == f"http://{url}:{sock.getsockname()[1]}/v1" and server.is_local is local
