@@ -1,4 +1,4 @@
-"""What stands before a request, spoken to over bare sockets: bounds, keys, clients that leave, and HTTP in its corners."""
+"""What stands before a request, over bare sockets: bounds, keys, clients that leave, and HTTP in its corners."""
 
 from __future__ import annotations
 
