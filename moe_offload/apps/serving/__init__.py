@@ -1,7 +1,7 @@
 """An OpenAI-compatible server for one offloaded model: `moe-offload serve`.
 
 cli.py                     the command, and the session that chat shares with it
-server.py                  a socket, before minutes are spent on loading; start and stop, on a thread of its own
+server.py, connections.py  a socket, before minutes are spent on loading; start and stop, on a thread of its own
 app.py, guards.py          routes, and what stands before them: the key, bounds on bodies, the log
 answering.py, queue.py     a request from its body to its answer; who is answered when
 generation.py, text.py     one answer of the model, token by token; its text up to a stop string

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import math
 import socket
 import threading
 import time
@@ -12,6 +13,7 @@ import uvicorn
 
 from ...errors import ServeError
 from .app import App
+from .connections import BoundedProtocol
 
 GRACE_S = 10.0  # for running requests to finish, once the server stops
 CANCEL_S = 5.0  # for what was cancelled then to tell its clients; one forward of a large model takes longer
@@ -47,7 +49,15 @@ class Server:
 
     def __init__(self, app: App, sock: socket.socket):
         self.app, self.address = app, sock.getsockname()
-        self._uvicorn = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+        settings = uvicorn.Config(
+            app,
+            http=BoundedProtocol,
+            ws="none",
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=math.ceil(GRACE_S + CANCEL_S / 2),  # then bodies that are still being sent end
+        )
+        self._uvicorn = uvicorn.Server(settings)
         self._thread = threading.Thread(
             target=self._uvicorn.run, args=([sock],), name="moe_offload_server", daemon=True
         )

@@ -152,6 +152,29 @@ def test_http_1_0(served, stream) -> None:
     assert status == 200 and (body.endswith(b"data: [DONE]\n\n") if stream else json.loads(body)["choices"])
 
 
+@pytest.mark.parametrize(
+    "said", [b"", b"POST /v1/comp", head("POST", PATH, JSON)[:-2]], ids=["idle", "line", "headers"]
+)
+def test_a_connection_that_says_nothing_whole_is_closed(served, monkeypatch, said) -> None:
+    monkeypatch.setattr("moe_offload.apps.serving.connections.SILENT_S", 0.05)
+    with connect(served) as sock:
+        sock.sendall(said)
+        assert sock.recv(1) == b""
+    assert post(served, {**SHORT, "max_tokens": 40})[0] == 200  # an answer may take longer than that
+
+
+def test_a_connection_too_many_is_closed(served, monkeypatch) -> None:
+    monkeypatch.setattr("moe_offload.apps.serving.connections.MOST", 0)
+    monkeypatch.setattr("moe_offload.apps.serving.connections.SILENT_S", 3600.0)
+    with connect(served) as sock:
+        try:
+            assert sock.recv(1) == b""
+        except ConnectionResetError:
+            pass
+    monkeypatch.undo()
+    assert post(served, SHORT)[0] == 200
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_frees_the_model(served, stream) -> None:
     """Running or waiting: its tokens are not made, and the next is answered."""
