@@ -97,7 +97,7 @@ class Trace:
         except (OSError, ValueError) as error:
             raise TraceError(
                 f"trace {os.fspath(path)!r} cannot be used: {reason(error)}. A trace is an .npz with an array "
-                "'experts' [tokens, layers, k], as --trace-out writes it"
+                "'experts' [tokens, layers, k], as --save-trace writes it"
             ) from error
 
     def save(self, path: str | os.PathLike[str]) -> Path:

@@ -103,7 +103,7 @@ class RunRecord(_Part):
         except (OSError, ValueError) as error:
             found = reason(error)
         raise ReportError(
-            f"run {os.fspath(path)!r} cannot be used: {found}. A run is what moe-offload run --report writes"
+            f"run {os.fspath(path)!r} cannot be used: {found}. A run is what moe-offload run --save-report writes"
         )
 
     def save(self, path: str | os.PathLike[str]) -> Path:

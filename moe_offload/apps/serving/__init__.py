@@ -1,6 +1,6 @@
 """An OpenAI-compatible server for one offloaded model: `moe-offload serve`.
 
-cli.py                     the command, and the session that chat shares with it
+cli.py                     the command
 server.py, connections.py  a socket, before minutes are spent on loading; start and stop, on a thread of its own
 app.py, guards.py          routes, and what stands before them: the key, bounds on bodies, the log
 answering.py, queue.py     a request from its body to its answer; who is answered when
@@ -26,4 +26,4 @@ def require() -> None:
         try:
             importlib.import_module(name)
         except ImportError as error:
-            raise ServeError(f'serving needs {name} ({error}): pip install "moe-offload[serve]"') from error
+            raise ServeError(f'serving needs {name} ({error}): in the clone, pip install -e ".[serve]"') from error

@@ -42,11 +42,13 @@ class Answering:
         tokenizer: its tokenizer, with a chat template.
         name: what clients call the model.
         queue: where requests wait.
+        context: the most tokens of a prompt and its answer, if fewer than the model's own.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, name: str, queue: Queue):
+    def __init__(self, model: Any, tokenizer: Any, name: str, queue: Queue, context: int | None = None):
         self._model, self._tokenizer, self._name, self._queue = model, tokenizer, name, queue
-        context = longest_context(model)
+        bounds = [bound for bound in (context, longest_context(model)) if bound is not None]
+        context = min(bounds, default=None)
         self._bounds = prompts.Bounds(model.get_input_embeddings().num_embeddings, context)
         self._bodies = Bodies(max(LEAST_BODY_BYTES, BYTES_PER_TOKEN * (context or 0)))
         self._parsing = asyncio.Semaphore(PARSED_AT_ONCE)
@@ -87,7 +89,7 @@ class Answering:
             found = prompts.completion_prompts(asked, self._tokenizer, self._bounds)
         if len(found) * (asked.n or 1) > MOST_ANSWERS:
             raise RequestError(400, f"n: {len(found)} prompts times n are more than {MOST_ANSWERS}", param="n")
-        own = fields.settings(asked, self._model.generation_config)
+        own = self._model.generation_config
         most = [prompts.most_tokens(asked, one, own.max_new_tokens, self._bounds.context) for one in found]
         vocabulary = self._bounds.vocabulary
         return asked, [(one, fields.sampling(asked, own, m, vocabulary)) for one, m in zip(found, most, strict=True)]

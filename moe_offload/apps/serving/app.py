@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import time
 from typing import Any
@@ -44,6 +43,7 @@ class App:
         handle: of an offloaded model.
         tokenizer: its tokenizer; one without a chat template is given a plain one.
         name: what clients call the model.
+        context: the most tokens of a prompt and its answer; None: what the model's configuration says.
         api_key: what clients must send as `Authorization: Bearer ...`; None: nothing.
         longest_queue: how many requests may wait beside the one that runs.
 
@@ -57,15 +57,16 @@ class App:
         tokenizer: Any,
         name: str,
         *,
+        context: int | None = None,
         api_key: str | None = None,
         longest_queue: int = LONGEST_QUEUE,
     ):
         if (getattr(handle.model.generation_config, "num_beams", None) or 1) > 1:
             raise ServeError(f"{name}: its generation_config.json asks for beam search (num_beams); remove it to serve")
         give_chat_template(tokenizer, name)
-        self._handle, self._name, self._created, self._registry = handle, name, int(time.time()), _registry(handle)
+        self._handle, self.name, self._created, self._registry = handle, name, int(time.time()), _registry(handle)
         self.queue = Queue(longest_queue)
-        self._answering = Answering(handle.model, tokenizer, name, self.queue)
+        self._answering = Answering(handle.model, tokenizer, name, self.queue, context)
         gets = {"/health": self._health, "/v1/models": self._models, "/v1/moe_offload/stats": self._stats}
         if self._registry is not None:
             gets["/metrics"] = self._metrics
@@ -73,7 +74,6 @@ class App:
         routes += [Route(path, answer, methods=["GET"]) for path, answer in gets.items()]
         routes += [
             Route("/v1/models/{name:path}", self._one_model, methods=["GET"]),
-            Route("/load_model", self._load_model, methods=["POST"]),
         ]
         inner = Starlette(routes=routes)
         inner.router.redirect_slashes = False
@@ -105,12 +105,12 @@ class App:
 
     async def _one_model(self, request: Request) -> Response:
         name = request.path_params["name"]
-        if name != self._name:
-            raise unknown_model(name, self._name)
+        if name != self.name:
+            raise unknown_model(name, self.name)
         return JSONResponse(self._described())
 
     def _described(self) -> dict[str, Any]:
-        return {"id": self._name, "object": "model", "created": self._created, "owned_by": "moe_offload"}
+        return {"id": self.name, "object": "model", "created": self._created, "owned_by": "moe_offload"}
 
     def _stats(self, _: Request) -> Response:
         """Counters since the model was loaded: `handle.stats()`."""
@@ -121,11 +121,6 @@ class App:
         from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
         return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
-
-    async def _load_model(self, _: Request) -> Response:
-        """What transformers' chat asks before the first message."""
-        event = {"status": "ready", "model": self._name, "cached": True}
-        return Response(f"data: {json.dumps(event)}\n\n", media_type="text/event-stream")
 
 
 def _registry(handle: Handle) -> Any:

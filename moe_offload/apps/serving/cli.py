@@ -1,4 +1,4 @@
-"""moe-offload serve, and the session that chat shares with it."""
+"""moe-offload serve."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...config.settings import KEY_VARIABLE, OffloadConfig
-from ..options.checks import check_inputs, check_output, live_or_default, settings
-from ..options.ending import fail, or_exit
-from ..options.flags import Budget, ConfigFile, DeviceMapOption, Live, MaxMemory, Model, PrewarmWith, SaveProfile, whole
+from ..options.checks import check_inputs, check_output, check_tokenizer
+from ..options.ending import INTERRUPTED, USAGE, fail
+from ..options.flags import Model, SaveProfile
+from ..options.groups import ModelFlags, flatten
+from ..options.numbers import whole
 from . import ACCESS, LONGEST_QUEUE
 
 if TYPE_CHECKING:
     from .server import Server
 
-LAST_TOKEN_S = 60.0  # for the forward that runs, which may be compiling, before its counts are saved
 ATTENTION_S = 0.2  # a signal that another thread has caught is acted on when the main thread runs next
+LAST_TOKEN_S = 60.0  # for the forward that runs, which may be compiling, before its counts are saved
 
 
+@flatten
 def serve(
     model: Model,
-    budget: Budget = None,
-    device_map: DeviceMapOption = None,
-    max_memory: MaxMemory = None,
-    config_file: ConfigFile = None,
+    flags: ModelFlags,
     host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 is all of them.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="Port; 0 is any that is free.", **whole(0, 65535))] = 8000,
     served_model_name: Annotated[
         str | None,
-        typer.Option("--served-model-name", help="What clients call the model.", show_default="MODEL as given"),
+        typer.Option("--served-model-name", help="What clients call the model; without it as it was given here."),
     ] = None,
     api_key: Annotated[
         str | None,
@@ -45,9 +45,7 @@ def serve(
     max_waiting: Annotated[
         int, typer.Option("--max-waiting", help="Requests that may wait; more are refused (429).", **whole(0, 10000))
     ] = LONGEST_QUEUE,
-    profile_in: PrewarmWith = None,
-    profile_out: SaveProfile = None,
-    live: Live = None,
+    save_profile: SaveProfile = None,
 ) -> None:
     """Answer OpenAI-compatible requests (completions and chat completions) with a model inside a budget.
 
@@ -55,19 +53,13 @@ def serve(
 
     Ctrl-C stops: running requests have ten seconds, then the profile is saved. A second one does not wait.
     """
-    wanted = settings(
-        config_file,
-        budget=budget,
-        device_map=device_map,
-        max_memory=max_memory,
-        profile=profile_in,
-        live=live_or_default(live, config_file),
-    )
+    wanted = flags.settings()
     check_inputs(model, wanted)
-    check_output("--profile-out", profile_out)
+    check_tokenizer(model)
+    check_output("--save-profile", save_profile)
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
-        fail("--api-key: a key is printable ASCII, without spaces around it", 2)
-    name, stop = served_model_name or model, Stop()
+        fail("--api-key: a key is printable ASCII, without spaces around it", USAGE)
+    stop = Stop()
     _log_requests()
     try:
         with (
@@ -75,13 +67,13 @@ def serve(
             served(
                 model,
                 wanted,
+                flags,
                 host=host,
                 port=port,
-                name=name,
-                profile_out=profile_out,
+                name=served_model_name or model,
                 api_key=api_key,
                 max_waiting=max_waiting,
-                warm_up=True,
+                save_profile=save_profile,
             ) as server,
         ):
             if not server.is_local and api_key is None:
@@ -91,12 +83,12 @@ def serve(
                     err=True,
                 )
             stop.serving = True
-            typer.echo(f"Serving {name} on {server.url} (Ctrl-C stops)", err=True)
+            typer.echo(f"Serving {server.app.name} on {server.url} (Ctrl-C stops)", err=True)
             while not stop.asked.wait(ATTENTION_S):
                 pass
             typer.echo("moe-offload: stopping", err=True)
     except KeyboardInterrupt:
-        fail("interrupted", 130)
+        fail("interrupted", INTERRUPTED)
 
 
 def _log_requests() -> None:
@@ -125,40 +117,46 @@ class Stop:
 def served(
     model: str,
     wanted: OffloadConfig,
+    flags: ModelFlags,
     *,
     host: str,
     port: int,
     name: str,
-    profile_out: Path | None,
-    api_key: str | None = None,
-    max_waiting: int = LONGEST_QUEUE,
-    warm_up: bool = False,
+    api_key: str | None,
+    max_waiting: int,
+    save_profile: Path | None,
 ) -> Iterator[Server]:
-    """A running server for `model`. At the end its requests have been stopped, the summary printed, the profile saved.
+    """A running server for `model`, compiled and warm. An address that cannot be had is refused before it is loaded.
 
-    `warm_up` compiles before the first request, and says how long that took. An address that cannot be had is refused
-    before the model is loaded.
+    At the end its requests have been stopped, the summary printed, the profile saved.
     """
     from . import require
 
-    or_exit(require)
+    require()
     from ...api import from_pretrained
     from ..generate.tokenizer import load_tokenizer
     from .app import App
     from .server import Server, listen
 
-    with or_exit(lambda: listen(host, port)) as sock:
-        loaded: Any = or_exit(lambda: from_pretrained(model, config=wanted))
+    flags.set_threads()
+    with listen(host, port) as sock:
+        loaded: Any = from_pretrained(model, config=wanted, **flags.loading())
         with loaded.moe_offload as handle:
             typer.echo(str(handle.plan), err=True)
-            tokenizer = or_exit(lambda: load_tokenizer(model))
-            app = or_exit(lambda: App(handle, tokenizer, name, api_key=api_key, longest_queue=max_waiting), code=1)
-            if warm_up:
-                begun_s = time.perf_counter()
-                or_exit(app.warm_up, code=1)
-                typer.echo(f"Compiled and warmed up in {time.perf_counter() - begun_s:.1f} s", err=True)
+            tokenizer = load_tokenizer(model, **flags.hub())
+            app = App(
+                handle,
+                tokenizer,
+                name,
+                context=wanted.kv_tokens or None,
+                api_key=api_key,
+                longest_queue=max_waiting,
+            )
+            begun_s = time.perf_counter()
+            app.warm_up()
+            typer.echo(f"Compiled and warmed up in {time.perf_counter() - begun_s:.1f} s", err=True)
             server = Server(app, sock)
-            or_exit(server.start, code=1)
+            server.start()
             try:
                 yield server
                 server.stop()
@@ -167,8 +165,8 @@ def served(
                 with suppress(KeyboardInterrupt):
                     app.queue.join(LAST_TOKEN_S)
                 typer.echo(handle.summary(), err=True)
-                if profile_out is not None:
-                    saved = or_exit(lambda: handle.save_profile(profile_out), code=1)
+                if save_profile is not None:
+                    saved = handle.save_profile(save_profile)
                     typer.echo(f"profile saved to {saved}", err=True)
 
 

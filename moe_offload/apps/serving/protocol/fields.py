@@ -10,7 +10,6 @@ Prompts and messages are looked at in `prompts.py`: pydantic would copy them, an
 from __future__ import annotations
 
 import copy
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -53,30 +52,6 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 
 
-class Settings(BaseModel):
-    """Of transformers' settings, those that a request may give as `generation_config`, a JSON object in a string, which
-    is what transformers' own chat sends. The request's own fields of the same meaning win."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-    do_sample: bool | None = None
-    temperature: Annotated[float, Field(ge=0.01, le=100)] | None = None
-    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    epsilon_cutoff: Annotated[float, Field(ge=0, lt=1)] | None = None
-    eta_cutoff: Annotated[float, Field(ge=0, lt=1)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
-    max_new_tokens: Count | None = None
-    min_new_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    no_repeat_ngram_size: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    prefill_chunk_size: Count | None = None
-
-
-#: What a generation_config.json has beside them, which a request cannot change and need not leave out.
-IGNORED_SETTINGS = frozenset("transformers_version bos_token_id eos_token_id pad_token_id _from_model_config".split())
-
-
 class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
     include_usage: bool | None = None
@@ -102,7 +77,6 @@ class Common(BaseModel):
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    generation_config: Annotated[str, Field(max_length=65536)] | None = None
     user: str | None = None  # these three say who asks, which changes no answer
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -187,16 +161,8 @@ def _wrong_field(error: ValidationError) -> RequestError:
     return RequestError(400, message, param=name, code=code)
 
 
-def settings(asked: Common, own: GenerationConfig) -> GenerationConfig:
-    """The model's `own` settings, with those that the request gives as `generation_config` on top."""
-    config = copy.deepcopy(own)
-    for name, setting in _settings(asked.generation_config).items():
-        setattr(config, name, setting)
-    return config
-
-
 def sampling(asked: Common, own: GenerationConfig, most_tokens: int, vocabulary: int) -> Sampling:
-    """How to generate: what the request says, on top of the settings in `own`.
+    """How to generate: what the request says, on top of the model's `own` settings.
 
     A request that says nothing about sampling is answered as `model.generate` would. One that gives a temperature,
     top_p, top_k or min_p samples from the whole distribution but for what it says, as OpenAI's does: transformers' own
@@ -241,20 +207,3 @@ def _logit_bias(asked: dict[str, float], vocabulary: int) -> dict[int, float]:
         message = f"logit_bias: {wrong[0][:20]!r} is no token; its keys are ids below {vocabulary}"
         raise RequestError(400, message, param="logit_bias", code="invalid_value")
     return {int(key): bias for key, bias in asked.items()}
-
-
-def _settings(text: str | None) -> dict[str, Any]:
-    """The settings in the field `generation_config`."""
-    if text is None:
-        return {}
-    try:
-        found = json.loads(text)
-        if not isinstance(found, dict):
-            raise ValueError("it is no object")
-        found = {name: setting for name, setting in found.items() if name not in IGNORED_SETTINGS}
-        return Settings.model_validate(found).model_dump(exclude_none=True)
-    except ValidationError as error:
-        message = str(_wrong_field(error))
-    except (ValueError, RecursionError) as error:
-        message = str(error).splitlines()[0][:300]
-    raise RequestError(400, f"generation_config: {message}", param="generation_config", code="invalid_value")

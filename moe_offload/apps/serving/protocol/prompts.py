@@ -127,8 +127,8 @@ def most_tokens(asked: Common, prompt: Prompt, own: int | None, context: int | N
     if context is not None and wanted > room:
         raise RequestError(
             400,
-            f"the prompt has {len(prompt.ids)} tokens and {name} is {wanted}: that is more than the {context} that the "
-            f"model's context takes; ask for at most {room}, or shorten the prompt",
+            f"the prompt has {len(prompt.ids)} tokens and {name} is {wanted}: the context takes {context} "
+            f"together; ask for at most {room}, or shorten the prompt",
             param=name,
             code="context_length_exceeded",
         )
@@ -146,8 +146,7 @@ def _check_length(tokens: int, bounds: Bounds, param: str) -> None:
     if bounds.context is not None and tokens >= bounds.context:
         raise RequestError(
             400,
-            f"the prompt has {tokens} tokens, and the model's context takes {bounds.context}, prompt and answer "
-            "together; shorten it",
+            f"the prompt has {tokens} tokens, and the context takes {bounds.context} with the answer; shorten it",
             param=param,
             code="context_length_exceeded",
         )
