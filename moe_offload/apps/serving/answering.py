@@ -49,7 +49,7 @@ class Answering:
         self._model, self._tokenizer, self._name, self._queue = model, tokenizer, name, queue
         bounds = [bound for bound in (context, longest_context(model)) if bound is not None]
         context = min(bounds, default=None)
-        self._bounds = prompts.Bounds(model.get_input_embeddings().num_embeddings, context)
+        self._bounds = prompts.Bounds(model.config.get_text_config().vocab_size, context)
         self._bodies = Bodies(max(LEAST_BODY_BYTES, BYTES_PER_TOKEN * (context or 0)))
         self._parsing = asyncio.Semaphore(PARSED_AT_ONCE)
 
@@ -112,22 +112,22 @@ class Answering:
         form = Form(asked, self._name, self._tokenizer)
         watching = asyncio.create_task(self._drop_if_left(request, job))
         try:
-            first = await _next(job)
-        except BaseException:
-            watching.cancel()
-            raise
-        if asked.stream:
-            events = self._events(form, job, first, watching)
-            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        try:
+            event = await _next(job)
+            if asked.stream:
+                events = self._events(form, job, event, watching)
+                return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
             found = [Choice() for _ in range(choices)]
-            event = first
             while event is not None:
                 index, piece = event
                 found[index].add(piece)
                 event = await _next(job)
-        finally:
+        except asyncio.CancelledError:
+            self._queue.drop(job)
+            raise
+        except Exception:
             watching.cancel()
+            raise
+        watching.cancel()
         return JSONResponse(form.whole(found, job.prompt_tokens, job.generated_tokens))
 
     async def _events(self, form: Form, job: Job, event: Any, watching: asyncio.Task[None]) -> AsyncIterator[str]:
@@ -136,10 +136,8 @@ class Answering:
         try:
             while event is not None:
                 index, piece = event
-                if index not in begun:
-                    begun.add(index)
-                    yield form.first(index)
-                yield form.piece(index, piece)
+                yield ("" if index in begun else form.first(index)) + form.piece(index, piece)
+                begun.add(index)
                 event = await _next(job)
             watching.cancel()
             yield form.last(job.prompt_tokens, job.generated_tokens)

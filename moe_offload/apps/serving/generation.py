@@ -77,6 +77,7 @@ def generate(
     if sampling.logit_bias:
         processors.append(LogitBias([[[id], float(bias)] for id, bias in sampling.logit_bias.items()]))
     ids_1P = torch.tensor([prompt_ids], device=model.device)
+    own_stops = {"tokenizer": tokenizer} if sampling.config.stop_strings else {}
     with _seeded(sampling.seed, ids_1P.device):
         model.generate(
             ids_1P,
@@ -84,6 +85,7 @@ def generate(
             generation_config=sampling.config,
             logits_processor=processors,
             stopping_criteria=StoppingCriteriaList([answer.is_done]),
+            **own_stops,
         )
     if not gone():
         answer.finish()

@@ -10,12 +10,16 @@ pytest.importorskip("openai")
 pytest.importorskip("uvicorn")
 
 import openai
+from transformers import AutoTokenizer
 
+import moe_offload
 from moe_offload.apps.serving import server as server_module
+from moe_offload.apps.serving.app import App
 from moe_offload.apps.serving.server import Server, listen
 from moe_offload.errors import ServeError
+from moe_offload.memory.stores.disk import DiskStore
 
-from .conftest import NAME, started
+from .conftest import MODEL, NAME, started
 
 
 def test_what_runs_and_what_waits_is_ended_when_its_time_is_over(monkeypatch) -> None:
@@ -49,6 +53,37 @@ def test_what_runs_and_what_waits_is_ended_when_its_time_is_over(monkeypatch) ->
         assert error.status_code == 503 and "stopping" in error.message
         with pytest.raises(openai.APIConnectionError):
             client.models.list()
+
+
+def test_what_fails_below_is_the_request_s_error_and_not_the_server_s_end(served, plain, monkeypatch) -> None:
+    """Before anything is sent it has a status; in the midst of a stream it is an event."""
+    client = openai.OpenAI(base_url=served.url, api_key="none", max_retries=0, timeout=120)
+    options = {"model": NAME, "prompt": "Il comando", "max_tokens": 200, "temperature": 0}
+    with monkeypatch.context() as broken:
+        stream = client.completions.create(stream=True, **options)
+        next(iter(stream))
+
+        def begin(self, layer, expert, row):
+            raise moe_offload.ExpertReadError('the "disk" is\ngone')
+
+        broken.setattr(DiskStore, "begin", begin)
+        with pytest.raises(openai.APIError) as caught:
+            list(stream)
+        assert (caught.value.message, caught.value.type) == ('the "disk" is\ngone', "server_error")
+        assert caught.value.code == "ExpertReadError"
+        for streamed in (False, True):
+            with pytest.raises(openai.InternalServerError, match="gone") as caught:
+                client.completions.create(stream=streamed, **{**options, "prompt": "Qualcosa di nuovo"})
+            assert (caught.value.status_code, caught.value.code) == (500, "ExpertReadError")
+    answer = client.completions.create(**{**options, "max_tokens": 8})
+    assert answer.choices[0].text == plain.say("Il comando")
+
+
+def test_beams_are_not_served(monkeypatch) -> None:
+    model = moe_offload.from_pretrained(MODEL, budget="6MB")
+    model.generation_config.num_beams = 4
+    with model.moe_offload as handle, pytest.raises(ServeError, match="num_beams"):
+        App(handle, AutoTokenizer.from_pretrained(MODEL), NAME)
 
 
 def test_a_port_that_cannot_be_had() -> None:
