@@ -20,6 +20,7 @@ from .request_metrics import RequestMetrics
 
 BODY_S = 60.0  # in which a body must have come
 ALL_BODIES = 16  # of the longest length, received at the same time
+DISCARD_S, MOST_DISCARDED = 10.0, 256 << 20  # bounds on what is let pass of a body that is too large
 OPEN_PATHS = ("/health",)  # without a key, for whoever watches that the process lives
 LEFT = 499  # the status in the log of a request whose client has not waited for the answer
 
@@ -90,6 +91,7 @@ class Bodies:
         _check_headers(request)
         announced = request.headers.get("content-length", "")
         if announced.isdigit() and (len(announced) > 18 or int(announced) > self.most_bytes):
+            await _discard(request)
             raise self._too_large()
         parts: list[bytes] = []
         try:
@@ -105,6 +107,9 @@ class Bodies:
         async for part in request.stream():
             length += len(part)
             if length > self.most_bytes:
+                self._held -= sum(map(len, parts))
+                parts.clear()
+                await _discard(request)
                 raise self._too_large()
             if self._held + len(part) > ALL_BODIES * self.most_bytes:
                 raise RequestError(429, "too many large bodies are being received; try again", retry_s=1)
@@ -117,6 +122,22 @@ class Bodies:
             f"the body is larger than {self.most_bytes} bytes, which is more than the model's context can hold",
             code="request_too_large",
         )
+
+
+async def _discard(request: Request) -> None:
+    """Let the rest of a body pass, within bounds: a client that is cut off while it sends does not read why."""
+    if "expect" in request.headers:  # it waits to be told whether to send
+        return
+
+    async def receive() -> None:
+        passed = 0
+        async for part in request.stream():
+            passed += len(part)
+            if passed > MOST_DISCARDED:
+                return
+
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(receive(), DISCARD_S)
 
 
 def _check_headers(request: Request) -> None:

@@ -84,21 +84,25 @@ def test_a_body_that_cannot_be_understood(served, body, says) -> None:
     assert len(answer[2]) < 700 and b"secretsecretsecretsecretsecret" not in answer[2][100:]
 
 
-def test_a_large_body_is_refused_before_it_is_read(served) -> None:
-    """Announced, or sent in chunks without an end; the connection is none the worse."""
-    limit = served.app._answering._bodies.most_bytes
-    status, error = error_of(ask(served, b"", JSON, f"Content-Length: {limit + 1}"))
+def test_a_large_body_is_refused_and_not_held(served, monkeypatch) -> None:
+    """Announced, or sent in chunks without an end; a client that sends all of it reads why."""
+    bodies = served.app._answering._bodies
+    limit = bodies.most_bytes
+    status, error = error_of(ask(served, b" " * (limit + 1)))
     assert (status, error["code"]) == (413, "request_too_large") and str(limit) in error["message"]
+    monkeypatch.setattr("moe_offload.apps.serving.guards.DISCARD_S", 0.1)
+    assert error_of(ask(served, b"", JSON, f"Content-Length: {limit + 1}", "Expect: 100-continue"))[0] == 413
     assert error_of(ask(served, b"", JSON, "Content-Length: " + "9" * 19))[0] == 413
     with connect(served) as sock:
         sock.sendall(head("POST", PATH, JSON, "Transfer-Encoding: chunked"))
         chunk = b"10000\r\n" + b" " * 65536 + b"\r\n"
         for _ in range(limit // 65536 + 1):
             sock.sendall(chunk)
+        wait_until(lambda: bodies._held == 0)
         assert b" 413 " in sock.recv(65536).partition(b"\r\n")[0]
         sock.sendall(chunk + b"0\r\n\r\n" + head("GET", "/health"))
         assert b" 200 " in sock.recv(65536).partition(b"\r\n")[0]
-    assert served.app._answering._bodies._held == 0
+    assert bodies._held == 0
 
 
 def test_a_body_that_does_not_come(served, monkeypatch) -> None:
