@@ -49,7 +49,7 @@ class Answering:
         self._model, self._tokenizer, self._name, self._queue = model, tokenizer, name, queue
         bounds = [bound for bound in (context, longest_context(model)) if bound is not None]
         context = min(bounds, default=None)
-        self._bounds = prompts.Bounds(model.config.get_text_config().vocab_size, context)
+        self._bounds = prompts.Bounds.of(model.config.get_text_config().vocab_size, context, tokenizer)
         self._bodies = Bodies(max(LEAST_BODY_BYTES, BYTES_PER_TOKEN * (context or 0)))
         self._parsing = asyncio.Semaphore(PARSED_AT_ONCE)
 

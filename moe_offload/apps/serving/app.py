@@ -78,8 +78,8 @@ class App:
         inner = Starlette(routes=routes)
         inner.router.redirect_slashes = False
         for error in (HTTPException, OffloadError, Exception):
-            inner.add_exception_handler(error, lambda _, error: error_response(error))
-        inner.add_exception_handler(ClientDisconnect, lambda *_: Response(status_code=LEFT))
+            inner.add_exception_handler(error, _refuse)
+        inner.add_exception_handler(ClientDisconnect, _forget)
         self._guarded = Guards(inner, RequestMetrics(self._registry, self.queue, {*KINDS, *gets}), api_key)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -121,6 +121,15 @@ class App:
         from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
         return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
+
+
+async def _refuse(_: Request, error: Exception) -> Response:
+    return error_response(error)
+
+
+async def _forget(_: Request, __: Exception) -> Response:
+    """Nobody reads it."""
+    return Response(status_code=LEFT)
 
 
 def _registry(handle: Handle) -> Any:

@@ -70,7 +70,7 @@ def wait_until(condition) -> None:
         (b'{"model": "polyglot", "prompt": "a", "max_tokens": 1e400}', "max_tokens"),
         (b'{"model": "polyglot", "prompt": "a", "seed": ' + b"9" * 5000 + b"}", "seed"),
         (b'{"model": "polyglot", "prompt": [' + b"1," * 200_000 + b"1]}", "200001 tokens"),
-        (b'{"model": "polyglot", "prompt": "' + b"secret " * 50_000 + b'"}', "context takes 2048"),
+        (b'{"model": "polyglot", "prompt": "' + b"secret " * 50_000 + b'"}', "context of 2048"),
         (b'{"model": "polyglot", "temperature": "' + b"secret" * 1000 + b'"}', "temperature"),
         (b'{"' + b"secret" * 10_000 + b'": 1, "model": "polyglot"}', "no field"),
     ],

@@ -13,6 +13,7 @@ from .fields import Chat, Common, Completion
 DEFAULT_TOKENS = 16  # of /v1/completions, by OpenAI's reference
 UNBOUNDED_TOKENS = 1024  # of a chat, for a model whose configuration names no context
 MOST_PROMPTS = 128
+LONG_TOKEN = 16  # characters
 ROLES = ("system", "developer", "user", "assistant")
 RESERVED = frozenset(
     "conversation tokenize return_dict return_tensors add_generation_prompt tools chat_template".split()
@@ -29,10 +30,19 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """What the model takes: ids below `vocabulary`; `context` tokens of prompt and answer (None: it does not say)."""
+    """What the model takes: ids below `vocabulary`; `context` tokens of prompt and answer, `characters` of a prompt's
+    text (None: it does not say)."""
 
     vocabulary: int
     context: int | None
+    characters: int | None
+
+    @classmethod
+    def of(cls, vocabulary: int, context: int | None, tokenizer: Any) -> Bounds:
+        """A text that only the longest of the tokens could spell within the context is not worth the seconds and the
+        memory of splitting it."""
+        longest = max(map(len, tokenizer.get_vocab()), default=0)
+        return cls(vocabulary, context, None if context is None else context * max(longest, LONG_TOKEN))
 
 
 def completion_prompts(asked: Completion, tokenizer: Any, bounds: Bounds) -> list[Prompt]:
@@ -53,7 +63,7 @@ def completion_prompts(asked: Completion, tokenizer: Any, bounds: Bounds) -> lis
 
 def _completion_prompt(given: Any, tokenizer: Any, bounds: Bounds) -> Prompt:
     if isinstance(given, str):
-        ids = _tokens(tokenizer, given)
+        ids = _tokens(tokenizer, given, bounds, "prompt")
     elif isinstance(given, list):
         _check_length(len(given), bounds, "prompt")
         if not all(type(id) is int and 0 <= id < bounds.vocabulary for id in given):
@@ -80,7 +90,7 @@ def chat_prompt(asked: Chat, tokenizer: Any, bounds: Bounds) -> Prompt:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **extra)
     except (TemplateError, ValueError, TypeError, KeyError) as error:
         raise _wrong_messages("messages", f"the model's chat template refuses them: {str(error)[:200]}") from None
-    ids = _tokens(tokenizer, text, add_special_tokens=False)  # the template has written them
+    ids = _tokens(tokenizer, text, bounds, "messages", add_special_tokens=False)  # the template has written them
     if not ids:
         raise _wrong_messages("messages", "they make an empty prompt")
     _check_length(len(ids), bounds, "messages")
@@ -135,7 +145,15 @@ def most_tokens(asked: Common, prompt: Prompt, own: int | None, context: int | N
     return wanted
 
 
-def _tokens(tokenizer: Any, text: str, **options: Any) -> list[int]:
+def _tokens(tokenizer: Any, text: str, bounds: Bounds, param: str, **options: Any) -> list[int]:
+    if bounds.characters is not None and len(text) > bounds.characters:
+        raise RequestError(
+            400,
+            f"the prompt has {len(text)} characters, and at most {bounds.characters} are taken for the context of "
+            f"{bounds.context} tokens; shorten it",
+            param=param,
+            code="context_length_exceeded",
+        )
     try:
         return list(tokenizer(text, verbose=False, **options)["input_ids"])
     except (UnicodeError, TypeError, ValueError):  # half of a surrogate pair, which JSON can hold
