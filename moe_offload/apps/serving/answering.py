@@ -23,7 +23,7 @@ from .generation import Piece, Sampling, generate
 from .guards import Bodies
 from .protocol import fields, prompts
 from .protocol.answers import DONE, Choice, Form
-from .protocol.failures import RequestError, error_event, error_response, log_failure
+from .protocol.failures import RequestError, error_event, error_response, log_failure, stopping
 from .queue import Job, Queue
 
 LEAST_BODY_BYTES, BYTES_PER_TOKEN = 1 << 20, 16  # a body that fills the context has fewer, escaped or as token ids
@@ -121,9 +121,9 @@ class Answering:
                 index, piece = event
                 found[index].add(piece)
                 event = await _next(job)
-        except asyncio.CancelledError:
+        except asyncio.CancelledError:  # by uvicorn, when a server that stops has waited long enough
             self._queue.drop(job)
-            raise
+            raise stopping() from None
         except Exception:
             watching.cancel()
             raise
