@@ -29,6 +29,7 @@ from .queue import Job, Queue
 LEAST_BODY_BYTES, BYTES_PER_TOKEN = 1 << 20, 16  # a body that fills the context has fewer, escaped or as token ids
 PARSED_AT_ONCE = 2
 MOST_ANSWERS = 128
+WARM_UP_ANSWER = 3  # tokens
 WARM_UP_TOKENS = (8, 1)  # of the prompts that compile a graph each: several tokens, one token (and what follows them)
 
 Work = list[tuple[prompts.Prompt, Sampling]]
@@ -56,11 +57,13 @@ class Answering:
     def warm_up(self) -> None:
         """Compile what requests will run, so that none waits for it."""
         asked = fields.Completion(model=self._name, temperature=0)
-        sampling = fields.sampling(asked, self._model.generation_config, 3, self._bounds.vocabulary)
-        sampling.config.min_new_tokens = 3  # the end of the text must not come before a step of one token
+        sampling = fields.sampling(asked, self._model.generation_config, WARM_UP_ANSWER, self._bounds.vocabulary)
+        sampling.config.min_new_tokens = WARM_UP_ANSWER  # the end of the text must not come before a step of one token
         some = list(self._tokenizer("The first of many requests, and some more")["input_ids"]) or [0]
-        for tokens in WARM_UP_TOKENS:
-            ids = (some * tokens)[:tokens]
+        chunk = sampling.config.prefill_chunk_size
+        longer = [] if chunk is None else [chunk + max(WARM_UP_TOKENS)]  # its second piece has a graph of its own
+        for tokens in (*WARM_UP_TOKENS, *longer):
+            ids = (some * tokens)[: min(tokens, (self._bounds.context or tokens) - WARM_UP_ANSWER)]
             generate(self._model, self._tokenizer, ids, sampling, lambda: None, lambda _: None, lambda: False)
 
     async def answer(self, request: Request, kind: type[fields.Common]) -> Response:

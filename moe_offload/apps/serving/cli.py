@@ -45,6 +45,10 @@ def serve(
     max_waiting: Annotated[
         int, typer.Option("--max-waiting", help="Requests that may wait; more are refused (429).", **whole(0, 10000))
     ] = LONGEST_QUEUE,
+    prefill_chunk_size: Annotated[
+        int | None,
+        typer.Option("--prefill-chunk-size", help="Read the prompt in pieces of so many tokens.", **whole(1)),
+    ] = None,
     save_profile: SaveProfile = None,
 ) -> None:
     """Answer OpenAI-compatible requests (completions and chat completions) with a model inside a budget.
@@ -73,6 +77,7 @@ def serve(
                 name=served_model_name or model,
                 api_key=api_key,
                 max_waiting=max_waiting,
+                prefill_chunk_size=prefill_chunk_size,
                 save_profile=save_profile,
             ) as server,
         ):
@@ -124,6 +129,7 @@ def served(
     name: str,
     api_key: str | None,
     max_waiting: int,
+    prefill_chunk_size: int | None,
     save_profile: Path | None,
 ) -> Iterator[Server]:
     """A running server for `model`, compiled and warm. An address that cannot be had is refused before it is loaded.
@@ -144,6 +150,8 @@ def served(
         with loaded.moe_offload as handle:
             typer.echo(str(handle.plan), err=True)
             tokenizer = load_tokenizer(model, **flags.hub())
+            if prefill_chunk_size is not None:
+                loaded.generation_config.prefill_chunk_size = prefill_chunk_size
             app = App(
                 handle,
                 tokenizer,
