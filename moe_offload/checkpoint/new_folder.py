@@ -19,12 +19,12 @@ _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 def new_checkpoint(out: Path, needed_bytes: int) -> Iterator[Path]:
     """A folder to be filled; its files take the place of a checkpoint in `out` at the end, the index last."""
     if out.exists() and not out.is_dir():
-        raise SaveError(f"{out}: a folder is to be written there, but it is a file. Give another name.")
+        raise SaveError(f"{out}: a folder is to be written there, but it is a file. Give another name")
     made = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SaveError(f"{out}: cannot be made: {error}. Give a folder that may be written.") from error
+        raise SaveError(f"{out}: cannot be made: {error}. Give a folder that may be written") from error
     try:
         with staging(out, out, needed_bytes, SaveError) as folder:
             yield folder

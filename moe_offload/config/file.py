@@ -45,10 +45,10 @@ def read(path: Path) -> dict[str, Any]:
             "`moe-offload config`"
         ) from error
     if len(data) > MAX_BYTES:
-        raise ConfigError(f"configuration file {path} has more than {MAX_BYTES} bytes; it is no file of settings")
+        raise ConfigError(f"configuration file {path} has more than 64 KiB; it is no file of settings")
     try:
         return (from_json if path.suffix == ".json" else from_yaml)(data.decode("utf-8"))
-    except ValueError as error:  # a ConfigError too: it is one
+    except ValueError as error:  # UnicodeDecodeError, and ConfigError, which is one too
         raise ConfigError(f"configuration file {path} cannot be used: {error}") from error
 
 
@@ -61,7 +61,7 @@ def write(path: Path, values: Mapping[str, Any]) -> None:
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"configuration file {path} was not written: {reason(error)}. What was there before is unchanged; choose "
-            "another place with --config_file"
+            "another place with --config-file"
         ) from error
 
 

@@ -16,6 +16,7 @@ import torch
 
 from ...checkpoint.headers import FileStamp
 from ...checkpoint.row_index import RowIndex, RowSource, row_at
+from ...config.sizes import format_size
 from ...errors import OffloadError
 from ...experts import MoELayer
 from .disk import DiskStore
@@ -42,7 +43,7 @@ def spill(
         file = Path(name)
         file.unlink()
         if shutil.disk_usage(folder).free < total:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # known now, rather than after hours of writing
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # said before writing begins, not when it fails
         _write_rows(descriptor, chosen, progress)
         index = _index(file, moe_layers, chosen, FileStamp.of(descriptor))
     except BaseException as error:
@@ -66,7 +67,7 @@ def _write_rows(descriptor: int, chosen: Sequence[MoELayer], progress: Callable[
                 done, rest = done + count, rest[count:]
             progress(row.nbytes)
     os.fdatasync(descriptor)
-    if hasattr(os, "posix_fadvise"):  # pages still cached would hold the memory that the budget gave up
+    if hasattr(os, "posix_fadvise"):  # the page cache would hold as much RAM as was freed
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
@@ -83,10 +84,11 @@ def _index(file: Path, moe_layers: Sequence[MoELayer], chosen: Sequence[MoELayer
 
 def _cannot_spill(folder: Path, total: int, error: OSError) -> OffloadError:
     try:
-        free = f"{shutil.disk_usage(folder).free} bytes free"
+        free = f"{format_size(shutil.disk_usage(folder).free)} free"
     except OSError:
         free = "free space unknown"
     return OffloadError(
-        f"{folder}: cannot take the {total} bytes of experts that are to rest on disk: {error.strerror} ({free}). Give "
-        "offload_folder a place with enough space, or load from a checkpoint, whose own files are read in place."
+        f"{folder}: cannot take the {format_size(total)} ({total} bytes) of experts that are to rest on disk: "
+        f"{error.strerror} ({free}). Give offload_folder a place with enough space, or load from a checkpoint, whose "
+        "own files are read in place"
     )
