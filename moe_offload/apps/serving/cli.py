@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...config.settings import KEY_VARIABLE, OffloadConfig
-from ..options.checks import check_model, check_output
+from ..options.checks import check_model, check_output, check_tokenizer
 from ..options.ending import INTERRUPTED, USAGE, fail
 from ..options.flags import Model, SaveProfile
 from ..options.groups import ModelFlags, flatten
@@ -59,6 +59,7 @@ def serve(
     """
     wanted = flags.settings()
     check_model(model)
+    check_tokenizer(model)
     check_output("--save-profile", save_profile)
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
         fail("--api-key: a key is printable ASCII, without spaces around it", USAGE)
