@@ -76,7 +76,7 @@ class Queue:
         with self._changed:
             if self._closed:
                 raise stopping()
-            if len(self._waiting) >= self.longest:
+            if len(self._waiting) + (self.running is not None) > self.longest:
                 raise RequestError(
                     429,
                     f"{self.longest} requests wait already, which is the most that may; try again later",
@@ -118,11 +118,11 @@ class Queue:
                     return
                 job = self.running = self._waiting.popleft()
             begun_s = time.perf_counter()
+            outcome: Exception | None = None
             try:
                 job.work(job)
-                job.tell(None)
             except Exception as error:  # it is the request's, and the server goes on
-                job.tell(error)
-            finally:
-                self.running = None
+                outcome = error
+            self.running = None  # before its client hears of it and asks for more
+            job.tell(outcome)
             self._usual_s += 0.2 * (time.perf_counter() - begun_s - self._usual_s)

@@ -69,6 +69,16 @@ def test_more_than_may_wait_are_told_when_to_try_again() -> None:
     with_queue(test, longest=1)
 
 
+def test_where_none_may_wait_one_runs() -> None:
+    async def test(queue: Queue) -> None:
+        for _ in range(3):
+            job = Job(lambda _: None, 1)
+            queue.put(job)
+            assert await job.events.get() is None
+
+    with_queue(test, longest=0)
+
+
 def test_who_leaves_while_waiting_is_not_begun_and_makes_room() -> None:
     async def test(queue: Queue) -> None:
         held, never, last = Held(), Held(), Held()
