@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, UnsupportedModelError
 from ..experts import Field, MoELayer
 from .conversion import Conversion, Shape, joins_bytes, one_expert_conversions
 from .headers import FileStamp, Headers, TensorRange
@@ -99,12 +100,18 @@ def _find_origins(model: nn.Module, headers: Headers, wanted: set[str]) -> dict[
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     prefix, names = getattr(model, "base_model_prefix", ""), model.state_dict()
     origins: dict[str, _Origin] = {}
-    for key in sorted(headers, key=dot_natural_key):
+    for key in sorted([*headers, *headers.unreadable], key=dot_natural_key):
         target, pattern = rename_source_key(key, renamings, converters, prefix, names)
         if target not in names and key in names:  # named as in the model already: not to be renamed after all
             target, pattern = rename_source_key(key, [], [], prefix, names)
         if target not in names:
             continue
+        if key in headers.unreadable:
+            dtype, file = headers.unreadable[key]
+            raise UnsupportedModelError(
+                f"{file}: {key!r}, which the model needs, is of dtype {dtype}, which torch {torch.__version__} does "
+                "not have. Use a checkpoint in another dtype, or a later torch"
+            )
         converter = None if pattern is None else by_pattern[pattern]
         for share, parameter in enumerate(_targets(target, converter)):
             if parameter in wanted:

@@ -19,6 +19,10 @@ RESERVED_PROMPT_TOKENS = 512  # the automatic reserve has room for the attention
 #: memory from the device 2 MiB at a time: a bank may leave nearly as much unused.
 CUBLAS_BYTES, CUDA_BLOCK_BYTES = 2 * 32 << 20, 2 << 20
 
+AUTO_SCRATCH = 128 * 10**6, 16  # bytes and rows at most, on a CPU
+#: On a device: what its link brings in 5 to 6 ms, so that it is busy from one layer's last row to the next one's ids.
+AUTO_SCRATCH_BESIDE = 320 * 10**6, 32
+
 
 def layer_shapes(moe_layers: Sequence[MoELayer]) -> list[LayerShape]:
     return [LayerShape(moe.num_experts, moe.top_k, moe.layout.row_bytes) for moe in moe_layers]
@@ -32,9 +36,17 @@ def costs(model: Any, moe_layers: Sequence[MoELayer], settings: OffloadConfig, d
         kv_bytes=kv_bytes(model, settings.kv_tokens),
         scores_bytes=scores_bytes(model),
         library_bytes=library_bytes(len(moe_layers), device),
-        scratch_bytes=settings.scratch_rows(row_bytes, device) * row_bytes,
+        scratch_bytes=scratch_rows(settings, row_bytes, device) * row_bytes,
         reserve_bytes=settings.reserve_bytes,
     )
+
+
+def scratch_rows(settings: OffloadConfig, row_bytes: int, device: str = "cpu") -> int:
+    """How many scratch rows of this size a model gets on `device`."""
+    if isinstance(settings.wave_rows, int):
+        return settings.wave_rows
+    most_bytes, most_rows = AUTO_SCRATCH if device == "cpu" else AUTO_SCRATCH_BESIDE
+    return max(4, min(most_rows, most_bytes // row_bytes))
 
 
 def library_bytes(moe_layers: int, device: str) -> int:

@@ -283,7 +283,7 @@ def test_a_row_that_cannot_be_read_while_prewarming_closes_the_model(monkeypatch
     def fails(*_):
         raise moe_offload.ExpertReadError("EIO")
 
-    monkeypatch.setattr("moe_offload.api.prewarm_slots", fails)
+    monkeypatch.setattr("moe_offload.runtime.prewarm.prewarm_slots", fails)
     model = build(QWEN, num_hidden_layers=1)
     with pytest.raises(moe_offload.ExpertReadError, match="EIO"):
         moe_offload.optimize(model, "200MB", profile=profile)

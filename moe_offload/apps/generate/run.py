@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ...config.settings import DEFAULT, OffloadConfig, origins
-from ..options.checks import check_inputs, check_output, check_tokenizer
+from ..options.checks import check_model, check_output, check_tokenizer
 from ..options.ending import INTERRUPTED
 from ..options.flags import Model, SaveProfile, SaveReport, SaveTimeline, SaveTrace, System
 from ..options.groups import ModelFlags, SamplingFlags, flatten
@@ -60,7 +60,7 @@ def run(
 
         check(metrics_port)
     wanted = flags.settings()
-    check_inputs(model, wanted)
+    check_model(model)
     check_tokenizer(model)
     from ...api import from_pretrained
     from .tokenizer import load_tokenizer, read_longest_context

@@ -30,7 +30,7 @@ def profile_texts(
     """
     contents = [_read(path) for path in texts]
     from ...api import from_pretrained  # seconds of torch come after what may be wrong with the texts
-    from ...checkpoint.loading import resolve_folder
+    from ...checkpoint.pretrained.download import get_folder
     from ...record import record_profile
     from ..generate.tokenizer import load_tokenizer
 
@@ -41,7 +41,7 @@ def profile_texts(
     if config.budget is None and not config.max_memory:
         from transformers import AutoModelForCausalLM
 
-        loaded: Any = AutoModelForCausalLM.from_pretrained(resolve_folder(model), dtype="auto").eval()
+        loaded: Any = AutoModelForCausalLM.from_pretrained(get_folder(model), dtype="auto").eval()
         return record_profile(loaded, pieces, **meta)
     offloaded: Any = from_pretrained(model, config=config)
     with offloaded.moe_offload as handle:

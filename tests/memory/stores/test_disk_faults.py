@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from moe_offload.checkpoint.headers import read_headers, shard_files
+from moe_offload.checkpoint.headers import read_headers
+from moe_offload.checkpoint.pretrained.weight_files import weight_files
 from moe_offload.checkpoint.row_index import index_rows
 from moe_offload.errors import CheckpointChangedError, CheckpointError, ExpertReadError, OffloadError
 from moe_offload.experts import MoELayer, find_experts
@@ -131,7 +132,7 @@ def test_replaced_by_rename(disk: Disk) -> None:
 
 def test_replaced_between_indexing_and_opening(tmp_path: Path) -> None:
     meta, model = skeleton("per_expert"), build("per_expert")
-    [file] = shard_files(save(model, tmp_path))
+    [file] = weight_files(save(model, tmp_path)).files
     headers, moe_layers = read_headers([file]), find_experts(meta)
     shutil.copy(file, tmp_path / "copy")
     (tmp_path / "copy").rename(file)

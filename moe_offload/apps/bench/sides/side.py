@@ -22,8 +22,7 @@ from typing import Any
 import torch
 
 from ....cache.counters import Stats
-from ....checkpoint.loading import skeleton
-from ....experts import find_experts
+from ....checkpoint.outline import outline_folder
 from ..devices import DEVICES
 from ..request import ask
 from ..routing import Routing, install, load_recorded
@@ -50,7 +49,7 @@ class Side:
         self.model = self.contender.load(self.job)
         self.device.settle()
         load_s = time.perf_counter() - begun
-        moe_layers = find_experts(skeleton(self.job.folder))
+        moe_layers = outline_folder(self.job.folder).moe_layers
         first = moe_layers[0]
         recorded = None
         if self.routing_file is not None:
