@@ -61,7 +61,7 @@ def write(path: Path, values: Mapping[str, Any]) -> None:
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"configuration file {path} was not written: {reason(error)}. What was there before is unchanged; choose "
-            "another place with --config_file"
+            "another place with --config-file"
         ) from error
 
 
