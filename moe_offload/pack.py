@@ -19,11 +19,11 @@ import torch
 
 from .checkpoint.headers import INDEX, Headers
 from .checkpoint.loading import resolve_folder, skeleton
+from .checkpoint.new_folder import check_new, new_folder
 from .checkpoint.packed import ABSENT, ROWS, SOURCES, checkpoint_headers, index_checkpoint, is_packed
 from .checkpoint.packed_format import describe, parse_sources, rows_metadata, sources_metadata
 from .checkpoint.row_index import RowIndex, index_rows
 from .checkpoint.shards import Entry, Shard, file_name, header, split, write_shard
-from .checkpoint.staging_folder import check_new, new_folder
 from .config.sizes import parse_size
 from .errors import CheckpointChangedError, CheckpointError, ConfigError, PackError
 from .experts import MoELayer, find_experts

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ...checkpoint.folder import is_folder
-from ...checkpoint.staging_folder import check_new
+from ...checkpoint.new_folder import check_new
 from ...config.sizes import size_problem
 from ..options.ending import fail, or_exit
 from ..options.flags import Model

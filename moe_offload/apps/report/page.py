@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...config.sizes import format_size
 from ...errors import ReportError
-from ...files.whole_file import reason, replace
+from ...files.whole_file import save_whole
 from .advice import advice, headline, rate, summary
 from .run_record import RunRecord, StepPart
 
@@ -17,13 +17,7 @@ POINTS = 80  # of a line: enough to see where it goes, few enough to smooth what
 
 def write_page(run: RunRecord, path: str | os.PathLike[str]) -> Path:
     """Write the report of `run` to `path`. Raises ReportError."""
-    try:
-        replace(Path(path), page(run).encode())
-    except (OSError, ValueError) as error:
-        raise ReportError(
-            f"report {os.fspath(path)!r} was not written: {reason(error)}; choose another place"
-        ) from error
-    return Path(path)
+    return save_whole(Path(path), page(run).encode(), "report", ReportError)
 
 
 def page(run: RunRecord) -> str:

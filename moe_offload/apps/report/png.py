@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ReportError
-from ...files.whole_file import reason, replace
+from ...files.whole_file import save_whole
 from .advice import rate, summary
 from .page import grouped
 from .run_record import RunRecord
@@ -25,11 +25,7 @@ def write_png(run: RunRecord, folder: Path) -> list[Path]:
         draw(run, figure.subplots())
         data = BytesIO()
         figure.savefig(data, format="png", dpi=150)
-        try:
-            replace(folder / f"{name}.png", data.getvalue())
-        except (OSError, ValueError) as error:
-            raise ReportError(f"{folder / name}.png was not written: {reason(error)}") from error
-        written.append(folder / f"{name}.png")
+        written.append(save_whole(folder / f"{name}.png", data.getvalue(), "chart", ReportError))
     return written
 
 
