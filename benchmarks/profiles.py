@@ -27,7 +27,7 @@ from moe_offload.cache.layer_cache import LayerCache
 from moe_offload.observe.profile import Profile
 from moe_offload.observe.profile_stats import most_wanted, rates
 from moe_offload.plan.budget import budget_for
-from moe_offload.runtime.prewarm import prewarm
+from moe_offload.runtime.prewarm import prewarm_slots
 
 PROMPT, DECODED, WINDOWS = 48, 256, 12
 PARTS = {"prompt": slice(0, 1), "next 8": slice(1, 9), "next 32": slice(1, 33), "all 256": slice(1, 257)}
@@ -103,7 +103,7 @@ def run(model: Any, window_1T: Tensor, profile: Profile | None) -> dict[str, Any
         layer.arrivals.cache = LayerCache(old.num_experts, old.slots, policy, old.name)
     begun = time.perf_counter()
     if profile is not None:
-        prewarm(runtime, most_wanted(profile, [layer.cache.slots for layer in runtime.layers]))
+        prewarm_slots(runtime, most_wanted(profile, [layer.cache.slots for layer in runtime.layers]))
     warm_s = time.perf_counter() - begun
     handle.start_trace()
     begun = time.perf_counter()

@@ -27,9 +27,9 @@ from .errors import OffloadError
 from .experts import MoELayer, find_experts
 from .forward.advise import Advisor, at_start
 from .handle import Handle
+from .memory.devices import usable_kinds
 from .memory.process_memory import bound_kernel_caches, trim_heap
 from .memory.stores.open import open_stores
-from .memory.transfer.staged import present
 from .observe.profile import Profile
 from .observe.profile_stats import most_wanted
 from .observe.progress import bar
@@ -43,7 +43,7 @@ from .plan.forecast import read_outline
 from .plan.weights import fingerprint
 from .runtime.assemble import build_runtime, on_device
 from .runtime.model import Runtime
-from .runtime.prewarm import prewarm
+from .runtime.prewarm import prewarm_slots
 
 logger = logging.getLogger("moe_offload")
 Model = TypeVar("Model", bound=nn.Module)
@@ -89,23 +89,25 @@ def optimize(
         )
     moe_layers = find_experts(model)
     settings = keep_where_it_is(model, moe_layers, settings)
-    where = arrange(model, moe_layers, settings, present=present(settings.untested))
+    arrangement = arrange(model, moe_layers, settings, usable=usable_kinds(settings.untested))
     prior = _load_profile(profile or settings.profile, model, moe_layers)
-    device_decides = on_device(settings, moe_layers, where.slots, where.tiers, where.device)
+    device_decides = on_device(settings, moe_layers, arrangement.slots, arrangement.tiers, arrangement.device)
     bound_kernel_caches()
-    place_dense(model, moe_layers, where.device)
-    stores = open_stores(model, moe_layers, where.tiers, settings, where.device)
+    place_dense(model, moe_layers, arrangement.device)
+    stores = open_stores(model, moe_layers, arrangement.tiers, settings, arrangement.device)
     with contextlib.ExitStack() as undo:
         for store in set(stores):
             undo.callback(store.close)
-        runtime = build_runtime(moe_layers, where.plan, stores, settings, prior, where.device, device_decides)
+        runtime = build_runtime(
+            moe_layers, arrangement.plan, stores, settings, prior, arrangement.device, device_decides
+        )
         undo.pop_all()
         undo.callback(runtime.close)
-        handle = _install(model, runtime, where, settings)
+        handle = _install(model, runtime, arrangement, settings)
         undo.pop_all()
     model.moe_offload = handle  # type: ignore[assignment]
     logger.info("%s", handle)
-    at_start(where.plan, settings.budget)
+    at_start(arrangement.plan, settings.budget)
     if settings.live:
         handle.serve_live()
     if settings.prewarm:
@@ -139,7 +141,7 @@ def from_pretrained(
     folder = resolve_folder(path_or_id, **{k: kwargs.pop(k) for k in ("revision", "token") if k in kwargs})
     meta = skeleton(folder, dtype)
     moe_layers = find_experts(meta)
-    arrange(meta, moe_layers, settings, present=present(settings.untested))
+    arrange(meta, moe_layers, settings, usable=usable_kinds(settings.untested))
     prior = _load_profile(profile or settings.profile, meta, moe_layers)
     index = index_checkpoint(meta, moe_layers, folder)
     for removed in ("offload_folder", "low_cpu_mem_usage", "offload_state_dict", "torch_dtype"):
@@ -190,15 +192,15 @@ def _load_profile(
     return loaded
 
 
-def _install(model: nn.Module, runtime: Runtime, where: Arrangement, settings: OffloadConfig) -> Handle:
+def _install(model: nn.Module, runtime: Runtime, arrangement: Arrangement, settings: OffloadConfig) -> Handle:
     print_of = fingerprint(model, [layer.moe for layer in runtime.layers])
     implementation = patch.choose_implementation(
         [layer.moe for layer in runtime.layers], settings.experts_implementation
     )
-    if where.device != "cpu":
-        patch.serve_products(where.device)
-    inner = settings.compile if settings.compile != "auto" else "graph" if where.device == "cpu" else "inductor"
-    everywhere = len(runtime.decided) == len(runtime.layers)
+    if arrangement.device != "cpu":
+        patch.serve_products(arrangement.device)
+    inner = settings.compile if settings.compile != "auto" else "graph" if arrangement.device == "cpu" else "inductor"
+    everywhere = len(runtime.device_layers) == len(runtime.layers)
     graphs = patch.install(
         model,
         runtime,
@@ -208,9 +210,9 @@ def _install(model: nn.Module, runtime: Runtime, where: Arrangement, settings: O
         guess=settings.lookahead,
         # On a GPU a step with a static KV cache has constant shapes, and must be traced so to become a CUDA graph; it
         # does where no layer needs the host.
-        dynamic=None if settings.dynamic and where.device != "cpu" and everywhere else settings.dynamic,
+        dynamic=None if settings.dynamic and arrangement.device != "cpu" and everywhere else settings.dynamic,
         fullgraph=settings.fullgraph,
-        advisor=Advisor(runtime, where.plan),
+        advisor=Advisor(runtime, arrangement.plan),
     )
     refuse_what_reaches_experts(model, runtime)
     save_real_rows(model, runtime)
@@ -218,7 +220,7 @@ def _install(model: nn.Module, runtime: Runtime, where: Arrangement, settings: O
     return Handle(
         model,
         runtime,
-        where,
+        arrangement,
         print_of,
         compile=inner,
         implementation=implementation,
@@ -228,7 +230,7 @@ def _install(model: nn.Module, runtime: Runtime, where: Arrangement, settings: O
 
 
 def _overlaps(settings: OffloadConfig, inner: str, runtime: Runtime) -> bool:
-    if runtime.deciding is not None:
+    if runtime.device_caches is not None:
         return False
     return inner == "graph" if settings.overlap is None else settings.overlap
 
@@ -249,4 +251,4 @@ def _prewarm(runtime: Runtime, prior: Profile | None) -> None:
     wanted = most_wanted(prior, [layer.cache.slots for layer in runtime.layers])
     size = sum(runtime.layers[layer].moe.layout.row_bytes for layer, _ in wanted)
     with bar("Pre-warming", len(wanted), unit="row", what=format_size(size)) as shown:
-        prewarm(runtime, wanted, shown.update)
+        prewarm_slots(runtime, wanted, shown.update)

@@ -23,7 +23,7 @@ from .observe.notebook import to_html
 from .observe.profile import Fingerprint, Profile
 from .observe.timeline import Depth, Timeline
 from .observe.trace import Trace
-from .observe.trace_recorder import Recorder, Step
+from .observe.trace_recorder import ForwardRecord, Recorder
 from .plan.arrange import Arrangement
 from .plan.budget import Plan
 from .plan.explain import explain
@@ -40,7 +40,7 @@ class Handle:
         self,
         model: Any,
         runtime: Runtime,
-        where: Arrangement,
+        arrangement: Arrangement,
         fingerprint: Fingerprint,
         *,
         compile: str,
@@ -48,7 +48,7 @@ class Handle:
         graphs: list[Any],
         on_close: Callable[[], None],
     ):
-        self._arranged, self.tiers, self.fingerprint = where, where.tiers, fingerprint
+        self._arranged, self.tiers, self.fingerprint = arrangement, arrangement.tiers, fingerprint
         self.compile, self.implementation, self.graphs = compile, implementation, graphs
         self.model, self._runtime, self._on_close = model, runtime, on_close
         self._recorder: Recorder | None = None
@@ -62,13 +62,13 @@ class Handle:
         return [layer.moe for layer in self._runtime.layers]
 
     @property
-    def where(self) -> Arrangement:
+    def arrangement(self) -> Arrangement:
         """Where everything is now: slots may have been given back since (`shrink.py`)."""
         return self._arranged.with_slots(self._runtime.slots)
 
     @property
     def plan(self) -> Plan:
-        return self.where.plan
+        return self.arrangement.plan
 
     @property
     def closed(self) -> bool:
@@ -93,7 +93,7 @@ class Handle:
                     "experts": layer.moe.num_experts,
                     "resident": layer.resident,
                     "tokens": c.tokens,
-                    "decides": "device" if layer.moe.index in self._runtime.decided else "host",
+                    "decides": "device" if layer.moe.index in self._runtime.device_layers else "host",
                     **{name: getattr(c, name) for name in TOTALS},
                 }
             )
@@ -120,7 +120,7 @@ class Handle:
             budget_bytes=self.plan.budget_bytes,
             plan=dict(self.plan.rows()),
             rss_bytes=psutil.Process().memory_info().rss,
-            queued=depth.urgent + depth.background,
+            queued=depth.demanded + depth.background,
             reading=depth.reading,
             layers=[
                 LayerNow(**{**row, "name": row["name"][:256]}, row_bytes=layer.row_bytes)
@@ -142,7 +142,7 @@ class Handle:
     def metrics(self, per_layer: bool = False) -> Any:
         """A `prometheus_client` registry of this model alone, read when it is scraped; `per_layer` adds that label.
 
-        Mount it with `prometheus_client.make_asgi_app(registry)`. Needs `pip install "moe-offload[metrics]"`.
+        Mount it with `prometheus_client.make_asgi_app(registry)`. Needs prometheus_client (the extra `metrics`).
         """
         return registry_of(self, per_layer)
 
@@ -173,11 +173,11 @@ class Handle:
 
     def explain(self) -> str:
         """Which rule put what where, and what was not offloaded and why."""
-        return explain(self.model, self.moe_layers, self.where)
+        return explain(self.model, self.moe_layers, self.arrangement)
 
     def start_trace(self) -> None:
         """Write down from now on which experts are asked for, forward by forward (64 MB at most)."""
-        if self._runtime.deciding is not None:
+        if self._runtime.device_caches is not None:
             raise TraceError(
                 "the device decides which experts are in the slots, and the host does not hear their ids; to record a "
                 "trace, load the model with config={'decide': 'host'}"
@@ -201,7 +201,7 @@ class Handle:
         """Write the trace to `path` (.npz), atomically."""
         return self.trace(**meta).save(path)
 
-    def steps(self) -> list[Step]:
+    def steps(self) -> list[ForwardRecord]:
         """What every forward since `start_trace` took: when, how many tokens, hits, misses, bytes, waiting."""
         with self._runtime.lock:
             return self._recording().steps()
@@ -265,7 +265,7 @@ class Handle:
                     f"read ahead: {s.ahead} rows that were then asked for ({s.late} of them late), "
                     f"{format_size(s.wasted_bytes)} in vain"
                 )
-            if self._runtime.decided:
+            if self._runtime.device_layers:
                 layers = [row["decides"] for row in s.layers]
                 lines.append(
                     f"the device decides in {layers.count('device')} of {len(layers)} layers: it did in {s.by_device} "

@@ -163,7 +163,7 @@ README = """\
 The experts of this Mixture-of-Experts model are in `moe_offload_rows-*.safetensors`, one tensor per layer, each row of
 it all weights of one expert, in the order in which moe_offload computes with them. The rest is as in the original.
 
-    pip install moe-offload
+Where moe_offload is installed (from a clone of its repository):
 
     model = moe_offload.from_pretrained("this folder", budget="8GB")
     moe-offload run "this folder" --budget 8GB --prompt "..."

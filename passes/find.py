@@ -48,7 +48,7 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Read:
+class WeightRead:
     """One reader of one weight.
 
     `node` reads; `ids` is where true expert ids enter (the index, or what is sorted). For the grouped form `sort` is
@@ -76,7 +76,7 @@ class Site:
     num_experts: int
     ids: Node
     weights: dict[str, Node] = field(default_factory=dict)
-    reads: list[Read] = field(default_factory=list)
+    reads: list[WeightRead] = field(default_factory=list)
 
     @property
     def reads_weights(self) -> bool:
@@ -135,7 +135,7 @@ def find_sites(graph: Graph, weights: Mapping[Node, Weight]) -> list[Site]:
     return sorted(sites.values(), key=lambda site: position[site.ids])
 
 
-def indexed(use: Node) -> Read | None:
+def indexed(use: Node) -> WeightRead | None:
     """`W[ids]`, where the ids may themselves be the sorted ids of a grouped site (its biases)."""
     if name_of(use) not in ("getitem", "index_select") or len(use.args) < 2:
         return None
@@ -145,10 +145,10 @@ def indexed(use: Node) -> Read | None:
     if not isinstance(ids, Node):
         return None
     sort = _sort_above(ids)
-    return Read(use, ids) if sort is None else Read(use, _node(sort.args[0]), sort=sort)
+    return WeightRead(use, ids) if sort is None else WeightRead(use, _node(sort.args[0]), sort=sort)
 
 
-def grouped(use: Node) -> Read | None:
+def grouped(use: Node) -> WeightRead | None:
     """`grouped_mm(x, W, offs)` with `offs = cumsum(histc(sort(ids)))`."""
     if name_of(use) not in GROUPED_MM:
         return None
@@ -159,11 +159,11 @@ def grouped(use: Node) -> Read | None:
     if not isinstance(offsets, Node) or not isinstance(histc, Node) or name_of(histc) != "histc":
         return None
     sort = _sort_above(_node(histc.args[0]))
-    return None if sort is None else Read(use, _node(sort.args[0]), sort=sort, offsets=offsets)
+    return None if sort is None else WeightRead(use, _node(sort.args[0]), sort=sort, offsets=offsets)
 
 
 #: Adding a form = one function above and one line here; `tests/passes/test_find.py` runs over every entry.
-PATTERNS: dict[str, Callable[[Node], Read | None]] = {"indexed": indexed, "grouped": grouped}
+PATTERNS: dict[str, Callable[[Node], WeightRead | None]] = {"indexed": indexed, "grouped": grouped}
 
 
 def name_of(node: Node) -> str:

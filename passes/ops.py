@@ -30,9 +30,9 @@ _TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.cudagraph_unsafe)
 
 LIB.define("fetch(Tensor ids, Tensor(a!) bank) -> Tensor", tags=_TAGS)
 LIB.define("place(Tensor ids, Tensor(a!) bank) -> Tensor")
-LIB.define("wait(Tensor fetched, Tensor(a!) bank) -> Tensor", tags=_TAGS)
+LIB.define("wait(Tensor slots, Tensor(a!) bank) -> Tensor", tags=_TAGS)
 LIB.define(
-    "stream(Tensor x, Tensor ids, Tensor(a!) bank, Tensor[] others, int core, SymInt[] row, ScalarType "
+    "stream(Tensor x, Tensor ids, Tensor(a!) bank, Tensor[] others, int core, SymInt[] shape, ScalarType "
     "dtype) -> Tensor",
     tags=_TAGS,
 )
@@ -46,13 +46,13 @@ class Layer(Protocol):
     """What a bank may be bound to: one layer of one model, at run time."""
 
     def fetch(self, ids_P: Tensor) -> Tensor:
-        """Start loading the experts that are missing; return a ticket shaped like `ids_P`."""
+        """Start loading the experts that are missing; return the slots they will be in, `[P]`."""
 
     def place(self, ids_P: Tensor) -> Tensor:
         """`fetch` and `wait` at once, decided by the device: nothing waits, and a CUDA graph can hold it."""
 
-    def wait(self, ticket_P: Tensor) -> Tensor:
-        """Return the slots `[P]` of the fetched ids once every one of them is resident."""
+    def wait(self, slots_P: Tensor) -> Tensor:
+        """Return the slots that `fetch` named, once every row is in its slot."""
 
     def stream(self, x_P: Tensor, ids_P: Tensor, core: Core, others: Sequence[Tensor]) -> Tensor:
         """Run `core` for every pair, in waves when they need more experts than there are slots."""
@@ -107,8 +107,8 @@ def _bound(tensor: Tensor) -> Any:
 
 
 def _fetch(ids: Tensor, bank: Tensor) -> Tensor:
-    ticket: Tensor = _bound(bank).fetch(ids)
-    return ticket
+    slots: Tensor = _bound(bank).fetch(ids)
+    return slots
 
 
 def _place(ids: Tensor, bank: Tensor) -> Tensor:
@@ -116,13 +116,13 @@ def _place(ids: Tensor, bank: Tensor) -> Tensor:
     return slots
 
 
-def _wait(fetched: Tensor, bank: Tensor) -> Tensor:
-    slots: Tensor = _bound(bank).wait(fetched)
-    return slots
+def _wait(slots: Tensor, bank: Tensor) -> Tensor:
+    loaded: Tensor = _bound(bank).wait(slots)
+    return loaded
 
 
 def _stream(
-    x: Tensor, ids: Tensor, bank: Tensor, others: list[Tensor], core: int, row: list[int], dtype: torch.dtype
+    x: Tensor, ids: Tensor, bank: Tensor, others: list[Tensor], core: int, shape: list[int], dtype: torch.dtype
 ) -> Tensor:
     out: Tensor = _bound(bank).stream(x, ids, _CORES[core], others)
     return out
@@ -165,9 +165,9 @@ for _name, _kernel in {
 serve_grouped_mm(run_groups, "CompositeExplicitAutograd")
 LIB._register_fake("fetch", lambda ids, bank: torch.empty_like(ids))
 LIB._register_fake("place", lambda ids, bank: torch.empty_like(ids))
-LIB._register_fake("wait", lambda fetched, bank: torch.empty_like(fetched))
+LIB._register_fake("wait", lambda slots, bank: torch.empty_like(slots))
 LIB._register_fake(
-    "stream", lambda x, ids, bank, others, core, row, dtype: x.new_empty((x.shape[0], *row), dtype=dtype)
+    "stream", lambda x, ids, bank, others, core, shape, dtype: x.new_empty((x.shape[0], *shape), dtype=dtype)
 )
 LIB._register_fake("prefetch", lambda ids, bank: None)
 LIB._register_fake("grouped_mm", lambda x, weight, slots: x.new_empty((x.shape[0], weight.shape[2])))

@@ -1,14 +1,14 @@
 """Decode: rename expert ids to slots, and read the bank instead of the stacked weights.
 
     before   w   = W[ids]                                  y = bmm(w, x) ...
-    after    tkt = moe_offload.fetch(ids, bank)            starts what is missing
-             slt = moe_offload.wait(tkt, bank)             all resident; the slots exist only after this
-       or    slt = moe_offload.place(ids, bank)            the same, where the device decides: no host in between
-             w   = bank[:, a:b].view(S, 2I, H)[slt]        y = bmm(w, x) ...
+    after    named = moe_offload.fetch(ids, bank)          the slots of these experts; starts what is missing
+             slots = moe_offload.wait(named, bank)         all resident; the slots may be read only after this
+       or    slots = moe_offload.place(ids, bank)          the same, where the device decides: no host in between
+             w     = bank[:, a:b].view(S, 2I, H)[slots]    y = bmm(w, x) ...
 
     before   g, perm = sort(ids);  offs = cumsum(histc(g, bins=E, max=E-1));  y = grouped_mm(x[perm // K], W, offs)
-    after    g, perm = sort(ids);  slt_g = slt[perm];                         y = moe_offload.grouped_mm(x[perm // K],
-    V, slt_g)
+    after    g, perm = sort(ids);  slots_g = slots[perm];  y = moe_offload.grouped_mm(x[perm // K], V, slots_g)
+             where V = bank[:, a:b].view(S, 2I, H)
 
 Biases and scales follow because they are indexed by the same ids. Slots are read after `wait` by data dependence, so
 nothing, not even Inductor's scheduler, can move a read before its load. The sort stays on the true ids: sorted by slot,

@@ -10,7 +10,8 @@
 What is cut out, the *core*, is found by dependence alone: the readers of expert weights, and every node that combines
 their results with nothing but each other, constants and other parameters. It ends where the routing weights come in, so
 the weighted sum over K stays in the graph, after all waves: the result does not depend on how experts are grouped into
-waves. The core handles any number of pairs; the runtime runs it once per wave with the rows that are there.
+waves. The core handles any number of pairs; the runtime runs it once per wave, for the pairs
+whose rows are there.
 A site is left alone when `slots` has already renamed it.
 """
 
@@ -54,7 +55,7 @@ def waves(
         exit_node = _exit(site, nodes)
         x, ids, others = _inputs(site, nodes, fixed)
         whole, scalars = _extract(site, nodes, fixed, exit_node, x, ids, others)
-        part, _ = _extract(site, nodes, fixed, exit_node, x, ids, others, of_rows=True)
+        part, _ = _extract(site, nodes, fixed, exit_node, x, ids, others, of_wave=True)
         alone = _fills_vectors(site, nodes)
         core = Core(whole, part, site.grouped, tuple(site.weights), scalars, alone, banks[site.layer], compile_core)
         if not ops.knows_core(core):
@@ -62,8 +63,8 @@ def waves(
         number = ops.register_core(core)
         value = exit_node.meta["example_value"]
         with graph.inserting_before(exit_node):
-            row = list(value.shape[1:])
-            out = graph.call_function(ops.stream, (x, ids, site.bank, others, number, row, value.dtype))
+            shape = list(value.shape[1:])  # of one pair's result
+            out = graph.call_function(ops.stream, (x, ids, site.bank, others, number, shape, value.dtype))
         out.meta = dict(exit_node.meta)
         exit_node.replace_all_uses_with(out, delete_user_cb=partial(_outside, nodes))
         feeding = [i for node in nodes for i in node.all_input_nodes if i not in nodes]
@@ -166,27 +167,27 @@ def _extract(
     x: Node,
     ids: Node,
     others: Sequence[Node],
-    of_rows: bool = False,
+    of_wave: bool = False,
 ) -> tuple[GraphModule, tuple[int, ...]]:
-    """The core as `f(x, slots, rows, *weights, *others)`, with nothing of this layer's left in it; and which of
+    """The core as `f(x, slots, pairs, *weights, *others)`, with nothing of this layer's left in it; and which of
     the others are numbers.
 
-    With `of_rows`, its matrix products run for the pairs `rows` alone and leave zeros elsewhere, while everything
+    With `of_wave`, its matrix products run for the pairs `pairs` alone and leave zeros elsewhere, while everything
     between them still sees all pairs, each in its place: an elementwise kernel rounds the end of a tensor, which does
     not fill a vector register, otherwise than the rest (measured on silu and sigmoid).
 
         before   y = grouped_mm(x, W, offs)             w = W[ids];        y = bmm(w, x)
-        after    s = moe_offload.grouped_mm(x[rows],    w = W[slots[rows]]
-                     W, slots[rows])                    s = bmm(w, x[rows])
-                 y = spread(s, rows, len(slots))        y = spread(s, rows, len(slots))
+        after    s = moe_offload.grouped_mm(x[pairs],   w = W[slots[pairs]]
+                     W, slots[pairs])                   s = bmm(w, x[pairs])
+                 y = spread(s, pairs, len(slots))       y = spread(s, pairs, len(slots))
     """
     graph = Graph()
     inputs: dict[Node, Node] = {x: graph.placeholder("x"), ids: graph.placeholder("slots")}
-    rows = graph.placeholder("rows")
+    pairs = graph.placeholder("pairs")
     inputs |= {read.offsets: inputs[ids] for read in site.reads if read.offsets is not None}
     inputs |= {weight: graph.placeholder(name) for name, weight in site.weights.items()}
     inputs |= {other: graph.placeholder(f"other_{i}") for i, other in enumerate(others)}
-    matrices, products = _products(site) if of_rows else ({}, {})
+    matrices, products = _products(site) if of_wave else ({}, {})
     grouped = {read.node for read in site.reads if read.offsets is not None}
     scalars = set()
     for node in [*_above([i for n in nodes for i in n.all_input_nodes], fixed), *nodes]:
@@ -200,15 +201,15 @@ def _extract(
         _refuse_pair_counts(site, node)
         mine = dict(inputs)
         for operand in matrices.get(node, ()) or products.get(node, ()):
-            mine[operand] = graph.call_function(operator.getitem, (inputs[operand], rows))
+            mine[operand] = graph.call_function(operator.getitem, (inputs[operand], pairs))
         slots_P = inputs[ids]
-        if node in grouped and of_rows:
-            slots_P = graph.call_function(operator.getitem, (slots_P, rows))
+        if node in grouped and of_wave:
+            slots_P = graph.call_function(operator.getitem, (slots_P, pairs))
         inputs[node] = graph.node_copy(node, mine.__getitem__)
         if node in grouped:
             inputs[node] = regroup(graph, inputs[node], slots_P)
         if node in products:
-            inputs[node] = graph.call_function(spread, (inputs[node], rows, inputs[ids]))
+            inputs[node] = graph.call_function(spread, (inputs[node], pairs, inputs[ids]))
         inputs[node].meta = {}
     graph.output(inputs[exit_node])
     graph.lint()
@@ -236,9 +237,9 @@ def _operand(node: Node, position: int) -> Node:
     return found
 
 
-def spread(part: Tensor, rows: Tensor, like: Tensor) -> Tensor:
-    """`part[i]` at position `rows[i]` of a tensor as long as `like`, zeros elsewhere."""
-    return part.new_zeros((like.shape[0], *part.shape[1:])).index_copy(0, rows, part)
+def spread(part: Tensor, pairs: Tensor, like: Tensor) -> Tensor:
+    """`part[i]` at position `pairs[i]` of a tensor as long as `like`, zeros elsewhere."""
+    return part.new_zeros((like.shape[0], *part.shape[1:])).index_copy(0, pairs, part)
 
 
 def _fills_vectors(site: Site, nodes: Mapping[Node, None]) -> bool:

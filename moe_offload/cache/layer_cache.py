@@ -116,7 +116,7 @@ class LayerCache:
         return self._admit(missing, candidates)
 
     def fill(self, used: Mapping[int, int], tokens: int = 1) -> tuple[list[Load], list[int]]:
-        """An event too large for the slots (prefill): loads of what is worth a slot, and what must be streamed past.
+        """An event too large for the slots (prefill): loads of what is worth a slot, and the rest, without one.
 
         The rows that are read anyway and those that are resident but not asked for compete for the slots, and the
         policy, which has heard how often the prompt used each, decides: a prompt does not flush what decoding needs,
@@ -130,11 +130,11 @@ class LayerCache:
         surplus = len(missing) - len(self.free)
         # Among equals what is there stays, and then what is used most.
         losers = set(self.policy.victims([*reversed(missing), *candidates], surplus)) if surplus > 0 else set()
-        past = [e for e in missing if e in losers]
+        without_slot = [e for e in missing if e in losers]
         giving_way = [e for e in candidates if e in losers]
-        return self._admit([e for e in missing if e not in losers], giving_way), past
+        return self._admit([e for e in missing if e not in losers], giving_way), without_slot
 
-    def prewarm(self, experts: Sequence[int]) -> list[Load]:
+    def fill_free_slots(self, experts: Sequence[int]) -> list[Load]:
         """Loads that fill the free slots with `experts`, the most wanted first, before anything has asked for them."""
         missing = [e for e in dict.fromkeys(experts) if self.slot_of[e] < 0 and e not in self.pending]
         return self._admit(missing[: len(self.free)], [])

@@ -31,7 +31,7 @@ def describe(moe: MoELayer, rows: Sequence[RowSource]) -> dict[str, Any]:
     recipe = [
         [
             [(s.offset, s.nbytes, s.shape, DTYPE_NAMES[s.dtype]) for s in piece.sources],
-            [_step(step) for step in piece.steps],
+            [_describe_conversion(conversion) for conversion in piece.conversions],
         ]
         for source in rows
         for piece in source
@@ -92,5 +92,5 @@ def parse_sources(text: str) -> Headers:
     return headers
 
 
-def _step(step: Any) -> list[Any]:
-    return [type(step).__name__, *dataclasses.astuple(step)]
+def _describe_conversion(conversion: Any) -> list[Any]:
+    return [type(conversion).__name__, *dataclasses.astuple(conversion)]

@@ -3,8 +3,8 @@
 transformers knows how a checkpoint's names and shapes relate to the model's (`get_model_conversion_mapping`). It is
 asked here, key by key, exactly as its own loader asks; nothing is decided by a model's name. For one expert:
 
-    field gate_up_proj  <-  [gate_proj of expert 17: file, offset, size; up_proj of expert 17: ...], steps (Join(0),)
-    field down_proj     <-  [down_proj of expert 17: ...], steps ()
+    field gate_up_proj  <-  [gate_proj of expert 17: file, offset, size; up_proj of ...], conversions (Join(0),)
+    field down_proj     <-  [down_proj of expert 17: ...], conversions ()
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from torch import nn
 
 from ..errors import CheckpointError
 from ..experts import Field, MoELayer
-from .conversion import Shape, Step, joins_bytes, one_expert_steps
+from .conversion import Conversion, Shape, joins_bytes, one_expert_conversions
 from .headers import FileStamp, Headers, TensorRange
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One field of one expert: the ranges to read, in order, and the steps that turn them into the field."""
+    """One field of one expert: the ranges to read, in order, and the conversions that turn them into the field."""
 
     field: Field
     sources: tuple[TensorRange, ...]
-    steps: tuple[Step, ...]
+    conversions: tuple[Conversion, ...]
 
     @property
     def direct(self) -> bool:
         """Whether the field's bytes are the sources' bytes one after the other: they can be read into the row."""
-        return joins_bytes(self.steps) and all(source.dtype == self.field.dtype for source in self.sources)
+        return joins_bytes(self.conversions) and all(source.dtype == self.field.dtype for source in self.sources)
 
 
 #: All fields of one expert, in the layout's order.
@@ -155,20 +155,20 @@ def _pieces(moe: MoELayer, f: Field, parameter: str, origin: _Origin, headers: H
         else:
             column = _slices(moe, label, keys, headers)
         columns.append(column)
-    steps: dict[tuple[Shape, ...], tuple[Step, ...]] = {}
+    conversions: dict[tuple[Shape, ...], tuple[Conversion, ...]] = {}
     pieces = []
     for e, sources in enumerate(zip(*columns, strict=True)):
         shapes = tuple(source.shape for source in sources)
-        if shapes not in steps:
+        if shapes not in conversions:
             try:
-                steps[shapes] = one_expert_steps(ops, shapes, f.shape, parameter)
+                conversions[shapes] = one_expert_conversions(ops, shapes, f.shape, parameter)
             except ValueError as error:
                 found = ", ".join(str(list(shape)) for shape in shapes)
                 raise CheckpointError(
                     f"{moe.name}: expert {e} has {f.name} in the checkpoint as {found}, the model expects "
                     f"{list(f.shape)} ({error}). Use the checkpoint that belongs to this configuration."
                 ) from error
-        pieces.append(Piece(f, sources, steps[shapes]))
+        pieces.append(Piece(f, sources, conversions[shapes]))
     return pieces
 
 

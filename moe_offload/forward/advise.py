@@ -72,7 +72,7 @@ class Advisor:
     """
 
     def __init__(self, runtime: Runtime, plan: Plan):
-        self._layers = [layer for i, layer in enumerate(runtime.layers) if i not in runtime.decided]
+        self._layers = [layer for i, layer in enumerate(runtime.layers) if i not in runtime.device_layers]
         self._runtime, self._planned = runtime, plan
         self._sum, self._spent_s, self._forwards = Totals(), 0.0, 0
         self._begun: Totals | None = None  # the counters where the decoding at hand began

@@ -1,7 +1,7 @@
 """The torch.compile backend: find the offloaded experts in a traced graph, run the passes, run or compile the result.
 
 At this level (Dynamo's FX graph) parameters are graph inputs and `example_inputs` are the very objects the model holds,
-so a *phantom* (the stand-in that `install` left for a stacked weight) is recognised by itself, never by a name.
+so a *phantom* (what `install` left in place of a stacked weight) is recognised by itself, never by a name.
 
 Three rules of the house, each learnt the hard way:
 - the graph is changed in place and keeps every placeholder: Dynamo reads them after the backend has returned;

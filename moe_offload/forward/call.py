@@ -1,6 +1,6 @@
 """What `model(...)` runs once the model is offloaded: one forward at a time, compiled by our backend, inference only.
 
-What would compute on the stand-ins that are left for the expert weights, or move them, is refused here by name.
+What would compute on the phantoms left in place of the expert weights, or move them, is refused here by name.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Call:
             sequences, tokens = _size(args, kwargs)
             self._check_length(sequences * tokens)
             self.advisor.begins(sequences * tokens)
-            if self.runtime.deciding is not None:
+            if self.runtime.device_caches is not None:
                 self.static_caches.mark(kwargs.get("past_key_values"))
             begun_s = time.perf_counter()
             self.scope.active = True

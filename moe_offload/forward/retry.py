@@ -90,7 +90,7 @@ class Retry:
 
     def _most_sequences(self) -> int:
         """Of how many sequences a decode step may be for the device to decide; 0 where it does not."""
-        if self.runtime.deciding is None:
+        if self.runtime.device_caches is None:
             return 0
         return min(layer.cache.slots // layer.moe.top_k for layer in self.runtime.layers)
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import OffloadError
-from ..memory.transfer.staged import release_unused
+from ..memory.devices import release_unused
 from ..runtime.model import Runtime
 from .binding import connect, disconnect
 
@@ -62,7 +62,7 @@ def shrink(runtime: Runtime) -> int:
 
 
 def _let_go(runtime: Runtime, device: str) -> None:
-    runtime.layers[0].arrivals.shared.drop()
+    runtime.layers[0].arrivals.scratch.drop()
     for layer in runtime.layers:
         disconnect(layer)
         layer.empty()

@@ -22,9 +22,9 @@ from .transfer import Ticket, Transfer
 
 @dataclass(frozen=True)
 class Held:
-    """A row read ahead, or on its way: into scratch row `place`."""
+    """A row read ahead, or on its way: into row `scratch_row` of scratch."""
 
-    place: int
+    scratch_row: int
     ticket: Ticket
 
 
@@ -46,9 +46,9 @@ class Scratch:
         return self._seen_as[key]
 
     def read_ahead(
-        self, layer: int, store: Store, layout: RowLayout, expert: int, place: int, wasted: Callable[[int], None]
+        self, layer: int, store: Store, layout: RowLayout, expert: int, scratch_row: int, wasted: Callable[[int], None]
     ) -> None:
-        """Begin to read `expert` of `layer` into scratch row `place`, which nobody uses.
+        """Begin to read `expert` of `layer` into row `scratch_row` of scratch, which nobody uses.
 
         `wasted` is told the bytes if nobody claims it.
         """
@@ -57,11 +57,13 @@ class Scratch:
             self._layer, self._wasted = layer, wasted
         rows = self.rows(layout)
         if self.poison:
-            rows.bytes[place].fill_(POISON)
-        self._ahead[expert] = Held(place, self.transfer.start(store, layer, expert, rows.rows[place], urgent=False))
+            rows.bytes[scratch_row].fill_(POISON)
+        self._ahead[expert] = Held(
+            scratch_row, self.transfer.start(store, layer, expert, rows.rows[scratch_row], demanded=False)
+        )
 
     def claim(self, layer: int, used: Container[int]) -> dict[int, Held]:
-        """What was read ahead for `layer` and is `used`, now urgent. All else that was read ahead is dropped."""
+        """What was read ahead for `layer` and is `used`, now demanded. All else that was read ahead is dropped."""
         if not self._ahead:
             return {}
         claimed = {}

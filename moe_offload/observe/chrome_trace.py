@@ -77,13 +77,13 @@ def events(timeline: Timeline, base_ns: int) -> Iterator[Event]:
         yield slice_(WAITS, f"wait, layer {wait.layer}", wait.begun_s, wait.ended_s, **where, rows=wait.rows)
     for read in reads:
         args: dict[str, Any] = {"layer": read.layer, "expert": read.expert, "bytes": read.nbytes}
-        args["queue"] = "urgent" if read.urgent else "background"
+        args["queue"] = "demanded" if read.demanded else "background"
         if read.error or not read.nbytes:
             args["failed"] = read.error or "given up"
         name = f"layer {read.layer}, expert {read.expert}"
         yield slice_(readers[read.thread], name, read.begun_s, read.ended_s, **args)
     for time_s, depth in timeline.depths:
-        yield counter("queue depth", time_s, urgent=depth.urgent, background=depth.background)
+        yield counter("queue depth", time_s, demanded=depth.demanded, background=depth.background)
         yield counter("bytes in flight", time_s, bytes=depth.nbytes)
     for state in timeline.states:
         yield counter("resident rows", state.at_s, rows=state.resident)

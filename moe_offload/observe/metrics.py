@@ -141,5 +141,5 @@ def _prometheus() -> Any:
     try:
         import prometheus_client
     except ImportError as error:
-        raise OffloadError('metrics need prometheus_client: pip install "moe-offload[metrics]"') from error
+        raise OffloadError('metrics need prometheus_client: in the clone, pip install -e ".[metrics]"') from error
     return prometheus_client

@@ -27,7 +27,7 @@ MAX_BYTES = 64 * 2**20  # of ids: some 85,000 tokens of 48 layers with 8 experts
 
 
 @dataclass(frozen=True)
-class Step:
+class ForwardRecord:
     """One forward, all layers together. `began_s` counts from the beginning of the recording."""
 
     began_s: float
@@ -84,7 +84,7 @@ class Recorder:
             meta=meta,
         )
 
-    def steps(self) -> list[Step]:
+    def steps(self) -> list[ForwardRecord]:
         """What each forward took, the last one up to now."""
         marks = [
             *self.marks[: len(self.forwards)],
@@ -94,7 +94,7 @@ class Recorder:
         for forward, before, after in zip(self.forwards, marks, marks[1:], strict=False):
             hits, misses, nbytes, stall_s = (b - a for a, b in zip(before[1:], after[1:], strict=True))
             tokens = max((len(rows) for rows in forward.values()), default=0)
-            steps.append(Step(before[0], tokens, int(hits), int(misses), int(nbytes), float(stall_s)))
+            steps.append(ForwardRecord(before[0], tokens, int(hits), int(misses), int(nbytes), float(stall_s)))
         return steps
 
     def passed_s(self) -> float:

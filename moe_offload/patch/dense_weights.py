@@ -11,7 +11,7 @@ from torch import Tensor
 from ..config.settings import OffloadConfig
 from ..errors import UnsupportedModelError
 from ..experts import MoELayer
-from ..memory.transfer.staged import present
+from ..memory.devices import usable_kinds
 
 
 def keep_where_it_is(model: Any, moe_layers: Sequence[MoELayer], settings: OffloadConfig) -> OffloadConfig:
@@ -27,7 +27,7 @@ def keep_where_it_is(model: Any, moe_layers: Sequence[MoELayer], settings: Offlo
     places: dict[str, str] = {}
     for name, tensor in _dense(model, moe_layers):
         places.setdefault(str(tensor.device), name)
-        if tensor.device.type not in (here := present(settings.untested)):
+        if tensor.device.type not in (here := usable_kinds(settings.untested)):
             raise UnsupportedModelError(
                 f"{name} is on {tensor.device}; this process computes on {', '.join(here)} only (experts may be "
                 "on 'meta'). Load the model there first. No GPU has run this version yet; config={'untested': True} "

@@ -49,21 +49,21 @@ class ModuleCore:
     def __call__(
         self,
         x_P: Tensor,
-        slots: Tensor,
+        slots_R: Tensor,
         bank_SN: Tensor,
         others: Sequence[Tensor],
-        rows: Tensor | slice | None = None,
+        pairs_R: Tensor | slice | None = None,
     ) -> Tensor:
-        if rows is not None:
-            x_P = x_P[rows]
+        if pairs_R is not None:
+            x_P = x_P[pairs_R]
         views = self.views(bank_SN)
-        stand_in = object.__new__(type(self.module))
-        stand_in.__dict__.update(self.module.__dict__)
-        stand_in.__dict__["_parameters"] = {**self.module._parameters, **views}
-        stand_in.__dict__["num_experts"] = bank_SN.shape[0]
+        bare = object.__new__(type(self.module))
+        bare.__dict__.update(self.module.__dict__)
+        bare.__dict__["_parameters"] = {**self.module._parameters, **views}
+        bare.__dict__["num_experts"] = bank_SN.shape[0]
         dtype = next(iter(views.values())).dtype
         ones = torch.ones((len(x_P), 1), dtype=dtype, device=x_P.device)
-        out: Tensor = self.run(stand_in, x_P.to(dtype), slots.view(-1, 1), ones)
+        out: Tensor = self.run(bare, x_P.to(dtype), slots_R.view(-1, 1), ones)
         return out
 
 

@@ -1,8 +1,8 @@
 """What cannot reach the experts of an offloaded model is refused, on the model and on every part that holds experts.
 
-.to(dtype), .half(), .cuda(), .share_memory()    would turn the stand-ins into real tensors of NaN
-copy.deepcopy, pickle, torch.save(model)         would copy stand-ins, or files and threads
-load_state_dict(with experts)                    would write into stand-ins
+.to(dtype), .half(), .cuda(), .share_memory()    would turn the phantoms into real tensors of NaN
+copy.deepcopy, pickle, torch.save(model)         would copy phantoms, or files and threads
+load_state_dict(with experts)                    would write into phantoms
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..checkpoint.conversion import undo_steps
+from ..checkpoint.conversion import restore_tensors
 from ..checkpoint.headers import read_headers
 from ..checkpoint.new_folder import new_checkpoint, write_index
 from ..checkpoint.row_index import Piece, index_rows
@@ -40,7 +40,7 @@ from ..observe.progress import bar
 from ..runtime.layer import LayerRuntime
 from ..runtime.model import Runtime
 
-#: Whether state_dict() is to leave the experts' stand-ins as they are: names and shapes are wanted, not weights.
+#: Whether state_dict() is to leave the experts' phantoms as they are: names and shapes are wanted, not weights.
 _stand_ins: ContextVar[bool] = ContextVar("stand_ins", default=False)
 
 _REFUSED = {
@@ -51,7 +51,7 @@ _REFUSED = {
 
 
 def save_real_rows(model: nn.Module, runtime: Runtime) -> None:
-    """Make state_dict() return real weights in place of stand-ins, and save_pretrained() stream them."""
+    """Make state_dict() return real weights in place of phantoms, and save_pretrained() stream them."""
     from transformers import PreTrainedModel
 
     for layer in runtime.layers:
@@ -205,7 +205,7 @@ def _write_field(piece: Piece, row: Tensor, files: Filling) -> None:
     """Write one field of the expert in `row` into the tensors that it is loaded from."""
     f = piece.field
     field = row[f.offset : f.offset + f.nbytes].view(f.dtype).view(f.shape)
-    parts = undo_steps(piece.steps, field, [source.shape for source in piece.sources])
+    parts = restore_tensors(piece.conversions, field, [source.shape for source in piece.sources])
     for source, part in zip(piece.sources, parts, strict=True):
         files.write(source, part.contiguous().view(-1).view(torch.uint8).numpy().data)
 
@@ -222,7 +222,7 @@ def _refuse_stand_ins(state: Mapping[str, Tensor]) -> None:
     for key, tensor in state.items():
         if hasattr(tensor, "field"):
             raise SaveError(
-                f"state_dict: {key} is a stand-in of NaN for offloaded experts, as model.parameters() gives it; "
+                f"state_dict: {key} is a phantom (NaN in place of offloaded experts), as model.parameters() gives it; "
                 "nothing was written. Pass what model.state_dict() returns, or no state_dict at all."
             )
 

@@ -22,7 +22,7 @@ from ..config.settings import OffloadConfig
 from ..config.sizes import format_size, parse_size
 from ..errors import BudgetError, ConfigError
 from ..experts import MoELayer
-from ..memory.transfer.staged import free_bytes
+from ..memory.devices import free_bytes
 from .budget import Plan, plan_slots
 from .weights import costs, dense_bytes_on, layer_shapes, library_bytes
 
@@ -69,12 +69,12 @@ class Arrangement:
 
 
 def arrange(
-    model: Any, moe_layers: Sequence[MoELayer], settings: OffloadConfig, present: Sequence[str] | None = None
+    model: Any, moe_layers: Sequence[MoELayer], settings: OffloadConfig, usable: Sequence[str] | None = None
 ) -> Arrangement:
     """Plan `model` (it may be on the meta device) for `settings`.
 
-    `present` are the device types there are to compute on; None plans for any. Raises `ConfigError` for what means
-    nothing, `BudgetError` for what does not fit, `UnsupportedModelError` for a device that is not present.
+    `usable` are the device types there are to compute on; None plans for any. Raises `ConfigError` for what means
+    nothing, `BudgetError` for what does not fit, `UnsupportedModelError` for a device that is not among them.
     """
     names = [moe.name for moe in moe_layers]
     available = psutil.virtual_memory().available
@@ -84,8 +84,8 @@ def arrange(
     rules = expand(settings.device_map, names, accelerators)
     dense = dense_bytes_on(model, moe_layers, lambda module: compute_device(module, rules))
     computing = sorted({spot.device for spot in found} | set(dense))
-    if present is not None:
-        refuse_absent(computing, present)
+    if usable is not None:
+        refuse_absent(computing, usable)
     with_experts = [device for device in computing if any(spot.device == device for spot in found)]
     for device in set(computing) - set(with_experts):  # no slots there, so no plan: only a limit to keep
         if dense[device] > allowed.get(device, dense[device]):
@@ -103,12 +103,12 @@ def arrange(
             kv_bytes=whole.kv_bytes * len(ours) // len(moe_layers),
             library_bytes=library_bytes(len(ours), device),
         )
-        free = available if device == "cpu" else free_bytes(device) if present is not None else allowed.get(device)
+        free = available if device == "cpu" else free_bytes(device) if usable is not None else allowed.get(device)
         plans[device] = plan_slots(_budget(device, with_experts, settings, allowed, free), layer_shapes(ours), share)
     slots = {device: iter(plan.slots) for device, plan in plans.items()}
     per_layer = [next(slots[spot.device]) for spot in found]
     room = _host_room(plans, dense, allowed)
-    if room is None and present is not None and "cpu" not in computing:  # an accelerator: RAM is the tier below it
+    if room is None and usable is not None and "cpu" not in computing:  # an accelerator: RAM is the tier below it
         room = parse_size(RAM_SHARE, total=available)
     needs = [0 if n == moe.num_experts else moe.nbytes for moe, n in zip(moe_layers, per_layer, strict=True)]
     settled = settle(found, needs, room)

@@ -57,8 +57,8 @@ def dense_bytes_on(model: nn.Module, moe_layers: Sequence[MoELayer], device: Cal
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             if id(tensor) not in seen:
                 seen.add(id(tensor))
-                where = device(name)
-                found[where] = found.get(where, 0) + tensor.numel() * tensor.element_size()
+                name_of_device = device(name)
+                found[name_of_device] = found.get(name_of_device, 0) + tensor.numel() * tensor.element_size()
     return found
 
 

@@ -33,31 +33,13 @@ from ..memory.scratch import Scratch
 from ..memory.stores import Store
 from ..memory.transfer import Transfer
 from ..observe.trace_recorder import Recorder
-from .device_cache import Deciding, DeviceCache
-from .guesses import Trial
+from .device_cache import DeviceCache, DeviceCaches
+from .guesses import Guesses
 from .in_flight import Arrivals
 from .waves_cpu import RunCore, compute_while_loading
 from .waves_device import compute_in_groups, uses
 
 PROMPT = 64  # tokens from which on activations leave enough behind for the heap to be trimmed, which takes ms
-
-
-class Guesses:
-    """The last guess, until the event it was made in has asked for its own rows; and whether guessing pays."""
-
-    def __init__(self) -> None:
-        self.trial = Trial()
-        self._layer: LayerRuntime | None = None
-        self._ids: list[int] = []
-
-    def note(self, layer: LayerRuntime, ids: list[int]) -> None:
-        self._layer, self._ids = layer, ids
-
-    def begin(self) -> None:
-        """Demand has been queued: now the guess may follow it."""
-        layer, self._layer = self._layer, None
-        if layer is not None:
-            layer.arrivals.guess(self._ids, layer.cache.slots - len(self._ids))
 
 
 class LayerRuntime:
@@ -84,7 +66,7 @@ class LayerRuntime:
         self.guesses = Guesses()  # of the model; set by `Runtime`
         self.recorder: Recorder | None = None  # of the model, while its trace is recorded
         self.device_cache: DeviceCache | None = None  # where the device decides
-        self.deciding: Deciding | None = None  # of the model, likewise
+        self.device_caches: DeviceCaches | None = None  # of the model, likewise
         self.module_core: RunCore | None = None  # set where the model is patched; serves `experts`
 
     @property
@@ -107,7 +89,7 @@ class LayerRuntime:
             trial.step(time.perf_counter())
         if trial.on:
             ids = dict.fromkeys(ids_P.reshape(-1).tolist())
-            self.guesses.note(self, [e for e in ids if 0 <= e < self.cache.num_experts])
+            self.guesses.hold_back(self.arrivals, [e for e in ids if 0 <= e < self.cache.num_experts])
 
     def fetch(self, ids_P: Tensor) -> Tensor:
         self._refuse_capture()
@@ -119,7 +101,7 @@ class LayerRuntime:
             loads = cache.lookup(used, self._tokens(len(ids)))
             arrivals.claim_guesses(used)
             arrivals.start(loads)
-            self.guesses.begin()
+            self.guesses.start()
         except BaseException:
             arrivals.abort()
             raise
@@ -130,14 +112,14 @@ class LayerRuntime:
     def place(self, ids_P: Tensor) -> Tensor:
         if self.device_cache is None:  # the graph was traced for a layer of the device, and Dynamo shares it
             return self.wait(self.fetch(ids_P))
-        if self.deciding is None or not self.deciding.now:
+        if self.device_caches is None or not self.device_caches.in_charge:
             raise AssertionError(f"{self.moe.name}: its graph lets the device decide, and it is not in charge")
         return self.device_cache.place(ids_P)
 
-    def wait(self, ticket_P: Tensor) -> Tensor:
-        while self.arrivals.demanded:
+    def wait(self, slots_P: Tensor) -> Tensor:
+        while self.arrivals.awaited:
             self.arrivals.take()
-        return ticket_P.clone()
+        return slots_P.clone()
 
     def stream(self, x_P: Tensor, ids_P: Tensor, core: RunCore, others: Sequence[Tensor] = ()) -> Tensor:
         self._refuse_capture()
@@ -146,20 +128,20 @@ class LayerRuntime:
         cache, arrivals = self.cache, self.arrivals
         ids_P, pairs, runs_ahead = ids_P.reshape(-1), ids_P.numel(), arrivals.transfer.runs_ahead
         tokens = self._tokens(pairs)
-        past: list[int] = []
+        without_slot: list[int] = []
         try:
             if pairs <= cache.slots:  # as small as a decode step: it may evict like one
                 loads = cache.lookup(used, tokens)
             else:
-                loads, past = cache.fill(used, tokens)
+                loads, without_slot = cache.fill(used, tokens)
             arrivals.claim_guesses(used)
             arrivals.start(loads)
-            self.guesses.begin()
-            if not arrivals.demanded and not past:
+            self.guesses.start()
+            if not arrivals.awaited and not without_slot:
                 return core(x_P, self._slots_of(ids_P, ids), self.slots.bank_SN, others)
             if runs_ahead:
-                return compute_in_groups(arrivals, self.following, x_P, ids_P, used, core, others, past)
-            return compute_while_loading(arrivals, self.following, x_P, torch.tensor(ids), core, others, past)
+                return compute_in_groups(arrivals, self.following, x_P, ids_P, used, core, others, without_slot)
+            return compute_while_loading(arrivals, self.following, x_P, torch.tensor(ids), core, others, without_slot)
         except BaseException:
             arrivals.abort()
             raise
@@ -180,21 +162,21 @@ class LayerRuntime:
     @property
     def counters(self) -> Counters:
         """What the layer has done so far, whoever decided."""
-        if self.device_cache is not None and self.deciding is not None and self.deciding.now:
+        if self.device_cache is not None and self.device_caches is not None and self.device_caches.in_charge:
             return self.device_cache.counters()
         return self.cache.counters
 
     @property
     def resident(self) -> int:
         """How many experts are in slots."""
-        if self.device_cache is not None and self.deciding is not None and self.deciding.now:
+        if self.device_cache is not None and self.device_caches is not None and self.device_caches.in_charge:
             return int((self.device_cache.state.expert_at_S >= 0).sum())
         return len(self.cache.resident())
 
     def take_over(self, sizes: Collection[int]) -> None:
         """A graph is about to run in which the device decides, in all layers; its events have so many pairs."""
-        if self.deciding is not None:
-            self.deciding.take_over(sizes)
+        if self.device_caches is not None:
+            self.device_caches.take_over(sizes)
 
     def empty(self) -> None:
         """Wait for what is under way, and give the slots back with all that is in them. Then `hold`, or `release`."""
@@ -210,9 +192,9 @@ class LayerRuntime:
 
     def release(self) -> None:
         """Give the memory back. Nothing may be on its way any more."""
-        self.module_core = self.device_cache = self.deciding = None
-        self.arrivals.slots = self.arrivals.scratch = NOTHING
-        self.arrivals.shared.release()
+        self.module_core = self.device_cache = self.device_caches = None
+        self.arrivals.slots = self.arrivals.scratch_rows = NOTHING
+        self.arrivals.scratch.release()
 
     def _rows(self, slots: int) -> Rows:
         layout = self.moe.layout
@@ -240,8 +222,8 @@ class LayerRuntime:
         return ids, used
 
     def _hand_back(self) -> None:
-        if self.deciding is not None:
-            self.deciding.hand_back()
+        if self.device_caches is not None:
+            self.device_caches.hand_back()
 
     def _refuse_capture(self) -> None:
         self.arrivals.transfer.refuse_capture(self.moe.name)

@@ -11,7 +11,7 @@ from .model import Runtime
 DEPTH = 4  # rows on their way at once
 
 
-def prewarm(
+def prewarm_slots(
     runtime: Runtime, wanted: Iterable[tuple[int, int]], progress: Callable[[int], object] = lambda n: None
 ) -> None:
     """Load `wanted`, (layer, expert) in the order in which they are missed most, into free slots.
@@ -21,18 +21,18 @@ def prewarm(
     under_way: deque[Arrivals] = deque()
     with runtime.lock:
         for layer_runtime in runtime.layers:
-            if layer_runtime.arrivals.demanded:  # of an event that was interrupted before its wait
+            if layer_runtime.arrivals.awaited:  # of an event that was interrupted before its wait
                 layer_runtime.arrivals.abort()
         try:
             for layer, expert in wanted:
                 arrivals = runtime.layers[layer].arrivals
-                if arrivals.prewarm(expert):
+                if arrivals.start_prewarm(expert):
                     under_way.append(arrivals)
                 if len(under_way) >= DEPTH:
-                    under_way.popleft().take(wanted=False)
+                    under_way.popleft().take(demanded=False)
                     progress(1)
             while under_way:
-                under_way.popleft().take(wanted=False)
+                under_way.popleft().take(demanded=False)
                 progress(1)
         except BaseException:
             for layer_runtime in runtime.layers:

@@ -1,4 +1,4 @@
-"""A checkpoint that takes the place of another: whatever happens at any step, the folder holds the old or the new one."""
+"""A checkpoint that takes the place of another: whatever happens at any step, the folder has the old or the new one."""
 
 from __future__ import annotations
 

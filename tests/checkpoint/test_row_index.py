@@ -23,7 +23,7 @@ from transformers.core_model_loading import (
     WeightConverter,
 )
 
-from moe_offload.checkpoint.conversion import one_expert_steps, run_steps
+from moe_offload.checkpoint.conversion import convert_tensors, one_expert_conversions
 from moe_offload.checkpoint.headers import read_headers, shard_files
 from moe_offload.errors import CheckpointError, UnsupportedModelError
 from moe_offload.experts import find_experts
@@ -79,7 +79,7 @@ def test_transposed_checkpoint_reads_as_transformers_loads_it(tmp_path: Path) ->
     model = build("transposed")
     edit(save(model, tmp_path), transpose)
     moe_layers, index = index_of(skeleton("transposed"), tmp_path)
-    assert all(piece.steps for piece in index.rows[0][0])
+    assert all(piece.conversions for piece in index.rows[0][0])
     loaded = type(model).from_pretrained(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
     assert_holds(DiskStore([moe.layout for moe in moe_layers], index), find_experts(loaded))
@@ -158,15 +158,17 @@ def test_one_expert_form_equals_transformers_on_the_stack(ops: Any, shapes: Any,
     for op in ops:
         stacked = op.convert(stacked, source_patterns=patterns, target_patterns=["t"])
     [want] = stacked.values()
-    steps = one_expert_steps(ops, shapes, wanted, "p")
+    steps = one_expert_conversions(ops, shapes, wanted, "p")
     for e in range(experts):
-        assert torch.equal(run_steps(steps, tensors[e]), want[e])
+        assert torch.equal(convert_tensors(steps, tensors[e]), want[e])
 
 
 @pytest.mark.parametrize("op", [Chunk(1), Concatenate(0), MergeModulelist(1), Transpose(0, 1)])
 def test_operation_without_a_one_expert_form_is_refused(op: Any) -> None:
     with pytest.raises(UnsupportedModelError, match=f"experts.up_proj: .*{type(op).__name__}"):
-        one_expert_steps([op], [(4, 4), (4, 4)] if isinstance(op, Concatenate) else [(4, 4)], (4, 4), "experts.up_proj")
+        one_expert_conversions(
+            [op], [(4, 4), (4, 4)] if isinstance(op, Concatenate) else [(4, 4)], (4, 4), "experts.up_proj"
+        )
 
 
 # Checkpoints that do not fit the model.

@@ -274,7 +274,7 @@ def test_a_failing_answer_is_one_warning_and_the_next_look_is_tried(model, folde
     monkeypatch.setattr(server, "REST_S", 0.0)
     place = Place(model.moe_offload.serve_live())
     with monkeypatch.context() as broken, caplog.at_level(logging.WARNING, "moe_offload"):
-        broken.setattr("moe_offload.handle.take", lambda handle: 1 / 0)
+        broken.setattr("moe_offload.handle.Handle._snapshot", lambda handle: 1 / 0)
         for _ in range(3):
             with pytest.raises(SilentError):
                 ask(place)

@@ -182,7 +182,7 @@ def test_without_the_package_the_error_says_what_to_install(used, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     for ask in (used.moe_offload.metrics, lambda: used.moe_offload.serve_metrics(0), lambda: check(9100)):
-        with pytest.raises(OffloadError, match=r'pip install "moe-offload\[metrics\]"'):
+        with pytest.raises(OffloadError, match=r'pip install -e "\.\[metrics\]"'):
             ask()
 
 

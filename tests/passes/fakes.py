@@ -1,4 +1,4 @@
-"""Fakes for passes: trace a small experts module, and stand-ins for the runtime that serve its rewritten graph.
+"""Fakes for passes: trace a small experts module, and fakes of the runtime that serve its rewritten graph.
 
 Shapes: T tokens, K experts per token, P = T*K pairs, E experts, S slots, H hidden.
 """
@@ -140,9 +140,9 @@ class FakeLayer:
         self.calls.append(f"fetch {sorted(set(ids_P.flatten().tolist()))}")
         return self._slots(ids_P)
 
-    def wait(self, ticket_P: Tensor) -> Tensor:
+    def wait(self, slots_P: Tensor) -> Tensor:
         self.calls.append("wait")
-        return ticket_P.clone()
+        return slots_P.clone()
 
     def stream(self, x_P: Tensor, ids_P: Tensor, core: passes.Core, others: Any) -> Tensor:
         used = sorted(set(ids_P.tolist()))

@@ -49,7 +49,7 @@ def test_a_wave_runs_alone_where_pairs_fill_vectors(kind, implementation, dtype,
     sites = traced.sites()
     passes.waves(traced.gm.graph, sites=sites, banks={"layer": layer.bank})
     stream = next(node for node in traced.gm.graph.nodes if node.target is ops.stream)
-    assert ops._CORES[stream.args[4]].rows_alone == (kind != "normed"), "a norm's mean is one number a pair"
+    assert ops._CORES[stream.args[4]].pairs_independent == (kind != "normed"), "a norm's mean is one number a pair"
     assert torch.equal(traced.run({sites[0].bank: layer.bank_SN}), want)
 
 

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 import moe_offload
 from moe_offload import ClosedError, ConfigError, OffloadError, SaveError, pack_checkpoint
 from moe_offload.apps.families.tiny import build
-from moe_offload.checkpoint.conversion import Join, Regroup, Swap, run_steps, undo_steps
+from moe_offload.checkpoint.conversion import Join, Regroup, Swap, convert_tensors, restore_tensors
 from moe_offload.checkpoint.headers import INDEX
 from moe_offload.memory.stores.disk import DiskStore
 from moe_offload.runtime.model import Runtime
@@ -365,7 +365,7 @@ def test_a_state_dict_of_ones_own(original, older, tmp_path):
         handle.model.save_pretrained(tmp_path / "saved", state_dict=state)
         want = tensors(original)
         want["model.norm.weight"] += 1
-        assert_refused(handle.model, older, SaveError, "stand-in", state_dict=dict(handle.model.named_parameters()))
+        assert_refused(handle.model, older, SaveError, "phantom", state_dict=dict(handle.model.named_parameters()))
     found = tensors(tmp_path / "saved")
     assert found.keys() == want.keys() and all(torch.equal(found[key], want[key]) for key in want)
 
@@ -406,6 +406,6 @@ def test_push_to_hub_uploads_what_is_streamed(original, tmp_path, monkeypatch, n
 )
 def test_steps_are_undone(steps, shapes):
     sources = [torch.randn(shape) for shape in shapes]
-    found = undo_steps(steps, run_steps(steps, list(sources)), shapes)
+    found = restore_tensors(steps, convert_tensors(steps, list(sources)), shapes)
     assert len(found) == len(sources)
     assert all(torch.equal(part, source) for part, source in zip(found, sources, strict=True))

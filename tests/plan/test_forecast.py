@@ -31,12 +31,12 @@ def run(*arguments: str):
 
 def test_from_a_folder():
     found = moe_offload.forecast(MODEL, "6MB")
-    assert found.where.slots == moe_offload.make_plan(MODEL, "6MB").slots
+    assert found.arrangement.slots == moe_offload.make_plan(MODEL, "6MB").slots
     assert found.floor_bytes <= 6_000_000 < found.resident_bytes
     text = str(found)
     assert "headers of 1 shards" in text and "typical of 3 recorded workloads" in text and "KV cache at 2048" in text
-    assert moe_offload.forecast(MODEL, found.floor_bytes).where.slots == (4,) * 4
-    assert min(moe_offload.forecast(MODEL, found.resident_bytes).where.slots) == 64
+    assert moe_offload.forecast(MODEL, found.floor_bytes).arrangement.slots == (4,) * 4
+    assert min(moe_offload.forecast(MODEL, found.resident_bytes).arrangement.slots) == 64
     with pytest.raises(moe_offload.BudgetError, match="floor"):
         moe_offload.forecast(MODEL, found.floor_bytes - 1)
 
@@ -44,7 +44,7 @@ def test_from_a_folder():
 def test_from_a_configuration_alone(tmp_path):
     (tmp_path / "config.json").write_text((MODEL / "config.json").read_text())
     found = moe_offload.forecast(tmp_path, "6MB")
-    assert "config.json alone" in found.source and found.where.slots == moe_offload.make_plan(MODEL, "6MB").slots
+    assert "config.json alone" in found.source and found.arrangement.slots == moe_offload.make_plan(MODEL, "6MB").slots
 
 
 def test_shards_that_do_not_fit_are_found_before_anything_is_loaded(tmp_path):
@@ -88,7 +88,7 @@ def test_from_the_hub(hub):
     asked, header = hub
     found = moe_offload.forecast(HUB, "6MB")
     assert asked == [HUB] and "on the Hub" in found.source
-    assert found.where == moe_offload.forecast(MODEL, "6MB").where
+    assert found.arrangement == moe_offload.forecast(MODEL, "6MB").arrangement
     missing = next(key for key in header if "experts" in key)
     del header[missing]
     with pytest.raises(moe_offload.CheckpointError):

@@ -195,13 +195,13 @@ def test_while_what_is_claimed_waits_for_what_is_dropped(runtime, monkeypatch):
     """Rows that were claimed then went on being read into scratch that was free for others."""
     first, second = runtime.layers
     prefill(first, long_prompt())
-    shared, transfer = second.arrivals.shared, second.arrivals.transfer
-    while not all(held.ticket.done.is_set() for held in shared._ahead.values()):
+    scratch, transfer = second.arrivals.scratch, second.arrivals.transfer
+    while not all(held.ticket.done.is_set() for held in scratch._ahead.values()):
         time.sleep(LATE_S)
-    claimed = next(e for e in range(E) if e not in second.cache.resident() and e not in shared._ahead)
+    claimed = next(e for e in range(E) if e not in second.cache.resident() and e not in scratch._ahead)
     second.store.late_s = {claimed: 0.2}
-    shared.read_ahead(1, second.store, second.moe.layout, claimed, 0, lambda nbytes: None)
-    ticket, real, calls = shared._ahead[claimed].ticket, transfer.cancel, []
+    scratch.read_ahead(1, second.store, second.moe.layout, claimed, 0, lambda nbytes: None)
+    ticket, real, calls = scratch._ahead[claimed].ticket, transfer.cancel, []
 
     def cancel(given):
         real(given)

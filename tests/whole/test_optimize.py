@@ -222,7 +222,7 @@ def test_parts_of_a_model_may_be_called_from_two_threads():
     core, inside, other_is_done = layer.module_core, threading.Event(), threading.Event()
 
     def slow_core(x_P, slots_P, bank_SN, *args):
-        if threading.current_thread() is not threading.main_thread() and bank_SN is layer.arrivals.scratch.bank_SN:
+        if threading.current_thread() is not threading.main_thread() and bank_SN is layer.arrivals.scratch_rows.bank_SN:
             inside.set()
             other_is_done.wait(1)  # in vain, if the other has to wait for us
         return core(x_P, slots_P, bank_SN, *args)
@@ -283,7 +283,7 @@ def test_a_row_that_cannot_be_read_while_prewarming_closes_the_model(monkeypatch
     def fails(*_):
         raise moe_offload.ExpertReadError("EIO")
 
-    monkeypatch.setattr("moe_offload.api.prewarm", fails)
+    monkeypatch.setattr("moe_offload.api.prewarm_slots", fails)
     model = build(QWEN, num_hidden_layers=1)
     with pytest.raises(moe_offload.ExpertReadError, match="EIO"):
         moe_offload.optimize(model, "200MB", profile=profile)

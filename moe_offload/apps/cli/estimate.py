@@ -74,7 +74,7 @@ def _estimate(name: str, sizes: list[int], wanted: OffloadConfig) -> dict[str, A
                 {
                     "budget": size,
                     "fits": True,
-                    "slots": [min(one.where.slots), max(one.where.slots)],
+                    "slots": [min(one.arrangement.slots), max(one.arrangement.slots)],
                     "residency": next(iter(one.plans.values())).residency,
                     "hit_rate": dataclasses.asdict(one.hit_rate),
                     "largest_context": one.largest_context,

@@ -15,7 +15,7 @@ from rich.progress import Progress
 from rich.table import Table
 from transformers.utils import logging as hf_logging
 
-from .check import MATRIX, QUICK, Row, check
+from .check import MATRIX, QUICK, FamilyResult, check
 from .tiny import available, unlisted
 
 
@@ -31,7 +31,7 @@ def run_families(
         if name not in known:
             fail(f"{name!r} is no MoE family of the installed transformers; there are {', '.join(known)}")
     wanted = list(names or known)
-    rows: dict[str, Row] = {}
+    rows: dict[str, FamilyResult] = {}
     spawn = multiprocessing.get_context("spawn")  # a forked child would inherit torch's threads, dead
     with (
         Progress(console=Console(stderr=True), transient=True) as progress,
@@ -42,7 +42,10 @@ def run_families(
             rows[future.result().family] = future.result()
             progress.advance(bar)
     found = [rows[name] for name in wanted]
-    found += [Row(name, "refused", "not in the table of tiny models yet", "") for name in ([] if names else unlisted())]
+    found += [
+        FamilyResult(name, "refused", "not in the table of tiny models yet", "")
+        for name in ([] if names else unlisted())
+    ]
     if as_json:
         print(json.dumps([row.asdict() for row in found]))
     else:
@@ -50,7 +53,7 @@ def run_families(
     return all(row.status in ("exact", "refused") for row in found)
 
 
-def table(rows: Sequence[Row]) -> Table:
+def table(rows: Sequence[FamilyResult]) -> Table:
     exact = sum(row.status == "exact" for row in rows)
     refused = sum(row.status == "refused" for row in rows)
     found = Table(title=f"{exact} exact, {refused} refused, {len(rows) - exact - refused} different or failed")
@@ -69,10 +72,10 @@ def _quiet() -> None:
     warnings.simplefilter("ignore")  # tiny random models set off advice that is meant for real ones
 
 
-def _checked(name: str, matrix: bool, compile: str) -> Row:
+def _checked(name: str, matrix: bool, compile: str) -> FamilyResult:
     try:
         return check(name, MATRIX if matrix else QUICK, compile=compile)
     except Exception as error:  # one family that breaks must not hide the others
-        return Row(name, "failed", f"{type(error).__name__}: {str(error).splitlines()[0]}", "")
+        return FamilyResult(name, "failed", f"{type(error).__name__}: {str(error).splitlines()[0]}", "")
     finally:
         torch._dynamo.reset()

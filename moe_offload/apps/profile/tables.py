@@ -65,7 +65,7 @@ def with_and_without(profile: Profile, slots: Sequence[int], trace: Trace) -> di
 def start_from(cache: LayerCache, profile: Profile, layer: int, slots: Sequence[int]) -> None:
     """What `optimize` does with a profile: seed the policy, fill the slots."""
     cache.policy.seed(rates(profile, layer))
-    for load in cache.prewarm([e for of, e in most_wanted(profile, slots) if of == layer]):
+    for load in cache.fill_free_slots([e for of, e in most_wanted(profile, slots) if of == layer]):
         cache.commit(load, 0, demanded=False)
 
 

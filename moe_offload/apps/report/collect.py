@@ -15,7 +15,7 @@ import psutil
 from ...handle import Handle
 from ...observe.profile import CREATED
 from ...observe.trace import Trace
-from ...observe.trace_recorder import Step
+from ...observe.trace_recorder import ForwardRecord
 from ...plan.budget import Plan, budget_for
 from ..simulate.run import FIRST_TOKENS, replayed, slots_of
 from ..simulate.stream import per_layer
@@ -59,7 +59,7 @@ def record_of(handle: Handle, *, model: str, profile: str | None = None, ended_s
     )
 
 
-def _steps(trace: Trace, steps: Sequence[Step], plan: Plan) -> list[StepPart]:
+def _steps(trace: Trace, steps: Sequence[ForwardRecord], plan: Plan) -> list[StepPart]:
     best_V = np.zeros(len(trace.event_start), dtype=np.int64)
     for stream, slots in zip(per_layer(trace), plan.slots, strict=True):
         _, hits_V = replayed(stream, slots, "belady_bypass")  # a prompt passes the slots, too

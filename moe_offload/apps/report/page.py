@@ -25,7 +25,7 @@ def page(run: RunRecord) -> str:
     try:
         from jinja2 import Environment, PackageLoader, StrictUndefined
     except ImportError as error:
-        raise ReportError('a report needs jinja2: pip install "moe-offload[report]"') from error
+        raise ReportError('a report needs jinja2: in the clone, pip install -e ".[report]"') from error
     from .charts import Line, heat_map, lines
 
     environment = Environment(

@@ -17,14 +17,14 @@ from .stream import Stream
 def ask(cache: LayerCache, event: Event, row_bytes: int = 0) -> int:
     """What `LayerRuntime` does with one event; returns the hits. Every load arrives."""
     before = cache.counters.hits
-    past: list[int] = []
+    without_slot: list[int] = []
     if event.used.total() <= cache.slots:
         loads = cache.lookup(event.used, event.tokens)
     else:
-        loads, past = cache.fill(event.used, event.tokens)
+        loads, without_slot = cache.fill(event.used, event.tokens)
     for load in loads:
         cache.commit(load, row_bytes)
-    for _ in past:
+    for _ in without_slot:
         cache.count_miss(row_bytes)
     return cache.counters.hits - before
 

@@ -34,7 +34,7 @@ Make = Callable[[int, float], Policy]
 
 
 @dataclass(frozen=True)
-class Row:
+class SimulationResult:
     """What one policy did on one trace. Rates are shares, 0 to 1, of the distinct experts that events asked for."""
 
     trace: str
@@ -59,7 +59,7 @@ def simulate(
     starts: Sequence[str] = ("warm",),
     pool: bool = False,
     extra: Mapping[str, Make] | None = None,
-) -> list[Row]:
+) -> list[SimulationResult]:
     """One row each. A policy is a name of POLICIES, with ":half_life" where it has one, of ORACLES, "belady_bypass",
     "default" (the product's), or one of `extra`: your own, made from (experts, half_life).
 
@@ -149,7 +149,7 @@ def _replay(name: str, extra: Mapping[str, Make]) -> _Replay:
 
 def _rows(
     name: str, trace: Trace, share: float, start: str, replays: Mapping[str, _Replay], pool: bool
-) -> Iterator[Row]:
+) -> Iterator[SimulationResult]:
     slots = slots_of(trace, share)
     streams, caches = ([pooled(trace)], [sum(slots)]) if pool else (per_layer(trace), slots)
     row_bytes = trace.meta.get("row_bytes", "")
@@ -166,7 +166,7 @@ def _rows(
         asked = sum(int(asked_V.sum()) for asked_V, _ in parts)
         clean = sum(int((asked_V == hits_V).sum()) for asked_V, hits_V in parts)
         misses_per_token = (asked - hits[policy]) / trace.tokens
-        yield Row(
+        yield SimulationResult(
             trace=name,
             capacity=share,
             slots=max(slots),

@@ -17,14 +17,14 @@ from pathlib import Path
 
 import torch
 
-from ...checkpoint.conversion import run_steps
+from ...checkpoint.conversion import convert_tensors
 from ...checkpoint.headers import FileStamp
 from ...checkpoint.row_index import Piece, RowIndex
 from ...errors import CheckpointChangedError, CheckpointError, ClosedError, ExpertReadError
 from ...experts import RowLayout
 from .direct_io import DataFile
 from .row_read import RowRead, check_request
-from .row_reads import Read, RowPlan, plan_row
+from .row_reads import FileRead, RowPlan, plan_row
 
 
 class DiskStore:
@@ -100,7 +100,7 @@ class DiskStore:
                 f"{file}: replaced or modified since its header was read; let what writes it finish, then load again."
             )
 
-    def _fill(self, part: Read, row: memoryview, scratch: memoryview, who: str) -> None:
+    def _fill(self, part: FileRead, row: memoryview, scratch: memoryview, who: str) -> None:
         with self._open_for_reading():
             buffers = [(row if span.in_row else scratch)[span.start : span.stop] for span in part.spans]
             self._files[part.file].read(part.offset, buffers, who)
@@ -157,4 +157,4 @@ def _convert(piece: Piece, offsets: Sequence[int], scratch: memoryview, row: mem
         for s, at in zip(piece.sources, offsets, strict=True)
     ]
     out = torch.frombuffer(row, dtype=dtype, count=math.prod(piece.field.shape), offset=piece.field.offset)
-    out.view(piece.field.shape).copy_(run_steps(piece.steps, tensors))
+    out.view(piece.field.shape).copy_(convert_tensors(piece.conversions, tensors))

@@ -281,7 +281,7 @@ def test_a_package_that_is_not_installed(no_model, command, package, monkeypatch
     monkeypatch.setattr(importlib, "import_module", import_module)
     result = CliRunner().invoke(app, [command, MODEL])
     assert result.exit_code == 2 and result.stderr.count("\n") == 1, result.output
-    assert package in result.stderr and 'pip install "moe-offload[serve]"' in result.stderr
+    assert package in result.stderr and 'pip install -e ".[serve]"' in result.stderr
 
 
 def test_open_to_other_machines_is_said(monkeypatch) -> None:

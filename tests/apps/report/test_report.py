@@ -191,7 +191,7 @@ def test_wrong_requests_are_one_line(tmp_path, monkeypatch):
         assert done.exit_code == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1
     monkeypatch.setitem(sys.modules, "jinja2", None)
     done = CliRunner().invoke(app, ["report", str(path), "-o", str(tmp_path / "r.html")])
-    assert done.exit_code == 2 and 'pip install "moe-offload[report]"' in done.stderr
+    assert done.exit_code == 2 and 'pip install -e ".[report]"' in done.stderr
 
 
 def test_charts():

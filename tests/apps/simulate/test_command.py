@@ -91,7 +91,7 @@ def test_bad_input_is_one_line_and_code_2(path, options, says):
 def test_a_plot_without_matplotlib(path, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     result = command(path, "--plot", tmp_path / "plot.png")
-    assert result.exit_code == 2 and 'pip install "moe-offload[report]"' in result.stderr
+    assert result.exit_code == 2 and 'pip install -e ".[report]"' in result.stderr
 
 
 def test_a_policy_of_one_s_own(path):

@@ -15,10 +15,10 @@ import weakref
 import pytest
 
 from moe_offload.errors import ClosedError, ExpertReadError
+from moe_offload.memory.devices import usable_kinds
 from moe_offload.memory.stores.row_read import RowRead
 from moe_offload.memory.transfer import TRANSFERS
 from moe_offload.memory.transfer import threads as transfer_threads
-from moe_offload.memory.transfer.staged import present
 from moe_offload.memory.transfer.threads import ThreadTransfer
 
 ROW = 64
@@ -47,7 +47,7 @@ def row():
     return memoryview(bytearray(b"\xff" * ROW))
 
 
-@pytest.fixture(params=[name for name in TRANSFERS if name in present()])
+@pytest.fixture(params=[name for name in TRANSFERS if name in usable_kinds()])
 def transfer(request):
     made = TRANSFERS[request.param](request.param)
     yield made
@@ -72,7 +72,7 @@ def closes_in_time(made, seconds=5.0):
 
 def test_a_row_arrives_whole(transfer):
     store, rows = ScriptedStore(), [row() for _ in range(40)]
-    tickets = [transfer.start(store, 0, e, rows[e], urgent=e % 3 > 0) for e in range(40)]
+    tickets = [transfer.start(store, 0, e, rows[e], demanded=e % 3 > 0) for e in range(40)]
     assert [transfer.wait(ticket) for ticket in tickets] == [ROW] * 40
     assert [bytes(r) for r in rows] == [bytes([e]) * ROW for e in range(40)]
     assert len(store.log) == len(set(store.log)) == 40 * PARTS
@@ -181,7 +181,7 @@ def held_up(transfer):
 def test_demand_goes_before_what_is_only_expected(one_thread):
     go, first = held_up(one_thread)
     store = ScriptedStore()
-    tickets = [one_thread.start(store, 0, e, row(), urgent=e >= 3) for e in range(6)]
+    tickets = [one_thread.start(store, 0, e, row(), demanded=e >= 3) for e in range(6)]
     go.set()
     for ticket in (first, *tickets):
         one_thread.wait(ticket)
@@ -191,7 +191,7 @@ def test_demand_goes_before_what_is_only_expected(one_thread):
 def test_what_was_expected_and_is_demanded_goes_before_the_rest(one_thread):
     go, first = held_up(one_thread)
     store = ScriptedStore()
-    tickets = [one_thread.start(store, 0, e, row(), urgent=False) for e in range(4)]
+    tickets = [one_thread.start(store, 0, e, row(), demanded=False) for e in range(4)]
     one_thread.hurry(tickets[3])
     one_thread.hurry(tickets[3])  # twice is once
     go.set()
@@ -245,7 +245,7 @@ def test_a_slow_disk_is_reported_once_with_its_queue(one_thread, monkeypatch, ca
         assert one_thread.wait(first) == ROW
     (record,) = caplog.records
     assert (
-        "layer 0, expert 0: waited" in record.message and "queued: 2 urgent rows" in record.message
+        "layer 0, expert 0: waited" in record.message and "queued: 2 demanded rows" in record.message
     )  # one of them begun
 
 
@@ -344,7 +344,7 @@ def test_a_process_ends_with_reads_under_way():
     script = """
         import time
         from moe_offload.memory.stores.row_read import RowRead
-        from moe_offload.transfer_threads import ThreadTransfer
+        from moe_offload.memory.transfer.threads import ThreadTransfer
         class Store:
             def begin(self, layer, expert, row):
                 return RowRead([lambda: time.sleep(30)], lambda: 0)
