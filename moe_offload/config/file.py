@@ -87,8 +87,11 @@ def parse_yaml(text: str) -> Any:
 
     class Plain(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
         def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent) or getattr(self.peek_event(), "anchor", None):
-                raise ConfigError(f"line {self.peek_event().start_mark.line + 1} has an anchor or alias (& or *)")
+            event = self.peek_event()
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+                raise ConfigError(f"line {event.start_mark.line + 1} has an anchor or alias (& or *)")
+            if getattr(event, "tag", None):
+                raise ConfigError(f"line {event.start_mark.line + 1} has a tag (!); write the value without it")
             return super().compose_node(parent, index)
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
@@ -102,7 +105,8 @@ def parse_yaml(text: str) -> Any:
         raise ConfigError(f"it is not plain YAML: {re.sub(chr(10) + ' *', ' ', str(error))[:200]}") from error
     except ConfigError:
         raise
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError, LookupError, AttributeError, ArithmeticError) as error:
+        # What PyYAML's constructors raise for a number or a date that only looks like one.
         raise ConfigError(f"it is not plain YAML: {type(error).__name__}: {str(error)[:200]}") from error
 
 

@@ -145,7 +145,6 @@ def test_after_an_error_or_ctrl_c_at_any_step_the_folder_is_as_it_was(case, what
         finally:
             sys.setprofile(None)
         assert loaded(out) in (want("old", case[1]), want("new", new)), at
-        assert not any(any(folder.iterdir()) for folder in out.glob(".*")), at
     assert failed > 10
 
 

@@ -80,7 +80,7 @@ def test_what_is_no_trace_is_skipped_among_others_and_refused_alone(path, tmp_pa
         (["--capacity", "much"], "no share"),
         (["--start", "hot"], "start 'hot' does not exist"),
         (["--json", "no/such/folder/x.json"], "its folder does not exist"),
-        (["--plot", "/dev/null"], "cannot be written"),
+        (["--plot", "/dev/null"], "was not saved"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(path, options, says):
