@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -187,14 +186,13 @@ def dense_parts(shard: Shard, headers: Headers) -> Iterator[memoryview]:
         for entry in shard.entries:
             range_ = headers[entry.key]
             if range_.file not in files:
-                descriptor = os.open(range_.file, os.O_RDONLY | os.O_CLOEXEC)
-                files[range_.file] = opened.enter_context(contextlib.closing(DataFile(range_.file, descriptor)))
+                files[range_.file] = opened.enter_context(contextlib.closing(DataFile(range_.file)))
             for at in range(0, range_.nbytes, PART_BYTES):
                 chunk = part[: min(PART_BYTES, range_.nbytes - at)]
                 files[range_.file].read(range_.offset + at, [chunk], entry.key)
                 yield chunk
         for path, file in files.items():
-            if file.stamp() != headers.stamps[path]:
+            if headers.stamps[path].followed_by(file.stamp(), path) is None:
                 raise CheckpointChangedError(f"{path}: was modified while it was packed. Let it rest and pack again.")
 
 

@@ -18,8 +18,9 @@ from torch import nn
 
 from ..errors import CheckpointError
 from ..experts import Field, MoELayer
+from ..files.file_stamp import FileStamp
 from .conversion import Conversion, Shape, joins_bytes, one_expert_conversions
-from .headers import FileStamp, Headers, TensorRange
+from .headers import Headers, TensorRange
 
 
 @dataclass(frozen=True)

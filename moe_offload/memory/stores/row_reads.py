@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from ...checkpoint.headers import FileStamp
 from ...checkpoint.row_index import Piece, RowSource
 from ...experts import FIELD_ALIGN, round_up
+from ...files.file_stamp import FileStamp
 
 #: One read in flight. Measured on a virtio disk (README): 1 to 3 MB are equally fast, and a row of 9 MB in one read
 #: leaves the disk idle whenever only one row is missing.
