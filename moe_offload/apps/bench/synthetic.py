@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from ...config.sizes import format_size
 from ...errors import CheckpointError, ConfigError
+from ...files.staging import staging_folder
 
 #: What the configurations of these models say, as published with them; `tiny` is for tests.
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -85,14 +85,12 @@ def synthetic(name: str, layers: int | None = None, cache: Path | None = None) -
     folder = (cache or default_cache()) / f"{name}_{sizes['num_hidden_layers']}-layers"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            _write(_skeleton(class_name, sizes), partial)
-            partial.rename(folder)
+            with staging_folder(folder.parent, folder.name) as partial:
+                _write(_skeleton(class_name, sizes), partial)
+                partial.rename(folder)
         except OSError as error:
             raise CheckpointError(f"{folder}: cannot write the synthetic checkpoint: {error}") from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
