@@ -91,7 +91,8 @@ def parse_yaml(text: str) -> Any:
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
                 raise ConfigError(f"line {event.start_mark.line + 1} has an anchor or alias (& or *)")
             if getattr(event, "tag", None):
-                raise ConfigError(f"line {event.start_mark.line + 1} has a tag (!); write the value without it")
+                line = event.start_mark.line + 1
+                raise ConfigError(f"it is not plain YAML: line {line} has a tag (!); write the value without it")
             return super().compose_node(parent, index)
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:

@@ -295,23 +295,33 @@ def test_closed(original, older):
     assert_refused(model, older, ClosedError)
 
 
-def test_until_the_index_is_there_the_folder_is_no_checkpoint(original, older, monkeypatch):
-    """Interrupted in the one moment in which files take their places."""
-    real, moved = Path.replace, []
+@pytest.mark.parametrize("moved", [1, 4, 6, 9, 12])
+def test_a_kill_while_files_take_their_places_leaves_the_old_or_the_new_model(original, older, moved):
+    """Another family, in one file; tests/checkpoint/test_new_folder.py does so at every step, with made-up files."""
+    child = os.fork()
+    if child == 0:
+        real, done = Path.replace, []
 
-    def replace(self, target):
-        moved.append(Path(target).name)
-        if Path(target).name == INDEX:
-            raise KeyboardInterrupt
-        return real(self, target)
+        def replace(self, target):
+            done.append(target)
+            if len(done) == moved:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(self, target)
 
-    with open_checkpoint(original).moe_offload as handle:
-        monkeypatch.setattr(Path, "replace", replace)
-        with pytest.raises(KeyboardInterrupt):
+        with open_checkpoint(original).moe_offload as handle:
+            Path.replace = replace
             handle.model.save_pretrained(older)
-    assert "model-00001-of-00002.safetensors" in moved
-    with pytest.raises(OSError, match=r"model\.safetensors"):
-        AutoModelForCausalLM.from_pretrained(older)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(older)
+    assert model.config.model_type == ("mixtral" if moved < 6 else QWEN)
+    reference = original if model.config.model_type == QWEN else None
+    if reference is not None:
+        want = AutoModelForCausalLM.from_pretrained(reference).state_dict()
+        assert all(torch.equal(tensor, want[key]) for key, tensor in model.state_dict().items())
+    assert not [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
 
 
 # Around it.
