@@ -84,7 +84,7 @@ class Trace:
     def load(cls, path: str | os.PathLike[str]) -> Trace:
         """Read and check the trace at `path`, in bounded time and memory. Raises TraceError."""
         path = Path(path)
-        remedy = "A trace is an .npz with an array 'experts' [tokens, layers, k], as --trace-out writes it"
+        remedy = "A trace is an .npz with an array 'experts' [tokens, layers, k], as --save-trace writes it"
         with refusing(path, "trace", remedy, TraceError):
             with open_regular(path) as (file, size):
                 found = npz.read(file, size, ARRAYS)

@@ -14,7 +14,7 @@ from ..observe.profile import Profile
 from ..observe.profile_stats import pinned
 
 #: `(share of a layer's experts that have slots, hit rate)`, replayed with
-#:   moe-offload simulate TRACE... --policies default --start warm --capacity 12.5%,20%,...,95%     (2026-11-26)
+#:   moe-offload simulate TRACE... --policies default --start warm --residency 12.5%,20%,...,95%     (2026-11-26)
 #: from traces of real routing, published by others (Apache-2.0 and MIT): AmanPriyanshu/GPT-OSS-MoE-ExpertFingerprinting
 #: at 72b368f60045, a half of its clean requests (83081 tokens of decode, 4 of 32 experts), and deepseek-ai/ESFT at
 #: 579a7711e4b3 (8222 and 8327 tokens, 6 of 64 experts). No long trace of a model with 128 experts was to be had.

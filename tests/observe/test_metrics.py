@@ -192,14 +192,13 @@ def test_run_serves_metrics(monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    url, seen, generate = f"http://127.0.0.1:{port}/metrics", [], command._generate
+    url, seen, generate = f"http://127.0.0.1:{port}/metrics", [], command.generate_into
 
     def generate_and_look(*arguments):
-        text = generate(*arguments)
+        generate(*arguments)
         seen.append(urllib.request.urlopen(url, timeout=30).read())
-        return text
 
-    monkeypatch.setattr(command, "_generate", generate_and_look)
+    monkeypatch.setattr(command, "generate_into", generate_and_look)
     flags = ["--budget", "6MB", "--prompt", "ls", "--max-new-tokens", "2", "--metrics-port", str(port)]
     result = CliRunner().invoke(app, ["run", MODEL, *flags])
     assert result.exit_code == 0 and url in result.stderr, result.output

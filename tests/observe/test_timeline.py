@@ -288,9 +288,9 @@ def test_a_place_that_cannot_be_written(tmp_path, timeline):
 def test_timeline_out(tmp_path):
     out = tmp_path / "run.json"
     arguments = ["run", str(MODEL), "--budget", "6MB", "--prompt", "Il comando", "--max-new-tokens", "4"]
-    result = CliRunner().invoke(app, [*arguments, "--timeline-out", str(out)])
+    result = CliRunner().invoke(app, [*arguments, "--save-timeline", str(out)])
     assert result.exit_code == 0, result.output
     assert f"timeline saved to {out}" in result.stderr and "timeline" not in result.stdout
     assert [e["name"] for e in ours(out)[0][FORWARDS]] == ["prefill", *["decode"] * 3]
-    result = CliRunner().invoke(app, [*arguments, "--timeline-out", str(tmp_path / "no" / "run.json")])
-    assert result.exit_code == 2 and "--timeline-out" in result.output and "does not exist" in result.output
+    result = CliRunner().invoke(app, [*arguments, "--save-timeline", str(tmp_path / "no" / "run.json")])
+    assert result.exit_code == 2 and "--save-timeline" in result.output and "does not exist" in result.output

@@ -121,9 +121,9 @@ def test_nothing_recorded():
 def test_trace_out(tmp_path):
     out = tmp_path / "run.npz"
     arguments = ["run", str(MODEL), "--budget", "6MB", "--prompt", "ls", "--max-new-tokens", "4"]
-    result = CliRunner().invoke(app, [*arguments, "--trace-out", str(out)])
+    result = CliRunner().invoke(app, [*arguments, "--save-trace", str(out)])
     assert result.exit_code == 0, result.output
     trace = Trace.load(out)
     assert trace.tokens >= 4 and np.isin(trace.experts_TLK, range(-1, max(trace.num_experts))).all()
-    result = CliRunner().invoke(app, [*arguments, "--trace-out", str(tmp_path / "no" / "run.npz")])
-    assert result.exit_code == 2 and "--trace-out" in result.output and "does not exist" in result.output
+    result = CliRunner().invoke(app, [*arguments, "--save-trace", str(tmp_path / "no" / "run.npz")])
+    assert result.exit_code == 2 and "--save-trace" in result.output and "does not exist" in result.output

@@ -418,23 +418,23 @@ def test_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "code", "says"),
     [
-        (["./nowhere", "out"], "nowhere"),
-        ([str(MODEL), "taken"], "not empty"),
-        ([str(MODEL), "no/such/out"], "does not exist"),
-        ([str(MODEL), "out", "--verify", "some"], "some"),
-        ([str(MODEL), "out", "--max-shard-size", "big"], "big"),
+        (["./nowhere", "out"], 4, "nowhere"),
+        ([str(MODEL), "taken"], 6, "not empty"),
+        ([str(MODEL), "no/such/out"], 6, "does not exist"),
+        ([str(MODEL), "out", "--verify", "some"], 2, "some"),
+        ([str(MODEL), "out", "--max-shard-size", "big"], 2, "big"),
     ],
 )
 def test_command_that_cannot_work(
-    arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], code: int, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
     result = run("pack", *arguments)
-    assert result.exit_code == 2 and says in result.stderr and "Traceback" not in result.output, result.output
+    assert result.exit_code == code and says in result.stderr and "Traceback" not in result.output, result.output
     assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("moe-offload:")
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 

@@ -13,10 +13,11 @@ from ...errors import ConfigError, ReportError
 from ...experts import find_experts
 from ...files.whole_file import save_whole
 from ...plan.budget import budget_for
+from .architectures import PREFIX
 from .devices import DEVICES
 from .sides.contenders import room_for
 from .sides.gpu_contenders import settings
-from .synthetic import PREFIX, default_cache, synthetic
+from .synthetic import default_cache, synthetic
 from .workload import Workload
 
 
@@ -34,17 +35,9 @@ def workload(
     **amounts: int,
 ) -> Workload:
     """Raises `ConfigError` for settings that contradict each other, and what loading and planning raise."""
-    if device not in DEVICES:
-        raise ConfigError(f"--device {device}: there are {', '.join(DEVICES)}")
     DEVICES[device]().check()
-    if (budget is None) == (not residency):
-        raise ConfigError("give either --budget (8GB) or --residency (25%), one of them")
     if packed and device != "cpu":
         raise ConfigError("--packed is for rows that are read from disk; on a GPU they rest in RAM")
-    if layers is not None and not model.startswith(PREFIX):
-        raise ConfigError(f"--layers is for {PREFIX}NAME; {model} has the layers it has")
-    if routing is not None and not routing.is_file():
-        raise ConfigError(f"--routing {routing}: no such file")
     folder = synthetic(model.removeprefix(PREFIX), layers, cache) if model.startswith(PREFIX) else resolve_folder(model)
     outline = skeleton(folder)
     ids = _prompt_ids(folder, prompt, amounts["prompt_tokens"]) if prompt is not None else None
@@ -78,11 +71,11 @@ def _prompt_ids(folder: Path, file: Path, tokens: int) -> Sequence[int]:
     from transformers import AutoTokenizer
 
     try:
-        ids: list[int] = AutoTokenizer.from_pretrained(folder)(file.read_text())["input_ids"][:tokens]
+        ids: list[int] = AutoTokenizer.from_pretrained(folder)(file.read_text(encoding="utf-8"))["input_ids"][:tokens]
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--prompt {file}: cannot be read and tokenised: {error}") from error
+        raise ConfigError(f"--file {file}: cannot be read and tokenised: {error}") from error
     if not ids:
-        raise ConfigError(f"--prompt {file}: it is empty")
+        raise ConfigError(f"--file {file}: it is empty")
     return ids
 
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..options.ending import fail, or_exit
-from ..options.flags import seconds
+from ...errors import LiveError
+from ..options.ending import fail
+from ..options.numbers import seconds
 
 if TYPE_CHECKING:
     from ...observe.live.client import Place
@@ -52,9 +53,9 @@ def _find(target: str | None) -> tuple[Place, Snapshot]:
 
     if target is not None and not re.fullmatch(r"\d+(-\d+)?", target):
         fail(f"{target!r} is no process: give its number, as in 4242, or 4242-2 for its second model", 2)
-    models = or_exit(running, code=1)
+    models = running()
     if not models:
-        fail(f"no running model found; {HOW}", 1)
+        raise LiveError(f"no running model found; {HOW}")
     found = [one for one in models if target in (None, one[0].name)] or [
         one for one in models if target == str(one[0].pid)
     ]
@@ -62,13 +63,12 @@ def _find(target: str | None) -> tuple[Place, Snapshot]:
         return found[0]
     listed = "; ".join(f"{place.name} ({snapshot.model})" for place, snapshot in found or models)
     if not found:
-        fail(f"no running model {target!r}; there are: {listed}", 2)
+        raise LiveError(f"no running model {target!r}; there are: {listed}")
     fail(f"several models are running, say which: {listed}", 2)
 
 
 def _looks(place: Place, first: Snapshot, once: bool, interval: float) -> Iterator[Snapshot]:
     """A snapshot now and one each `interval` seconds, until the model is gone."""
-    from ...errors import LiveError
     from ...observe.live.client import GoneError, SilentError, ask
 
     yield first
@@ -80,8 +80,6 @@ def _looks(place: Place, first: Snapshot, once: bool, interval: float) -> Iterat
             return
         except SilentError:  # it is busy: the next look may see it
             continue
-        except LiveError as error:
-            fail(str(error), 1)
 
 
 def _show(place: Place, first: Snapshot, once: bool, interval: float) -> None:

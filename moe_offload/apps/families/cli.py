@@ -7,13 +7,21 @@ from typing import Annotated
 
 import typer
 
-from ..options.ending import fail
-from ..options.flags import Json, whole
+from ..options.ending import FAILED
+from ..options.flags import Json
+from ..options.numbers import one_of, whole
 
 
 def families(
     names: Annotated[list[str] | None, typer.Argument(help="Families to check; all when none is named.")] = None,
-    compile: Annotated[str, typer.Option("--compile", help="graph, or inductor (minutes per family).")] = "graph",
+    compile: Annotated[
+        str,
+        typer.Option(
+            "--compile",
+            help="graph: the model's own kernels; inductor: compile them (minutes a family).",
+            **one_of("graph", "inductor"),
+        ),
+    ] = "graph",
     matrix: Annotated[
         bool,
         typer.Option("--matrix", help="Every implementation, dtype, batch, cache and budget, not a slice of them."),
@@ -21,12 +29,25 @@ def families(
     jobs: Annotated[int, typer.Option("--jobs", help="Processes to spread the families over.", **whole(1))] = (
         os.cpu_count() or 1
     ),
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as the documentation has it.")] = False,
     as_json: Json = False,
 ) -> None:
     """Build a tiny random model of every MoE family of the installed transformers; run it resident and offloaded."""
-    from .report import run_families
+    from .report import check_families, line, markdown_table, rows_json, totals
 
-    if not run_families(
-        names or [], compile=compile, matrix=matrix, as_json=as_json, jobs=jobs, fail=lambda m: fail(m, 2)
-    ):
-        raise typer.Exit(1)
+    quiet = as_json or markdown
+    rows = check_families(
+        names or [],
+        compile=compile,
+        matrix=matrix,
+        jobs=jobs,
+        done=lambda row: None if quiet else typer.echo(line(row)),
+    )
+    if as_json:
+        typer.echo(rows_json(rows))
+    elif markdown:
+        typer.echo(markdown_table(rows))
+    else:
+        typer.echo(totals(rows))
+    if not all(row.status in ("exact", "refused") for row in rows):
+        raise typer.Exit(FAILED)

@@ -1,111 +1,73 @@
-"""moe-offload chat."""
+"""moe-offload chat: a line, an answer as it comes, a line about it; and again."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-from typing import Annotated, Any, NoReturn
+import sys
+from typing import Any
 
 import typer
 
-from ...errors import ConfigError, ServeError
-from ..options.checks import check_inputs, check_output, live_or_default, settings
-from ..options.ending import fail, or_exit
-from ..options.flags import Budget, ConfigFile, DeviceMapOption, Live, MaxMemory, Model, PrewarmWith, SaveProfile
-from ..serving.cli import on_signals, served
+from ..options.checks import check_inputs, check_output, check_tokenizer
+from ..options.flags import Model, SaveProfile, System
+from ..options.groups import ModelFlags, SamplingFlags, flatten
 
 
+@flatten
 def chat(
     model: Model,
-    generate_flags: Annotated[
-        list[str] | None,
-        typer.Argument(help="How to generate: max_new_tokens=100 do_sample=False ...", show_default=False),
-    ] = None,
-    budget: Budget = None,
-    device_map: DeviceMapOption = None,
-    max_memory: MaxMemory = None,
-    config_file: ConfigFile = None,
-    system_prompt: Annotated[str | None, typer.Option("--system-prompt", help="What the model is told first.")] = None,
-    profile_in: PrewarmWith = None,
-    profile_out: SaveProfile = None,
-    live: Live = None,
+    flags: ModelFlags,
+    sampling: SamplingFlags,
+    system: System = None,
+    save_profile: SaveProfile = None,
 ) -> None:
-    """Talk to a model inside a budget, with transformers' own chat. !help lists its commands; !exit or Ctrl-D ends it.
+    """Talk to a model inside a budget. Ctrl-C ends an answer; !help lists what else there is; !exit or Ctrl-D ends.
 
-    A model that was not trained to chat continues what was said as one plain text.
+    Without a sampling flag the model's own settings count. A model that was not trained to chat continues what was said
+    as one plain text.
     """
-    from ..serving import require
-
-    wanted = settings(
-        config_file,
-        budget=budget,
-        device_map=device_map,
-        max_memory=max_memory,
-        profile=profile_in,
-        live=live_or_default(live, config_file),
-    )
+    wanted = flags.settings()
     check_inputs(model, wanted)
-    check_output("--profile-out", profile_out)
-    or_exit(require)
-    run_chat = or_exit(_transformers_chat)
-    or_exit(lambda: _check_flags(generate_flags or []))
-    name = Path(model).resolve().name if Path(model).is_dir() else model  # !save makes a folder of this name
-    failure: Exception | None = None
+    check_tokenizer(model)
+    check_output("--save-profile", save_profile)
+    from ...api import from_pretrained
+    from .conversation import HELP, Conversation
+    from .tokenizer import load_tokenizer
+
+    flags.set_threads()
+    tokenizer = load_tokenizer(model, **flags.hub())
+    loaded: Any = from_pretrained(model, config=wanted, **flags.loading())
+    with loaded.moe_offload as handle:
+        typer.echo(str(handle.plan), err=True)
+        talk = Conversation(loaded, tokenizer, sampling, system)
+        if tokenizer.chat_template is None:
+            typer.echo("The model has no chat template: it continues what was said as one plain text.", err=True)
+        typer.echo(HELP, err=True)
+        try:
+            _take_turns(talk)
+        finally:
+            typer.echo(handle.summary(), err=True)
+            if save_profile is not None:
+                typer.echo(f"profile saved to {handle.save_profile(save_profile)}", err=True)
+
+
+def _take_turns(talk: Any) -> None:
+    """Until the end of input, or !exit. Ctrl-C while a line is typed drops the line."""
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  which lets input() edit and remember lines
+    while True:
+        try:
+            line = _read_line()
+            if line is None or not talk.take(line):
+                return
+        except KeyboardInterrupt:
+            typer.echo("\n!exit or Ctrl-D ends the chat", err=True)
+
+
+def _read_line() -> str | None:
+    """What is typed next; None at the end of input. A byte that is no UTF-8 becomes a replacement character."""
     try:
-        with served(model, wanted, host="127.0.0.1", port=0, name=name, profile_out=profile_out) as server:
-            _ask_nobody_else()
-            try:
-                with on_signals(_interrupt):
-                    run_chat(name, server.url, generate_flags, user="you", system_prompt=system_prompt)
-            except (EOFError, KeyboardInterrupt):
-                typer.echo("")  # the prompt's line is not ended yet
-            except Exception as error:
-                failure = error
-    except KeyboardInterrupt:
-        fail("interrupted", 130)
-    if failure is not None:
-        fail(f"the chat ended with {_words(failure)}", 1)
-
-
-def _words(failure: Exception) -> str:
-    """What its client raises holds the server's error as OpenAI writes it."""
-    told = failure.args[0] if failure.args else None
-    if isinstance(told, dict) and {"type", "message"} <= set(told):
-        return f"{told['type']}: {told['message']}"
-    return f"{type(failure).__name__}: {failure}"
-
-
-def _transformers_chat() -> Any:
-    try:
-        from transformers.cli.chat import Chat
-    except ImportError as error:
-        raise ServeError(f"transformers' chat needs {error.name}: pip install {error.name}") from error
-    return Chat
-
-
-def _check_flags(flags: list[str]) -> None:
-    """Before the model is loaded; and a name that `generate` does not know, which transformers' chat would ignore."""
-    from transformers import GenerationConfig
-    from transformers.cli.chat import parse_generate_flags
-
-    try:
-        unknown = GenerationConfig().update(**parse_generate_flags(flags))
-    except (ValueError, typer.BadParameter) as error:
-        raise ConfigError(f"{' '.join(flags)}: {str(error).splitlines()[0]}") from error
-    if unknown:
-        raise ConfigError(f"{', '.join(unknown)}: no setting of generate; max_new_tokens, do_sample, temperature are")
-
-
-def _ask_nobody_else() -> None:
-    """From here on this process talks to its own server only: not through a proxy, nor barred by HF_HUB_OFFLINE."""
-    from huggingface_hub import set_async_client_factory
-    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
-
-    os.environ.update(NO_PROXY="*", no_proxy="*")
-    set_async_client_factory(lambda: httpx.AsyncClient(timeout=None))
-
-
-def _interrupt(*_: object) -> NoReturn:
-    """With Python's own handler asyncio would take Ctrl-C for itself, and act on it when the line that a person is
-    typing has ended."""
-    raise KeyboardInterrupt
+        line = input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        typer.echo("", err=True)
+        return None
+    return line.encode("utf-8", "replace").decode("utf-8")

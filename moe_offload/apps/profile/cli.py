@@ -8,10 +8,12 @@ from typing import Annotated
 
 import typer
 
-from ...errors import ProfileError
+from ...errors import ConfigError, ProfileError
 from ..options.checks import check_inputs, check_output, residency_share, settings
-from ..options.ending import fail, or_exit
-from ..options.flags import ConfigFile, Json, Model, summary, whole
+from ..options.ending import Command
+from ..options.flags import ConfigFile, Json, Model
+from ..options.groups import summary
+from ..options.numbers import whole
 
 app = typer.Typer(
     help="Activation profiles: which experts a workload uses, to pre-warm the slots with.",
@@ -29,7 +31,8 @@ def record(
     ],
     out: Out,
     budget: Annotated[
-        str | None, typer.Option("--budget", help="Run offloaded, in so much memory; else as plain transformers.")
+        str | None,
+        typer.Option("--budget", help="All the model may hold; without it the model runs as plain transformers."),
     ] = None,
     max_tokens: Annotated[
         int | None, typer.Option("--max-tokens", help="Stop after so many tokens.", **whole(1))
@@ -43,22 +46,25 @@ def record(
     check_output("--out", out)
     pairs = [entry.partition("=") for entry in meta or []]
     if bad := [key + equals for key, equals, _ in pairs if not key or not equals]:
-        fail(f"--meta {bad[0]!r}: write key=value", 2)
+        raise ConfigError(f"--meta {bad[0]!r}: write key=value")
     facts = {key: value for key, _, value in pairs}
     wanted = settings(config_file, budget=budget)
     check_inputs(model, wanted)
-    made = or_exit(lambda: record_texts(model, texts, max_tokens=max_tokens, meta=facts, config=wanted))
-    or_exit(lambda: made.save(out), code=1)
+    made = record_texts(model, texts, max_tokens=max_tokens, meta=facts, config=wanted)
+    made.save(out)
     typer.echo(f"{made.tokens} tokens, {made.fingerprint.layers} layers: saved to {out}")
 
 
 def inspect(
     profile: ProfileFile,
     residency: Annotated[
-        str | None, typer.Option("--residency", help="What the profile is worth with this share of experts resident.")
+        str | None,
+        typer.Option("--residency", help="Share of the experts that is resident: what the profile is worth then."),
     ] = None,
     model: Annotated[str | None, typer.Option("--model", help="With --budget: the checkpoint to plan for.")] = None,
-    budget: Annotated[str | None, typer.Option("--budget", help="Instead of --residency; needs --model.")] = None,
+    budget: Annotated[
+        str | None, typer.Option("--budget", help="Instead of --residency: all the model may hold; needs --model.")
+    ] = None,
     trace: Annotated[Path | None, typer.Option("--trace", help="Replay this trace with and without it.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -69,12 +75,12 @@ def inspect(
     from .tables import inspect_table
 
     if (budget is None) != (model is None) or (budget and residency):
-        fail("give --residency, or --budget together with --model", 2)
+        raise ConfigError("give --residency, or --budget together with --model")
     if trace is not None and not (budget or residency):
-        fail("--trace needs to know the slots: give --residency, or --budget with --model", 2)
-    loaded = or_exit(lambda: Profile.load(profile))
-    slots = or_exit(lambda: _slots(loaded, residency, model, budget))
-    found = or_exit(lambda: look(loaded, slots, None if trace is None else Trace.load(trace)))
+        raise ConfigError("--trace needs to know the slots: give --residency, or --budget with --model")
+    loaded = Profile.load(profile)
+    slots = _slots(loaded, residency, model, budget)
+    found = look(loaded, slots, None if trace is None else Trace.load(trace))
     typer.echo(json.dumps(found) if as_json else inspect_table(found))
 
 
@@ -91,9 +97,9 @@ def merge(
     try:
         numbers = None if weights is None else [float(weight) for weight in weights.split(",")]
     except ValueError:
-        fail(f"--weights {weights!r}: write one number a profile, by commas", 2)
-    made = or_exit(lambda: merged([Profile.load(path) for path in profiles], numbers))
-    or_exit(lambda: made.save(out), code=1)
+        raise ConfigError(f"--weights {weights!r}: write one number a profile, by commas") from None
+    made = merged([Profile.load(path) for path in profiles], numbers)
+    made.save(out)
     typer.echo(f"{len(profiles)} profiles, {made.tokens} tokens: saved to {out}")
 
 
@@ -103,12 +109,12 @@ def diff(a: ProfileFile, b: ProfileFile, as_json: Json = False) -> None:
     from .tables import diff as compare
     from .tables import diff_table
 
-    found = or_exit(lambda: compare(Profile.load(a), Profile.load(b)))
+    found = compare(Profile.load(a), Profile.load(b))
     typer.echo(json.dumps(found) if as_json else diff_table(found))
 
 
 for command in (record, inspect, merge, diff):
-    app.command(short_help=summary(command))(command)
+    app.command(short_help=summary(command), cls=Command)(command)
 
 
 def _slots(profile: object, residency: str | None, model: str | None, budget: str | None) -> list[int] | None:

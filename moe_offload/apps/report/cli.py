@@ -7,29 +7,31 @@ from typing import Annotated
 
 import typer
 
+from ...errors import ConfigError
 from ..options.checks import check_output
-from ..options.ending import fail, or_exit
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="What moe-offload run --report has written.", show_default=False)],
+    run: Annotated[Path, typer.Argument(help="What moe-offload run --save-report has written.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file to write.")] = Path("report.html"),
-    png: Annotated[Path | None, typer.Option("--png", help="A folder for the charts as PNG, too.")] = None,
+    save_charts: Annotated[
+        Path | None, typer.Option("--save-charts", help="Save the charts in this folder, too (.png).")
+    ] = None,
 ) -> None:
     """One page about a run: hits beside the best possible, what was read and waited for, other budgets."""
     from .page import write_page
     from .run_record import RunRecord
 
     check_output("--out", out)
-    if png is not None:
+    if save_charts is not None:
         try:
-            png.mkdir(parents=True, exist_ok=True)
+            save_charts.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            fail(f"--png {png}: no folder can be made there ({error.strerror})", 2)
-    loaded = or_exit(lambda: RunRecord.load(run))
-    typer.echo(f"{or_exit(lambda: write_page(loaded, out))}")
-    if png is not None:
+            raise ConfigError(f"--save-charts {save_charts}: no folder can be made there ({error.strerror})") from error
+    loaded = RunRecord.load(run)
+    typer.echo(f"{write_page(loaded, out)}")
+    if save_charts is not None:
         from .png import write_png
 
-        for path in or_exit(lambda: write_png(loaded, png)):
+        for path in write_png(loaded, save_charts):
             typer.echo(f"{path}")

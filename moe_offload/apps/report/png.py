@@ -18,7 +18,7 @@ def write_png(run: RunRecord, folder: Path) -> list[Path]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ReportError('--png needs matplotlib: in the clone, pip install -e ".[report]"') from error
+        raise ReportError('--save-charts needs matplotlib: in the clone, pip install -e ".[report]"') from error
     written = []
     for name, draw in (("hits", _hits), ("experts", _experts), ("budgets", _budgets)):
         figure = Figure(figsize=(7.2, 3.0), layout="constrained")

@@ -93,7 +93,7 @@ class RunRecord(_Part):
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RunRecord:
         """Read and check the run at `path`, in bounded time and memory. Raises ReportError."""
-        with refusing(path, "run", "A run is what moe-offload run --report writes", ReportError):
+        with refusing(path, "run", "A run is what moe-offload run --save-report writes", ReportError):
             return cls.model_validate(parse(read_bounded(Path(path), MAX_BYTES), "moe_offload.run"))
 
     def save(self, path: str | os.PathLike[str]) -> Path:

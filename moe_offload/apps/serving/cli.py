@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...config.settings import OffloadConfig
-from ..options.checks import check_inputs, check_output, live_or_default, settings
-from ..options.ending import fail, or_exit
-from ..options.flags import Budget, ConfigFile, DeviceMapOption, Live, MaxMemory, Model, PrewarmWith, SaveProfile, whole
+from ..options.checks import check_inputs, check_output
+from ..options.ending import INTERRUPTED, fail
+from ..options.flags import Model, SaveProfile
+from ..options.groups import ModelFlags, flatten
+from ..options.numbers import whole
 
 if TYPE_CHECKING:
     from .server import Server
@@ -22,20 +24,16 @@ if TYPE_CHECKING:
 ATTENTION_S = 0.2  # a signal that another thread has caught is acted on when the main thread runs next
 
 
+@flatten
 def serve(
     model: Model,
-    budget: Budget = None,
-    device_map: DeviceMapOption = None,
-    max_memory: MaxMemory = None,
-    config_file: ConfigFile = None,
+    flags: ModelFlags,
     host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 is all of them.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="Port; 0 is any that is free.", **whole(0, 65535))] = 8000,
     name: Annotated[
-        str | None, typer.Option("--name", help="What clients call the model.", show_default="MODEL as given")
+        str | None, typer.Option("--name", help="What clients call the model; without it as it was given here.")
     ] = None,
-    profile_in: PrewarmWith = None,
-    profile_out: SaveProfile = None,
-    live: Live = None,
+    save_profile: SaveProfile = None,
 ) -> None:
     """Answer OpenAI-compatible requests (chat completions, completions, responses) with a model inside a budget.
 
@@ -43,21 +41,14 @@ def serve(
 
     Ctrl-C stops: running requests have ten seconds, then the profile is saved. A second one does not wait.
     """
-    wanted = settings(
-        config_file,
-        budget=budget,
-        device_map=device_map,
-        max_memory=max_memory,
-        profile=profile_in,
-        live=live_or_default(live, config_file),
-    )
+    wanted = flags.settings()
     check_inputs(model, wanted)
-    check_output("--profile-out", profile_out)
+    check_output("--save-profile", save_profile)
     name, stop = name or model, Stop()
     try:
         with (
             on_signals(stop),
-            served(model, wanted, host=host, port=port, name=name, profile_out=profile_out) as server,
+            served(model, wanted, flags, host=host, port=port, name=name, save_profile=save_profile) as server,
         ):
             if not server.is_local:
                 typer.echo(
@@ -71,7 +62,7 @@ def serve(
                 pass
             typer.echo("moe-offload: stopping", err=True)
     except KeyboardInterrupt:
-        fail("interrupted", 130)
+        fail("interrupted", INTERRUPTED)
 
 
 class Stop:
@@ -89,7 +80,7 @@ class Stop:
 
 @contextmanager
 def served(
-    model: str, wanted: OffloadConfig, *, host: str, port: int, name: str, profile_out: Path | None
+    model: str, wanted: OffloadConfig, flags: ModelFlags, *, host: str, port: int, name: str, save_profile: Path | None
 ) -> Iterator[Server]:
     """A running server for `model`. At the end its requests have been stopped, the summary printed, the profile saved.
 
@@ -97,27 +88,28 @@ def served(
     """
     from . import require
 
-    or_exit(require)
+    require()
     from ...api import from_pretrained
     from ..generate.tokenizer import load_tokenizer
     from .app import build_app
     from .server import Server, listen
 
-    with or_exit(lambda: listen(host, port)) as sock:
-        loaded: Any = or_exit(lambda: from_pretrained(model, config=wanted))
+    flags.set_threads()
+    with listen(host, port) as sock:
+        loaded: Any = from_pretrained(model, config=wanted, **flags.loading())
         with loaded.moe_offload as handle:
             typer.echo(str(handle.plan), err=True)
-            tokenizer = or_exit(lambda: load_tokenizer(model))
+            tokenizer = load_tokenizer(model, **flags.hub())
             server = Server(build_app(handle, tokenizer, name), sock)
-            or_exit(server.start, code=1)
+            server.start()
             try:
                 yield server
                 server.stop()
             finally:  # an interrupt leaves requests unanswered, never the profile unsaved
                 server.app.state.model.cancel()
                 typer.echo(handle.summary(), err=True)
-                if profile_out is not None:
-                    saved = or_exit(lambda: handle.save_profile(profile_out), code=1)
+                if save_profile is not None:
+                    saved = handle.save_profile(save_profile)
                     typer.echo(f"profile saved to {saved}", err=True)
 
 

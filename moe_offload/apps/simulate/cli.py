@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..options.ending import or_exit
+from ..options.flags import Json
 
 
 def simulate(
@@ -15,28 +15,31 @@ def simulate(
     policies: Annotated[
         str, typer.Option("--policies", help="By commas: default, lru, decayed_lfu:16, belady, ...; or all.")
     ] = "all",
-    capacity: Annotated[str, typer.Option("--capacity", help="Shares of a layer's experts, by commas.")] = "25%",
+    residency: Annotated[
+        str, typer.Option("--residency", help="Share of the experts that is resident: 25%; several by commas.")
+    ] = "25%",
     start: Annotated[
         str, typer.Option("--start", help="warm: the cache outlives a request; cold: it does not; or warm,cold.")
     ] = "warm",
     pooled: Annotated[bool, typer.Option("--pooled", help="One cache for all layers.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here, too.")] = None,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Write hit rate over capacity here, as PNG.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The JSON file to write, too.")] = None,
+    save_plot: Annotated[
+        Path | None, typer.Option("--save-plot", help="Save hit rate over residency here (.png).")
+    ] = None,
+    as_json: Json = False,
 ) -> None:
-    """Replay traces through the cache: hit rates of policies at several capacities, beside Belady's MIN."""
-    from .command import run as run_simulation
+    """Replay traces through the cache: hit rates of policies at several residencies, beside Belady's MIN."""
+    from .command import run
+    from .show import rows_json, table
 
-    typer.echo(
-        or_exit(
-            lambda: run_simulation(
-                traces,
-                policies=policies,
-                capacities=capacity,
-                starts=start,
-                pooled=pooled,
-                json_file=json_file,
-                plot=plot,
-                note=lambda line: typer.echo(f"moe-offload: {line}", err=True),
-            )
-        )
+    rows = run(
+        traces,
+        policies=policies,
+        capacities=residency,
+        starts=start,
+        pooled=pooled,
+        json_file=out,
+        plot=save_plot,
+        note=lambda line: typer.echo(f"moe-offload: {line}", err=True),
     )
+    typer.echo(rows_json(rows) if as_json else table(rows))

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ...cache import ORACLES, POLICIES, Policy
 from ...config.settings import OffloadConfig
 from ...config.sizes import parse_share
-from ...errors import ConfigError, TraceError
+from ...errors import ConfigError
 from ...observe.trace import Trace
 from . import plain
 from .stream import Stream, per_layer, pooled
@@ -63,13 +63,13 @@ def simulate(
     """One row each. A policy is a name of POLICIES, with ":half_life" where it has one, of ORACLES, "belady_bypass",
     "default" (the product's), or one of `extra`: your own, made from (experts, half_life).
 
-    Raises TraceError for a policy, capacity or start that does not exist.
+    Raises ConfigError for a policy, capacity or start that does not exist.
     """
     shares = [parse_capacity(capacity) for capacity in capacities]
     replays = {name: _replay(name, dict(extra or {})) for name in policies}
     for start in starts:
         if start not in STARTS:
-            raise TraceError(f"start {start!r} does not exist; there are {', '.join(STARTS)}")
+            raise ConfigError(f"start {start!r} does not exist; there are {', '.join(STARTS)}")
     named = traces if isinstance(traces, Mapping) else {f"trace {i}": trace for i, trace in enumerate(traces)}
     return [
         row
@@ -90,7 +90,7 @@ def parse_capacity(given: str | float) -> float:
     try:
         return parse_share(given)
     except ConfigError as error:
-        raise TraceError(f"capacity {error}") from None
+        raise ConfigError(f"--residency {error}") from None
 
 
 def slots_of(trace: Trace, share: float) -> list[int]:
@@ -135,7 +135,7 @@ def _replay(name: str, extra: Mapping[str, Make]) -> _Replay:
         if not 0 < half_life < float("inf") or (colon and base != "decayed_lfu"):
             raise ValueError
     except ValueError:
-        raise TraceError(f"policy {name!r}: only decayed_lfu takes a half-life, in tokens: decayed_lfu:32") from None
+        raise ConfigError(f"policy {name!r}: only decayed_lfu takes a half-life, in tokens: decayed_lfu:32") from None
     base = default.policy if base == "default" else base
     if base in ORACLES:
         return _Replay(lambda stream: ORACLES[base](stream.num_experts, [e.used for e in stream.events()]), base, 0.0)
@@ -143,7 +143,7 @@ def _replay(name: str, extra: Mapping[str, Make]) -> _Replay:
         return _Replay(lambda stream: POLICIES[base](stream.num_experts, half_life), base, half_life)
     if base != "belady_bypass":
         known = ["default", *POLICIES, *ORACLES, "belady_bypass", *extra]
-        raise TraceError(f"policy {name!r} does not exist; there are {', '.join(known)}, and all")
+        raise ConfigError(f"policy {name!r} does not exist; there are {', '.join(known)}, and all")
     return _Replay(lambda stream: POLICIES["lru"](stream.num_experts, half_life), base, half_life)
 
 

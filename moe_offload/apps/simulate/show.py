@@ -23,7 +23,11 @@ def table(rows: Sequence[SimulationResult]) -> str:
 
 
 def write_json(rows: Sequence[SimulationResult], path: Path) -> None:
-    _write(path, json.dumps([dataclasses.asdict(row) for row in rows], indent=1).encode() + b"\n")
+    _write(path, rows_json(rows).encode() + b"\n")
+
+
+def rows_json(rows: Sequence[SimulationResult]) -> str:
+    return json.dumps([dataclasses.asdict(row) for row in rows], indent=1)
 
 
 def write_plot(rows: Sequence[SimulationResult], path: Path) -> None:
@@ -59,7 +63,7 @@ def check_plot() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise TraceError('--plot needs matplotlib: in the clone, pip install -e ".[report]"') from error
+        raise TraceError('--save-plot needs matplotlib: in the clone, pip install -e ".[report]"') from error
 
 
 def _style(policy: str, policies: Sequence[str]) -> dict[str, object]:

@@ -48,7 +48,7 @@ def watch(*arguments: str) -> subprocess.Popen:
 
 def test_no_running_model_is_one_line_that_says_how(folder):
     result = run("--once")
-    assert result.exit_code == 1 and result.stdout == ""
+    assert result.exit_code == 7 and result.stdout == ""
     (line,) = result.stderr.splitlines()
     assert "MOE_OFFLOAD_LIVE=1" in line and "serve_live()" in line
 
@@ -82,7 +82,7 @@ def test_two_processes_of_which_one_dies(folder):
         (line,) = several.stderr.splitlines()
         assert str(one.pid) in line and str(two.pid) in line
         absent = run("1", "--once")
-        assert absent.exit_code == 2 and str(one.pid) in absent.stderr
+        assert absent.exit_code == 7 and str(one.pid) in absent.stderr
         for child in (one, two):
             assert json.loads(run(str(child.pid), "--once", "--json").stdout)["pid"] == child.pid
 
@@ -110,7 +110,7 @@ def test_two_processes_of_which_one_dies(folder):
 def test_run_can_be_watched_unless_a_setting_says_no(folder, monkeypatch, variable, flags, watched):
     command = importlib.import_module("moe_offload.apps.generate.run")
     seen = []
-    monkeypatch.setattr(command, "_generate", lambda *_: seen.extend(running()) or "")
+    monkeypatch.setattr(command, "generate_into", lambda *_: seen.extend(running()))
     monkeypatch.setenv("MOE_OFFLOAD_LIVE", variable)
     result = CliRunner().invoke(app, ["run", MODEL, "--budget", "6MB", *flags])
     assert result.exit_code == 0, result.output

@@ -62,9 +62,9 @@ def test_no_best_is_claimed_where_the_run_was_better():
 def test_a_run_from_the_command_line_to_the_page(tmp_path):
     run, html = tmp_path / "run.json", tmp_path / "report.html"
     command = ["run", str(MODEL), "--budget", "6MB", "--prompt", "Il comando ls", "--max-new-tokens", "40"]
-    done = CliRunner().invoke(app, [*command, "--report", str(run)])
+    done = CliRunner().invoke(app, [*command, "--save-report", str(run)])
     assert done.exit_code == 0 and "moe-offload report" in done.stderr, done.output
-    done = CliRunner().invoke(app, ["report", str(run), "-o", str(html), "--png", str(tmp_path)])
+    done = CliRunner().invoke(app, ["report", str(run), "-o", str(html), "--save-charts", str(tmp_path)])
     assert done.exit_code == 0, done.output
     record = RunRecord.load(run)
     assert summary(record).decoded == 39 and len(record.layers) == 4
@@ -84,8 +84,8 @@ def test_a_run_from_the_command_line_to_the_page(tmp_path):
 def test_with_a_profile_the_page_says_what_it_brought(tmp_path):
     profile, run = tmp_path / "it.json", tmp_path / "run.json"
     command = ["run", str(MODEL), "--budget", "6MB", "--prompt", "Il comando ls", "--max-new-tokens", "40"]
-    assert CliRunner().invoke(app, [*command, "--profile-out", str(profile)]).exit_code == 0
-    done = CliRunner().invoke(app, [*command, "--profile-in", str(profile), "--report", str(run)])
+    assert CliRunner().invoke(app, [*command, "--save-profile", str(profile)]).exit_code == 0
+    done = CliRunner().invoke(app, [*command, "--profile", str(profile), "--save-report", str(run)])
     assert done.exit_code == 0, done.output
     record = RunRecord.load(run)
     assert record.profile == "it.json" and record.prewarm_bytes > 0 and record.cold_first_hits is not None
@@ -154,7 +154,7 @@ def test_spoilt_runs(tmp_path, data, found):
         RunRecord.load(path)
     assert "run.json" in str(caught.value)
     done = CliRunner().invoke(app, ["report", str(path), "-o", str(tmp_path / "r.html")])
-    assert done.exit_code == 2 and len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "r.html").exists()
+    assert done.exit_code == 6 and len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "r.html").exists()
 
 
 def test_a_huge_sparse_run(tmp_path):
@@ -176,22 +176,26 @@ def test_a_full_disk_leaves_the_old_files(tmp_path, monkeypatch):
     with pytest.raises(ReportError, match="No space left"):
         run_of(model="another").save(path)
     done = CliRunner().invoke(app, ["report", str(path), "-o", str(tmp_path / "r.html")])
-    assert done.exit_code == 2 and "No space left" in done.stderr
+    assert done.exit_code == 6 and "No space left" in done.stderr
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["run.json"]
 
 
 def test_wrong_requests_are_one_line(tmp_path, monkeypatch):
     path = run_of().save(tmp_path / "run.json")
-    for arguments, words in [
-        (["report", str(tmp_path / "no.json")], "No such file"),
-        (["report", str(path), "-o", str(tmp_path / "no" / "r.html")], "does not exist"),
-        (["report", str(path), "-o", str(tmp_path / "r.html"), "--png", str(path / "no")], "no folder can be made"),
+    for arguments, code, words in [
+        (["report", str(tmp_path / "no.json")], 6, "No such file"),
+        (["report", str(path), "-o", str(tmp_path / "no" / "r.html")], 2, "does not exist"),
+        (
+            ["report", str(path), "-o", str(tmp_path / "r.html"), "--save-charts", str(path / "no")],
+            2,
+            "no folder can be made",
+        ),
     ]:
         done = CliRunner().invoke(app, arguments)
-        assert done.exit_code == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1
+        assert done.exit_code == code and words in done.stderr and len(done.stderr.strip().splitlines()) == 1
     monkeypatch.setitem(sys.modules, "jinja2", None)
     done = CliRunner().invoke(app, ["report", str(path), "-o", str(tmp_path / "r.html")])
-    assert done.exit_code == 2 and 'pip install -e ".[report]"' in done.stderr
+    assert done.exit_code == 6 and 'pip install -e ".[report]"' in done.stderr
 
 
 def test_charts():

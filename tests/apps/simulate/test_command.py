@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from moe_offload.apps.cli import app
 from moe_offload.apps.simulate import plain, run
 from moe_offload.apps.simulate.run import ALL, simulate
-from moe_offload.errors import TraceError
+from moe_offload.errors import ConfigError
 from moe_offload.observe.trace import Trace
 
 SHARED = Path(__file__).parents[4] / "shared" / "traces"
@@ -32,7 +32,7 @@ def command(*arguments):
 
 def test_table_json_and_plot(path, tmp_path):
     out, png = tmp_path / "rows.json", tmp_path / "plot.png"
-    options = ["--capacity", "25%,50%", "--start", "warm,cold", "--json", out, "--plot", png]
+    options = ["--residency", "25%,50%", "--start", "warm,cold", "--out", out, "--save-plot", png]
     result = command(path, "--policies", "all", *options)
     assert result.exit_code == 0, result.output
     assert "one, cold, 50% of the experts (per layer: 4 slots)" in result.stdout and "gap closed" in result.stdout
@@ -40,6 +40,8 @@ def test_table_json_and_plot(path, tmp_path):
     assert len(rows) == len(ALL) * 4 and {row["policy"] for row in rows} == set(ALL)
     assert all(row["bytes_per_token"] == row["misses_per_token"] * 1000 for row in rows)
     assert png.read_bytes().startswith(b"\x89PNG")
+    printed = command(path, "--policies", "all", *options[:4], "--json")
+    assert json.loads(printed.stdout) == rows
 
 
 def test_rows_are_what_the_cache_counts(path):
@@ -65,7 +67,7 @@ def test_what_is_no_trace_is_skipped_among_others_and_refused_alone(path, tmp_pa
     both = command(tmp_path / "counts.npz", path, "--policies", "lru")
     assert both.exit_code == 0 and both.stderr.count("\n") == 1 and "skipped" in both.stderr
     alone = command(tmp_path / "counts.npz")
-    assert alone.exit_code == 2 and alone.stderr.count("\n") == 1 and "no array 'experts'" in alone.stderr
+    assert alone.exit_code == 6 and alone.stderr.count("\n") == 1 and "no array 'experts'" in alone.stderr
 
 
 @pytest.mark.parametrize(
@@ -75,12 +77,12 @@ def test_what_is_no_trace_is_skipped_among_others_and_refused_alone(path, tmp_pa
         (["--policies", "lru:16"], "only decayed_lfu takes a half-life"),
         (["--policies", "decayed_lfu:nan"], "only decayed_lfu takes a half-life"),
         (["--policies", ","], "names nothing"),
-        (["--capacity", "0%"], "no share"),
-        (["--capacity", "nan"], "no share"),
-        (["--capacity", "much"], "no share"),
+        (["--residency", "0%"], "no share"),
+        (["--residency", "nan"], "no share"),
+        (["--residency", "much"], "no share"),
         (["--start", "hot"], "start 'hot' does not exist"),
-        (["--json", "no/such/folder/x.json"], "its folder does not exist"),
-        (["--plot", "/dev/null"], "was not saved"),
+        (["--out", "no/such/folder/x.json"], "its folder does not exist"),
+        (["--save-plot", "/dev/null"], "no ordinary file"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(path, options, says):
@@ -90,8 +92,8 @@ def test_bad_input_is_one_line_and_code_2(path, options, says):
 
 def test_a_plot_without_matplotlib(path, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    result = command(path, "--plot", tmp_path / "plot.png")
-    assert result.exit_code == 2 and 'pip install -e ".[report]"' in result.stderr
+    result = command(path, "--save-plot", tmp_path / "plot.png")
+    assert result.exit_code == 6 and 'pip install -e ".[report]"' in result.stderr
 
 
 def test_a_policy_of_one_s_own(path):
@@ -107,7 +109,7 @@ def test_a_policy_of_one_s_own(path):
 
     (row,) = simulate([Trace.load(path)], ["mine"], ["50%"], extra={"mine": lambda experts, half_life: Random()})
     assert 0 < row.hit_rate < 1
-    with pytest.raises(TraceError, match="does not exist"):
+    with pytest.raises(ConfigError, match="does not exist"):
         simulate([Trace.load(path)], ["mine"], ["50%"])
 
 
