@@ -30,3 +30,18 @@ def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
 def create_private(path: Path) -> FileIO:
     """A new file for reading and writing that nobody but its owner may open. Raises OSError where one is there."""
     return FileIO(path, "x+", opener=partial(os.open, mode=0o600))
+
+
+def open_uncached(path: Path | str) -> FileIO:
+    """A file for reading past the page cache, or through it where that is refused. Raises OSError."""
+    file = FileIO(path)
+    with contextlib.suppress(OSError, AttributeError, ImportError):  # refused by the file system, or not Linux
+        set_direct(file)
+    return file
+
+
+def set_direct(file: FileIO) -> None:
+    """Read `file` past the page cache from now on. Raises OSError or, where there is no such thing, another error."""
+    import fcntl
+
+    fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) | os.O_DIRECT)

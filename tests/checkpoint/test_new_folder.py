@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,12 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedConfig
 from transformers.modeling_utils import _get_resolved_checkpoint_files
 
-import moe_offload
 from moe_offload.checkpoint.headers import INDEX
 from moe_offload.checkpoint.new_folder import new_checkpoint, new_folder
 from moe_offload.errors import OffloadError, PackError, SaveError
 from moe_offload.files import moves
 from moe_offload.files.staging import staging_folder
-
-PACKAGE = Path(moe_offload.__path__[0])
-WATCHED = (str(PACKAGE / "files"), str(PACKAGE / "checkpoint" / "new_folder.py"))
-CHANGES = {"replace", "rename", "link", "unlink", "mkdir", "rmdir", "open"}  # what may leave files otherwise
+from tests.fakes.file_faults import Fault, full, interrupt
 
 
 def write(folder: Path, name: str, shards: int) -> None:
@@ -59,42 +54,11 @@ def content(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
 
 
-class Fault:
-    """Calls `what` right after the `at`th change that the watched files make by way of the operating system."""
-
-    def __init__(self, at: int = 0, what: Callable[[], object] = lambda: None):
-        self.at, self.what, self.seen = at, what, 0
-
-    def __call__(self, frame: Any, event: str, function: Any) -> None:
-        if event == "c_return" and getattr(function, "__module__", "") == "posix" and function.__name__ in CHANGES:
-            while frame is not None and not frame.f_code.co_filename.startswith(WATCHED):
-                frame = frame.f_back
-            if frame is not None:
-                self.seen += 1
-                if self.seen == self.at:
-                    self.what()
-
-    def __enter__(self) -> Fault:
-        sys.setprofile(self)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        sys.setprofile(None)
-
-
 def save_over(out: Path, shards: int, fault: Fault) -> None:
     with new_checkpoint(out, 1000) as folder:
         write(folder, "new", shards)
         fault.__enter__()
     fault.__exit__()
-
-
-def full() -> None:
-    raise OSError(errno.EPERM, "Operation not permitted")
-
-
-def interrupt() -> None:
-    raise KeyboardInterrupt
 
 
 @pytest.fixture(params=[(1, 2), (2, 1), (2, 2), (3, 2), (1, 1)], ids=lambda p: f"{p[1]} over {p[0]}")

@@ -24,6 +24,7 @@ import numpy as np
 from ...errors import ExpertReadError
 from ...experts import round_up
 from ...files.file_stamp import FileStamp
+from ...files.opened import set_direct
 from .row_reads import PAGE, PART_BYTES
 
 logger = logging.getLogger("moe_offload")
@@ -126,11 +127,8 @@ class _Refused(Exception):
 def _open_direct(descriptor: int) -> FileIO | None:
     """The same file (it may have no name any more) opened past the page cache; None where that is not possible."""
     try:
-        import fcntl
-
         direct = FileIO(f"/proc/self/fd/{descriptor}")
-        flags = fcntl.fcntl(direct, fcntl.F_GETFL)
-        fcntl.fcntl(direct, fcntl.F_SETFL, flags | os.O_DIRECT)
+        set_direct(direct)
     except (OSError, AttributeError, ImportError) as error:  # refused, no /proc, too few descriptors, or not Linux
         logger.info("no O_DIRECT: %s", error)
         return None
