@@ -143,7 +143,7 @@ def test_what_leaves_the_bytes_alone_is_no_modification(disk: Disk) -> None:
     """Each changes the time of the status change: permissions, names, a rename, and the end of the last name."""
     file, other = disk.file, disk.file.with_name("other")
     for change in (
-        lambda: file.chmod(0o600),
+        lambda: file.chmod(0o640),
         lambda: other.hardlink_to(file),
         lambda: other.unlink(),
         lambda: file.rename(other),

@@ -90,7 +90,7 @@ class Side:
         begun = time.perf_counter()
         while (now := time.perf_counter()) - begun < seconds or under_way:
             layer = choose.choice(runtime.layers)
-            places = layer.arrivals.scratch.rows
+            places = layer.arrivals.scratch_rows.rows
             if now - begun < seconds and len(under_way) < len(places):
                 expert = choose.randrange(layer.moe.num_experts)
                 row = places[turn % len(places)]
