@@ -23,7 +23,7 @@ class SecondChance:
         self.last = [-1] * num_experts
         self.before = [-1] * num_experts  # the use before the last one
 
-    def record(self, used, tokens):
+    def access(self, used, tokens):
         self.now += 1
         for e in used:
             self.before[e], self.last[e] = self.last[e], self.now

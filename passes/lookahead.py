@@ -29,7 +29,7 @@ from .find import Site, name_of
 from .waves import constants
 
 FRESH = ("zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones", "full", "full_like", "new_full", "clone")
-STEM_NODES = 200  # a router is a few dozen nodes; whoever walks further is lost
+STEM_NODES = 200  # at most so many nodes count as a router (a few dozen are usual); beyond it no guess is made
 
 
 @dataclass(frozen=True)

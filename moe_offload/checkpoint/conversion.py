@@ -162,5 +162,5 @@ def _one_expert_conversion(op: Any, tensors: list[Tensor], wanted: Shape, parame
 def _unsupported(op: Any, parameter: str, why: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"{parameter}: transformers builds it from the checkpoint with {op!r}; {why}, so one expert cannot be read on "
-        "its own. Load the whole model with transformers and offload that, or report the model."
+        "its own. Load the whole model with transformers and offload that, or report the model"
     )

@@ -46,13 +46,11 @@ def check_new(out: Path) -> None:
     """Raise `PackError` unless a folder `out` can be made: nothing there, or an empty folder; something above it."""
     if out.is_dir() and not out.is_symlink():
         if next(out.iterdir(), None) is not None:
-            raise PackError(
-                f"{out}: exists and is not empty; nothing in it is touched. Remove it or give another name."
-            )
+            raise PackError(f"{out}: exists and is not empty; nothing in it is touched. Remove it or give another name")
     elif out.exists() or out.is_symlink():
-        raise PackError(f"{out}: a folder is to be written there, but it is a file or a link. Give another name.")
+        raise PackError(f"{out}: a folder is to be written there, but it is a file or a link. Give another name")
     elif not out.absolute().parent.is_dir():
-        raise PackError(f"{out}: the folder {out.parent} it is to be in does not exist. Make it first.")
+        raise PackError(f"{out}: the folder {out.parent} it is to be in does not exist. Make it first")
 
 
 @contextlib.contextmanager
@@ -82,12 +80,12 @@ def new_checkpoint(out: Path, needed_bytes: int) -> Iterator[Path]:
     Raises `SaveError` stating bytes needed and free when there is no room, and for any other `OSError` of the body.
     """
     if out.exists() and not out.is_dir():
-        raise SaveError(f"{out}: a folder is to be written there, but it is a file. Give another name.")
+        raise SaveError(f"{out}: a folder is to be written there, but it is a file. Give another name")
     made = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SaveError(f"{out}: cannot be made: {reason(error)}. Give a folder that may be written.") from error
+        raise SaveError(f"{out}: cannot be made: {reason(error)}. Give a folder that may be written") from error
     try:
         with _hidden_folder(out, out, needed_bytes, SaveError) as folder:
             yield folder
@@ -195,7 +193,7 @@ def _hidden_folder(out: Path, parent: Path, needed_bytes: int, error: type[Offlo
     except NotTakenBack as found:
         raise error(
             f"{out}: cannot be written, and not all of what was there could be put back: {reason(found)}. The rest of "
-            f"it is in {kept / ASIDE}; move it back by hand."
+            f"it is in {kept / ASIDE}; move it back by hand"
         ) from found
     except OSError as found:
         raise error(f"{out}: cannot be written: {reason(found)}. {_advice(out, needed_bytes, found)}") from found
@@ -204,7 +202,7 @@ def _hidden_folder(out: Path, parent: Path, needed_bytes: int, error: type[Offlo
 def _advice(out: Path, needed_bytes: int, error: OSError) -> str:
     """What to do, once what was written is gone again."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None):
-        return "Nothing was left behind, and what was there before is unchanged; give a folder that may be written."
+        return "Nothing was left behind, and what was there before is unchanged; give a folder that may be written"
     try:
         free_bytes = shutil.disk_usage(out.absolute().parent).free
         free = f"{free_bytes} bytes ({format_size(free_bytes)}) are free"
@@ -212,7 +210,7 @@ def _advice(out: Path, needed_bytes: int, error: OSError) -> str:
         free = "how much is free cannot be told"
     return (
         f"It needs {needed_bytes} bytes ({format_size(needed_bytes)}), {free}. Nothing was left behind, and what was "
-        "there before is unchanged; free some space, or give a folder on another disk."
+        "there before is unchanged; free some space, or give a folder on another disk"
     )
 
 

@@ -79,7 +79,6 @@ def parse_sources(text: str) -> Headers:
     Raises `ValueError`, `KeyError` or `TypeError` for text that is not of that form.
     """
     headers = Headers()
-    headers.stamps = {}
     at = 0
     for name, sizes, keys in json.loads(text):
         shape, dtype = tuple(sizes), DTYPES[name]

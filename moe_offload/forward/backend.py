@@ -31,7 +31,7 @@ from .cuda_graphs import copied, replayable
 
 logger = logging.getLogger("moe_offload")
 
-FEW_PAIRS = 64  # a product each: 8 sequences of 8 experts
+PRODUCT_PER_PAIR = 64  # up to so many pairs, each has a product of its own: 8 sequences of 8 experts
 #: A step in which nothing waits for the host is replayed. What is no kernel (a sliding window's counter) stays outside.
 CUDA_GRAPH = {"triton.cudagraphs": True, "graph_partition": True}
 
@@ -147,7 +147,7 @@ def rewrite(
         reports = passes.run(gm.graph, pipeline(sites, banks))
     except passes.UnknownUse as error:
         raise UnsupportedModelError(
-            f"{error}; please report this model family. Its weights were offloaded, so it cannot be run as it is."
+            f"{error}; please report this model family. Its weights were offloaded, so it cannot be run as it is"
         ) from error
     banked = {site.bank: phantoms[placeholders.index(site.bank)].layer for site in sites}
     _check_nothing_left(weights, banked)
@@ -190,7 +190,7 @@ def serve_products(few: Product, many: Product) -> None:
     slots [P]) for the pairs of a decode step, `many` (x [P, H], weight [S, H, O], slots [P]) for those of a prompt."""
 
     def grouped_mm(x_P: Tensor, weight_S: Tensor, slots_P: Tensor) -> Tensor:
-        if len(x_P) <= FEW_PAIRS:
+        if len(x_P) <= PRODUCT_PER_PAIR:
             return few(x_P, weight_S.transpose(1, 2), slots_P)
         return many(x_P, weight_S, slots_P)
 

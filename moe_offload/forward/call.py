@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..cache.phase import is_decode
 from ..errors import OffloadError
 from ..observe import progress
-from ..plan.weights import PROMPT_TOKENS
+from ..plan.weights import RESERVED_PROMPT_TOKENS
 from ..runtime.model import Runtime
 from .advise import Advisor
 from .batch_sizes import given
@@ -28,12 +29,12 @@ from .retry import Retry
 
 logger = logging.getLogger("moe_offload")
 
-#: While it is traced, transformers asks for torch's version, through a cache; Dynamo warns of any, in grave words.
+#: Silences Dynamo's warning about the lru_cache around transformers' check of torch's version, which is harmless here.
 VERSIONS_ARE_CACHED = r"Dynamo detected a call to a `functools\.lru_cache`-wrapped function at 'moe\.py"
 ADAPTED = (
     "an adapter changes the weights of offloaded experts (peft's target_parameters, which it also derives from "
     "target_modules that name projections of experts), but they rest in files and pass through slots. Adapt dense "
-    "layers only (such as target_modules=['q_proj', 'v_proj']), or merge the adapter into the model before optimize()."
+    "layers only (such as target_modules=['q_proj', 'v_proj']), or merge the adapter into the model before optimize()"
 )
 _numbers = itertools.count()
 
@@ -60,8 +61,7 @@ class Call:
         if self.model.training and torch.is_grad_enabled():
             raise OffloadError(
                 f"{type(self.model).__name__} was called in training mode; an offloaded model is for inference only. "
-                f"Call "
-                "model.eval(), or train the model before optimize()."
+                "Call model.eval(), or train the model before optimize()"
             )
         with self.runtime.lock, self.runtime.current(), torch.no_grad(), progress.compiling():
             self.runtime.check_open()
@@ -69,15 +69,17 @@ class Call:
             self._check_places()
             sequences, tokens = _size(args, kwargs)
             self._check_length(sequences * tokens)
-            self.advisor.begins(sequences * tokens)
+            self.advisor.begins(is_decode(tokens))
             if self.runtime.device_caches is not None:
                 self.static_caches.mark(kwargs.get("past_key_values"))
             begun_s = time.perf_counter()
+            if self.runtime.recorder is not None:
+                self.runtime.recorder.begin_forward(is_decode(tokens))
             self.scope.active = True
             try:
                 output = self.run(sequences, tokens, args, kwargs)
                 self.runtime.check_ids()
-                self.advisor.ended(sequences * tokens, time.perf_counter() - begun_s)
+                self.advisor.ended(is_decode(tokens), time.perf_counter() - begun_s)
                 return output
             except torch._dynamo.exc.BackendCompilerFailed as error:
                 if isinstance(error.inner_exception, OffloadError):  # ours, in Dynamo's wrapping
@@ -85,17 +87,19 @@ class Call:
                 raise
             finally:
                 self.scope.active = False
+                if self.runtime.recorder is not None:
+                    self.runtime.recorder.end_forward()
                 if self.runtime.timeline is not None:
                     self.runtime.timeline.forward(begun_s, sequences, tokens)
 
     def _check_length(self, tokens: int) -> None:
         """Say once that activations may take more than the reserve has."""
-        if tokens > PROMPT_TOKENS and not self.warned:
+        if tokens > RESERVED_PROMPT_TOKENS and not self.warned:
             self.warned = True
             logger.warning(
                 "a forward of %d tokens: the budget has room for the activations of %d at a time, and may be "
                 "exceeded. generate(..., prefill_chunk_size=%d) reads a prompt in pieces",
-                tokens, PROMPT_TOKENS, PROMPT_TOKENS,
+                tokens, RESERVED_PROMPT_TOKENS, RESERVED_PROMPT_TOKENS,
             )  # fmt: skip
 
     def _check_places(self) -> None:

@@ -57,7 +57,7 @@ def shrink(runtime: Runtime) -> int:
     runtime.close()
     raise OffloadError(
         f"{device} has no memory left for the slots of one token's experts, which were given back a moment ago: "
-        "something else has taken it. This model was closed; make room, and load it again."
+        "something else has taken it. This model was closed; make room, and load it again"
     ) from failed
 
 

@@ -34,7 +34,7 @@ class Scratch:
     def __init__(self, raw: Tensor, transfer: Transfer, poison: bool = False):
         self.raw, self.transfer, self.poison = raw, transfer, poison
         self._seen_as: dict[tuple[int, torch.dtype], Rows] = {}
-        self._layer = -1  # whose rows are ahead
+        self._layer = -1  # the layer whose rows are being read ahead; -1 for none
         self._ahead: dict[int, Held] = {}
         self._wasted: Callable[[int], None] = lambda nbytes: None
 
@@ -82,7 +82,7 @@ class Scratch:
     def drop(self) -> None:
         """Give up what is ahead; when this returns nothing writes into scratch any more."""
         tickets = [held.ticket for held in self._ahead.values()]
-        self._layer = -1  # nobody's, and known until they have ended: Ctrl-C may come before that
+        self._layer = -1  # `_ahead` keeps the rows until their reads have ended, as Ctrl-C may interrupt `cancel`
         self.transfer.cancel(tickets)
         self._ahead = {}
         for ticket in tickets:

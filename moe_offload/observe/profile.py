@@ -3,7 +3,7 @@
 A profile is a prior. It decides what is loaded before the first token and where the scores start, and then fades: a
 wrong one costs speed, never tokens. (A *trace*, the ordered ids that `simulate` replays, is another file and format.)
 
-    {"format": "moe_offload.observe.profile", "version": 1, "created": "2026-11-23T20:00:00Z", "fingerprint": {...},
+    {"format": "moe_offload.profile", "version": 1, "created": "2026-11-23T20:00:00Z", "fingerprint": {...},
      "tokens": 512, "counts": [[17, 0, 495, ...], ...], "meta": {"prompt": "italian"}}
 
 Every failure is a ProfileError that names the file, what was found in it, and what to do.
@@ -22,6 +22,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
+from ..cache.counters import Counters, LayerCounters
 from ..errors import ProfileError
 from ..files.strict_json import brief, parse, problems
 from ..files.untrusted import read_bounded, refusing
@@ -78,7 +79,7 @@ class Profile(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-    format: Literal["moe_offload.observe.profile"] = "moe_offload.observe.profile"
+    format: Literal["moe_offload.profile"] = "moe_offload.profile"
     version: Literal[1] = 1
     created: Annotated[str, StringConstraints(max_length=20)]
     fingerprint: Fingerprint
@@ -107,11 +108,17 @@ class Profile(BaseModel):
             raise ProfileError(f"these counts make no profile: {problems(error)}") from None
 
     @classmethod
+    def of_layers(cls, fingerprint: Fingerprint, layers: Sequence[LayerCounters], meta: dict[str, str]) -> Profile:
+        """The profile of what these layers have counted."""
+        counts = [list(layer.counts) for layer in layers]
+        return cls.of(fingerprint, Counters.total(layers).tokens, counts, meta)
+
+    @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:
         """Read and check the profile at `path`, in bounded time and memory. Raises ProfileError."""
         with refusing(path, "profile", "Check the path; record it anew, or run without it", ProfileError):
             data = read_bounded(Path(path), MAX_BYTES)
-            return cls.model_validate(parse(data, "moe_offload.observe.profile"))
+            return cls.model_validate(parse(data, "moe_offload.profile"))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write to `path` and return it. All or nothing: on any failure (ProfileError) an old file is as it was.

@@ -30,6 +30,7 @@ from ..forward.retry import Retry
 from ..runtime.kernels import KERNELS
 from ..runtime.layer import LayerRuntime
 from ..runtime.model import Runtime
+from .footprint import count_what_is_held
 
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
 
@@ -114,6 +115,7 @@ def install(
     model._compiled_call_impl = Call(model, runtime, scope, Retry(runtime, scope, compile), advisor)
     # On some devices generate() compiles its decode steps itself, and would trace the op of last resort.
     model.__dict__["get_compiled_call"] = lambda compile_config: model.__call__
+    count_what_is_held(model, runtime)
     return log
 
 

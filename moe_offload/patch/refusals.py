@@ -43,7 +43,7 @@ def _refuse_moves(part: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool
             raise OffloadError(
                 f"asked to move or convert an offloaded model ({before[0]} on {before[1]} to {moved.dtype} on "
                 f"{moved.device}{', shared' if moved.is_shared() else ''}); its slots and rows are fixed. "
-                "Convert or move the model first, then call optimize(); model.moe_offload.close() frees its memory."
+                "Convert or move the model first, then call optimize(); model.moe_offload.close() frees its memory"
             )
     return part
 
@@ -61,5 +61,5 @@ def _refuse_loading(held: list[str], _: nn.Module, state: Mapping[str, Any], pre
         raise OffloadError(
             f"load_state_dict() was given {len(found)} tensors of experts, such as {found[0]}; those of an offloaded "
             "model rest in files and cannot be replaced. Load weights before optimize(), or leave the experts out and "
-            "load the others with strict=False."
+            "load the others with strict=False"
         )

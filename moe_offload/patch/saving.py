@@ -98,7 +98,7 @@ class Saver:
         """
         for name, advice in _REFUSED.items():
             if {"push_to_hub": push_to_hub, **kwargs}.get(name):
-                raise ConfigError(f"save_pretrained({name}=...) does not work on an offloaded model: {advice}.")
+                raise ConfigError(f"save_pretrained({name}=...) does not work on an offloaded model: {advice}")
         if not is_main_process:
             return
         limit_bytes, out = parse_size(max_shard_size), Path(save_directory)
@@ -197,7 +197,7 @@ class Saver:
             if out.exists() and out.samefile(folder):
                 raise SaveError(
                     f"{out}: the experts of this model are read from there, so it cannot be saved over it; nothing was "
-                    "written. Save to another folder, close the model, and then put the one in the other's place."
+                    "written. Save to another folder, close the model, and then put the one in the other's place"
                 )
 
 
@@ -223,7 +223,7 @@ def _refuse_stand_ins(state: Mapping[str, Tensor]) -> None:
         if hasattr(tensor, "field"):
             raise SaveError(
                 f"state_dict: {key} is a phantom (NaN in place of offloaded experts), as model.parameters() gives it; "
-                "nothing was written. Pass what model.state_dict() returns, or no state_dict at all."
+                "nothing was written. Pass what model.state_dict() returns, or no state_dict at all"
             )
 
 
@@ -244,5 +244,5 @@ def _layout_errors() -> Iterator[None]:
     except (OffloadError, ValueError) as error:
         raise SaveError(
             f"the experts cannot be written as the model's own checkpoints have them: {error}. "
-            "save_pretrained(..., save_original_format=False) writes them as the model holds them."
+            "save_pretrained(..., save_original_format=False) writes them as the model holds them"
         ) from error

@@ -31,14 +31,13 @@ RAM_SHARE = "80%"  # of what is available, for rows below an accelerator where n
 
 @dataclass(frozen=True)
 class Arrangement:
-    """Where everything goes: `spots[l]` and `slots[l]` of MoE layer l, and the plan of each device.
+    """Where everything goes: `spots[l]` of MoE layer l, and the plan of each device, which has its layers' slots.
 
     `host_bytes` of rows rest in RAM; `host_room_bytes` is what was left for them (None: no limit was given).
     """
 
     names: tuple[str, ...]
     spots: tuple[Spot, ...]
-    slots: tuple[int, ...]
     plans: dict[str, Plan]
     host_bytes: int
     host_room_bytes: int | None
@@ -48,24 +47,33 @@ class Arrangement:
         return [spot.tier for spot in self.spots]
 
     @property
+    def slots(self) -> tuple[int, ...]:
+        """Slots of every MoE layer, as the plans of their devices have them."""
+        return _slots_per_layer(self.spots, self.plans)
+
+    @property
     def device(self) -> str:
         """The one device there is. Raises `ConfigError` when there are several."""
-        self.plan  # noqa: B018  which raises
+        self.check_one_device()
         return next(iter(self.plans))
 
     @property
     def plan(self) -> Plan:
         """The plan of the one device there is. Raises `ConfigError` when there are several."""
+        self.check_one_device()
+        return next(iter(self.plans.values()))
+
+    def check_one_device(self) -> None:
+        """Raise `ConfigError` when the model is spread over several devices."""
         if len(self.plans) > 1:
             raise ConfigError(
                 f"the model is spread over {', '.join(self.plans)}: each has a plan of its own; ask forecast(), or "
                 "`moe-offload plan`"
             )
-        return next(iter(self.plans.values()))
 
     def with_slots(self, slots: tuple[int, ...]) -> Arrangement:
         """The same, of one device, with another number of slots in its layers."""
-        return replace(self, slots=slots, plans={self.device: replace(self.plan, slots=slots)})
+        return replace(self, plans={self.device: replace(self.plan, slots=slots)})
 
 
 def arrange(
@@ -105,15 +113,20 @@ def arrange(
         )
         free = available if device == "cpu" else free_bytes(device) if usable is not None else allowed.get(device)
         plans[device] = plan_slots(_budget(device, with_experts, settings, allowed, free), layer_shapes(ours), share)
-    slots = {device: iter(plan.slots) for device, plan in plans.items()}
-    per_layer = [next(slots[spot.device]) for spot in found]
+    per_layer = _slots_per_layer(found, plans)
     room = _host_room(plans, dense, allowed)
     if room is None and usable is not None and "cpu" not in computing:  # an accelerator: RAM is the tier below it
         room = parse_size(RAM_SHARE, total=available)
     needs = [0 if n == moe.num_experts else moe.nbytes for moe, n in zip(moe_layers, per_layer, strict=True)]
     settled = settle(found, needs, room)
     host = sum(moe.nbytes for moe, spot in zip(moe_layers, settled, strict=True) if spot.tier == "host")
-    return Arrangement(tuple(names), tuple(settled), tuple(per_layer), plans, host, room)
+    return Arrangement(tuple(names), tuple(settled), plans, host, room)
+
+
+def _slots_per_layer(spots: Sequence[Spot], plans: dict[str, Plan]) -> tuple[int, ...]:
+    """A plan has the slots of the layers on its device, in order; deal them out over all layers."""
+    slots = {device: iter(plan.slots) for device, plan in plans.items()}
+    return tuple(next(slots[spot.device]) for spot in spots)
 
 
 def _budget(

@@ -64,7 +64,7 @@ def covered(slots: Sequence[int], profile: Profile) -> HitRate:
 
 
 def _at(share: float, curve: Sequence[tuple[float, float]]) -> float:
-    """Linear between the points of `curve`; no slots serve nothing, and a slot for every expert serves all."""
+    """The hit rate at `share`: linear between the points of `curve`, 0 without slots, 1 with one for every expert."""
     for (x0, y0), (x1, y1) in pairwise([(0.0, 0.0), *curve, (1.0, 1.0)]):
         if share <= x1:
             return y0 + (y1 - y0) * (share - x0) / (x1 - x0)

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..checkpoint.outline import Outline, outline
 from ..config.device_map import DeviceMap
-from ..config.settings import Config, OffloadConfig, resolve
+from ..config.settings import Config, OffloadConfig
 from ..config.sizes import format_size
 from ..errors import OffloadError
 from ..experts import MoELayer, find_experts
@@ -24,6 +24,7 @@ from .arrange import Arrangement, arrange
 from .budget import Plan, budget_for, floor
 from .expected_hits import HitRate, covered, typical
 from .explain import explain
+from .prepare import load_prior, settings_of
 from .weights import costs, fingerprint, kv_bytes, layer_shapes, longest_context
 
 
@@ -112,9 +113,9 @@ def forecast(
     A path or Hub repository is answered from headers. Devices need not be there: what would run on cuda:0 is planned,
     too. Raises `BudgetError` when it cannot fit, stating the floor; and what `optimize` raises.
     """
-    path = None if isinstance(profile, Profile) else profile
-    said = {"budget": budget, "device_map": device_map, "max_memory": max_memory, "profile": path, "kv_tokens": context}
-    settings = resolve(config, **{name: value for name, value in said.items() if value is not None})
+    settings = settings_of(
+        config, budget=budget, device_map=device_map, max_memory=max_memory, profile=profile, kv_tokens=context
+    )
     found = read_outline(model_or_path, dtype)
     return of_outline(found, settings, profile if isinstance(profile, Profile) else None)
 
@@ -132,10 +133,7 @@ def of_outline(found: Outline, settings: OffloadConfig, profile: Profile | None 
     """As `forecast`, of an outline that was read before."""
     model, moe_layers = found.model, found.moe_layers
     arrangement = arrange(model, moe_layers, settings)
-    if profile is None and settings.profile is not None:
-        profile = Profile.load(settings.profile)
-    if profile is not None:
-        profile.check(fingerprint(model, moe_layers))
+    prior = load_prior(profile or settings.profile, fingerprint(model, moe_layers))
     shapes, whole = layer_shapes(moe_layers), costs(model, moe_layers, settings, next(iter(arrangement.plans)))
     experts = [moe.num_experts for moe in moe_layers]
     return Forecast(
@@ -144,7 +142,7 @@ def of_outline(found: Outline, settings: OffloadConfig, profile: Profile | None 
         model=model,
         moe_layers=moe_layers,
         arrangement=arrangement,
-        hit_rate=typical(arrangement.slots, experts) if profile is None else covered(arrangement.slots, profile),
+        hit_rate=typical(arrangement.slots, experts) if prior is None else covered(arrangement.slots, prior),
         context=min(settings.kv_tokens, longest_context(model) or settings.kv_tokens),
         asked_context=settings.kv_tokens,
         kv_bytes=kv_bytes(model, settings.kv_tokens),

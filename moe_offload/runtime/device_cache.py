@@ -17,7 +17,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from ..cache.layer_cache import Counters
+from ..cache.counters import LayerCounters
 from ..errors import RoutingError
 from .in_flight import Arrivals
 from .kernels import DeviceState, Kernels, Loads, pace
@@ -96,7 +96,7 @@ class DeviceCache:
         """Make what events of so many pairs need, before a graph is recorded: what is made within one is in its memory
         pool, which may hold nothing but the graph's own tensors."""
         for pairs in set(sizes) - self._loads.keys():
-            tokens = -(-pairs // self.arrivals.moe.top_k)
+            tokens = self.arrivals.moe.tokens_of(pairs)
             self._paces[pairs] = pace(tokens, self.half_life, self.device)
             self._loads[pairs] = Loads.empty(pairs, self.device)
 
@@ -148,7 +148,7 @@ class DeviceCache:
         cache = self.arrivals.cache
         self.state = DeviceState.empty(cache.num_experts, cache.slots, self.device, self.state.totals_4)
 
-    def counters(self) -> Counters:
+    def counters(self) -> LayerCounters:
         moe = self.arrivals.moe
         return self.state.counters(self.arrivals.cache.counters, moe.top_k, moe.layout.row_bytes)
 

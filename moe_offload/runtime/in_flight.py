@@ -139,8 +139,8 @@ class Arrivals:
     def abort(self) -> None:
         """Give back the slot of every load that has not been committed, once nothing writes there any more.
 
-        What other layers have under way ends, too: Ctrl-C may come between asking for a row and noting its ticket, and
-        whose it is nobody can say then.
+        The rows of other layers are cancelled too: an interrupted `start` may have queued a ticket that no layer has
+        noted, so only cancelling all tickets is sure to end it.
         """
         known: list[Arrival | Held] = [*self.awaited, *self.guessed.values(), *self.held.values()]
         try:

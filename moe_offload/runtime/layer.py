@@ -24,7 +24,9 @@ import torch
 from torch import Tensor
 
 from ..cache import Policy
-from ..cache.layer_cache import Counters, LayerCache
+from ..cache.counters import LayerCounters
+from ..cache.layer_cache import LayerCache
+from ..cache.phase import fits_slots
 from ..errors import ClosedError, RoutingError
 from ..experts import MoELayer
 from ..memory.buffers import NOTHING, Rows
@@ -32,14 +34,14 @@ from ..memory.process_memory import trim_heap
 from ..memory.scratch import Scratch
 from ..memory.stores import Store
 from ..memory.transfer import Transfer
-from ..observe.trace_recorder import Recorder
+from ..observe.trace_recorder import TraceRecorder
 from .device_cache import DeviceCache, DeviceCaches
 from .guesses import Guesses
 from .in_flight import Arrivals
 from .waves_cpu import RunCore, compute_while_loading
 from .waves_device import compute_in_groups, uses
 
-PROMPT = 64  # tokens from which on activations leave enough behind for the heap to be trimmed, which takes ms
+HEAP_TRIM_TOKENS = 64  # from so many on, activations leave enough behind for the heap to be trimmed: it takes ms
 
 
 class LayerRuntime:
@@ -64,7 +66,7 @@ class LayerRuntime:
         self.arrivals = Arrivals(moe, cache, self._rows(slots), scratch, store, transfer, poison)
         self.following: Arrivals | None = None  # for which rows are read ahead; set by `Runtime`
         self.guesses = Guesses()  # of the model; set by `Runtime`
-        self.recorder: Recorder | None = None  # of the model, while its trace is recorded
+        self.recorder: TraceRecorder | None = None  # of the model, while its trace is recorded
         self.device_cache: DeviceCache | None = None  # where the device decides
         self.device_caches: DeviceCaches | None = None  # of the model, likewise
         self.module_core: RunCore | None = None  # set where the model is patched; serves `experts`
@@ -82,7 +84,7 @@ class LayerRuntime:
     def prefetch(self, ids_P: Tensor) -> None:
         trial = self.guesses.trial
         self._refuse_capture()
-        if ids_P.numel() >= self.cache.slots:  # a prompt, or no slot to spare
+        if ids_P.numel() >= self.cache.slots:  # no slot is left for a guess; a prompt leaves none anyway
             trial.skip()
             return
         if self.moe.index == 1:
@@ -98,7 +100,7 @@ class LayerRuntime:
         ids, used = self._event(ids_P)
         cache, arrivals = self.cache, self.arrivals
         try:
-            loads = cache.lookup(used, self._tokens(len(ids)))
+            loads = cache.lookup(used, self.moe.tokens_of(len(ids)))
             arrivals.claim_guesses(used)
             arrivals.start(loads)
             self.guesses.start()
@@ -127,10 +129,10 @@ class LayerRuntime:
         ids, used = self._event(ids_P)
         cache, arrivals = self.cache, self.arrivals
         ids_P, pairs, runs_ahead = ids_P.reshape(-1), ids_P.numel(), arrivals.transfer.runs_ahead
-        tokens = self._tokens(pairs)
+        tokens = self.moe.tokens_of(pairs)
         without_slot: list[int] = []
         try:
-            if pairs <= cache.slots:  # as small as a decode step: it may evict like one
+            if fits_slots(pairs, cache.slots):
                 loads = cache.lookup(used, tokens)
             else:
                 loads, without_slot = cache.fill(used, tokens)
@@ -146,7 +148,7 @@ class LayerRuntime:
             arrivals.abort()
             raise
         finally:
-            if tokens >= PROMPT and not runs_ahead:  # a device's activations are not on the heap
+            if tokens >= HEAP_TRIM_TOKENS and not runs_ahead:  # a device's activations are not on the heap
                 trim_heap()
 
     def experts(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -160,7 +162,7 @@ class LayerRuntime:
             return weighted_PH.view(tokens, k, -1).sum(dim=1).to(x_TH.dtype)
 
     @property
-    def counters(self) -> Counters:
+    def counters(self) -> LayerCounters:
         """What the layer has done so far, whoever decided."""
         if self.device_cache is not None and self.device_caches is not None and self.device_caches.in_charge:
             return self.device_cache.counters()
@@ -217,7 +219,7 @@ class LayerRuntime:
             self._hand_back()  # raises for a layer of the device where it began there: this one may only have followed
             raise
         if self.recorder is not None:
-            self.recorder.event(self.moe.index, ids, self._tokens(pairs))
+            self.recorder.event(self.moe.index, ids, self.moe.tokens_of(pairs))
         self.arrivals.begin(used)  # last: what it has claimed is given back by whoever called
         return ids, used
 
@@ -234,9 +236,6 @@ class LayerRuntime:
         if transfer.runs_ahead:
             return transfer.send(torch.tensor(slot_of, dtype=ids_P.dtype)).index_select(0, ids_P)
         return torch.tensor([slot_of[e] for e in ids], dtype=ids_P.dtype)
-
-    def _tokens(self, pairs: int) -> int:
-        return -(-pairs // self.moe.top_k)
 
 
 def closed(name: str) -> ClosedError:

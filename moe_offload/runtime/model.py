@@ -16,7 +16,7 @@ from torch import Tensor
 from ..memory.stores import Store
 from ..memory.transfer import Transfer
 from ..observe.timeline import Depth, Timeline
-from ..observe.trace_recorder import Recorder
+from ..observe.trace_recorder import TraceRecorder
 from .device_cache import DeviceCaches
 from .guesses import Guesses
 from .kernels import Kernels
@@ -43,6 +43,7 @@ class Runtime:
         self.lock = lock or threading.RLock()
         self.device_caches: DeviceCaches | None = None  # where the device decides
         self.device_layers: frozenset[int] = frozenset()  # the layers it decides for
+        self.recorder: TraceRecorder | None = None  # while a trace is recorded
         self.closed = False
         self._stores, self._transfer, self._pid = stores, transfer, os.getpid()
 
@@ -63,10 +64,11 @@ class Runtime:
         if self.closed:
             raise closed("this model")
 
-    def record(self, recorder: Recorder) -> None:
+    def record_trace(self, recorder: TraceRecorder) -> None:
         """Write down what every layer is asked from now on."""
         self.check_open()
         with self.lock:
+            self.recorder = recorder
             for layer in self.layers:
                 layer.recorder = recorder
 
@@ -85,7 +87,7 @@ class Runtime:
             layer.device_cache = cache
 
     def leave_to_host(self) -> None:
-        """Slots have become fewer: the device gives up the layers of which it cannot read what has none any more."""
+        """After slots have become fewer: layers whose non-resident rows the device cannot read go back to the host."""
         if self.device_caches is None:
             return
         kept = [cache for cache in self.device_caches.caches if cache.readable]
@@ -110,7 +112,7 @@ class Runtime:
             self.device_caches.check_ids()
 
     def hand_back(self) -> None:
-        """Where the device decides, hear what it has decided so far. Waits for a forward in flight."""
+        """Copy the device's slot tables and counters to the host's caches. Waits for a forward in flight."""
         if self.device_caches is not None:
             with self.lock, self.current():
                 self.device_caches.hand_back()

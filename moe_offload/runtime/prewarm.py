@@ -5,10 +5,22 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 
+from ..config.sizes import format_size
+from ..observe.profile import Profile
+from ..observe.profile_stats import most_wanted
+from ..observe.progress import bar
 from .in_flight import Arrivals
 from .model import Runtime
 
 DEPTH = 4  # rows on their way at once
+
+
+def prewarm_from(runtime: Runtime, prior: Profile) -> None:
+    """Fill the slots with what the profile expects, and show how far it is."""
+    wanted = most_wanted(prior, [layer.cache.slots for layer in runtime.layers])
+    size = sum(runtime.layers[layer].moe.layout.row_bytes for layer, _ in wanted)
+    with bar("Pre-warming", len(wanted), unit="row", what=format_size(size)) as shown:
+        prewarm_slots(runtime, wanted, shown.update)
 
 
 def prewarm_slots(

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from .in_flight import Arrivals
 
-EXPECTED_USES = 2  # pairs per expert from which on reading ahead for the next layer is no guess
+READ_AHEAD_USES = 2  # read ahead for the next layer only if the event has at least so many pairs per expert
 
 
 class Feed:
@@ -51,7 +51,7 @@ class Feed:
         be asked for. Guesses for a single token need its router (`prefetch`).
         """
         following = self.following
-        if following is None or pairs < EXPECTED_USES * following.cache.num_experts:
+        if following is None or pairs < READ_AHEAD_USES * following.cache.num_experts:
             return iter(())
         cache = following.cache
         absent = (e for e, slot in enumerate(cache.slot_of) if slot < 0 and e not in cache.pending)

@@ -24,7 +24,9 @@ def file(tmp_path):
     return write
 
 
-def test_precedence(file, monkeypatch):
+def test_precedence(file, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "it.json").touch()
     path = file("budget: 8GB\npolicy: lru\nwave_rows: 3\nprofile: it.json\n")
     monkeypatch.setenv("MOE_OFFLOAD_WAVE_ROWS", "7")
     assert resolve(path) == OffloadConfig(budget="8GB", policy="lru", wave_rows=7, profile="it.json")
@@ -34,6 +36,16 @@ def test_precedence(file, monkeypatch):
     where = origins(path, budget="4GB")
     assert where["budget"] == "argument" and where["wave_rows"] == "environment variable MOE_OFFLOAD_WAVE_ROWS"
     assert where["policy"] == f"configuration file {path}" and where["kv_tokens"] == "default"
+
+
+def test_a_profile_that_is_not_there_is_refused_by_who_named_it(file, monkeypatch):
+    path = file("profile: nowhere.json\n")
+    with pytest.raises(ConfigError, match=rf"configuration file {path}: profile='nowhere.json': there is no such file"):
+        resolve(path)
+    assert resolve(path, profile="other.json").profile == "other.json", "what does not count is not looked at"
+    monkeypatch.setenv("MOE_OFFLOAD_PROFILE", "nowhere.json")
+    with pytest.raises(ConfigError, match=r"environment variable MOE_OFFLOAD_PROFILE: profile='nowhere\.json'"):
+        resolve()
 
 
 def test_which_file_counts(file, monkeypatch):

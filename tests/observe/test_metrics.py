@@ -55,7 +55,9 @@ def expected(model, totals=None) -> dict[str, float]:
         "moe_offload_hits_total": s.hits,
         "moe_offload_misses_total": s.misses,
         "moe_offload_streamed_total": s.streamed,
-        "moe_offload_bytes_read_total": s.bytes_read,
+        "moe_offload_events_total": s.events,
+        "moe_offload_device_events_total": s.by_device,
+        "moe_offload_read_bytes_total": s.bytes_read,
         "moe_offload_prewarm_bytes_total": s.prewarm_bytes,
         "moe_offload_prefetch_useful_total": s.ahead,
         "moe_offload_prefetch_late_total": s.late,
@@ -71,14 +73,14 @@ def expected(model, totals=None) -> dict[str, float]:
 def test_over_http_they_are_what_stats_says(used):
     found = scrape(used.moe_offload.serve_metrics(0))
     assert found == {(name, None): value for name, value in expected(used).items()}
-    assert found["moe_offload_hits_total", None] > 0 < found["moe_offload_bytes_read_total", None]
+    assert found["moe_offload_hits_total", None] > 0 < found["moe_offload_read_bytes_total", None]
 
 
 def test_per_layer(used):
     found = scrape(used.moe_offload.serve_metrics(0, per_layer=True))
     for i, layer in enumerate(used.moe_offload.stats().layers):
-        assert found["moe_offload_hits_total", str(i)] == layer["hits"]
-        assert found["moe_offload_misses_total", str(i)] == layer["misses"]
+        assert found["moe_offload_hits_total", str(i)] == layer.hits
+        assert found["moe_offload_misses_total", str(i)] == layer.misses
     assert found["moe_offload_tokens_total", None] == used.moe_offload.stats().tokens
     assert {layer for _, layer in found} == {"0", "1", None}
 

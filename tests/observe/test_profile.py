@@ -234,7 +234,7 @@ def test_a_missing_field(path, saved, missing):
         (b"null", "profile"),
         (b"[]", "profile"),
         (b"{}", "created"),
-        (b'"moe_offload.observe.profile"', "profile"),
+        (b'"moe_offload.profile"', "profile"),
         (b"\xef\xbb\xbf{}", "BOM"),
         ("{}".encode("utf-16"), "utf-8"),
         (b"\xff\xfe\xfd", "utf-8"),
@@ -452,7 +452,7 @@ def test_a_profile_taken_while_another_thread_runs_the_model_is_one_moment_s(mon
     def counters(layer):
         found = real(layer)
         snapshot = found.snapshot()
-        layer.cache.counters.record({0: 100, 1: 100}, 100)  # what the other thread has done meanwhile
+        layer.cache.counters.count_event({0: 100, 1: 100}, 100)  # what the other thread has done meanwhile
         return snapshot
 
     monkeypatch.setattr(LayerRuntime, "counters", property(counters))

@@ -79,7 +79,7 @@ def test_the_timeline_of_a_run_adds_up_to_its_counters(tmp_path, layers, name):
     assert counters["bytes in flight"][-1]["args"] == {"bytes": 0}
     assert max(event["args"]["bytes"] for event in counters["bytes in flight"]) > 0
     assert counters["queue depth"][-1]["args"] == {"demanded": 0, "background": 0}
-    assert counters["resident rows"][-1]["args"] == {"rows": sum(row["resident"] for row in stats.layers)}
+    assert counters["resident rows"][-1]["args"] == {"rows": sum(layer.resident for layer in stats.layers)}
     assert counters["hit rate"][-1]["args"] == {"percent": round(100 * stats.hit_rate, 2)}
     assert len(counters["hit rate"]) == 6
     assert names[0] == "moe_offload" and names[FORWARDS] == "forwards" and names[WAITS] == "waits"

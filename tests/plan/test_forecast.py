@@ -16,6 +16,7 @@ import moe_offload
 from moe_offload.apps.cli import app
 from moe_offload.apps.cli.estimate import ladder
 from moe_offload.apps.families.tiny import build
+from moe_offload.checkpoint.pretrained.skeleton import read_configuration
 from moe_offload.experts import find_experts
 from moe_offload.observe.profile import Profile
 from moe_offload.plan.expected_hits import RECORDED, covered, typical
@@ -77,10 +78,9 @@ def hub(monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", answer)
     monkeypatch.setattr("moe_offload.checkpoint.outline._cached", lambda name: None)
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(MODEL)
-    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda name, **_: config)
+    monkeypatch.setattr(
+        "moe_offload.checkpoint.outline.read_configuration", lambda name, said: read_configuration(MODEL, said)
+    )
     return asked, header
 
 

@@ -17,6 +17,7 @@ from moe_offload.experts import MoELayer, RowLayout
 from moe_offload.memory.scratch import Scratch
 from moe_offload.memory.stores.host import HostStore
 from moe_offload.memory.transfer.staged import DeviceTransfer
+from moe_offload.plan.weights import scratch_rows
 from moe_offload.runtime.layer import LayerRuntime
 from moe_offload.runtime.model import Runtime
 from moe_offload.runtime.waves_device import uses
@@ -259,7 +260,7 @@ def share_of_the_bound(machine, scratch_rows, layers=8, experts=128, slots=32, p
 @pytest.mark.parametrize("machine", [H100, BALANCED, LATE], ids=["link", "balanced", "late ids"])
 def test_the_link_is_busy_while_a_prompt_is_read(machine):
     """4096 tokens of Qwen3-30B-A3B, a quarter resident, the reading of the first layer's rows included."""
-    assert share_of_the_bound(machine, OffloadConfig().scratch_rows(QWEN, "cuda:0")) >= 0.8
+    assert share_of_the_bound(machine, scratch_rows(OffloadConfig(), QWEN, "cuda:0")) >= 0.8
 
 
 def test_one_row_at_a_time_would_leave_it_idle(monkeypatch):

@@ -152,7 +152,7 @@ def test_where_every_expert_has_a_slot_the_device_decides_whatever_the_rows_rest
     want = say(resident(layers=2))
     assert torch.equal(say(model), want)
     stats = model.moe_offload.stats()
-    assert stats.by_device == 38 and [row["resident"] for row in stats.layers] == [8, 8]
+    assert stats.by_device == 38 and [layer.resident for layer in stats.layers] == [8, 8]
     cache = model.moe_offload._runtime.device_caches.caches[1]
     known = cache.kernels.decide
     cache.kernels = cache.kernels._replace(decide=raising(KeyboardInterrupt))

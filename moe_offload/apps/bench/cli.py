@@ -11,7 +11,7 @@ import typer
 
 from ...config.settings import FILE_VARIABLE
 from ...errors import ConfigError
-from ..options.checks import check_inputs, check_output, residency_share, settings
+from ..options.checks import check_model, check_output, residency_share, settings
 from ..options.flags import Budget, ConfigFile, Json
 from ..options.numbers import one_of, whole
 from .architectures import PREFIX, sizes_of
@@ -73,13 +73,13 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure offloading beside the resident model, accelerate's offload, plain mmap, and the disk or link itself."""
-    wanted = settings(config_file, budget=budget)
+    settings(config_file, budget=budget)
     if model.startswith(PREFIX):
         sizes_of(model.removeprefix(PREFIX), layers)
     elif layers is not None:
         raise ConfigError(f"--layers is for {PREFIX}NAME; {model} has the layers it has")
     else:
-        check_inputs(model, wanted)
+        check_model(model)
     for flag, read in (("--routing", routing), ("--file", file)):
         if read is not None and not read.is_file():
             raise ConfigError(f"{flag} {read}: no such file")

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ...api import make_plan
-from ...checkpoint.loading import resolve_folder, skeleton
+from ...checkpoint.outline import outline_folder
+from ...checkpoint.pretrained.download import get_folder
 from ...errors import ConfigError, ReportError
-from ...experts import find_experts
 from ...files.whole_file import save_whole
 from ...plan.budget import budget_for
 from .architectures import PREFIX
@@ -38,11 +38,11 @@ def workload(
     DEVICES[device]().check()
     if packed and device != "cpu":
         raise ConfigError("--packed is for rows that are read from disk; on a GPU they rest in RAM")
-    folder = synthetic(model.removeprefix(PREFIX), layers, cache) if model.startswith(PREFIX) else resolve_folder(model)
-    outline = skeleton(folder)
+    folder = synthetic(model.removeprefix(PREFIX), layers, cache) if model.startswith(PREFIX) else get_folder(model)
+    outline = outline_folder(folder)
     ids = _prompt_ids(folder, prompt, amounts["prompt_tokens"]) if prompt is not None else None
     tokens = (len(ids) if ids else amounts["prompt_tokens"]) + amounts["new_tokens"]
-    names = [moe.name for moe in find_experts(outline)]
+    names = [moe.name for moe in outline.moe_layers]
     config = room_for(tokens) if device == "cpu" else settings(names, tokens, "device")
     if budget is None:
         whole = make_plan(folder, 2**60, config=config)
@@ -52,7 +52,7 @@ def workload(
     return Workload(
         folder,
         {asked: make_plan(folder, budget, config=config) for asked, budget in budgets.items()},
-        outline.config.get_text_config().vocab_size,
+        outline.model.config.get_text_config().vocab_size,
         device,
         str(routing) if routing else None,
         prompt=ids,

@@ -19,7 +19,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from ...checkpoint.headers import shard_files
+from ...checkpoint.pretrained.weight_files import weight_files
 from ...errors import ConfigError
 from ...files.staging import staging_folder
 from ...memory.stores.row_reads import PART_BYTES
@@ -61,7 +61,7 @@ def bench(
             say("ours: packing")
             pack_checkpoint(work.folder, temporary / PACKED, verify="none")
         room = device.room_bytes() - KEPT_FREE_BYTES[work.device]
-        size = sum(file.stat().st_size for file in shard_files(work.folder))
+        size = sum(file.stat().st_size for file in weight_files(work.folder).files)
         if "resident" in chosen and size > room:
             say("resident: the whole model does not fit in the memory that is free; left out")
             del chosen["resident"]
@@ -166,7 +166,7 @@ def _roof(work: Workload, temporary: Path) -> Iterator[Roof]:
     if work.device == "cpu":
         # That of the very files ours reads: what was written a moment ago may lie in a cache of the host.
         packed = sorted((temporary / PACKED).glob("*.safetensors"))
-        yield DiskRoof(packed or shard_files(work.folder), min(work.row_bytes, PART_BYTES), THREADS)
+        yield DiskRoof(packed or weight_files(work.folder).files, min(work.row_bytes, PART_BYTES), THREADS)
     else:
         with link_roof(work.row_bytes, DEVICES[work.device].name) as roof:
             yield roof

@@ -17,6 +17,7 @@ from ..bench.cli import bench
 from ..families.cli import families
 from ..generate.chat import chat
 from ..generate.run import run
+from ..live.cli import top
 from ..options.ending import USAGE, Command
 from ..options.groups import summary
 from ..profile.cli import app as profile
@@ -28,7 +29,6 @@ from .env import env
 from .estimate import estimate
 from .pack import pack
 from .plan import plan
-from .top import top
 
 app = typer.Typer(
     name="moe-offload",

@@ -12,7 +12,8 @@ import typer
 
 from ...config import file as files
 from ...config.settings import OffloadConfig, active_file, from_text, origins, resolve
-from ...errors import ConfigError
+from ...errors import ConfigError, ProfileError
+from ..options.checks import check_profile
 from ..options.flags import Budget, Compile, ConfigFile, DeviceMapOption, Json, MaxMemory, Policy
 
 #: What is asked, in this order: what most people want to say once for a machine. The rest can be written by hand.
@@ -54,6 +55,8 @@ def config(
     typed |= {"policy": policy, "compile": compile, "kv_tokens": context, "offload_folder": offload_folder}
     flags = {name: _value(name, text) for name, text in typed.items() if text is not None}
     values = OffloadConfig.from_dict({**old.to_dict(), **flags})
+    if values.profile is not None:
+        check_profile(values.profile)
     if not yes:
         if not sys.stdin.isatty():
             raise ConfigError(
@@ -75,9 +78,12 @@ def _ask(values: OffloadConfig, skip: set[str], prompt: Callable[..., str]) -> O
             shown = NOTHING if now is None else now if isinstance(now, str | int) else json.dumps(now)
             try:
                 answer = _value(name, str(prompt(question, default=str(shown))))
-                values = OffloadConfig.from_dict({**values.to_dict(), name: answer})
+                asked = OffloadConfig.from_dict({**values.to_dict(), name: answer})
+                if name == "profile" and asked.profile is not None:
+                    check_profile(asked.profile)
+                values = asked
                 break
-            except ValueError as error:
+            except (ConfigError, ProfileError) as error:
                 typer.echo(f"  {error}", err=True)
     return values
 
@@ -87,6 +93,8 @@ def _value(name: str, text: str) -> Any:
 
 
 def _show(config_file: Path | None, as_json: bool) -> None:
+    file = active_file(config_file)
+    typer.echo(f"file: {file or f'none; {files.default_path()} is not there'}", err=True)
     settings, where = resolve(config_file), origins(config_file)
     if as_json:
         typer.echo(json.dumps({name: {"value": v, "from": where[name]} for name, v in settings.to_dict().items()}))

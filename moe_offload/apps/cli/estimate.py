@@ -11,7 +11,7 @@ import typer
 from ...config.settings import OffloadConfig
 from ...config.sizes import format_size, parse_size
 from ...errors import BudgetError, ConfigError
-from ..options.checks import check_inputs, settings
+from ..options.checks import check_model, settings
 from ..options.ending import EXIT_CODES
 from ..options.flags import ConfigFile, Context, Dtype, Json, ProfileIn
 
@@ -41,7 +41,7 @@ def estimate(
     if budget is not None and not sizes:
         raise ConfigError(f"--budget {budget!r} names no budget: write sizes by commas, as 4GB,8GB")
     for name in models:
-        check_inputs(name, wanted)
+        check_model(name)
     found = [_estimate(name, sizes, wanted, dtype) for name in models]
     if as_json:
         typer.echo(json.dumps(found))

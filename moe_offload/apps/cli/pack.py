@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from ...checkpoint.folder import is_folder
 from ...checkpoint.new_folder import check_new
 from ...config.sizes import size_problem
 from ...errors import ConfigError
+from ..options.checks import check_model
 from ..options.ending import INTERRUPTED, fail
 from ..options.flags import Model
 from ..options.numbers import one_of
@@ -18,7 +18,7 @@ from ..options.numbers import one_of
 
 def pack(
     model: Model,
-    out: Annotated[Path, typer.Argument(help="The new folder to write; must not exist yet.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="The folder to write; new or empty.", show_default=False)],
     max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Largest file, unless one layer is.")] = "5GB",
     verify: Annotated[
         str,
@@ -30,7 +30,7 @@ def pack(
     ] = "sample",
 ) -> None:
     """Write a copy of a checkpoint whose experts are read in one piece and without conversion."""
-    is_folder(model)
+    check_model(model)
     if wrong := size_problem(max_shard_size):
         raise ConfigError(f"--max-shard-size: size {max_shard_size!r} is not usable: {wrong}; write it as 5GB or 5GiB")
     check_new(out)

@@ -11,7 +11,7 @@ import typer
 from ...config.settings import OffloadConfig
 from ...config.sizes import parse_size
 from ...errors import BudgetError, ConfigError
-from ..options.checks import check_inputs, settings
+from ..options.checks import check_model, settings
 from ..options.ending import error_json, exit_code, fail
 from ..options.flags import Budget, ConfigFile, Context, DeviceMapOption, Dtype, Json, MaxMemory, Model, ProfileIn
 
@@ -41,7 +41,7 @@ def plan(
     wanted = settings(
         config_file, budget=budget, device_map=device_map, max_memory=max_memory, profile=profile, kv_tokens=context
     )
-    check_inputs(model, wanted)
+    check_model(model)
     from ...plan.forecast import of_outline, read_outline
 
     outline = read_outline(model, dtype)

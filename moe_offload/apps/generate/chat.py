@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from ..options.checks import check_inputs, check_output, check_tokenizer
+from ..options.checks import check_model, check_output, check_tokenizer
 from ..options.flags import Model, SaveProfile, System
 from ..options.groups import ModelFlags, SamplingFlags, flatten
 
@@ -26,7 +26,7 @@ def chat(
     as one plain text.
     """
     wanted = flags.settings()
-    check_inputs(model, wanted)
+    check_model(model)
     check_tokenizer(model)
     check_output("--save-profile", save_profile)
     from ...api import from_pretrained

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ...config.settings import DEFAULT, OffloadConfig, origins
-from ..options.checks import check_inputs, check_output, check_tokenizer
+from ..options.checks import check_model, check_output, check_tokenizer
 from ..options.ending import INTERRUPTED
 from ..options.flags import Model, SaveProfile, SaveReport, SaveTimeline, SaveTrace, System
 from ..options.groups import ModelFlags, SamplingFlags, flatten
@@ -60,7 +60,7 @@ def run(
 
         check(metrics_port)
     wanted = flags.settings()
-    check_inputs(model, wanted)
+    check_model(model)
     check_tokenizer(model)
     from ...api import from_pretrained
     from .tokenizer import load_tokenizer, read_longest_context
@@ -176,8 +176,8 @@ class Outputs:
         if self.timeline is not None:
             yield f"timeline saved to {handle.save_timeline(self.timeline)}; ui.perfetto.dev opens it"
         if self.report is not None:
-            from ..report.collect import record_of
+            from ..report.collect import collect_run
 
             name = None if wanted.profile is None else Path(wanted.profile).name
-            saved = record_of(handle, model=model, profile=name, ended_s=ended_s).save(self.report)
+            saved = collect_run(handle, model=model, profile=name, ended_s=ended_s).save(self.report)
             yield f"run saved to {saved}; moe-offload report {saved} makes a page of it"

@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from ...checkpoint.folder import is_folder
 from ...config.settings import DEFAULT, OffloadConfig, from_text, origins, resolve
 from ...config.sizes import parse_share
-from ...errors import CheckpointError, ConfigError
+from ...errors import CheckpointError, ConfigError, ProfileError, UnsupportedModelError
+from ...files.untrusted import read_bounded
+from ...files.whole_file import reason
 
+MAX_JSON_BYTES = 100_000_000  # an index of a thousand shards has a tenth of that
 #: A tokenizer is in one of these; tokenizer_config.json alone names only its class.
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken", "tekken.json", "spiece.*")
 
 
 def settings(config_file: Path | None, **flags: Any) -> OffloadConfig:
-    """The settings in force: flags (None is not given), environment, file. Raises ConfigError."""
+    """The settings in force: flags (None is not given), environment, file. Raises ConfigError, or ProfileError for a
+    profile that cannot be used, naming the file or variable that asks for it."""
     given = {name: flag for name, flag in flags.items() if flag is not None}
-    return resolve(config_file, **{n: from_text(n, f) if isinstance(f, str) else f for n, f in given.items()})
+    found = resolve(config_file, **{n: from_text(n, f) if isinstance(f, str) else f for n, f in given.items()})
+    if found.profile is not None:
+        check_profile(found.profile, "" if "profile" in given else f"{origins(config_file)['profile']}: ")
+    return found
+
+
+def check_profile(path: str | Path, asked_by: str = "") -> None:
+    """Raises ProfileError, which begins with `asked_by`."""
+    from ...observe.profile import Profile
+
+    try:
+        Profile.load(str(path))
+    except ProfileError as error:
+        raise ProfileError(f"{asked_by}{error}") from error
 
 
 def live_or_default(live: bool | None, config_file: Path | None) -> bool | None:
@@ -26,13 +46,49 @@ def live_or_default(live: bool | None, config_file: Path | None) -> bool | None:
     return True if live is None and origins(config_file)["live"] == DEFAULT else live
 
 
-def check_inputs(model: str, wanted: OffloadConfig) -> None:
-    """Whether the model and the profile are there. Raises CheckpointError or ProfileError."""
-    is_folder(model)
-    if wanted.profile is not None:
-        from ...observe.profile import Profile
+def check_model(model: str) -> None:
+    """What can be told of a local checkpoint without torch: whether it is whole, and not quantised.
 
-        Profile.load(str(wanted.profile))
+    Raises CheckpointError, or UnsupportedModelError for one that is quantised.
+    """
+    if not is_folder(model):
+        return
+    folder = Path(model)
+    config = _read_json(folder / "config.json")
+    for part in (config, config.get("text_config")):
+        quantised = part.get("quantization_config") if isinstance(part, dict) else None
+        if isinstance(quantised, dict):
+            method = quantised.get("quant_method", "an unnamed method")
+            raise UnsupportedModelError(
+                f"{model}: the checkpoint is quantised ({method}), and rows of quantised experts cannot be read "
+                "yet; use the checkpoint in bfloat16 or float32 that it was made from"
+            )
+    for file in _shards(folder):
+        try:
+            with safe_open(file, framework="np"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{file}: it is no whole safetensors file ({error}); download it again") from error
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The shards that the index lists, else all there are; none where only a plan is possible."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    listed = _read_json(index).get("weight_map")
+    names = sorted(set(listed.values())) if isinstance(listed, dict) else []
+    return [folder / name for name in names if isinstance(name, str)] if any(folder.glob("*.safetensors")) else []
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(read_bounded(file, MAX_JSON_BYTES))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: it cannot be read as JSON ({reason(error)}); download it again") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file}: it holds no JSON object; download it again")
+    return found
 
 
 def check_tokenizer(model: str) -> None:

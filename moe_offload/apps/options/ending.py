@@ -14,8 +14,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperCommand
@@ -36,7 +35,6 @@ from ...errors import (
     UnsupportedModelError,
 )
 
-T = TypeVar("T")
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 EXIT_CODES: dict[type[OffloadError], int] = {
     ConfigError: USAGE,
@@ -85,8 +83,3 @@ def fail(message: str, code: int) -> NoReturn:
     """End the command: one line on standard error, however many lines the message has."""
     typer.echo(f"moe-offload: {' '.join(message.split())}", err=True)
     raise typer.Exit(code)
-
-
-def or_exit(work: Callable[[], T], code: int = USAGE) -> T:
-    """What `work` returns."""
-    return work()

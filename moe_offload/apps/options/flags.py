@@ -63,9 +63,14 @@ Token = Annotated[str | None, typer.Option("--token", help="Access token for the
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let a checkpoint bring Python code of its own.")
 ]
+ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 Attention = Annotated[
     str | None,
-    typer.Option("--attn-implementation", help="eager, sdpa, flash_attention_2, ...; else as transformers chooses."),
+    typer.Option(
+        "--attn-implementation",
+        help="eager, sdpa, flex_attention, flash_attention_2 or _3; without it as transformers chooses.",
+        **one_of(*ATTENTIONS),
+    ),
 ]
 Threads = Annotated[
     int | None,
@@ -79,7 +84,7 @@ Temperature = Annotated[
     typer.Option("--temperature", help="Sample, the more evenly the higher; 0 is greedy.", **number(0, 100)),
 ]
 TopP = Annotated[
-    float | None, typer.Option("--top-p", help="Sample from the likeliest tokens of this share.", **number(0, 1))
+    float | None, typer.Option("--top-p", help="Sample from the likeliest tokens of this share.", **number(0.001, 1))
 ]
 TopK = Annotated[
     int | None, typer.Option("--top-k", help="Sample from this many of the likeliest tokens; 0: all.", **whole(0))

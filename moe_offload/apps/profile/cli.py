@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ...errors import ConfigError, ProfileError
-from ..options.checks import check_inputs, check_output, residency_share, settings
+from ..options.checks import check_model, check_output, residency_share, settings
 from ..options.ending import Command
 from ..options.flags import ConfigFile, Json, Model
 from ..options.groups import summary
@@ -41,7 +41,7 @@ def record(
     config_file: ConfigFile = None,
 ) -> None:
     """Run a model over texts and save which experts they use."""
-    from .texts import record_texts
+    from .texts import profile_texts
 
     check_output("--out", out)
     pairs = [entry.partition("=") for entry in meta or []]
@@ -49,8 +49,8 @@ def record(
         raise ConfigError(f"--meta {bad[0]!r}: write key=value")
     facts = {key: value for key, _, value in pairs}
     wanted = settings(config_file, budget=budget)
-    check_inputs(model, wanted)
-    made = record_texts(model, texts, max_tokens=max_tokens, meta=facts, config=wanted)
+    check_model(model)
+    made = profile_texts(model, texts, max_tokens=max_tokens, meta=facts, config=wanted)
     made.save(out)
     typer.echo(f"{made.tokens} tokens, {made.fingerprint.layers} layers: saved to {out}")
 
@@ -126,7 +126,8 @@ def _slots(profile: object, residency: str | None, model: str | None, budget: st
         return slots_at(profile, residency_share(residency))
     if model is None:
         return None
-    check_inputs(model, settings(None, budget=budget))
+    settings(None, budget=budget)
+    check_model(model)
     from ...api import make_plan
 
     plan = make_plan(model, budget)

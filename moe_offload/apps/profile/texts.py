@@ -14,10 +14,8 @@ from ...observe.profile import Profile
 if TYPE_CHECKING:
     from torch import Tensor
 
-CHUNK_TOKENS = 512  # what the budget's reserve makes room for
 
-
-def record_texts(
+def profile_texts(
     model: str,
     texts: Sequence[Path],
     *,
@@ -32,7 +30,7 @@ def record_texts(
     """
     contents = [_read(path) for path in texts]
     from ...api import from_pretrained  # seconds of torch come after what may be wrong with the texts
-    from ...checkpoint.loading import resolve_folder
+    from ...checkpoint.pretrained.download import get_folder
     from ...record import record_profile
     from ..generate.tokenizer import load_tokenizer
 
@@ -43,7 +41,7 @@ def record_texts(
     if config.budget is None and not config.max_memory:
         from transformers import AutoModelForCausalLM
 
-        loaded: Any = AutoModelForCausalLM.from_pretrained(resolve_folder(model), dtype="auto").eval()
+        loaded: Any = AutoModelForCausalLM.from_pretrained(get_folder(model), dtype="auto").eval()
         return record_profile(loaded, pieces, **meta)
     offloaded: Any = from_pretrained(model, config=config)
     with offloaded.moe_offload as handle:
@@ -53,12 +51,14 @@ def record_texts(
 def _pieces(tokenizer: Any, contents: Sequence[str], max_tokens: int | None) -> Iterator[Tensor]:
     import torch
 
+    from ...plan.weights import RESERVED_PROMPT_TOKENS
+
     left = max_tokens if max_tokens is not None else sys.maxsize
     for content in contents:
         ids = tokenizer(content, verbose=False)["input_ids"][:left]  # it warns of long texts; ours go in pieces
         left -= len(ids)
-        for begin in range(0, len(ids), CHUNK_TOKENS):
-            yield torch.tensor([ids[begin : begin + CHUNK_TOKENS]])
+        for begin in range(0, len(ids), RESERVED_PROMPT_TOKENS):
+            yield torch.tensor([ids[begin : begin + RESERVED_PROMPT_TOKENS]])
 
 
 def _read(path: Path) -> str:

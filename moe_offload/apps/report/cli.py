@@ -31,7 +31,7 @@ def report(
     loaded = RunRecord.load(run)
     typer.echo(f"{write_page(loaded, out)}")
     if save_charts is not None:
-        from .png import write_png
+        from .charts import write_png
 
         for path in write_png(loaded, save_charts):
             typer.echo(f"{path}")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...config.settings import OffloadConfig
-from ..options.checks import check_inputs, check_output
+from ..options.checks import check_model, check_output
 from ..options.ending import INTERRUPTED, fail
 from ..options.flags import Model, SaveProfile
 from ..options.groups import ModelFlags, flatten
@@ -42,7 +42,7 @@ def serve(
     Ctrl-C stops: running requests have ten seconds, then the profile is saved. A second one does not wait.
     """
     wanted = flags.settings()
-    check_inputs(model, wanted)
+    check_model(model)
     check_output("--save-profile", save_profile)
     name, stop = name or model, Stop()
     try:

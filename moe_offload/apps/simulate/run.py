@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...cache import ORACLES, POLICIES, Policy
+from ...cache import POLICIES, Policy
 from ...config.settings import OffloadConfig
 from ...config.sizes import parse_share
 from ...errors import ConfigError
@@ -25,7 +25,9 @@ from . import plain
 from .stream import Stream, per_layer, pooled
 
 ALL = ["lru", "lfu", "decayed_lfu:16", "decayed_lfu:64", "decayed_lfu:256", "lrfu_classes", "tiny_lfu", "default"]
-ALL += ["belady", "belady_bypass"]
+#: Those that are told what is to come (`cache/belady.py`): bounds, no policies.
+ORACLES = ("belady", "belady_bypass")
+ALL += ORACLES
 STARTS = ("warm", "cold")
 FIRST_TOKENS = 32  # of a request, reported apart
 
@@ -60,8 +62,8 @@ def simulate(
     pool: bool = False,
     extra: Mapping[str, Make] | None = None,
 ) -> list[SimulationResult]:
-    """One row each. A policy is a name of POLICIES, with ":half_life" where it has one, of ORACLES, "belady_bypass",
-    "default" (the product's), or one of `extra`: your own, made from (experts, half_life).
+    """One row each. A policy is a name of POLICIES, with ":half_life" where it has one, of ORACLES, "default" (the
+    product's), or one of `extra`: your own, made from (experts, half_life).
 
     Raises ConfigError for a policy, capacity or start that does not exist.
     """
@@ -99,15 +101,15 @@ def slots_of(trace: Trace, share: float) -> list[int]:
 
 
 class _Replay:
-    """`asked_V`, `hits_V` of a stream, from an empty cache: compiled where that is built in, else through the cache."""
+    """`asked_V`, `hits_V` of a stream, from an empty cache: compiled where it is built in, else through the cache."""
 
     def __init__(self, make: Callable[[Stream], Policy], kind: str, half_life: float):
         self.make, self.kind, self.half_life = make, kind, half_life
 
     def __call__(self, stream: Stream, slots: int) -> tuple[Ints, Ints]:
         fast = _fast()
-        if self.kind == "belady_bypass":
-            found: tuple[Ints, Ints] = (fast or plain).replay_bypass(stream, slots)
+        if self.kind in ORACLES:
+            found: tuple[Ints, Ints] = plain.replay_min(stream, slots, bypass=self.kind == "belady_bypass")
         elif fast and self.kind in fast.KINDS:
             found = fast.replay(stream, slots, self.kind, self.half_life)
         else:
@@ -137,12 +139,10 @@ def _replay(name: str, extra: Mapping[str, Make]) -> _Replay:
     except ValueError:
         raise ConfigError(f"policy {name!r}: only decayed_lfu takes a half-life, in tokens: decayed_lfu:32") from None
     base = default.policy if base == "default" else base
-    if base in ORACLES:
-        return _Replay(lambda stream: ORACLES[base](stream.num_experts, [e.used for e in stream.events()]), base, 0.0)
     if base in POLICIES:
         return _Replay(lambda stream: POLICIES[base](stream.num_experts, half_life), base, half_life)
-    if base != "belady_bypass":
-        known = ["default", *POLICIES, *ORACLES, "belady_bypass", *extra]
+    if base not in ORACLES:
+        known = ["default", *POLICIES, *ORACLES, *extra]
         raise ConfigError(f"policy {name!r} does not exist; there are {', '.join(known)}, and all")
     return _Replay(lambda stream: POLICIES["lru"](stream.num_experts, half_life), base, half_life)
 

@@ -5,7 +5,7 @@
                 of this thread, then one copy; a quarter of the processor time of a read through the page cache
     buffered    the file system refuses O_DIRECT: an ordinary read
 
-Short reads and interruptions are gone on from; EIO and EAGAIN are tried once more.
+After a short read or an interruption the rest is read; after EIO and EAGAIN the read is tried once more.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class DataFile:
             if count == 0:
                 raise ExpertReadError(
                     f"{who}: {self.path} was truncated: {offset + needed - at} bytes are missing at offset {at}; it "
-                    f"had {self.size} bytes when it was opened. Restore it and load the model again."
+                    f"had {self.size} bytes when it was opened. Restore it and load the model again"
                 )
             at += count
             buffers = _after(buffers, count)
@@ -116,7 +116,7 @@ class DataFile:
         return ExpertReadError(
             f"{who}: reading {offset + needed - at} bytes at offset {at} of {self.path} failed"
             f"{' twice' if retried else ''} with {name} ({error.strerror}). Check the disk or the network mount; the "
-            "next call tries again."
+            "next call tries again"
         )
 
 

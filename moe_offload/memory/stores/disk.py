@@ -1,4 +1,4 @@
-"""Rows resting in files: each row a handful of reads that several threads can do at once.
+"""The disk store: rows in checkpoint files (or a spill file), each a handful of reads that threads share.
 
 Descriptors are opened once and kept, so a checkpoint that is deleted or replaced meanwhile is still read as it was. A
 file that was modified in place is noticed (size, modification time) and never served. Nothing is memory-mapped.
@@ -93,10 +93,10 @@ class DiskStore:
             found = self._files[file].stamp()
         except OSError as error:
             hint = "raise `ulimit -n`" if error.errno == errno.EMFILE else "check that it is there and may be read"
-            raise CheckpointError(f"{file}: cannot be opened to read experts: {error}; {hint}.") from error
+            raise CheckpointError(f"{file}: cannot be opened to read experts: {error}; {hint}") from error
         if not self._is_unchanged(file, found):
             raise CheckpointChangedError(
-                f"{file}: replaced or modified since its header was read; let what writes it finish, then load again."
+                f"{file}: replaced or modified since its header was read; let what writes it finish, then load again"
             )
 
     def _fill(self, part: FileRead, row: memoryview, scratch: memoryview, who: str) -> None:
@@ -127,7 +127,7 @@ class DiskStore:
                 self._close_if_idle()
 
     def _is_closed(self) -> ClosedError:
-        return ClosedError("this store was closed, and its files with it. Offload the model again to go on.")
+        return ClosedError("this store was closed, and its files with it. Offload the model again to go on")
 
     def _close_if_idle(self) -> None:
         if self._closed and not self._reading:
@@ -146,12 +146,12 @@ class DiskStore:
         try:
             found: FileStamp = self._files[file].stamp()
         except OSError as error:
-            raise ExpertReadError(f"{who}: {file} can no longer be examined: {error}. Check the mount.") from error
+            raise ExpertReadError(f"{who}: {file} can no longer be examined: {error}. Check the mount") from error
         if not self._is_unchanged(file, found):
             raise CheckpointChangedError(
                 f"{who}: {file} was modified after it was opened ({known.size} bytes then, {found.size} now); its "
                 "bytes are not used. Restore it and load the model again; to update a checkpoint, write a new file and "
-                "rename it."
+                "rename it"
             )
 
 

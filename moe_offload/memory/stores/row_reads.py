@@ -19,8 +19,8 @@ from ...checkpoint.row_index import Piece, RowSource
 from ...experts import FIELD_ALIGN, round_up
 from ...files.file_stamp import FileStamp
 
-#: One read in flight. Measured on a virtio disk (README): 1 to 3 MB are equally fast, and a row of 9 MB in one read
-#: leaves the disk idle whenever only one row is missing.
+#: The longest single read. Measured on a virtio disk, reads of 1 to 3 MB were equally fast; a row of 9 MB in one read
+#: would keep one thread busy and leave the others idle whenever only one row is missing.
 PART_BYTES = 2 << 20
 PAGE = 4096
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from ...checkpoint.row_index import RowIndex, RowSource, row_at
+from ...config.sizes import format_size
 from ...errors import OffloadError
 from ...experts import MoELayer
 from ...files.file_stamp import FileStamp
@@ -45,7 +46,7 @@ def spill(
         opened = undo.enter_context(create_private(file))
         file.unlink()
         if shutil.disk_usage(folder).free < total:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # known now, rather than after hours of writing
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # said before writing begins, not when it fails
         _write_rows(opened.fileno(), chosen, progress)
         index = _index(file, moe_layers, chosen, FileStamp.of(opened.fileno()))
     except BaseException as error:
@@ -68,7 +69,7 @@ def _write_rows(descriptor: int, chosen: Sequence[MoELayer], progress: Callable[
                 done, rest = done + count, rest[count:]
             progress(row.nbytes)
     os.fdatasync(descriptor)
-    if hasattr(os, "posix_fadvise"):  # pages still cached would hold the memory that the budget gave up
+    if hasattr(os, "posix_fadvise"):  # the page cache would hold as much RAM as was freed
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
@@ -85,10 +86,11 @@ def _index(file: Path, moe_layers: Sequence[MoELayer], chosen: Sequence[MoELayer
 
 def _cannot_spill(folder: Path, total: int, error: OSError) -> OffloadError:
     try:
-        free = f"{shutil.disk_usage(folder).free} bytes free"
+        free = f"{format_size(shutil.disk_usage(folder).free)} free"
     except OSError:
         free = "free space unknown"
     return OffloadError(
-        f"{folder}: cannot take the {total} bytes of experts that are to rest on disk: {error.strerror} ({free}). Give "
-        "offload_folder a place with enough space, or load from a checkpoint, whose own files are read in place."
+        f"{folder}: cannot take the {format_size(total)} ({total} bytes) of experts that are to rest on disk: "
+        f"{error.strerror} ({free}). Give offload_folder a place with enough space, or load from a checkpoint, whose "
+        "own files are read in place"
     )

@@ -156,7 +156,7 @@ class DeviceTransfer(ThreadTransfer):
         if staging is None:
             raise ExpertReadError(
                 f"no staging row of {row_bytes} bytes has come free in {TIMEOUT_S:.0f} s; {self._state()}. The disk or "
-                "mount does not answer; if it goes on so, load the model again."
+                "mount does not answer; if it goes on so, load the model again"
             )
         try:
             if staging.last is not None:

@@ -19,10 +19,10 @@ from .ticket import Ticket
 
 logger = logging.getLogger("moe_offload")
 
-THREADS = 4  # reads in flight; measured: more do not help (README)
-GET_GOING_S = 0.002  # threads that are not up by then are not worth waiting for
-SLOW_S = 5.0  # a wait as long as this is worth a line in the log
-TIMEOUT_S = 300.0  # and after this it is an error: nothing waits for ever
+THREADS = 4  # reads in flight; on the disks that were measured, more were not faster
+GET_GOING_S = 0.002  # `get_going` waits so long for the threads to take up their reads: they then need no core
+SLOW_S = 5.0  # a row that takes longer is logged
+TIMEOUT_S = 300.0  # a row that takes longer is an error, so that a disk that hangs does not hang the caller for ever
 
 
 class ThreadTransfer:
@@ -62,7 +62,7 @@ class ThreadTransfer:
                 (self._demanded if ticket.demanded else self._background).append(ticket)
                 self._changed.notify(len(ticket.queued))
                 self._has_changed()
-        except BaseException:  # no thread could be started, or Ctrl-C: nobody will hear of this ticket
+        except BaseException:  # no thread could be started, or Ctrl-C: the caller never gets this ticket to wait for
             self.cancel([ticket])
             raise
 
@@ -74,7 +74,7 @@ class ThreadTransfer:
             if waited > TIMEOUT_S:
                 raise ExpertReadError(
                     f"{ticket.name}: its row has not arrived after {waited:.0f} s; {self._state()}. The disk or mount "
-                    "does not answer; if it goes on so, load the model again."
+                    "does not answer; if it goes on so, load the model again"
                 )
             if not warned:
                 warned = True
@@ -84,7 +84,10 @@ class ThreadTransfer:
         return ticket.nbytes
 
     def get_going(self) -> None:
-        """A thread that wakes up while all cores compute waits for its turn, 3 ms on Linux, and the disk with it."""
+        """Wait until the reader threads have begun.
+
+        Once all cores compute, a thread that wakes up waits some 3 ms for a core (Linux), and the disk idles meanwhile.
+        """
         if not self._here():
             return
         with self._lock:
@@ -188,7 +191,7 @@ class ThreadTransfer:
             try:
                 if ticket.error is None:
                     part()
-            except BaseException as error:  # whatever it is, it belongs to the forward that waits
+            except BaseException as error:  # raised again by `wait`, in the forward that needs the row
                 ticket.error = ticket.error or error
             self._part_done(ticket)
             del part, ticket  # an idle thread would hold on to the row's memory
@@ -232,7 +235,7 @@ class ThreadTransfer:
         count = len(ticket.queued)
         if count:
             ticket.error = ticket.error or why
-            ticket.queued = nothing  # from here on no call that Ctrl-C could end: what is dropped twice counts once
+            ticket.queued = nothing  # first, and no call after it: if Ctrl-C makes us drop it twice, it counts once
             ticket.unfinished -= count
             ticket.dropped += count
         self._has_changed()
@@ -258,7 +261,7 @@ class ThreadTransfer:
             raise self._is_closed()
 
     def _is_closed(self) -> ClosedError:
-        return ClosedError("this transfer was closed. Offload the model again to go on.")
+        return ClosedError("this transfer was closed. Offload the model again to go on")
 
     def _state(self) -> str:
         with self._lock:

@@ -14,7 +14,7 @@ SWITCH, TEXT, FILE, NUMBER, WORD, MANY = "switch", "text", "file", "number", "wo
 
 #: Flag -> (what it takes, how its help begins). In every command that has it, but for `DIFFERENT`.
 FLAGS: dict[str, tuple[str, str]] = {
-    "--attn-implementation": (TEXT, "eager, sdpa"),
+    "--attn-implementation": (WORD, "eager, sdpa"),
     "--budget": (TEXT, "All the model may hold"),
     "--cache": (FILE, "Where synthetic"),
     "--chat": (SWITCH, "The prompt is a message"),

@@ -98,7 +98,7 @@ def test_a_plot_without_matplotlib(path, tmp_path, monkeypatch):
 
 def test_a_policy_of_one_s_own(path):
     class Random:
-        def record(self, used, tokens):
+        def access(self, used, tokens):
             pass
 
         def victims(self, candidates, n):
@@ -115,7 +115,7 @@ def test_a_policy_of_one_s_own(path):
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the recorded traces are not here")
 def test_recorded_routing():
-    """The reference of ../shared/traces/README.md, within 0.1 points and its rounding; a slice is replayed plainly."""
+    """The reference that is beside the traces, within 0.1 points and its rounding; a slice is replayed plainly."""
     trace = Trace.load(SHARED / "qwen3-30b-a3b_k6_bigmoeonedge.npz")
     policies = ["lru", "lfu", "decayed_lfu:16", "decayed_lfu:64", "decayed_lfu:256", "belady", "belady_bypass"]
     rates = [100 * row.hit_rate for row in simulate([trace], policies, ["25%", "50%"])]
@@ -123,7 +123,7 @@ def test_recorded_routing():
     assert rates == pytest.approx(reference, abs=0.15)
     law = Trace.load(SHARED / "deepseek-v2-lite_esft_law.npz").requests(0, 1)
     for stream in run.per_layer(law)[::9]:
-        for name in ("default", "decayed_lfu:16", "lrfu_classes", "belady"):
+        for name in ("default", "decayed_lfu:16", "lrfu_classes"):
             replay = run._replay(name, {})
             wanted = plain.replay_policy(stream, 16, replay.make(stream))
             assert replay(stream, 16)[1].tolist() == wanted[1].tolist()

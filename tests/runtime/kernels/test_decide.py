@@ -36,8 +36,6 @@ class Both:
         want = self.cache.lookup(used, tokens)
         for load in want:
             self.cache.commit(load, 1)
-        for e, uses in used.items():
-            self.cache.counters.counts[e] += uses
         if tokens not in self.paces:
             self.paces[tokens] = pace(tokens, self.half_life, self.device)
         loads = self.loads.setdefault(len(ids), Loads.empty(len(ids), self.device))

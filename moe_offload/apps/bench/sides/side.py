@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from ....checkpoint.loading import skeleton
-from ....experts import find_experts
+from ....cache.counters import Stats
+from ....checkpoint.outline import outline_folder
 from ..devices import DEVICES
 from ..request import ask
 from ..routing import Routing, install, load_recorded
@@ -30,7 +30,6 @@ from .contenders import CPU_SIDES, Contender, Job
 from .gpu_contenders import GPU_SIDES
 from .lifeline import end_with
 
-COUNTERS = ("hits", "misses", "bytes_read", "stall_s")
 SIDES: dict[str, dict[str, Contender]] = {"cpu": CPU_SIDES, "cuda": GPU_SIDES}
 
 
@@ -51,7 +50,7 @@ class Side:
         self.model = self.contender.load(self.job)
         self.device.settle()
         load_s = time.perf_counter() - begun
-        moe_layers = find_experts(skeleton(self.job.folder))
+        moe_layers = outline_folder(self.job.folder).moe_layers
         first = moe_layers[0]
         recorded = None
         if self.routing_file is not None:
@@ -112,8 +111,8 @@ class Side:
         self._peaks.append(self.device.take_peak())
         if not self._handle:
             return {}
-        stats = self._handle.stats()
-        return {name: getattr(stats, name) for name in COUNTERS}
+        stats: Stats = self._handle.stats()
+        return dict(stats.values())
 
 
 def main() -> None:

@@ -11,9 +11,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from ...cache.counters import Counters
 from ...config.sizes import format_size
+from ...observe.live.snapshot import Snapshot
 from .rates import Rates
-from .snapshot import Snapshot
 
 LINES = "▁▂▃▄▅▆▇█"
 BAR = 12  # characters
@@ -41,7 +42,11 @@ def _totals(now: Snapshot, rates: Rates | None, speeds: Sequence[float]) -> Tabl
     if rates is not None:
         table.add_row("speed", f"{rates.tokens_per_s:.1f} tokens/s", sparkline(speeds))
     lately = "" if rates is None else f"{share(rates.hit_rate)} now, "
-    table.add_row("hit rate", f"{lately}{share(now.hit_rate)} overall", f"{now.hits} of {now.requests} requests")
+    table.add_row(
+        "hit rate",
+        f"{lately}{rate_of(now)} overall",
+        f"{now.hits} of {now.requests} requests",
+    )
     lately = "" if rates is None else f"{format_size(int(rates.bytes_per_s))}/s, "
     ahead = f"{now.ahead} rows read ahead, {now.late} of them late" if now.ahead else ""
     table.add_row("read", f"{lately}{format_size(now.moved_bytes)} in all", ahead)
@@ -72,7 +77,10 @@ def _layers(now: Snapshot, rates: Rates | None, height: int) -> Table:
                 continue
             layer = now.layers[i]
             cells += [f"{i}", f"{layer.resident}/{layer.slots}", f"{layer.experts}"]
-            cells += [ProgressBar(total=1.0, completed=layer.hit_rate or 0.0, width=BAR), share(layer.hit_rate)]
+            cells += [
+                ProgressBar(total=1.0, completed=layer.hit_rate, width=BAR),
+                rate_of(layer),
+            ]
             cells += [] if rates is None else [share(rates.hit_rates[i])]
             cells.append("")
         table.add_row(*cells)
@@ -87,6 +95,10 @@ def sparkline(values: Sequence[float]) -> str:
 
 def share(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
+
+
+def rate_of(counted: Counters) -> str:
+    return share(counted.hit_rate if counted.requests else None)
 
 
 def _clean(text: str) -> str:

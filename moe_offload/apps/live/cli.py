@@ -15,8 +15,8 @@ from ..options.ending import fail
 from ..options.numbers import seconds
 
 if TYPE_CHECKING:
-    from ...observe.live.client import Place
     from ...observe.live.snapshot import Snapshot
+    from .client import Place
 
 HISTORY = 40  # looks in the line of speeds
 ENDING_S = 2.0  # a process that ends closes its model first
@@ -37,7 +37,7 @@ def top(
         place, first = _find(target)
         if as_json:
             for snapshot in _looks(place, first, once, interval):
-                typer.echo(snapshot.model_dump_json())
+                typer.echo(snapshot.to_json().decode())
         else:
             _show(place, first, once, interval)
         if not once:
@@ -49,7 +49,7 @@ def top(
 
 def _find(target: str | None) -> tuple[Place, Snapshot]:
     """The one model that is meant; exit code 1 where there is none, 2 where there are several."""
-    from ...observe.live.client import running
+    from .client import running
 
     if target is not None and not re.fullmatch(r"\d+(-\d+)?", target):
         fail(f"{target!r} is no process: give its number, as in 4242, or 4242-2 for its second model", 2)
@@ -69,7 +69,7 @@ def _find(target: str | None) -> tuple[Place, Snapshot]:
 
 def _looks(place: Place, first: Snapshot, once: bool, interval: float) -> Iterator[Snapshot]:
     """A snapshot now and one each `interval` seconds, until the model is gone."""
-    from ...observe.live.client import GoneError, SilentError, ask
+    from .client import GoneError, SilentError, ask
 
     yield first
     while not once:
@@ -86,8 +86,8 @@ def _show(place: Place, first: Snapshot, once: bool, interval: float) -> None:
     from rich.console import Console
     from rich.live import Live
 
-    from ...observe.live.rates import between
-    from ...observe.live.screen import screen
+    from .rates import between
+    from .screen import screen
 
     console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:  # a file or a pipe has no width

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 
 from ...errors import LiveError
-from .folder import SUFFIX, check, folders
-from .snapshot import MAX_BYTES, Snapshot
+from ...observe.live.folder import SUFFIX, check, folders
+from ...observe.live.snapshot import MAX_BYTES, Snapshot
 
 ANSWER_S = 3.0  # a process that compiles or computes may need a moment to come to its live view
 

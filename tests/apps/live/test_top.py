@@ -18,9 +18,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from moe_offload.apps.cli import app
-from moe_offload.observe.live.client import running
-from moe_offload.observe.live.rates import between
-from moe_offload.observe.live.screen import screen, sparkline
+from moe_offload.apps.live.client import running
+from moe_offload.apps.live.rates import between
+from moe_offload.apps.live.screen import screen, sparkline
 from moe_offload.observe.live.snapshot import Snapshot
 from tests.fakes.watched import ROOT, models, use_folder
 
@@ -131,27 +131,21 @@ def test_it_needs_no_torch(folder):
     program = (
         "import sys\nfrom moe_offload.apps.cli import app\n"
         "try:\n    app(['top'])\nexcept SystemExit:\n    pass\n"
-        "assert 'torch' not in sys.modules and 'moe_offload.observe.live.client' in sys.modules"
+        "assert 'torch' not in sys.modules and 'moe_offload.apps.live.client' in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
 
-COUNTS = {
-    "streamed": 0, "prewarm_bytes": 0, "ahead": 0, "late": 0, "wasted_bytes": 0,
-}  # fmt: skip
-
-
 def look(seconds: float, tokens: int, hits: int, misses: int, stall_s: float, layers: int = 2) -> Snapshot:
     asked = {"tokens": tokens, "hits": hits, "misses": misses, "stall_s": stall_s, "bytes_read": misses * 1000}
-    layer = {"name": "l", "experts": 8, "slots": 4, "resident": 3, "row_bytes": 1000, **asked, **COUNTS}
-    return Snapshot.model_validate(
-        {
-            **{"model": "org/[red]name\x1b[2J", "pid": 7, "uptime_s": seconds, "budget_bytes": 10**9},
-            **{"plan": {"slots": 10**9}, "rss_bytes": 2 * 10**9, "graphs": 2, "queued": 3, "reading": 4},
-            **{"layers": [layer] * layers, **asked, **COUNTS},
-        }
-    )
+    layer = {"name": "l", "experts": 8, "slots": 4, "resident": 3, "row_bytes": 1000, **asked}
+    facts = {
+        **{"format": "moe_offload.live", "version": 1, "model": "org/[red]name\x1b[2J", "pid": 7, "uptime_s": seconds},
+        **{"budget_bytes": 10**9, "plan": {"slots": 10**9}, "rss_bytes": 2 * 10**9, "graphs": 2, "queued": 3},
+        **{"reading": 4, "layers": [layer] * layers, **asked},
+    }
+    return Snapshot.of(json.dumps(facts).encode())
 
 
 def drawn(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .snapshot import Counts, Snapshot
+from ...cache.counters import Counters
+from ...observe.live.snapshot import Snapshot
 
 
 @dataclass(frozen=True)
@@ -25,15 +26,15 @@ def between(before: Snapshot, now: Snapshot) -> Rates | None:
     same = before.pid == now.pid and len(before.layers) == len(now.layers)
     if passed_s <= 0 or not same:
         return None
+    since = now - before
     return Rates(
-        tokens_per_s=(now.tokens - before.tokens) / passed_s,
-        bytes_per_s=(now.moved_bytes - before.moved_bytes) / passed_s,
-        stall_share=min((now.stall_s - before.stall_s) / passed_s, 1.0),
-        hit_rate=_hit_rate(before, now),
-        hit_rates=[_hit_rate(a, b) for a, b in zip(before.layers, now.layers, strict=True)],
+        tokens_per_s=since.tokens / passed_s,
+        bytes_per_s=since.moved_bytes / passed_s,
+        stall_share=min(since.stall_s / passed_s, 1.0),
+        hit_rate=_hit_rate(since),
+        hit_rates=[_hit_rate(b - a) for a, b in zip(before.layers, now.layers, strict=True)],
     )
 
 
-def _hit_rate(before: Counts, now: Counts) -> float | None:
-    requests = now.requests - before.requests
-    return (now.hits - before.hits) / requests if requests > 0 else None
+def _hit_rate(since: Counters) -> float | None:
+    return since.hit_rate if since.requests > 0 else None
