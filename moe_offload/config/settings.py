@@ -2,7 +2,7 @@
 
     keyword argument or flag  >  environment variable MOE_OFFLOAD_<FIELD>  >  configuration file  >  default
 
-The file is the one that was named (`config="settings.yaml"`, `--config_file`), else the one MOE_OFFLOAD_CONFIG_FILE
+The file is the one that was named (`config="settings.yaml"`, `--config-file`), else the one MOE_OFFLOAD_CONFIG_FILE
 names, else $HF_HOME/moe_offload/default_config.yaml if there is one. `accelerate launch` and `torchrun` hand the
 environment on to every process, so both work under them.
 """
