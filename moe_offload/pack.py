@@ -16,7 +16,8 @@ from typing import Any, cast
 
 import torch
 
-from .checkpoint.headers import INDEX, Headers
+from .checkpoint.folder import INDEX
+from .checkpoint.headers import Headers
 from .checkpoint.new_folder import check_new, new_folder
 from .checkpoint.outline import outline_folder
 from .checkpoint.packed import ABSENT, ROWS, SOURCES, Stored, index_stored, is_packed, read_stored

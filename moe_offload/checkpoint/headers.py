@@ -23,7 +23,6 @@ from ..errors import CheckpointError
 from ..files.file_stamp import FileStamp
 
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
-INDEX = "model.safetensors.index.json"
 
 _DTYPE_NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",

@@ -25,13 +25,17 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..config.sizes import format_size
 from ..errors import OffloadError, PackError, SaveError
 from ..files.moves import Moves, NotTakenBack, all_or_nothing
 from ..files.staging import staging_folder
 from ..files.whole_file import reason, sync, sync_folder
-from .headers import INDEX, Headers
+from .folder import INDEX
+
+if TYPE_CHECKING:  # torch is slow to import, and what cannot be written is said before
+    from .headers import Headers
 
 CONFIG, SINGLE, POINTER = "config.json", "model.safetensors", "transformers_weights"
 ASIDE = ".aside"  # in the hidden folder: what is replaced, until all is done

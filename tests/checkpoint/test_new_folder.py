@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedConfig
 from transformers.modeling_utils import _get_resolved_checkpoint_files
 
-from moe_offload.checkpoint.headers import INDEX
+from moe_offload.checkpoint.folder import INDEX
 from moe_offload.checkpoint.new_folder import new_checkpoint, new_folder
 from moe_offload.errors import OffloadError, PackError, SaveError
 from moe_offload.files import moves

@@ -23,7 +23,7 @@ import moe_offload
 from moe_offload import ClosedError, ConfigError, OffloadError, SaveError, pack_checkpoint
 from moe_offload.apps.families.tiny import build
 from moe_offload.checkpoint.conversion import Join, Regroup, Swap, convert_tensors, restore_tensors
-from moe_offload.checkpoint.headers import INDEX
+from moe_offload.checkpoint.folder import INDEX
 from moe_offload.files.moves import Moves
 from moe_offload.memory.stores.disk import DiskStore
 from moe_offload.runtime.model import Runtime

@@ -17,7 +17,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ...errors import CheckpointError
-from ..headers import INDEX, MAX_HEADER_BYTES
+from ..folder import INDEX
+from ..headers import MAX_HEADER_BYTES
 
 SINGLE = "model.safetensors"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
