@@ -13,7 +13,7 @@ from ...checkpoint.folder import LFS_POINTER, is_folder
 from ...config.settings import DEFAULT, OffloadConfig, from_text, origins, resolve
 from ...config.sizes import parse_share
 from ...errors import CheckpointError, ConfigError, ProfileError
-from ...files.untrusted import read_bounded
+from ...files.untrusted import open_regular, read_bounded
 from ...files.whole_file import reason
 
 MAX_JSON_BYTES = 100_000_000  # an index of a thousand shards has a tenth of that
