@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,9 @@ from typing import Any, cast
 
 import torch
 
-from .checkpoint.headers import INDEX, Headers
+from .checkpoint.folder import INDEX
+from .checkpoint.headers import Headers
+from .checkpoint.new_folder import check_new, new_folder
 from .checkpoint.outline import outline_folder
 from .checkpoint.packed import ABSENT, ROWS, SOURCES, Stored, index_stored, is_packed, read_stored
 from .checkpoint.packed_format import describe, parse_sources, rows_metadata, sources_metadata
@@ -25,7 +26,6 @@ from .checkpoint.pretrained.arguments import Arguments, sort_arguments
 from .checkpoint.pretrained.download import get_folder
 from .checkpoint.row_index import RowIndex, index_rows
 from .checkpoint.shards import Entry, Shard, file_name, header, split, write_shard
-from .checkpoint.staging_folder import check_new, new_folder
 from .config.sizes import parse_size
 from .errors import CheckpointChangedError, CheckpointError, ConfigError, PackError
 from .experts import MoELayer
@@ -215,14 +215,13 @@ def dense_parts(shard: Shard, headers: Headers) -> Iterator[memoryview]:
         for entry in shard.entries:
             range_ = headers[entry.key]
             if range_.file not in files:
-                descriptor = os.open(range_.file, os.O_RDONLY | os.O_CLOEXEC)
-                files[range_.file] = opened.enter_context(contextlib.closing(DataFile(range_.file, descriptor)))
+                files[range_.file] = opened.enter_context(contextlib.closing(DataFile(range_.file)))
             for at in range(0, range_.nbytes, PART_BYTES):
                 chunk = part[: min(PART_BYTES, range_.nbytes - at)]
                 files[range_.file].read(range_.offset + at, [chunk], entry.key)
                 yield chunk
         for path, file in files.items():
-            if file.stamp() != headers.stamps[path]:
+            if headers.stamps[path].followed_by(file.stamp(), path) is None:
                 raise CheckpointChangedError(f"{path}: was modified while it was packed. Let it rest and pack again")
 
 
