@@ -96,7 +96,7 @@ def knows_core(core: Core) -> bool:
     return any(known.key == core.key for known in _CORES)
 
 
-def _bound(tensor: Tensor) -> Any:
+def _server_of(tensor: Tensor) -> Any:
     try:
         return _BOUND[tensor.data_ptr()]
     except KeyError:
@@ -106,39 +106,39 @@ def _bound(tensor: Tensor) -> Any:
         ) from None
 
 
-def _fetch(ids: Tensor, bank: Tensor) -> Tensor:
-    slots: Tensor = _bound(bank).fetch(ids)
+def _run_fetch(ids: Tensor, bank: Tensor) -> Tensor:
+    slots: Tensor = _server_of(bank).fetch(ids)
     return slots
 
 
-def _place(ids: Tensor, bank: Tensor) -> Tensor:
-    slots: Tensor = _bound(bank).place(ids)
+def _run_place(ids: Tensor, bank: Tensor) -> Tensor:
+    slots: Tensor = _server_of(bank).place(ids)
     return slots
 
 
-def _wait(slots: Tensor, bank: Tensor) -> Tensor:
-    loaded: Tensor = _bound(bank).wait(slots)
+def _run_wait(slots: Tensor, bank: Tensor) -> Tensor:
+    loaded: Tensor = _server_of(bank).wait(slots)
     return loaded
 
 
-def _stream(
+def _run_stream(
     x: Tensor, ids: Tensor, bank: Tensor, others: list[Tensor], core: int, shape: list[int], dtype: torch.dtype
 ) -> Tensor:
-    out: Tensor = _bound(bank).stream(x, ids, _CORES[core], others)
+    out: Tensor = _server_of(bank).stream(x, ids, _CORES[core], others)
     return out
 
 
-def _prefetch(ids: Tensor, bank: Tensor) -> None:
-    _bound(bank).prefetch(ids)
+def _run_prefetch(ids: Tensor, bank: Tensor) -> None:
+    _server_of(bank).prefetch(ids)
 
 
-def _observe(ids: Tensor, weight: Tensor) -> Tensor:
-    _bound(weight).observe(ids)
+def _run_observe(ids: Tensor, weight: Tensor) -> Tensor:
+    _server_of(weight).observe(ids)
     return ids.clone()
 
 
-def _experts(x: Tensor, ids: Tensor, weights: Tensor, bank: Tensor) -> Tensor:
-    out: Tensor = _bound(bank).experts(x, ids, weights)
+def _run_experts(x: Tensor, ids: Tensor, weights: Tensor, bank: Tensor) -> Tensor:
+    out: Tensor = _server_of(bank).experts(x, ids, weights)
     return out
 
 
@@ -153,13 +153,13 @@ def serve_grouped_mm(kernel: Callable[[Tensor, Tensor, Tensor], Tensor], dispatc
 
 
 for _name, _kernel in {
-    "fetch": _fetch,
-    "place": _place,
-    "wait": _wait,
-    "stream": _stream,
-    "prefetch": _prefetch,
-    "observe": _observe,
-    "experts": _experts,
+    "fetch": _run_fetch,
+    "place": _run_place,
+    "wait": _run_wait,
+    "stream": _run_stream,
+    "prefetch": _run_prefetch,
+    "observe": _run_observe,
+    "experts": _run_experts,
 }.items():
     LIB.impl(_name, _kernel, "CompositeExplicitAutograd")
 serve_grouped_mm(run_groups, "CompositeExplicitAutograd")

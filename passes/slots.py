@@ -30,7 +30,7 @@ from .erase import erase_orphans
 from .find import Site
 
 
-def slots(
+def rename_to_slots(
     graph: Graph, *, sites: Sequence[Site], banks: Mapping[Hashable, Bank], on_device: Collection[Hashable] = ()
 ) -> list[Site]:
     """Rewrite every site whose pairs always fit its bank; return those sites.
@@ -41,12 +41,12 @@ def slots(
     done = [site for site in sites if site.pairs is not None and site.pairs <= banks[site.layer].slots]
     by_device = on_device if len(done) == len(sites) else ()
     for site in done:
-        slots_P = _fetch(graph, site, site.layer in by_device)
+        slots_P = _insert_fetch(graph, site, site.layer in by_device)
         _read_bank(graph, site, banks[site.layer], slots_P)
     return done
 
 
-def _fetch(graph: Graph, site: Site, by_device: bool) -> Node:
+def _insert_fetch(graph: Graph, site: Site, by_device: bool) -> Node:
     """Ask for the rows as early as the ids allow; return the slots in the order of the readers' ids."""
     with graph.inserting_after(site.ids):
         added = [graph.call_function(ops.place if by_device else ops.fetch, (site.ids, site.bank))]
@@ -71,11 +71,11 @@ def _read_bank(graph: Graph, site: Site, bank: Bank, slots_P: Node) -> None:
         if read.offsets is None:
             read.node.replace_input_with(site.reader_ids, slots_P)
         else:
-            regroup(graph, read.node, slots_P)
+            group_by_slot(graph, read.node, slots_P)
     erase_orphans(graph, [read.offsets for read in site.reads if read.offsets is not None])
 
 
-def regroup(graph: Graph, node: Node, slots_P: Node) -> Node:
+def group_by_slot(graph: Graph, node: Node, slots_P: Node) -> Node:
     """Replace `grouped_mm(x, W, offs)` by our own, whose groups are the runs of equal slots."""
     with graph.inserting_before(node):
         ours = graph.call_function(ops.grouped_mm, (node.args[0], node.args[1], slots_P))

@@ -144,7 +144,7 @@ def rewrite(
         banks[name] = bank_of(layer)
     try:
         sites = passes.find_sites(gm.graph, weights)
-        reports = passes.run(gm.graph, pipeline(sites, banks))
+        reports = passes.run_passes(gm.graph, pipeline(sites, banks))
     except passes.UnknownUse as error:
         raise UnsupportedModelError(
             f"{error}; please report this model family. Its weights were offloaded, so it cannot be run as it is"
@@ -257,7 +257,7 @@ def observing_backend(weights: dict[int, tuple[MoELayer, str]]) -> Compiled:
             for node, x in zip(placeholders, example_inputs, strict=True)
             if id(x) in weights
         }
-        passes.run(gm.graph, passes.observe_pipeline(passes.find_sites(gm.graph, found)))
+        passes.run_passes(gm.graph, passes.observe_pipeline(passes.find_sites(gm.graph, found)))
         gm.recompile()
         run: Compiled = gm.forward
         return run

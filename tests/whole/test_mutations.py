@@ -30,7 +30,7 @@ from moe_offload.plan.weights import costs, layer_shapes
 from moe_offload.runtime.in_flight import Arrivals
 from moe_offload.runtime.layer import LayerRuntime
 
-slots_pass = importlib.import_module("passes.slots")  # the name `passes.slots` is the pass itself
+slots_pass = importlib.import_module("passes.slots")
 
 SESSION = {"prompt": 6, "new_tokens": 8}
 FAILING_READ = 9  # in decode, where each load takes the slot of another row
