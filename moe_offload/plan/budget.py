@@ -172,5 +172,5 @@ def _below_floor(budget: int, smallest: int, layers: Sequence[LayerShape], costs
         f"weights {format_size(costs.dense_bytes)}, reserve for KV cache and workspace "
         f"{format_size(costs.reserve(smallest))}, scratch for prefill {format_size(costs.scratch_bytes)}, and the "
         f"experts of one token {format_size(_cost(layers, 0))} ({experts} rows in {len(layers)} layers). Use a budget "
-        f"of at least {smallest} bytes, fewer kv_tokens (MOE_OFFLOAD_KV_TOKENS), or a smaller dtype"
+        f"of at least {smallest} bytes, fewer kv_tokens (--context, MOE_OFFLOAD_KV_TOKENS), or a smaller dtype"
     )

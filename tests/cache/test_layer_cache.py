@@ -251,3 +251,13 @@ def test_among_equals_what_is_resident_stays():
         cache.commit(load, 1)
     loads, without_slot = cache.fill({2: 1, 3: 1}, 9)
     assert loads == [] and without_slot == [2, 3] and cache.resident() == [0, 1]
+
+
+def test_guesses_take_no_more_than_there_is_room_for():
+    """Rows that are expected themselves give no slot to other guesses."""
+    cache = make(num_experts=6, slots=3)
+    for load in cache.lookup(once([0, 1, 2])):
+        cache.commit(load, 1)
+    loads = cache.guess([0, 1, 3, 4, 5], most=5)
+    assert [load.expert for load in loads] == [3]
+    check(cache)

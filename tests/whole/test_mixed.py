@@ -72,10 +72,10 @@ def test_tokens_logits_and_counters_are_those_of_the_host_and_of_the_resident_mo
         seen.append(state_of(model))
         for i, layer in enumerate(stats.layers):
             if settings is DEVICE and i not in on_disk:
-                assert layer["decides"] == "device" and layer["by_device"] == 19, "all but the prompt"
+                assert layer.decides == "device" and layer.by_device == 19, "all but the prompt"
             else:
-                assert layer["decides"] == "host" and layer["by_device"] == 0
-            assert layer["events"] == 20 and layer["misses"] > 0
+                assert layer.decides == "host" and layer.by_device == 0
+            assert layer.events == 20 and layer.misses > 0
         model.moe_offload.close()
     assert seen[0] == seen[1]
 

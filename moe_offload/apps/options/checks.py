@@ -9,11 +9,12 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ...checkpoint.folder import is_folder
+from ...checkpoint.folder import LFS_POINTER, is_folder
 from ...config.settings import DEFAULT, OffloadConfig, from_text, origins, resolve
 from ...config.sizes import parse_share
-from ...errors import CheckpointError, ConfigError, ProfileError, UnsupportedModelError
-from ...files.whole_file import open_regular, reason
+from ...errors import CheckpointError, ConfigError, ProfileError
+from ...files.untrusted import open_regular, read_bounded
+from ...files.whole_file import reason
 
 MAX_JSON_BYTES = 100_000_000  # an index of a thousand shards has a tenth of that
 #: A tokenizer is in one of these; tokenizer_config.json alone names only its class.
@@ -46,28 +47,32 @@ def live_or_default(live: bool | None, config_file: Path | None) -> bool | None:
 
 
 def check_model(model: str) -> None:
-    """What can be told of a local checkpoint without torch: whether it is whole, and not quantised.
+    """What can be told of a local checkpoint without torch: whether its files are whole, and not quantised.
 
-    Raises CheckpointError, or UnsupportedModelError for one that is quantised.
+    Raises CheckpointError or UnsupportedModelError.
     """
     if not is_folder(model):
         return
     folder = Path(model)
-    config = _read_json(folder / "config.json")
-    for part in (config, config.get("text_config")):
-        quantised = part.get("quantization_config") if isinstance(part, dict) else None
-        if isinstance(quantised, dict):
-            method = quantised.get("quant_method", "an unnamed method")
-            raise UnsupportedModelError(
-                f"{model}: the checkpoint is quantised ({method}), and rows of quantised experts cannot be read "
-                "yet; use the checkpoint in bfloat16 or float32 that it was made from"
-            )
+    _read_json(folder / "config.json")
     for file in _shards(folder):
+        if not file.exists():
+            raise CheckpointError(f"{file}: the index lists this file, and it is not there; download it")
         try:
             with safe_open(file, framework="np"):
                 pass
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{file}: it is no whole safetensors file ({error}); download it again") from error
+            if _is_lfs_pointer(file):
+                raise CheckpointError(f"{file}: it is a pointer of Git LFS, not the file; run git lfs pull") from error
+            raise CheckpointError(f"{file}: it is damaged ({error}); download it again") from error
+
+
+def _is_lfs_pointer(file: Path) -> bool:
+    try:
+        with open_regular(file) as (opened, _):
+            return opened.read(len(LFS_POINTER)) == LFS_POINTER
+    except (OSError, ValueError):
+        return False
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -82,10 +87,7 @@ def _shards(folder: Path) -> list[Path]:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        with open_regular(file) as (opened, size):
-            if size > MAX_JSON_BYTES:
-                raise ValueError(f"{size} bytes are no such file")
-            found = json.loads(opened.read())
+        found = json.loads(read_bounded(file, MAX_JSON_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: it cannot be read as JSON ({reason(error)}); download it again") from error
     if not isinstance(found, dict):

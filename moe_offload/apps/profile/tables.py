@@ -46,12 +46,12 @@ def with_and_without(profile: Profile, slots: Sequence[int], trace: Trace) -> di
             f"{_brief(profile.fingerprint.experts)}; they are of different models"
         )
     found = {}
-    for name, prior in (("cold", None), ("profile", profile)):
+    for name in ("cold", "profile"):
         asked, hits = {"first forward": 0, "next 32": 0, "all": 0}, {"first forward": 0, "next 32": 0, "all": 0}
         for layer, stream in enumerate(per_layer(trace)):
             cache = LayerCache(stream.num_experts, slots[layer], _policy(stream.num_experts))
-            if prior is not None:
-                start_from(cache, prior, layer, slots)
+            if name == "profile":
+                start_from(cache, profile, layer, slots)
             events = list(stream.events())
             hits_V = replay(events, cache).tolist()
             asked_V = [len(event.used) for event in events]
@@ -63,7 +63,7 @@ def with_and_without(profile: Profile, slots: Sequence[int], trace: Trace) -> di
 
 
 def start_from(cache: LayerCache, profile: Profile, layer: int, slots: Sequence[int]) -> None:
-    """What `optimize` does with a profile: seed the policy, fill the slots."""
+    """What `optimize` does with a profile: seed the policy, fill the slots. A test compares both."""
     cache.policy.seed(rates(profile, layer))
     for load in cache.fill_free_slots([e for of, e in most_wanted(profile, slots) if of == layer]):
         cache.commit(load, 0, demanded=False)

@@ -17,10 +17,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ...errors import CheckpointError
-from ..headers import INDEX, MAX_HEADER_BYTES
+from ..folder import INDEX, LFS_POINTER
+from ..headers import MAX_HEADER_BYTES
 
 SINGLE = "model.safetensors"
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 #: What save_pretrained(distributed_checkpoint=True) writes.
 DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 

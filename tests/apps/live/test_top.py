@@ -40,9 +40,15 @@ def run(*arguments: str):
 
 
 def watch(*arguments: str) -> subprocess.Popen:
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        [*TOP, *arguments], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*TOP, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell that starts the suite in the background lets it ignore SIGINT, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -71,7 +77,7 @@ def test_one_that_is_closed_while_it_is_watched(folder):
         child.stdin.write("close\n")
         child.stdin.flush()
         assert child.stdout.readline() == "closed\n"
-        _, said = looking.communicate(timeout=60)
+        _, said = looking.communicate(timeout=300)
         assert looking.returncode == 0 and f"{child.pid}: the model was closed" in said, said
 
 
@@ -91,7 +97,7 @@ def test_two_processes_of_which_one_dies(folder):
             pass
         one.kill()
         one.wait()
-        _, said = looking.communicate(timeout=60)
+        _, said = looking.communicate(timeout=300)
         assert looking.returncode == 0 and f"{one.pid}: the process has ended" in said, said
 
         assert json.loads(run("--once", "--json").stdout)["pid"] == two.pid, "the only one left needs no name"
@@ -100,7 +106,7 @@ def test_two_processes_of_which_one_dies(folder):
         looking = watch("--interval", "0.1")
         looking.stdout.readline()
         looking.send_signal(signal.SIGINT)
-        _, said = looking.communicate(timeout=60)
+        _, said = looking.communicate(timeout=300)
         assert (looking.returncode, said) == (0, ""), said
 
 
