@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,9 @@ from typing import Any, cast
 
 import torch
 
-from .checkpoint.headers import INDEX, Headers
+from .checkpoint.folder import INDEX
+from .checkpoint.headers import Headers
+from .checkpoint.new_folder import check_new, new_folder
 from .checkpoint.outline import outline_folder
 from .checkpoint.packed import ABSENT, ROWS, SOURCES, Stored, index_stored, is_packed, read_stored
 from .checkpoint.packed_format import describe, parse_sources, rows_metadata, sources_metadata
@@ -25,7 +26,6 @@ from .checkpoint.pretrained.arguments import Arguments, sort_arguments
 from .checkpoint.pretrained.download import get_folder
 from .checkpoint.row_index import RowIndex, index_rows
 from .checkpoint.shards import Entry, Shard, file_name, header, split, write_shard
-from .checkpoint.staging_folder import check_new, new_folder
 from .config.sizes import parse_size
 from .errors import CheckpointChangedError, CheckpointError, ConfigError, PackError
 from .experts import MoELayer
@@ -55,15 +55,34 @@ class Source:
 def pack_checkpoint(
     path_or_id: str | Path, out: str | Path, *, max_shard_size: int | str = "5GB", verify: str = "sample", **hub: Any
 ) -> Path:
-    """Write the checkpoint `path_or_id` (folder, or Hub repository) to the new folder `out`, packed; returns `out`.
+    """Write a packed copy of a checkpoint, from which an expert is one aligned read without conversion.
 
-    `from_pretrained(out, budget)` and `make_plan(out, budget)` take the result like any checkpoint; plain transformers
-    cannot load it, and fails. It takes about the size of the original on disk, and one row of memory. `verify` says
-    how many of the rows are read again and compared: "sample" (three a layer), "all" or "none".
+    `from_pretrained` and `make_plan` take the copy like any checkpoint; plain transformers cannot load it, and fails.
+    One row is in memory at a time.
 
-    Raises `PackError` when `out` exists, cannot be written, has no room (stating bytes needed and free) or reads back
-    differently; what `from_pretrained` raises for a checkpoint that it would refuse; `ConfigError`. Whatever happens,
-    Ctrl-C included, `out` is then not there, nor anything else that was written.
+    Args:
+        path_or_id: The folder of a checkpoint, or a repository on the Hub.
+        out: The folder to write, which must not be there yet. It takes about the size of the original.
+        max_shard_size: The most bytes of one file: an int, or a size such as "5GB".
+        verify: How many rows are read again and compared: "sample" (three a layer), "all" or "none".
+        **hub: As in `from_pretrained`: `revision`, `token`, `subfolder`, `variant` ...
+
+    Returns:
+        `out`, as a path.
+
+    Raises:
+        PackError: `out` exists, cannot be written, has no room (bytes needed and free are stated), or reads back
+            differently. After this and every other error, Ctrl-C too, nothing is left of it.
+        CheckpointError: There is no checkpoint, or it is damaged, incomplete, packed already, or of another model.
+        UnsupportedModelError: The model cannot be run exactly.
+        ConfigError: An argument means nothing.
+
+    Example:
+
+        ```python
+        moe_offload.pack_checkpoint("Qwen/Qwen3-30B-A3B", "qwen3-packed")
+        model = moe_offload.from_pretrained("qwen3-packed", budget="8GB")
+        ```
     """
     if verify not in VERIFY:
         raise ConfigError(f"verify={verify!r} is not accepted: it takes one of {', '.join(map(repr, VERIFY))}")
@@ -196,14 +215,13 @@ def dense_parts(shard: Shard, headers: Headers) -> Iterator[memoryview]:
         for entry in shard.entries:
             range_ = headers[entry.key]
             if range_.file not in files:
-                descriptor = os.open(range_.file, os.O_RDONLY | os.O_CLOEXEC)
-                files[range_.file] = opened.enter_context(contextlib.closing(DataFile(range_.file, descriptor)))
+                files[range_.file] = opened.enter_context(contextlib.closing(DataFile(range_.file)))
             for at in range(0, range_.nbytes, PART_BYTES):
                 chunk = part[: min(PART_BYTES, range_.nbytes - at)]
                 files[range_.file].read(range_.offset + at, [chunk], entry.key)
                 yield chunk
         for path, file in files.items():
-            if file.stamp() != headers.stamps[path]:
+            if headers.stamps[path].followed_by(file.stamp(), path) is None:
                 raise CheckpointChangedError(f"{path}: was modified while it was packed. Let it rest and pack again")
 
 

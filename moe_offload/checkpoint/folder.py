@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import CheckpointError, UnsupportedModelError
 
+INDEX = "model.safetensors.index.json"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how the stand-in of a file begins
 CONFIG_BYTES = 10_000_000  # more is no configuration; it is read again, and judged, by transformers
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +20,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
+from ..files.file_stamp import FileStamp
 
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
-INDEX = "model.safetensors.index.json"
 
 _DTYPE_NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
@@ -35,21 +34,6 @@ _DTYPE_NAMES = {
 #: safetensors' names of the dtypes whose elements are whole bytes, as far as this torch has them.
 DTYPES: dict[str, torch.dtype] = {k: getattr(torch, v) for k, v in _DTYPE_NAMES.items() if hasattr(torch, v)}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class FileStamp:
-    """What tells a file apart from its replacement, and from itself after a modification."""
-
-    device: int
-    inode: int
-    size: int
-    mtime_ns: int
-
-    @classmethod
-    def of(cls, descriptor: int) -> FileStamp:
-        stat = os.fstat(descriptor)
-        return cls(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from torch import nn
 
 from ..errors import CheckpointError, UnsupportedModelError
 from ..experts import Field, MoELayer
+from ..files.file_stamp import FileStamp
 from .conversion import Conversion, Shape, joins_bytes, one_expert_conversions
-from .headers import FileStamp, Headers, TensorRange
+from .headers import Headers, TensorRange
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from ..cache.counters import Counters, LayerCounters
 from ..errors import ProfileError
 from ..files.strict_json import brief, parse, problems
-from ..files.whole_file import open_regular, reason, replace
+from ..files.untrusted import read_bounded, refusing
+from ..files.whole_file import save_whole
 
 MAX_BYTES = 4 * 2**20
 MAX_COUNT = 2**53  # the largest range of integers that every JSON reader keeps exact
@@ -73,7 +74,23 @@ class Fingerprint(BaseModel):
 class Profile(BaseModel):
     """Expert counts of a workload. Make one with `Profile.of`, read one with `Profile.load`.
 
-    tokens: tokens observed; counts[layer][expert]: how many of them used it; meta: free text about the workload.
+    Args:
+        created: When it was made, in UTC.
+        fingerprint: What a model must agree with for the profile to be used.
+        tokens: Tokens observed.
+        counts: `counts[l][e]` is how many of them used expert e of MoE layer l.
+        meta: Free text about the workload.
+
+    Raises:
+        ProfileError: From `of` and `load`, for counts that cannot be, and for a file that is damaged or too large.
+
+    Example:
+
+        ```python
+        moe_offload.record_profile(model, inputs).save("mine.json")
+        profile = moe_offload.Profile.load("mine.json")
+        print(profile.tokens, profile.counts[0][17])
+        ```
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
@@ -115,14 +132,9 @@ class Profile(BaseModel):
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:
         """Read and check the profile at `path`, in bounded time and memory. Raises ProfileError."""
-        data = _read(Path(path))
-        try:
+        with refusing(path, "profile", "Check the path; record it anew, or run without it", ProfileError):
+            data = read_bounded(Path(path), MAX_BYTES)
             return cls.model_validate(parse(data, "moe_offload.profile"))
-        except ValidationError as error:
-            found = problems(error)
-        except ValueError as error:  # not UTF-8, not JSON, or JSON that no profile holds
-            found = str(error)
-        raise ProfileError(f"profile {_shown(path)} cannot be used: {found}. Record it anew, or run without it")
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write to `path` and return it. All or nothing: on any failure (ProfileError) an old file is as it was.
@@ -132,14 +144,7 @@ class Profile(BaseModel):
         data = json.dumps(self.model_dump()).encode() + b"\n"
         if len(data) > MAX_BYTES:
             raise ProfileError(f"profile {_shown(path)} was not saved: {len(data)} bytes, the limit is {MAX_BYTES}")
-        try:
-            replace(Path(path), data)
-        except (OSError, ValueError) as error:
-            raise ProfileError(
-                f"profile {_shown(path)} was not saved: {reason(error)}. What was there before is unchanged; "
-                "choose a writable folder with free space"
-            ) from error
-        return Path(path)
+        return save_whole(Path(path), data, "profile", ProfileError)
 
     def check(self, fingerprint: Fingerprint, of: str = "the model") -> None:
         """Raise ProfileError, listing what differs, unless this profile is of a model with this fingerprint, which is
@@ -219,19 +224,6 @@ def _factors(n: int, weights: Sequence[float] | None) -> list[Fraction]:
     if min(factors) < 0 or max(factors) == 0:
         raise ProfileError(f"merge weights {list(weights)!r}: they must be finite, none negative, and not all 0")
     return factors
-
-
-def _read(path: Path) -> bytes:
-    """At most MAX_BYTES of a regular file."""
-    try:
-        with open_regular(path) as (file, size):
-            data = file.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise ProfileError(f"profile {_shown(path)} cannot be read: {reason(error)}. Check the path") from error
-    if len(data) > MAX_BYTES:
-        size = max(size, len(data))
-        raise ProfileError(f"profile {_shown(path)} has {size} bytes, the limit is {MAX_BYTES}; it is no saved profile")
-    return data
 
 
 def _shown(path: str | os.PathLike[str]) -> str:

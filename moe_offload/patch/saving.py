@@ -87,9 +87,10 @@ class Saver:
         """Write the model to a folder, as transformers' own `save_pretrained` does, one expert in memory at a time.
 
         The result has the same tensors as that of the model that is not offloaded, and loads with plain transformers.
-        It is written beside what is in the folder and takes its place at the end, the index last: after an error or an
-        interruption the folder is as it was. Forwards in other threads wait meanwhile. With `state_dict`, exactly those
-        tensors are written, by transformers.
+        It is written beside what is in the folder and takes its place at the end: after an error or Ctrl-C the folder
+        is as it was, and after a kill it has the old checkpoint or the new one. Forwards in other threads wait
+        meanwhile. With `state_dict`, exactly those tensors are written, by transformers; of a model with an adapter,
+        the adapter alone.
 
         Raises `SaveError` when the folder is the one that experts are read from, cannot be written or has no room
         (stating bytes needed and free), `ClosedError` after `close`, `ConfigError` for an argument that is not
@@ -104,12 +105,12 @@ class Saver:
         with self.runtime.lock:
             self.runtime.check_open()
             if getattr(self.model, "_hf_peft_config_loaded", False):  # only the adapter is written
-                self.original(out, state_dict=self._stand_in_state(), max_shard_size=limit_bytes, **kwargs)
+                self._write_given(out, self._stand_in_state(), limit_bytes, 0, **kwargs)
                 return
             self._refuse_source(out)
             if state_dict is not None:
                 _refuse_stand_ins(state_dict)
-                self.original(out, state_dict=dict(state_dict), max_shard_size=limit_bytes, **kwargs)
+                self._write_given(out, state_dict, limit_bytes, sum(t.nbytes for t in state_dict.values()), **kwargs)
             else:
                 self._stream(out, limit_bytes, **kwargs)
 
@@ -121,10 +122,7 @@ class Saver:
         entries = self._expert_entries(moe_layers, kwargs.get("save_original_format", True))
         needed_bytes = sum(tensor.nbytes for tensor in dense.values()) + sum(entry.nbytes for entry in entries)
         with new_checkpoint(out, needed_bytes) as folder:
-            try:
-                self.original(folder, state_dict=dense, max_shard_size=limit_bytes, **kwargs)
-            except SafetensorError as error:  # its wrapping of what the operating system says
-                raise OSError(str(error)) from error
+            self._write_dense(folder, dense, limit_bytes, **kwargs)
             dense_files, runs = sorted(folder.glob("*.safetensors")), split(entries, limit_bytes)
             first, count = len(dense_files) + 1, len(dense_files) + len(runs)
             for number, file in enumerate(dense_files, 1):
@@ -134,6 +132,19 @@ class Saver:
                 self._write_rows(layers, files)
             headers.update(files.ranges)
             write_index(folder, headers, self.model.num_parameters())
+
+    def _write_given(
+        self, out: Path, state: Mapping[str, Tensor], limit_bytes: int, needed_bytes: int, **kwargs: Any
+    ) -> None:
+        with new_checkpoint(out, needed_bytes) as folder:
+            self._write_dense(folder, state, limit_bytes, **kwargs)
+
+    def _write_dense(self, folder: Path, state: Mapping[str, Tensor], limit_bytes: int, **kwargs: Any) -> None:
+        """What transformers writes by itself: configurations, and the tensors of `state`."""
+        try:
+            self.original(folder, state_dict=dict(state), max_shard_size=limit_bytes, **kwargs)
+        except SafetensorError as error:  # its wrapping of what the operating system says
+            raise OSError(str(error)) from error
 
     def _write_rows(self, layers: Sequence[tuple[MoELayer, LayerRuntime]], files: Filling) -> None:
         moe_layers = [moe for moe, _ in layers]

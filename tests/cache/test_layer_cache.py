@@ -222,3 +222,13 @@ def test_an_event_that_finds_no_room_changes_nothing():
     with pytest.raises(Exception):  # noqa: B017 - a typed error, once it has one
         cache.lookup(once([2, 3, 4]))
     assert cache.pending == pending
+
+
+def test_guesses_take_no_more_than_there_is_room_for():
+    """Rows that are expected themselves give no slot to other guesses."""
+    cache = make(num_experts=6, slots=3)
+    for load in cache.lookup(once([0, 1, 2])):
+        cache.commit(load, 1)
+    loads = cache.guess([0, 1, 3, 4, 5], most=5)
+    assert [load.expert for load in loads] == [3]
+    check(cache)

@@ -115,6 +115,17 @@ def test_the_readme_is_short_and_its_test_command_is_that_of_ci():
     assert tests in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
+def test_files_and_names_in_contributing_exist():
+    """`plan/budget.py`: `plan_slots` is a file of the package, and defines that name."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for file, names in re.findall(r"`((?!utils)[\w/]+\.py)`((?:: `[\w.]+`)?)", text):
+        found = [folder / file for folder in (ROOT, ROOT / "moe_offload") if (folder / file).is_file()]
+        assert found, f"there is no {file}"
+        for name in re.findall(r"\w+", names):
+            defined = re.search(rf"^ *(def|class) {name}\b", found[0].read_text(encoding="utf-8"), re.MULTILINE)
+            assert defined, f"{file} has no {name}"
+
+
 def test_nothing_is_installed_by_name():
     """Nothing is published, and whoever takes the name on an index would be installed instead."""
     texts = [*ROOT.rglob("*.md"), *ROOT.glob("moe_offload/**/*.py"), *ROOT.glob("passes/*.py")]

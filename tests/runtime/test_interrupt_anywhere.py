@@ -129,6 +129,14 @@ def test_between_making_room_and_asking_for_the_rows(runtime, monkeypatch):
     after(runtime)
 
 
+def test_loads_that_nobody_knows_of_are_given_back_by_the_next_event(runtime):
+    """Interrupted twice, an event leaves loads that were never asked for; they are not on their way."""
+    runtime.layers[0].cache.lookup({3: 1, 4: 1})
+    decoded = decode(runtime.layers[0], [3, 4])
+    assert torch.equal(decoded, expected(0, [3, 4]))
+    after(runtime)
+
+
 def test_between_asking_for_a_row_and_noting_it(runtime, monkeypatch):
     """Its slot was given to another expert, and then the row arrived."""
     first = runtime.layers[0]

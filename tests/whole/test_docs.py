@@ -19,7 +19,8 @@ UNRUN = {"serve", "chat", "top", "bench", "families"}
 
 
 def runnable(page: Path) -> list[list[str]]:
-    return [words for words in commands(page) if words[0] == "moe-offload" and words[1] not in UNRUN]
+    ours = [words for words in commands(page) if words[0] == "moe-offload" and words[1] not in UNRUN]
+    return [words for words in ours if "--chat" not in words]  # the bundled model has no chat template
 
 
 def programs(page: Path) -> list[str]:

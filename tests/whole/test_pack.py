@@ -331,7 +331,7 @@ def test_disk_that_fills_while_writing(tmp_path: Path) -> None:
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, before[1]))
     try:
-        with pytest.raises(PackError, match=rf"Errno {errno.EFBIG}.*It needs"):
+        with pytest.raises(PackError, match=rf"errno {errno.EFBIG}.*It needs"):
             pack_checkpoint(MODEL, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -448,7 +448,7 @@ def test_ctrl_c(tmp_path: Path) -> None:
     command = [sys.executable, "-c", program, "pack", str(MODEL), str(tmp_path / "out")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
         deadline = time.monotonic() + 60
-        while not list(tmp_path.glob(f".out-*/{ROWS}-*")) and time.monotonic() < deadline:
+        while not list(tmp_path.glob(f".moe_offload-out-*/{ROWS}-*")) and time.monotonic() < deadline:
             time.sleep(0.05)
         child.send_signal(signal.SIGINT)
         _, errors = child.communicate(timeout=60)

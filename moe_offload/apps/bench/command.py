@@ -10,7 +10,8 @@ from typing import Any
 from ...api import make_plan
 from ...checkpoint.outline import outline_folder
 from ...checkpoint.pretrained.download import get_folder
-from ...errors import ConfigError
+from ...errors import ConfigError, ReportError
+from ...files.whole_file import save_whole
 from ...plan.budget import budget_for
 from .architectures import PREFIX
 from .devices import DEVICES
@@ -79,7 +80,5 @@ def _prompt_ids(folder: Path, file: Path, tokens: int) -> Sequence[int]:
 
 
 def write_json(result: dict[str, Any], file: Path) -> None:
-    """Whole or not at all: a run that is cut short leaves what it had found before."""
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    partial.replace(file)
+    """Whole or not at all: a run that is cut short leaves what it had found before. Raises `ReportError`."""
+    save_whole(file, (json.dumps(result, indent=1) + "\n").encode(), "result", ReportError)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from ...config.sizes import format_size
 from ...errors import CheckpointError
+from ...files.staging import staging_folder
 from .architectures import sizes_of
 
 BLOCK = 16_777_213  # random numbers, repeated; a prime, so that no two experts begin at the same one
@@ -41,14 +41,12 @@ def synthetic(name: str, layers: int | None = None, cache: Path | None = None) -
     folder = (cache or default_cache()) / f"{name}_{sizes['num_hidden_layers']}-layers"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            _write(_skeleton(class_name, sizes), partial)
-            partial.rename(folder)
+            with staging_folder(folder.parent, folder.name) as partial:
+                _write(_skeleton(class_name, sizes), partial)
+                partial.rename(folder)
         except OSError as error:
             raise CheckpointError(f"{folder}: cannot write the synthetic checkpoint: {error}") from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ...checkpoint.staging_folder import check_new
+from ...checkpoint.new_folder import check_new
 from ...config.sizes import size_problem
 from ...errors import ConfigError
 from ..options.checks import check_model

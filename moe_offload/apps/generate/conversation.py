@@ -12,7 +12,7 @@ from transformers import set_seed
 
 from ...config.sizes import format_size
 from ...errors import ConfigError, OffloadError
-from ...files.whole_file import reason, replace
+from ...files.whole_file import save_whole
 from ...plan.weights import longest_context
 from ..options.groups import SamplingFlags
 from .clock import Clock
@@ -108,12 +108,8 @@ class Conversation:
     def _save(self, name: str) -> Path:
         if not name:
             raise ConfigError("!save needs the name of a file")
-        path = Path(name)
-        try:
-            replace(path, json.dumps(self.messages, indent=1, ensure_ascii=False).encode() + b"\n")
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path}: cannot be written: {reason(error)}; choose another") from error
-        return path
+        said = json.dumps(self.messages, indent=1, ensure_ascii=False).encode() + b"\n"
+        return save_whole(Path(name), said, "conversation", ConfigError)
 
 
 def _own_or_asked(sampling: SamplingFlags) -> dict[str, Any]:

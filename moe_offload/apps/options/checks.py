@@ -13,7 +13,8 @@ from ...checkpoint.folder import LFS_POINTER, is_folder
 from ...config.settings import DEFAULT, OffloadConfig, from_text, origins, resolve
 from ...config.sizes import parse_share
 from ...errors import CheckpointError, ConfigError, ProfileError
-from ...files.whole_file import open_regular, reason
+from ...files.untrusted import open_regular, read_bounded
+from ...files.whole_file import reason
 
 MAX_JSON_BYTES = 100_000_000  # an index of a thousand shards has a tenth of that
 #: A tokenizer is in one of these; tokenizer_config.json alone names only its class.
@@ -86,10 +87,7 @@ def _shards(folder: Path) -> list[Path]:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        with open_regular(file) as (opened, size):
-            if size > MAX_JSON_BYTES:
-                raise ValueError(f"{size} bytes are no such file")
-            found = json.loads(opened.read())
+        found = json.loads(read_bounded(file, MAX_JSON_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: it cannot be read as JSON ({reason(error)}); download it again") from error
     if not isinstance(found, dict):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ReportError
-from ...files.whole_file import reason, replace
+from ...files.whole_file import save_whole
 from .advice import decoding, rate, summary
 from .run_record import RunForward, RunRecord
 
@@ -66,11 +66,7 @@ def write_png(run: RunRecord, folder: Path) -> list[Path]:
         path, data = folder / f"{name}.png", _drawn(name, run, "png")
         if not data:
             continue
-        try:
-            replace(path, data)
-        except (OSError, ValueError) as error:
-            raise ReportError(f"{path} was not written: {reason(error)}") from error
-        written.append(path)
+        written.append(save_whole(path, data, "chart", ReportError))
     return written
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ...config.sizes import format_size
 from ...errors import ReportError
-from ...files.whole_file import reason, replace
+from ...files.whole_file import save_whole
 from .advice import advice, headline, summary
 from .charts import CHARTS, svg_of
 from .run_record import RunRecord
@@ -15,13 +15,7 @@ from .run_record import RunRecord
 
 def write_page(run: RunRecord, path: str | os.PathLike[str]) -> Path:
     """Write the report of `run` to `path`. Raises ReportError."""
-    try:
-        replace(Path(path), page(run).encode())
-    except (OSError, ValueError) as error:
-        raise ReportError(
-            f"report {os.fspath(path)!r} was not written: {reason(error)}; choose another place"
-        ) from error
-    return Path(path)
+    return save_whole(Path(path), page(run).encode(), "report", ReportError)
 
 
 def page(run: RunRecord) -> str:

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from ...cache.counters import LayerStats
 from ...errors import ReportError
-from ...files.strict_json import parse, problems
-from ...files.whole_file import open_regular, reason, replace
+from ...files.strict_json import parse
+from ...files.untrusted import read_bounded, refusing
+from ...files.whole_file import save_whole
 from ...observe.trace_recorder import ForwardRecord, Seconds
 
 MAX_BYTES = 32 * 2**20
@@ -83,28 +84,11 @@ class RunRecord(_Part):
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RunRecord:
         """Read and check the run at `path`, in bounded time and memory. Raises ReportError."""
-        try:
-            with open_regular(Path(path)) as (file, size):
-                data = file.read(MAX_BYTES + 1)
-            if len(data) > MAX_BYTES:
-                raise ValueError(f"it has {max(size, len(data))} bytes, the limit is {MAX_BYTES}")
+        with refusing(path, "run", "A run is what moe-offload run --save-report writes", ReportError):
+            data = read_bounded(Path(path), MAX_BYTES)
             parse(data, "moe_offload.run")  # strict, and bounded in depth
             return cls.model_validate_json(data)
-        except ValidationError as error:
-            found = problems(error)
-        except (OSError, ValueError) as error:
-            found = reason(error)
-        raise ReportError(
-            f"run {os.fspath(path)!r} cannot be used: {found}. A run is what moe-offload run --save-report writes"
-        )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write to `path` and return it. All or nothing: on any failure (ReportError) an old file is as it was."""
-        try:
-            replace(Path(path), json.dumps(self.model_dump()).encode() + b"\n")
-        except (OSError, ValueError) as error:
-            raise ReportError(
-                f"run {os.fspath(path)!r} was not saved: {reason(error)}. What was there before is unchanged; choose a "
-                "writable folder with free space"
-            ) from error
-        return Path(path)
+        return save_whole(Path(path), json.dumps(self.model_dump()).encode() + b"\n", "run", ReportError)

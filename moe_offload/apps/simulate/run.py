@@ -29,6 +29,7 @@ ALL = ["lru", "lfu", "decayed_lfu:16", "decayed_lfu:64", "decayed_lfu:256", "lrf
 ORACLES = ("belady", "belady_bypass")
 ALL += ORACLES
 STARTS = ("warm", "cold")
+COMPILED_EVENTS = 1000  # of a stream: all layers of shorter ones are replayed sooner than numba has compiled
 FIRST_TOKENS = 32  # of a request, reported apart
 
 Ints = NDArray[np.int64]
@@ -107,14 +108,13 @@ class _Replay:
         self.make, self.kind, self.half_life = make, kind, half_life
 
     def __call__(self, stream: Stream, slots: int) -> tuple[Ints, Ints]:
-        fast = _fast()
         if self.kind in ORACLES:
-            found: tuple[Ints, Ints] = plain.replay_min(stream, slots, bypass=self.kind == "belady_bypass")
-        elif fast and self.kind in fast.KINDS:
-            found = fast.replay(stream, slots, self.kind, self.half_life)
-        else:
-            found = plain.replay_policy(stream, slots, self.make(stream))
-        return found
+            return plain.replay_min(stream, slots, bypass=self.kind == "belady_bypass")
+        fast = _fast() if len(stream.first_V) >= COMPILED_EVENTS else None
+        if fast and self.kind in fast.KINDS:
+            found: tuple[Ints, Ints] = fast.replay(stream, slots, self.kind, self.half_life)
+            return found
+        return plain.replay_policy(stream, slots, self.make(stream))
 
 
 @cache

@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 
 from ...errors import TraceError
-from ...files.whole_file import reason, replace
+from ...files.whole_file import save_whole
 from .run import SimulationResult
 
 COLUMNS = ("policy", "hit rate", "first 32 tokens", "clean layer-steps", "misses/token", "MB/token", "gap closed")
@@ -100,7 +100,4 @@ def _cells(row: SimulationResult) -> list[str]:
 
 
 def _write(path: Path, data: bytes) -> None:
-    try:
-        replace(path, data)
-    except (OSError, ValueError) as error:
-        raise TraceError(f"{path}: cannot be written: {reason(error)}. Choose a writable folder") from error
+    save_whole(path, data, "result", TraceError)

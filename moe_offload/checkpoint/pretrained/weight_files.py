@@ -17,8 +17,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ...errors import CheckpointError
-from ..folder import LFS_POINTER
-from ..headers import INDEX, MAX_HEADER_BYTES
+from ..folder import INDEX, LFS_POINTER
+from ..headers import MAX_HEADER_BYTES
 
 SINGLE = "model.safetensors"
 #: What save_pretrained(distributed_checkpoint=True) writes.

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from ...checkpoint.headers import FileStamp
 from ...checkpoint.row_index import Piece, RowSource
 from ...experts import FIELD_ALIGN, round_up
+from ...files.file_stamp import FileStamp
 
 #: The longest single read. Measured on a virtio disk, reads of 1 to 3 MB were equally fast; a row of 9 MB in one read
 #: would keep one thread busy and leave the others idle whenever only one row is missing.

@@ -57,9 +57,14 @@ def test_rows_are_what_the_cache_counts(path):
 
 def test_without_numba_the_rows_are_the_same(path, monkeypatch):
     trace, options = Trace.load(path), {"starts": ["warm", "cold"]}
-    compiled = simulate([trace], ALL, ["25%"], **options)
+    asked, fast = [], run._fast()
+    monkeypatch.setattr(run, "_fast", lambda: asked.append(1) or fast)
+    short = simulate([trace], ALL, ["25%"], **options)
+    assert fast and not asked, "numba would take longer to compile than this takes"
+    monkeypatch.setattr(run, "COMPILED_EVENTS", 1)
+    assert simulate([trace], ALL, ["25%"], **options) == short and asked
     monkeypatch.setattr(run, "_fast", lambda: None)
-    assert simulate([trace], ALL, ["25%"], **options) == compiled
+    assert simulate([trace], ALL, ["25%"], **options) == short
 
 
 def test_what_is_no_trace_is_skipped_among_others_and_refused_alone(path, tmp_path):

@@ -209,7 +209,44 @@ def test_the_parts_of_one_row_are_read_at_once():
     made.close()
 
 
+def test_every_idle_thread_is_woken_for_the_parts_of_one_row():
+    together, made = threading.Barrier(PARTS), ThreadTransfer(PARTS)
+    made.wait(made.start(ScriptedStore(), 0, 0, row()))
+    time.sleep(0.1)  # all of them wait for work again
+    assert made.wait(made.start(ScriptedStore(lambda expert, part: together.wait(10)), 0, 1, row())) == ROW
+    made.close()
+
+
+def test_what_was_cancelled_before_it_was_read_has_moved_nothing(one_thread):
+    """`wasted_bytes` counts what was read, not what was asked for."""
+    reading, go_on = threading.Event(), threading.Event()
+    busy = one_thread.start(ScriptedStore(lambda *_: (reading.set(), go_on.wait(10))), 0, 1, row())
+    assert reading.wait(10)
+    ticket = one_thread.start(ScriptedStore(), 0, 2, row())
+    one_thread.cancel([ticket])
+    go_on.set()
+    assert one_thread.wait(busy) == ROW
+    assert (ticket.dropped, ticket.moved, busy.moved) == (PARTS, 0, ROW)
+
+
 # What a reader thread meets.
+
+
+def test_a_row_whose_part_failed_is_not_finished(one_thread):
+    """What `finish` says of bytes that never came would hide why they did not."""
+
+    class Store(ScriptedStore):
+        def begin(self, layer, expert, row):
+            return RowRead(super().begin(layer, expert, row).parts, finish)
+
+    def finish():
+        raise ValueError("its bytes make no sense")
+
+    def fail(expert, part):
+        raise ExpertReadError("on purpose")
+
+    with pytest.raises(ExpertReadError, match="on purpose"):
+        one_thread.wait(one_thread.start(Store(fail), 0, 1, row()))
 
 
 @pytest.mark.parametrize(

@@ -118,11 +118,8 @@ def write_mapped(folder: Path, scratch: Path) -> None:
 def drop_cache(*folders: Path) -> None:
     """Forget what the system has cached of these files: pages read by one side must not serve another."""
     for file in (file for folder in folders for file in folder.rglob("*") if file.is_file()):
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
+        with file.open("rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _fields(moe: MoELayer, folder: Path) -> list[tuple[str, tuple[int, ...], torch.dtype, Path]]:
