@@ -23,6 +23,7 @@ from .rules import RULES, plain, reserve_bytes
 
 ENVIRONMENT_PREFIX = "MOE_OFFLOAD_"
 FILE_VARIABLE = "MOE_OFFLOAD_CONFIG_FILE"
+KEY_VARIABLE = "MOE_OFFLOAD_API_KEY"  # no setting: a secret of `serve`, which flags would show to every user
 DEFAULT = "default"
 
 
@@ -193,7 +194,7 @@ def _gather(config: Config, overrides: Mapping[str, Any]) -> dict[str, tuple[Any
 
 def _refuse_unknown_variables() -> None:
     """A misspelt variable would be a setting that silently does not count."""
-    known = {ENVIRONMENT_PREFIX + name.upper() for name in RULES} | {FILE_VARIABLE}
+    known = {ENVIRONMENT_PREFIX + name.upper() for name in RULES} | {FILE_VARIABLE, KEY_VARIABLE}
     for name in os.environ:
         if name.startswith(ENVIRONMENT_PREFIX) and name not in known:
             near = difflib.get_close_matches(name, known, n=1)
