@@ -7,6 +7,7 @@ Reading order: `find` (where experts are read), `slots` (decode), `waves` (prefi
 
 from .bank import Bank
 from .core import Core
+from .erase import erase_unserved
 from .find import PATTERNS, Site, UnknownUse, Weight, find_sites
 from .instrument import instrument
 from .lookahead import lookahead
@@ -23,6 +24,7 @@ __all__ = [
     "Site",
     "UnknownUse",
     "Weight",
+    "erase_unserved",
     "find_sites",
     "instrument",
     "lookahead",

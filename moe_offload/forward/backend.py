@@ -17,17 +17,18 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 import passes
 from passes import ops
 
 from ..errors import OffloadError, UnsupportedModelError
-from ..experts import Field, MoELayer
+from ..experts import MoELayer
 from ..observe import progress
 from ..runtime.layer import LayerRuntime
 from .cuda_graphs import copied, replayable
+from .phantom import Phantom, phantoms_in
 
 logger = logging.getLogger("moe_offload")
 
@@ -39,34 +40,6 @@ Compiled = Callable[..., Any]
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 #: What runs a rewritten graph: Inductor, or the graph itself.
 Inner = Callable[[GraphModule, list[Any]], Compiled]
-
-
-class Phantom(nn.Parameter):
-    """Stands in a module for a stacked weight `[E, ...]` whose rows live in a store.
-
-    One row of NaN seen E times (stride 0): it traces like the real thing, costs one row, and any use that bypasses the
-    passes yields NaN rather than somebody else's weights.
-    """
-
-    layer: LayerRuntime
-    field: Field
-
-    @staticmethod
-    def of(layer: LayerRuntime, field: Field, rows: dict[Hashable, Tensor]) -> Phantom:
-        """`rows` shares the NaN rows of a model: all phantoms of one shape and dtype see the same one."""
-        key = field.shape, field.dtype
-        if key not in rows:
-            device = layer.slots.bank_SN.device
-            rows[key] = torch.full((1, *field.shape), float("nan"), dtype=field.dtype, device=device)
-        expanded = rows[key].expand(layer.moe.num_experts, *field.shape)
-        phantom = cast(Phantom, nn.Parameter(expanded, requires_grad=False))
-        phantom.layer, phantom.field = layer, field
-        return phantom
-
-
-def phantoms_in(inputs: Iterable[Any]) -> dict[int, Phantom]:
-    """`{position: phantom}` among the inputs of a graph."""
-    return {i: cast(Phantom, x) for i, x in enumerate(inputs) if isinstance(x, nn.Parameter) and hasattr(x, "field")}
 
 
 def make_backend(
@@ -142,6 +115,7 @@ def rewrite(
         name = layer.moe.name
         weights[placeholders[position]] = passes.Weight(name, phantom.field.name, layer.moe.num_experts)
         banks[name] = bank_of(layer)
+    passes.erase_unserved(gm.graph)
     try:
         sites = passes.find_sites(gm.graph, weights)
         reports = passes.run(gm.graph, pipeline(sites, banks))
@@ -245,6 +219,12 @@ def experts_op(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank_SN: Tensor
     """The marker op: one layer's experts, complete in itself, for code that the passes never see."""
     out: Tensor = ops.experts(x_TH, ids_TK, weights_TK, bank_SN)
     return out
+
+
+def unserved(ids_TK: Tensor) -> Tensor:
+    """`ids_TK`, in code that is traced for our backend; a graph that never came to it raises there."""
+    marked: Tensor = ops.unserved(ids_TK)
+    return marked
 
 
 def observing_backend(weights: dict[int, tuple[MoELayer, str]]) -> Compiled:

@@ -5,11 +5,9 @@ What would compute on the stand-ins that are left for the expert weights, or mov
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,25 +15,22 @@ import torch
 from torch import nn
 
 from ..errors import OffloadError
-from ..observe import progress
 from ..plan.weights import PROMPT_TOKENS
 from ..runtime.model import Runtime
 from .advise import Advisor
 from .batch_sizes import given
 from .binding import Scope
 from .cuda_graphs import StaticCaches
+from .dynamo import with_own_code
 from .retry import Retry
 
 logger = logging.getLogger("moe_offload")
 
-#: While it is traced, transformers asks for torch's version, through a cache; Dynamo warns of any, in grave words.
-VERSIONS_ARE_CACHED = r"Dynamo detected a call to a `functools\.lru_cache`-wrapped function at 'moe\.py"
 ADAPTED = (
     "an adapter changes the weights of offloaded experts (peft's target_parameters, which it also derives from "
     "target_modules that name projections of experts), but they rest in files and pass through slots. Adapt dense "
     "layers only (such as target_modules=['q_proj', 'v_proj']), or merge the adapter into the model before optimize()."
 )
-_numbers = itertools.count()
 
 
 class Call:
@@ -55,7 +50,7 @@ class Call:
         self.warned = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # inside somebody else's torch.compile: the marker op is traced
+        if torch.compiler.is_dynamo_compiling():  # inside somebody else's torch.compile: the marker op is traced
             return self.model._call_impl(*args, **kwargs)
         if self.model.training and torch.is_grad_enabled():
             raise OffloadError(
@@ -63,8 +58,7 @@ class Call:
                 f"Call "
                 "model.eval(), or train the model before optimize()."
             )
-        with self.runtime.lock, self.runtime.current(), torch.no_grad(), progress.compiling():
-            self.runtime.check_open()
+        with self.scope.entered():
             self._check_implementation()
             self._check_places()
             sequences, tokens = _size(args, kwargs)
@@ -73,7 +67,6 @@ class Call:
             if self.runtime.deciding is not None:
                 self.static_caches.mark(kwargs.get("past_key_values"))
             begun_s = time.perf_counter()
-            self.scope.active = True
             try:
                 output = self.run(sequences, tokens, args, kwargs)
                 self.runtime.check_ids()
@@ -84,7 +77,6 @@ class Call:
                     raise error.inner_exception from None
                 raise
             finally:
-                self.scope.active = False
                 if self.runtime.timeline is not None:
                     self.runtime.timeline.forward(begun_s, sequences, tokens)
 
@@ -121,14 +113,10 @@ def _size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
     return math.prod(sequences), tokens
 
 
-def own_code(model: nn.Module) -> Callable[..., Any]:
-    """A function of its own that calls the model: Dynamo caches graphs, and counts recompilations, per code object,
-    and all modules share that of `nn.Module._call_impl`."""
-
-    warnings.filterwarnings("ignore", VERSIONS_ARE_CACHED)
+def whole_call(model: nn.Module) -> Callable[..., Any]:
+    """What is compiled where the model's call is to be one graph. (All modules share the code of `_call_impl`.)"""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return model._call_impl(*args, **kwargs)
 
-    call.__code__ = call.__code__.replace(co_name=f"moe_offload_call_{next(_numbers)}")
-    return call
+    return with_own_code(call, "call")

@@ -24,8 +24,10 @@ from ..errors import OffloadError
 from ..experts import MoELayer
 from ..forward import backend
 from ..forward.advise import Advisor
-from ..forward.binding import Link, Scope, connect, disconnect
-from ..forward.call import ADAPTED, Call, own_code
+from ..forward.binding import Link, RunExperts, Scope, banks_of_this_thread, connect, disconnect, run_op
+from ..forward.call import ADAPTED, Call, whole_call
+from ..forward.phantom import Phantom
+from ..forward.regions import Regions
 from ..forward.retry import Retry
 from ..runtime.kernels import KERNELS
 from ..runtime.layer import LayerRuntime
@@ -41,10 +43,8 @@ class ModuleCore:
     """
 
     def __init__(self, moe: MoELayer, implementation: str, views: Callable[[Tensor], dict[str, Tensor]]):
-        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
         self.module, self.views = moe.modules[0], views
-        self.run = ALL_EXPERTS_FUNCTIONS[implementation]
+        self.run = original_code(implementation)
 
     def __call__(
         self,
@@ -65,6 +65,14 @@ class ModuleCore:
         ones = torch.ones((len(x_P), 1), dtype=dtype, device=x_P.device)
         out: Tensor = self.run(stand_in, x_P.to(dtype), slots.view(-1, 1), ones)
         return out
+
+
+def original_code(implementation: str) -> Callable[..., Tensor]:
+    """transformers' own experts code of that name: (module, x [T, H], ids [T, K], weights [T, K]) -> [T, H]."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    code: Callable[..., Tensor] = ALL_EXPERTS_FUNCTIONS[implementation]
+    return code
 
 
 def serve_products(device: str) -> None:
@@ -95,10 +103,6 @@ def install(
 ) -> list[Any]:
     """Patch `model` to run on `runtime`. Returns the list to which each compiled graph's pass reports are added."""
     _register_implementations()
-    scope = Scope()
-    nan_rows: dict[Hashable, Tensor] = {}
-    for layer in runtime.layers:
-        _install_layer(layer, scope, implementation, nan_rows)
     log: list[Any] = []
     run, core = (
         (backend.run_inductor, backend.core_inductor)
@@ -107,10 +111,21 @@ def install(
     )
     made = backend.make_backend(run, core, log, overlap, guess)
 
+    scope = Scope(runtime)
+    whole = inner == "inductor" or guess or fullgraph or runtime.deciding is not None
+    regions = None if whole else Regions(scope, original_code(implementation), made, log, dynamic)
+
     def compile() -> Callable[..., Any]:
-        run: Callable[..., Any] = torch.compile(own_code(model), backend=made, dynamic=dynamic, fullgraph=fullgraph)
+        if regions is not None:
+            regions.renew()
+            return model._call_impl
+        run: Callable[..., Any] = torch.compile(whole_call(model), backend=made, dynamic=dynamic, fullgraph=fullgraph)
         return run
 
+    nan_rows: dict[Hashable, Tensor] = {}
+    for layer in runtime.layers:
+        link = Link(scope, run_op if regions is None else regions.run, whole, layer.slots.bank_SN)
+        _install_layer(layer, link, implementation, nan_rows)
     model._compiled_call_impl = Call(model, runtime, scope, Retry(runtime, scope, compile), advisor)
     # On some devices generate() compiles its decode steps itself, and would trace the op of last resort.
     model.__dict__["get_compiled_call"] = lambda compile_config: model.__call__
@@ -123,14 +138,14 @@ def uninstall(runtime: Runtime) -> None:
         disconnect(layer)
 
 
-def _install_layer(layer: LayerRuntime, scope: Scope, implementation: str, nan_rows: dict[Hashable, Tensor]) -> None:
+def _install_layer(layer: LayerRuntime, link: Link, implementation: str, nan_rows: dict[Hashable, Tensor]) -> None:
     moe = layer.moe
     layer.module_core = ModuleCore(moe, implementation, backend.bank_of(layer).views)
-    phantoms = {f.name: backend.Phantom.of(layer, f, nan_rows) for f in moe.layout.fields}
+    phantoms = {f.name: Phantom.of(layer, f, nan_rows) for f in moe.layout.fields}
     for module in moe.modules:
         for name, phantom in phantoms.items():
             setattr(module, name, phantom)
-        module._moe_offload = Link(scope, layer.slots.bank_SN)
+        module._moe_offload = link
         # On the module's own config: it may be a copy that model.set_experts_implementation() never reaches.
         module.config._experts_implementation_internal = f"moe_offload_{implementation}"
     connect(layer)
@@ -148,24 +163,25 @@ def _implementation(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         if hasattr(self, "parametrizations"):
             raise OffloadError(ADAPTED)
-        scope = self._moe_offload.scope
-        if torch.compiler.is_compiling() and scope.active and scope.banks:
-            return original(self, hidden_states, top_k_index, top_k_weights)
-        bank_SN = self._moe_offload.bank_SN
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        link = self._moe_offload
+        if torch.compiler.is_dynamo_compiling():  # by this thread: whatever is running here is not run, but traced
+            if link.whole and link.scope.banks == banks_of_this_thread():
+                return original(self, hidden_states, backend.unserved(top_k_index), top_k_weights)
+            return run_op(self, hidden_states, top_k_index, top_k_weights)
+        if torch.is_grad_enabled():
             apply: Any = _InferenceOnly.apply
-            return cast(Tensor, apply(hidden_states, top_k_index, top_k_weights, bank_SN))
-        return backend.experts_op(hidden_states, top_k_index, top_k_weights, bank_SN)
+            return cast(Tensor, apply(link.run, self, hidden_states, top_k_index, top_k_weights))
+        return cast(Tensor, link.run(self, hidden_states, top_k_index, top_k_weights))
 
     return experts
 
 
 class _InferenceOnly(torch.autograd.Function):
-    """The marker op for callers with gradients enabled: forward as usual, and a backward that says why not."""
+    """Experts for callers with gradients enabled: forward as usual, and a backward that says why not."""
 
     @staticmethod
-    def forward(ctx: Any, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank_SN: Tensor) -> Tensor:
-        return backend.experts_op(x_TH, ids_TK, weights_TK, bank_SN)
+    def forward(ctx: Any, run: RunExperts, module: Any, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        return run(module, x_TH, ids_TK, weights_TK)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:

@@ -27,7 +27,7 @@ class Model:
         self.fails, self.forwards, self.made, self.held = set(fails), 0, 0, []
         self.activation = None
         self.error = error or (lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."))
-        self.retry = Retry(self.runtime, Scope(), self.compile_anew)
+        self.retry = Retry(self.runtime, Scope(self.runtime), self.compile_anew)
 
     def compile_anew(self):
         self.made += 1
