@@ -15,7 +15,7 @@ from ..observe import progress
 from ..runtime.layer import LayerRuntime, closed
 from ..runtime.model import Runtime
 from . import backend
-from .dynamo import our_settings
+from .dynamo import Settings
 
 _sets = itertools.count()
 _inside = threading.local()  # .scope: that of the offloaded model whose call this thread is in
@@ -39,13 +39,15 @@ class Scope:
     keeps it: it guards on the name. (A name, because Dynamo may take a number for a variable.)
     """
 
-    def __init__(self, runtime: Runtime) -> None:
-        self.runtime = runtime
-        self.banks = ""
-        self.renew()
+    def __init__(self, runtime: Runtime, settings: Settings) -> None:
+        self.runtime, self._settings = runtime, settings
+        self.forget_graphs: Callable[[], None] = lambda: None  # set by what has them compiled
+        self.banks = f"set {next(_sets)}"
 
     def renew(self) -> None:
+        """All graphs go: the banks are others, or what the graphs took for granted is no longer so."""
         self.banks = f"set {next(_sets)}"
+        self.forget_graphs()
 
     @property
     def is_entered(self) -> bool:
@@ -58,11 +60,14 @@ class Scope:
 
         Raises `ClosedError` after `close`, and in a process that was forked from the model's.
         """
-        with self.runtime.lock, self.runtime.current(), torch.no_grad(), progress.compiling(), our_settings():
+        with self.runtime.lock, self.runtime.current(), torch.no_grad(), progress.compiling():
             self.runtime.check_open()
+            if self._settings.find_new_hooks():
+                self.renew()
             before, _inside.scope = getattr(_inside, "scope", None), self
             try:
-                yield
+                with self._settings.entered():
+                    yield
             finally:
                 _inside.scope = before
 

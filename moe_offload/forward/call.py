@@ -22,6 +22,7 @@ from .batch_sizes import given
 from .binding import Scope
 from .cuda_graphs import StaticCaches
 from .dynamo import with_own_code
+from .inference_only import needs_gradients, refuse_backward_of
 from .retry import Retry
 
 logger = logging.getLogger("moe_offload")
@@ -39,13 +40,16 @@ class Call:
     def __init__(self, model: nn.Module, runtime: Runtime, scope: Scope, run: Retry, advisor: Advisor):
         self.model, self.runtime, self.scope, self.run = model, runtime, scope, run
         self.advisor = advisor
-        modules = [(module, layer.moe.name) for layer in runtime.layers for module in layer.moe.modules]
         self.places = [
             (model.get_submodule(name.rpartition(".")[0])._modules, name.rpartition(".")[2], module)
             for layer in runtime.layers
             for name, module in zip(layer.moe.names, layer.moe.modules, strict=True)
         ]
-        self.configs = {id(module.config): (module.config, name) for module, name in modules}
+        modules = [(module, layer.moe.name) for layer in runtime.layers for module in layer.moe.modules]
+        self.configs = {
+            id(vars(module.config)): (vars(module.config), module.config._experts_implementation_internal, name)
+            for module, name in modules
+        }
         self.static_caches = StaticCaches()
         self.warned = False
 
@@ -58,6 +62,11 @@ class Call:
                 f"Call "
                 "model.eval(), or train the model before optimize()."
             )
+        cut = needs_gradients(self.model, (*args, *kwargs.values()))
+        output = self._run(args, kwargs)
+        return refuse_backward_of(output) if cut else output
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self.scope.entered():
             self._check_implementation()
             self._check_places()
@@ -96,12 +105,12 @@ class Call:
             raise OffloadError(ADAPTED)
 
     def _check_implementation(self) -> None:
-        """Code other than ours would compute on phantoms: NaN, which an argmax turns into tokens."""
-        for config, name in self.configs.values():
-            if not str(config._experts_implementation).startswith("moe_offload_"):
+        """The experts run as they were offloaded, so to have set another implementation would have no effect."""
+        for config, before, name in self.configs.values():
+            if config["_experts_implementation_internal"] != before:
                 raise OffloadError(
-                    f"{name}: its experts implementation was set to {config._experts_implementation!r} after "
-                    "optimize(), which cannot reach the offloaded weights; choose it with "
+                    f"{name}: its experts implementation was set to {config['_experts_implementation_internal']!r} "
+                    "after optimize(), which cannot reach the offloaded weights; choose it with "
                     "config={'experts_implementation': ...}"
                 )
 

@@ -1,19 +1,25 @@
 """What we ask of Dynamo for what we compile, and for nothing else.
 
-It keeps more graphs than by default, guards on hooks that are not there yet, and finds a code object of our own.
+By default it keeps 8 graphs of a function, and does not guard on hooks where there are none yet: a hook put on later is
+never called. To ask for more takes 65 us in each call, so it is asked for once it is needed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar, cast
 
 import torch
+from torch import nn
+from torch.nn.modules import module as all_modules
+from torch.utils.hooks import RemovableHandle
 
-#: Graphs that Dynamo keeps of one function; the default is 8. It warns of any more, and compiles them no longer.
+FEW_GRAPHS = 6  # Dynamo keeps two more of one function by default
+#: Graphs that Dynamo then keeps of one function. It warns of any more, and compiles them no longer.
 MOST_GRAPHS = 256
 #: While it is traced, transformers asks for torch's version, through a cache. Dynamo warns that such a cache might be
 #: wrong, and the version of torch does not change.
@@ -22,12 +28,37 @@ _numbers = itertools.count()
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def our_settings() -> AbstractContextManager[object]:
-    """While it is entered, what this thread compiles is compiled so."""
-    settings: AbstractContextManager[object] = torch._dynamo.config.patch(
-        skip_nnmodule_hook_guards=False, recompile_limit=MOST_GRAPHS, accumulated_recompile_limit=16 * MOST_GRAPHS
-    )
-    return settings
+class Settings:
+    """Dynamo's settings for what is traced of one model: `parts` are the modules that graphs hold, and `log` has an
+    entry for each graph."""
+
+    def __init__(self, parts: Iterable[nn.Module], log: list[Any]):
+        self._parts, self._log = list(parts), log
+        self._last_hook = -1
+        self._guards_on_hooks = False
+
+    def find_new_hooks(self) -> bool:
+        """Whether hooks have appeared that no graph guards on as yet: all graphs there are must go then.
+
+        Every hook that is put on anywhere takes a number, so there is nothing to look at while none is.
+        """
+        if self._guards_on_hooks or self._last_hook == RemovableHandle.next_id:
+            return False
+        self._last_hook = RemovableHandle.next_id
+        everywhere = all_modules._global_forward_hooks or all_modules._global_forward_pre_hooks
+        self._guards_on_hooks = bool(everywhere) or any(
+            module._forward_hooks or module._forward_pre_hooks for part in self._parts for module in part.modules()
+        )
+        return self._guards_on_hooks
+
+    def entered(self) -> AbstractContextManager[object]:
+        """While it is entered, what this thread compiles is compiled so."""
+        if not self._guards_on_hooks and len(self._log) < FEW_GRAPHS:
+            return contextlib.nullcontext()
+        settings: AbstractContextManager[object] = torch._dynamo.config.patch(
+            skip_nnmodule_hook_guards=False, recompile_limit=MOST_GRAPHS, accumulated_recompile_limit=16 * MOST_GRAPHS
+        )
+        return settings
 
 
 def with_own_code(function: Function, name: str) -> Function:

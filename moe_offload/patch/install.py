@@ -3,8 +3,8 @@
 The model keeps its class, its `forward` and its `generate`. What changes:
 
     module.gate_up_proj ...         a Phantom; state_dict() still returns the real rows (saving.py)
-    config._experts_implementation  "moe_offload_grouped_mm" or "moe_offload_batched_mm", on every experts module
-    model(...)                      compiled by our backend, under the model's lock, inference only (call.py)
+    module.config                   a view that names our experts implementation (experts_config.py)
+    model(...)                      under the model's lock, inference only (call.py); its experts compiled, or all of it
     model.to(...), copies ...       refused where they would reach the experts (refusals.py)
 
 Traced by our backend, the experts implementation is transformers' own code, for the passes to rewrite. Anywhere else
@@ -14,6 +14,7 @@ and computes by itself: what the passes never see is slower, never wrong.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, cast
 
@@ -24,14 +25,17 @@ from ..errors import OffloadError
 from ..experts import MoELayer
 from ..forward import backend
 from ..forward.advise import Advisor
-from ..forward.binding import Link, RunExperts, Scope, banks_of_this_thread, connect, disconnect, run_op
+from ..forward.binding import Link, Scope, banks_of_this_thread, connect, disconnect, run_op
 from ..forward.call import ADAPTED, Call, whole_call
+from ..forward.dynamo import Settings
+from ..forward.inference_only import refuse_backward
 from ..forward.phantom import Phantom
 from ..forward.regions import Regions
 from ..forward.retry import Retry
 from ..runtime.kernels import KERNELS
 from ..runtime.layer import LayerRuntime
 from ..runtime.model import Runtime
+from .experts_config import experts_view
 
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
 
@@ -111,8 +115,9 @@ def install(
     )
     made = backend.make_backend(run, core, log, overlap, guess)
 
-    scope = Scope(runtime)
     whole = inner == "inductor" or guess or fullgraph or runtime.deciding is not None
+    traced = [model] if whole else [module for layer in runtime.layers for module in layer.moe.modules]
+    scope = Scope(runtime, Settings(traced, log))
     regions = None if whole else Regions(scope, original_code(implementation), made, log, dynamic)
 
     def compile() -> Callable[..., Any]:
@@ -123,12 +128,15 @@ def install(
         return run
 
     nan_rows: dict[Hashable, Tensor] = {}
+    _name_implementation(runtime, f"moe_offload_{implementation}")
     for layer in runtime.layers:
         link = Link(scope, run_op if regions is None else regions.run, whole, layer.slots.bank_SN)
         _install_layer(layer, link, implementation, nan_rows)
     model._compiled_call_impl = Call(model, runtime, scope, Retry(runtime, scope, compile), advisor)
     # On some devices generate() compiles its decode steps itself, and would trace the op of last resort.
     model.__dict__["get_compiled_call"] = lambda compile_config: model.__call__
+    # There it also swaps the experts implementation for its decode steps, which cannot reach ours.
+    model.__dict__["_optimize_model_for_decode"] = contextlib.nullcontext
     return log
 
 
@@ -146,9 +154,17 @@ def _install_layer(layer: LayerRuntime, link: Link, implementation: str, nan_row
         for name, phantom in phantoms.items():
             setattr(module, name, phantom)
         module._moe_offload = link
-        # On the module's own config: it may be a copy that model.set_experts_implementation() never reaches.
-        module.config._experts_implementation_internal = f"moe_offload_{implementation}"
     connect(layer)
+
+
+def _name_implementation(runtime: Runtime, name: str) -> None:
+    """Each experts module gets a view of its own config: that may be a copy, which the model's never reaches."""
+    views: dict[int, Any] = {}
+    for module in (module for layer in runtime.layers for module in layer.moe.modules):
+        known = id(module.config)
+        if known not in views:
+            views[known] = experts_view(module.config, name)
+        module.config = views[known]
 
 
 def _register_implementations() -> None:
@@ -169,20 +185,7 @@ def _implementation(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
                 return original(self, hidden_states, backend.unserved(top_k_index), top_k_weights)
             return run_op(self, hidden_states, top_k_index, top_k_weights)
         if torch.is_grad_enabled():
-            apply: Any = _InferenceOnly.apply
-            return cast(Tensor, apply(link.run, self, hidden_states, top_k_index, top_k_weights))
+            return cast(Tensor, refuse_backward(link.run, self, hidden_states, top_k_index, top_k_weights))
         return cast(Tensor, link.run(self, hidden_states, top_k_index, top_k_weights))
 
     return experts
-
-
-class _InferenceOnly(torch.autograd.Function):
-    """Experts for callers with gradients enabled: forward as usual, and a backward that says why not."""
-
-    @staticmethod
-    def forward(ctx: Any, run: RunExperts, module: Any, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        return run(module, x_TH, ids_TK, weights_TK)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise OffloadError("an offloaded model is for inference only: its experts have no gradients")
