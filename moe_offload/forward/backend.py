@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 import passes
 from passes import ops
@@ -147,8 +148,7 @@ def _check_nothing_left(weights: dict[Node, passes.Weight], banked: Iterable[Nod
 
 def run_graph(gm: GraphModule, example_inputs: list[Any]) -> Compiled:
     """Run the rewritten graph as it is: the unmodified model's own kernels, no compiler needed."""
-    run: Compiled = gm.forward
-    return run
+    return _code_of(gm)
 
 
 def run_inductor(gm: GraphModule, example_inputs: list[Any], **options: Any) -> Compiled:
@@ -173,7 +173,15 @@ def serve_products(few: Product, many: Product) -> None:
 
 
 def core_as_is(core: GraphModule) -> Compiled:
-    return core.forward
+    return _code_of(core)
+
+
+def _code_of(gm: GraphModule) -> Compiled:
+    """What the graph is as Python code. Dynamo's modules write it when they are first called, and are called as modules
+    ever after if `forward` was taken before: global hooks would hear of them."""
+    _LazyGraphModule.force_recompile(gm)
+    code: Compiled = gm.forward
+    return code
 
 
 def core_inductor(core: GraphModule) -> Compiled:

@@ -42,11 +42,15 @@ class Settings:
 
         Every hook that is put on anywhere takes a number, so there is nothing to look at while none is.
         """
-        if self._guards_on_hooks or self._last_hook == RemovableHandle.next_id:
+        if self._last_hook == RemovableHandle.next_id:
             return False
         self._last_hook = RemovableHandle.next_id
-        everywhere = all_modules._global_forward_hooks or all_modules._global_forward_pre_hooks
-        self._guards_on_hooks = bool(everywhere) or any(
+        if all_modules._global_forward_hooks or all_modules._global_forward_pre_hooks:  # those Dynamo never guards on
+            self._guards_on_hooks = True
+            return True
+        if self._guards_on_hooks:
+            return False
+        self._guards_on_hooks = any(
             module._forward_hooks or module._forward_pre_hooks for part in self._parts for module in part.modules()
         )
         return self._guards_on_hooks
