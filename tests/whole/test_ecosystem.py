@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 CHILD = """
 import json, os
 from pathlib import Path
-from moe_offload.config import resolve
+from moe_offload.config.settings import resolve
 print(json.dumps([os.environ["RANK"], resolve().to_dict()]))
 """
 
