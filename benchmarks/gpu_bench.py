@@ -37,7 +37,7 @@ class Bench:
         command += [*(() if full else ("--layers", str(self.layers))), *self.asked]
         if traces is not None and (traces / TRACES[self.model]).is_file():
             command += ["--routing", str(traces / TRACES[self.model])]
-        return [*command, "--cache", str(self.checkpoints(cache)), "--json", str(self.found(cache))]
+        return [*command, "--cache", str(self.checkpoints(cache)), "--out", str(self.found(cache))]
 
     def checkpoints(self, cache: Path) -> Path:
         return cache / self.model

@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, Qwen3MoeConfig, Qwe
 
 import moe_offload
 from moe_offload.experts import find_experts
-from moe_offload.runtime.prewarm import prewarm
+from moe_offload.runtime.prewarm import prewarm_slots
 
 PROMPT = 16
 
@@ -106,7 +106,7 @@ def compare(source: str, dtype: str, implementation: str, inner: str, options: a
     layers = len(handle.moe_layers)
     if handle.plan.residency != 1.0:
         raise SystemExit("not all experts are resident")
-    prewarm(handle._runtime, [(moe.index, e) for moe in handle.moe_layers for e in range(moe.num_experts)])
+    prewarm_slots(handle._runtime, [(moe.index, e) for moe in handle.moe_layers for e in range(moe.num_experts)])
 
     torch.manual_seed(0)
     prompt = torch.randint(3, resident.config.vocab_size, (1, PROMPT))

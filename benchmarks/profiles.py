@@ -1,6 +1,6 @@
 """What a profile is worth: a cold start, the right profile, the oracle's and a wrong one, on real text.
 
-    python benchmarks/profiles.py ../shared/models/polyglot-small --texts ../shared/models/texts.json
+    python benchmarks/profiles.py MODEL --texts TEXTS.json        {language: {"record": [page, ...], "evaluate": [...]}}
 
 The profile is of Italian pages, or Japanese ones; prompts are windows of Italian pages that no profile has seen: 48
 tokens at once, then the next 256 of the page one at a time, as in decoding. The oracle's profile is of that very
@@ -27,7 +27,7 @@ from moe_offload.cache.layer_cache import LayerCache
 from moe_offload.observe.profile import Profile
 from moe_offload.observe.profile_stats import most_wanted, rates
 from moe_offload.plan.budget import budget_for
-from moe_offload.runtime.prewarm import prewarm
+from moe_offload.runtime.prewarm import prewarm_slots
 
 PROMPT, DECODED, WINDOWS = 48, 256, 12
 PARTS = {"prompt": slice(0, 1), "next 8": slice(1, 9), "next 32": slice(1, 33), "all 256": slice(1, 257)}
@@ -103,7 +103,7 @@ def run(model: Any, window_1T: Tensor, profile: Profile | None) -> dict[str, Any
         layer.arrivals.cache = LayerCache(old.num_experts, old.slots, policy, old.name)
     begun = time.perf_counter()
     if profile is not None:
-        prewarm(runtime, most_wanted(profile, [layer.cache.slots for layer in runtime.layers]))
+        prewarm_slots(runtime, most_wanted(profile, [layer.cache.slots for layer in runtime.layers]))
     warm_s = time.perf_counter() - begun
     handle.start_trace()
     begun = time.perf_counter()
@@ -112,7 +112,7 @@ def run(model: Any, window_1T: Tensor, profile: Profile | None) -> dict[str, Any
     read = handle.stats().bytes_read
     for t in range(PROMPT, PROMPT + DECODED):
         past = model(window_1T[:, t : t + 1], past_key_values=past, use_cache=True).past_key_values
-    steps = handle.steps()
+    steps = handle.forwards()
     return {
         "hits": {part: sum(step.hits for step in steps[span]) for part, span in PARTS.items()},
         "asked": {part: sum(step.hits + step.misses for step in steps[span]) for part, span in PARTS.items()},

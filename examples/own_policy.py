@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_offload import Trace
-from moe_offload.apps.simulate import simulate
+from moe_offload.apps.simulate.run import simulate
 from moe_offload.apps.simulate.show import table
 
 
@@ -23,7 +23,7 @@ class SecondChance:
         self.last = [-1] * num_experts
         self.before = [-1] * num_experts  # the use before the last one
 
-    def record(self, used, tokens):
+    def access(self, used, tokens):
         self.now += 1
         for e in used:
             self.before[e], self.last[e] = self.last[e], self.now

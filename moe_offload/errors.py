@@ -33,7 +33,7 @@ class PackError(OffloadError):
 
 
 class SaveError(OffloadError):
-    """An offloaded model could not be saved; what was in the folder before is untouched, or no longer looks whole."""
+    """An offloaded model could not be saved; what was in the folder is unchanged, or the message says where it is."""
 
 
 class ExpertReadError(OffloadError):

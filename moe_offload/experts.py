@@ -105,6 +105,10 @@ class MoELayer:
     def nbytes(self) -> int:
         return self.num_experts * self.layout.row_bytes
 
+    def tokens_of(self, pairs: int) -> int:
+        """How many tokens have so many token-expert pairs; an experts module may leave out those of other ranks."""
+        return -(-pairs // self.top_k)
+
 
 def find_experts(model: nn.Module) -> list[MoELayer]:
     """Every routed-experts module of `model`, in order, one `MoELayer` per distinct set of parameters.
@@ -155,7 +159,7 @@ def stacked_params(name: str, module: nn.Module) -> dict[str, torch.Tensor]:
     if getattr(module, "_is_expert_parallel", False):  # transformers 5.17 has no such attribute
         raise UnsupportedModelError(
             f"{name}: its experts are split over processes by expert parallelism, which moe_offload does not handle "
-            "yet; load the model in one process, without a DistributedConfig."
+            "yet; load the model in one process, without a DistributedConfig"
         )
     wanted = ["gate_up_proj" if module.has_gate else "up_proj", "down_proj"]
     if module.has_bias:
@@ -166,7 +170,7 @@ def stacked_params(name: str, module: nn.Module) -> dict[str, torch.Tensor]:
         if not isinstance(param, torch.Tensor) or param.dim() < 2:
             raise UnsupportedModelError(
                 f"{name}: expected a stacked parameter {want!r} of shape [experts, ...], found "
-                f"{type(param).__name__}; {type(module).__name__} stores its experts in another way."
+                f"{type(param).__name__}; {type(module).__name__} stores its experts in another way"
             )
         params[want] = param
     own = dict(module.named_parameters(recurse=False))
@@ -174,11 +178,11 @@ def stacked_params(name: str, module: nn.Module) -> dict[str, torch.Tensor]:
     if extra:
         raise UnsupportedModelError(
             f"{name}: has parameters {extra} besides {wanted}; a quantised or customised experts module is not "
-            "supported yet (its scales would not move with its weights)."
+            "supported yet (its scales would not move with its weights)"
         )
     sizes = {param.shape[0] for param in params.values()}
     if len(sizes) != 1:
-        raise UnsupportedModelError(f"{name}: its stacked parameters disagree on the number of experts: {sizes}.")
+        raise UnsupportedModelError(f"{name}: its stacked parameters disagree on the number of experts: {sizes}")
     return params
 
 
@@ -193,7 +197,7 @@ def _top_k(name: str, module: nn.Module, model: nn.Module) -> int:
                 return value
     raise UnsupportedModelError(
         f"{name}: cannot tell how many experts a token uses; looked for {', '.join(TOP_K_NAMES)} on the module, its "
-        "router and the configuration."
+        "router and the configuration"
     )
 
 

@@ -8,25 +8,27 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from .checkpoint.headers import INDEX, Headers
-from .checkpoint.loading import resolve_folder, skeleton
-from .checkpoint.packed import ABSENT, ROWS, SOURCES, checkpoint_headers, index_checkpoint, is_packed
+from .checkpoint.folder import INDEX
+from .checkpoint.headers import Headers
+from .checkpoint.new_folder import check_new, new_folder
+from .checkpoint.outline import outline_folder
+from .checkpoint.packed import ABSENT, ROWS, SOURCES, Stored, index_stored, is_packed, read_stored
 from .checkpoint.packed_format import describe, parse_sources, rows_metadata, sources_metadata
+from .checkpoint.pretrained.arguments import Arguments, sort_arguments
+from .checkpoint.pretrained.download import get_folder
 from .checkpoint.row_index import RowIndex, index_rows
 from .checkpoint.shards import Entry, Shard, file_name, header, split, write_shard
-from .checkpoint.staging_folder import check_new, new_folder
 from .config.sizes import parse_size
 from .errors import CheckpointChangedError, CheckpointError, ConfigError, PackError
-from .experts import MoELayer, find_experts
+from .experts import MoELayer
 from .memory.buffers import page_aligned
 from .memory.stores import Store
 from .memory.stores.direct_io import DataFile
@@ -67,7 +69,8 @@ def pack_checkpoint(
         raise ConfigError(f"verify={verify!r} is not accepted: it takes one of {', '.join(map(repr, VERIFY))}")
     limit_bytes, out = parse_size(max_shard_size), Path(out)
     check_new(out)
-    source = _open_source(resolve_folder(path_or_id, **hub))
+    arguments = sort_arguments(None, hub)
+    source = _open_source(get_folder(path_or_id, arguments), arguments)
     dense, experts = _dense_shards(source, limit_bytes), _expert_shards(source, limit_bytes)
     others = [file for file in source.folder.iterdir() if file.is_file() and not file.name.endswith(WEIGHTS)]
     size = sum(shard.nbytes for shard in (*dense, *experts))
@@ -87,12 +90,18 @@ def pack_checkpoint(
     return out
 
 
-def _open_source(folder: Path) -> Source:
-    if is_packed(folder):
-        raise CheckpointError(f"{folder}: is a packed checkpoint already. Copy it, or give the original one.")
-    meta = skeleton(folder)
-    moe_layers, headers = find_experts(meta), checkpoint_headers(folder)
-    return Source(folder, meta, moe_layers, headers, index_rows(meta, moe_layers, headers))
+def _open_source(folder: Path, arguments: Arguments) -> Source:
+    place = folder / arguments.subfolder
+    if is_packed(place):
+        raise CheckpointError(f"{place}: is a packed checkpoint already. Copy it, or give the original one")
+    found = outline_folder(folder, arguments)
+    stored, index = cast(Stored, found.stored), cast(RowIndex, found.index)
+    for key, (dtype, file) in stored.headers.unreadable.items():
+        raise CheckpointError(
+            f"{file}: {key!r} is of dtype {dtype}, which torch {torch.__version__} does not have, so it cannot be "
+            "copied. The model does not use it: remove it from the checkpoint, or do without packing"
+        )
+    return Source(place, found.model, found.moe_layers, stored.headers, index)
 
 
 def _store(moe_layers: Sequence[MoELayer], index: RowIndex) -> DiskStore:
@@ -133,7 +142,7 @@ def _expert_shards(source: Source, limit_bytes: int) -> list[Shard]:
 def _verify(source: Source, store: Store, folder: Path, *, all_rows: bool) -> None:
     """Read rows as a loaded model would, and compare them with the original's."""
     with contextlib.closing(
-        _store(source.moe_layers, index_checkpoint(source.meta, source.moe_layers, folder))
+        _store(source.moe_layers, index_stored(source.meta, source.moe_layers, read_stored(folder)))
     ) as packed:
         for moe in source.moe_layers:
             experts = range(moe.num_experts)
@@ -146,7 +155,7 @@ def _verify(source: Source, store: Store, folder: Path, *, all_rows: bool) -> No
                     if not torch.equal(want[span], found[span]):
                         raise PackError(
                             f"{moe.name} expert {e}: {field.name} reads back from {folder.parent} otherwise than it "
-                            "was written; the disk loses data. Nothing was left there; pack to another disk."
+                            "was written; the disk loses data. Nothing was left there; pack to another disk"
                         )
 
 
@@ -163,7 +172,7 @@ README = """\
 The experts of this Mixture-of-Experts model are in `moe_offload_rows-*.safetensors`, one tensor per layer, each row of
 it all weights of one expert, in the order in which moe_offload computes with them. The rest is as in the original.
 
-    pip install moe-offload
+Where moe_offload is installed (from a clone of its repository):
 
     model = moe_offload.from_pretrained("this folder", budget="8GB")
     moe-offload run "this folder" --budget 8GB --prompt "..."
@@ -187,15 +196,14 @@ def dense_parts(shard: Shard, headers: Headers) -> Iterator[memoryview]:
         for entry in shard.entries:
             range_ = headers[entry.key]
             if range_.file not in files:
-                descriptor = os.open(range_.file, os.O_RDONLY | os.O_CLOEXEC)
-                files[range_.file] = opened.enter_context(contextlib.closing(DataFile(range_.file, descriptor)))
+                files[range_.file] = opened.enter_context(contextlib.closing(DataFile(range_.file)))
             for at in range(0, range_.nbytes, PART_BYTES):
                 chunk = part[: min(PART_BYTES, range_.nbytes - at)]
                 files[range_.file].read(range_.offset + at, [chunk], entry.key)
                 yield chunk
         for path, file in files.items():
-            if file.stamp() != headers.stamps[path]:
-                raise CheckpointChangedError(f"{path}: was modified while it was packed. Let it rest and pack again.")
+            if headers.stamps[path].followed_by(file.stamp(), path) is None:
+                raise CheckpointChangedError(f"{path}: was modified while it was packed. Let it rest and pack again")
 
 
 def expert_rows(shard: Shard, moe_layers: Sequence[MoELayer], store: Store) -> Iterator[memoryview]:

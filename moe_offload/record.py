@@ -13,8 +13,9 @@ import optree
 import torch
 from torch import Tensor
 
+from .cache.counters import LayerCounters
 from .errors import ProfileError
-from .experts import find_experts
+from .experts import MoELayer, find_experts
 from .forward import backend
 from .forward.call import whole_call
 from .observe.profile import Profile
@@ -25,11 +26,15 @@ from .plan.weights import fingerprint
 class Count:
     """Uses per expert of one layer: what an observed weight is bound to."""
 
-    def __init__(self, num_experts: int, top_k: int):
-        self.counts, self.top_k = torch.zeros(num_experts, dtype=torch.int64), top_k
+    def __init__(self, moe: MoELayer):
+        self.moe, self.tokens, self.counts = moe, 0, torch.zeros(moe.num_experts, dtype=torch.int64)
 
     def observe(self, ids_P: Tensor) -> None:
+        self.tokens += self.moe.tokens_of(ids_P.numel())
         self.counts += torch.bincount(ids_P.reshape(-1), minlength=len(self.counts))
+
+    def counters(self) -> LayerCounters:
+        return LayerCounters(tokens=self.tokens, counts=self.counts.tolist())
 
 
 def record_profile(model: Any, inputs: Any, **meta: str) -> Profile:
@@ -49,7 +54,7 @@ def record_profile(model: Any, inputs: Any, **meta: str) -> Profile:
     moe_layers = find_experts(model)
     implementation = choose_implementation(moe_layers, "auto")
     weights = {id(p): (moe, field) for moe in moe_layers for field, p in moe.params.items()}
-    counters = [Count(moe.num_experts, moe.top_k) for moe in moe_layers]
+    counters = [Count(moe) for moe in moe_layers]
     was = [(module.config, module.config._experts_implementation) for moe in moe_layers for module in moe.modules]
     try:
         for moe, counter in zip(moe_layers, counters, strict=True):
@@ -63,12 +68,9 @@ def record_profile(model: Any, inputs: Any, **meta: str) -> Profile:
             backend.unobserve(moe)
         for config, chosen in was:
             config._experts_implementation_internal = chosen
-    tokens = max(int(c.counts.sum()) // c.top_k for c in counters)
-    if tokens == 0:
+    if not any(counter.tokens for counter in counters):
         raise ProfileError("record_profile counted nothing: the inputs hold no token, or never reach an experts module")
-    return Profile.of(
-        fingerprint(model, moe_layers), tokens=tokens, counts=[c.counts.tolist() for c in counters], meta=meta
-    )
+    return Profile.of_layers(fingerprint(model, moe_layers), [counter.counters() for counter in counters], meta)
 
 
 @torch.no_grad()

@@ -9,11 +9,11 @@ from .bank import Bank
 from .core import Core
 from .erase import erase_unserved
 from .find import PATTERNS, Site, UnknownUse, Weight, find_sites
-from .instrument import instrument
-from .lookahead import lookahead
-from .pipeline import Pass, Report, observe_pipeline, offload_pipeline, run
-from .slots import slots
-from .waves import waves
+from .instrument import insert_observe
+from .lookahead import insert_prefetch
+from .pipeline import Pass, Report, observe_pipeline, offload_pipeline, run_passes
+from .slots import rename_to_slots
+from .waves import stream_in_waves
 
 __all__ = [
     "PATTERNS",
@@ -26,11 +26,11 @@ __all__ = [
     "Weight",
     "erase_unserved",
     "find_sites",
-    "instrument",
-    "lookahead",
+    "insert_observe",
+    "insert_prefetch",
     "observe_pipeline",
     "offload_pipeline",
-    "run",
-    "slots",
-    "waves",
+    "rename_to_slots",
+    "run_passes",
+    "stream_in_waves",
 ]

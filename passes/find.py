@@ -48,7 +48,7 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Read:
+class WeightRead:
     """One reader of one weight.
 
     `node` reads; `ids` is where true expert ids enter (the index, or what is sorted). For the grouped form `sort` is
@@ -76,7 +76,7 @@ class Site:
     num_experts: int
     ids: Node
     weights: dict[str, Node] = field(default_factory=dict)
-    reads: list[Read] = field(default_factory=list)
+    reads: list[WeightRead] = field(default_factory=list)
 
     @property
     def reads_weights(self) -> bool:
@@ -95,12 +95,12 @@ class Site:
     @property
     def reader_ids(self) -> Node:
         """The ids as the readers see them: sorted, for the grouped form."""
-        return self.ids if self.sort is None else _part(self.sort, 0)
+        return self.ids if self.sort is None else _get_item(self.sort, 0)
 
     @property
     def order(self) -> Node | None:
         """The permutation that sorts the ids; None where they are not sorted."""
-        return None if self.sort is None else _part(self.sort, 1)
+        return None if self.sort is None else _get_item(self.sort, 1)
 
     @property
     def bank(self) -> Node:
@@ -123,7 +123,7 @@ def find_sites(graph: Graph, weights: Mapping[Node, Weight]) -> list[Site]:
     """
     sites: dict[tuple[Hashable, Node], Site] = {}
     for placeholder, weight in weights.items():
-        for views, use in _uses(placeholder):
+        for views, use in _find_uses(placeholder):
             read = next((r for match in PATTERNS.values() if (r := match(use)) is not None), None)
             if read is None:
                 raise UnknownUse(weight.layer, weight.field, use.format_node() or str(use))
@@ -135,9 +135,11 @@ def find_sites(graph: Graph, weights: Mapping[Node, Weight]) -> list[Site]:
     return sorted(sites.values(), key=lambda site: position[site.ids])
 
 
-def indexed(use: Node) -> Read | None:
+def match_indexed(use: Node) -> WeightRead | None:
     """`W[ids]`, where the ids may themselves be the sorted ids of a grouped site (its biases)."""
     if name_of(use) not in ("getitem", "index_select") or len(use.args) < 2:
+        return None
+    if name_of(use) == "index_select" and use.args[1] != 0:  # another dimension than the experts'
         return None
     ids = use.args[-1]
     if isinstance(ids, (tuple, list)) and len(ids) == 1:
@@ -145,10 +147,10 @@ def indexed(use: Node) -> Read | None:
     if not isinstance(ids, Node):
         return None
     sort = _sort_above(ids)
-    return Read(use, ids) if sort is None else Read(use, _node(sort.args[0]), sort=sort)
+    return WeightRead(use, ids) if sort is None else WeightRead(use, _expect_node(sort.args[0]), sort=sort)
 
 
-def grouped(use: Node) -> Read | None:
+def match_grouped(use: Node) -> WeightRead | None:
     """`grouped_mm(x, W, offs)` with `offs = cumsum(histc(sort(ids)))`."""
     if name_of(use) not in GROUPED_MM:
         return None
@@ -158,12 +160,12 @@ def grouped(use: Node) -> Read | None:
         histc = histc.args[0]
     if not isinstance(offsets, Node) or not isinstance(histc, Node) or name_of(histc) != "histc":
         return None
-    sort = _sort_above(_node(histc.args[0]))
-    return None if sort is None else Read(use, _node(sort.args[0]), sort=sort, offsets=offsets)
+    sort = _sort_above(_expect_node(histc.args[0]))
+    return None if sort is None else WeightRead(use, _expect_node(sort.args[0]), sort=sort, offsets=offsets)
 
 
 #: Adding a form = one function above and one line here; `tests/passes/test_find.py` runs over every entry.
-PATTERNS: dict[str, Callable[[Node], Read | None]] = {"indexed": indexed, "grouped": grouped}
+PATTERNS: dict[str, Callable[[Node], WeightRead | None]] = {"indexed": match_indexed, "grouped": match_grouped}
 
 
 def name_of(node: Node) -> str:
@@ -178,31 +180,45 @@ def name_of(node: Node) -> str:
     return str(wrapped or target).rpartition("::")[2]
 
 
-def _uses(weight: Node) -> list[tuple[tuple[Node, ...], Node]]:
+def _find_uses(weight: Node) -> list[tuple[tuple[Node, ...], Node]]:
     """The nodes that read `weight`, each with the views of it that lead there."""
     found: list[tuple[tuple[Node, ...], Node]] = []
     for user in weight.users:
-        if name_of(user) in VIEWS and user.args and user.args[0] is weight:
-            found += [((user, *views), use) for views, use in _uses(user)]
+        if name_of(user) in VIEWS and user.args and user.args[0] is weight and _keeps_experts_first(user, weight):
+            found += [((user, *views), use) for views, use in _find_uses(user)]
         else:
             found.append(((), user))
     return found
 
 
+def _keeps_experts_first(view: Node, weight: Node) -> bool:
+    """Whether the first dimension of `weight` is still the first of `view`: what is indexed there are experts."""
+    value, name = weight.meta.get("example_value"), name_of(view)
+    rank = value.dim() if isinstance(value, torch.Tensor) else None
+    dims: list[Any] = [d for arg in view.args[1:] for d in (arg if isinstance(arg, (tuple, list)) else (arg,))]
+    if rank is not None:
+        dims = [d % rank if isinstance(d, int) else d for d in dims]
+    if name == "transpose":
+        return 0 not in dims
+    if name == "permute":
+        return bool(dims) and dims[0] == 0
+    return name != "t" and not (name == "mT" and rank == 2)
+
+
 def _sort_above(node: Node) -> Node | None:
     """The sort whose sorted values `node` is, looking through casts; None if it is not sorted ids."""
     while name_of(node) in ID_VIEWS and node.op != "placeholder":
-        node = _node(node.args[0])
+        node = _expect_node(node.args[0])
     if node.target is not operator.getitem or node.args[1] != 0 or not isinstance(node.args[0], Node):
         return None
     return node.args[0] if name_of(node.args[0]) == "sort" else None
 
 
-def _part(pair: Node, index: int) -> Node:
+def _get_item(pair: Node, index: int) -> Node:
     return next(user for user in pair.users if user.target is operator.getitem and user.args[1] == index)
 
 
-def _node(value: Any) -> Node:
+def _expect_node(value: Any) -> Node:
     if not isinstance(value, Node):
         raise TypeError(f"expected a graph node, found {value!r}")
     return value

@@ -15,17 +15,17 @@ def op_counts(graph: Graph) -> Counter[str]:
     return Counter(name_of(node) for node in graph.nodes if node.op.startswith("call"))
 
 
-def text(graph: Graph) -> str:
+def graph_text(graph: Graph) -> str:
     """One line per node, as fx prints it."""
     return "\n".join(line for node in graph.nodes if (line := node.format_node()))
 
 
-def difference(before: Counter[str], after: Counter[str]) -> str:
+def describe_change(before: Counter[str], after: Counter[str]) -> str:
     """'+2 fetch, +2 wait, -1 histc': what a pass added and removed."""
     delta = {name: after[name] - before[name] for name in sorted({*before, *after}) if after[name] != before[name]}
     return ", ".join(f"{count:+d} {name}" for name, count in delta.items()) or "left alone"
 
 
-def diff(before: str, after: str) -> str:
+def diff_texts(before: str, after: str) -> str:
     """A unified diff of two texts, for reading."""
     return "\n".join(difflib.unified_diff(before.splitlines(), after.splitlines(), "before", "after", lineterm="", n=1))

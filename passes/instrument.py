@@ -19,7 +19,7 @@ from . import ops
 from .find import Site
 
 
-def instrument(graph: Graph, *, sites: Sequence[Site]) -> list[Site]:
+def insert_observe(graph: Graph, *, sites: Sequence[Site]) -> list[Site]:
     """Insert one `observe` per site that still reads its stacked weights; return those sites."""
     done = [site for site in sites if site.reads_weights]
     for site in done:

@@ -26,10 +26,10 @@ from torch.fx import Graph, Node
 
 from . import ops
 from .find import Site, name_of
-from .waves import constants
+from .waves import find_constants
 
 FRESH = ("zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones", "full", "full_like", "new_full", "clone")
-STEM_NODES = 200  # a router is a few dozen nodes; whoever walks further is lost
+STEM_NODES = 200  # at most so many nodes count as a router (a few dozen are usual); beyond it no guess is made
 
 
 @dataclass(frozen=True)
@@ -41,24 +41,24 @@ class Stem:
     nodes: tuple[Node, ...]
 
 
-def lookahead(graph: Graph, *, sites: Sequence[Site]) -> list[Site]:
+def insert_prefetch(graph: Graph, *, sites: Sequence[Site]) -> list[Site]:
     """Insert a guess for every site that follows one of its own kind; return those sites. Run it before the others."""
-    stems = [_stem(graph, site) for site in sites]
+    stems = [_find_stem(graph, site) for site in sites]
     done = []
     for here, following in pairwise(stems):
-        if here is None or following is None or not _alike(here.residual, following.residual):
+        if here is None or following is None or not _hold_the_same(here.residual, following.residual):
             continue
         if here.site.layer == following.site.layer:
             continue
-        _guess(graph, following, here.residual)
+        _insert_guess(graph, following, here.residual)
         done.append(following.site)
     return done
 
 
-def _stem(graph: Graph, site: Site) -> Stem | None:
-    fixed = constants(graph, site)
+def _find_stem(graph: Graph, site: Site) -> Stem | None:
+    fixed = find_constants(graph, site)
     position = {node: i for i, node in enumerate(graph.nodes)}
-    results = _below([read.node for read in site.reads])
+    results = _nodes_below([read.node for read in site.reads])
     nodes: set[Node] = set()
     frontier = {site.ids}
     while frontier and len(nodes) < STEM_NODES:
@@ -89,7 +89,7 @@ def _is_residual(node: Node, results: set[Node]) -> bool:
     )
 
 
-def _below(nodes: Sequence[Node]) -> set[Node]:
+def _nodes_below(nodes: Sequence[Node]) -> set[Node]:
     """What depends on `nodes`, the nearest first, as far as a layer's own code may reach."""
     found: dict[Node, None] = dict.fromkeys(nodes)
     for node in (waiting := list(nodes)):
@@ -132,12 +132,12 @@ def _fills_its_own(node: Node) -> bool:
     return _has_effect(node) and isinstance(made, Node) and name_of(made) in FRESH
 
 
-def _alike(one: Node, other: Node) -> bool:
+def _hold_the_same(one: Node, other: Node) -> bool:
     a, b = one.meta.get("example_value"), other.meta.get("example_value")
     return isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype == b.dtype and a.shape == b.shape
 
 
-def _guess(graph: Graph, stem: Stem, residual: Node) -> None:
+def _insert_guess(graph: Graph, stem: Stem, residual: Node) -> None:
     """Copy `stem` so that it starts from `residual`, and hand what it routes to, to `prefetch`."""
     copies, last = {stem.residual: residual}, residual
     for node in stem.nodes:

@@ -31,9 +31,9 @@ _TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.cudagraph_unsafe)
 
 LIB.define("fetch(Tensor ids, Tensor(a!) bank) -> Tensor", tags=_TAGS)
 LIB.define("place(Tensor ids, Tensor(a!) bank) -> Tensor")
-LIB.define("wait(Tensor fetched, Tensor(a!) bank) -> Tensor", tags=_TAGS)
+LIB.define("wait(Tensor slots, Tensor(a!) bank) -> Tensor", tags=_TAGS)
 LIB.define(
-    "stream(Tensor x, Tensor ids, Tensor(a!) bank, Tensor[] others, int core, SymInt[] row, ScalarType "
+    "stream(Tensor x, Tensor ids, Tensor(a!) bank, Tensor[] others, int core, SymInt[] shape, ScalarType "
     "dtype) -> Tensor",
     tags=_TAGS,
 )
@@ -48,13 +48,13 @@ class Layer(Protocol):
     """What a bank may be bound to: one layer of one model, at run time."""
 
     def fetch(self, ids_P: Tensor) -> Tensor:
-        """Start loading the experts that are missing; return a ticket shaped like `ids_P`."""
+        """Start loading the experts that are missing; return the slots they will be in, `[P]`."""
 
     def place(self, ids_P: Tensor) -> Tensor:
         """`fetch` and `wait` at once, decided by the device: nothing waits, and a CUDA graph can hold it."""
 
-    def wait(self, ticket_P: Tensor) -> Tensor:
-        """Return the slots `[P]` of the fetched ids once every one of them is resident."""
+    def wait(self, slots_P: Tensor) -> Tensor:
+        """Return the slots that `fetch` named, once every row is in its slot."""
 
     def stream(self, x_P: Tensor, ids_P: Tensor, core: Core, others: Sequence[Tensor]) -> Tensor:
         """Run `core` for every pair, in waves when they need more experts than there are slots."""
@@ -102,7 +102,7 @@ def knows_core(core: Core) -> bool:
     return any(known.key == core.key for known in _CORES)
 
 
-def _bound(tensor: Tensor) -> Any:
+def _server_of(tensor: Tensor) -> Any:
     try:
         return _BOUND[tensor.data_ptr()]
     except KeyError:
@@ -112,46 +112,46 @@ def _bound(tensor: Tensor) -> Any:
         ) from None
 
 
-def _fetch(ids: Tensor, bank: Tensor) -> Tensor:
-    ticket: Tensor = _bound(bank).fetch(ids)
-    return ticket
-
-
-def _place(ids: Tensor, bank: Tensor) -> Tensor:
-    slots: Tensor = _bound(bank).place(ids)
+def _run_fetch(ids: Tensor, bank: Tensor) -> Tensor:
+    slots: Tensor = _server_of(bank).fetch(ids)
     return slots
 
 
-def _wait(fetched: Tensor, bank: Tensor) -> Tensor:
-    slots: Tensor = _bound(bank).wait(fetched)
+def _run_place(ids: Tensor, bank: Tensor) -> Tensor:
+    slots: Tensor = _server_of(bank).place(ids)
     return slots
 
 
-def _stream(
-    x: Tensor, ids: Tensor, bank: Tensor, others: list[Tensor], core: int, row: list[int], dtype: torch.dtype
+def _run_wait(slots: Tensor, bank: Tensor) -> Tensor:
+    loaded: Tensor = _server_of(bank).wait(slots)
+    return loaded
+
+
+def _run_stream(
+    x: Tensor, ids: Tensor, bank: Tensor, others: list[Tensor], core: int, shape: list[int], dtype: torch.dtype
 ) -> Tensor:
-    out: Tensor = _bound(bank).stream(x, ids, _CORES[core], others)
+    out: Tensor = _server_of(bank).stream(x, ids, _CORES[core], others)
     return out
 
 
-def _prefetch(ids: Tensor, bank: Tensor) -> None:
-    _bound(bank).prefetch(ids)
+def _run_prefetch(ids: Tensor, bank: Tensor) -> None:
+    _server_of(bank).prefetch(ids)
 
 
-def _observe(ids: Tensor, weight: Tensor) -> Tensor:
-    _bound(weight).observe(ids)
+def _run_observe(ids: Tensor, weight: Tensor) -> Tensor:
+    _server_of(weight).observe(ids)
     return ids.clone()
 
 
-def _unserved(ids: Tensor) -> Tensor:
+def _run_unserved(ids: Tensor) -> Tensor:
     raise UnservedGraph(
         "moe_offload: a graph that our passes have not seen was about to compute with the phantoms of offloaded "
         "experts. Call the model itself, and not a graph that was taken out of it; please report how it was made."
     )
 
 
-def _experts(x: Tensor, ids: Tensor, weights: Tensor, bank: Tensor) -> Tensor:
-    out: Tensor = _bound(bank).experts(x, ids, weights)
+def _run_experts(x: Tensor, ids: Tensor, weights: Tensor, bank: Tensor) -> Tensor:
+    out: Tensor = _server_of(bank).experts(x, ids, weights)
     return out
 
 
@@ -166,22 +166,22 @@ def serve_grouped_mm(kernel: Callable[[Tensor, Tensor, Tensor], Tensor], dispatc
 
 
 for _name, _kernel in {
-    "fetch": _fetch,
-    "place": _place,
-    "wait": _wait,
-    "stream": _stream,
-    "prefetch": _prefetch,
-    "observe": _observe,
-    "unserved": _unserved,
-    "experts": _experts,
+    "fetch": _run_fetch,
+    "place": _run_place,
+    "wait": _run_wait,
+    "stream": _run_stream,
+    "prefetch": _run_prefetch,
+    "observe": _run_observe,
+    "unserved": _run_unserved,
+    "experts": _run_experts,
 }.items():
     LIB.impl(_name, _kernel, "CompositeExplicitAutograd")
 serve_grouped_mm(run_groups, "CompositeExplicitAutograd")
 LIB._register_fake("fetch", lambda ids, bank: torch.empty_like(ids))
 LIB._register_fake("place", lambda ids, bank: torch.empty_like(ids))
-LIB._register_fake("wait", lambda fetched, bank: torch.empty_like(fetched))
+LIB._register_fake("wait", lambda slots, bank: torch.empty_like(slots))
 LIB._register_fake(
-    "stream", lambda x, ids, bank, others, core, row, dtype: x.new_empty((x.shape[0], *row), dtype=dtype)
+    "stream", lambda x, ids, bank, others, core, shape, dtype: x.new_empty((x.shape[0], *shape), dtype=dtype)
 )
 LIB._register_fake("prefetch", lambda ids, bank: None)
 LIB._register_fake("grouped_mm", lambda x, weight, slots: x.new_empty((x.shape[0], weight.shape[2])))

@@ -13,12 +13,12 @@ from torch.fx import Graph, GraphModule
 
 from .bank import Bank
 from .find import Site
-from .inspect import difference, op_counts
-from .instrument import instrument
-from .lookahead import lookahead
-from .sentinels import sentinels
-from .slots import slots
-from .waves import waves
+from .inspect import describe_change, op_counts
+from .instrument import insert_observe
+from .lookahead import insert_prefetch
+from .sentinels import drop_sentinels
+from .slots import rename_to_slots
+from .waves import stream_in_waves
 
 #: A pass: a plain function of a graph, which returns the sites it rewrote.
 Pass = Callable[[Graph], list[Site]]
@@ -49,19 +49,19 @@ def offload_pipeline(
     is the device that decides which slots a decode step gets.
     """
     core: dict[str, Any] = {} if compile_core is None else {"compile_core": compile_core}
-    in_waves = partial(waves, sites=sites, banks=banks, **core)
-    by_slot = partial(slots, sites=sites, banks=banks, on_device=on_device)
-    early: list[Pass] = [partial(sentinels, sites=sites)]
-    early += [partial(lookahead, sites=sites)] if guess else []
+    in_waves = partial(stream_in_waves, sites=sites, banks=banks, **core)
+    by_slot = partial(rename_to_slots, sites=sites, banks=banks, on_device=on_device)
+    early: list[Pass] = [partial(drop_sentinels, sites=sites)]
+    early += [partial(insert_prefetch, sites=sites)] if guess else []
     return [*early, in_waves] if overlap else [*early, by_slot, in_waves]
 
 
 def observe_pipeline(sites: Sequence[Site]) -> list[Pass]:
     """Count every site's ids and change nothing else."""
-    return [partial(instrument, sites=sites)]
+    return [partial(insert_observe, sites=sites)]
 
 
-def run(graph: Graph, passes: Sequence[Pass]) -> list[Report]:
+def run_passes(graph: Graph, passes: Sequence[Pass]) -> list[Report]:
     """Apply `passes` in order, check the graph after each, and say what each changed.
 
     The graph is changed in place: Dynamo reads the placeholders of the very graph it handed over after its backend
@@ -73,5 +73,5 @@ def run(graph: Graph, passes: Sequence[Pass]) -> list[Report]:
         rewritten = apply(graph)
         graph.lint()
         name = getattr(apply, "func", apply).__name__
-        reports.append(Report(name, rewritten, difference(before, op_counts(graph)), time.perf_counter() - start))
+        reports.append(Report(name, rewritten, describe_change(before, op_counts(graph)), time.perf_counter() - start))
     return reports

@@ -21,7 +21,7 @@ from .find import ID_VIEWS, Site, name_of
 FILLS = ("masked_fill", "masked_fill_")
 
 
-def sentinels(graph: Graph, *, sites: Sequence[Site]) -> list[Site]:
+def drop_sentinels(graph: Graph, *, sites: Sequence[Site]) -> list[Site]:
     """Take the guards out of every grouped site that has them; return those sites. Run it before the others."""
     done = []
     for site in sites:

@@ -1,14 +1,14 @@
 """Decode: rename expert ids to slots, and read the bank instead of the stacked weights.
 
     before   w   = W[ids]                                  y = bmm(w, x) ...
-    after    tkt = moe_offload.fetch(ids, bank)            starts what is missing
-             slt = moe_offload.wait(tkt, bank)             all resident; the slots exist only after this
-       or    slt = moe_offload.place(ids, bank)            the same, where the device decides: no host in between
-             w   = bank[:, a:b].view(S, 2I, H)[slt]        y = bmm(w, x) ...
+    after    named = moe_offload.fetch(ids, bank)          the slots of these experts; starts what is missing
+             slots = moe_offload.wait(named, bank)         all resident; the slots may be read only after this
+       or    slots = moe_offload.place(ids, bank)          the same, where the device decides: no host in between
+             w     = bank[:, a:b].view(S, 2I, H)[slots]    y = bmm(w, x) ...
 
     before   g, perm = sort(ids);  offs = cumsum(histc(g, bins=E, max=E-1));  y = grouped_mm(x[perm // K], W, offs)
-    after    g, perm = sort(ids);  slt_g = slt[perm];                         y = moe_offload.grouped_mm(x[perm // K],
-    V, slt_g)
+    after    g, perm = sort(ids);  slots_g = slots[perm];  y = moe_offload.grouped_mm(x[perm // K], V, slots_g)
+             where V = bank[:, a:b].view(S, 2I, H)
 
 Biases and scales follow because they are indexed by the same ids. Slots are read after `wait` by data dependence, so
 nothing, not even Inductor's scheduler, can move a read before its load. The sort stays on the true ids: sorted by slot,
@@ -30,7 +30,7 @@ from .erase import erase_orphans
 from .find import Site
 
 
-def slots(
+def rename_to_slots(
     graph: Graph, *, sites: Sequence[Site], banks: Mapping[Hashable, Bank], on_device: Collection[Hashable] = ()
 ) -> list[Site]:
     """Rewrite every site whose pairs always fit its bank; return those sites.
@@ -41,12 +41,12 @@ def slots(
     done = [site for site in sites if site.pairs is not None and site.pairs <= banks[site.layer].slots]
     by_device = on_device if len(done) == len(sites) else ()
     for site in done:
-        slots_P = _fetch(graph, site, site.layer in by_device)
+        slots_P = _insert_fetch(graph, site, site.layer in by_device)
         _read_bank(graph, site, banks[site.layer], slots_P)
     return done
 
 
-def _fetch(graph: Graph, site: Site, by_device: bool) -> Node:
+def _insert_fetch(graph: Graph, site: Site, by_device: bool) -> Node:
     """Ask for the rows as early as the ids allow; return the slots in the order of the readers' ids."""
     with graph.inserting_after(site.ids):
         added = [graph.call_function(ops.place if by_device else ops.fetch, (site.ids, site.bank))]
@@ -71,11 +71,11 @@ def _read_bank(graph: Graph, site: Site, bank: Bank, slots_P: Node) -> None:
         if read.offsets is None:
             read.node.replace_input_with(site.reader_ids, slots_P)
         else:
-            regroup(graph, read.node, slots_P)
+            group_by_slot(graph, read.node, slots_P)
     erase_orphans(graph, [read.offsets for read in site.reads if read.offsets is not None])
 
 
-def regroup(graph: Graph, node: Node, slots_P: Node) -> Node:
+def group_by_slot(graph: Graph, node: Node, slots_P: Node) -> Node:
     """Replace `grouped_mm(x, W, offs)` by our own, whose groups are the runs of equal slots."""
     with graph.inserting_before(node):
         ours = graph.call_function(ops.grouped_mm, (node.args[0], node.args[1], slots_P))

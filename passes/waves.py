@@ -10,7 +10,8 @@
 What is cut out, the *core*, is found by dependence alone: the readers of expert weights, and every node that combines
 their results with nothing but each other, constants and other parameters. It ends where the routing weights come in, so
 the weighted sum over K stays in the graph, after all waves: the result does not depend on how experts are grouped into
-waves. The core handles any number of pairs; the runtime runs it once per wave with the rows that are there.
+waves. The core handles any number of pairs; the runtime runs it once per wave, for the pairs
+whose rows are there.
 A site is left alone when `slots` has already renamed it.
 """
 
@@ -31,12 +32,12 @@ from .bank import Bank
 from .core import Core
 from .erase import erase_orphans
 from .find import Site, UnknownUse
-from .slots import regroup
+from .slots import group_by_slot
 
 VECTORS = 64  # elements that the widest elementwise loop takes at a time
 
 
-def waves(
+def stream_in_waves(
     graph: Graph,
     *,
     sites: Sequence[Site],
@@ -49,12 +50,12 @@ def waves(
     """
     done = [site for site in sites if site.reads_weights]
     for site in done:
-        fixed = constants(graph, site)
-        nodes = _core_nodes(graph, site, fixed)
-        exit_node = _exit(site, nodes)
-        x, ids, others = _inputs(site, nodes, fixed)
-        whole, scalars = _extract(site, nodes, fixed, exit_node, x, ids, others)
-        part, _ = _extract(site, nodes, fixed, exit_node, x, ids, others, of_rows=True)
+        fixed = find_constants(graph, site)
+        nodes = _find_core(graph, site, fixed)
+        exit_node = _find_exit(site, nodes)
+        x, ids, others = _find_inputs(site, nodes, fixed)
+        whole, scalars = _extract_core(site, nodes, fixed, exit_node, x, ids, others)
+        part, _ = _extract_core(site, nodes, fixed, exit_node, x, ids, others, of_wave=True)
         alone = _fills_vectors(site, nodes)
         core = Core(whole, part, site.grouped, tuple(site.weights), scalars, alone, banks[site.layer], compile_core)
         if not ops.knows_core(core):
@@ -62,10 +63,10 @@ def waves(
         number = ops.register_core(core)
         value = exit_node.meta["example_value"]
         with graph.inserting_before(exit_node):
-            row = list(value.shape[1:])
-            out = graph.call_function(ops.stream, (x, ids, site.bank, others, number, row, value.dtype))
+            shape = list(value.shape[1:])  # of one pair's result
+            out = graph.call_function(ops.stream, (x, ids, site.bank, others, number, shape, value.dtype))
         out.meta = dict(exit_node.meta)
-        exit_node.replace_all_uses_with(out, delete_user_cb=partial(_outside, nodes))
+        exit_node.replace_all_uses_with(out, delete_user_cb=partial(_is_outside, nodes))
         feeding = [i for node in nodes for i in node.all_input_nodes if i not in nodes]
         for node in reversed(nodes):
             graph.erase_node(node)
@@ -73,11 +74,11 @@ def waves(
     return done
 
 
-def _outside(nodes: Mapping[Node, None], user: Node) -> bool:
+def _is_outside(nodes: Mapping[Node, None], user: Node) -> bool:
     return user not in nodes
 
 
-def constants(graph: Graph, site: Site) -> dict[Node, None]:
+def find_constants(graph: Graph, site: Site) -> dict[Node, None]:
     """Nodes that depend on nothing but the model: parameters, buffers, numbers, and what is computed from them alone.
 
     A number that a module holds (a clamp limit, say) is an input too when Dynamo traces with dynamic shapes: a tensor
@@ -98,7 +99,7 @@ def constants(graph: Graph, site: Site) -> dict[Node, None]:
     return fixed
 
 
-def _core_nodes(graph: Graph, site: Site, fixed: Mapping[Node, None]) -> dict[Node, None]:
+def _find_core(graph: Graph, site: Site, fixed: Mapping[Node, None]) -> dict[Node, None]:
     """The core, in running order (a dict as an ordered set).
 
     Activations from outside may come in only where a weight does: at a grouped matmul, or at the product of a gathered
@@ -119,7 +120,7 @@ def _core_nodes(graph: Graph, site: Site, fixed: Mapping[Node, None]) -> dict[No
     return core
 
 
-def _exit(site: Site, nodes: Mapping[Node, None]) -> Node:
+def _find_exit(site: Site, nodes: Mapping[Node, None]) -> Node:
     """The one core node that the rest of the graph uses."""
     exits = [node for node in nodes if any(user not in nodes for user in node.users)]
     if len(exits) != 1:
@@ -129,7 +130,7 @@ def _exit(site: Site, nodes: Mapping[Node, None]) -> Node:
     return exits[0]
 
 
-def _inputs(site: Site, nodes: Mapping[Node, None], fixed: Mapping[Node, None]) -> tuple[Node, Node, list[Node]]:
+def _find_inputs(site: Site, nodes: Mapping[Node, None], fixed: Mapping[Node, None]) -> tuple[Node, Node, list[Node]]:
     """What the core takes from outside besides weights: the pairs' activations, their ids, constants."""
     ids = site.reader_ids
     known = {ids, *site.weights.values(), *(read.offsets for read in site.reads)}
@@ -139,11 +140,11 @@ def _inputs(site: Site, nodes: Mapping[Node, None], fixed: Mapping[Node, None]) 
         raise UnknownUse(
             site.layer, ", ".join(site.weights), f"its experts code takes {activations}, expected one tensor"
         )
-    needed = _above(outside, fixed)
+    needed = _constants_above(outside, fixed)
     return activations[0], ids, [node for node in needed if node.op in ("placeholder", "get_attr")]
 
 
-def _above(nodes: Iterable[Node], fixed: Mapping[Node, None]) -> list[Node]:
+def _constants_above(nodes: Iterable[Node], fixed: Mapping[Node, None]) -> list[Node]:
     """The constants among `nodes`, with all that they are computed from, in running order."""
     found: dict[Node, None] = {}
 
@@ -158,7 +159,7 @@ def _above(nodes: Iterable[Node], fixed: Mapping[Node, None]) -> list[Node]:
     return list(found)
 
 
-def _extract(
+def _extract_core(
     site: Site,
     nodes: Mapping[Node, None],
     fixed: Mapping[Node, None],
@@ -166,62 +167,62 @@ def _extract(
     x: Node,
     ids: Node,
     others: Sequence[Node],
-    of_rows: bool = False,
+    of_wave: bool = False,
 ) -> tuple[GraphModule, tuple[int, ...]]:
-    """The core as `f(x, slots, rows, *weights, *others)`, with nothing of this layer's left in it; and which of
+    """The core as `f(x, slots, pairs, *weights, *others)`, with nothing of this layer's left in it; and which of
     the others are numbers.
 
-    With `of_rows`, its matrix products run for the pairs `rows` alone and leave zeros elsewhere, while everything
+    With `of_wave`, its matrix products run for the pairs `pairs` alone and leave zeros elsewhere, while everything
     between them still sees all pairs, each in its place: an elementwise kernel rounds the end of a tensor, which does
     not fill a vector register, otherwise than the rest (measured on silu and sigmoid).
 
         before   y = grouped_mm(x, W, offs)             w = W[ids];        y = bmm(w, x)
-        after    s = moe_offload.grouped_mm(x[rows],    w = W[slots[rows]]
-                     W, slots[rows])                    s = bmm(w, x[rows])
-                 y = spread(s, rows, len(slots))        y = spread(s, rows, len(slots))
+        after    s = moe_offload.grouped_mm(x[pairs],   w = W[slots[pairs]]
+                     W, slots[pairs])                   s = bmm(w, x[pairs])
+                 y = scatter_pairs(s, pairs, len(slots))       y = scatter_pairs(s, pairs, len(slots))
     """
     graph = Graph()
     inputs: dict[Node, Node] = {x: graph.placeholder("x"), ids: graph.placeholder("slots")}
-    rows = graph.placeholder("rows")
+    pairs = graph.placeholder("pairs")
     inputs |= {read.offsets: inputs[ids] for read in site.reads if read.offsets is not None}
     inputs |= {weight: graph.placeholder(name) for name, weight in site.weights.items()}
     inputs |= {other: graph.placeholder(f"other_{i}") for i, other in enumerate(others)}
-    matrices, products = _products(site) if of_rows else ({}, {})
+    matrices, products = _find_products(site) if of_wave else ({}, {})
     grouped = {read.node for read in site.reads if read.offsets is not None}
     scalars = set()
-    for node in [*_above([i for n in nodes for i in n.all_input_nodes], fixed), *nodes]:
+    for node in [*_constants_above([i for n in nodes for i in n.all_input_nodes], fixed), *nodes]:
         if node in inputs:
             continue
         if node.target == "item":
-            number = _operand(node, 0)
+            number = _operand_of(node, 0)
             scalars.add(others.index(number))
             inputs[node] = inputs[number]
             continue
         _refuse_pair_counts(site, node)
         mine = dict(inputs)
         for operand in matrices.get(node, ()) or products.get(node, ()):
-            mine[operand] = graph.call_function(operator.getitem, (inputs[operand], rows))
+            mine[operand] = graph.call_function(operator.getitem, (inputs[operand], pairs))
         slots_P = inputs[ids]
-        if node in grouped and of_rows:
-            slots_P = graph.call_function(operator.getitem, (slots_P, rows))
+        if node in grouped and of_wave:
+            slots_P = graph.call_function(operator.getitem, (slots_P, pairs))
         inputs[node] = graph.node_copy(node, mine.__getitem__)
         if node in grouped:
-            inputs[node] = regroup(graph, inputs[node], slots_P)
+            inputs[node] = group_by_slot(graph, inputs[node], slots_P)
         if node in products:
-            inputs[node] = graph.call_function(spread, (inputs[node], rows, inputs[ids]))
+            inputs[node] = graph.call_function(scatter_pairs, (inputs[node], pairs, inputs[ids]))
         inputs[node].meta = {}
     graph.output(inputs[exit_node])
     graph.lint()
     return GraphModule(torch.nn.Module(), graph), tuple(sorted(scalars))
 
 
-def _products(site: Site) -> tuple[dict[Node, tuple[Node, ...]], dict[Node, tuple[Node, ...]]]:
+def _find_products(site: Site) -> tuple[dict[Node, tuple[Node, ...]], dict[Node, tuple[Node, ...]]]:
     """The gathers of whole matrices, and the matrix products; each with its operands that have one entry per pair."""
     gathers: dict[Node, tuple[Node, ...]] = {}
     products: dict[Node, tuple[Node, ...]] = {}
     for read in site.reads:
         if read.offsets is not None:
-            products[read.node] = (_operand(read.node, 0),)
+            products[read.node] = (_operand_of(read.node, 0),)
         elif read.node.meta["example_value"].dim() > 2:
             gathers[read.node] = tuple(i for i in read.node.all_input_nodes if i not in site.weights.values())
             for product in read.node.users:
@@ -229,16 +230,16 @@ def _products(site: Site) -> tuple[dict[Node, tuple[Node, ...]], dict[Node, tupl
     return gathers, products
 
 
-def _operand(node: Node, position: int) -> Node:
+def _operand_of(node: Node, position: int) -> Node:
     found = node.args[position]
     if not isinstance(found, Node):
         raise TypeError(f"expected a graph node as operand {position} of {node.format_node()}")
     return found
 
 
-def spread(part: Tensor, rows: Tensor, like: Tensor) -> Tensor:
-    """`part[i]` at position `rows[i]` of a tensor as long as `like`, zeros elsewhere."""
-    return part.new_zeros((like.shape[0], *part.shape[1:])).index_copy(0, rows, part)
+def scatter_pairs(part: Tensor, pairs: Tensor, like: Tensor) -> Tensor:
+    """`part[i]` at position `pairs[i]` of a tensor as long as `like`, zeros elsewhere."""
+    return part.new_zeros((like.shape[0], *part.shape[1:])).index_copy(0, pairs, part)
 
 
 def _fills_vectors(site: Site, nodes: Mapping[Node, None]) -> bool:

@@ -1,4 +1,5 @@
-"""Programs built on the front door: command line, bench, serving, simulate, report, families.
+"""Programs built on the front door: command line, generate, profile, bench, serving, simulate, report, the live view,
+families.
 
 May import anything; nothing outside imports it, so each folder can be deleted and the rest still works.
 """

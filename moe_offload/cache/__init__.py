@@ -1,6 +1,8 @@
-"""Which resident expert gives way. One file a policy, standard library only; this table is all there is to register.
+"""Which expert is in which slot (`layer_cache.py`), and which resident expert gives way: a policy, one file each.
 
-A policy belongs to one layer's cache and knows experts by number. It never sees a tensor or a slot.
+Adding a policy is a file and a line in `POLICIES`. A policy belongs to one layer's cache and knows experts by their
+numbers; it never sees a tensor or a slot. May import errors and the standard library, so that the simulator runs this
+very code; never torch.
 """
 
 from __future__ import annotations
@@ -8,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
-from .belady import Belady
 from .decayed_lfu import DecayedLFU
 from .lfu import LFU
 from .lrfu_classes import LRFUClasses
@@ -20,11 +21,14 @@ from .tiny_lfu import TinyLFU
 class Policy(Protocol):
     """What the cache tells a policy, and asks of it."""
 
-    def record(self, used: Mapping[int, int], tokens: int) -> None:
-        """One event used these experts, each for so many of its `tokens` tokens (while decoding: for the one)."""
+    def access(self, used: Mapping[int, int], tokens: int) -> None:
+        """One event of `tokens` tokens used these experts: `{expert: how many of the tokens used it}`."""
 
     def victims(self, candidates: Iterable[int], n: int) -> list[int]:
-        """The `n` candidates that should give way, the first one first. There are `n` at least; none is protected."""
+        """The `n` candidates that should give way, the first one first.
+
+        The cache offers at least `n` candidates, and none of which a forward still needs.
+        """
 
     def seed(self, rates: Sequence[float]) -> None:
         """Start from expected uses per token of each expert (a profile): a prior that use outweighs, never a pin."""
@@ -39,15 +43,10 @@ POLICIES: dict[str, Callable[[int, float], Policy]] = {
     "tiny_lfu": lambda experts, half_life: TinyLFU(experts),
 }
 
-#: Those that must be told what is to come, for `simulate`. MIN with bypass chooses no victims: `..belady` has it.
-ORACLES: dict[str, Callable[[int, Sequence[Iterable[int]]], Policy]] = {"belady": Belady}
-
 __all__ = [
     "LFU",
     "LRU",
-    "ORACLES",
     "POLICIES",
-    "Belady",
     "DecayedLFU",
     "LRFUClasses",
     "Policy",

@@ -2,9 +2,10 @@
 
     score(e) <- score(e) * 2 ** (-dt / half_life) + 1        on every use, dt in tokens
 
-Instead of fading all old uses, each new one counts more than those before it: a use adds `unit`, which doubles with
-every half-life. Scores of different experts are compared at one moment, so the sums are compared as they are. Nothing
-here but `+`, `*` and `/` on doubles: a device that does the same (moe_offload/runtime/kernels) has the same bits.
+Multiplying every score at every token would cost E products. Instead each new use counts more than those before it: it
+adds `unit`, which doubles with every half-life. Scores are only compared with each other at one moment, so the common
+factor does not matter. Only `+`, `*` and `/` on doubles are used, so that the kernels that do the same on a device
+(runtime/kernels) get the same bits.
 
 The uses of a prompt come as one number; they are taken to be spread evenly over its tokens, so that the first of a long
 prompt have faded when its last is read (`mean_decay`).
@@ -15,8 +16,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-FULL = 2.0**200  # of a unit, long before it overflows
-MOST = 64.0  # half-lives in one event, at most: what is older is forgotten anyway
+FULL = 2.0**200  # a unit larger than this is divided out of all scores, long before it would overflow
+MOST = 64.0  # half-lives that one event counts at most: after 64 a use has faded to 2**-64
 
 
 def mean_decay(tokens: int, half_life: float) -> float:
@@ -37,12 +38,12 @@ class Rate:
 
     def __init__(self, num_experts: int, half_life: float):
         self.half_life = half_life
-        self.share = -math.expm1(-math.log(2.0) / half_life)  # of one use in the uses per token
+        self.share = -math.expm1(-math.log(2.0) / half_life)  # decayed uses * share = average uses per token
         self.growth = growth(1, half_life)
         self.unit = 1.0
         self.used = [0.0] * num_experts
 
-    def record(self, event: Mapping[int, int], tokens: int) -> None:
+    def add(self, event: Mapping[int, int], tokens: int) -> None:
         used = self.used
         if tokens == 1:
             self.unit = unit = self.unit * self.growth

@@ -1,8 +1,8 @@
-"""Decay-weighted least frequently used: a count of uses in which old ones fade (`rate.py`); the smallest gives way.
+"""Decay-weighted least frequently used: a count of uses in which old ones fade (`decay.py`); the smallest gives way.
 
-This is LRFU (Lee et al., 2001) with the time unit of tokens. A half-life of 16 to 32 tokens is best on recorded routing
-with K >= 4 (design.md, section 5); 256 loses most of the gain. An expert that was not used for a thousand half-lives
-counts as never used.
+This is LRFU (Lee et al., 2001) with tokens as its unit of time. On recorded routing with 4 or more experts a token, a
+half-life of 16 to 32 tokens was best, and 256 lost most of the gain. An expert that was not used for a thousand
+half-lives counts as never used.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ class DecayedLFU:
     def __init__(self, num_experts: int, half_life: float):
         self.rate = Rate(num_experts, half_life)
 
-    def record(self, used: Mapping[int, int], tokens: int) -> None:
-        self.rate.record(used, tokens)
+    def access(self, used: Mapping[int, int], tokens: int) -> None:
+        self.rate.add(used, tokens)
 
     def victims(self, candidates: Iterable[int], n: int) -> list[int]:
         return sorted(candidates, key=self.rate.used.__getitem__)[:n]

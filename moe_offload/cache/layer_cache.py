@@ -8,7 +8,7 @@ be larger than the slots: it is not resident together, and leaves in the slots w
 
     lookup(used)  hits keep their slot; each miss takes a free slot, or a victim's, and becomes a pending `Load`
     fill(used)    a prompt: loads for those worth a slot, and the experts whose rows pass through scratch
-    guess(ids)    the same for what will probably be asked for, as far as there is room; records nothing
+    guess(ids)    the same for what will probably be asked for, as far as there is room; it is no access
     commit(load)  its bytes have arrived: only now is it resident, only now do the counters move
     abort(load)   they did not: the slot is free again, nothing points to it
 
@@ -18,10 +18,11 @@ A slot whose victim has been chosen is unmapped at once, so a failed load can ne
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ..errors import RoutingError
 from . import Policy
+from .counters import LayerCounters
 
 
 @dataclass(frozen=True)
@@ -32,39 +33,16 @@ class Load:
     slot: int
 
 
-@dataclass
-class Counters:
-    """What one layer's cache has done. Requests are distinct experts per event; bytes are those read from the store."""
-
-    events: int = 0
-    tokens: int = 0
-    hits: int = 0
-    misses: int = 0
-    bytes_read: int = 0
-    prewarm_bytes: int = 0
-    stall_s: float = 0.0  # time that compute waited for loads
-    streamed: int = 0  # of the misses: used from scratch, without taking a slot
-    ahead: int = 0  # of the misses: their row had been asked for before they were
-    late: int = 0  # of those: it had not arrived whole
-    wasted_bytes: int = 0  # read ahead, and not needed
-    by_device: int = 0  # of the events: decided by the device, without the host
-    counts: list[int] = field(default_factory=list)  # uses per expert, every token-expert pair counted
-
-    @property
-    def requests(self) -> int:
-        return self.hits + self.misses
-
-
 class LayerCache:
     """The slot table of one layer: `slots` slots for `num_experts` experts."""
 
     def __init__(self, num_experts: int, slots: int, policy: Policy, name: str = "experts"):
         self.name, self.num_experts, self.policy = name, num_experts, policy
-        self.counters = Counters(counts=[0] * num_experts)
+        self.counters = LayerCounters(counts=[0] * num_experts)
         self.resize(slots)
 
     def resize(self, slots: int) -> None:
-        """So many slots, all empty. What the policy and the counters know stays."""
+        """Have `slots` slots, all empty. The policy and the counters keep what they know."""
         self.slots = slots
         self.slot_of = [-1] * self.num_experts
         self.expert_at = [-1] * slots
@@ -77,8 +55,7 @@ class LayerCache:
             bad = sorted(e for e in experts if not 0 <= e < self.num_experts)
             raise RoutingError(
                 f"{self.name}: the router asked for expert {bad[0]}, but the layer has experts "
-                f"0..{self.num_experts - 1}; "
-                "the model's routing code or its configuration is damaged"
+                f"0..{self.num_experts - 1}; the model's routing code or its configuration is damaged"
             )
 
     def lookup(self, used: Mapping[int, int], tokens: int = 1) -> list[Load]:
@@ -90,40 +67,41 @@ class LayerCache:
             raise ValueError(f"{self.name}: an event of {len(used)} experts does not fit {self.slots} slots")
         absent = [e for e in used if self.slot_of[e] < 0]
         if not absent:  # nearly always, while decoding: nothing to choose
-            self._record(used, tokens)
+            self._access(used, tokens)
             self.counters.hits += len(used)
             return []
-        missing = sorted(e for e in absent if e not in self.pending)  # whatever the order of its pairs: see recorder
+        # Sorted: gather and grouped code list the same ids in different orders, and a replay must load the same rows.
+        missing = sorted(e for e in absent if e not in self.pending)
         candidates = self._evictable(used)
         if len(missing) > len(self.free) + len(candidates):
             raise ValueError(
                 f"{self.name}: {len(missing)} loads, but {len(self.free)} free slots and {len(candidates)} that may be "
                 "taken; loads of an earlier event are still pending"
             )
-        self._record(used, tokens)
+        self._access(used, tokens)
         self.counters.hits += len(used) - len(absent)
         return self._admit(missing, candidates)
 
     def fill(self, used: Mapping[int, int], tokens: int = 1) -> tuple[list[Load], list[int]]:
-        """An event too large for the slots (prefill): loads of what is worth a slot, and what must be streamed past.
+        """An event too large for the slots (prefill): loads of what is worth a slot, and the rest, without one.
 
         The rows that are read anyway and those that are resident but not asked for compete for the slots, and the
         policy, which has heard how often the prompt used each, decides: a prompt does not flush what decoding needs,
         and does replace what it shows to be out of use. Both lists begin with what is used most.
         """
-        self._record(used, tokens)
+        self._access(used, tokens)
         absent = sorted((e for e in used if self.slot_of[e] < 0), key=lambda e: (-used[e], e))
         missing = [e for e in absent if e not in self.pending]
         self.counters.hits += len(used) - len(absent)
         candidates = self._evictable(used)
         surplus = len(missing) - len(self.free)
-        # Among equals what is there stays, and then what is used most.
+        # A policy keeps the last of equal candidates: resident experts before missing ones, and then those used most.
         losers = set(self.policy.victims([*reversed(missing), *candidates], surplus)) if surplus > 0 else set()
-        past = [e for e in missing if e in losers]
+        without_slot = [e for e in missing if e in losers]
         giving_way = [e for e in candidates if e in losers]
-        return self._admit([e for e in missing if e not in losers], giving_way), past
+        return self._admit([e for e in missing if e not in losers], giving_way), without_slot
 
-    def prewarm(self, experts: Sequence[int]) -> list[Load]:
+    def fill_free_slots(self, experts: Sequence[int]) -> list[Load]:
         """Loads that fill the free slots with `experts`, the most wanted first, before anything has asked for them."""
         missing = [e for e in dict.fromkeys(experts) if self.slot_of[e] < 0 and e not in self.pending]
         return self._admit(missing[: len(self.free)], [])
@@ -131,7 +109,7 @@ class LayerCache:
     def guess(self, experts: Sequence[int], most: int) -> list[Load]:
         """Loads of at most `most` experts that will probably be asked for next, likeliest first.
 
-        Each takes a free slot or that of the coldest row that is not itself expected. Nothing is recorded: the policy
+        Each takes a free slot or that of the coldest row that is not itself expected. It is no access: the policy
         hears of what is asked for, not of what was expected.
         """
         missing = [e for e in dict.fromkeys(experts) if self.slot_of[e] < 0 and e not in self.pending]
@@ -156,7 +134,10 @@ class LayerCache:
             self.free.append(load.slot)
 
     def abort_all(self) -> None:
-        """No row is on its way: every slot that holds none is free, though it was being given away when Ctrl-C came."""
+        """Forget all pending loads, and make every slot without an expert free.
+
+        Ctrl-C may have come after a slot was taken and before its load was pending: that slot is free again, too.
+        """
         self.pending.clear()
         self.free = [slot for slot in range(self.slots - 1, -1, -1) if self.expert_at[slot] < 0]
 
@@ -172,10 +153,9 @@ class LayerCache:
         protected = {*needed, *self.pending}
         return [e for e in self.expert_at if e >= 0 and e not in protected]
 
-    def _record(self, used: Mapping[int, int], tokens: int) -> None:
-        self.policy.record(used, tokens)
-        self.counters.events += 1
-        self.counters.tokens += tokens
+    def _access(self, used: Mapping[int, int], tokens: int) -> None:
+        self.policy.access(used, tokens)
+        self.counters.count_event(used, tokens)
 
     def _admit(self, experts: list[int], candidates: list[int]) -> list[Load]:
         """A slot for each of `experts`: the free ones, then those of victims among the candidates."""

@@ -21,8 +21,8 @@ class LRFUClasses:
         self.last = [-math.inf] * num_experts  # token of the last use
         self.now = 0.0
 
-    def record(self, used: Mapping[int, int], tokens: int) -> None:
-        self.uses.record(used, tokens)
+    def access(self, used: Mapping[int, int], tokens: int) -> None:
+        self.uses.add(used, tokens)
         self.now += tokens
         for e in used:
             self.last[e] = self.now

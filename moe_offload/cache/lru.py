@@ -1,6 +1,7 @@
-"""Least recently used: the baseline every cache is measured against.
+"""Least recently used: the baseline that other policies are compared with.
 
-Below one token cycle (K slots a layer) it hits exactly 0 %, which is why quotas are per layer with a floor of K.
+With fewer slots than one token uses (K a layer) LRU hits nothing: each expert gives way before its next use. That is
+why every layer has its own slots, at least K of them.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ class LRU:
         self.now = 0
         self.last = [-1.0] * num_experts
 
-    def record(self, used: Mapping[int, int], tokens: int) -> None:
+    def access(self, used: Mapping[int, int], tokens: int) -> None:
         self.now += 1
         for e, uses in used.items():
-            self.last[e] = self.now + 1.0 - 1.0 / uses  # of a prompt, what is used most: likely by its last tokens too
+            self.last[e] = self.now + 1.0 - 1.0 / uses  # within a prompt, more uses count as later
 
     def victims(self, candidates: Iterable[int], n: int) -> list[int]:
         return sorted(candidates, key=self.last.__getitem__)[:n]
 
     def seed(self, rates: Sequence[float]) -> None:
-        """Rank by expected use, all of it before the first real one."""
+        """Order experts by expected use; any real use counts as more recent."""
         top = max(rates, default=0.0) or 1.0
         self.last = [-1.0 + 0.5 * rate / top for rate in rates]

@@ -1,33 +1,14 @@
 """The default: use per token on two time scales, and which experts tend to follow those in use now.
 
     rate(e)  = rate_8(e) + rate_96(e)                                      rate_h: averaged with a half-life of h tokens
-    score(e) = rate(e) + 3 * mean over f in the current set of P(e | f)    P: counted online
+    score(e) = rate(e) + 3 * mean over f in the last event of P(e | f)    P: counted while running
 
-P(e | f): of the events one or two after a use of f, the share that used e. Routing of neighbouring tokens is correlated
-beyond popularity and recency, and this is what these cannot see. To halve the cost, events count in turns for the set
-before them and the set before that. Counts fade: those of f are halved when it has been followed 255 times. Of the
-candidates only the 14 with the lowest slow rates are scored in full.
+P(e | f) is the share of the events one or two after a use of f that used e: neighbouring tokens are routed alike beyond
+popularity and recency, which the rates cannot see. To halve the cost, an event counts in turns for the event before it
+and the one before that. Counts fade: those of f are halved when it has been followed 255 times. Of the candidates only
+the 14 with the lowest slow rates are scored in full.
 
-Share of the gap between LRU and MIN that is closed on ../shared/traces; per layer, warm, event-atomic, 25 % capacity:
-
-                                            gpt-oss  intent  law   Qwen, one short request
-    this, on the half it was made with      38.9     43.9    24.8  19.2
-    this, on the other half                 37.5     43.0    25.3
-    best of LRU, LFU, decayed LFU there     29.1     29.7    10.7
-
-At 50 % it closes 27.8, 45.1 and 27.0; nowhere, warm or cold, is it more than 0.01 points below the best of those. What
-was tried on the way, on the first half (gpt-oss: 40 requests of it), against 39.3 44.0 25.0 22.4 of all sets counted
-and 16 candidates chosen by both rates:
-
-    both rates alone (8 and 128)            30.2     21.5    10.3  14.9  four or five time scales: within 1.5 points
-    a fitted mix of eleven time scales      29.8      9.7    10.8        ridge regression
-    slow rate of 64; of 128                 39.8 43.7 24.9 21.5;         38.9 44.2 25.2 22.4
-    weight 2 instead of 3                   38.1     41.7    23.6  22.4
-    successors one event on; up to three    40.1 39.6 24.9 21.0;         37.6 43.9 23.9 21.5
-    a context of four events, decaying      31.2     29.7    13.1        the current set says most
-    all candidates in full; the lowest 8    the same within 0.1;         one to two points less
-    events in turns; chosen by slow rate    0.1 to 0.7 less; up to 1.5 less: kept, both for the cost
-Where nothing but the last use matters (a generated trace that LRU hits at 91 %) it is 0.4 points below LRU.
+What it is worth, and what was tried on the way: docs/policies.md.
 """
 
 from __future__ import annotations
@@ -40,10 +21,10 @@ from .decay import Rate
 FAST, SLOW = 8.0, 96.0  # half-lives of the rates, tokens
 WEIGHT = 3.0
 HORIZON = 2  # events after which a use still counts as a successor
-FADE = 255  # so that a count is one byte: E * E bytes a layer, not 32 times that in floats
+FADE = 255  # counts are halved there, so that one fits a byte: E * E bytes a layer, an 32nd of Python's floats
 DOUBT = 4  # an expert followed n times predicts with n / (n + DOUBT) of its shares
 SHORTLIST = 14
-LARGEST_SET = 32  # beyond, an event is a prompt or a large batch: everything follows everything
+LARGEST_CONTEXT = 32  # an event of more experts is a prompt or a large batch, and says nothing of what follows what
 
 _HALF = bytes(count >> 1 for count in range(256))
 
@@ -56,10 +37,10 @@ class Successors:
         self.recent: list[list[int]] = []  # the sets of the last events, the current one first
         self.turn = 0  # which of them the next event is counted for
 
-    def record(self, used: Mapping[int, int], tokens: int) -> None:
-        self.fast.record(used, tokens)
-        self.slow.record(used, tokens)
-        if len(used) > LARGEST_SET:
+    def access(self, used: Mapping[int, int], tokens: int) -> None:
+        self.fast.add(used, tokens)
+        self.slow.add(used, tokens)
+        if len(used) > LARGEST_CONTEXT:
             self.recent = []
             return
         experts = sorted(used)
@@ -89,10 +70,10 @@ class Successors:
             rate.seed([r / top for r in rates])
 
     def _expect(self, experts: list[int], scores: list[float]) -> list[float]:
-        """`scores`, and for each expert how much the current set lets expect it."""
+        """`scores`, each with WEIGHT * mean P(e | f) added, over the experts f of the last event."""
         current = self.recent[0] if self.recent else []
         if len(experts) < 2 or not current:
-            return scores  # nothing to choose, or to go by
+            return scores  # one candidate, or no event yet
         pick, weight = itemgetter(*experts), WEIGHT / len(current)
         terms = [(weight / (self.followed[f] + DOUBT), pick(self.by[f])) for f in current]
         terms += [(0.0, terms[0][1])] * (-len(terms) % 4)

@@ -20,7 +20,7 @@ class TinyLFU:
         self.uses = [0.0] * num_experts
         self.last = [-1.0] * num_experts
 
-    def record(self, used: Mapping[int, int], tokens: int) -> None:
+    def access(self, used: Mapping[int, int], tokens: int) -> None:
         self.now += 1
         for e, uses in used.items():
             self.uses[e] += uses

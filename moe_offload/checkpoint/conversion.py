@@ -1,14 +1,14 @@
 """transformers' conversion operations, for one expert.
 
 transformers converts stacked tensors `[E, ...]`. None of the operations it uses on experts mixes experts, so each has a
-one-expert form: the same thing on every dimension but the first. A chain of those forms is a tuple of steps; an empty
-one, or one that only joins tensors end to end, means that the row's bytes are the file's bytes.
+one-expert form: the same thing on every dimension but the first. A chain of those forms is a tuple of conversions; an
+empty one, or one that only joins tensors end to end, means that the row's bytes are the file's bytes.
 
     [MergeModulelist(0), Concatenate(1)]  ->  (Join(0),)          gate [I, H], up [I, H]  ->  gate_up [2I, H]
     [Transpose(1, 2)]                     ->  (Swap(0, 1),)       [H, 2I]                 ->  [2I, H]
     [Interleave(1)]                       ->  (Regroup(0, ...),)  rows g0 u0 g1 u1        ->  g0 g1 u0 u1
 
-Each step can be undone, which is how experts are saved.
+Each conversion can be undone, which is how experts are saved.
 """
 
 from __future__ import annotations
@@ -70,61 +70,63 @@ class Regroup:
         return Regroup(self.dim, not self.inverse)([tensor])
 
 
-Step = Join | Swap | Regroup
+Conversion = Join | Swap | Regroup
 
 
-def run_steps(steps: Sequence[Step], tensors: list[Tensor]) -> Tensor:
+def convert_tensors(conversions: Sequence[Conversion], tensors: list[Tensor]) -> Tensor:
     """Convert one expert's source tensors to its field; the result may be a view."""
-    for step in steps:
-        tensors = step(tensors)
+    for conversion in conversions:
+        tensors = conversion(tensors)
     [tensor] = tensors
     return tensor
 
 
-def undo_steps(steps: Sequence[Step], field: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
-    """The source tensors, of `shapes`, that `run_steps` would turn into `field`; they may be views of it."""
+def restore_tensors(conversions: Sequence[Conversion], field: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
+    """The source tensors, of `shapes`, that `convert_tensors` would turn into `field`; they may be views of it."""
     tensors = [torch.empty(shape, device="meta") for shape in shapes]
     before = []
-    for step in steps:
+    for conversion in conversions:
         before.append([tuple(tensor.shape) for tensor in tensors])
-        tensors = step(tensors)
+        tensors = conversion(tensors)
     found = [field]
-    for step, given in zip(reversed(steps), reversed(before), strict=True):
+    for conversion, shapes_before in zip(reversed(conversions), reversed(before), strict=True):
         [tensor] = found
-        found = step.undo(tensor, given)
+        found = conversion.undo(tensor, shapes_before)
     return found
 
 
-def joins_bytes(steps: Sequence[Step]) -> bool:
+def joins_bytes(conversions: Sequence[Conversion]) -> bool:
     """Whether the result's bytes are the sources' bytes, one after the other."""
-    return all(step == Join(0) for step in steps)
+    return all(conversion == Join(0) for conversion in conversions)
 
 
-def one_expert_steps(ops: Sequence[Any], shapes: Sequence[Shape], wanted: Shape, parameter: str) -> tuple[Step, ...]:
-    """The steps that turn one expert's tensors of `shapes` into a field of shape `wanted`.
+def one_expert_conversions(
+    ops: Sequence[Any], shapes: Sequence[Shape], wanted: Shape, parameter: str
+) -> tuple[Conversion, ...]:
+    """The conversions that turn one expert's tensors of `shapes` into a field of shape `wanted`.
 
     `ops` are the operations of a transformers `WeightConverter`, whose dimensions count the experts' one. `wanted` is
     needed because `Transpose(check_dims=True)` acts only on a tensor that does not have the parameter's shape yet.
     Raises `UnsupportedModelError` naming operation and parameter for one whose one-expert form is not known, and
     `ValueError` when the shapes do not go together or the result is not of shape `wanted`.
     """
-    steps: list[Step] = []
+    conversions: list[Conversion] = []
     tensors = [torch.empty(shape, device="meta") for shape in shapes]
     for op in ops:
-        step = _one_expert_step(op, tensors, wanted, parameter)
-        if step is not None:
-            steps.append(step)
+        conversion = _one_expert_conversion(op, tensors, wanted, parameter)
+        if conversion is not None:
+            conversions.append(conversion)
             try:
-                tensors = step(tensors)
+                tensors = conversion(tensors)
             except (RuntimeError, IndexError) as error:  # torch's way of saying that the shapes are wrong
                 raise ValueError(str(error)) from error
     found = [tuple(tensor.shape) for tensor in tensors]
     if found != [wanted]:
         raise ValueError(f"converted: {found}")
-    return tuple(steps)
+    return tuple(conversions)
 
 
-def _one_expert_step(op: Any, tensors: list[Tensor], wanted: Shape, parameter: str) -> Step | None:
+def _one_expert_conversion(op: Any, tensors: list[Tensor], wanted: Shape, parameter: str) -> Conversion | None:
     """The one-expert form of `op`, or None where that is to do nothing."""
     # Not above: it brings torch.distributed.tensor and Dynamo along, seconds that only loading is worth.
     from transformers.core_model_loading import (
@@ -160,5 +162,5 @@ def _one_expert_step(op: Any, tensors: list[Tensor], wanted: Shape, parameter: s
 def _unsupported(op: Any, parameter: str, why: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"{parameter}: transformers builds it from the checkpoint with {op!r}; {why}, so one expert cannot be read on "
-        "its own. Load the whole model with transformers and offload that, or report the model."
+        "its own. Load the whole model with transformers and offload that, or report the model"
     )

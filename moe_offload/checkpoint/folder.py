@@ -1,23 +1,79 @@
-"""Where a checkpoint is: a folder here, or a repository on the Hub. Knows no torch: a wrong path is refused at once."""
+"""Where a checkpoint is: a folder here, or a repository on the Hub. No torch: what is wrong is refused at once."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, UnsupportedModelError
+
+INDEX = "model.safetensors.index.json"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how the stand-in of a file begins
+CONFIG_BYTES = 10_000_000  # more is no configuration; it is read again, and judged, by transformers
 
 
-def is_folder(path_or_id: str | Path) -> bool:
+def is_folder(path_or_id: str | Path, subfolder: str = "") -> bool:
     """Whether this is a local checkpoint folder; if not, it is to be looked for on the Hub.
 
-    Raises `CheckpointError` for what can be neither, and for a folder without config.json.
+    Raises `CheckpointError` for what can be neither, for a folder without config.json, and `UnsupportedModelError` for
+    a quantised checkpoint.
     """
     path = Path(path_or_id)
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise CheckpointError(f"{path_or_id}: there is no config.json in it; give the folder of a checkpoint")
+        place = path / subfolder
+        if not (place / "config.json").is_file():
+            raise CheckpointError(_without_config(path, place))
+        refuse_quantized(place, _read_config(place / "config.json"))
         return True
     if path.exists() or str(path_or_id).startswith((".", "/", "~")) or str(path_or_id).count("/") > 1:
         found = "found a file" if path.exists() else "there is nothing there"
+        if path.suffix == ".gguf":
+            found += "; GGUF files are not read: give the folder of the original safetensors checkpoint"
         raise CheckpointError(f"{path_or_id}: expected a checkpoint folder (config.json, *.safetensors), {found}")
     return False
+
+
+def refuse_quantized(place: Path | str, config: Mapping[str, Any]) -> None:
+    """Raise `UnsupportedModelError` where a configuration, or a part of it, says that the weights are quantised."""
+    for where, found in _quantizations(config):
+        method = found.get("quant_method") if isinstance(found, Mapping) else getattr(found, "quant_method", None)
+        name = getattr(method, "value", method) or "a format that is not named"
+        raise UnsupportedModelError(
+            f"{place}: the checkpoint is quantised ({name}; {where} in its config.json), and quantised experts are not "
+            "read yet. Give the checkpoint that it was made from, in bfloat16, float16 or float32"
+        )
+
+
+def _quantizations(config: Mapping[str, Any], inside: str = "") -> Iterator[tuple[str, Any]]:
+    """transformers looks at the whole and at the text part; a part of any other name is doubtful, so it counts, too."""
+    for key, value in config.items():
+        if key in ("quantization_config", "compression_config") and value is not None:
+            yield f"{inside}{key}", value
+        elif isinstance(value, Mapping) and str(key).endswith("_config"):
+            yield from _quantizations(value, f"{inside}{key}.")
+
+
+def _read_config(file: Path) -> Mapping[str, Any]:
+    """What the file says, as far as it can be read: transformers says what is wrong with one that cannot."""
+    try:
+        with file.open("rb") as stream:
+            said = json.loads(stream.read(CONFIG_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
+def _without_config(path: Path, place: Path) -> str:
+    said = f"{place}: there is no config.json in it; give the folder of a checkpoint"
+    if (place / "adapter_config.json").is_file():
+        base = _read_config(place / "adapter_config.json").get("base_model_name_or_path") or "its base model"
+        return (
+            f"{place}: holds an adapter only (adapter_config.json), for the model {str(base)[:200]!r}. Load that with "
+            f"moe_offload.from_pretrained(), and then call model.load_adapter({str(place)!r})"
+        )
+    if any(place.glob("*.gguf")):
+        return f"{said}. GGUF files are not read: give the original safetensors checkpoint"
+    inner = sorted(file.parent.name for file in path.glob("*/config.json"))[:3]
+    return f"{said}" + (f", or subfolder={inner[0]!r} (there are {', '.join(inner)})" if inner else "")

@@ -1,53 +1,106 @@
-"""A checkpoint made beside what a folder has, which takes its place all at once, or as nearly so as files can."""
+"""A folder, or a checkpoint in one, that appears complete or not at all.
+
+Everything is made in a hidden folder beside, or inside, the wanted one. A new folder then gets its name in one rename.
+A checkpoint may take the place of an older one, whose files have the same names, and no rename moves several files.
+So the new one comes in under names of its own, and config.json, which can name its weights, is what changes hands:
+
+    model-3f2a9c01-00001-of-00002.safetensors, ... and an index of them       nobody looks at these yet
+    config.json: the new one, + "transformers_weights": that index            from here on the folder is the new one
+    old index, shards, model.safetensors                                      kept aside
+    model-00001-of-00002.safetensors, ..., model.safetensors.index.json       the same files, by their usual names
+    config.json: without "transformers_weights"
+    model-3f2a9c01-...                                                        gone
+
+An error or Ctrl-C takes all of it back. A kill at any moment, which takes nothing back, leaves a folder that
+transformers and moe_offload load as the old checkpoint or as the new one. (What has one name and no pointer, as
+generation_config.json and a tokenizer's files, is replaced file by file, just before config.json.)
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..errors import SaveError
-from .headers import INDEX, Headers
-from .staging_folder import staging, sync, sync_files
+from ..config.sizes import format_size
+from ..errors import OffloadError, PackError, SaveError
+from ..files.moves import Moves, NotTakenBack, all_or_nothing
+from ..files.staging import staging_folder
+from ..files.whole_file import reason, sync, sync_folder
+from .folder import INDEX
 
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+if TYPE_CHECKING:  # torch is slow to import, and what cannot be written is said before
+    from .headers import Headers
+
+CONFIG, SINGLE, POINTER = "config.json", "model.safetensors", "transformers_weights"
+ASIDE = ".aside"  # in the hidden folder: what is replaced, until all is done
+#: Weights as transformers, `pack_checkpoint` and this file name them, and what says where they are.
+_WEIGHTS = re.compile(
+    r"(model(-[0-9a-f]{8})?|moe_offload_rows)(-\d{5}-of-\d{5})?\.safetensors|model(-[0-9a-f]{8})?\.safetensors\.index\.json"
+    r"|PACKED\.md"
+)
+
+
+def check_new(out: Path) -> None:
+    """Raise `PackError` unless a folder `out` can be made: nothing there, or an empty folder; something above it."""
+    if out.is_dir() and not out.is_symlink():
+        if next(out.iterdir(), None) is not None:
+            raise PackError(f"{out}: exists and is not empty; nothing in it is touched. Remove it or give another name")
+    elif out.exists() or out.is_symlink():
+        raise PackError(f"{out}: a folder is to be written there, but it is a file or a link. Give another name")
+    elif not out.absolute().parent.is_dir():
+        raise PackError(f"{out}: the folder {out.parent} it is to be in does not exist. Make it first")
+
+
+@contextlib.contextmanager
+def new_folder(out: Path, needed_bytes: int) -> Iterator[Path]:
+    """A hidden folder next to `out`, to be filled; renamed to `out` at the end, after everything has reached the disk.
+
+    An error or an interruption removes it instead. Raises `PackError` stating bytes needed and free when there is no
+    room, and for any other `OSError` of the body.
+    """
+    check_new(out)
+    with _hidden_folder(out, out.absolute().parent, needed_bytes, PackError) as folder:
+        yield folder
+        _sync_files(folder)
+        try:
+            folder.rename(out)
+            sync_folder(out.absolute().parent)
+        except BaseException:
+            with contextlib.suppress(OSError):  # it was not renamed yet
+                out.rename(folder)
+            raise
 
 
 @contextlib.contextmanager
 def new_checkpoint(out: Path, needed_bytes: int) -> Iterator[Path]:
-    """A folder to be filled; its files take the place of a checkpoint in `out` at the end, the index last."""
+    """A folder to be filled; its files take the place of those in `out` at the end, as said above.
+
+    Raises `SaveError` stating bytes needed and free when there is no room, and for any other `OSError` of the body.
+    """
     if out.exists() and not out.is_dir():
-        raise SaveError(f"{out}: a folder is to be written there, but it is a file. Give another name.")
+        raise SaveError(f"{out}: a folder is to be written there, but it is a file. Give another name")
     made = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SaveError(f"{out}: cannot be made: {error}. Give a folder that may be written.") from error
+        raise SaveError(f"{out}: cannot be made: {reason(error)}. Give a folder that may be written") from error
     try:
-        with staging(out, out, needed_bytes, SaveError) as folder:
+        with _hidden_folder(out, out, needed_bytes, SaveError) as folder:
             yield folder
-            sync_files(folder)
-            _take_place(folder, out)
+            _sync_files(folder)
+            with all_or_nothing(folder / ASIDE) as moves:
+                _take_place(folder, out, moves)
     except BaseException:
         if made:
             with contextlib.suppress(OSError):  # other files have come meanwhile
                 out.rmdir()
         raise
-
-
-def _take_place(folder: Path, out: Path) -> None:
-    """Move what is in `folder` to `out`. Until the index is there, nothing can take `out` for a checkpoint."""
-    for old in (INDEX, "model.safetensors"):
-        (out / old).unlink(missing_ok=True)
-    for file in out.iterdir():
-        if _SHARD.fullmatch(file.name):
-            file.unlink()
-    names = sorted((file.name for file in folder.iterdir()), key=lambda name: name == INDEX)
-    for name in names:
-        (folder / name).replace(out / name)
-    sync(out)
 
 
 def write_index(folder: Path, headers: Headers, num_parameters: int) -> None:
@@ -56,4 +109,117 @@ def write_index(folder: Path, headers: Headers, num_parameters: int) -> None:
         "metadata": {"total_parameters": num_parameters, "total_size": total_bytes},
         "weight_map": {key: found.file.name for key, found in headers.items()},
     }
-    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / INDEX).write_text(_json(index), encoding="utf-8")
+
+
+def _take_place(folder: Path, out: Path, moves: Moves) -> None:
+    """Move what is in `folder` to `out`, the old weights of `out` out of the way; config.json last, or in its turn."""
+    new = sorted(file.name for file in folder.iterdir() if file.name != ASIDE)
+    weights = [name for name in new if _WEIGHTS.fullmatch(name)]
+    others = sorted({*new} - {*weights, CONFIG})
+    old = sorted(file.name for file in out.iterdir() if _WEIGHTS.fullmatch(file.name)) if weights else []
+    replaces = bool(weights) and CONFIG in new and (out / CONFIG).exists()
+    if replaces:
+        _under_own_names(folder, weights, out, moves)
+    else:
+        for name in old:
+            moves.remove(out / name)
+        for name in weights:
+            moves.put(folder / name, out / name)
+    for name in others:
+        moves.put(folder / name, out / name)
+    if replaces:
+        _change_hands(folder, weights, old, out, moves)
+    elif CONFIG in new:
+        moves.put(folder / CONFIG, out / CONFIG)
+    sync_folder(out)
+
+
+def _under_own_names(folder: Path, weights: list[str], out: Path, moves: Moves) -> None:
+    """The new weights as nothing in `out` is called, and where there are several an index of them."""
+    for name in weights:
+        if name != INDEX:
+            moves.put(folder / name, out / _own(name, folder))
+    if INDEX in weights:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index["weight_map"] = {key: _own(name, folder) for key, name in index["weight_map"].items()}
+        moves.put_text(_json(index), out / _own(INDEX, folder))
+    sync_folder(out)
+
+
+def _change_hands(folder: Path, weights: list[str], old: list[str], out: Path, moves: Moves) -> None:
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    pointed = {**config, POINTER: _own(INDEX if INDEX in weights else SINGLE, folder)}
+    moves.put_text(_json(pointed), out / CONFIG)
+    sync_folder(out)
+    for name in old:
+        moves.remove(out / name)
+    for name in weights:
+        if name != INDEX:
+            moves.link(out / _own(name, folder), out / name)
+    if INDEX in weights:
+        moves.put(folder / INDEX, out / INDEX)
+    sync_folder(out)
+    moves.put(folder / CONFIG, out / CONFIG)
+    sync_folder(out)
+    for name in weights:
+        moves.remove(out / _own(name, folder))
+
+
+def _own(name: str, folder: Path) -> str:
+    """What the new file `name` is called while the old one may be there: of the hidden folder's own number."""
+    return name.replace("model", f"model-{folder.name.split('.')[-2][-8:]}", 1)
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, indent=2, sort_keys=True) + "\n"
+
+
+@contextlib.contextmanager
+def _hidden_folder(out: Path, parent: Path, needed_bytes: int, error: type[OffloadError]) -> Iterator[Path]:
+    """A folder in `parent` where what is meant for `out` is made. It is gone in the end, whatever happens.
+
+    Raises `error` stating bytes needed and free when there is no room, before anything is written if that can be told,
+    and for any other `OSError` of the body.
+    """
+    kept = Path()
+    try:
+        with staging_folder(parent, out.absolute().name) as folder:
+            space = shutil.disk_usage(parent)
+            if space.total and space.free < needed_bytes:  # /proc has no bytes at all, and is not full
+                raise OSError(errno.ENOSPC, "the disk is too full")
+            try:
+                yield folder
+            except NotTakenBack:
+                kept = folder.with_suffix(".kept")
+                folder.rename(kept)
+                raise
+    except NotTakenBack as found:
+        raise error(
+            f"{out}: cannot be written, and not all of what was there could be put back: {reason(found)}. The rest of "
+            f"it is in {kept / ASIDE}; move it back by hand"
+        ) from found
+    except OSError as found:
+        raise error(f"{out}: cannot be written: {reason(found)}. {_advice(out, needed_bytes, found)}") from found
+
+
+def _advice(out: Path, needed_bytes: int, error: OSError) -> str:
+    """What to do, once what was written is gone again."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None):
+        return "Nothing was left behind, and what was there before is unchanged; give a folder that may be written"
+    try:
+        free_bytes = shutil.disk_usage(out.absolute().parent).free
+        free = f"{free_bytes} bytes ({format_size(free_bytes)}) are free"
+    except OSError:
+        free = "how much is free cannot be told"
+    return (
+        f"It needs {needed_bytes} bytes ({format_size(needed_bytes)}), {free}. Nothing was left behind, and what was "
+        "there before is unchanged; free some space, or give a folder on another disk"
+    )
+
+
+def _sync_files(folder: Path) -> None:
+    """See every file of `folder`, and their names, to the disk."""
+    for file in folder.iterdir():
+        sync(file)
+    sync_folder(folder)

@@ -1,8 +1,10 @@
-"""The outline of a model: every module and shape, and nothing of its weights, from a folder or from the Hub.
+"""The outline of a model: every module and shape, where each tensor lies, and nothing of its weights.
 
 folder with shards      config.json, and the headers of the shards, checked as they are for loading
 folder without          config.json alone: what is to be downloaded can be planned first
 Hub repository          config.json, and the headers of its shards by range requests (a few KB each)
+
+Made once and handed on: planning, loading and packing all work from the same one.
 """
 
 from __future__ import annotations
@@ -17,10 +19,13 @@ import torch
 from ..errors import CheckpointError
 from ..experts import MoELayer, find_experts
 from .folder import is_folder
-from .headers import DTYPES, Headers, TensorRange, index_names
-from .loading import HUB_FILES, skeleton
-from .packed import index_checkpoint
-from .row_index import index_rows
+from .headers import DTYPES, Headers, TensorRange
+from .packed import Stored, index_stored, is_packed, read_stored
+from .pretrained.arguments import Arguments
+from .pretrained.download import download
+from .pretrained.skeleton import build_skeleton, read_configuration
+from .pretrained.weight_files import listed_names, weight_files
+from .row_index import RowIndex
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,37 +33,60 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outline:
-    """`model` is on the meta device; `source` says what its sizes were read from."""
+    """`model` is on the meta device (or the one that was given); `source` says what its sizes were read from.
+
+    `folder` is where the files lie, `stored` what their headers say and `index` where each expert's row is; None where
+    there are no files to read from.
+    """
 
     model: PreTrainedModel
     moe_layers: list[MoELayer]
     source: str
+    folder: Path | None = None
+    stored: Stored | None = None
+    index: RowIndex | None = None
 
 
 def outline(path_or_id: str | Path, dtype: str | torch.dtype = "auto") -> Outline:
     """Read headers only. Raises `CheckpointError` when they cannot be had or do not fit the model's configuration."""
-    if is_folder(path_or_id):
-        return _of_folder(Path(path_or_id), dtype)
-    name = str(path_or_id)
-    cached = _cached(name)
-    if cached is not None:
-        return _of_folder(cached, dtype)
-    headers = hub_headers(name)
-    model = skeleton(name, dtype, stored=headers)
+    arguments = Arguments(dtype=dtype)
+    folder = Path(path_or_id) if is_folder(path_or_id) else _cached(str(path_or_id))
+    if folder is None:
+        return _of_repository(str(path_or_id), arguments)
+    if _has_shards(folder):
+        return outline_folder(folder, arguments)
+    model = build_skeleton(read_configuration(folder, arguments), None, arguments)
+    return Outline(model, find_experts(model), "config.json alone (there are no weights in the folder)")
+
+
+def outline_folder(folder: Path, arguments: Arguments | None = None) -> Outline:
+    """The outline of a folder that holds all files of a checkpoint. Each header is read once, here."""
+    arguments = arguments or Arguments()
+    place = folder / arguments.subfolder
+    config = read_configuration(place, arguments)
+    stored = read_weights(place, config, arguments.variant)
+    model = build_skeleton(config, stored, arguments)
     moe_layers = find_experts(model)
-    index_rows(model, moe_layers, headers)
-    files = {found.file for found in headers.values()}
+    index = index_stored(model, moe_layers, stored)
+    source = f"config.json and the headers of {len(index.stamps)} shards"
+    return Outline(model, moe_layers, source, place, stored, index)
+
+
+def read_weights(place: Path, config: Any, variant: str | None = None) -> Stored:
+    """The headers of the files that transformers would load for `config`; packed rows come in one variant only."""
+    if is_packed(place) and variant is None:
+        return read_stored(place)
+    named, extra = getattr(config, "transformers_weights", None), getattr(type(config), "extra_files", ())
+    return read_stored(place, weight_files(place, variant=variant, named=named, extra=extra))
+
+
+def _of_repository(name: str, arguments: Arguments) -> Outline:
+    stored = Stored(hub_headers(name))
+    model = build_skeleton(read_configuration(name, arguments), stored, arguments)
+    moe_layers = find_experts(model)
+    index_stored(model, moe_layers, stored)
+    files = {found.file for found in stored.headers.values()}
     return Outline(model, moe_layers, f"config.json and the headers of {len(files)} shards on the Hub")
-
-
-def _of_folder(folder: Path, dtype: str | torch.dtype) -> Outline:
-    if not _has_shards(folder):
-        model = skeleton(folder, dtype, stored=Headers())
-        return Outline(model, find_experts(model), "config.json alone (there are no weights in the folder)")
-    model = skeleton(folder, dtype)
-    moe_layers = find_experts(model)
-    index = index_checkpoint(model, moe_layers, folder)
-    return Outline(model, moe_layers, f"config.json and the headers of {len(index.stamps)} shards")
 
 
 def hub_headers(name: str) -> Headers:
@@ -74,34 +102,32 @@ def hub_headers(name: str) -> Headers:
             "HF_TOKEN), or give the path of a folder with its config.json"
         ) from error
     headers = Headers()
-    headers.stamps = {}
     for file, metadata in found.files_metadata.items():
         for key, tensor in metadata.tensors.items():
-            headers[key] = _range(name, file, key, tensor)
+            if tensor.dtype in DTYPES:
+                headers[key] = _range(name, file, key, tensor)
+            else:
+                headers.unreadable[key] = tensor.dtype, Path(file)
     return headers
 
 
 def _range(name: str, file: str, key: str, tensor: Any) -> TensorRange:
-    begin, end = tensor.data_offsets
-    dtype = DTYPES.get(tensor.dtype)
-    if dtype is None or end - begin != math.prod(tensor.shape) * dtype.itemsize:
+    (begin, end), dtype = tensor.data_offsets, DTYPES[tensor.dtype]
+    if end - begin != math.prod(tensor.shape) * dtype.itemsize:
         raise CheckpointError(
             f"{name}: {file} has {key!r} as {tensor.dtype} {list(tensor.shape)} in {end - begin} bytes, which "
-            "cannot be read here; the checkpoint is damaged, or of a dtype this torch lacks"
+            "cannot be read here; the checkpoint is damaged"
         )
     return TensorRange(Path(file), begin, end - begin, tuple(tensor.shape), dtype)
 
 
 def _cached(name: str) -> Path | None:
     """The folder of a repository that was downloaded before, weights and all."""
-    from huggingface_hub import snapshot_download
-
     try:
-        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True))
-    except (OSError, ValueError):
+        folder = download(name, Arguments(), local_files_only=True)
+    except CheckpointError:
         return None
-    listed = index_names(folder)
-    return folder if _has_shards(folder) and all((folder / file).exists() for file in listed) else None
+    return folder if _has_shards(folder) and all((folder / file).exists() for file in listed_names(folder)) else None
 
 
 def _has_shards(folder: Path) -> bool:

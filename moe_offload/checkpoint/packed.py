@@ -16,18 +16,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from ..errors import CheckpointError, UnsupportedModelError
 from ..experts import MoELayer
-from .headers import Headers, TensorRange, index_names, read_headers, shard_files
+from .headers import Headers, TensorRange, read_headers
 from .packed_format import VERSION, describe, parse_sources
+from .pretrained.weight_files import WeightFiles, listed_names, weight_files
 from .row_index import RowIndex, index_rows, row_at
 
 ROWS = "moe_offload_rows"
@@ -40,43 +41,59 @@ _MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 def is_packed(folder: Path) -> bool:
     """Whether `folder` was written by `pack_checkpoint`. Raises `CheckpointError` when its index is damaged."""
-    return ABSENT in index_names(folder)
+    return ABSENT in listed_names(folder)
 
 
-def checkpoint_headers(folder: Path) -> Headers:
-    """Every tensor of a checkpoint, packed or not: `read_headers`, with the experts' sources of a packed one.
+@dataclass(frozen=True)
+class Stored:
+    """What a checkpoint's headers say, read once.
 
-    The sources' ranges lie in no file: they tell names, shapes and dtypes, and are not to be read.
+    `headers` are those of every tensor; of a packed checkpoint they hold the experts' sources, which lie in no file
+    (they tell names, shapes and dtypes, and are not to be read), and `rows` are those of the packed rows.
     """
-    headers = read_headers(shard_files(folder, skip=ABSENT))
-    if is_packed(folder):
-        first, *_ = _rows_files(folder)
-        _facts(first)  # of a version whose sources can be read
-        try:
-            headers.update(parse_sources(_metadata(first, SOURCES)))
-        except _MALFORMED as error:
-            raise _damaged(first, error) from error
-    return headers
+
+    headers: Headers
+    rows: Headers | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
-def index_checkpoint(model: Any, moe_layers: Sequence[MoELayer], folder: Path) -> RowIndex:
-    """`index_rows` of a checkpoint folder, packed or not.
+def read_stored(folder: Path, files: WeightFiles | None = None) -> Stored:
+    """Read the headers of `files` (those of `weight_files` if None), and those of packed rows.
+
+    Raises `CheckpointError` naming the file that is missing, damaged or of another version.
+    """
+    packed = is_packed(folder)
+    files = files if files is not None and not packed else weight_files(folder, skip=ABSENT)
+    headers = read_headers(files.files)
+    if not packed:
+        return Stored(headers, None, files.metadata)
+    first, *others = _rows_files(folder)
+    rows = read_headers([first, *others])
+    _facts(first, rows)  # of a version whose sources can be read
+    try:
+        headers.update(parse_sources(_metadata(first, rows, SOURCES)))
+    except _MALFORMED as error:
+        raise _damaged(first, error) from error
+    return Stored(headers, rows, files.metadata)
+
+
+def index_stored(model: Any, moe_layers: Sequence[MoELayer], stored: Stored) -> RowIndex:
+    """`index_rows` of a checkpoint, packed or not.
 
     Raises what `index_rows` raises, and `CheckpointError` naming the file when packed rows are damaged or incomplete,
     or are not those that the installed transformers would make for this model and dtype.
     """
-    headers = checkpoint_headers(folder)
-    if not is_packed(folder):
-        return index_rows(model, moe_layers, headers)
-    files = _rows_files(folder)
-    ranges = read_headers(files)
+    ranges = stored.rows
+    if ranges is None:
+        return index_rows(model, moe_layers, stored.headers)
+    files = list(ranges.opened)
     try:
-        index = index_rows(model, moe_layers, headers)
+        index = index_rows(model, moe_layers, stored.headers)
     except (CheckpointError, UnsupportedModelError) as error:
         raise _misfit(files[0], f"the experts that were packed are not this model's: {error}") from error
     described: dict[str, tuple[Path, Any]] = {}
     for file in files:
-        model_type, layers = _facts(file)
+        model_type, layers = _facts(file, ranges)
         if model_type != model.config.model_type:
             raise _misfit(file, f"packed for a {model_type!r}, config.json says {model.config.model_type!r}")
         described |= {name: (file, layer) for name, layer in layers.items()}
@@ -97,30 +114,29 @@ def _rows_files(folder: Path) -> list[Path]:
     if len(counts) != 1 or not files[0].stem.endswith(f"-{len(files):05d}"):
         raise CheckpointError(
             f"{folder}: a packed checkpoint has its experts in {ROWS}-00001-of-N.safetensors to N-of-N; found "
-            f"{', '.join(file.name for file in files[:4]) or 'none of them'}. Copy the missing files, or pack again."
+            f"{', '.join(file.name for file in files[:4]) or 'none of them'}. Copy the missing files, or pack again"
         )
     return files
 
 
-def _metadata(file: Path, key: str) -> str:
+def _metadata(file: Path, headers: Headers, key: str) -> str:
     try:
-        with safe_open(file, framework="pt", backend="pread") as opened:
-            return str((opened.metadata() or {})[key])
+        return str((headers.opened[file].metadata() or {})[key])
     except Exception as error:  # the library's own errors are of several kinds
         raise _damaged(file, error) from error
 
 
-def _facts(file: Path) -> tuple[str, dict[str, Any]]:
+def _facts(file: Path, headers: Headers) -> tuple[str, dict[str, Any]]:
     """The model type, and `{layer name: its description}`, as the file's metadata has them."""
     try:
-        facts = json.loads(_metadata(file, ROWS))
+        facts = json.loads(_metadata(file, headers, ROWS))
         version, model_type, layers = facts["version"], facts["model_type"], dict(facts["layers"])
     except _MALFORMED as error:
         raise _damaged(file, error) from error
     if version != VERSION:
         raise CheckpointError(
             f"{file}: rows in format version {version!r}; this moe_offload reads version {VERSION}. Use the version of "
-            "moe_offload that packed it, or pack the original checkpoint again."
+            "moe_offload that packed it, or pack the original checkpoint again"
         )
     return model_type, layers
 
@@ -141,11 +157,11 @@ def _check_layer(file: Path, moe: MoELayer, found: Any, wanted: dict[str, Any], 
 def _misfit(file: Path, found: str) -> CheckpointError:
     return CheckpointError(
         f"{file}: its rows are not those of this model under transformers {version('transformers')}: {found}. Pack "
-        "the original checkpoint again (moe-offload pack), or ask for the dtype it was packed in."
+        "the original checkpoint again (moe-offload pack), or ask for the dtype it was packed in"
     )
 
 
 def _damaged(file: Path, error: Exception) -> CheckpointError:
     return CheckpointError(
-        f"{file}: not a usable file of packed rows ({type(error).__name__}: {error}). Copy it again, or pack again."
+        f"{file}: not a usable file of packed rows ({type(error).__name__}: {error}). Copy it again, or pack again"
     )

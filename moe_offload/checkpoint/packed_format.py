@@ -31,7 +31,7 @@ def describe(moe: MoELayer, rows: Sequence[RowSource]) -> dict[str, Any]:
     recipe = [
         [
             [(s.offset, s.nbytes, s.shape, DTYPE_NAMES[s.dtype]) for s in piece.sources],
-            [_step(step) for step in piece.steps],
+            [_describe_conversion(conversion) for conversion in piece.conversions],
         ]
         for source in rows
         for piece in source
@@ -79,7 +79,6 @@ def parse_sources(text: str) -> Headers:
     Raises `ValueError`, `KeyError` or `TypeError` for text that is not of that form.
     """
     headers = Headers()
-    headers.stamps = {}
     at = 0
     for name, sizes, keys in json.loads(text):
         shape, dtype = tuple(sizes), DTYPES[name]
@@ -92,5 +91,5 @@ def parse_sources(text: str) -> Headers:
     return headers
 
 
-def _step(step: Any) -> list[Any]:
-    return [type(step).__name__, *dataclasses.astuple(step)]
+def _describe_conversion(conversion: Any) -> list[Any]:
+    return [type(conversion).__name__, *dataclasses.astuple(conversion)]

@@ -3,8 +3,8 @@
 transformers knows how a checkpoint's names and shapes relate to the model's (`get_model_conversion_mapping`). It is
 asked here, key by key, exactly as its own loader asks; nothing is decided by a model's name. For one expert:
 
-    field gate_up_proj  <-  [gate_proj of expert 17: file, offset, size; up_proj of expert 17: ...], steps (Join(0),)
-    field down_proj     <-  [down_proj of expert 17: ...], steps ()
+    field gate_up_proj  <-  [gate_proj of expert 17: file, offset, size; up_proj of ...], conversions (Join(0),)
+    field down_proj     <-  [down_proj of expert 17: ...], conversions ()
 """
 
 from __future__ import annotations
@@ -14,26 +14,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, UnsupportedModelError
 from ..experts import Field, MoELayer
-from .conversion import Shape, Step, joins_bytes, one_expert_steps
-from .headers import FileStamp, Headers, TensorRange
+from ..files.file_stamp import FileStamp
+from .conversion import Conversion, Shape, joins_bytes, one_expert_conversions
+from .headers import Headers, TensorRange
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One field of one expert: the ranges to read, in order, and the steps that turn them into the field."""
+    """One field of one expert: the ranges to read, in order, and the conversions that turn them into the field."""
 
     field: Field
     sources: tuple[TensorRange, ...]
-    steps: tuple[Step, ...]
+    conversions: tuple[Conversion, ...]
 
     @property
     def direct(self) -> bool:
         """Whether the field's bytes are the sources' bytes one after the other: they can be read into the row."""
-        return joins_bytes(self.steps) and all(source.dtype == self.field.dtype for source in self.sources)
+        return joins_bytes(self.conversions) and all(source.dtype == self.field.dtype for source in self.sources)
 
 
 #: All fields of one expert, in the layout's order.
@@ -99,12 +101,18 @@ def _find_origins(model: nn.Module, headers: Headers, wanted: set[str]) -> dict[
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     prefix, names = getattr(model, "base_model_prefix", ""), model.state_dict()
     origins: dict[str, _Origin] = {}
-    for key in sorted(headers, key=dot_natural_key):
+    for key in sorted([*headers, *headers.unreadable], key=dot_natural_key):
         target, pattern = rename_source_key(key, renamings, converters, prefix, names)
         if target not in names and key in names:  # named as in the model already: not to be renamed after all
             target, pattern = rename_source_key(key, [], [], prefix, names)
         if target not in names:
             continue
+        if key in headers.unreadable:
+            dtype, file = headers.unreadable[key]
+            raise UnsupportedModelError(
+                f"{file}: {key!r}, which the model needs, is of dtype {dtype}, which torch {torch.__version__} does "
+                "not have. Use a checkpoint in another dtype, or a later torch"
+            )
         converter = None if pattern is None else by_pattern[pattern]
         for share, parameter in enumerate(_targets(target, converter)):
             if parameter in wanted:
@@ -113,7 +121,7 @@ def _find_origins(model: nn.Module, headers: Headers, wanted: set[str]) -> dict[
                     other = next(iter(origin.parts.values()))[0]
                     raise CheckpointError(
                         f"{parameter}: the checkpoint has it in two forms, {other!r} and {key!r}; which one counts "
-                        "cannot be told. Remove the shard that does not belong."
+                        "cannot be told. Remove the shard that does not belong"
                     )
                 origin.parts.setdefault(pattern, []).append(key)
     return origins
@@ -134,7 +142,7 @@ def _origin_of(moe: MoELayer, f: Field, origins: dict[str, _Origin], headers: He
     near = [key for key in headers if key.startswith(f"{moe.name.rpartition('.')[0]}.")][:3]
     raise CheckpointError(
         f"{moe.name}: none of its {moe.num_experts} experts has {f.name} in the checkpoint; near that name it has "
-        f"{near or 'nothing'}. Use the checkpoint that belongs to this configuration; quantised experts are not read."
+        f"{near or 'nothing'}. Use the checkpoint that belongs to this configuration; quantised experts are not read"
     )
 
 
@@ -155,20 +163,20 @@ def _pieces(moe: MoELayer, f: Field, parameter: str, origin: _Origin, headers: H
         else:
             column = _slices(moe, label, keys, headers)
         columns.append(column)
-    steps: dict[tuple[Shape, ...], tuple[Step, ...]] = {}
+    conversions: dict[tuple[Shape, ...], tuple[Conversion, ...]] = {}
     pieces = []
     for e, sources in enumerate(zip(*columns, strict=True)):
         shapes = tuple(source.shape for source in sources)
-        if shapes not in steps:
+        if shapes not in conversions:
             try:
-                steps[shapes] = one_expert_steps(ops, shapes, f.shape, parameter)
+                conversions[shapes] = one_expert_conversions(ops, shapes, f.shape, parameter)
             except ValueError as error:
                 found = ", ".join(str(list(shape)) for shape in shapes)
                 raise CheckpointError(
                     f"{moe.name}: expert {e} has {f.name} in the checkpoint as {found}, the model expects "
-                    f"{list(f.shape)} ({error}). Use the checkpoint that belongs to this configuration."
+                    f"{list(f.shape)} ({error}). Use the checkpoint that belongs to this configuration"
                 ) from error
-        pieces.append(Piece(f, sources, steps[shapes]))
+        pieces.append(Piece(f, sources, conversions[shapes]))
     return pieces
 
 
@@ -185,12 +193,12 @@ def _one_key_per_expert(moe: MoELayer, label: str, keys: list[str], shares: int,
         which = f"expert {absent[0]} has" if len(absent) == 1 else f"experts {_some(absent)} have"
         raise CheckpointError(
             f"{moe.name}: {which} no {label} in the checkpoint, which has {len(keys)} of them for "
-            f"{shares * moe.num_experts} experts. Download the missing shard, or use the right configuration."
+            f"{shares * moe.num_experts} experts. Download the missing shard, or use the right configuration"
         )
     if len(keys) > shares * moe.num_experts or len(set(numbers)) != len(numbers):
         raise CheckpointError(
             f"{moe.name}: the checkpoint has {label} of {len(keys)} experts, the model has "
-            f"{shares * moe.num_experts}. Use the checkpoint that belongs to this configuration."
+            f"{shares * moe.num_experts}. Use the checkpoint that belongs to this configuration"
         )
     by_number = dict(zip(numbers, keys, strict=True))
     return [by_number[number] for number in range(first, first + moe.num_experts)]
@@ -202,7 +210,7 @@ def _slices(moe: MoELayer, label: str, keys: list[str], headers: Headers) -> lis
     if len(found) != 1 or found[keys[0]][:1] != [moe.num_experts]:
         raise CheckpointError(
             f"{moe.name}: expected one tensor {label} of {moe.num_experts} experts, the checkpoint has "
-            f"{found or 'none'}. Use the checkpoint that belongs to this configuration."
+            f"{found or 'none'}. Use the checkpoint that belongs to this configuration"
         )
     return [headers[keys[0]][e] for e in range(moe.num_experts)]
 
@@ -218,7 +226,7 @@ def _numbers(keys: list[str]) -> list[int]:
     if len(column) != len(keys) or not all(part.isdecimal() for part in column):
         raise CheckpointError(
             f"expected tensor names that differ only in an expert's number, found {keys[:3]}; cannot tell them apart. "
-            "Use the checkpoint that belongs to this configuration."
+            "Use the checkpoint that belongs to this configuration"
         )
     return [int(part) for part in column]
 

@@ -101,7 +101,6 @@ class Filling:
 
     def __init__(self, folder: Path, shards: Sequence[Shard]):
         self.ranges = Headers()
-        self.ranges.stamps = {}
         self._shards = {folder / shard.name: shard for shard in shards}
         self._missing = {file: shard.nbytes for file, shard in self._shards.items()}
         self._open: dict[Path, FileIO] = {}

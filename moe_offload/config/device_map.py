@@ -105,7 +105,7 @@ def limits(max_memory: Mapping[str | int, str | int] | None, available: int) -> 
     found = {}
     for device, size in (max_memory or {}).items():
         if str(device) == "disk":
-            parse_size(size, total=2**40)  # disks are not limited here, but nonsense is refused all the same
+            parse_size(size, total=2**40)  # a limit for the disk is not used; one that is no size is still refused
             continue
         name = "cpu" if str(device) == "cpu" else device_name("max_memory", device)
         found[name] = parse_size(size, total=available if name == "cpu" else None)
@@ -149,7 +149,7 @@ def refuse_absent(devices: Iterable[str], present: Iterable[str]) -> None:
             raise UnsupportedModelError(
                 f"device_map or max_memory asks to compute on {device}, and this process computes on "
                 f"{', '.join(present)} only; expert rows rest in 'cpu' (RAM) or on 'disk'. `moe-offload plan` and "
-                "forecast() plan for others. No GPU has run this version yet: config={'untested': True} tries, on yours"
+                "forecast() plan for other devices. No GPU has run this version yet; config={'untested': True} tries it"
             )
 
 

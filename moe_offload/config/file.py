@@ -10,6 +10,7 @@ its own default_config.yaml in a folder beside ours and refuses keys it does not
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping
@@ -17,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..files.whole_file import open_regular, reason, replace
+from ..files.untrusted import read_bounded, refusing
+from ..files.whole_file import save_whole
 
 MAX_BYTES = 64 * 2**10  # a device map that names every module of a large model takes a tenth of it
 DEFAULT_NAME = "default_config.yaml"
@@ -36,33 +38,18 @@ def read(path: Path) -> dict[str, Any]:
 
     Raises ConfigError, naming the file, when it cannot be read, is larger than 64 KiB, or is no plain mapping.
     """
-    try:
-        with open_regular(path) as (file, _):
-            data = file.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"configuration file {path} cannot be read: {reason(error)}. Check the path, or write one with "
-            "`moe-offload config`"
-        ) from error
-    if len(data) > MAX_BYTES:
-        raise ConfigError(f"configuration file {path} has more than {MAX_BYTES} bytes; it is no file of settings")
-    try:
-        return (from_json if path.suffix == ".json" else from_yaml)(data.decode("utf-8"))
-    except ValueError as error:  # a ConfigError too: it is one
-        raise ConfigError(f"configuration file {path} cannot be used: {error}") from error
+    remedy = "Check the path, or write one with `moe-offload config`"
+    with refusing(path, "configuration file", remedy, ConfigError):
+        text = read_bounded(path, MAX_BYTES).decode("utf-8")
+        return (from_json if path.suffix == ".json" else from_yaml)(text)
 
 
 def write(path: Path, values: Mapping[str, Any]) -> None:
     """Put `values` at `path`, whole or not at all; folders that are missing are made. Raises ConfigError."""
     text = to_json(values) if path.suffix == ".json" else HEADER + to_yaml(values)
-    try:
+    with contextlib.suppress(OSError):  # which is then said of the file
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace(path, text.encode())
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"configuration file {path} was not written: {reason(error)}. What was there before is unchanged; choose "
-            "another place with --config_file"
-        ) from error
+    save_whole(path, text.encode(), "configuration file", ConfigError)
 
 
 def from_yaml(text: str) -> dict[str, Any]:
@@ -100,8 +87,12 @@ def parse_yaml(text: str) -> Any:
 
     class Plain(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
         def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent) or getattr(self.peek_event(), "anchor", None):
-                raise ConfigError(f"line {self.peek_event().start_mark.line + 1} has an anchor or alias (& or *)")
+            event = self.peek_event()
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+                raise ConfigError(f"line {event.start_mark.line + 1} has an anchor or alias (& or *)")
+            if getattr(event, "tag", None):
+                line = event.start_mark.line + 1
+                raise ConfigError(f"it is not plain YAML: line {line} has a tag (!); write the value without it")
             return super().compose_node(parent, index)
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
@@ -115,7 +106,8 @@ def parse_yaml(text: str) -> Any:
         raise ConfigError(f"it is not plain YAML: {re.sub(chr(10) + ' *', ' ', str(error))[:200]}") from error
     except ConfigError:
         raise
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError, LookupError, AttributeError, ArithmeticError) as error:
+        # What PyYAML's constructors raise for a number or a date that only looks like one.
         raise ConfigError(f"it is not plain YAML: {type(error).__name__}: {str(error)[:200]}") from error
 
 

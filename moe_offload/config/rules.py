@@ -17,8 +17,7 @@ from .sizes import parse_size, size_problem
 
 
 class Rule(NamedTuple):
-    """What a field accepts: as a test, and in words; `wrong` says what is wrong with a value, where there is more to
-    say than that."""
+    """What a field accepts: `holds` as a test, `accepted` in words. `wrong` may say what is wrong with a value."""
 
     holds: Callable[[Any], bool]
     accepted: Callable[[], str]
@@ -93,7 +92,7 @@ def _wrong_size(value: Any) -> str | None:
 
 
 def _wrong_device(value: Any) -> str | None:
-    """Which devices this machine has is not asked here: one can plan for others."""
+    """Only the form is checked: a device need not be in this machine, since one can plan for others."""
     try:
         device_name("", value)
     except ConfigError:
@@ -102,7 +101,7 @@ def _wrong_device(value: Any) -> str | None:
 
 
 def _wrong_device_map(value: Any) -> str | None:
-    """Which modules there are is for placement.py, which knows the model."""
+    """Whether the keys name modules is checked by device_map.py, where the model is known."""
     if isinstance(value, str) and "{" not in value:
         return _wrong_device(value)
     return _wrong_map(value) or next(filter(None, map(_wrong_device, value.values())), None)
@@ -127,7 +126,7 @@ def _or_none(wrong: Callable[[Any], str | None]) -> Callable[[Any], bool]:
     return lambda value: value is None or wrong(value) is None
 
 
-#: One rule a field. Functions, so that a policy added to the table later is accepted and named.
+#: One rule a field. `accepted` is a function because `POLICIES` may get entries after this module was imported.
 RULES: dict[str, Rule] = {
     "budget": Rule(
         _or_none(_wrong_size),

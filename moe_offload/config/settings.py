@@ -2,7 +2,7 @@
 
     keyword argument or flag  >  environment variable MOE_OFFLOAD_<FIELD>  >  configuration file  >  default
 
-The file is the one that was named (`config="settings.yaml"`, `--config_file`), else the one MOE_OFFLOAD_CONFIG_FILE
+The file is the one that was named (`config="settings.yaml"`, `--config-file`), else the one MOE_OFFLOAD_CONFIG_FILE
 names, else $HF_HOME/moe_offload/default_config.yaml if there is one. `accelerate launch` and `torchrun` hand the
 environment on to every process, so both work under them.
 """
@@ -21,9 +21,6 @@ from ..errors import ConfigError
 from . import file as config_file
 from .rules import RULES, plain, reserve_bytes
 
-AUTO_SCRATCH = 128 * 10**6, 16  # bytes and rows at most, on a CPU
-#: On a device: what its link brings in 5 to 6 ms, so that it is busy from one layer's last row to the next one's ids.
-AUTO_SCRATCH_BESIDE = 320 * 10**6, 32
 ENVIRONMENT_PREFIX = "MOE_OFFLOAD_"
 FILE_VARIABLE = "MOE_OFFLOAD_CONFIG_FILE"
 DEFAULT = "default"
@@ -35,8 +32,8 @@ class OffloadConfig:
 
     budget: bytes the model may hold on the device it computes on (dense weights, expert slots, KV cache, workspace):
         bytes, "8GB", "8GiB", "80%" of what is available, or "auto"; None: what `max_memory` says, else "auto".
-    device_map: where weights and expert rows go, in accelerate's grammar (`placement.py`); None: "auto".
-    max_memory: limits per device, as {"cpu": "60GiB"} (`placement.py`).
+    device_map: where weights and expert rows go, in accelerate's grammar (`device_map.py`); None: "auto".
+    max_memory: limits per device, as {"cpu": "60GiB"} (`device_map.py`).
     profile: path of the profile that says which experts to load before the first token.
     policy: which resident expert gives way; a name in `moe_offload.cache.POLICIES`.
     half_life: tokens after which a past use of an expert counts half ("decayed_lfu"; the others have their own).
@@ -95,13 +92,6 @@ class OffloadConfig:
             if not rule.holds(value):
                 raise ConfigError(f"{name}={value!r} is not accepted: {rule.refused(value)}")
             object.__setattr__(self, name, value)
-
-    def scratch_rows(self, row_bytes: int, device: str = "cpu") -> int:
-        """How many scratch rows of this size a model gets on `device`."""
-        if isinstance(self.wave_rows, int):
-            return self.wave_rows
-        most_bytes, most_rows = AUTO_SCRATCH if device == "cpu" else AUTO_SCRATCH_BESIDE
-        return max(4, min(most_rows, most_bytes // row_bytes))
 
     @property
     def reserve_bytes(self) -> int | None:
@@ -174,9 +164,12 @@ def active_file(named: str | Path | None = None) -> Path | None:
 def _gather(config: Config, overrides: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     """`{field: (value, where it is from)}` of all fields that somebody has set."""
     if not isinstance(config, (Mapping, str, os.PathLike, type(None))):
+        kind = type(config).__name__
+        what = f"config=<{kind}>" if kind.endswith("Config") else f"config={str(config)[:60]!r}"
+        hint = "; fields of the model's own configuration are keywords of from_pretrained" if "<" in what else ""
         raise ConfigError(
-            f"config={config!r} is not accepted: it takes an OffloadConfig, a dict of its fields, the path of a "
-            "configuration file, or None"
+            f"{what} is not accepted: it takes an OffloadConfig, a dict of its fields, the path of a "
+            f"configuration file, or None{hint}"
         )
     _refuse_unknown_variables()
     explicit = {**(config if isinstance(config, Mapping) else {}), **overrides}
@@ -229,10 +222,14 @@ def _from_environment(*, skip: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
 
 
 def _checked(where: str, name: str, value: Any) -> Any:
+    """`value` in its plain form. A profile that is not there is refused here, where it is known who named it."""
     try:
-        return getattr(OffloadConfig(**{name: value}), name)
+        plain_value = getattr(OffloadConfig(**{name: value}), name)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
+    if name == "profile" and plain_value is not None and not Path(plain_value).exists():
+        raise ConfigError(f"{where}: profile={plain_value!r}: there is no such file. Correct the path, or remove it")
+    return plain_value
 
 
 def from_text(name: str, text: str) -> Any:

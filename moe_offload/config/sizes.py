@@ -1,8 +1,9 @@
 """Sizes in bytes, as people write them.
 
-    "8GB" = 8 * 10**9        "8GiB" = 8 * 2**30        "80%" of a total        "auto" = 90 % of a total
+    "8GB" = 8 * 10**9        "8GiB" = "8g" = "8192M" = 8 * 2**30        "1e9"        "80%", "auto" (90 %) of a total
 
-Letter case never matters and a size is always bytes. (accelerate's own parser reads "8gb" as bits, an eighth of "8GB".)
+A lone letter is binary, as docker, systemd and Java read it. Letter case never matters and a size is always bytes.
+(accelerate's own parser reads "8gb" as bits, an eighth of "8GB".)
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from ..errors import ConfigError
 
 DECIMAL = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 BINARY = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+LETTERS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 #: "auto" leaves the rest to whatever else runs on the device.
 AUTO_PERCENT = Decimal(90)
@@ -22,7 +24,7 @@ AUTO_PERCENT = Decimal(90)
 #: File offsets and tensor sizes are signed 64-bit: nothing larger can be addressed.
 LARGEST = 2**63 - 1
 
-ACCEPTED = '8000000000 (bytes), "8GB" (decimal), "8GiB" (binary), KB to TB, KiB to TiB, "1.5GB", "80%" or "auto"'
+ACCEPTED = '8000000000 (bytes), "8GB" (decimal), "8GiB" or "8g" (binary), KB to TB, KiB to TiB, "80%" or "auto"'
 
 
 def parse_size(text: int | str, *, total: int | None = None) -> int:
@@ -93,13 +95,13 @@ def _from_text(text: object, total: int | None) -> Decimal:
     plain = text.strip()
     if plain.upper() == "AUTO":
         return _part(AUTO_PERCENT, total)
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(%|[A-Za-z]*)", plain)
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?(?:[eE]\+?[0-9]{1,3})?)\s*(%|[A-Za-z]*)", plain)
     if match is None:
         raise _WrongSizeError(_unreadable(plain))
     number, unit = Decimal(match[1]), match[2]
     if unit == "%":
         return _part(number, total)
-    factor = (DECIMAL | BINARY).get(unit.upper() or "B")
+    factor = (DECIMAL | BINARY | LETTERS).get(unit.upper() or "B")
     if factor is None:
         raise _WrongSizeError(f"the unit {unit[:8]!r} is unknown{_meant(match[1], unit)}")
     return number * factor

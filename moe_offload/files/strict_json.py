@@ -9,6 +9,16 @@ from typing import Any
 from pydantic import ValidationError
 
 MAX_DEPTH = 6
+#: What an object of ours says in "format", and what others have as a key.
+OURS = {
+    "moe_offload.profile": "an activation profile (moe-offload profile inspect reads it)",
+    "moe_offload.run": "the record of a run (moe-offload report reads it)",
+}
+OTHERS = {
+    "traceEvents": "a timeline (ui.perfetto.dev opens it)",
+    "weight_map": "the index of a checkpoint",
+    "architectures": "the configuration of a model",
+}
 
 
 def parse(data: bytes, format: str) -> object:
@@ -28,7 +38,16 @@ def parse(data: bytes, format: str) -> object:
         version = parsed.get("version")
         if type(version) is not int or version != 1:  # True == 1.0 == 1, and a Literal would let all three in
             raise ValueError(f"its version is {brief(version)}, this moe_offload reads version 1; upgrade moe_offload")
+    elif format and isinstance(parsed, dict) and (other := _other_kind(parsed)):
+        raise ValueError(f"it is {other}")
     return parsed
+
+
+def _other_kind(parsed: dict[str, Any]) -> str | None:
+    """What a JSON object is that is easily taken for one of ours."""
+    if parsed.get("format") in OURS:
+        return OURS[parsed["format"]]
+    return next((kind for key, kind in OTHERS.items() if key in parsed), None)
 
 
 def problems(error: ValidationError) -> str:

@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import psutil
 
+from ..cache.counters import Counters
 from ..config.sizes import format_size, parse_size
 from ..memory.stores import Store
 from ..memory.stores.disk import DiskStore
 from ..plan.budget import Plan, budget_for, plan_slots
 from ..plan.expected_hits import typical
-from ..runtime.layer import PROMPT
 from ..runtime.model import Runtime
 
 logger = logging.getLogger("moe_offload")
@@ -47,43 +47,27 @@ def at_start(plan: Plan, budget: Any) -> None:
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Totals:
-    tokens: int = 0
-    hits: int = 0
-    misses: int = 0
-    stall_s: float = 0.0
-
-    def __add__(self, other: Totals) -> Totals:
-        return Totals(
-            self.tokens + other.tokens, self.hits + other.hits, self.misses + other.misses, self.stall_s + other.stall_s
-        )
-
-    def __sub__(self, other: Totals) -> Totals:
-        return self + Totals(-other.tokens, -other.hits, -other.misses, -other.stall_s)
-
-
 class Advisor:
     """Told of every forward; adds up those of decode and looks at the sum now and then, until it has said something.
 
-    A forward of fewer than 64 tokens counts as decode. The first one after a prompt does not: it may compile a graph,
-    and finds the slots as the prompt left them. Only layers that the host serves are looked at: a device that decides
-    does not say how long it waited, and to ask for its counters would be to wait for it.
+    The first forward after a prompt does not count as decode: it may compile a graph, and finds the slots as the prompt
+    left them. Only layers that the host serves are looked at: a device that decides does not say how long it waited,
+    and to ask for its counters would be to wait for it.
     """
 
     def __init__(self, runtime: Runtime, plan: Plan):
-        self._layers = [layer for i, layer in enumerate(runtime.layers) if i not in runtime.decided]
+        self._layers = [layer for i, layer in enumerate(runtime.layers) if i not in runtime.device_layers]
         self._runtime, self._planned = runtime, plan
-        self._sum, self._spent_s, self._forwards = Totals(), 0.0, 0
-        self._begun: Totals | None = None  # the counters where the decoding at hand began
+        self._sum, self._spent_s, self._forwards = Counters(), 0.0, 0
+        self._begun: Counters | None = None  # the counters where the decoding at hand began
         self._said = not self._layers
 
-    def begins(self, tokens: int) -> None:
-        if tokens >= PROMPT and self._begun is not None:
+    def begins(self, decode: bool) -> None:
+        if not decode and self._begun is not None:
             self._sum, self._begun = self._sum + (self._totals() - self._begun), None
 
-    def ended(self, tokens: int, spent_s: float) -> None:
-        if self._said or tokens >= PROMPT:
+    def ended(self, decode: bool, spent_s: float) -> None:
+        if self._said or not decode:
             return
         if self._begun is None:
             self._begun = self._totals()
@@ -93,11 +77,10 @@ class Advisor:
         if self._forwards % EVERY == 0:
             self._look(self._sum + (self._totals() - self._begun))
 
-    def _look(self, decode: Totals) -> None:
-        asked = decode.hits + decode.misses
-        if decode.tokens < ENOUGH or not asked or not self._spent_s:
+    def _look(self, decode: Counters) -> None:
+        if decode.tokens < ENOUGH or not decode.requests or not self._spent_s:
             return
-        waiting, hitting = decode.stall_s / self._spent_s, decode.hits / asked
+        waiting, hitting = decode.stall_s / self._spent_s, decode.hit_rate
         if waiting > WAITING and hitting < HITTING:
             self._said = True
             stores = [layer.store for layer in self._layers]
@@ -108,14 +91,8 @@ class Advisor:
                 100 * waiting, decode.tokens, 100 * hitting, knob(plan, stores),
             )  # fmt: skip
 
-    def _totals(self) -> Totals:
-        counters = [layer.counters for layer in self._layers]
-        return Totals(
-            max(c.tokens for c in counters),
-            sum(c.hits for c in counters),
-            sum(c.misses for c in counters),
-            sum(c.stall_s for c in counters),
-        )
+    def _totals(self) -> Counters:
+        return Counters.total(layer.counters for layer in self._layers)
 
 
 def knob(plan: Plan, stores: Sequence[Store]) -> str:

@@ -1,7 +1,7 @@
 """The torch.compile backend: find the offloaded experts in a traced graph, run the passes, run or compile the result.
 
 At this level (Dynamo's FX graph) parameters are graph inputs and `example_inputs` are the very objects the model holds,
-so a *phantom* (the stand-in that `install` left for a stacked weight) is recognised by itself, never by a name.
+so a *phantom* (what `install` left in place of a stacked weight) is recognised by itself, never by a name.
 
 Three rules of the house, each learnt the hard way:
 - the graph is changed in place and keeps every placeholder: Dynamo reads them after the backend has returned;
@@ -33,7 +33,7 @@ from .phantom import Phantom, phantoms_in
 
 logger = logging.getLogger("moe_offload")
 
-FEW_PAIRS = 64  # a product each: 8 sequences of 8 experts
+PRODUCT_PER_PAIR = 64  # up to so many pairs, each has a product of its own: 8 sequences of 8 experts
 #: A step in which nothing waits for the host is replayed. What is no kernel (a sliding window's counter) stays outside.
 CUDA_GRAPH = {"triton.cudagraphs": True, "graph_partition": True}
 
@@ -119,10 +119,10 @@ def rewrite(
     passes.erase_unserved(gm.graph)
     try:
         sites = passes.find_sites(gm.graph, weights)
-        reports = passes.run(gm.graph, pipeline(sites, banks))
+        reports = passes.run_passes(gm.graph, pipeline(sites, banks))
     except passes.UnknownUse as error:
         raise UnsupportedModelError(
-            f"{error}; please report this model family. Its weights were offloaded, so it cannot be run as it is."
+            f"{error}; please report this model family. Its weights were offloaded, so it cannot be run as it is"
         ) from error
     banked = {site.bank: phantoms[placeholders.index(site.bank)].layer for site in sites}
     _check_nothing_left(weights, banked)
@@ -164,7 +164,7 @@ def serve_products(few: Product, many: Product) -> None:
     slots [P]) for the pairs of a decode step, `many` (x [P, H], weight [S, H, O], slots [P]) for those of a prompt."""
 
     def grouped_mm(x_P: Tensor, weight_S: Tensor, slots_P: Tensor) -> Tensor:
-        if len(x_P) <= FEW_PAIRS:
+        if len(x_P) <= PRODUCT_PER_PAIR:
             return few(x_P, weight_S.transpose(1, 2), slots_P)
         return many(x_P, weight_S, slots_P)
 
@@ -245,7 +245,7 @@ def observing_backend(weights: dict[int, tuple[MoELayer, str]]) -> Compiled:
             for node, x in zip(placeholders, example_inputs, strict=True)
             if id(x) in weights
         }
-        passes.run(gm.graph, passes.observe_pipeline(passes.find_sites(gm.graph, found)))
+        passes.run_passes(gm.graph, passes.observe_pipeline(passes.find_sites(gm.graph, found)))
         gm.recompile()
         run: Compiled = gm.forward
         return run

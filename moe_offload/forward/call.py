@@ -1,6 +1,6 @@
 """What `model(...)` runs once the model is offloaded: one forward at a time, compiled by our backend, inference only.
 
-What would compute on the stand-ins that are left for the expert weights, or move them, is refused here by name.
+What would compute on the phantoms left in place of the expert weights, or move them, is refused here by name.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..cache.phase import is_decode
 from ..errors import OffloadError
-from ..plan.weights import PROMPT_TOKENS
+from ..plan.weights import RESERVED_PROMPT_TOKENS
 from ..runtime.model import Runtime
 from .advise import Advisor
 from .batch_sizes import given
@@ -30,7 +31,7 @@ logger = logging.getLogger("moe_offload")
 ADAPTED = (
     "an adapter changes the weights of offloaded experts (peft's target_parameters, which it also derives from "
     "target_modules that name projections of experts), but they rest in files and pass through slots. Adapt dense "
-    "layers only (such as target_modules=['q_proj', 'v_proj']), or merge the adapter into the model before optimize()."
+    "layers only (such as target_modules=['q_proj', 'v_proj']), or merge the adapter into the model before optimize()"
 )
 
 
@@ -59,8 +60,7 @@ class Call:
         if self.model.training and torch.is_grad_enabled():
             raise OffloadError(
                 f"{type(self.model).__name__} was called in training mode; an offloaded model is for inference only. "
-                f"Call "
-                "model.eval(), or train the model before optimize()."
+                "Call model.eval(), or train the model before optimize()"
             )
         cut = needs_gradients(self.model, (*args, *kwargs.values()))
         output = self._run(args, kwargs)
@@ -72,31 +72,35 @@ class Call:
             self._check_places()
             sequences, tokens = _size(args, kwargs)
             self._check_length(sequences * tokens)
-            self.advisor.begins(sequences * tokens)
-            if self.runtime.deciding is not None:
+            self.advisor.begins(is_decode(tokens))
+            if self.runtime.device_caches is not None:
                 self.static_caches.mark(kwargs.get("past_key_values"))
             begun_s = time.perf_counter()
+            if self.runtime.recorder is not None:
+                self.runtime.recorder.begin_forward(is_decode(tokens))
             try:
                 output = self.run(sequences, tokens, args, kwargs)
                 self.runtime.check_ids()
-                self.advisor.ended(sequences * tokens, time.perf_counter() - begun_s)
+                self.advisor.ended(is_decode(tokens), time.perf_counter() - begun_s)
                 return output
             except torch._dynamo.exc.BackendCompilerFailed as error:
                 if isinstance(error.inner_exception, OffloadError):  # ours, in Dynamo's wrapping
                     raise error.inner_exception from None
                 raise
             finally:
+                if self.runtime.recorder is not None:
+                    self.runtime.recorder.end_forward()
                 if self.runtime.timeline is not None:
                     self.runtime.timeline.forward(begun_s, sequences, tokens)
 
     def _check_length(self, tokens: int) -> None:
         """Say once that activations may take more than the reserve has."""
-        if tokens > PROMPT_TOKENS and not self.warned:
+        if tokens > RESERVED_PROMPT_TOKENS and not self.warned:
             self.warned = True
             logger.warning(
                 "a forward of %d tokens: the budget has room for the activations of %d at a time, and may be "
                 "exceeded. generate(..., prefill_chunk_size=%d) reads a prompt in pieces",
-                tokens, PROMPT_TOKENS, PROMPT_TOKENS,
+                tokens, RESERVED_PROMPT_TOKENS, RESERVED_PROMPT_TOKENS,
             )  # fmt: skip
 
     def _check_places(self) -> None:

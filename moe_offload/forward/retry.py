@@ -16,7 +16,7 @@ import torch
 
 from ..config.sizes import format_size
 from ..errors import OffloadError
-from ..plan.weights import PROMPT_TOKENS
+from ..plan.weights import RESERVED_PROMPT_TOKENS
 from ..runtime.model import Runtime
 from .batch_sizes import Steps
 from .binding import Scope
@@ -26,7 +26,7 @@ from .shrink import shrink
 logger = logging.getLogger("moe_offload")
 ADVICE = (
     "give the model a smaller budget, or one that counts what it is used for (kv_tokens for the whole context), or "
-    f"read prompts in pieces: generate(..., prefill_chunk_size={PROMPT_TOKENS})"
+    f"read prompts in pieces: generate(..., prefill_chunk_size={RESERVED_PROMPT_TOKENS})"
 )
 
 #: How CUDA says so of what it allocates outside of torch's allocator: graphs, code, workspaces of its libraries.
@@ -66,7 +66,7 @@ class Retry:
             raise OffloadError(
                 f"the device ran out of memory in a forward of {sequences * tokens} tokens. {given}, but its KV cache "
                 f"cannot be put back to what it was, so call generate(...) again, with a new cache. To avoid it, "
-                f"{ADVICE}."
+                f"{ADVICE}"
             ) from failed
         logger.warning(
             "the device ran out of memory in a forward of %d tokens: %s, and it is run again. From now on fewer "
@@ -90,7 +90,7 @@ class Retry:
 
     def _most_sequences(self) -> int:
         """Of how many sequences a decode step may be for the device to decide; 0 where it does not."""
-        if self.runtime.deciding is None:
+        if self.runtime.device_caches is None:
             return 0
         return min(layer.cache.slots // layer.moe.top_k for layer in self.runtime.layers)
 

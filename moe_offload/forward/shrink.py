@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import OffloadError
-from ..memory.transfer.staged import release_unused
+from ..memory.devices import release_unused
 from ..runtime.model import Runtime
 from .binding import connect, disconnect
 
@@ -57,12 +57,12 @@ def shrink(runtime: Runtime) -> int:
     runtime.close()
     raise OffloadError(
         f"{device} has no memory left for the slots of one token's experts, which were given back a moment ago: "
-        "something else has taken it. This model was closed; make room, and load it again."
+        "something else has taken it. This model was closed; make room, and load it again"
     ) from failed
 
 
 def _let_go(runtime: Runtime, device: str) -> None:
-    runtime.layers[0].arrivals.shared.drop()
+    runtime.layers[0].arrivals.scratch.drop()
     for layer in runtime.layers:
         disconnect(layer)
         layer.empty()

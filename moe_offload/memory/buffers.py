@@ -30,7 +30,7 @@ class Rows:
         raw: Tensor | None = None,
         device: torch.device | str = "cpu",
     ):
-        # Not initialised: memory that no row has been loaded into is never touched, and never counts.
+        # Not initialised: the system gives memory out page by page, and a slot that was never filled takes none.
         self.bytes = unfilled(count * row_bytes, device).view(count, row_bytes) if raw is None else raw
         if poison:
             self.bytes.fill_(POISON)
@@ -53,6 +53,6 @@ def page_aligned(nbytes: int) -> Tensor:
     return raw[begin : begin + nbytes]
 
 
-#: What is left when memory was given back. Made beforehand: a model may be collected in the middle of a trace, under a
-#: mode in which no real tensor can be made.
+#: The empty buffer that takes the place of one whose memory was given back. Made at import: a model may be collected in
+#: the middle of a trace, when torch is in a mode in which no real tensor can be made.
 NOTHING = Rows(0, ROW_ALIGN, torch.uint8)

@@ -22,9 +22,9 @@ from .transfer import Ticket, Transfer
 
 @dataclass(frozen=True)
 class Held:
-    """A row read ahead, or on its way: into scratch row `place`."""
+    """A row read ahead, or on its way: into row `scratch_row` of scratch."""
 
-    place: int
+    scratch_row: int
     ticket: Ticket
 
 
@@ -34,7 +34,7 @@ class Scratch:
     def __init__(self, raw: Tensor, transfer: Transfer, poison: bool = False):
         self.raw, self.transfer, self.poison = raw, transfer, poison
         self._seen_as: dict[tuple[int, torch.dtype], Rows] = {}
-        self._layer = -1  # whose rows are ahead
+        self._layer = -1  # the layer whose rows are being read ahead; -1 for none
         self._ahead: dict[int, Held] = {}
         self._wasted: Callable[[int], None] = lambda nbytes: None
 
@@ -46,9 +46,9 @@ class Scratch:
         return self._seen_as[key]
 
     def read_ahead(
-        self, layer: int, store: Store, layout: RowLayout, expert: int, place: int, wasted: Callable[[int], None]
+        self, layer: int, store: Store, layout: RowLayout, expert: int, scratch_row: int, wasted: Callable[[int], None]
     ) -> None:
-        """Begin to read `expert` of `layer` into scratch row `place`, which nobody uses.
+        """Begin to read `expert` of `layer` into row `scratch_row` of scratch, which nobody uses.
 
         `wasted` is told the bytes if nobody claims it.
         """
@@ -57,11 +57,13 @@ class Scratch:
             self._layer, self._wasted = layer, wasted
         rows = self.rows(layout)
         if self.poison:
-            rows.bytes[place].fill_(POISON)
-        self._ahead[expert] = Held(place, self.transfer.start(store, layer, expert, rows.rows[place], urgent=False))
+            rows.bytes[scratch_row].fill_(POISON)
+        self._ahead[expert] = Held(
+            scratch_row, self.transfer.start(store, layer, expert, rows.rows[scratch_row], demanded=False)
+        )
 
     def claim(self, layer: int, used: Container[int]) -> dict[int, Held]:
-        """What was read ahead for `layer` and is `used`, now urgent. All else that was read ahead is dropped."""
+        """What was read ahead for `layer` and is `used`, now demanded. All else that was read ahead is dropped."""
         if not self._ahead:
             return {}
         claimed = {}
@@ -80,7 +82,7 @@ class Scratch:
     def drop(self) -> None:
         """Give up what is ahead; when this returns nothing writes into scratch any more."""
         tickets = [held.ticket for held in self._ahead.values()]
-        self._layer = -1  # nobody's, and known until they have ended: Ctrl-C may come before that
+        self._layer = -1  # `_ahead` keeps the rows until their reads have ended, as Ctrl-C may interrupt `cancel`
         self.transfer.cancel(tickets)
         self._ahead = {}
         for ticket in tickets:

@@ -17,13 +17,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..cache.phase import is_decode
 from ..errors import TraceError
-from ..files.whole_file import open_regular, reason, replace
+from ..files.untrusted import open_regular, refusing
+from ..files.whole_file import save_whole
 from .timeline import Timeline
 
 PID = 2**22  # ours among processes: one more than Linux gives to any
 FORWARDS, WAITS, READERS = 1, 2, 3  # tracks; readers have theirs from there on
 MAX_BYTES = 2**30  # of a profile, unpacked
+MAX_RATIO = 100  # unpacked to packed: JSON that is text of events stays below it, what was made to fill memory does not
 BASE = "baseTimeNanoseconds"
 
 Event = dict[str, Any]
@@ -45,14 +48,7 @@ def save(timeline: Timeline, path: str | os.PathLike[str], torch_profile: str | 
         _check_overlap(trace["traceEvents"], ours, torch_profile)
     trace["traceEvents"] += ours
     data = json.dumps(trace, separators=(",", ":")).encode()
-    try:
-        replace(path, gzip.compress(data, 6) if path.suffix == ".gz" else data)
-    except (OSError, ValueError) as error:
-        raise TraceError(
-            f"timeline {os.fspath(path)!r} was not saved: {reason(error)}. What was there before is unchanged; choose "
-            "a writable folder with free space"
-        ) from error
-    return path
+    return save_whole(path, gzip.compress(data, 6) if path.suffix == ".gz" else data, "timeline", TraceError)
 
 
 def events(timeline: Timeline, base_ns: int) -> Iterator[Event]:
@@ -74,7 +70,7 @@ def events(timeline: Timeline, base_ns: int) -> Iterator[Event]:
     readers = {name: READERS + i for i, name in enumerate(sorted({read.thread for read in reads}))}
     yield from _names(readers)
     for forward in timeline.forwards:
-        name = "prefill" if forward.tokens > 1 else "decode"
+        name = "decode" if is_decode(forward.tokens) else "prefill"
         sizes = {"tokens": forward.sequences * forward.tokens, "sequences": forward.sequences}
         yield slice_(FORWARDS, name, forward.begun_s, forward.ended_s, **sizes)
     for wait in timeline.waits:
@@ -82,13 +78,13 @@ def events(timeline: Timeline, base_ns: int) -> Iterator[Event]:
         yield slice_(WAITS, f"wait, layer {wait.layer}", wait.begun_s, wait.ended_s, **where, rows=wait.rows)
     for read in reads:
         args: dict[str, Any] = {"layer": read.layer, "expert": read.expert, "bytes": read.nbytes}
-        args["queue"] = "urgent" if read.urgent else "background"
+        args["queue"] = "demanded" if read.demanded else "background"
         if read.error or not read.nbytes:
             args["failed"] = read.error or "given up"
         name = f"layer {read.layer}, expert {read.expert}"
         yield slice_(readers[read.thread], name, read.begun_s, read.ended_s, **args)
     for time_s, depth in timeline.depths:
-        yield counter("queue depth", time_s, urgent=depth.urgent, background=depth.background)
+        yield counter("queue depth", time_s, demanded=depth.demanded, background=depth.background)
         yield counter("bytes in flight", time_s, bytes=depth.nbytes)
     for state in timeline.states:
         yield counter("resident rows", state.at_s, rows=state.resident)
@@ -110,29 +106,30 @@ def _names(readers: dict[str, int]) -> Iterator[Event]:
 
 def _read(path: Path) -> Event:
     """What torch.profiler exported to `path`, compressed or not. Raises TraceError."""
-    try:
-        with open_regular(path) as (file, _):
-            packed = file.read(2) == b"\x1f\x8b"
-            file.seek(0)
-            with gzip.GzipFile(fileobj=file) if packed else file as source:
-                data = source.read(MAX_BYTES + 1)
-        if len(data) > MAX_BYTES:
-            raise ValueError(f"it holds more than {MAX_BYTES} bytes; profile fewer steps")
-        trace: Event = json.loads(data)
+    remedy = "It takes what export_chrome_trace of a torch.profiler.profile has written"
+    with refusing(path, "torch_profile", remedy, TraceError):
+        trace: Event = json.loads(_unpacked(path))
         listed = trace.get("traceEvents") if isinstance(trace, dict) else None
         if not isinstance(listed, list) or not all(isinstance(event, dict) for event in listed):
             raise ValueError("it has no list of traceEvents")
         if type(trace.get(BASE)) is not int:
             raise ValueError(f"it does not say when its clock begins ({BASE})")
         return trace
-    except RecursionError:
-        found = "it is nested too deep"
-    except (OSError, EOFError, zlib.error, ValueError) as error:
-        found = reason(error)
-    raise TraceError(
-        f"torch_profile {os.fspath(path)!r} cannot be used: {found}. It takes what export_chrome_trace of a "
-        "torch.profiler.profile has written"
-    )
+
+
+def _unpacked(path: Path) -> bytes:
+    with open_regular(path) as (file, size):
+        packed = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        most = min(MAX_BYTES, MAX_RATIO * size) if packed else MAX_BYTES
+        try:
+            with gzip.GzipFile(fileobj=file) if packed else file as source:
+                data = source.read(most + 1)
+        except (EOFError, zlib.error) as error:
+            raise ValueError(str(error)) from error
+    if len(data) > most:
+        raise ValueError(f"it holds more than {most} bytes; profile fewer steps")
+    return data
 
 
 def _check_overlap(theirs: list[Event], ours: list[Event], torch_profile: str | os.PathLike[str]) -> None:

@@ -15,28 +15,17 @@ import os
 import socket
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from operator import attrgetter
 from typing import Any
 
+from ..cache.counters import ABOUT, LayerStats
 from ..errors import ConfigError, OffloadError
 from .watched import Watched
 
 logger = logging.getLogger("moe_offload")
 
 LOCAL = "127.0.0.1"
-
-#: Counters of `stats()`: its name, that of the metric (Prometheus adds _total), and what it counts.
-COUNTERS = [
-    ("hits", "hits", "Requests (distinct experts per layer and step) whose expert was resident"),
-    ("misses", "misses", "Requests whose expert had to be read"),
-    ("streamed", "streamed", "Misses that passed through scratch without taking a slot"),
-    ("bytes_read", "bytes_read", "Bytes read for requests"),
-    ("prewarm_bytes", "prewarm_bytes", "Bytes read by pre-warming"),
-    ("ahead", "prefetch_useful", "Misses whose row was being read before it was asked for"),
-    ("late", "prefetch_late", "Useful prefetches whose row was not complete when it was asked for"),
-    ("wasted_bytes", "prefetch_wasted_bytes", "Bytes read ahead and not needed"),
-    ("stall_s", "stall_seconds", "Seconds that compute waited for rows"),
-]
 
 
 def registry_of(handle: Watched, per_layer: bool = False) -> Any:
@@ -69,31 +58,32 @@ class Collector:
 def _families(handle: Watched, per_layer: bool) -> Iterable[Any]:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-    stats, plan = handle.stats(), handle.plan
-    names = ["model", "layer"] if per_layer else ["model"]
-    rows = [
-        {**row, "resident_bytes": row["resident"] * layer.row_bytes, "slot_bytes": row["slots"] * layer.row_bytes}
-        for row, layer in zip(stats.layers, plan.layers, strict=True)
-    ]
+    stats, labels = handle.stats(), ["model", "layer"] if per_layer else ["model"]
 
-    def samples(family: Any, field: str) -> Any:
+    def samples(family: Any, value: Callable[[LayerStats], float]) -> Any:
         if per_layer:
-            for i, row in enumerate(rows):
-                family.add_metric([handle.name, str(i)], row[field])
+            for i, layer in enumerate(stats.layers):
+                family.add_metric([handle.name, str(i)], value(layer))
         else:
-            family.add_metric([handle.name], sum(row[field] for row in rows))
+            family.add_metric([handle.name], sum(map(value, stats.layers)))
         return family
 
-    for field, name, what in COUNTERS:
-        yield samples(CounterMetricFamily(f"moe_offload_{name}", what, labels=names), field)
-    for field, what in (("resident_bytes", "Bytes of experts in slots now"), ("slot_bytes", "Bytes that slots take")):
-        yield samples(GaugeMetricFamily(f"moe_offload_{field}", what, labels=names), field)
-    tokens = CounterMetricFamily("moe_offload_tokens", "Tokens that went through the model", labels=["model"])
-    tokens.add_metric([handle.name], stats.tokens)
-    yield tokens
+    def of_model(family: Any, value: float) -> Any:
+        family.add_metric([handle.name], value)
+        return family
+
+    for name, about in ABOUT.items():
+        metric, description, unit = f"moe_offload_{about['metric']}", about["description"], about["unit"]
+        if about["combine"] == "sum":
+            yield samples(CounterMetricFamily(metric, description, None, labels, unit=unit), attrgetter(name))
+        else:  # every layer has counted the same ones: a sum over layers would be wrong
+            yield of_model(CounterMetricFamily(metric, description, None, ["model"], unit=unit), getattr(stats, name))
+    resident = GaugeMetricFamily("moe_offload_resident_bytes", "Bytes of experts in slots now", labels=labels)
+    yield samples(resident, lambda layer: layer.resident * layer.row_bytes)
+    slots = GaugeMetricFamily("moe_offload_slot_bytes", "Bytes that slots take", labels=labels)
+    yield samples(slots, lambda layer: layer.slots * layer.row_bytes)
     budget = GaugeMetricFamily("moe_offload_budget_bytes", "What the model may hold", labels=["model"])
-    budget.add_metric([handle.name], plan.budget_bytes)
-    yield budget
+    yield of_model(budget, handle.plan.budget_bytes)
 
 
 class Exporter:
@@ -141,5 +131,5 @@ def _prometheus() -> Any:
     try:
         import prometheus_client
     except ImportError as error:
-        raise OffloadError('metrics need prometheus_client: pip install "moe-offload[metrics]"') from error
+        raise OffloadError('metrics need prometheus_client: in the clone, pip install -e ".[metrics]"') from error
     return prometheus_client

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from html import escape
-from typing import Any
 
+from ..cache.counters import LayerStats
 from ..config.sizes import format_size
 from .watched import Watched
 
@@ -22,9 +22,9 @@ def to_html(handle: Watched) -> str:
     """The budget by parts, what has happened so far, and the layers, folded away."""
     stats, plan = handle.stats(), handle.plan
     state = "closed" if handle.closed else f"{handle.implementation}, {handle.compile}, {stats.graphs} graphs compiled"
-    if stats.hits + stats.misses:
+    if stats.requests:
         happened = (
-            f"{stats.tokens} tokens: <b>{stats.hit_rate:.1%}</b> of {stats.hits + stats.misses} requests hit, "
+            f"{stats.tokens} tokens: <b>{stats.hit_rate:.1%}</b> of {stats.requests} requests hit, "
             f"{format_size(stats.bytes_read)} read, {stats.stall_s:.2f} s waited"
         )
     else:
@@ -50,7 +50,7 @@ def _budget(rows: Iterable[tuple[str, int]], budget_bytes: int) -> str:
     return f'<div style="{bar}">{"".join(parts)}</div><div style="font-size:12px">{"".join(keys)}</div>'
 
 
-def _layers(layers: list[dict[str, Any]]) -> str:
+def _layers(layers: list[LayerStats]) -> str:
     titles = "".join(
         f'<th style="{CELL}">{title}</th>' for title in ("layer", "resident", "hit rate", "", "read", "waited")
     )
@@ -61,20 +61,18 @@ def _layers(layers: list[dict[str, Any]]) -> str:
     )
 
 
-def _layer(index: int, layer: dict[str, Any]) -> str:
-    requests = layer["hits"] + layer["misses"]
-    rate = layer["hits"] / requests if requests else 0.0
+def _layer(index: int, layer: LayerStats) -> str:
     bar = (
         f'<div style="width:120px;height:9px;{FRAME}">'
-        f'<div style="width:{100 * rate:.1f}%;height:100%;background:{COLOURS[3]}"></div></div>'
+        f'<div style="width:{100 * layer.hit_rate:.1f}%;height:100%;background:{COLOURS[3]}"></div></div>'
     )
     cells = [
         f"{index}",
-        f"{layer['resident']}/{layer['slots']} of {layer['experts']}",
+        f"{layer.resident}/{layer.slots} of {layer.experts}",
         bar,
-        f"{rate:.1%}" if requests else "-",
-        format_size(layer["bytes_read"]),
-        f"{layer['stall_s']:.2f} s",
+        f"{layer.hit_rate:.1%}" if layer.requests else "-",
+        format_size(layer.bytes_read),
+        f"{layer.stall_s:.2f} s",
     ]
     row = "".join(f'<td style="{CELL}">{cell}</td>' for cell in cells)
-    return f'<tr title="{escape(layer["name"])}" style="background:none">{row}</tr>'
+    return f'<tr title="{escape(layer.name)}" style="background:none">{row}</tr>'

@@ -3,7 +3,7 @@
 A profile is a prior. It decides what is loaded before the first token and where the scores start, and then fades: a
 wrong one costs speed, never tokens. (A *trace*, the ordered ids that `simulate` replays, is another file and format.)
 
-    {"format": "moe_offload.observe.profile", "version": 1, "created": "2026-11-23T20:00:00Z", "fingerprint": {...},
+    {"format": "moe_offload.profile", "version": 1, "created": "2026-11-23T20:00:00Z", "fingerprint": {...},
      "tokens": 512, "counts": [[17, 0, 495, ...], ...], "meta": {"prompt": "italian"}}
 
 Every failure is a ProfileError that names the file, what was found in it, and what to do.
@@ -22,9 +22,11 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
+from ..cache.counters import Counters, LayerCounters
 from ..errors import ProfileError
 from ..files.strict_json import brief, parse, problems
-from ..files.whole_file import open_regular, reason, replace
+from ..files.untrusted import read_bounded, refusing
+from ..files.whole_file import save_whole
 
 MAX_BYTES = 4 * 2**20
 MAX_COUNT = 2**53  # the largest range of integers that every JSON reader keeps exact
@@ -77,7 +79,7 @@ class Profile(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-    format: Literal["moe_offload.observe.profile"] = "moe_offload.observe.profile"
+    format: Literal["moe_offload.profile"] = "moe_offload.profile"
     version: Literal[1] = 1
     created: Annotated[str, StringConstraints(max_length=20)]
     fingerprint: Fingerprint
@@ -106,16 +108,17 @@ class Profile(BaseModel):
             raise ProfileError(f"these counts make no profile: {problems(error)}") from None
 
     @classmethod
+    def of_layers(cls, fingerprint: Fingerprint, layers: Sequence[LayerCounters], meta: dict[str, str]) -> Profile:
+        """The profile of what these layers have counted."""
+        counts = [list(layer.counts) for layer in layers]
+        return cls.of(fingerprint, Counters.total(layers).tokens, counts, meta)
+
+    @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:
         """Read and check the profile at `path`, in bounded time and memory. Raises ProfileError."""
-        data = _read(Path(path))
-        try:
-            return cls.model_validate(parse(data, "moe_offload.observe.profile"))
-        except ValidationError as error:
-            found = problems(error)
-        except ValueError as error:  # not UTF-8, not JSON, or JSON that no profile holds
-            found = str(error)
-        raise ProfileError(f"profile {_shown(path)} cannot be used: {found}. Record it anew, or run without it")
+        with refusing(path, "profile", "Check the path; record it anew, or run without it", ProfileError):
+            data = read_bounded(Path(path), MAX_BYTES)
+            return cls.model_validate(parse(data, "moe_offload.profile"))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write to `path` and return it. All or nothing: on any failure (ProfileError) an old file is as it was.
@@ -125,14 +128,7 @@ class Profile(BaseModel):
         data = json.dumps(self.model_dump()).encode() + b"\n"
         if len(data) > MAX_BYTES:
             raise ProfileError(f"profile {_shown(path)} was not saved: {len(data)} bytes, the limit is {MAX_BYTES}")
-        try:
-            replace(Path(path), data)
-        except (OSError, ValueError) as error:
-            raise ProfileError(
-                f"profile {_shown(path)} was not saved: {reason(error)}. What was there before is unchanged; "
-                "choose a writable folder with free space"
-            ) from error
-        return Path(path)
+        return save_whole(Path(path), data, "profile", ProfileError)
 
     def check(self, fingerprint: Fingerprint, of: str = "the model") -> None:
         """Raise ProfileError, listing what differs, unless this profile is of a model with this fingerprint, which is
@@ -212,19 +208,6 @@ def _factors(n: int, weights: Sequence[float] | None) -> list[Fraction]:
     if min(factors) < 0 or max(factors) == 0:
         raise ProfileError(f"merge weights {list(weights)!r}: they must be finite, none negative, and not all 0")
     return factors
-
-
-def _read(path: Path) -> bytes:
-    """At most MAX_BYTES of a regular file."""
-    try:
-        with open_regular(path) as (file, size):
-            data = file.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise ProfileError(f"profile {_shown(path)} cannot be read: {reason(error)}. Check the path") from error
-    if len(data) > MAX_BYTES:
-        size = max(size, len(data))
-        raise ProfileError(f"profile {_shown(path)} has {size} bytes, the limit is {MAX_BYTES}; it is no saved profile")
-    return data
 
 
 def _shown(path: str | os.PathLike[str]) -> str:

@@ -6,25 +6,29 @@
     Pre-warming   slots, from a profile
     Compiling     a graph: Dynamo traces every layer in Python, a minute for a deep model
     Packing       a checkpoint
+    Replaying     the trace of a run, for its report
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any, Literal
 
 DELAY_S = 1.0  # what compiles faster needs no bar
 
-Stage = Literal["Loading", "Spilling", "Pre-warming", "Compiling", "Packing", "Saving"]
+Stage = Literal["Loading", "Spilling", "Pre-warming", "Compiling", "Packing", "Saving", "Replaying"]
 
 
-def bar(stage: Stage, total: int, unit: str = "B", what: str = "") -> Any:
-    """A context manager with `update(n)`; `total` in bytes, or in any other `unit`."""
+def bar(stage: Stage, total: int, unit: str = "B", what: str = "", delay_s: float = 0.0) -> Any:
+    """A context manager with `update(n)`; `total` in bytes, or in any other `unit`. Shown after `delay_s` seconds."""
     from transformers.utils import logging as hf_logging
 
-    return hf_logging.tqdm(total=total, desc=f"{stage} {what}".rstrip(), unit=unit, unit_scale=unit == "B")
+    return hf_logging.tqdm(
+        total=total, desc=f"{stage} {what}".rstrip(), unit=unit, unit_scale=unit == "B", delay=delay_s
+    )
 
 
 class _Compiling:
@@ -49,8 +53,10 @@ class _Compiling:
         self.bar.close()
 
 
-_calls = threading.local()  # .ours: whether this thread is in a call of an offloaded model
+#: .ours: whether this thread is in a call of an offloaded model; .begun_s: when it began to compile.
+_calls = threading.local()
 _shown: _Compiling | None = None
+_compiled_s = 0.0
 
 
 @contextlib.contextmanager
@@ -68,6 +74,11 @@ def compiling() -> Iterator[None]:
         _calls.ours = False
 
 
+def compiled_s() -> float:
+    """Seconds that this process has spent compiling so far, in calls of offloaded models."""
+    return _compiled_s
+
+
 def stage(name: str) -> None:
     """What is being compiled has come to `name`."""
     if _shown is not None:
@@ -79,12 +90,15 @@ def _begin(_: Any) -> None:
     global _shown
     from transformers.utils import logging as hf_logging
 
+    _calls.begun_s = time.perf_counter()
     if getattr(_calls, "ours", False) and hf_logging.is_progress_bar_enabled():
         _shown = _Compiling()
 
 
 def _end(_: Any) -> None:
-    global _shown
+    global _shown, _compiled_s
+    if getattr(_calls, "ours", False):
+        _compiled_s += time.perf_counter() - _calls.begun_s
     shown, _shown = _shown, None
     if shown is not None:
         shown.end()

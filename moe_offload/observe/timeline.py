@@ -49,7 +49,7 @@ class Wait:
 
 
 @dataclass(slots=True)
-class Read:
+class ReadSpan:
     """One part of a row, read by `thread`. `nbytes` stays 0 for a row that never became complete."""
 
     thread: str
@@ -57,7 +57,7 @@ class Read:
     ended_s: float
     layer: int
     expert: int
-    urgent: bool
+    demanded: bool
     error: str
     nbytes: int = 0
 
@@ -65,7 +65,7 @@ class Read:
 class Depth(NamedTuple):
     """Of a transfer: rows in either queue, threads that read, and `nbytes` of all rows queued or being read."""
 
-    urgent: int
+    demanded: int
     background: int
     reading: int
     nbytes: int
@@ -90,7 +90,7 @@ class Timeline:
         self.caches, self.left = list(caches), max_events
         self.forwards: list[Forward] = []
         self.waits: list[Wait] = []
-        self.reads: list[Read] = []
+        self.reads: list[ReadSpan] = []
         self.depths: list[tuple[float, Depth]] = []
         self.states: list[CacheState] = []
         self._totals: deque[tuple[int, int]] = deque([self._hits_and_misses()], maxlen=LAST + 1)
@@ -113,17 +113,19 @@ class Timeline:
         elif ended_s - begun_s >= SHORT_S and self._room():
             self.waits.append(Wait(begun_s, ended_s, layer, rows))
 
-    def read(self, layer: int, expert: int, urgent: bool, begun_s: float, error: BaseException | None) -> list[Read]:
+    def read(
+        self, layer: int, expert: int, demanded: bool, begun_s: float, error: BaseException | None
+    ) -> list[ReadSpan]:
         """The calling thread is done with a part of this row. Returns what was written down of it: one, or none."""
         if not self._room():
             return []
         thread, why = threading.current_thread().name, "" if error is None else type(error).__name__
         begun_s = max(begun_s, self.begun_s)
-        read = Read(thread, begun_s, time.perf_counter(), layer, expert, urgent, why)
+        read = ReadSpan(thread, begun_s, time.perf_counter(), layer, expert, demanded, why)
         self.reads.append(read)
         return [read]
 
-    def arrived(self, reads: Sequence[Read], nbytes: int) -> None:
+    def arrived(self, reads: Sequence[ReadSpan], nbytes: int) -> None:
         """All of a row, whose parts these are, has been read: `nbytes`, shared out among them."""
         for i, read in enumerate(reads):
             read.nbytes = nbytes * (i + 1) // len(reads) - nbytes * i // len(reads)

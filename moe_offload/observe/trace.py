@@ -35,10 +35,13 @@ from numpy.typing import NDArray
 
 from ..errors import TraceError
 from ..files import npz
-from ..files.whole_file import open_regular, reason, replace
+from ..files.untrusted import open_regular, read_bounded, refusing
+from ..files.whole_file import save_whole
 
 MAX_EXPERTS = 2**15 - 1  # ids are kept as int16
+MAX_LAYERS = 2**12
 MAX_META_BYTES = 2**16
+CHECKED_IDS = 2**20  # sorted in one go, so that a check takes less memory than what it checks
 ARRAYS = {"experts", "request_start", "event_start", "weights", "num_experts", "meta"}
 
 
@@ -81,7 +84,8 @@ class Trace:
     def load(cls, path: str | os.PathLike[str]) -> Trace:
         """Read and check the trace at `path`, in bounded time and memory. Raises TraceError."""
         path = Path(path)
-        try:
+        remedy = "A trace is an .npz with an array 'experts' [tokens, layers, k], as --save-trace writes it"
+        with refusing(path, "trace", remedy, TraceError):
             with open_regular(path) as (file, size):
                 found = npz.read(file, size, ARRAYS)
             if "experts" not in found:
@@ -94,11 +98,6 @@ class Trace:
                 found.get("num_experts", _beside(path)),
                 _parsed(found.get("meta")),
             )
-        except (OSError, ValueError) as error:
-            raise TraceError(
-                f"trace {os.fspath(path)!r} cannot be used: {reason(error)}. A trace is an .npz with an array "
-                "'experts' [tokens, layers, k], as --trace-out writes it"
-            ) from error
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write to `path` and return it. All or nothing: on any failure (TraceError) an old file is as it was."""
@@ -114,14 +113,7 @@ class Trace:
             arrays["weights"] = self.weights_TLK
         data = io.BytesIO()
         np.savez_compressed(data, allow_pickle=False, **arrays)
-        try:
-            replace(Path(path), data.getvalue())
-        except (OSError, ValueError) as error:
-            raise TraceError(
-                f"trace {os.fspath(path)!r} was not saved: {reason(error)}. What was there before is unchanged; "
-                "choose a writable folder with free space"
-            ) from error
-        return Path(path)
+        return save_whole(Path(path), data.getvalue(), "trace", TraceError)
 
     @property
     def tokens(self) -> int:
@@ -171,10 +163,11 @@ def _checked(
     if lowest < -1 or not 0 <= highest < MAX_EXPERTS:
         raise ValueError(f"expert ids are {lowest} to {highest}; they must be -1 to {MAX_EXPERTS - 1}, and not all -1")
     tokens, layers, _ = experts_TLK.shape
+    if layers > MAX_LAYERS:
+        raise ValueError(f"experts has {layers} layers; the limit is {MAX_LAYERS}")
     ids_TLK = np.ascontiguousarray(experts_TLK, dtype=np.int16)
     sizes = _sizes(num_experts, layers, highest)
-    for layer in range(layers):
-        _check_layer(ids_TLK[:, layer], layer, sizes[layer])
+    _check_ids(ids_TLK, np.array(sizes))
     requests = _starts("request_start", request_start, tokens)
     forwards = np.arange(tokens) if event_start is None else _starts("event_start", event_start, tokens)
     if not np.isin(requests, forwards).all():
@@ -188,14 +181,21 @@ def _checked(
     return Trace(ids_TLK, sizes, requests, forwards, weights_TLK, dict(meta or {}))
 
 
-def _check_layer(ids_TK: NDArray[np.int16], layer: int, size: int) -> None:
-    sorted_TK = np.sort(ids_TK, axis=1)
-    twice_T = ((sorted_TK[:, 1:] == sorted_TK[:, :-1]) & (sorted_TK[:, 1:] >= 0)).any(axis=1)
-    if twice_T.any():
-        raise ValueError(f"token {int(twice_T.argmax())} names an expert of layer {layer} twice")
-    highest = int(sorted_TK[:, -1].max())
-    if highest >= size:
-        raise ValueError(f"layer {layer} uses expert {highest}, but num_experts says it has {size}")
+def _check_ids(ids_TLK: NDArray[np.int16], sizes_L: NDArray[Any]) -> None:
+    """No token may use an expert of a layer twice, or one that the layer does not have."""
+    tokens, layers, k = ids_TLK.shape
+    rows = max(1, CHECKED_IDS // (layers * k))
+    for begin in range(0, tokens, rows):
+        sorted_TLK = np.sort(ids_TLK[begin : begin + rows], axis=2)
+        twice_TL = ((sorted_TLK[..., 1:] == sorted_TLK[..., :-1]) & (sorted_TLK[..., 1:] >= 0)).any(axis=2)
+        if twice_TL.any():
+            token, layer = np.argwhere(twice_TL)[0].tolist()
+            raise ValueError(f"token {begin + token} names an expert of layer {layer} twice")
+        beyond_TL = sorted_TLK[..., -1] >= sizes_L
+        if beyond_TL.any():
+            token, layer = np.argwhere(beyond_TL)[0].tolist()
+            highest = sorted_TLK[token, layer, -1]
+            raise ValueError(f"layer {layer} uses expert {highest}, but num_experts says it has {sizes_L[layer]}")
 
 
 def _starts(name: str, given: Any, tokens: int) -> NDArray[np.int64]:
@@ -237,8 +237,7 @@ def _parsed(meta: NDArray[Any] | None) -> dict[str, str]:
 def _beside(path: Path) -> int | None:
     """E as the description beside a shared trace states it: an id that was never used is an expert all the same."""
     try:
-        with open_regular(path.with_suffix(".json")) as (file, _):
-            stated = json.loads(file.read(MAX_META_BYTES)).get("n_experts")
+        stated = json.loads(read_bounded(path.with_suffix(".json"), MAX_META_BYTES)).get("n_experts")
     except (OSError, ValueError, AttributeError, RecursionError):
         return None
     return stated if type(stated) is int and 1 <= stated <= MAX_EXPERTS else None

@@ -13,59 +13,92 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
+from ..cache.counters import Counters
 from ..cache.layer_cache import LayerCache
+from ..cache.phase import is_decode
 from ..errors import TraceError
+from .progress import compiled_s
 from .trace import Trace
 
 logger = logging.getLogger("moe_offload")
 
+Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 MAX_BYTES = 64 * 2**20  # of ids: some 85,000 tokens of 48 layers with 8 experts each
 
 
-@dataclass(frozen=True)
-class Step:
-    """One forward, all layers together. `began_s` counts from the beginning of the recording."""
+@dataclass(kw_only=True)
+class ForwardRecord(Counters):
+    """One forward, all layers together: what was counted while it ran, and when that was.
 
-    began_s: float
-    tokens: int
-    hits: int
-    misses: int
-    bytes_read: int
-    stall_s: float
+    Args:
+        began_s, ended_s: Seconds since the beginning of the recording: the call of the model, and its result.
+        compile_s: Seconds of that time in which graphs were compiled.
+        decode: Whether it added one token to each sequence (`phase.is_decode`).
+    """
+
+    began_s: Seconds
+    ended_s: Seconds
+    compile_s: Seconds
+    decode: bool
 
 
-class Recorder:
+class _Mark(NamedTuple):
+    """Where a forward begins: the time, and what has been counted and compiled so far."""
+
+    at_s: float
+    counted: Counters
+    compiled_s: float
+    decode: bool | None  # None where nobody has said
+
+
+class TraceRecorder:
     """Events of the layers whose caches these are. At `max_bytes` it stops recording, and says so once."""
 
     def __init__(self, caches: Sequence[LayerCache], top_k: Sequence[int], max_bytes: int = MAX_BYTES):
         self.caches, self.top_k, self.left = list(caches), list(top_k), max_bytes
-        self.forwards: list[dict[int, NDArray[np.int16]]] = []  # {layer: ids [rows, k]} of each
-        self.marks: list[tuple[float, int, int, int, float]] = []  # when a forward began: time and totals so far
+        self.ids: list[dict[int, NDArray[np.int16]]] = []  # {layer: ids [rows, k]} of each forward
+        self.marks: list[_Mark] = []  # where each forward began
+        self.ends: dict[int, float] = {}  # {forward: when it ended}, where that was said
         self.begun, self.last_layer = time.perf_counter(), len(self.caches)
+        self._called: _Mark | None = None
+
+    def begin_forward(self, decode: bool) -> None:
+        """The model has been called. Where nobody says so, a forward begins with its first event."""
+        if self.left > 0:
+            self._called, self.last_layer = self._mark(decode), len(self.caches)
+
+    def end_forward(self) -> None:
+        """The model has returned, or failed."""
+        if self._called is None and self.ids:
+            self.ends.setdefault(len(self.ids) - 1, time.perf_counter() - self.begun)
+        self._called = None
 
     def event(self, layer: int, ids: Sequence[int], tokens: int) -> None:
         """`layer` is about to be asked for `ids`, the token-expert pairs of `tokens` tokens."""
         if self.left <= 0:
             return
-        if layer <= self.last_layer or not self.forwards:
-            self.marks.append(self._totals())
-            self.forwards.append({})
+        if layer <= self.last_layer or not self.ids:
+            self.marks.append(self._called or self._mark(None))
+            self.ids.append({})
+            self._called = None
         self.last_layer = layer
         rows = _rows(ids, tokens, self.top_k[layer])
         self.left -= rows.nbytes
         if self.left <= 0:  # a forward is recorded whole or not at all
-            self.forwards.pop()
-            logger.warning("the trace is full after %d forwards: what follows is not recorded", len(self.forwards))
+            self.ids.pop()
+            logger.warning("the trace is full after %d forwards: what follows is not recorded", len(self.ids))
             return
-        self.forwards[-1][layer] = rows
+        self.ids[-1][layer] = rows
 
     def trace(self, meta: Mapping[str, str] | None = None) -> Trace:
         """What has been recorded. Raises TraceError when that is nothing."""
-        forwards = [forward for forward in self.forwards if any(len(rows) for rows in forward.values())]
+        forwards = [forward for forward in self.ids if any(len(rows) for rows in forward.values())]
         if not forwards:
             raise TraceError("nothing has been recorded: run the model between start_trace() and trace()")
         tokens = [max(map(len, forward.values())) for forward in forwards]
@@ -84,32 +117,35 @@ class Recorder:
             meta=meta,
         )
 
-    def steps(self) -> list[Step]:
+    def forwards(self) -> list[ForwardRecord]:
         """What each forward took, the last one up to now."""
-        marks = [
-            *self.marks[: len(self.forwards)],
-            self.marks[len(self.forwards)] if self.left <= 0 else self._totals(),
-        ]
-        steps = []
-        for forward, before, after in zip(self.forwards, marks, marks[1:], strict=False):
-            hits, misses, nbytes, stall_s = (b - a for a, b in zip(before[1:], after[1:], strict=True))
-            tokens = max((len(rows) for rows in forward.values()), default=0)
-            steps.append(Step(before[0], tokens, int(hits), int(misses), int(nbytes), float(stall_s)))
-        return steps
+        marks = [*self.marks[: len(self.ids)], self._end()]
+        found: list[ForwardRecord] = []
+        for i, (ids, begin, end) in enumerate(zip(self.ids, marks, marks[1:], strict=False)):
+            tokens = max((len(rows) for rows in ids.values()), default=0)
+            said = is_decode(tokens) if begin.decode is None else begin.decode
+            counted = {**(end.counted - begin.counted).values(), "tokens": tokens}
+            found.append(
+                ForwardRecord(
+                    **{**counted, "stall_s": max(counted["stall_s"], 0.0)},  # a sum of floats taken from another
+                    began_s=begin.at_s,
+                    ended_s=self.ends.get(i, end.at_s),
+                    compile_s=end.compiled_s - begin.compiled_s,
+                    decode=said,
+                )
+            )
+        return found
 
     def passed_s(self) -> float:
         """From the beginning to now, or to where the trace was full."""
-        return self.marks[len(self.forwards)][0] if self.left <= 0 else time.perf_counter() - self.begun
+        return self._end().at_s
 
-    def _totals(self) -> tuple[float, int, int, int, float]:
-        counters = [cache.counters for cache in self.caches]
-        return (
-            time.perf_counter() - self.begun,
-            sum(c.hits for c in counters),
-            sum(c.misses for c in counters),
-            sum(c.bytes_read for c in counters),
-            sum(c.stall_s for c in counters),
-        )
+    def _end(self) -> _Mark:
+        return self.marks[len(self.ids)] if self.left <= 0 else self._mark(None)
+
+    def _mark(self, decode: bool | None) -> _Mark:
+        counted = Counters.total(cache.counters for cache in self.caches)
+        return _Mark(time.perf_counter() - self.begun, counted, compiled_s(), decode)
 
 
 def _rows(ids: Sequence[int], tokens: int, top_k: int) -> NDArray[np.int16]:

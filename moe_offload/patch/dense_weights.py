@@ -11,7 +11,7 @@ from torch import Tensor
 from ..config.settings import OffloadConfig
 from ..errors import UnsupportedModelError
 from ..experts import MoELayer
-from ..memory.transfer.staged import present
+from ..memory.devices import usable_kinds
 
 
 def keep_where_it_is(model: Any, moe_layers: Sequence[MoELayer], settings: OffloadConfig) -> OffloadConfig:
@@ -19,19 +19,15 @@ def keep_where_it_is(model: Any, moe_layers: Sequence[MoELayer], settings: Offlo
 
     Raises `UnsupportedModelError` for a model that is on several devices, or on one that this process has not.
     """
-    if getattr(model, "hf_device_map", None) and len(set(model.hf_device_map.values())) > 1:
-        raise UnsupportedModelError(
-            "the model was dispatched by accelerate (it has an hf_device_map with several devices), whose hooks would "
-            "move weights behind the cache's back; load it without device_map, or with moe_offload.from_pretrained()"
-        )
+    _refuse_accelerate(model)
     places: dict[str, str] = {}
     for name, tensor in _dense(model, moe_layers):
         places.setdefault(str(tensor.device), name)
-        if tensor.device.type not in (here := present(settings.untested)):
+        if tensor.device.type not in (here := usable_kinds(settings.untested)):
             raise UnsupportedModelError(
                 f"{name} is on {tensor.device}; this process computes on {', '.join(here)} only (experts may be "
                 "on 'meta'). Load the model there first. No GPU has run this version yet; config={'untested': True} "
-                "tries."
+                "tries"
             )
     if len(places) > 1:
         found = ", ".join(f"{name} on {device}" for device, name in places.items())
@@ -40,6 +36,19 @@ def keep_where_it_is(model: Any, moe_layers: Sequence[MoELayer], settings: Offlo
     if device == "cpu" or settings.device_map is not None:
         return settings
     return replace(settings, device_map={"": device})
+
+
+def _refuse_accelerate(model: Any) -> None:
+    """accelerate's hooks move weights when a module is called: behind the cache's back."""
+    hooked = next((name or "the model" for name, part in model.named_modules() if hasattr(part, "_hf_hook")), None)
+    spread = len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
+    if hooked is not None or spread:
+        found = f"a hook on {hooked}" if hooked is not None else "an hf_device_map with several devices"
+        raise UnsupportedModelError(
+            f"the model was dispatched by accelerate (it has {found}), whose hooks would move weights behind the "
+            "cache's back; load it without device_map, cpu_offload or disk_offload, take the hooks off "
+            "(accelerate.hooks.remove_hook_from_module(model, recurse=True)), or use moe_offload.from_pretrained()"
+        )
 
 
 def place_dense(model: Any, moe_layers: Sequence[MoELayer], device: str) -> None:

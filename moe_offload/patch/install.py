@@ -36,6 +36,7 @@ from ..runtime.kernels import KERNELS
 from ..runtime.layer import LayerRuntime
 from ..runtime.model import Runtime
 from .experts_config import experts_view
+from .footprint import count_what_is_held
 
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
 
@@ -53,21 +54,21 @@ class ModuleCore:
     def __call__(
         self,
         x_P: Tensor,
-        slots: Tensor,
+        slots_R: Tensor,
         bank_SN: Tensor,
         others: Sequence[Tensor],
-        rows: Tensor | slice | None = None,
+        pairs_R: Tensor | slice | None = None,
     ) -> Tensor:
-        if rows is not None:
-            x_P = x_P[rows]
+        if pairs_R is not None:
+            x_P = x_P[pairs_R]
         views = self.views(bank_SN)
-        stand_in = object.__new__(type(self.module))
-        stand_in.__dict__.update(self.module.__dict__)
-        stand_in.__dict__["_parameters"] = {**self.module._parameters, **views}
-        stand_in.__dict__["num_experts"] = bank_SN.shape[0]
+        bare = object.__new__(type(self.module))
+        bare.__dict__.update(self.module.__dict__)
+        bare.__dict__["_parameters"] = {**self.module._parameters, **views}
+        bare.__dict__["num_experts"] = bank_SN.shape[0]
         dtype = next(iter(views.values())).dtype
         ones = torch.ones((len(x_P), 1), dtype=dtype, device=x_P.device)
-        out: Tensor = self.run(stand_in, x_P.to(dtype), slots.view(-1, 1), ones)
+        out: Tensor = self.run(bare, x_P.to(dtype), slots_R.view(-1, 1), ones)
         return out
 
 
@@ -115,7 +116,7 @@ def install(
     )
     made = backend.make_backend(run, core, log, overlap, guess)
 
-    whole = inner == "inductor" or guess or fullgraph or runtime.deciding is not None
+    whole = inner == "inductor" or guess or fullgraph or runtime.device_caches is not None
     traced = [model] if whole else [module for layer in runtime.layers for module in layer.moe.modules]
     scope = Scope(runtime, Settings(traced, log))
     regions = None if whole else Regions(scope, original_code(implementation), made, log, dynamic)
@@ -137,6 +138,7 @@ def install(
     model.__dict__["get_compiled_call"] = lambda compile_config: model.__call__
     # There it also swaps the experts implementation for its decode steps, which cannot reach ours.
     model.__dict__["_optimize_model_for_decode"] = contextlib.nullcontext
+    count_what_is_held(model, runtime)
     return log
 
 

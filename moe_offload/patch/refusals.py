@@ -1,8 +1,8 @@
 """What cannot reach the experts of an offloaded model is refused, on the model and on every part that holds experts.
 
-.to(dtype), .half(), .cuda(), .share_memory()    would turn the stand-ins into real tensors of NaN
-copy.deepcopy, pickle, torch.save(model)         would copy stand-ins, or files and threads
-load_state_dict(with experts)                    would write into stand-ins
+.to(dtype), .half(), .cuda(), .share_memory()    would turn the phantoms into real tensors of NaN
+copy.deepcopy, pickle, torch.save(model)         would copy phantoms, or files and threads
+load_state_dict(with experts)                    would write into phantoms
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _refuse_moves(part: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool
             raise OffloadError(
                 f"asked to move or convert an offloaded model ({before[0]} on {before[1]} to {moved.dtype} on "
                 f"{moved.device}{', shared' if moved.is_shared() else ''}); its slots and rows are fixed. "
-                "Convert or move the model first, then call optimize(); model.moe_offload.close() frees its memory."
+                "Convert or move the model first, then call optimize(); model.moe_offload.close() frees its memory"
             )
     return part
 
@@ -61,5 +61,5 @@ def _refuse_loading(held: list[str], _: nn.Module, state: Mapping[str, Any], pre
         raise OffloadError(
             f"load_state_dict() was given {len(found)} tensors of experts, such as {found[0]}; those of an offloaded "
             "model rest in files and cannot be replaced. Load weights before optimize(), or leave the experts out and "
-            "load the others with strict=False."
+            "load the others with strict=False"
         )

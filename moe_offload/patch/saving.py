@@ -27,7 +27,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..checkpoint.conversion import undo_steps
+from ..checkpoint.conversion import restore_tensors
 from ..checkpoint.headers import read_headers
 from ..checkpoint.new_folder import new_checkpoint, write_index
 from ..checkpoint.row_index import Piece, index_rows
@@ -40,7 +40,7 @@ from ..observe.progress import bar
 from ..runtime.layer import LayerRuntime
 from ..runtime.model import Runtime
 
-#: Whether state_dict() is to leave the experts' stand-ins as they are: names and shapes are wanted, not weights.
+#: Whether state_dict() is to leave the experts' phantoms as they are: names and shapes are wanted, not weights.
 _stand_ins: ContextVar[bool] = ContextVar("stand_ins", default=False)
 
 _REFUSED = {
@@ -51,7 +51,7 @@ _REFUSED = {
 
 
 def save_real_rows(model: nn.Module, runtime: Runtime) -> None:
-    """Make state_dict() return real weights in place of stand-ins, and save_pretrained() stream them."""
+    """Make state_dict() return real weights in place of phantoms, and save_pretrained() stream them."""
     from transformers import PreTrainedModel
 
     for layer in runtime.layers:
@@ -87,9 +87,10 @@ class Saver:
         """Write the model to a folder, as transformers' own `save_pretrained` does, one expert in memory at a time.
 
         The result has the same tensors as that of the model that is not offloaded, and loads with plain transformers.
-        It is written beside what is in the folder and takes its place at the end, the index last: after an error or an
-        interruption the folder is as it was. Forwards in other threads wait meanwhile. With `state_dict`, exactly those
-        tensors are written, by transformers.
+        It is written beside what is in the folder and takes its place at the end: after an error or Ctrl-C the folder
+        is as it was, and after a kill it has the old checkpoint or the new one. Forwards in other threads wait
+        meanwhile. With `state_dict`, exactly those tensors are written, by transformers; of a model with an adapter,
+        the adapter alone.
 
         Raises `SaveError` when the folder is the one that experts are read from, cannot be written or has no room
         (stating bytes needed and free), `ClosedError` after `close`, `ConfigError` for an argument that is not
@@ -97,19 +98,19 @@ class Saver:
         """
         for name, advice in _REFUSED.items():
             if {"push_to_hub": push_to_hub, **kwargs}.get(name):
-                raise ConfigError(f"save_pretrained({name}=...) does not work on an offloaded model: {advice}.")
+                raise ConfigError(f"save_pretrained({name}=...) does not work on an offloaded model: {advice}")
         if not is_main_process:
             return
         limit_bytes, out = parse_size(max_shard_size), Path(save_directory)
         with self.runtime.lock:
             self.runtime.check_open()
             if getattr(self.model, "_hf_peft_config_loaded", False):  # only the adapter is written
-                self.original(out, state_dict=self._stand_in_state(), max_shard_size=limit_bytes, **kwargs)
+                self._write_given(out, self._stand_in_state(), limit_bytes, 0, **kwargs)
                 return
             self._refuse_source(out)
             if state_dict is not None:
                 _refuse_stand_ins(state_dict)
-                self.original(out, state_dict=dict(state_dict), max_shard_size=limit_bytes, **kwargs)
+                self._write_given(out, state_dict, limit_bytes, sum(t.nbytes for t in state_dict.values()), **kwargs)
             else:
                 self._stream(out, limit_bytes, **kwargs)
 
@@ -121,10 +122,7 @@ class Saver:
         entries = self._expert_entries(moe_layers, kwargs.get("save_original_format", True))
         needed_bytes = sum(tensor.nbytes for tensor in dense.values()) + sum(entry.nbytes for entry in entries)
         with new_checkpoint(out, needed_bytes) as folder:
-            try:
-                self.original(folder, state_dict=dense, max_shard_size=limit_bytes, **kwargs)
-            except SafetensorError as error:  # its wrapping of what the operating system says
-                raise OSError(str(error)) from error
+            self._write_dense(folder, dense, limit_bytes, **kwargs)
             dense_files, runs = sorted(folder.glob("*.safetensors")), split(entries, limit_bytes)
             first, count = len(dense_files) + 1, len(dense_files) + len(runs)
             for number, file in enumerate(dense_files, 1):
@@ -134,6 +132,19 @@ class Saver:
                 self._write_rows(layers, files)
             headers.update(files.ranges)
             write_index(folder, headers, self.model.num_parameters())
+
+    def _write_given(
+        self, out: Path, state: Mapping[str, Tensor], limit_bytes: int, needed_bytes: int, **kwargs: Any
+    ) -> None:
+        with new_checkpoint(out, needed_bytes) as folder:
+            self._write_dense(folder, state, limit_bytes, **kwargs)
+
+    def _write_dense(self, folder: Path, state: Mapping[str, Tensor], limit_bytes: int, **kwargs: Any) -> None:
+        """What transformers writes by itself: configurations, and the tensors of `state`."""
+        try:
+            self.original(folder, state_dict=dict(state), max_shard_size=limit_bytes, **kwargs)
+        except SafetensorError as error:  # its wrapping of what the operating system says
+            raise OSError(str(error)) from error
 
     def _write_rows(self, layers: Sequence[tuple[MoELayer, LayerRuntime]], files: Filling) -> None:
         moe_layers = [moe for moe, _ in layers]
@@ -186,7 +197,7 @@ class Saver:
             if out.exists() and out.samefile(folder):
                 raise SaveError(
                     f"{out}: the experts of this model are read from there, so it cannot be saved over it; nothing was "
-                    "written. Save to another folder, close the model, and then put the one in the other's place."
+                    "written. Save to another folder, close the model, and then put the one in the other's place"
                 )
 
 
@@ -194,7 +205,7 @@ def _write_field(piece: Piece, row: Tensor, files: Filling) -> None:
     """Write one field of the expert in `row` into the tensors that it is loaded from."""
     f = piece.field
     field = row[f.offset : f.offset + f.nbytes].view(f.dtype).view(f.shape)
-    parts = undo_steps(piece.steps, field, [source.shape for source in piece.sources])
+    parts = restore_tensors(piece.conversions, field, [source.shape for source in piece.sources])
     for source, part in zip(piece.sources, parts, strict=True):
         files.write(source, part.contiguous().view(-1).view(torch.uint8).numpy().data)
 
@@ -211,8 +222,8 @@ def _refuse_stand_ins(state: Mapping[str, Tensor]) -> None:
     for key, tensor in state.items():
         if hasattr(tensor, "field"):
             raise SaveError(
-                f"state_dict: {key} is a stand-in of NaN for offloaded experts, as model.parameters() gives it; "
-                "nothing was written. Pass what model.state_dict() returns, or no state_dict at all."
+                f"state_dict: {key} is a phantom (NaN in place of offloaded experts), as model.parameters() gives it; "
+                "nothing was written. Pass what model.state_dict() returns, or no state_dict at all"
             )
 
 
@@ -233,5 +244,5 @@ def _layout_errors() -> Iterator[None]:
     except (OffloadError, ValueError) as error:
         raise SaveError(
             f"the experts cannot be written as the model's own checkpoints have them: {error}. "
-            "save_pretrained(..., save_original_format=False) writes them as the model holds them."
+            "save_pretrained(..., save_original_format=False) writes them as the model holds them"
         ) from error

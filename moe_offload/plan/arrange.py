@@ -22,7 +22,7 @@ from ..config.settings import OffloadConfig
 from ..config.sizes import format_size, parse_size
 from ..errors import BudgetError, ConfigError
 from ..experts import MoELayer
-from ..memory.transfer.staged import free_bytes
+from ..memory.devices import free_bytes
 from .budget import Plan, plan_slots
 from .weights import costs, dense_bytes_on, layer_shapes, library_bytes
 
@@ -31,14 +31,13 @@ RAM_SHARE = "80%"  # of what is available, for rows below an accelerator where n
 
 @dataclass(frozen=True)
 class Arrangement:
-    """Where everything goes: `spots[l]` and `slots[l]` of MoE layer l, and the plan of each device.
+    """Where everything goes: `spots[l]` of MoE layer l, and the plan of each device, which has its layers' slots.
 
     `host_bytes` of rows rest in RAM; `host_room_bytes` is what was left for them (None: no limit was given).
     """
 
     names: tuple[str, ...]
     spots: tuple[Spot, ...]
-    slots: tuple[int, ...]
     plans: dict[str, Plan]
     host_bytes: int
     host_room_bytes: int | None
@@ -48,33 +47,42 @@ class Arrangement:
         return [spot.tier for spot in self.spots]
 
     @property
+    def slots(self) -> tuple[int, ...]:
+        """Slots of every MoE layer, as the plans of their devices have them."""
+        return _slots_per_layer(self.spots, self.plans)
+
+    @property
     def device(self) -> str:
         """The one device there is. Raises `ConfigError` when there are several."""
-        self.plan  # noqa: B018  which raises
+        self.check_one_device()
         return next(iter(self.plans))
 
     @property
     def plan(self) -> Plan:
         """The plan of the one device there is. Raises `ConfigError` when there are several."""
+        self.check_one_device()
+        return next(iter(self.plans.values()))
+
+    def check_one_device(self) -> None:
+        """Raise `ConfigError` when the model is spread over several devices."""
         if len(self.plans) > 1:
             raise ConfigError(
                 f"the model is spread over {', '.join(self.plans)}: each has a plan of its own; ask forecast(), or "
                 "`moe-offload plan`"
             )
-        return next(iter(self.plans.values()))
 
     def with_slots(self, slots: tuple[int, ...]) -> Arrangement:
         """The same, of one device, with another number of slots in its layers."""
-        return replace(self, slots=slots, plans={self.device: replace(self.plan, slots=slots)})
+        return replace(self, plans={self.device: replace(self.plan, slots=slots)})
 
 
 def arrange(
-    model: Any, moe_layers: Sequence[MoELayer], settings: OffloadConfig, present: Sequence[str] | None = None
+    model: Any, moe_layers: Sequence[MoELayer], settings: OffloadConfig, usable: Sequence[str] | None = None
 ) -> Arrangement:
     """Plan `model` (it may be on the meta device) for `settings`.
 
-    `present` are the device types there are to compute on; None plans for any. Raises `ConfigError` for what means
-    nothing, `BudgetError` for what does not fit, `UnsupportedModelError` for a device that is not present.
+    `usable` are the device types there are to compute on; None plans for any. Raises `ConfigError` for what means
+    nothing, `BudgetError` for what does not fit, `UnsupportedModelError` for a device that is not among them.
     """
     names = [moe.name for moe in moe_layers]
     available = psutil.virtual_memory().available
@@ -84,8 +92,8 @@ def arrange(
     rules = expand(settings.device_map, names, accelerators)
     dense = dense_bytes_on(model, moe_layers, lambda module: compute_device(module, rules))
     computing = sorted({spot.device for spot in found} | set(dense))
-    if present is not None:
-        refuse_absent(computing, present)
+    if usable is not None:
+        refuse_absent(computing, usable)
     with_experts = [device for device in computing if any(spot.device == device for spot in found)]
     for device in set(computing) - set(with_experts):  # no slots there, so no plan: only a limit to keep
         if dense[device] > allowed.get(device, dense[device]):
@@ -103,17 +111,22 @@ def arrange(
             kv_bytes=whole.kv_bytes * len(ours) // len(moe_layers),
             library_bytes=library_bytes(len(ours), device),
         )
-        free = available if device == "cpu" else free_bytes(device) if present is not None else allowed.get(device)
+        free = available if device == "cpu" else free_bytes(device) if usable is not None else allowed.get(device)
         plans[device] = plan_slots(_budget(device, with_experts, settings, allowed, free), layer_shapes(ours), share)
-    slots = {device: iter(plan.slots) for device, plan in plans.items()}
-    per_layer = [next(slots[spot.device]) for spot in found]
+    per_layer = _slots_per_layer(found, plans)
     room = _host_room(plans, dense, allowed)
-    if room is None and present is not None and "cpu" not in computing:  # an accelerator: RAM is the tier below it
+    if room is None and usable is not None and "cpu" not in computing:  # an accelerator: RAM is the tier below it
         room = parse_size(RAM_SHARE, total=available)
     needs = [0 if n == moe.num_experts else moe.nbytes for moe, n in zip(moe_layers, per_layer, strict=True)]
     settled = settle(found, needs, room)
     host = sum(moe.nbytes for moe, spot in zip(moe_layers, settled, strict=True) if spot.tier == "host")
-    return Arrangement(tuple(names), tuple(settled), tuple(per_layer), plans, host, room)
+    return Arrangement(tuple(names), tuple(settled), plans, host, room)
+
+
+def _slots_per_layer(spots: Sequence[Spot], plans: dict[str, Plan]) -> tuple[int, ...]:
+    """A plan has the slots of the layers on its device, in order; deal them out over all layers."""
+    slots = {device: iter(plan.slots) for device, plan in plans.items()}
+    return tuple(next(slots[spot.device]) for spot in spots)
 
 
 def _budget(

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from ..config.sizes import format_size
 from ..errors import BudgetError
 
-#: Tracing, allocator slack, activations and compiled kernels (up to 85 MB: `process_memory`) grow with a model, but
-#: not for ever: a sixth of the budget, at most this.
+#: The workspace in the reserve is for tracing, allocator slack, activations and compiled kernels (up to 85 MB, see
+#: memory/process_memory.py). These grow with a model up to a point: a sixth of the budget, 340 MB at most.
 WORKSPACE_SHARE = 6
 WORKSPACE_LIMIT = 340 * 10**6
 
@@ -150,7 +150,7 @@ def _smallest_budget(need: int, costs: Costs) -> int:
         return fixed + costs.reserve_bytes
     fixed += costs.kv_bytes + costs.scores_bytes + costs.library_bytes
     budget = min(fixed * WORKSPACE_SHARE // (WORKSPACE_SHARE - 1), fixed + WORKSPACE_LIMIT)
-    while costs.for_banks(budget) < need:  # integer division rounds: a byte or two, either way
+    while costs.for_banks(budget) < need:  # the integer division in `reserve` rounds: correct by a byte or two
         budget += 1
     while costs.for_banks(budget - 1) >= need:
         budget -= 1
@@ -166,12 +166,11 @@ def _cost(layers: Sequence[LayerShape], even: int) -> int:
 
 
 def _below_floor(budget: int, smallest: int, layers: Sequence[LayerShape], costs: Costs) -> str:
+    experts = sum(min(layer.top_k, layer.num_experts) for layer in layers)
     return (
-        f"budget {format_size(budget)} is below the floor of {format_size(smallest)} that this model needs: "
-        f"dense weights "
-        f"{format_size(costs.dense_bytes)}, reserve for KV cache and workspace {format_size(costs.reserve(smallest))}, "
-        f"scratch for prefill {format_size(costs.scratch_bytes)}, and the experts of one token "
-        f"{format_size(_cost(layers, 0))} ({sum(min(x.top_k, x.num_experts) for x in layers)} rows in "
-        f"{len(layers)} layers). "
-        f"Use a budget of at least {smallest} bytes, fewer kv_tokens (MOE_OFFLOAD_KV_TOKENS), or a smaller dtype."
+        f"budget {format_size(budget)} is below the floor of {format_size(smallest)} that this model needs: dense "
+        f"weights {format_size(costs.dense_bytes)}, reserve for KV cache and workspace "
+        f"{format_size(costs.reserve(smallest))}, scratch for prefill {format_size(costs.scratch_bytes)}, and the "
+        f"experts of one token {format_size(_cost(layers, 0))} ({experts} rows in {len(layers)} layers). Use a budget "
+        f"of at least {smallest} bytes, fewer kv_tokens (--context, MOE_OFFLOAD_KV_TOKENS), or a smaller dtype"
     )

@@ -14,7 +14,7 @@ from ..observe.profile import Profile
 from ..observe.profile_stats import pinned
 
 #: `(share of a layer's experts that have slots, hit rate)`, replayed with
-#:   moe-offload simulate TRACE... --policies default --start warm --capacity 12.5%,20%,...,95%     (2026-11-26)
+#:   moe-offload simulate TRACE... --policies default --start warm --residency 12.5%,20%,...,95%     (2026-11-26)
 #: from traces of real routing, published by others (Apache-2.0 and MIT): AmanPriyanshu/GPT-OSS-MoE-ExpertFingerprinting
 #: at 72b368f60045, a half of its clean requests (83081 tokens of decode, 4 of 32 experts), and deepseek-ai/ESFT at
 #: 579a7711e4b3 (8222 and 8327 tokens, 6 of 64 experts). No long trace of a model with 128 experts was to be had.
@@ -64,7 +64,7 @@ def covered(slots: Sequence[int], profile: Profile) -> HitRate:
 
 
 def _at(share: float, curve: Sequence[tuple[float, float]]) -> float:
-    """Linear between the points of `curve`; no slots serve nothing, and a slot for every expert serves all."""
+    """The hit rate at `share`: linear between the points of `curve`, 0 without slots, 1 with one for every expert."""
     for (x0, y0), (x1, y1) in pairwise([(0.0, 0.0), *curve, (1.0, 1.0)]):
         if share <= x1:
             return y0 + (y1 - y0) * (share - x0) / (x1 - x0)

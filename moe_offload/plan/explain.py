@@ -29,11 +29,11 @@ KINDS = [
 ]
 
 
-def explain(model: Any, moe_layers: Sequence[MoELayer], where: Arrangement) -> str:
+def explain(model: Any, moe_layers: Sequence[MoELayer], arrangement: Arrangement) -> str:
     """Tell how `model` (it may be on the meta device, or offloaded) is arranged: a paragraph for experts, one for the
     rest."""
     lines = ["experts:"]
-    layers = list(zip(range(len(moe_layers)), moe_layers, where.spots, where.slots, strict=True))
+    layers = list(zip(range(len(moe_layers)), moe_layers, arrangement.spots, arrangement.slots, strict=True))
     for spot, group in groupby(layers, key=lambda layer: layer[2]):
         members = list(group)
         size = format_size(sum(moe.nbytes for _, moe, _, _ in members))
@@ -43,10 +43,10 @@ def explain(model: Any, moe_layers: Sequence[MoELayer], where: Arrangement) -> s
             f"({moe.name}{'' if first == last else ' ...'}): {_range(n for *_, n in members)} slots each on "
             f"{spot.device}, {size} of rows {PLACES[spot.tier]}\n    by {spot.rule}"
         )
-    if where.host_room_bytes is not None:
+    if arrangement.host_room_bytes is not None:
         lines.append(
-            f"  RAM: {format_size(where.host_bytes)} of rows, of {format_size(max(where.host_room_bytes, 0))} that "
-            "max_memory['cpu'] leaves for them"
+            f"  RAM: {format_size(arrangement.host_bytes)} of rows, of "
+            f"{format_size(max(arrangement.host_room_bytes, 0))} that max_memory['cpu'] leaves for them"
         )
     lines.append("not offloaded, held where they compute:")
     lines += [f"  {kind:<28}{format_size(size):>12}  {why}" for kind, size, why in kept(model, moe_layers)]

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..checkpoint.outline import Outline, outline
 from ..config.device_map import DeviceMap
-from ..config.settings import Config, OffloadConfig, resolve
+from ..config.settings import Config, OffloadConfig
 from ..config.sizes import format_size
 from ..errors import OffloadError
 from ..experts import MoELayer, find_experts
@@ -24,6 +24,7 @@ from .arrange import Arrangement, arrange
 from .budget import Plan, budget_for, floor
 from .expected_hits import HitRate, covered, typical
 from .explain import explain
+from .prepare import load_prior, settings_of
 from .weights import costs, fingerprint, kv_bytes, layer_shapes, longest_context
 
 
@@ -40,7 +41,7 @@ class Forecast:
     source: str
     model: nn.Module
     moe_layers: list[MoELayer]
-    where: Arrangement
+    arrangement: Arrangement
     hit_rate: HitRate
     context: int
     asked_context: int
@@ -51,11 +52,11 @@ class Forecast:
 
     @property
     def plans(self) -> dict[str, Plan]:
-        return self.where.plans
+        return self.arrangement.plans
 
     def explain(self) -> str:
         """Which rule puts what where, and what is not offloaded and why."""
-        return explain(self.model, self.moe_layers, self.where)
+        return explain(self.model, self.moe_layers, self.arrangement)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values. `budget`, `floor`, `slots` and so on are of the first device; `devices` has them all."""
@@ -72,8 +73,8 @@ class Forecast:
             "model": self.name,
             "source": self.source,
             **next(iter(devices.values())),
-            "slots": list(self.where.slots),
-            "tiers": self.where.tiers,
+            "slots": list(self.arrangement.slots),
+            "tiers": self.arrangement.tiers,
             "experts": [moe.num_experts for moe in self.moe_layers],
             "row_bytes": max(moe.layout.row_bytes for moe in self.moe_layers),
             "hit_rate": {**vars(self.hit_rate)},
@@ -112,9 +113,9 @@ def forecast(
     A path or Hub repository is answered from headers. Devices need not be there: what would run on cuda:0 is planned,
     too. Raises `BudgetError` when it cannot fit, stating the floor; and what `optimize` raises.
     """
-    path = None if isinstance(profile, Profile) else profile
-    said = {"budget": budget, "device_map": device_map, "max_memory": max_memory, "profile": path, "kv_tokens": context}
-    settings = resolve(config, **{name: value for name, value in said.items() if value is not None})
+    settings = settings_of(
+        config, budget=budget, device_map=device_map, max_memory=max_memory, profile=profile, kv_tokens=context
+    )
     found = read_outline(model_or_path, dtype)
     return of_outline(found, settings, profile if isinstance(profile, Profile) else None)
 
@@ -131,36 +132,33 @@ def read_outline(model_or_path: nn.Module | str | Path, dtype: str | torch.dtype
 def of_outline(found: Outline, settings: OffloadConfig, profile: Profile | None = None) -> Forecast:
     """As `forecast`, of an outline that was read before."""
     model, moe_layers = found.model, found.moe_layers
-    where = arrange(model, moe_layers, settings)
-    if profile is None and settings.profile is not None:
-        profile = Profile.load(settings.profile)
-    if profile is not None:
-        profile.check(fingerprint(model, moe_layers))
-    shapes, whole = layer_shapes(moe_layers), costs(model, moe_layers, settings, next(iter(where.plans)))
+    arrangement = arrange(model, moe_layers, settings)
+    prior = load_prior(profile or settings.profile, fingerprint(model, moe_layers))
+    shapes, whole = layer_shapes(moe_layers), costs(model, moe_layers, settings, next(iter(arrangement.plans)))
     experts = [moe.num_experts for moe in moe_layers]
     return Forecast(
         name=str(getattr(model.config, "_name_or_path", "") or type(model).__name__),
         source=found.source,
         model=model,
         moe_layers=moe_layers,
-        where=where,
-        hit_rate=typical(where.slots, experts) if profile is None else covered(where.slots, profile),
+        arrangement=arrangement,
+        hit_rate=typical(arrangement.slots, experts) if prior is None else covered(arrangement.slots, prior),
         context=min(settings.kv_tokens, longest_context(model) or settings.kv_tokens),
         asked_context=settings.kv_tokens,
         kv_bytes=kv_bytes(model, settings.kv_tokens),
         floor_bytes=floor(shapes, whole),
         resident_bytes=budget_for(1.0, shapes, whole),
-        largest_context=_largest_context(found, settings, where) if len(where.plans) == 1 else None,
+        largest_context=_largest_context(found, settings, arrangement) if len(arrangement.plans) == 1 else None,
     )
 
 
-def _largest_context(found: Outline, settings: OffloadConfig, where: Arrangement) -> int:
+def _largest_context(found: Outline, settings: OffloadConfig, arrangement: Arrangement) -> int:
     """The most tokens of KV cache with which the floor is within the budget; at least those that were planned for."""
-    shapes, whole = layer_shapes(found.moe_layers), costs(found.model, found.moe_layers, settings, where.device)
+    shapes, whole = layer_shapes(found.moe_layers), costs(found.model, found.moe_layers, settings, arrangement.device)
     longest = longest_context(found.model) or 2**20
     low, high = min(settings.kv_tokens, longest), longest
     while low < high:
         middle = (low + high + 1) // 2
-        fits = floor(shapes, replace(whole, kv_bytes=kv_bytes(found.model, middle))) <= where.plan.budget_bytes
+        fits = floor(shapes, replace(whole, kv_bytes=kv_bytes(found.model, middle))) <= arrangement.plan.budget_bytes
         low, high = (middle, high) if fits else (low, middle - 1)
     return low

@@ -13,11 +13,15 @@ from ..experts import MoELayer
 from ..observe.profile import Fingerprint
 from .budget import Costs, LayerShape
 
-PROMPT_TOKENS = 512  # a prompt that the automatic reserve makes room for
+RESERVED_PROMPT_TOKENS = 512  # the automatic reserve has room for the attention scores of so many tokens at a time
 #: torch gives cuBLAS 32 MiB on Hopper, 8 before it, out of its own allocator (CublasHandlePool.cpp): once for what runs
 #: as it comes, once more in the memory of CUDA graphs (clear_cublass_cache in cudagraph_trees.py). The allocator takes
 #: memory from the device 2 MiB at a time: a bank may leave nearly as much unused.
 CUBLAS_BYTES, CUDA_BLOCK_BYTES = 2 * 32 << 20, 2 << 20
+
+AUTO_SCRATCH = 128 * 10**6, 16  # bytes and rows at most, on a CPU
+#: On a device: what its link brings in 5 to 6 ms, so that it is busy from one layer's last row to the next one's ids.
+AUTO_SCRATCH_BESIDE = 320 * 10**6, 32
 
 
 def layer_shapes(moe_layers: Sequence[MoELayer]) -> list[LayerShape]:
@@ -32,13 +36,21 @@ def costs(model: Any, moe_layers: Sequence[MoELayer], settings: OffloadConfig, d
         kv_bytes=kv_bytes(model, settings.kv_tokens),
         scores_bytes=scores_bytes(model),
         library_bytes=library_bytes(len(moe_layers), device),
-        scratch_bytes=settings.scratch_rows(row_bytes, device) * row_bytes,
+        scratch_bytes=scratch_rows(settings, row_bytes, device) * row_bytes,
         reserve_bytes=settings.reserve_bytes,
     )
 
 
+def scratch_rows(settings: OffloadConfig, row_bytes: int, device: str = "cpu") -> int:
+    """How many scratch rows of this size a model gets on `device`."""
+    if isinstance(settings.wave_rows, int):
+        return settings.wave_rows
+    most_bytes, most_rows = AUTO_SCRATCH if device == "cpu" else AUTO_SCRATCH_BESIDE
+    return max(4, min(most_rows, most_bytes // row_bytes))
+
+
 def library_bytes(moe_layers: int, device: str) -> int:
-    """What a device's libraries and its allocator hold beside so many banks."""
+    """Bytes that a device's libraries hold, and that its allocator may leave unused beside the banks."""
     return CUBLAS_BYTES + moe_layers * CUDA_BLOCK_BYTES if device.startswith("cuda") else 0
 
 
@@ -57,14 +69,16 @@ def dense_bytes_on(model: nn.Module, moe_layers: Sequence[MoELayer], device: Cal
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             if id(tensor) not in seen:
                 seen.add(id(tensor))
-                where = device(name)
-                found[where] = found.get(where, 0) + tensor.numel() * tensor.element_size()
+                name_of_device = device(name)
+                found[name_of_device] = found.get(name_of_device, 0) + tensor.numel() * tensor.element_size()
     return found
 
 
 def kv_bytes(model: Any, tokens: int) -> int:
-    """Bytes of an ordinary KV cache for one sequence of `tokens` tokens (an upper bound for models with "
-    "a smaller one)."""
+    """Bytes of an ordinary KV cache for one sequence of `tokens` tokens.
+
+    For models with a smaller cache (sliding windows, latent attention) this is an upper bound.
+    """
     config = model.config.get_text_config()
     layers = getattr(config, "num_hidden_layers", None) or getattr(config, "num_layers", None) or 0
     heads = getattr(config, "num_attention_heads", None) or 1
@@ -80,7 +94,7 @@ def longest_context(model: Any) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or None
 
 
-def scores_bytes(model: Any, tokens: int = PROMPT_TOKENS) -> int:
+def scores_bytes(model: Any, tokens: int = RESERVED_PROMPT_TOKENS) -> int:
     """Bytes of the attention scores of one layer over a prompt of `tokens` tokens, where they are held whole.
 
     Fused attention never does. The plain one (gpt_oss, for its sinks) has them in float32 and twice in the model's own

@@ -119,14 +119,14 @@ def _or_budget_error(plan: Plan, device: str) -> Iterator[None]:
         raise BudgetError(
             f"{device} has no room for {format_size(plan.bank_bytes)} of expert slots and "
             f"{format_size(plan.costs.scratch_bytes)} of scratch, within a budget of {format_size(plan.budget_bytes)}: "
-            "something else holds its memory. Make room, or use a smaller budget."
+            "something else holds its memory. Make room, or use a smaller budget"
         ) from error
 
 
 def readable_rows(
     moe_layers: Sequence[MoELayer], slots: Sequence[int], stores: Sequence[Store], wanted: Sequence[bool], device: str
 ) -> dict[int, Tensor | None]:
-    """The rows of those of the `wanted` layers that `device` can read by itself; None where it cannot, nor needs to."""
+    """`{layer: rows}` of the `wanted` layers whose rows the device can read; None if all its experts have slots."""
     found: dict[int, Tensor | None] = {}
     for moe, n, store, wants in zip(moe_layers, slots, stores, wanted, strict=True):
         if wants and isinstance(store, HostStore) and (device == "cpu" or moe.index in store.pinned):

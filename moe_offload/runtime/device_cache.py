@@ -17,14 +17,14 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from ..cache.layer_cache import Counters
+from ..cache.counters import LayerCounters
 from ..errors import RoutingError
 from .in_flight import Arrivals
 from .kernels import DeviceState, Kernels, Loads, pace
 from .kernels.state import REFUSED
 
 
-class Deciding:
+class DeviceCaches:
     """The device caches of a model, one for each of `layers`, which need not be all; `rows` are theirs, in order.
 
     They change hands together: reading ahead, the host looks at other layers too.
@@ -32,7 +32,7 @@ class Deciding:
 
     def __init__(self, layers: Sequence[Arrivals], rows: Sequence[Tensor | None], half_life: float, kernels: Kernels):
         device = layers[0].slots.bank_SN.device
-        self.now = False
+        self.in_charge = False
         self._prepared: set[int] = set()
         self._totals_L4 = torch.zeros((len(layers), 4), dtype=torch.int64, device=device)
         self._seen_L = torch.zeros(len(layers), dtype=torch.int64, pin_memory=device.type == "cuda")
@@ -47,24 +47,24 @@ class Deciding:
             for cache in self.caches:
                 cache.prepare(sizes)
             self._prepared.update(sizes)
-        if not self.now:
+        if not self.in_charge:
             first.transfer.refuse_capture(first.moe.name)
-            first.shared.drop()  # read ahead for what the device may load itself
+            first.scratch.drop()  # read ahead for what the device may load itself
             for cache in self.caches:
                 cache.push()
-            self.now = True
+            self.in_charge = True
 
     def hand_back(self) -> None:
         """The host decides from now on, and its counters are up to date.
 
         Raises `RoutingError` if a router asked for an expert that does not exist since `take_over`.
         """
-        if self.now:
+        if self.in_charge:
             first = self.caches[0].arrivals
             first.transfer.refuse_capture(first.moe.name)
             refused = [(cache.pull(), cache.arrivals) for cache in self.caches]
             self._seen_L.zero_()  # what was on its way there has arrived: `pull` has waited
-            self.now = False  # not before: interrupted, it is done again
+            self.in_charge = False  # not before: interrupted, it is done again
             for count, arrivals in refused:
                 if count:
                     raise no_such_expert(arrivals.moe.name, count, arrivals.cache.num_experts)
@@ -96,7 +96,7 @@ class DeviceCache:
         """Make what events of so many pairs need, before a graph is recorded: what is made within one is in its memory
         pool, which may hold nothing but the graph's own tensors."""
         for pairs in set(sizes) - self._loads.keys():
-            tokens = -(-pairs // self.arrivals.moe.top_k)
+            tokens = self.arrivals.moe.tokens_of(pairs)
             self._paces[pairs] = pace(tokens, self.half_life, self.device)
             self._loads[pairs] = Loads.empty(pairs, self.device)
 
@@ -127,9 +127,9 @@ class DeviceCache:
         """Load what has no slot yet; an error of the store leaves the host in charge."""
         arrivals, cache = self.arrivals, self.arrivals.cache
         for e in range(cache.num_experts):
-            arrivals.prewarm(e)
-        while arrivals.demanded:
-            arrivals.take(wanted=False)
+            arrivals.start_prewarm(e)
+        while arrivals.awaited:
+            arrivals.take(demanded=False)
         if -1 in cache.slot_of:
             raise AssertionError(f"{arrivals.moe.name}: {cache.slots} slots do not hold {cache.num_experts} experts")
 
@@ -148,7 +148,7 @@ class DeviceCache:
         cache = self.arrivals.cache
         self.state = DeviceState.empty(cache.num_experts, cache.slots, self.device, self.state.totals_4)
 
-    def counters(self) -> Counters:
+    def counters(self) -> LayerCounters:
         moe = self.arrivals.moe
         return self.state.counters(self.arrivals.cache.counters, moe.top_k, moe.layout.row_bytes)
 

@@ -1,4 +1,6 @@
-"""Whether something pays, found out where it runs: a few steps with it, a few without, in turn, and the median decides.
+"""What the next layer will probably be asked for: the last guess, and whether to load what is guessed pays here.
+
+Whether it pays is found out where it runs: a few steps with it, a few without, in turn, and the median decides.
 
     with  without  with  without ...  |  the winner, for a while  |  with  without ...
     ──────── trial ─────────────────     ─────── verdict ────────    ── trial again ──
@@ -10,14 +12,36 @@ work in question must not change what a step computes, only when: here, whether 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
+
+from .in_flight import Arrivals
 
 BLOCK = 8  # steps in one setting before the other has its turn
 BLOCKS = 8  # of both together, in a trial
 VERDICT = 1024  # steps that a verdict holds
 
 
+class Guesses:
+    """The last guess, until the event it was made in has asked for its own rows; and whether guessing pays."""
+
+    def __init__(self) -> None:
+        self.trial = Trial()
+        self._arrivals: Arrivals | None = None
+        self._experts: Sequence[int] = ()
+
+    def hold_back(self, arrivals: Arrivals, experts: Sequence[int]) -> None:
+        """A guess at what the layer of `arrivals` will be asked for. Nothing is read until `start`."""
+        self._arrivals, self._experts = arrivals, experts
+
+    def start(self) -> None:
+        """Demand has been queued: now the guess may follow it."""
+        arrivals, self._arrivals = self._arrivals, None
+        if arrivals is not None:
+            arrivals.guess(self._experts, arrivals.cache.slots - len(self._experts))
+
+
 class Trial:
-    """`on` says whether to do it now. Call `step(now_s)` when a step begins, `skip()` when one is no measure."""
+    """`on` says whether to do it now. Call `step(now_s)` when a step begins, `skip()` when one is not to be timed."""
 
     def __init__(self) -> None:
         self.on = True

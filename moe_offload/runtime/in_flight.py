@@ -1,6 +1,6 @@
 """Rows on their way to one layer: asked for, waited for, committed; or given back whole when anything fails.
 
-    demanded   by the event in hand, waited for in the order they were asked for
+    awaited    by the event in hand (or pre-warming), and taken in the order they were asked for
     held       read ahead into scratch by the layer before, claimed by the event in hand
     guessed    on their way into slots because a guess named them; nobody waits for them before an event asks
 
@@ -25,14 +25,14 @@ from ..memory.transfer import Ticket, Transfer
 
 @dataclass(frozen=True)
 class Arrival:
-    """A row on its way: into the slot of `load`, or to be used from scratch row `place` (-1: none).
+    """A row on its way: into the slot of `load`, or to be used from row `scratch_row` of scratch (-1: none).
 
     With both it was read ahead into scratch, and goes on to the slot from there.
     """
 
     expert: int
     load: Load | None
-    place: int
+    scratch_row: int
     ticket: Ticket
 
 
@@ -44,14 +44,14 @@ class Arrivals:
         moe: MoELayer,
         cache: LayerCache,
         slots: Rows,
-        shared: Scratch,
+        scratch: Scratch,
         store: Store,
         transfer: Transfer,
         poison: bool = False,
     ):
         self.moe, self.cache, self.store, self.transfer, self.poison = moe, cache, store, transfer, poison
-        self.slots, self.shared, self.scratch = slots, shared, shared.rows(moe.layout)
-        self.demanded: deque[Arrival] = deque()
+        self.slots, self.scratch, self.scratch_rows = slots, scratch, scratch.rows(moe.layout)
+        self.awaited: deque[Arrival] = deque()
         self.held: dict[int, Held] = {}
         self.guessed: dict[int, Arrival] = {}
 
@@ -59,11 +59,11 @@ class Arrivals:
 
     def begin(self, used: Collection[int]) -> None:
         """A new event, of the experts `used`: claim what was read ahead for it, give up what stands in its way."""
-        if self.demanded or self.held or len(self.cache.pending) > len(self.guessed):
+        if self.awaited or self.held or len(self.cache.pending) > len(self.guessed):
             self.abort()  # an event that was interrupted before its wait left loads behind; a new one starts clean
         begun = time.perf_counter()
         try:
-            self.held = self.shared.claim(self.moe.index, used)
+            self.held = self.scratch.claim(self.moe.index, used)
             self._settle_guesses(used)
             self._waited(begun, rows=0)
         except BaseException:
@@ -80,47 +80,47 @@ class Arrivals:
             else:
                 self.cache.counters.late += 1
                 self.transfer.hurry(arrival.ticket)
-                self.demanded.append(arrival)
+                self.awaited.append(arrival)
             del self.guessed[e]  # not before: an error would leave it to nobody
 
-    def start(self, loads: Iterable[Load], urgent: bool = True) -> None:
+    def start(self, loads: Iterable[Load], demanded: bool = True) -> None:
         try:
             for load in loads:
-                self.send(load.expert, load, urgent=urgent)
+                self.send(load.expert, load, demanded=demanded)
         except BaseException:
             self.abort()
             raise
 
-    def send(self, expert: int, load: Load | None, place: int = -1, urgent: bool = True) -> None:
+    def send(self, expert: int, load: Load | None, scratch_row: int = -1, demanded: bool = True) -> None:
         held = self.held.pop(expert, None)
         if held is not None:
             self.cache.counters.ahead += 1
             self.cache.counters.late += not held.ticket.done.is_set()
-            self.demanded.append(Arrival(expert, load, held.place, held.ticket))
+            self.awaited.append(Arrival(expert, load, held.scratch_row, held.ticket))
             return
         if load is not None:
-            place = -1
-        self.demanded.append(Arrival(expert, load, place, self._read(expert, load, place, urgent)))
+            scratch_row = -1
+        self.awaited.append(Arrival(expert, load, scratch_row, self._read(expert, load, scratch_row, demanded)))
 
     def scratch_first(self) -> int:
         """Let what was read ahead be taken before the rest, first what goes on to a slot; return how many those are."""
-        self.demanded = deque(sorted(self.demanded, key=lambda one: (one.place < 0, one.load is None)))
-        return sum(one.place >= 0 for one in self.demanded)
+        self.awaited = deque(sorted(self.awaited, key=lambda one: (one.scratch_row < 0, one.load is None)))
+        return sum(one.scratch_row >= 0 for one in self.awaited)
 
-    def take(self, wanted: bool = True) -> Arrival:
+    def take(self, demanded: bool = True) -> Arrival:
         """The next row, in the order they were asked for, once it is complete and, if it has a slot, resident.
 
-        `wanted`: an event asked for it; else it is pre-warming.
+        `demanded`: an event asked for it; else it is pre-warming.
         """
         begun = time.perf_counter()
         try:
-            arrival = self.demanded[0]
+            arrival = self.awaited[0]
             nbytes = self.transfer.wait(arrival.ticket)
-            self.demanded.popleft()
+            self.awaited.popleft()
             if arrival.load is not None:
-                if arrival.place >= 0:
-                    self.slots.bytes[arrival.load.slot].copy_(self.scratch.bytes[arrival.place])
-                self.cache.commit(arrival.load, nbytes, wanted)
+                if arrival.scratch_row >= 0:
+                    self.slots.bytes[arrival.load.slot].copy_(self.scratch_rows.bytes[arrival.scratch_row])
+                self.cache.commit(arrival.load, nbytes, demanded)
             else:
                 self.cache.count_miss(nbytes)
                 self.cache.counters.streamed += 1
@@ -134,20 +134,20 @@ class Arrivals:
     @property
     def under_way(self) -> bool:
         """Whether anything is, or was when an event was interrupted."""
-        return bool(self.demanded or self.held or self.guessed or self.cache.pending)
+        return bool(self.awaited or self.held or self.guessed or self.cache.pending)
 
     def abort(self) -> None:
         """Give back the slot of every load that has not been committed, once nothing writes there any more.
 
-        What other layers have under way ends, too: Ctrl-C may come between asking for a row and noting its ticket, and
-        whose it is nobody can say then.
+        The rows of other layers are cancelled too: an interrupted `start` may have queued a ticket that no layer has
+        noted, so only cancelling all tickets is sure to end it.
         """
-        known: list[Arrival | Held] = [*self.demanded, *self.guessed.values(), *self.held.values()]
+        known: list[Arrival | Held] = [*self.awaited, *self.guessed.values(), *self.held.values()]
         try:
             self.transfer.cancel([*(one.ticket for one in known), *self.transfer.under_way()])
-            self.shared.drop()
+            self.scratch.drop()
         finally:
-            self.demanded, self.held, self.guessed = deque(), {}, {}
+            self.awaited, self.held, self.guessed = deque(), {}, {}
             loads = list(self.cache.pending.values())
             self.cache.abort_all()
             for load in loads:
@@ -155,17 +155,17 @@ class Arrivals:
 
     # Before anything has been asked for.
 
-    def prewarm(self, expert: int) -> bool:
+    def start_prewarm(self, expert: int) -> bool:
         """Begin to load `expert` into a free slot; say whether there is anything to wait for (`take`)."""
-        loads = self.cache.prewarm([expert])
-        self.start(loads, urgent=False)
+        loads = self.cache.fill_free_slots([expert])
+        self.start(loads, demanded=False)
         return bool(loads)
 
     def guess(self, experts: Sequence[int], most: int) -> None:
         """Begin to load what is missing of `experts` in the background, at most `most`, into the coldest slots."""
         try:
             for load in self.cache.guess(experts, most - len(self.guessed)):
-                ticket = self._read(load.expert, load, -1, urgent=False)
+                ticket = self._read(load.expert, load, -1, demanded=False)
                 self.guessed[load.expert] = Arrival(load.expert, load, -1, ticket)
         except BaseException:  # the loads after it, too, are nobody's
             self.abort()
@@ -202,11 +202,11 @@ class Arrivals:
         if self.transfer.timeline is not None:
             self.transfer.timeline.wait(self.moe.index, rows, begun_s, ended_s)
 
-    def _read(self, expert: int, load: Load | None, place: int, urgent: bool) -> Ticket:
-        rows, i = (self.slots, load.slot) if load is not None else (self.scratch, place)
+    def _read(self, expert: int, load: Load | None, scratch_row: int, demanded: bool) -> Ticket:
+        rows, i = (self.slots, load.slot) if load is not None else (self.scratch_rows, scratch_row)
         if self.poison:
             rows.bytes[i].fill_(POISON)
-        return self.transfer.start(self.store, self.moe.index, expert, rows.rows[i], urgent)
+        return self.transfer.start(self.store, self.moe.index, expert, rows.rows[i], demanded)
 
     def _give_back(self, load: Load) -> None:
         self.cache.abort(load)

@@ -23,7 +23,9 @@ import torch
 from torch import Tensor
 
 from ..cache import Policy
-from ..cache.layer_cache import Counters, LayerCache
+from ..cache.counters import LayerCounters
+from ..cache.layer_cache import LayerCache
+from ..cache.phase import fits_slots
 from ..errors import ClosedError, RoutingError
 from ..experts import MoELayer
 from ..memory.buffers import NOTHING, Rows
@@ -31,33 +33,15 @@ from ..memory.process_memory import trim_heap
 from ..memory.scratch import Scratch
 from ..memory.stores import Store
 from ..memory.transfer import Transfer
-from ..observe.trace_recorder import Recorder
-from .device_cache import Deciding, DeviceCache
-from .guesses import Trial
+from ..observe.trace_recorder import TraceRecorder
+from .device_cache import DeviceCache, DeviceCaches
+from .guesses import Guesses
 from .in_flight import Arrivals
 from .lock import ModelLock
 from .waves_cpu import RunCore, compute_while_loading
 from .waves_device import compute_in_groups, uses
 
-PROMPT = 64  # tokens from which on activations leave enough behind for the heap to be trimmed, which takes ms
-
-
-class Guesses:
-    """The last guess, until the event it was made in has asked for its own rows; and whether guessing pays."""
-
-    def __init__(self) -> None:
-        self.trial = Trial()
-        self._layer: LayerRuntime | None = None
-        self._ids: list[int] = []
-
-    def note(self, layer: LayerRuntime, ids: list[int]) -> None:
-        self._layer, self._ids = layer, ids
-
-    def begin(self) -> None:
-        """Demand has been queued: now the guess may follow it."""
-        layer, self._layer = self._layer, None
-        if layer is not None:
-            layer.arrivals.guess(self._ids, layer.cache.slots - len(self._ids))
+HEAP_TRIM_TOKENS = 64  # from so many on, activations leave enough behind for the heap to be trimmed: it takes ms
 
 
 class LayerRuntime:
@@ -82,9 +66,9 @@ class LayerRuntime:
         self.arrivals = Arrivals(moe, cache, self._rows(slots), scratch, store, transfer, poison)
         self.following: Arrivals | None = None  # for which rows are read ahead; set by `Runtime`
         self.guesses = Guesses()  # of the model; set by `Runtime`
-        self.recorder: Recorder | None = None  # of the model, while its trace is recorded
+        self.recorder: TraceRecorder | None = None  # of the model, while its trace is recorded
         self.device_cache: DeviceCache | None = None  # where the device decides
-        self.deciding: Deciding | None = None  # of the model, likewise
+        self.device_caches: DeviceCaches | None = None  # of the model, likewise
         self.module_core: RunCore | None = None  # set where the model is patched; serves `experts`
 
     @property
@@ -100,14 +84,14 @@ class LayerRuntime:
     def prefetch(self, ids_P: Tensor) -> None:
         trial = self.guesses.trial
         self._refuse_capture()
-        if ids_P.numel() >= self.cache.slots:  # a prompt, or no slot to spare
+        if ids_P.numel() >= self.cache.slots:  # no slot is left for a guess; a prompt leaves none anyway
             trial.skip()
             return
         if self.moe.index == 1:
             trial.step(time.perf_counter())
         if trial.on:
             ids = dict.fromkeys(ids_P.reshape(-1).tolist())
-            self.guesses.note(self, [e for e in ids if 0 <= e < self.cache.num_experts])
+            self.guesses.hold_back(self.arrivals, [e for e in ids if 0 <= e < self.cache.num_experts])
 
     def fetch(self, ids_P: Tensor) -> Tensor:
         self._refuse_capture()
@@ -116,10 +100,10 @@ class LayerRuntime:
         ids, used = self._event(ids_P)
         cache, arrivals = self.cache, self.arrivals
         try:
-            loads = cache.lookup(used, self._tokens(len(ids)))
+            loads = cache.lookup(used, self.moe.tokens_of(len(ids)))
             arrivals.claim_guesses(used)
             arrivals.start(loads)
-            self.guesses.begin()
+            self.guesses.start()
         except BaseException:
             arrivals.abort()
             raise
@@ -130,14 +114,14 @@ class LayerRuntime:
     def place(self, ids_P: Tensor) -> Tensor:
         if self.device_cache is None:  # the graph was traced for a layer of the device, and Dynamo shares it
             return self.wait(self.fetch(ids_P))
-        if self.deciding is None or not self.deciding.now:
+        if self.device_caches is None or not self.device_caches.in_charge:
             raise AssertionError(f"{self.moe.name}: its graph lets the device decide, and it is not in charge")
         return self.device_cache.place(ids_P)
 
-    def wait(self, ticket_P: Tensor) -> Tensor:
-        while self.arrivals.demanded:
+    def wait(self, slots_P: Tensor) -> Tensor:
+        while self.arrivals.awaited:
             self.arrivals.take()
-        return ticket_P.clone()
+        return slots_P.clone()
 
     def stream(self, x_P: Tensor, ids_P: Tensor, core: RunCore, others: Sequence[Tensor] = ()) -> Tensor:
         self._refuse_capture()
@@ -145,26 +129,26 @@ class LayerRuntime:
         ids, used = self._event(ids_P)
         cache, arrivals = self.cache, self.arrivals
         ids_P, pairs, runs_ahead = ids_P.reshape(-1), ids_P.numel(), arrivals.transfer.runs_ahead
-        tokens = self._tokens(pairs)
-        past: list[int] = []
+        tokens = self.moe.tokens_of(pairs)
+        without_slot: list[int] = []
         try:
-            if pairs <= cache.slots:  # as small as a decode step: it may evict like one
+            if fits_slots(pairs, cache.slots):
                 loads = cache.lookup(used, tokens)
             else:
-                loads, past = cache.fill(used, tokens)
+                loads, without_slot = cache.fill(used, tokens)
             arrivals.claim_guesses(used)
             arrivals.start(loads)
-            self.guesses.begin()
-            if not arrivals.demanded and not past:
+            self.guesses.start()
+            if not arrivals.awaited and not without_slot:
                 return core(x_P, self._slots_of(ids_P, ids), self.slots.bank_SN, others)
             if runs_ahead:
-                return compute_in_groups(arrivals, self.following, x_P, ids_P, used, core, others, past)
-            return compute_while_loading(arrivals, self.following, x_P, torch.tensor(ids), core, others, past)
+                return compute_in_groups(arrivals, self.following, x_P, ids_P, used, core, others, without_slot)
+            return compute_while_loading(arrivals, self.following, x_P, torch.tensor(ids), core, others, without_slot)
         except BaseException:
             arrivals.abort()
             raise
         finally:
-            if tokens >= PROMPT and not runs_ahead:  # a device's activations are not on the heap
+            if tokens >= HEAP_TRIM_TOKENS and not runs_ahead:  # a device's activations are not on the heap
                 trim_heap()
 
     def experts(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -178,23 +162,23 @@ class LayerRuntime:
             return weighted_PH.view(tokens, k, -1).sum(dim=1).to(x_TH.dtype)
 
     @property
-    def counters(self) -> Counters:
+    def counters(self) -> LayerCounters:
         """What the layer has done so far, whoever decided."""
-        if self.device_cache is not None and self.deciding is not None and self.deciding.now:
+        if self.device_cache is not None and self.device_caches is not None and self.device_caches.in_charge:
             return self.device_cache.counters()
         return self.cache.counters
 
     @property
     def resident(self) -> int:
         """How many experts are in slots."""
-        if self.device_cache is not None and self.deciding is not None and self.deciding.now:
+        if self.device_cache is not None and self.device_caches is not None and self.device_caches.in_charge:
             return int((self.device_cache.state.expert_at_S >= 0).sum())
         return len(self.cache.resident())
 
     def take_over(self, sizes: Collection[int]) -> None:
         """A graph is about to run in which the device decides, in all layers; its events have so many pairs."""
-        if self.deciding is not None:
-            self.deciding.take_over(sizes)
+        if self.device_caches is not None:
+            self.device_caches.take_over(sizes)
 
     def empty(self) -> None:
         """Wait for what is under way, and give the slots back with all that is in them. Then `hold`, or `release`."""
@@ -210,16 +194,16 @@ class LayerRuntime:
 
     def release(self) -> None:
         """Give the memory back. Nothing may be on its way any more."""
-        self.module_core = self.device_cache = self.deciding = None
-        self.arrivals.slots = self.arrivals.scratch = NOTHING
-        self.arrivals.shared.release()
+        self.module_core = self.device_cache = self.device_caches = None
+        self.arrivals.slots = self.arrivals.scratch_rows = NOTHING
+        self.arrivals.scratch.release()
 
     def _rows(self, slots: int) -> Rows:
         layout = self.moe.layout
         return Rows(slots, layout.row_bytes, layout.dtype, self.poison, device=self.device)
 
     def _event(self, ids_P: Tensor) -> tuple[list[int], Counter[int]]:
-        """The ids of one event, checked and counted; what is on its way for it has been claimed.
+        """The ids of one event, checked, and how often each is there; what is on its way for it has been claimed.
 
         Of a prompt on a device the host hears no more than the counts, and there are no ids.
         """
@@ -235,16 +219,13 @@ class LayerRuntime:
             self._hand_back()  # raises for a layer of the device where it began there: this one may only have followed
             raise
         if self.recorder is not None:
-            self.recorder.event(self.moe.index, ids, self._tokens(pairs))
-        counts = self.cache.counters.counts
-        for e, count in used.items():
-            counts[e] += count
+            self.recorder.event(self.moe.index, ids, self.moe.tokens_of(pairs))
         self.arrivals.begin(used)  # last: what it has claimed is given back by whoever called
         return ids, used
 
     def _hand_back(self) -> None:
-        if self.deciding is not None:
-            self.deciding.hand_back()
+        if self.device_caches is not None:
+            self.device_caches.hand_back()
 
     def _refuse_capture(self) -> None:
         self.arrivals.transfer.refuse_capture(self.moe.name)
@@ -255,9 +236,6 @@ class LayerRuntime:
         if transfer.runs_ahead:
             return transfer.send(torch.tensor(slot_of, dtype=ids_P.dtype)).index_select(0, ids_P)
         return torch.tensor([slot_of[e] for e in ids], dtype=ids_P.dtype)
-
-    def _tokens(self, pairs: int) -> int:
-        return -(-pairs // self.moe.top_k)
 
 
 def closed(name: str) -> ClosedError:

@@ -15,10 +15,11 @@ from torch import Tensor
 from ..memory.stores import Store
 from ..memory.transfer import Transfer
 from ..observe.timeline import Depth, Timeline
-from ..observe.trace_recorder import Recorder
-from .device_cache import Deciding
+from ..observe.trace_recorder import TraceRecorder
+from .device_cache import DeviceCaches
+from .guesses import Guesses
 from .kernels import Kernels
-from .layer import Guesses, LayerRuntime, closed
+from .layer import LayerRuntime, closed
 from .lock import ModelLock
 
 
@@ -40,8 +41,9 @@ class Runtime:
             if layer.moe.layout.row_bytes == following.moe.layout.row_bytes:  # they share scratch rows one to one
                 layer.following = following.arrivals
         self._lock = lock or ModelLock()
-        self.deciding: Deciding | None = None  # where the device decides
-        self.decided: frozenset[int] = frozenset()  # the layers it decides for
+        self.device_caches: DeviceCaches | None = None  # where the device decides
+        self.device_layers: frozenset[int] = frozenset()  # the layers it decides for
+        self.recorder: TraceRecorder | None = None  # while a trace is recorded
         self.closed = False
         self._stores, self._transfer = stores, transfer
 
@@ -64,10 +66,11 @@ class Runtime:
         if self.closed:
             raise closed("this model")
 
-    def record(self, recorder: Recorder) -> None:
+    def record_trace(self, recorder: TraceRecorder) -> None:
         """Write down what every layer is asked from now on."""
         self.check_open()
         with self.lock:
+            self.recorder = recorder
             for layer in self.layers:
                 layer.recorder = recorder
 
@@ -76,25 +79,29 @@ class Runtime:
 
         `rows_EN[l]` are all rows of layer l, None where it cannot read them and each has a slot of its own.
         """
-        self.decided, decided = frozenset(rows_EN), [self.layers[i] for i in rows_EN]
-        self.deciding = Deciding([layer.arrivals for layer in decided], list(rows_EN.values()), half_life, kernels)
+        self.device_layers, decided = frozenset(rows_EN), [self.layers[i] for i in rows_EN]
+        self.device_caches = DeviceCaches(
+            [layer.arrivals for layer in decided], list(rows_EN.values()), half_life, kernels
+        )
         for layer in self.layers:
-            layer.deciding = self.deciding
-        for layer, cache in zip(decided, self.deciding.caches, strict=True):
+            layer.device_caches = self.device_caches
+        for layer, cache in zip(decided, self.device_caches.caches, strict=True):
             layer.device_cache = cache
 
     def leave_to_host(self) -> None:
-        """Slots have become fewer: the device gives up the layers of which it cannot read what has none any more."""
-        if self.deciding is None:
+        """After slots have become fewer: layers whose non-resident rows the device cannot read go back to the host."""
+        if self.device_caches is None:
             return
-        kept = [cache for cache in self.deciding.caches if cache.readable]
-        self.decided = frozenset(i for i in self.decided if self.layers[i].arrivals in [one.arrivals for one in kept])
-        self.deciding.caches = kept
+        kept = [cache for cache in self.device_caches.caches if cache.readable]
+        self.device_layers = frozenset(
+            i for i in self.device_layers if self.layers[i].arrivals in [one.arrivals for one in kept]
+        )
+        self.device_caches.caches = kept
         if not kept:
-            self.deciding = None
+            self.device_caches = None
         for layer in self.layers:
-            layer.deciding = self.deciding
-            if layer.moe.index not in self.decided:
+            layer.device_caches = self.device_caches
+            if layer.moe.index not in self.device_layers:
                 layer.device_cache = None
 
     def current(self) -> AbstractContextManager[object]:
@@ -103,14 +110,14 @@ class Runtime:
 
     def check_ids(self) -> None:
         """Raise `RoutingError` if the device met an id that is no expert's."""
-        if self.deciding is not None:
-            self.deciding.check_ids()
+        if self.device_caches is not None:
+            self.device_caches.check_ids()
 
     def hand_back(self) -> None:
-        """Where the device decides, hear what it has decided so far. Waits for a forward in flight."""
-        if self.deciding is not None:
+        """Copy the device's slot tables and counters to the host's caches. Waits for a forward in flight."""
+        if self.device_caches is not None:
             with self.lock, self.current():
-                self.deciding.hand_back()
+                self.device_caches.hand_back()
 
     def depth(self) -> Depth:
         """What is queued and being read now."""
@@ -155,6 +162,6 @@ class Runtime:
                 for store in self._stores:
                     last_first.callback(store.close)
                 last_first.callback(self._transfer.close)
-                last_first.callback(setattr, self, "deciding", None)
+                last_first.callback(setattr, self, "device_caches", None)
                 if self._lock.is_here:
                     self.hand_back()

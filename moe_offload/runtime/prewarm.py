@@ -5,13 +5,25 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 
+from ..config.sizes import format_size
+from ..observe.profile import Profile
+from ..observe.profile_stats import most_wanted
+from ..observe.progress import bar
 from .in_flight import Arrivals
 from .model import Runtime
 
 DEPTH = 4  # rows on their way at once
 
 
-def prewarm(
+def prewarm_from(runtime: Runtime, prior: Profile) -> None:
+    """Fill the slots with what the profile expects, and show how far it is."""
+    wanted = most_wanted(prior, [layer.cache.slots for layer in runtime.layers])
+    size = sum(runtime.layers[layer].moe.layout.row_bytes for layer, _ in wanted)
+    with bar("Pre-warming", len(wanted), unit="row", what=format_size(size)) as shown:
+        prewarm_slots(runtime, wanted, shown.update)
+
+
+def prewarm_slots(
     runtime: Runtime, wanted: Iterable[tuple[int, int]], progress: Callable[[int], object] = lambda n: None
 ) -> None:
     """Load `wanted`, (layer, expert) in the order in which they are missed most, into free slots.
@@ -21,18 +33,18 @@ def prewarm(
     under_way: deque[Arrivals] = deque()
     with runtime.lock:
         for layer_runtime in runtime.layers:
-            if layer_runtime.arrivals.demanded:  # of an event that was interrupted before its wait
+            if layer_runtime.arrivals.awaited:  # of an event that was interrupted before its wait
                 layer_runtime.arrivals.abort()
         try:
             for layer, expert in wanted:
                 arrivals = runtime.layers[layer].arrivals
-                if arrivals.prewarm(expert):
+                if arrivals.start_prewarm(expert):
                     under_way.append(arrivals)
                 if len(under_way) >= DEPTH:
-                    under_way.popleft().take(wanted=False)
+                    under_way.popleft().take(demanded=False)
                     progress(1)
             while under_way:
-                under_way.popleft().take(wanted=False)
+                under_way.popleft().take(demanded=False)
                 progress(1)
         except BaseException:
             for layer_runtime in runtime.layers:

@@ -11,38 +11,38 @@ from collections.abc import Iterator, Sequence
 
 from .in_flight import Arrivals
 
-EXPECTED_USES = 2  # pairs per expert from which on reading ahead for the next layer is no guess
+READ_AHEAD_USES = 2  # read ahead for the next layer only if the event has at least so many pairs per expert
 
 
 class Feed:
-    """`past` are the experts of an event of `pairs` pairs that have no slot and are not on their way yet."""
+    """`without_slot` are the experts of an event of `pairs` pairs that have no slot and are not on their way yet."""
 
-    def __init__(self, arrivals: Arrivals, following: Arrivals | None, pairs: int, past: Sequence[int]):
-        self.arrivals, self.following, self.past = arrivals, following, deque(past)
+    def __init__(self, arrivals: Arrivals, following: Arrivals | None, pairs: int, without_slot: Sequence[int]):
+        self.arrivals, self.following, self.without_slot = arrivals, following, deque(without_slot)
         self._expected = self._expected_next(pairs)
 
     def claim(self) -> None:
-        """Demand those of `past` that were read ahead: they are here, or will be soon."""
-        for e in [e for e in self.past if e in self.arrivals.held]:
-            self.past.remove(e)
+        """Demand those of `without_slot` that were read ahead: they are here, or will be soon."""
+        for e in [e for e in self.without_slot if e in self.arrivals.held]:
+            self.without_slot.remove(e)
             self.arrivals.send(e, None)
 
     def fill(self) -> None:
-        """Rows past the slots into whatever scratch is free; what is left over reads ahead."""
-        arrivals, past = self.arrivals, self.past
-        taken = {held.place for held in arrivals.held.values()} | {one.place for one in arrivals.demanded}
-        places = deque(i for i in range(len(arrivals.scratch.rows)) if i not in taken)
-        while places and past:
-            arrivals.send(past.popleft(), None, places.popleft())
-        for place in places:
-            self._read_ahead(place)
+        """Rows without a slot into whatever scratch is free; what is left over reads ahead."""
+        arrivals, without_slot = self.arrivals, self.without_slot
+        taken = {held.scratch_row for held in arrivals.held.values()} | {one.scratch_row for one in arrivals.awaited}
+        free_rows = deque(i for i in range(len(arrivals.scratch_rows.rows)) if i not in taken)
+        while free_rows and without_slot:
+            arrivals.send(without_slot.popleft(), None, free_rows.popleft())
+        for scratch_row in free_rows:
+            self._read_ahead(scratch_row)
 
-    def reuse(self, place: int) -> None:
+    def reuse(self, scratch_row: int) -> None:
         """This scratch row has done its part: the next in need takes it."""
-        if self.past:
-            self.arrivals.send(self.past.popleft(), None, place)
+        if self.without_slot:
+            self.arrivals.send(self.without_slot.popleft(), None, scratch_row)
         else:
-            self._read_ahead(place)
+            self._read_ahead(scratch_row)
 
     def _expected_next(self, pairs: int) -> Iterator[int]:
         """Experts that the following layer will probably need and has to read, the likeliest first.
@@ -51,15 +51,15 @@ class Feed:
         be asked for. Guesses for a single token need its router (`prefetch`).
         """
         following = self.following
-        if following is None or pairs < EXPECTED_USES * following.cache.num_experts:
+        if following is None or pairs < READ_AHEAD_USES * following.cache.num_experts:
             return iter(())
         cache = following.cache
         absent = (e for e, slot in enumerate(cache.slot_of) if slot < 0 and e not in cache.pending)
         return iter(sorted(absent, key=cache.counters.counts.__getitem__, reverse=True))
 
-    def _read_ahead(self, place: int) -> None:
+    def _read_ahead(self, scratch_row: int) -> None:
         following, expert = self.following, next(self._expected, None)
         if following is not None and expert is not None:
-            self.arrivals.shared.read_ahead(
-                following.moe.index, following.store, following.moe.layout, expert, place, following.count_wasted
+            self.arrivals.scratch.read_ahead(
+                following.moe.index, following.store, following.moe.layout, expert, scratch_row, following.count_wasted
             )

@@ -6,7 +6,7 @@ Shapes: P token-expert pairs, E experts, S slots, N elements of one row.
     resident pairs    ████████
     row 1 (to a slot) ░░░░░░██                  ░ on its way   █ computed
     row 2             ░░░░░░░░██
-    rows past the slots, through scratch ░░░░██   and scratch that has done its part reads ahead for the next layer
+    rows without a slot, through scratch ░░░░██   and scratch that has done its part reads ahead for the next layer
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from .scratch_feed import Feed
 
 
 class RunCore(Protocol):
-    """The experts code of one site: a result per pair, or, given `rows` (positions, each once, or a slice), for those.
+    """The experts code of one site: a result per pair, or, given `pairs_R`, one for each pair of a wave.
 
-    There are as many `slots` as results.
+    `pairs_R` are R positions, each once, or a slice. There is a slot for each result.
     """
 
     def __call__(
         self,
         x_P: Tensor,
-        slots: Tensor,
+        slots_R: Tensor,
         bank_SN: Tensor,
         others: Sequence[Tensor],
-        rows: Tensor | slice | None = None,
+        pairs_R: Tensor | slice | None = None,
     ) -> Tensor: ...
 
 
@@ -45,14 +45,14 @@ def compute_while_loading(
     ids_P: Tensor,
     core: RunCore,
     others: Sequence[Tensor],
-    past: Sequence[int],
+    without_slot: Sequence[int],
 ) -> Tensor:
     """The result of every pair, in their order.
 
-    `past` are experts without a slot: as many of their rows as there is scratch are on their way at any time. Rows of
-    `following` that will probably be asked for are read into scratch that has done its part.
+    `without_slot` are experts without a slot: as many of their rows as there is scratch are on their way at any time.
+    Rows of `following` that will probably be asked for are read into scratch that has done its part.
     """
-    feed = Feed(arrivals, following, len(ids_P), past)
+    feed = Feed(arrivals, following, len(ids_P), without_slot)
     feed.claim()
     feed.fill()
     wave = _Wave(arrivals, feed, x_P, ids_P, core, others)
@@ -61,10 +61,10 @@ def compute_while_loading(
     while wave.next_is_in_scratch():
         wave.compute_next()
     wave.compute_resident()
-    while arrivals.demanded:
+    while arrivals.awaited:
         wave.compute_next()
-    if wave.out_P is None or feed.past:  # there was a load, so there were pairs; and nobody is to be left out
-        raise AssertionError(f"{arrivals.moe.name}: experts {list(feed.past)} were not computed")
+    if wave.out_P is None or feed.without_slot:  # there was a load, so there were pairs; and nobody is to be left out
+        raise AssertionError(f"{arrivals.moe.name}: experts {list(feed.without_slot)} were not computed")
     return wave.out_P
 
 
@@ -84,41 +84,45 @@ class _Wave:
         self.x_P, self.ids_P, self.core, self.others = x_P, ids_P, core, others
         self.out_P: Tensor | None = None
         cache = arrivals.cache
-        absent = [one.expert for one in arrivals.demanded] + list(feed.past)
-        here_E = torch.ones(cache.num_experts, dtype=torch.bool)
-        here_E[absent] = False
-        self.here = here_E[ids_P].nonzero().flatten()
-        self.slots_here = torch.tensor(cache.slot_of)[ids_P[self.here]]
+        absent = [one.expert for one in arrivals.awaited] + list(feed.without_slot)
+        resident_E = torch.ones(cache.num_experts, dtype=torch.bool)
+        resident_E[absent] = False
+        self.resident_R = resident_E[ids_P].nonzero().flatten()
+        self.resident_slots_R = torch.tensor(cache.slot_of)[ids_P[self.resident_R]]
         # Grouped experts code has sorted its pairs: those of one expert are neighbours, and need no gathering.
         in_order = bool((ids_P[1:] >= ids_P[:-1]).all())
         self.order_P = None if in_order else ids_P.argsort(stable=True)
         self.ends_E = ids_P.bincount(minlength=cache.num_experts).cumsum(0).tolist()
 
     def next_is_in_scratch(self) -> bool:
-        demanded = self.arrivals.demanded
-        return bool(demanded) and demanded[0].place >= 0 and demanded[0].ticket.done.is_set()
+        awaited = self.arrivals.awaited
+        return bool(awaited) and awaited[0].scratch_row >= 0 and awaited[0].ticket.done.is_set()
 
     def compute_resident(self) -> None:
-        if len(self.here):
-            self._compute(self.here, self.slots_here, self.arrivals.slots)
+        if len(self.resident_R):
+            self._compute(self.resident_R, self.resident_slots_R, self.arrivals.slots)
 
     def compute_next(self) -> None:
-        """The pairs of the next row to arrive; its place in scratch, if it has one, goes to the next in need."""
+        """The pairs of the next row to arrive; its scratch row, if it has one, goes to the next in need."""
         arrivals = self.arrivals
         arrival = arrivals.take()
         e = arrival.expert
-        rows = slice(self.ends_E[e - 1] if e else 0, self.ends_E[e])
-        source, i = (arrivals.scratch, arrival.place) if arrival.load is None else (arrivals.slots, arrival.load.slot)
-        slots = torch.full((rows.stop - rows.start,), i)
-        self._compute(rows if self.order_P is None else self.order_P[rows], slots, source)
-        if arrival.place >= 0:
-            self.feed.reuse(arrival.place)
+        pairs = slice(self.ends_E[e - 1] if e else 0, self.ends_E[e])
+        source, i = (
+            (arrivals.scratch_rows, arrival.scratch_row)
+            if arrival.load is None
+            else (arrivals.slots, arrival.load.slot)
+        )
+        slots_R = torch.full((pairs.stop - pairs.start,), i)
+        self._compute(pairs if self.order_P is None else self.order_P[pairs], slots_R, source)
+        if arrival.scratch_row >= 0:
+            self.feed.reuse(arrival.scratch_row)
 
-    def _compute(self, rows: Tensor | slice, slots: Tensor, source: Rows) -> None:
-        part = self.core(self.x_P, slots, source.bank_SN, self.others, rows)
+    def _compute(self, pairs_R: Tensor | slice, slots_R: Tensor, source: Rows) -> None:
+        part = self.core(self.x_P, slots_R, source.bank_SN, self.others, pairs_R)
         if self.out_P is None:
             self.out_P = part.new_empty((len(self.ids_P), *part.shape[1:]))
-        if isinstance(rows, slice):
-            self.out_P[rows] = part
+        if isinstance(pairs_R, slice):
+            self.out_P[pairs_R] = part
         else:
-            self.out_P.index_copy_(0, rows, part)
+            self.out_P.index_copy_(0, pairs_R, part)

@@ -56,13 +56,13 @@ def compute_in_groups(
     used: Mapping[int, int],
     core: RunCore,
     others: Sequence[Tensor],
-    past: Sequence[int],
+    without_slot: Sequence[int],
 ) -> Tensor:
     """The result of every pair, in their order. `ids_P` is on the device; `used` says how often each expert is in it.
 
-    `past` and `following` are those of `compute_while_loading`.
+    `without_slot` and `following` are those of `compute_while_loading`.
     """
-    feed = Feed(arrivals, following, len(ids_P), past)
+    feed = Feed(arrivals, following, len(ids_P), without_slot)
     feed.claim()
     ahead = arrivals.scratch_first()
     feed.fill()
@@ -75,15 +75,15 @@ def compute_in_groups(
         if taken and [(one.expert, _row(one)) for one in taken] != list(zip(group.experts, group.rows, strict=True)):
             raise AssertionError(f"{arrivals.moe.name}: {taken} arrived, and {group} is next")
         begin, end = end, end + sum(used[e] for e in group.experts)
-        source: Rows = arrivals.slots if group.in_slots else arrivals.scratch
+        source: Rows = arrivals.slots if group.in_slots else arrivals.scratch_rows
         part = core(x_P, slots_P[begin:end], source.bank_SN, others, order_P[begin:end])
         if out_P is None:
             out_P = part.new_empty((len(ids_P), *part.shape[1:]))
         out_P.index_copy_(0, order_P[begin:end], part)
         for one in taken:
-            if one.place >= 0:
-                feed.reuse(one.place)
-    if out_P is None or end != len(ids_P) or arrivals.demanded or feed.past:
+            if one.scratch_row >= 0:
+                feed.reuse(one.scratch_row)
+    if out_P is None or end != len(ids_P) or arrivals.awaited or feed.without_slot:
         raise AssertionError(f"{arrivals.moe.name}: {end} of {len(ids_P)} pairs were computed")
     return out_P
 
@@ -93,16 +93,16 @@ def _groups(arrivals: Arrivals, feed: Feed, used: Mapping[int, int], ahead: int)
 
     Until rows are out of scratch nothing more can be read into it, so what lies there goes before what is resident.
     All is known beforehand: rows arrive in the order they are asked for, and a scratch row that has done its part goes
-    to the next expert past the slots.
+    to the next expert without a slot.
     """
-    most = max(1, len(arrivals.scratch.rows) // PARTS)
-    absent = {one.expert for one in arrivals.demanded}.union(feed.past)
+    most = max(1, len(arrivals.scratch_rows.rows) // PARTS)
+    absent = {one.expert for one in arrivals.awaited}.union(feed.without_slot)
     here = [e for e in used if e not in absent]
-    coming = [(one.expert, _row(one), one.load is not None) for one in arrivals.demanded]
-    places = [one.place for one in arrivals.demanded if one.place >= 0]
-    for i, e in enumerate(feed.past):
-        places.append(places[i])
-        coming.append((e, places[i], False))
+    coming = [(one.expert, _row(one), one.load is not None) for one in arrivals.awaited]
+    in_turn = [one.scratch_row for one in arrivals.awaited if one.scratch_row >= 0]
+    for i, e in enumerate(feed.without_slot):
+        in_turn.append(in_turn[i])
+        coming.append((e, in_turn[i], False))
     groups = list(_split(coming[:ahead], most))
     if here:
         groups.append(Group(here, [arrivals.cache.slot_of[e] for e in here], in_slots=True, here=True))
@@ -118,7 +118,7 @@ def _split(coming: Sequence[tuple[int, int, bool]], most: int) -> Iterator[Group
 
 
 def _row(arrival: Arrival) -> int:
-    return arrival.place if arrival.load is None else arrival.load.slot
+    return arrival.scratch_row if arrival.load is None else arrival.load.slot
 
 
 def _in_order(arrivals: Arrivals, groups: Sequence[Group], ids_P: Tensor) -> tuple[Tensor, Tensor]:

@@ -93,17 +93,17 @@ class CacheMachine(RuleBasedStateMachine):
     def fill(self, data):
         used = {e: data.draw(st.integers(1, 9), "uses") for e in self.draw_experts(data, self.cache.num_experts)}
         before, pending = set(self.cache.resident()), len(self.cache.pending)
-        loads, past = self.cache.fill(used, 9)
+        loads, without_slot = self.cache.fill(used, 9)
         self.events += 1
         self.hits += len(before & set(used))
         gone, admitted = before - set(self.cache.resident()), {load.expert for load in loads}
         assert not gone & set(used), "a victim was in the event"
-        assert sorted([*admitted, *past]) == sorted(set(used) - before), "each missing row is loaded once"
+        assert sorted([*admitted, *without_slot]) == sorted(set(used) - before), "each missing row is loaded once"
         assert not (gone and self.cache.free), "evicted, with a slot to spare"
-        assert not (past and self.cache.free), "streamed, with a slot to spare"
+        assert not (without_slot and self.cache.free), "streamed, with a slot to spare"
         policy, kept = self.cache.policy, admitted | (before - gone - set(used))
         if isinstance(policy, DecayedLFU):
-            lost = [policy.score(e) for e in [*gone, *past]]
+            lost = [policy.score(e) for e in [*gone, *without_slot]]
             assert not kept or not lost or min(policy.score(e) for e in kept) >= max(lost), "a colder row stayed"
         assert len(loads) <= self.cache.slots - pending
         check(self.cache)
@@ -113,7 +113,7 @@ class CacheMachine(RuleBasedStateMachine):
     def prewarm(self, data):
         wanted = self.draw_experts(data, self.cache.num_experts)
         before, room = self.cache.resident(), len(self.cache.free)
-        loads = self.cache.prewarm(wanted)
+        loads = self.cache.fill_free_slots(wanted)
         assert self.cache.resident() == before, "prewarm evicted"
         assert [load.expert for load in loads] == [e for e in wanted if e not in before][:room]
         self.settle(loads, data, demanded=False)
@@ -222,3 +222,13 @@ def test_an_event_that_finds_no_room_changes_nothing():
     with pytest.raises(Exception):  # noqa: B017 - a typed error, once it has one
         cache.lookup(once([2, 3, 4]))
     assert cache.pending == pending
+
+
+def test_guesses_take_no_more_than_there_is_room_for():
+    """Rows that are expected themselves give no slot to other guesses."""
+    cache = make(num_experts=6, slots=3)
+    for load in cache.lookup(once([0, 1, 2])):
+        cache.commit(load, 1)
+    loads = cache.guess([0, 1, 3, 4, 5], most=5)
+    assert [load.expert for load in loads] == [3]
+    check(cache)

@@ -37,7 +37,7 @@ def after(make, history, half_life=32.0, prior=None):
     if prior is not None:
         policy.seed(prior)
     for used, tokens in history:
-        policy.record(used, tokens)
+        policy.access(used, tokens)
     return policy
 
 
@@ -147,7 +147,7 @@ def test_scores_stay_finite_for_ten_million_tokens(half_life):
     policy = DecayedLFU(E, half_life)
     policy.seed([1000, *[0] * (E - 1)])
     for step in range(10_000):
-        policy.record({step % (E - 1): 1}, 1000)
+        policy.access({step % (E - 1): 1}, 1000)
     assert all(math.isfinite(policy.score(e)) for e in range(E))
     assert all(map(math.isfinite, [*policy.rate.used, policy.rate.unit]))
     assert policy.victims(range(E), 1) == [E - 1]  # the one that was never used
@@ -165,7 +165,7 @@ class PlainSuccessors:
         self.fast, self.slow = [0.0] * E, [0.0] * E
         self.by, self.followed, self.sets = [[0] * E for _ in range(E)], [0] * E, []
 
-    def record(self, used, tokens):
+    def access(self, used, tokens):
         for rates, half_life in ((self.fast, successors.FAST), (self.slow, successors.SLOW)):
             for e in range(E):
                 left = sum(2 ** (-t / half_life) for t in range(tokens)) / tokens  # of uses spread over the tokens
@@ -191,8 +191,8 @@ class PlainSuccessors:
 def test_victims_have_the_smallest_scores(history, again):
     policy, plain = Successors(E), PlainSuccessors()
     for used, tokens in history * again:
-        policy.record(used, tokens)
-        plain.record(used, tokens)
+        policy.access(used, tokens)
+        plain.access(used, tokens)
     scores = [plain.score(e) for e in policy.victims(range(E), E)]
     assert all(a <= b + 1e-6 for a, b in pairwise(scores))
 
@@ -201,7 +201,7 @@ def test_rates_stay_finite_for_ten_million_tokens():
     policy = Successors(E)
     policy.seed([1.0, *[0.0] * (E - 1)])
     for step in range(20_000):
-        policy.record({step % (E - 1): 1}, 1000 if step % 2 else 1)
+        policy.access({step % (E - 1): 1}, 1000 if step % 2 else 1)
     for rate in (policy.fast, policy.slow):
         assert all(map(math.isfinite, [*rate.used, rate.unit]))
     assert policy.victims(range(E), 1) == [E - 1]

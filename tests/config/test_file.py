@@ -24,7 +24,9 @@ def file(tmp_path):
     return write
 
 
-def test_precedence(file, monkeypatch):
+def test_precedence(file, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "it.json").touch()
     path = file("budget: 8GB\npolicy: lru\nwave_rows: 3\nprofile: it.json\n")
     monkeypatch.setenv("MOE_OFFLOAD_WAVE_ROWS", "7")
     assert resolve(path) == OffloadConfig(budget="8GB", policy="lru", wave_rows=7, profile="it.json")
@@ -34,6 +36,16 @@ def test_precedence(file, monkeypatch):
     where = origins(path, budget="4GB")
     assert where["budget"] == "argument" and where["wave_rows"] == "environment variable MOE_OFFLOAD_WAVE_ROWS"
     assert where["policy"] == f"configuration file {path}" and where["kv_tokens"] == "default"
+
+
+def test_a_profile_that_is_not_there_is_refused_by_who_named_it(file, monkeypatch):
+    path = file("profile: nowhere.json\n")
+    with pytest.raises(ConfigError, match=rf"configuration file {path}: profile='nowhere.json': there is no such file"):
+        resolve(path)
+    assert resolve(path, profile="other.json").profile == "other.json", "what does not count is not looked at"
+    monkeypatch.setenv("MOE_OFFLOAD_PROFILE", "nowhere.json")
+    with pytest.raises(ConfigError, match=r"environment variable MOE_OFFLOAD_PROFILE: profile='nowhere\.json'"):
+        resolve()
 
 
 def test_which_file_counts(file, monkeypatch):
@@ -49,7 +61,7 @@ def test_which_file_counts(file, monkeypatch):
 
 
 def test_a_file_that_was_named_must_be_there(monkeypatch, tmp_path):
-    with pytest.raises(ConfigError, match=r"nowhere.yaml cannot be read.*moe-offload config"):
+    with pytest.raises(ConfigError, match=r"nowhere.yaml. cannot be used.*moe-offload config"):
         resolve("nowhere.yaml")
     monkeypatch.setenv("MOE_OFFLOAD_CONFIG_FILE", str(tmp_path / "gone.yaml"))
     with pytest.raises(ConfigError, match=r"gone\.yaml"):
@@ -86,7 +98,7 @@ def test_the_default_place_is_beside_accelerates(monkeypatch, tmp_path):
         ("{? [a] : b}", "not plain YAML"),
         ("policy: " + "[" * 30000, "not plain YAML"),
         ("kv_tokens: " + "9" * 5000, "not plain YAML"),
-        ("#" * 70000, "more than 65536 bytes"),
+        ("#" * 70000, "70000 bytes, the limit is 65536"),
         ("policy: lru\n---\npolicy: lru", "not plain YAML"),
         ("policy: \x07", "not plain YAML"),
     ],
@@ -111,7 +123,7 @@ def test_a_bomb_of_aliases_is_refused_at_its_first_line(file):
 def test_what_is_no_file_neither_blocks_nor_feeds_us(make, tmp_path):
     path = tmp_path / "settings.yaml"
     make(path)
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="cannot be used"):
         resolve(path)
 
 
@@ -130,7 +142,7 @@ def test_json(file):
     path = file(json.dumps({"budget": "8GB", "max_memory": {"0": "8GB"}}), "settings.json")
     assert resolve(path) == OffloadConfig(budget="8GB", max_memory={0: "8GB"})
     for text in ('{"budget": 1, "budget": 2}', "{", "[1]", "[" * 30000):
-        with pytest.raises(ConfigError, match=r"settings.json cannot be used"):
+        with pytest.raises(ConfigError, match=r"settings.json. cannot be used"):
             resolve(file(text, "settings.json"))
 
 
@@ -140,6 +152,6 @@ def test_writing_is_whole_or_not_at_all(tmp_path, monkeypatch):
     config_file.write(path, said)
     assert config_file.read(path) == said and path.read_text().startswith("# Settings of moe_offload")
     monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(ConfigError, match=r"not written: No space left.*unchanged"):
+    with pytest.raises(ConfigError, match=r"was not saved: No space left.*unchanged"):
         config_file.write(path, {"budget": "4GB"})
     assert config_file.read(path) == said and [p.name for p in path.parent.iterdir()] == [path.name]

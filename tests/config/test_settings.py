@@ -154,7 +154,9 @@ def test_resolve_refuses_what_is_no_config():
         ("fullgraph", "YES", True),
     ],
 )
-def test_environment(monkeypatch, field, text, value):
+def test_environment(monkeypatch, tmp_path, field, text, value):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "it.json").touch()  # a profile that is not there is refused
     monkeypatch.setenv(f"MOE_OFFLOAD_{field.upper()}", text)
     assert resolve() == OffloadConfig(**{field: value})
     assert getattr(resolve({"policy": "decayed_lfu"} if field != "policy" else {}), field) == value

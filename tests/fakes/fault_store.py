@@ -60,9 +60,9 @@ def make(slots=3, store=None, scratch_rows=1, poison=True, threads=1, transfer=N
     return Runtime(layers, [store], transfer), store
 
 
-def tags(x_P, slots_P, bank_SN, others, rows=None):
+def tags(x_P, slots_P, bank_SN, others, pairs_R=None):
     """A core whose result is each pair's row: (first element, last element of the second field)."""
-    assert rows is None or len(x_P[rows]) == len(slots_P)
+    assert pairs_R is None or len(x_P[pairs_R]) == len(slots_P)
     assert bool((slots_P >= 0).all())
     return bank_SN[slots_P][:, [0, B]]
 
@@ -88,7 +88,7 @@ def run(layer, ids):
 
 def assert_sound(layer):
     check(layer.cache)
-    assert not layer.cache.pending and not layer.arrivals.demanded
+    assert not layer.cache.pending and not layer.arrivals.awaited
     for e in layer.cache.resident():
         row = layer.slots.bank_SN[layer.cache.slot_of[e]]
         assert bool((row == 100.0 * layer.moe.index + e).all()), f"slot of expert {e} holds something else"

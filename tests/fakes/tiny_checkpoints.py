@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_offload.checkpoint.headers import read_headers, shard_files
+from moe_offload.checkpoint.headers import read_headers
+from moe_offload.checkpoint.pretrained.weight_files import weight_files
 from moe_offload.checkpoint.row_index import RowIndex, index_rows
 from moe_offload.experts import MoELayer, find_experts
 
@@ -72,7 +73,7 @@ def save(model: Any, folder: Path, shard: str = "1GB") -> Path:
 
 def index_of(model: nn.Module, folder: Path) -> tuple[list[MoELayer], RowIndex]:
     moe_layers = find_experts(model)
-    return moe_layers, index_rows(model, moe_layers, read_headers(shard_files(folder)))
+    return moe_layers, index_rows(model, moe_layers, read_headers(weight_files(folder).files))
 
 
 def new_row(moe: MoELayer) -> torch.Tensor:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from moe_offload.cache.layer_cache import Counters
+from moe_offload.cache.counters import Counters
 from moe_offload.forward import advise
 from moe_offload.forward.advise import ENOUGH, EVERY, Advisor, at_start, knob
 from moe_offload.pack import pack_checkpoint
@@ -30,15 +30,15 @@ class Model:
         self.counters = [Counters(), Counters()]
         layers = [SimpleNamespace(counters=c, store=None) for c in self.counters]
         plan = plan_at(share)
-        self.advisor = Advisor(SimpleNamespace(layers=layers, decided=(), slots=plan.slots), plan)
+        self.advisor = Advisor(SimpleNamespace(layers=layers, device_layers=(), slots=plan.slots), plan)
 
     def forward(self, tokens=1, *, hits=1, misses=3, stall_s=0.04, spent_s=0.1):
         """`stall_s` is that of both layers together."""
-        self.advisor.begins(tokens)
+        self.advisor.begins(tokens == 1)
         for c in self.counters:
             c.tokens, c.hits, c.misses = c.tokens + tokens, c.hits + hits, c.misses + misses
             c.stall_s += stall_s / 2
-        self.advisor.ended(tokens, spent_s)
+        self.advisor.ended(tokens == 1, spent_s)
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ from moe_offload import OffloadError
 from moe_offload.apps.families.tiny import build
 from moe_offload.experts import find_experts
 from moe_offload.memory.transfer import TRANSFERS
-from moe_offload.memory.transfer.staged import CudaStreams, DeviceTransfer
+from moe_offload.memory.transfer.staged import DeviceTransfer
+from moe_offload.memory.transfer.streams import CudaStreams
 from tests.fakes.offloaded import IDS, QWEN, SETTINGS, offload, resident, say
 from tests.whole.test_host_managed import HostStreams
 
@@ -83,7 +84,7 @@ def test_a_step_that_the_device_decides_may_be_captured(streams):
     streams.captures = True
     model(STEP, past_key_values=past)
     with pytest.raises(OffloadError, match=r"layers\.0.*first decode step of its size"):
-        model.moe_offload._runtime.deciding.take_over({3})
+        model.moe_offload._runtime.device_caches.take_over({3})
     with pytest.raises(OffloadError, match=r"layers\.0.*captured"):
         model.moe_offload._runtime.hand_back()
     streams.captures = False
@@ -98,7 +99,7 @@ def test_kernels_and_copies_are_launched_while_the_device_is_current(streams, mo
         return lambda *args: seen.append(streams.is_current) or launch(*args)
 
     model = decided(on_disk=(1,))
-    cache = model.moe_offload._runtime.deciding.caches[0]
+    cache = model.moe_offload._runtime.device_caches.caches[0]
     cache.kernels = cache.kernels._replace(decide=watched(cache.kernels.decide), gather=watched(cache.kernels.gather))
     for verb in ("fetch", "stream"):
         for layer in model.moe_offload._runtime.layers:

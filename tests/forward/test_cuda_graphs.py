@@ -131,7 +131,7 @@ def test_nothing_is_made_within_a_step_that_outlives_it(monkeypatch):
     monkeypatch.setattr(device_cache, "pace", outside(device_cache.pace))
     model = offload(resident(layers=2), 0.5, config=DEVICE, device_map="cpu")
     generate(model, 4)
-    cache = model.moe_offload._runtime.deciding.caches[0]
+    cache = model.moe_offload._runtime.device_caches.caches[0]
     with pytest.raises(AssertionError, match="3 pairs was not prepared for"):
         cache.place(torch.zeros(3, dtype=torch.int64))
     model.moe_offload.close()

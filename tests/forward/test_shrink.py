@@ -62,10 +62,10 @@ def test_what_is_under_way_is_waited_for_and_dropped():
     first, second = runtime.layers
     first.fetch(torch.tensor([3, 4]))  # and no wait
     prefill(first, [*range(E)] * 3)
-    assert second.arrivals.shared._ahead
+    assert second.arrivals.scratch._ahead
     second.fetch(torch.tensor([7]))
     shrink(runtime)
-    assert not second.arrivals.shared._ahead and not any(layer.arrivals.under_way for layer in runtime.layers)
+    assert not second.arrivals.scratch._ahead and not any(layer.arrivals.under_way for layer in runtime.layers)
     assert runtime.depth().nbytes == 0
     for index, layer in enumerate(runtime.layers):
         assert torch.equal(decode(layer, [3, 4]), expected(index, [3, 4]))
@@ -73,7 +73,7 @@ def test_what_is_under_way_is_waited_for_and_dropped():
 
 
 @pytest.fixture
-def deciding():
+def device_runtime():
     runtime, _ = make(6)
     rows = [torch.arange(E).float().add(100 * i).view(E, 1).expand(E, LAYOUT.row_bytes // 4) for i in range(2)]
     runtime.decide_on_device({i: each.contiguous() for i, each in enumerate(rows)}, 32.0, KERNELS["cpu"]())
@@ -81,18 +81,18 @@ def deciding():
     return runtime
 
 
-def test_a_device_that_decides_goes_on_with_a_smaller_table(deciding):
+def test_a_device_that_decides_goes_on_with_a_smaller_table(device_runtime):
     for ids in ([5, 6], [0, 1]):
-        deciding.layers[0].place(torch.tensor(ids))
-    state = weakref.ref(deciding.layers[0].device_cache.state.expert_at_S)
-    assert shrink(deciding) == 2 * 2 * LAYOUT.row_bytes
-    assert not deciding.deciding.now and state() is None
-    deciding.layers[0].take_over([2])
+        device_runtime.layers[0].place(torch.tensor(ids))
+    state = weakref.ref(device_runtime.layers[0].device_cache.state.expert_at_S)
+    assert shrink(device_runtime) == 2 * 2 * LAYOUT.row_bytes
+    assert not device_runtime.device_caches.in_charge and state() is None
+    device_runtime.layers[0].take_over([2])
     for ids in ([5, 6], [2, 3], [5, 6]):
-        slots_P = deciding.layers[0].place(torch.tensor(ids))
-        assert deciding.layers[0].slots.bank_SN[slots_P, 0].tolist() == ids
-    assert len(deciding.layers[0].device_cache.state.expert_at_S) == 4
-    assert deciding.layers[0].counters.requests == 10 and deciding.layers[0].resident == 4
+        slots_P = device_runtime.layers[0].place(torch.tensor(ids))
+        assert device_runtime.layers[0].slots.bank_SN[slots_P, 0].tolist() == ids
+    assert len(device_runtime.layers[0].device_cache.state.expert_at_S) == 4
+    assert device_runtime.layers[0].counters.requests == 10 and device_runtime.layers[0].resident == 4
 
 
 @pytest.mark.parametrize("readable", [True, False])
@@ -103,9 +103,9 @@ def test_what_the_device_holds_no_longer_and_cannot_read_is_the_hosts(readable):
     runtime.decide_on_device({0: None, 1: rows_EN} if readable else {0: None}, 32.0, KERNELS["cpu"]())
     first, second = runtime.layers
     first.take_over([2])
-    assert first.slots.bank_SN[first.place(torch.tensor([3, 4])), 0].tolist() == [3, 4] and runtime.decided
+    assert first.slots.bank_SN[first.place(torch.tensor([3, 4])), 0].tolist() == [3, 4] and runtime.device_layers
     shrink(runtime)
-    assert runtime.decided == ({1} if readable else set()) and (runtime.deciding is not None) == readable
+    assert runtime.device_layers == ({1} if readable else set()) and (runtime.device_caches is not None) == readable
     if readable:
         second.take_over([2])
         assert second.slots.bank_SN[second.place(torch.tensor([5, 1])), 0].tolist() == [105, 101]
@@ -123,18 +123,18 @@ def test_a_bank_that_was_full_goes_on_where_the_device_can_read_its_rows():
     first.take_over([2])
     assert sorted(store.log) == [(0, e) for e in range(E)]
     shrink(runtime)
-    assert runtime.decided == {0} and first.slots.bank_SN.shape[0] < E
+    assert runtime.device_layers == {0} and first.slots.bank_SN.shape[0] < E
     first.take_over([2])
     for ids in ([6, 7], [0, 1], [2, 3], [4, 5]):
         assert first.slots.bank_SN[first.place(torch.tensor(ids)), 0].tolist() == ids
     assert len(store.log) == E
 
 
-def test_an_id_that_no_expert_has_comes_before_any_lack_of_memory(deciding):
-    deciding.deciding._totals_L4[1, REFUSED] = 1
+def test_an_id_that_no_expert_has_comes_before_any_lack_of_memory(device_runtime):
+    device_runtime.device_caches._totals_L4[1, REFUSED] = 1
     with pytest.raises(OffloadError, match="layer 1"):
-        shrink(deciding)
-    assert deciding.slots == (6, 6) and deciding.layers[0].slots.bank_SN.shape[0] == 6
+        shrink(device_runtime)
+    assert device_runtime.slots == (6, 6) and device_runtime.layers[0].slots.bank_SN.shape[0] == 6
 
 
 def lacking(monkeypatch, runtime, most):

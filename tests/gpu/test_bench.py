@@ -52,7 +52,7 @@ def test_every_side_in_one_run(trace, tmp_path):
     file = tmp_path / "result.json"
     amounts = ["--prompt-tokens", "40", "--new-tokens", "24", "--requests", "2", "--cache", str(tmp_path / "cache")]
     asked = ["synthetic:tiny", "--device", "cuda", "--residency", "50%,100%", "--routing", str(trace)]
-    done = CliRunner().invoke(app, ["bench", *asked, *amounts, "--json", str(file)])
+    done = CliRunner().invoke(app, ["bench", *asked, *amounts, "--out", str(file)])
     assert done.exit_code == 0, done.output
     result = json.loads(file.read_text())
     assert len(result["rows"]) == 7

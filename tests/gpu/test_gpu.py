@@ -70,7 +70,7 @@ def test_tokens_are_those_of_the_resident_model(family, settings, where):
     stats = model.moe_offload.stats()
     assert stats.misses > 0
     by_device = settings.decide == "device"
-    assert [row["decides"] == "device" for row in stats.layers] == [
+    assert [layer.decides == "device" for layer in stats.layers] == [
         by_device and where != "disk",
         by_device and where == "cpu",
     ]

@@ -59,6 +59,9 @@ def folder(tmp_path):
     Trace.of(np.array([[[0, 1], [1, 2]]] * 8), num_experts=[4, 4]).save(tmp_path / "t.npz")
     (tmp_path / "empty").mkdir()
     (tmp_path / "model").symlink_to(MODEL)
+    (tmp_path / "untold").mkdir()  # a checkpoint without a tokenizer
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "untold" / name).symlink_to(Path(MODEL) / name)
     return tmp_path
 
 
@@ -78,13 +81,13 @@ def test_commands_without_a_model_need_no_torch(folder):
         "--help": 0,
         "run --help": 0,
         "config --show": 0,
-        "top 1": 1,
+        "top 1": 7,
         "profile merge p.json p.json --out both.json": 0,
         "profile diff p.json both.json": 0,
         "profile inspect p.json --residency 50%": 0,
     }
     check(folder, commands, {"torch", "transformers", "numba"})  # and tables of profiles no compiler
-    check(folder, {"simulate t.npz --policies lru": 0, "report nowhere.json": 2}, {"torch", "transformers"})
+    check(folder, {"simulate t.npz --policies lru": 0, "report nowhere.json": 6}, {"torch", "transformers"})
 
 
 @pytest.mark.parametrize("model", ["./nowhere", "empty", "p.json"])
@@ -101,28 +104,37 @@ def test_a_model_that_is_not_there_is_refused_first(folder, model):
         f"profile record {model} p.json --out new.json",
         f"profile inspect p.json --budget 8GB --model {model}",
     ]
-    check(folder, dict.fromkeys(commands, 2), {"torch", "transformers"})
+    check(folder, dict.fromkeys(commands, 4), {"torch", "transformers"})
 
 
 def test_wrong_settings_inputs_and_outputs_are_refused_first(folder):
-    commands = [
-        "plan model --budget 8gigs",
-        "plan model --profile nowhere.json",
-        "estimate model --budgets 8GB,8gigs",
-        "run model --budget 8gigs",
-        "run model --profile-in nowhere.json",
-        "run model --report no/such/folder/x.json",
-        "serve model --budget 8gigs",
-        "serve model --profile-out no/such/folder/x.json",
-        "chat model --profile-out no/such/folder/x.json",
-        "pack model p.json",
-        "pack model new --max-shard-size 8gigs",
-        "bench model --budget 8gigs",
-        "bench model --budget 8GB --json no/such/folder/x.json",
-        "profile record model nowhere.txt --out new.json",
-        "profile record model p.json --out no/such/folder/x.json",
-    ]
-    check(folder, dict.fromkeys(commands, 2), {"torch", "transformers"})
+    commands = {
+        "plan model --budget 8gigs": 2,
+        "plan model --profile nowhere.json": 6,
+        "estimate model --budget 8GB,8gigs": 2,
+        "run model --budget 8gigs": 2,
+        "run model --profile nowhere.json": 6,
+        "run model --save-report no/such/folder/x.json": 2,
+        "run model --dtype float8": 2,
+        "run model --file nowhere.txt": 2,
+        "run untold": 4,
+        "chat untold": 4,
+        "serve model --budget 8gigs": 2,
+        "serve model --save-profile no/such/folder/x.json": 2,
+        "chat model --save-profile no/such/folder/x.json": 2,
+        "pack model p.json": 6,
+        "pack model new --max-shard-size 8gigs": 2,
+        "bench model --budget 8gigs": 2,
+        "bench model --budget 8GB --residency 25%": 2,
+        "bench model --budget 8GB --out no/such/folder/x.json": 2,
+        "bench synthetic:foo": 2,
+        "bench synthetic:tiny --layers 9": 2,
+        "profile record model nowhere.txt --out new.json": 6,
+        "profile record model p.json --out no/such/folder/x.json": 2,
+        "simulate t.npz --residency 200%": 2,
+        "simulate p.json": 6,
+    }
+    check(folder, commands, {"torch", "transformers"})
 
 
 def test_import_is_light():

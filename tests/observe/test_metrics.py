@@ -55,7 +55,9 @@ def expected(model, totals=None) -> dict[str, float]:
         "moe_offload_hits_total": s.hits,
         "moe_offload_misses_total": s.misses,
         "moe_offload_streamed_total": s.streamed,
-        "moe_offload_bytes_read_total": s.bytes_read,
+        "moe_offload_events_total": s.events,
+        "moe_offload_device_events_total": s.by_device,
+        "moe_offload_read_bytes_total": s.bytes_read,
         "moe_offload_prewarm_bytes_total": s.prewarm_bytes,
         "moe_offload_prefetch_useful_total": s.ahead,
         "moe_offload_prefetch_late_total": s.late,
@@ -71,14 +73,14 @@ def expected(model, totals=None) -> dict[str, float]:
 def test_over_http_they_are_what_stats_says(used):
     found = scrape(used.moe_offload.serve_metrics(0))
     assert found == {(name, None): value for name, value in expected(used).items()}
-    assert found["moe_offload_hits_total", None] > 0 < found["moe_offload_bytes_read_total", None]
+    assert found["moe_offload_hits_total", None] > 0 < found["moe_offload_read_bytes_total", None]
 
 
 def test_per_layer(used):
     found = scrape(used.moe_offload.serve_metrics(0, per_layer=True))
     for i, layer in enumerate(used.moe_offload.stats().layers):
-        assert found["moe_offload_hits_total", str(i)] == layer["hits"]
-        assert found["moe_offload_misses_total", str(i)] == layer["misses"]
+        assert found["moe_offload_hits_total", str(i)] == layer.hits
+        assert found["moe_offload_misses_total", str(i)] == layer.misses
     assert found["moe_offload_tokens_total", None] == used.moe_offload.stats().tokens
     assert {layer for _, layer in found} == {"0", "1", None}
 
@@ -182,24 +184,23 @@ def test_without_the_package_the_error_says_what_to_install(used, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     for ask in (used.moe_offload.metrics, lambda: used.moe_offload.serve_metrics(0), lambda: check(9100)):
-        with pytest.raises(OffloadError, match=r'pip install "moe-offload\[metrics\]"'):
+        with pytest.raises(OffloadError, match=r'pip install -e "\.\[metrics\]"'):
             ask()
 
 
 def test_run_serves_metrics(monkeypatch):
-    command = importlib.import_module("moe_offload.apps.cli.run")  # the package has a function of that name
+    command = importlib.import_module("moe_offload.apps.generate.run")
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    url, seen, generate = f"http://127.0.0.1:{port}/metrics", [], command._generate
+    url, seen, generate = f"http://127.0.0.1:{port}/metrics", [], command.generate_into
 
     def generate_and_look(*arguments):
-        text = generate(*arguments)
+        generate(*arguments)
         seen.append(urllib.request.urlopen(url, timeout=30).read())
-        return text
 
-    monkeypatch.setattr(command, "_generate", generate_and_look)
+    monkeypatch.setattr(command, "generate_into", generate_and_look)
     flags = ["--budget", "6MB", "--prompt", "ls", "--max-new-tokens", "2", "--metrics-port", str(port)]
     result = CliRunner().invoke(app, ["run", MODEL, *flags])
     assert result.exit_code == 0 and url in result.stderr, result.output

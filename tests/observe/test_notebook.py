@@ -52,7 +52,7 @@ def test_it_shows_budget_layers_and_hit_rate(model):
     assert f"{stats.hit_rate:.1%}" in page.text and f"{stats.hits + stats.misses} requests" in page.text
     for name, _ in model.moe_offload.plan.rows():
         assert name in page.text
-    assert page.tags.count("tr") == 1 + 2 and f"2/2 of {stats.layers[0]['experts']}" in page.text
+    assert page.tags.count("tr") == 1 + 2 and f"2/2 of {stats.layers[0].experts}" in page.text
     widths = [value for name, value in page.attributes if name == "style" and "width:" in value and "%;" in value]
     shares = [float(value.split("width:")[1].split("%")[0]) for value in widths if "background" in value][:5]
     assert sum(shares) == pytest.approx(100, abs=0.1), "the bar is the whole budget"
@@ -65,7 +65,7 @@ def test_hostile_names_are_escaped(model):
     model.config._name_or_path = evil
     first = model.moe_offload._runtime.layers[0]
     first.moe = dataclasses.replace(first.moe, names=(evil,))
-    assert model.moe_offload.stats().layers[0]["name"] == evil == model.moe_offload.name
+    assert model.moe_offload.stats().layers[0].name == evil == model.moe_offload.name
     page = Page(model.moe_offload._repr_html_())
     assert not {"script", "img"} & set(page.tags)
     assert not any(name.startswith("on") or name == "src" for name, _ in page.attributes)

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 
 from moe_offload.errors import OffloadError, ProfileError
 from moe_offload.observe.profile import MAX_BYTES, Fingerprint, Profile, merge
+from moe_offload.runtime.layer import LayerRuntime
+from tests.fakes.offloaded import offloaded
 
 SHAPE = {
     "model_type": "tiny_moe",
@@ -232,7 +234,7 @@ def test_a_missing_field(path, saved, missing):
         (b"null", "profile"),
         (b"[]", "profile"),
         (b"{}", "created"),
-        (b'"moe_offload.observe.profile"', "profile"),
+        (b'"moe_offload.profile"', "profile"),
         (b"\xef\xbb\xbf{}", "BOM"),
         ("{}".encode("utf-16"), "utf-8"),
         (b"\xff\xfe\xfd", "utf-8"),
@@ -440,3 +442,20 @@ def test_what_could_not_be_loaded_is_not_saved(path):
     with pytest.raises(ProfileError, match="the limit is"):
         Profile.of(shape, 0, [[0] * experts] * 2).save(path)
     assert not path.exists()
+
+
+def test_a_profile_taken_while_another_thread_runs_the_model_is_one_moment_s(monkeypatch):
+    """Tokens that were read before the uses allow fewer of them, so between the two nothing may be counted."""
+    model = offloaded(layers=2)
+    real = LayerRuntime.counters.fget
+
+    def counters(layer):
+        found = real(layer)
+        snapshot = found.snapshot()
+        layer.cache.counters.count_event({0: 100, 1: 100}, 100)  # what the other thread has done meanwhile
+        return snapshot
+
+    monkeypatch.setattr(LayerRuntime, "counters", property(counters))
+    for _ in range(3):
+        model.moe_offload.profile()
+    model.moe_offload.close()

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_offload import ProfileError, Trace, TraceError
-from moe_offload.apps.cli.profile_tables import diff, inspect, start_from, with_and_without
+from moe_offload.apps.profile.tables import diff, inspect, start_from, with_and_without
 from moe_offload.cache import POLICIES
 from moe_offload.cache.layer_cache import LayerCache
 from moe_offload.observe.profile import Fingerprint, Profile

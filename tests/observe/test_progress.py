@@ -133,7 +133,7 @@ def test_the_switch_in_the_environment():
     """HF_HUB_DISABLE_PROGRESS_BARS is read where transformers is imported."""
     script = f"""
         import torch, moe_offload
-        from moe_offload import progress
+        from moe_offload.observe import progress
         progress.DELAY_S = 0.01
         model = moe_offload.from_pretrained({str(MODEL)!r}, "9MB", device_map="cpu")
         model(torch.tensor([[3, 4, 5]]))

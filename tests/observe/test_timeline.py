@@ -78,8 +78,8 @@ def test_the_timeline_of_a_run_adds_up_to_its_counters(tmp_path, layers, name):
         assert any(b <= event["ts"] and event["ts"] + event["dur"] <= e for b, e in zip(begins, ends, strict=True))
     assert counters["bytes in flight"][-1]["args"] == {"bytes": 0}
     assert max(event["args"]["bytes"] for event in counters["bytes in flight"]) > 0
-    assert counters["queue depth"][-1]["args"] == {"urgent": 0, "background": 0}
-    assert counters["resident rows"][-1]["args"] == {"rows": sum(row["resident"] for row in stats.layers)}
+    assert counters["queue depth"][-1]["args"] == {"demanded": 0, "background": 0}
+    assert counters["resident rows"][-1]["args"] == {"rows": sum(layer.resident for layer in stats.layers)}
     assert counters["hit rate"][-1]["args"] == {"percent": round(100 * stats.hit_rate, 2)}
     assert len(counters["hit rate"]) == 6
     assert names[0] == "moe_offload" and names[FORWARDS] == "forwards" and names[WAITS] == "waits"
@@ -140,7 +140,7 @@ def test_what_is_given_up_is_in_flight_no_more():
     transfer = ThreadTransfer(1)
     timeline = transfer.timeline = Timeline([])
     with transfer._changed:  # nothing is taken up
-        transfer.cancel([transfer.start(ScriptedStore(), 0, e, row(), urgent=e > 0) for e in range(3)])
+        transfer.cancel([transfer.start(ScriptedStore(), 0, e, row(), demanded=e > 0) for e in range(3)])
     assert tuple(timeline.depths[2][1]) == (2, 1, 0, 3 * ROW) and tuple(timeline.depths[-1][1]) == NOTHING
     assert timeline.reads == []
     transfer.close()
@@ -154,7 +154,7 @@ def test_parts_queues_and_urgency():
     store = ScriptedStore(lambda expert, part: seen.append(transfer.depth()))
     with transfer._changed:  # nothing is taken up before all four are queued
         first = transfer.start(store, 2, 0, row())
-        rest = [transfer.start(store, 2, e, row(), urgent=False) for e in (1, 2, 3)]
+        rest = [transfer.start(store, 2, e, row(), demanded=False) for e in (1, 2, 3)]
         transfer.hurry(rest[2])
     for ticket in (first, *rest):
         transfer.wait(ticket)
@@ -164,7 +164,7 @@ def test_parts_queues_and_urgency():
     ]  # fmt: skip
     assert seen[0] == (2, 2, 1, 4 * ROW) and seen[PARTS - 1] == (1, 2, 1, 4 * ROW)
     assert seen[-1] == (0, 0, 1, ROW) and tuple(timeline.depths[-1][1]) == NOTHING
-    assert [(r.layer, r.expert, r.urgent, r.nbytes) for r in timeline.reads[::PARTS]] == [
+    assert [(r.layer, r.expert, r.demanded, r.nbytes) for r in timeline.reads[::PARTS]] == [
         (2, 0, True, ROW // PARTS), (2, 3, True, ROW // PARTS), (2, 1, False, ROW // PARTS), (2, 2, False, ROW // PARTS)
     ]  # fmt: skip
     assert len(timeline.reads) == 4 * PARTS and {r.thread for r in timeline.reads} == {"moe_offload-read-0"}
@@ -288,9 +288,9 @@ def test_a_place_that_cannot_be_written(tmp_path, timeline):
 def test_timeline_out(tmp_path):
     out = tmp_path / "run.json"
     arguments = ["run", str(MODEL), "--budget", "6MB", "--prompt", "Il comando", "--max-new-tokens", "4"]
-    result = CliRunner().invoke(app, [*arguments, "--timeline-out", str(out)])
+    result = CliRunner().invoke(app, [*arguments, "--save-timeline", str(out)])
     assert result.exit_code == 0, result.output
     assert f"timeline saved to {out}" in result.stderr and "timeline" not in result.stdout
     assert [e["name"] for e in ours(out)[0][FORWARDS]] == ["prefill", *["decode"] * 3]
-    result = CliRunner().invoke(app, [*arguments, "--timeline-out", str(tmp_path / "no" / "run.json")])
-    assert result.exit_code == 2 and "--timeline-out" in result.output and "does not exist" in result.output
+    result = CliRunner().invoke(app, [*arguments, "--save-timeline", str(tmp_path / "no" / "run.json")])
+    assert result.exit_code == 2 and "--save-timeline" in result.output and "does not exist" in result.output

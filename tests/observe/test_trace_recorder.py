@@ -17,7 +17,7 @@ from moe_offload.apps.simulate import fast, plain
 from moe_offload.apps.simulate.stream import per_layer
 from moe_offload.cache import POLICIES
 from moe_offload.cache.layer_cache import LayerCache
-from moe_offload.observe.trace_recorder import Recorder
+from moe_offload.observe.trace_recorder import TraceRecorder
 
 MODEL = Path(__file__).parents[2] / "examples" / "polyglot-tiny"
 POLICY = ["successors", "decayed_lfu", "lru"]
@@ -59,16 +59,20 @@ def test_replay_gives_the_counters_of_the_run(policy, implementation):
             assert getattr(again.counters, name) == getattr(ran, name), name
         assert again.expert_at == cache.expert_at
         assert fast.replay(stream, cache.slots, policy, 32.0)[1].tolist() == hits.tolist()
-    steps = handle.steps()
+    steps = handle.forwards()
     stats = handle.stats()
     assert [sum(getattr(step, name) for step in steps) for name in ("hits", "misses", "bytes_read")] == [
         stats.hits, stats.misses, stats.bytes_read
     ]  # fmt: skip
     assert [step.tokens for step in steps[:3]] == [9, 1, 1] and steps[0].began_s < steps[1].began_s
+    assert [step.decode for step in steps] == ([False] + [True] * 11) * 4, "in a batch, too"
+    times = [at_s for step in steps for at_s in (step.began_s, step.ended_s)]
+    assert times == sorted(times) and all(0 <= step.compile_s <= step.ended_s - step.began_s for step in steps)
+    assert steps[0].compile_s > 0 == steps[5].compile_s
 
 
 def recorder(experts=4, layers=2, top_k=2, **kwargs):
-    return Recorder(
+    return TraceRecorder(
         [LayerCache(experts, 2, POLICIES["lru"](experts, 1.0)) for _ in range(layers)], [top_k] * layers, **kwargs
     )
 
@@ -104,9 +108,23 @@ def test_a_full_trace_keeps_whole_forwards(caplog):
         for _ in range(10):
             run.event(0, [0, 1], 1)
             run.event(1, [0, 1], 1)
-    assert run.trace().tokens == 2 == len(run.steps()) and len(caplog.records) == 1
+    assert run.trace().tokens == 2 == len(run.forwards()) and len(caplog.records) == 1
     assert (run.trace().experts_TLK >= 0).all()
     assert run.passed_s() == run.marks[2][0] > 0, "the clock stops with the trace"
+
+
+def test_a_forward_that_fails_before_its_first_event_is_none():
+    run = recorder(layers=1)
+    run.begin_forward(decode=False)
+    run.end_forward()
+    run.begin_forward(decode=True)
+    run.event(0, [0, 1, 2, 3], 2)  # a batch of two
+    run.end_forward()
+    run.begin_forward(decode=False)
+    run.event(0, [0, 1], 1)  # a prompt of one token, or the rest of one in pieces
+    (first, second) = run.forwards()
+    assert (first.decode, first.tokens, second.decode, second.tokens) == (True, 2, False, 1)
+    assert first.began_s <= first.ended_s <= second.began_s <= second.ended_s
 
 
 def test_nothing_recorded():
@@ -121,9 +139,9 @@ def test_nothing_recorded():
 def test_trace_out(tmp_path):
     out = tmp_path / "run.npz"
     arguments = ["run", str(MODEL), "--budget", "6MB", "--prompt", "ls", "--max-new-tokens", "4"]
-    result = CliRunner().invoke(app, [*arguments, "--trace-out", str(out)])
+    result = CliRunner().invoke(app, [*arguments, "--save-trace", str(out)])
     assert result.exit_code == 0, result.output
     trace = Trace.load(out)
     assert trace.tokens >= 4 and np.isin(trace.experts_TLK, range(-1, max(trace.num_experts))).all()
-    result = CliRunner().invoke(app, [*arguments, "--trace-out", str(tmp_path / "no" / "run.npz")])
-    assert result.exit_code == 2 and "--trace-out" in result.output and "does not exist" in result.output
+    result = CliRunner().invoke(app, [*arguments, "--save-trace", str(tmp_path / "no" / "run.npz")])
+    assert result.exit_code == 2 and "--save-trace" in result.output and "does not exist" in result.output

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from .fakes import Block
+from tests.fakes.traced_block import Block
 
 H, INNER, E, K = 16, 24, 8, 2
 

@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM
 import moe_offload
 from moe_offload import ClosedError, ConfigError, OffloadError, SaveError, pack_checkpoint
 from moe_offload.apps.families.tiny import build
-from moe_offload.checkpoint.conversion import Join, Regroup, Swap, run_steps, undo_steps
-from moe_offload.checkpoint.headers import INDEX
+from moe_offload.checkpoint.conversion import Join, Regroup, Swap, convert_tensors, restore_tensors
+from moe_offload.checkpoint.folder import INDEX
+from moe_offload.files.moves import Moves
 from moe_offload.memory.stores.disk import DiskStore
 from moe_offload.runtime.model import Runtime
 from tests.fakes.offloaded import QWEN, SETTINGS, offload, offloaded, say
@@ -295,23 +296,31 @@ def test_closed(original, older):
     assert_refused(model, older, ClosedError)
 
 
-def test_until_the_index_is_there_the_folder_is_no_checkpoint(original, older, monkeypatch):
-    """Interrupted in the one moment in which files take their places."""
-    real, moved = Path.replace, []
+@pytest.mark.parametrize("moved", [1, 4, 6, 9])
+def test_a_kill_while_files_take_their_places_leaves_the_old_or_the_new_model(original, older, moved, monkeypatch):
+    """Another family, in one file; tests/checkpoint/test_new_folder.py does so at every step, with made-up files."""
+    real, done = Path.replace, []
 
     def replace(self, target):
-        moved.append(Path(target).name)
-        if Path(target).name == INDEX:
+        done.append(target)
+        if len(done) == moved:
             raise KeyboardInterrupt
         return real(self, target)
 
+    want = {"mixtral": load_file(older / "model.safetensors"), QWEN: tensors(original)}
     with open_checkpoint(original).moe_offload as handle:
         monkeypatch.setattr(Path, "replace", replace)
+        monkeypatch.setattr(Moves, "take_back", lambda _: None)  # as a kill has it
+        monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
         with pytest.raises(KeyboardInterrupt):
             handle.model.save_pretrained(older)
-    assert "model-00001-of-00002.safetensors" in moved
-    with pytest.raises(OSError, match=r"model\.safetensors"):
-        AutoModelForCausalLM.from_pretrained(older)
+        monkeypatch.undo()
+    found = AutoModelForCausalLM.from_pretrained(older)
+    assert found.config.model_type == ("mixtral" if moved < 6 else QWEN)
+    found.save_pretrained(older.parent / "again")
+    again = tensors(older.parent / "again")
+    assert again.keys() == want[found.config.model_type].keys()
+    assert all(torch.equal(again[key], tensor) for key, tensor in want[found.config.model_type].items())
 
 
 # Around it.
@@ -365,7 +374,7 @@ def test_a_state_dict_of_ones_own(original, older, tmp_path):
         handle.model.save_pretrained(tmp_path / "saved", state_dict=state)
         want = tensors(original)
         want["model.norm.weight"] += 1
-        assert_refused(handle.model, older, SaveError, "stand-in", state_dict=dict(handle.model.named_parameters()))
+        assert_refused(handle.model, older, SaveError, "phantom", state_dict=dict(handle.model.named_parameters()))
     found = tensors(tmp_path / "saved")
     assert found.keys() == want.keys() and all(torch.equal(found[key], want[key]) for key in want)
 
@@ -406,6 +415,6 @@ def test_push_to_hub_uploads_what_is_streamed(original, tmp_path, monkeypatch, n
 )
 def test_steps_are_undone(steps, shapes):
     sources = [torch.randn(shape) for shape in shapes]
-    found = undo_steps(steps, run_steps(steps, list(sources)), shapes)
+    found = restore_tensors(steps, convert_tensors(steps, list(sources)), shapes)
     assert len(found) == len(sources)
     assert all(torch.equal(part, source) for part, source in zip(found, sources, strict=True))

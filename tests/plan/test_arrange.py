@@ -102,4 +102,4 @@ def test_what_is_not_said_and_needed_is_asked_for(model, moe_layers):
     with pytest.raises(BudgetError, match="dense weights on cuda:1"):
         arranged(model, moe_layers, device_map={"": 0, "lm_head": 1}, max_memory={0: "1GB", 1: 5})
     with pytest.raises(UnsupportedModelError, match="computes on cpu only"):
-        arrange(model, moe_layers, OffloadConfig(device_map={"": 0}), present=["cpu"])
+        arrange(model, moe_layers, OffloadConfig(device_map={"": 0}), usable=["cpu"])

@@ -16,6 +16,7 @@ import moe_offload
 from moe_offload.apps.cli import app
 from moe_offload.apps.cli.estimate import ladder
 from moe_offload.apps.families.tiny import build
+from moe_offload.checkpoint.pretrained.skeleton import read_configuration
 from moe_offload.experts import find_experts
 from moe_offload.observe.profile import Profile
 from moe_offload.plan.expected_hits import RECORDED, covered, typical
@@ -31,12 +32,12 @@ def run(*arguments: str):
 
 def test_from_a_folder():
     found = moe_offload.forecast(MODEL, "6MB")
-    assert found.where.slots == moe_offload.make_plan(MODEL, "6MB").slots
+    assert found.arrangement.slots == moe_offload.make_plan(MODEL, "6MB").slots
     assert found.floor_bytes <= 6_000_000 < found.resident_bytes
     text = str(found)
     assert "headers of 1 shards" in text and "typical of 3 recorded workloads" in text and "KV cache at 2048" in text
-    assert moe_offload.forecast(MODEL, found.floor_bytes).where.slots == (4,) * 4
-    assert min(moe_offload.forecast(MODEL, found.resident_bytes).where.slots) == 64
+    assert moe_offload.forecast(MODEL, found.floor_bytes).arrangement.slots == (4,) * 4
+    assert min(moe_offload.forecast(MODEL, found.resident_bytes).arrangement.slots) == 64
     with pytest.raises(moe_offload.BudgetError, match="floor"):
         moe_offload.forecast(MODEL, found.floor_bytes - 1)
 
@@ -44,7 +45,7 @@ def test_from_a_folder():
 def test_from_a_configuration_alone(tmp_path):
     (tmp_path / "config.json").write_text((MODEL / "config.json").read_text())
     found = moe_offload.forecast(tmp_path, "6MB")
-    assert "config.json alone" in found.source and found.where.slots == moe_offload.make_plan(MODEL, "6MB").slots
+    assert "config.json alone" in found.source and found.arrangement.slots == moe_offload.make_plan(MODEL, "6MB").slots
 
 
 def test_shards_that_do_not_fit_are_found_before_anything_is_loaded(tmp_path):
@@ -77,10 +78,9 @@ def hub(monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", answer)
     monkeypatch.setattr("moe_offload.checkpoint.outline._cached", lambda name: None)
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(MODEL)
-    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda name, **_: config)
+    monkeypatch.setattr(
+        "moe_offload.checkpoint.outline.read_configuration", lambda name, said: read_configuration(MODEL, said)
+    )
     return asked, header
 
 
@@ -88,7 +88,7 @@ def test_from_the_hub(hub):
     asked, header = hub
     found = moe_offload.forecast(HUB, "6MB")
     assert asked == [HUB] and "on the Hub" in found.source
-    assert found.where == moe_offload.forecast(MODEL, "6MB").where
+    assert found.arrangement == moe_offload.forecast(MODEL, "6MB").arrangement
     missing = next(key for key in header if "experts" in key)
     del header[missing]
     with pytest.raises(moe_offload.CheckpointError):
@@ -110,7 +110,7 @@ def test_without_a_connection_it_says_what_to_try(monkeypatch):
     monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", offline)
     monkeypatch.setattr("moe_offload.checkpoint.outline._cached", lambda name: None)
     result = run("plan", HUB, "--budget", "6MB")
-    assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1
+    assert result.exit_code == 4 and len(result.stderr.splitlines()) == 1
     assert "Name or service not known" in result.stderr and "HF_HUB_OFFLINE" in result.stderr
 
 
@@ -131,7 +131,7 @@ def test_the_hit_rate_of_a_profile_is_what_its_hottest_cover(tmp_path):
     with pytest.raises(moe_offload.ProfileError):
         moe_offload.forecast(MODEL, "6MB", profile=profile)
     result = run("plan", MODEL, "--budget", "6MB", "--profile", profile.save(tmp_path / "p.json"))
-    assert result.exit_code == 2 and "another model" in result.stderr
+    assert result.exit_code == 6 and "another model" in result.stderr
 
 
 @pytest.mark.parametrize("curve", RECORDED.values(), ids=RECORDED)
@@ -160,7 +160,7 @@ def test_plan_for_two_devices_that_are_not_here():
     assert result.exit_code == 0, result.output
     assert "cuda:0:" in result.stdout and "cuda:1:" in result.stdout
     refused = run("plan", MODEL, "--device-map", device_map, "--max-memory", "{0: 91MB, 1: 91MB, cpu: 1MB}")
-    assert refused.exit_code == 1 and "sends 9.44 MB of experts to 'cpu'" in refused.stderr
+    assert refused.exit_code == 3 and "sends 9.44 MB of experts to 'cpu'" in refused.stderr
     facts = json.loads(
         run("plan", MODEL, "--device-map", device_map, "--max-memory", "{0: 91MB, 1: 91MB}", "--json").stdout
     )
@@ -173,7 +173,7 @@ def test_a_device_that_is_not_here_is_refused_at_run_time():
 
 
 def test_estimate():
-    result = run("estimate", MODEL, "--budgets", "1MB,6MB,20MB")
+    result = run("estimate", MODEL, "--budget", "1MB,6MB,20MB")
     assert result.exit_code == 0, result.output
     rows = [line.split() for line in result.stdout.splitlines() if " MB " in line and ("yes" in line or " no" in line)]
     assert [row[2] for row in rows] == ["no", "yes", "yes"]
@@ -186,15 +186,15 @@ def test_estimate():
 
 def test_estimate_of_several_names_the_largest_that_fits(tmp_path):
     build("qwen3_moe", num_hidden_layers=1).save_pretrained(tmp_path)
-    result = run("estimate", MODEL, tmp_path, "--budgets", "3MB,6MB")
+    result = run("estimate", MODEL, tmp_path, "--budget", "3MB,6MB")
     assert result.exit_code == 0, result.output
     largest = result.stdout[result.stdout.index("the largest that fits") :]
     assert str(MODEL) in largest.splitlines()[2]
 
 
-def test_nothing_that_fits_is_exit_code_1():
-    result = run("estimate", MODEL, "--budgets", "1MB")
-    assert result.exit_code == 1 and " no" in result.stdout
+def test_nothing_that_fits_is_exit_code_3():
+    result = run("estimate", MODEL, "--budget", "1MB")
+    assert result.exit_code == 3 and " no" in result.stdout
 
 
 def test_the_ladder_goes_from_the_floor_to_all_resident():

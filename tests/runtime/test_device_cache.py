@@ -141,7 +141,7 @@ def test_poisoned_slots_show_a_row_that_was_not_gathered(monkeypatch):
 def test_an_expert_that_does_not_exist_is_an_error(monkeypatch):
     model = decided()
     say(model)
-    cache = model.moe_offload._runtime.deciding.caches[1]
+    cache = model.moe_offload._runtime.device_caches.caches[1]
     known = cache.kernels
     broken = known._replace(decide=lambda ids, *rest: known.decide(torch.full_like(ids, 10**6), *rest))
     monkeypatch.setattr(cache, "kernels", broken)
@@ -157,7 +157,7 @@ def test_a_step_that_is_interrupted_leaves_no_slot_with_another_row(kernel):
     """Between the decision and the copy the tables name rows that are not there."""
     model = decided(residency=0.0)
     want = say(model)
-    cache = model.moe_offload._runtime.deciding.caches[1]
+    cache = model.moe_offload._runtime.device_caches.caches[1]
     known = cache.kernels
 
     def interrupted(*arguments):

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_offload.errors import ClosedError, ExpertReadError, OffloadError, RoutingError
 from moe_offload.memory.transfer.staged import DeviceTransfer
-from moe_offload.runtime.prewarm import prewarm
+from moe_offload.runtime.prewarm import prewarm_slots
 from tests.fakes import fault_store
 from tests.fakes.fault_store import LAYOUT, E, FaultStore, K, assert_sound, decode, expected, prefill, run, tags
 from tests.memory.transfer.test_staged import InstantStreams
@@ -196,7 +196,7 @@ def test_prewarm_fills_free_slots_and_counts_apart(make):
     layer = runtime.layers[0]
     decode(layer, [7])
     done = []
-    prewarm(runtime, [(0, e) for e in [7, 1, 2, 3, 4]], done.append)
+    prewarm_slots(runtime, [(0, e) for e in [7, 1, 2, 3, 4]], done.append)
     assert sorted(layer.cache.resident()) == [1, 2, 7] and done == [1, 1]
     assert layer.cache.counters.prewarm_bytes == 2 * LAYOUT.row_bytes
     assert (layer.cache.counters.misses, layer.cache.counters.bytes_read) == (1, LAYOUT.row_bytes)
@@ -208,7 +208,7 @@ def test_prewarm_stops_cleanly_when_a_read_fails(make, fault):
     runtime, _ = make(3, FaultStore(2, fault))
     layer = runtime.layers[0]
     with pytest.raises(type(fault)):
-        prewarm(runtime, [(0, 0), (0, 1), (0, 2)])
+        prewarm_slots(runtime, [(0, 0), (0, 1), (0, 2)])
     assert layer.cache.resident() == [0]
     assert_sound(layer)
     assert torch.equal(decode(layer, [1, 2, 3]), expected(0, [1, 2, 3]))
@@ -216,7 +216,7 @@ def test_prewarm_stops_cleanly_when_a_read_fails(make, fault):
 
 def test_prewarm_goes_across_layers_in_the_order_given(make):
     runtime, store = make(3)
-    prewarm(runtime, [(1, 5), (0, 2), (1, 6), (0, 1), (0, 0), (1, 7)])
+    prewarm_slots(runtime, [(1, 5), (0, 2), (1, 6), (0, 1), (0, 0), (1, 7)])
     assert store.log == [(1, 5), (0, 2), (1, 6), (0, 1), (0, 0), (1, 7)]
     assert sorted(runtime.layers[1].cache.resident()) == [5, 6, 7]
 
@@ -225,7 +225,7 @@ def test_prewarm_gives_up_what_an_interrupted_event_left_behind(make):
     runtime, _ = make(3)
     layer = runtime.layers[0]
     layer.fetch(torch.tensor([4]))  # and no wait
-    prewarm(runtime, [(0, 0), (0, 1), (0, 2)])
+    prewarm_slots(runtime, [(0, 0), (0, 1), (0, 2)])
     assert sorted(layer.cache.resident()) == [0, 1, 2]
     assert_sound(layer)
 
@@ -247,7 +247,7 @@ def test_prewarm_stops_cleanly_when_interrupted_between_reads(make):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prewarm(runtime, [(0, 0), (0, 1), (0, 2)], interrupt)
+        prewarm_slots(runtime, [(0, 0), (0, 1), (0, 2)], interrupt)
     assert_sound(layer)
     assert torch.equal(decode(layer, [3, 4, 5]), expected(0, [3, 4, 5]))
 
@@ -278,7 +278,7 @@ def test_close_gives_everything_back_once(make):
     runtime.close()
     assert store.closed == 1 and runtime.closed
     for layer in runtime.layers:
-        assert layer.slots.bytes.numel() == layer.arrivals.scratch.bytes.numel() == 0
+        assert layer.slots.bytes.numel() == layer.arrivals.scratch_rows.bytes.numel() == 0
         with pytest.raises(ClosedError):
             layer.experts(torch.zeros(1, 1), torch.zeros(1, K, dtype=torch.int64), torch.ones(1, K))
     for use in (runtime.check_open, lambda: runtime.read_stacked(0)):
@@ -313,8 +313,8 @@ def test_every_error_here_is_one_of_ours():
 
 def ahead(runtime):
     """The experts read ahead, and for which layer."""
-    shared = runtime.layers[0].arrivals.shared
-    return shared._layer, sorted(shared._ahead)
+    scratch = runtime.layers[0].arrivals.scratch
+    return scratch._layer, sorted(scratch._ahead)
 
 
 def long_prompt(*without):

@@ -17,6 +17,7 @@ from moe_offload.experts import MoELayer, RowLayout
 from moe_offload.memory.scratch import Scratch
 from moe_offload.memory.stores.host import HostStore
 from moe_offload.memory.transfer.staged import DeviceTransfer
+from moe_offload.plan.weights import scratch_rows
 from moe_offload.runtime.layer import LayerRuntime
 from moe_offload.runtime.model import Runtime
 from moe_offload.runtime.waves_device import uses
@@ -31,9 +32,9 @@ class Spy:
     def __init__(self, layer):
         self.layer, self.calls = layer, []
 
-    def __call__(self, x_P, slots_P, bank_SN, others, rows=None):
+    def __call__(self, x_P, slots_P, bank_SN, others, pairs_R=None):
         self.calls.append((len(slots_P), bank_SN is self.layer.slots.bank_SN))
-        return tags(x_P, slots_P, bank_SN, others, rows)
+        return tags(x_P, slots_P, bank_SN, others, pairs_R)
 
 
 def on_streams(slots, scratch_rows):
@@ -61,7 +62,7 @@ def test_what_was_read_ahead_leaves_scratch_before_anything_else_is_computed():
     first, second = runtime.layers
     prefill(second, ids)
     prefill(first, ids)
-    ahead = runtime.layers[0].arrivals.shared._ahead
+    ahead = runtime.layers[0].arrivals.scratch._ahead
     assert len(ahead) == 4 and all(held.ticket.done.wait(5) for held in ahead.values())
     spy, log = Spy(second), len(store.log)
     second.stream(torch.zeros(len(ids), 1), torch.tensor(ids), spy)
@@ -112,7 +113,7 @@ class FarStreams(InstantStreams):
         return Far(values.clone())
 
 
-def far_tags(x_P, slots_P, bank_SN, others, rows=None):
+def far_tags(x_P, slots_P, bank_SN, others, pairs_R=None):
     return bank_SN[slots_P][:, B - 1 : B + 1]
 
 
@@ -235,7 +236,7 @@ def share_of_the_bound(machine, scratch_rows, layers=8, experts=128, slots=32, p
     ]  # fmt: skip
     runtime = Runtime(made, [store], transfer)
 
-    def core(x_P, slots_P, bank_SN, others, rows=None):
+    def core(x_P, slots_P, bank_SN, others, pairs_R=None):
         clock.kernel(machine.core_s + len(slots_P) * machine.pair_s, machine.launch_s)
         return bank_SN[slots_P, :1]
 
@@ -259,7 +260,7 @@ def share_of_the_bound(machine, scratch_rows, layers=8, experts=128, slots=32, p
 @pytest.mark.parametrize("machine", [H100, BALANCED, LATE], ids=["link", "balanced", "late ids"])
 def test_the_link_is_busy_while_a_prompt_is_read(machine):
     """4096 tokens of Qwen3-30B-A3B, a quarter resident, the reading of the first layer's rows included."""
-    assert share_of_the_bound(machine, OffloadConfig().scratch_rows(QWEN, "cuda:0")) >= 0.8
+    assert share_of_the_bound(machine, scratch_rows(OffloadConfig(), QWEN, "cuda:0")) >= 0.8
 
 
 def test_one_row_at_a_time_would_leave_it_idle(monkeypatch):

@@ -72,10 +72,10 @@ def test_tokens_logits_and_counters_are_those_of_the_host_and_of_the_resident_mo
         seen.append(state_of(model))
         for i, layer in enumerate(stats.layers):
             if settings is DEVICE and i not in on_disk:
-                assert layer["decides"] == "device" and layer["by_device"] == 19, "all but the prompt"
+                assert layer.decides == "device" and layer.by_device == 19, "all but the prompt"
             else:
-                assert layer["decides"] == "host" and layer["by_device"] == 0
-            assert layer["events"] == 20 and layer["misses"] > 0
+                assert layer.decides == "host" and layer.by_device == 0
+            assert layer.events == 20 and layer.misses > 0
         model.moe_offload.close()
     assert seen[0] == seen[1]
 
@@ -108,7 +108,7 @@ def test_one_line_says_which_layers_are_the_hosts_and_why(caplog):
 def test_all_layers_on_disk_are_the_hosts():
     model = mixed(on_disk=(0, 1), layers=2)
     assert torch.equal(say(model), say(resident(layers=2)))
-    assert model.moe_offload.stats().by_device == 0 and model.moe_offload._runtime.deciding is None
+    assert model.moe_offload.stats().by_device == 0 and model.moe_offload._runtime.device_caches is None
     model.moe_offload.close()
 
 
@@ -152,8 +152,8 @@ def test_where_every_expert_has_a_slot_the_device_decides_whatever_the_rows_rest
     want = say(resident(layers=2))
     assert torch.equal(say(model), want)
     stats = model.moe_offload.stats()
-    assert stats.by_device == 38 and [row["resident"] for row in stats.layers] == [8, 8]
-    cache = model.moe_offload._runtime.deciding.caches[1]
+    assert stats.by_device == 38 and [layer.resident for layer in stats.layers] == [8, 8]
+    cache = model.moe_offload._runtime.device_caches.caches[1]
     known = cache.kernels.decide
     cache.kernels = cache.kernels._replace(decide=raising(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -169,16 +169,16 @@ def test_a_row_that_cannot_be_loaded_leaves_the_host_in_charge(monkeypatch):
     ids = IDS[:, :2]  # a prompt that leaves experts out
     with monkeypatch.context() as patched:
         arrivals = model.moe_offload._runtime.layers[0].arrivals
-        prewarm = arrivals.prewarm
+        start_prewarm = arrivals.start_prewarm
 
         def failing(expert):
             patched.setattr(arrivals.store, "begin", raising(ExpertReadError("gone")))
-            return prewarm(expert)
+            return start_prewarm(expert)
 
-        patched.setattr(arrivals, "prewarm", failing)
+        patched.setattr(arrivals, "start_prewarm", failing)
         with pytest.raises(ExpertReadError, match="gone"):
             say(model, ids)
-        assert not model.moe_offload._runtime.deciding.now
+        assert not model.moe_offload._runtime.device_caches.in_charge
     assert torch.equal(say(model, ids), say(resident(), ids))
     model.moe_offload.close()
 

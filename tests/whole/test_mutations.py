@@ -30,7 +30,7 @@ from moe_offload.plan.weights import costs, layer_shapes
 from moe_offload.runtime.in_flight import Arrivals
 from moe_offload.runtime.layer import LayerRuntime
 
-slots_pass = importlib.import_module("passes.slots")  # the name `passes.slots` is the pass itself
+slots_pass = importlib.import_module("passes.slots")
 
 SESSION = {"prompt": 6, "new_tokens": 8}
 FAILING_READ = 9  # in decode, where each load takes the slot of another row
@@ -75,7 +75,7 @@ def empty(model):
     policy = POLICIES["decayed_lfu"](layer.cache.num_experts, 32.0)
     layer.arrivals.cache = LayerCache(layer.cache.num_experts, layer.cache.slots, policy)
     layer.slots.bytes.fill_(POISON)
-    assert not layer.arrivals.demanded
+    assert not layer.arrivals.awaited
     return layer
 
 
@@ -186,9 +186,9 @@ def a_victim_stays_mapped(patch):
 def scratch_rows_are_swapped(patch):
     real = Arrivals.take
 
-    def take(self, wanted=True):
-        arrival = real(self, wanted)
-        return arrival if arrival.load else dataclasses.replace(arrival, place=(arrival.place + 1) % 2)
+    def take(self, demanded=True):
+        arrival = real(self, demanded)
+        return arrival if arrival.load else dataclasses.replace(arrival, scratch_row=(arrival.scratch_row + 1) % 2)
 
     patch.setattr(Arrivals, "take", take)
 
@@ -196,8 +196,8 @@ def scratch_rows_are_swapped(patch):
 def rows_go_to_the_neighbour_s_slot(patch):
     real = Arrivals.take
 
-    def take(self, wanted=True):
-        arrival = real(self, wanted)
+    def take(self, demanded=True):
+        arrival = real(self, demanded)
         if arrival.load is None:
             return arrival
         wrong = Load(arrival.expert, (arrival.load.slot + 1) % self.cache.slots)

@@ -130,7 +130,7 @@ BAD = {
 def test_a_failed_optimize_changes_nothing(options, error, tmp_path):
     if options.get("profile") == "damaged":
         path = tmp_path / "damaged.json"
-        path.write_text('{"format": "moe_offload.observe.profile", "vers')
+        path.write_text('{"format": "moe_offload.profile", "vers')
         options = {"profile": path}
     elif options.get("profile") == "other":
         options = {"profile": offloaded("gpt_oss").moe_offload.profile()}
@@ -149,7 +149,7 @@ def test_a_failed_optimize_changes_nothing(options, error, tmp_path):
 
 def test_close_and_leaving_the_context_end_it():
     with offloaded().moe_offload as handle:
-        assert not handle.closed and "open" in repr(handle)
+        assert not handle.closed and "closed" not in repr(handle)
     assert handle.closed and "closed" in str(handle)
     model = offloaded()
     model.moe_offload.close()
@@ -297,7 +297,7 @@ def test_a_row_that_cannot_be_read_while_prewarming_closes_the_model(monkeypatch
     def fails(*_):
         raise moe_offload.ExpertReadError("EIO")
 
-    monkeypatch.setattr("moe_offload.api.prewarm", fails)
+    monkeypatch.setattr("moe_offload.runtime.prewarm.prewarm_slots", fails)
     model = build(QWEN, num_hidden_layers=1)
     with pytest.raises(moe_offload.ExpertReadError, match="EIO"):
         moe_offload.optimize(model, "200MB", profile=profile)

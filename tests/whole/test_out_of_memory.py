@@ -74,7 +74,7 @@ class Allocator:
 def allocator_of(model):
     """What every row of `model` goes through."""
     allocator, runtime = Allocator(), model.moe_offload._runtime
-    for cache in runtime.deciding.caches if runtime.deciding else ():
+    for cache in runtime.device_caches.caches if runtime.device_caches else ():
         known = cache.kernels
         cache.kernels = known._replace(gather=allocator.through(known.gather))
     runtime._transfer.wait = allocator.through(runtime._transfer.wait)
@@ -119,8 +119,8 @@ def test_in_prefill_and_in_decode_and_the_tokens_are_the_same(kind, settings, ca
     assert not any(bank() is not None for bank in old), "an old bank is still held"
 
     handle = model.moe_offload
-    assert list(handle.plan.slots) == [row["slots"] for row in handle.stats().layers] == halves
-    assert list(handle.where.slots) == halves and str(handle) != summary and handle.plan.slack_bytes > 0
+    assert list(handle.plan.slots) == [layer.slots for layer in handle.stats().layers] == halves
+    assert list(handle.arrangement.slots) == halves and str(handle) != summary and handle.plan.slack_bytes > 0
     assert handle.stats().misses > 0 and handle.stats().graphs >= 4
     assert torch.equal(say_with(model, kind), want), "and so are those of the next request"
     handle.close()

@@ -24,8 +24,8 @@ import moe_offload
 from moe_offload.apps.cli import app
 from moe_offload.apps.families.tiny import build as build_family
 from moe_offload.checkpoint.headers import read_headers
-from moe_offload.checkpoint.loading import skeleton
-from moe_offload.checkpoint.packed import ABSENT, ROWS, checkpoint_headers, index_checkpoint, is_packed
+from moe_offload.checkpoint.outline import outline_folder
+from moe_offload.checkpoint.packed import ABSENT, ROWS, is_packed, read_stored
 from moe_offload.checkpoint.packed_format import parse_sources, sources_metadata
 from moe_offload.errors import CheckpointError, ConfigError, OffloadError, PackError
 from moe_offload.experts import find_experts
@@ -73,9 +73,8 @@ def test_rows_are_the_model_s_and_one_aligned_read_each(kind: str, dtype: torch.
     model = build(kind, dtype)
     out = pack_checkpoint(save(model, tmp_path / "original", "20KB"), tmp_path / "out", max_shard_size="15KB")
     assert is_packed(out) and len(list(out.glob(f"{ROWS}-*"))) > 1 and len(list(out.glob("model-*"))) > 1
-    meta = skeleton(out)
-    moe_layers = find_experts(meta)
-    index = index_checkpoint(meta, moe_layers, out)
+    found = outline_folder(out)
+    moe_layers, index = found.moe_layers, found.index
     for moe, rows in zip(moe_layers, index.rows, strict=True):
         for e, source in enumerate(rows):
             plan = plan_row(source, moe.layout.row_bytes, index.stamps)
@@ -92,9 +91,8 @@ def test_rows_are_the_model_s_and_one_aligned_read_each(kind: str, dtype: torch.
 def test_rows_of_several_megabytes_are_read_in_whole_pages(tmp_path: Path) -> None:
     model = build("per_expert", hidden_size=512, moe_intermediate_size=512, num_hidden_layers=1)  # 3 MB a row
     out = pack_checkpoint(save(model, tmp_path / "original"), tmp_path / "out", verify="all")
-    meta = skeleton(out)
-    [moe] = find_experts(meta)
-    index = index_checkpoint(meta, [moe], out)
+    found = outline_folder(out)
+    [moe], index = found.moe_layers, found.index
     for source in index.rows[0]:
         plan = plan_row(source, moe.layout.row_bytes, index.stamps)
         assert len(plan.parts) == -(-moe.layout.row_bytes // (2 << 20)) and not plan.convert
@@ -104,8 +102,7 @@ def test_rows_of_several_megabytes_are_read_in_whole_pages(tmp_path: Path) -> No
 
 
 def test_files_are_valid_safetensors_and_nothing_else_changes(packed: Path) -> None:
-    meta = skeleton(MODEL)
-    moe_layers = find_experts(meta)
+    moe_layers = outline_folder(MODEL).moe_layers
     with safe_open(rows_file(packed), framework="pt") as file:
         assert list(file.keys()) == [moe.name for moe in moe_layers]
         for moe in moe_layers:
@@ -290,7 +287,7 @@ def test_sources_come_back() -> None:
 
 
 def test_headers_of_an_ordinary_folder_are_its_own() -> None:
-    assert checkpoint_headers(MODEL) == read_headers([MODEL / "model.safetensors"])
+    assert read_stored(MODEL).headers == read_headers([MODEL / "model.safetensors"])
 
 
 # Writing fails.
@@ -334,7 +331,7 @@ def test_disk_that_fills_while_writing(tmp_path: Path) -> None:
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, before[1]))
     try:
-        with pytest.raises(PackError, match=rf"Errno {errno.EFBIG}.*It needs"):
+        with pytest.raises(PackError, match=rf"errno {errno.EFBIG}.*It needs"):
             pack_checkpoint(MODEL, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -418,23 +415,23 @@ def test_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "code", "says"),
     [
-        (["./nowhere", "out"], "nowhere"),
-        ([str(MODEL), "taken"], "not empty"),
-        ([str(MODEL), "no/such/out"], "does not exist"),
-        ([str(MODEL), "out", "--verify", "some"], "some"),
-        ([str(MODEL), "out", "--max-shard-size", "big"], "big"),
+        (["./nowhere", "out"], 4, "nowhere"),
+        ([str(MODEL), "taken"], 6, "not empty"),
+        ([str(MODEL), "no/such/out"], 6, "does not exist"),
+        ([str(MODEL), "out", "--verify", "some"], 2, "some"),
+        ([str(MODEL), "out", "--max-shard-size", "big"], 2, "big"),
     ],
 )
 def test_command_that_cannot_work(
-    arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], code: int, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
     result = run("pack", *arguments)
-    assert result.exit_code == 2 and says in result.stderr and "Traceback" not in result.output, result.output
+    assert result.exit_code == code and says in result.stderr and "Traceback" not in result.output, result.output
     assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("moe-offload:")
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
@@ -451,7 +448,7 @@ def test_ctrl_c(tmp_path: Path) -> None:
     command = [sys.executable, "-c", program, "pack", str(MODEL), str(tmp_path / "out")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
         deadline = time.monotonic() + 60
-        while not list(tmp_path.glob(f".out-*/{ROWS}-*")) and time.monotonic() < deadline:
+        while not list(tmp_path.glob(f".moe_offload-out-*/{ROWS}-*")) and time.monotonic() < deadline:
             time.sleep(0.05)
         child.send_signal(signal.SIGINT)
         _, errors = child.communicate(timeout=60)

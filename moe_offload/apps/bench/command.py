@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from ...api import make_plan
-from ...checkpoint.loading import resolve_folder, skeleton
-from ...errors import ConfigError
-from ...experts import find_experts
+from ...checkpoint.outline import outline_folder
+from ...checkpoint.pretrained.download import get_folder
+from ...errors import ConfigError, ReportError
+from ...files.whole_file import save_whole
 from ...plan.budget import budget_for
+from .architectures import PREFIX
 from .devices import DEVICES
 from .sides.contenders import room_for
 from .sides.gpu_contenders import settings
-from .synthetic import PREFIX, default_cache, synthetic
+from .synthetic import default_cache, synthetic
 from .workload import Workload
 
 
@@ -33,22 +35,14 @@ def workload(
     **amounts: int,
 ) -> Workload:
     """Raises `ConfigError` for settings that contradict each other, and what loading and planning raise."""
-    if device not in DEVICES:
-        raise ConfigError(f"--device {device}: there are {', '.join(DEVICES)}")
     DEVICES[device]().check()
-    if (budget is None) == (not residency):
-        raise ConfigError("give either --budget (8GB) or --residency (25%), one of them")
     if packed and device != "cpu":
         raise ConfigError("--packed is for rows that are read from disk; on a GPU they rest in RAM")
-    if layers is not None and not model.startswith(PREFIX):
-        raise ConfigError(f"--layers is for {PREFIX}NAME; {model} has the layers it has")
-    if routing is not None and not routing.is_file():
-        raise ConfigError(f"--routing {routing}: no such file")
-    folder = synthetic(model.removeprefix(PREFIX), layers, cache) if model.startswith(PREFIX) else resolve_folder(model)
-    outline = skeleton(folder)
+    folder = synthetic(model.removeprefix(PREFIX), layers, cache) if model.startswith(PREFIX) else get_folder(model)
+    outline = outline_folder(folder)
     ids = _prompt_ids(folder, prompt, amounts["prompt_tokens"]) if prompt is not None else None
     tokens = (len(ids) if ids else amounts["prompt_tokens"]) + amounts["new_tokens"]
-    names = [moe.name for moe in find_experts(outline)]
+    names = [moe.name for moe in outline.moe_layers]
     config = room_for(tokens) if device == "cpu" else settings(names, tokens, "device")
     if budget is None:
         whole = make_plan(folder, 2**60, config=config)
@@ -58,7 +52,7 @@ def workload(
     return Workload(
         folder,
         {asked: make_plan(folder, budget, config=config) for asked, budget in budgets.items()},
-        outline.config.get_text_config().vocab_size,
+        outline.model.config.get_text_config().vocab_size,
         device,
         str(routing) if routing else None,
         prompt=ids,
@@ -77,16 +71,14 @@ def _prompt_ids(folder: Path, file: Path, tokens: int) -> Sequence[int]:
     from transformers import AutoTokenizer
 
     try:
-        ids: list[int] = AutoTokenizer.from_pretrained(folder)(file.read_text())["input_ids"][:tokens]
+        ids: list[int] = AutoTokenizer.from_pretrained(folder)(file.read_text(encoding="utf-8"))["input_ids"][:tokens]
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--prompt {file}: cannot be read and tokenised: {error}") from error
+        raise ConfigError(f"--file {file}: cannot be read and tokenised: {error}") from error
     if not ids:
-        raise ConfigError(f"--prompt {file}: it is empty")
+        raise ConfigError(f"--file {file}: it is empty")
     return ids
 
 
 def write_json(result: dict[str, Any], file: Path) -> None:
-    """Whole or not at all: a run that is cut short leaves what it had found before."""
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    partial.replace(file)
+    """Whole or not at all: a run that is cut short leaves what it had found before. Raises `ReportError`."""
+    save_whole(file, (json.dumps(result, indent=1) + "\n").encode(), "result", ReportError)

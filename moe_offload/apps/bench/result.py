@@ -140,7 +140,7 @@ def _belady(one: Measured) -> float:
             prompt, *decoded = answer["used"][layer]
             events += [prompt, *decoded]
             counted += [False, *(answer is not one.warm_up and i >= answer["left_out"] for i in range(len(decoded)))]
-        found = belady_hits(events, slots)
+        found = belady_hits([dict.fromkeys(event, 1) for event in events], slots)
         hits += sum(hit for hit, counts in zip(found, counted, strict=True) if counts)
         requests += sum(len(event) for event, counts in zip(events, counted, strict=True) if counts)
     return hits / max(requests, 1)

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...errors import ConfigError
+from ...errors import ConfigError, TraceError
+from ...observe.trace import Trace
 
 ROWS = 4096  # of a trace: more are not used
 SPARE_TOKENS = 8  # behind those of a request: generate() may run a step whose token nobody sees
@@ -124,15 +125,9 @@ def load_recorded(path: str | Path, layers: int, experts: int, top_k: int) -> Re
     Raises `ConfigError` when the file is no such trace.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            ids_TLk = file["experts"].astype(np.int64)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"--routing {path}: expected an .npz with an array 'experts': {error}") from error
-    if ids_TLk.ndim != 3 or not ids_TLk.size or ids_TLk.min() < -1:
-        raise ConfigError(
-            f"--routing {path}: 'experts' must be [tokens, layers, k] with ids from -1, found "
-            f"{ids_TLk.shape} from {ids_TLk.min() if ids_TLk.size else 'nothing'}"
-        )
+        ids_TLk = Trace.load(path).experts_TLK.astype(np.int64)
+    except TraceError as error:
+        raise ConfigError(f"--routing: {error}") from error
     total, recorded_layers, k = ids_TLk.shape
     found = int(ids_TLk.max()) + 1
     columns = [layer * recorded_layers // layers for layer in range(layers)]

@@ -11,15 +11,17 @@ a GPU the resident model's kernels are others, which round otherwise, and the re
 from __future__ import annotations
 
 import importlib.util
-import tempfile
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from ...checkpoint.headers import shard_files
+from ...checkpoint.pretrained.weight_files import weight_files
 from ...errors import ConfigError
+from ...files.staging import staging_folder
 from ...memory.stores.row_reads import PART_BYTES
 from ...memory.transfer.threads import THREADS
 from ...pack import pack_checkpoint
@@ -54,12 +56,12 @@ def bench(
     device = DEVICES[work.device]()
     device.check()
     notes, done = missing_rivals(work.device), list[Measured]()
-    with tempfile.TemporaryDirectory(prefix="moe_offload-bench-", dir=scratch) as temporary:
+    with unwound_by_signals(), staging_folder(scratch, "bench") as temporary:
         if work.packed and "ours" in chosen:
             say("ours: packing")
-            pack_checkpoint(work.folder, Path(temporary) / PACKED, verify="none")
+            pack_checkpoint(work.folder, temporary / PACKED, verify="none")
         room = device.room_bytes() - KEPT_FREE_BYTES[work.device]
-        size = sum(file.stat().st_size for file in shard_files(work.folder))
+        size = sum(file.stat().st_size for file in weight_files(work.folder).files)
         if "resident" in chosen and size > room:
             say("resident: the whole model does not fit in the memory that is free; left out")
             del chosen["resident"]
@@ -70,11 +72,11 @@ def bench(
         settings = {
             "device": work.device,
             "folder": str(work.folder),
-            "scratch": temporary,
+            "scratch": str(temporary),
             "routing": work.routing,
             "tokens": work.tokens,
         }
-        with _roof(work, Path(temporary)) as roof:
+        with _roof(work, temporary) as roof:
             stage = Stage(work, settings, roof, say)
             for found in chain(_resident_and_ours(stage, chosen, together), _others(stage, chosen)):
                 done += found
@@ -83,6 +85,25 @@ def bench(
     for note in notes:
         say(note)
     return result
+
+
+@contextmanager
+def unwound_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the block as Ctrl-C does, through every `finally`: sides, groups and files are gone."""
+
+    def end(number: int, _: Any) -> None:
+        for one in before:
+            signal.signal(one, signal.SIG_IGN)  # a second one must not stop the cleaning up
+        raise SystemExit(128 + number)
+
+    before: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def _resident_and_ours(stage: Stage, chosen: Chosen, together: bool) -> Iterator[list[Measured]]:
@@ -145,7 +166,7 @@ def _roof(work: Workload, temporary: Path) -> Iterator[Roof]:
     if work.device == "cpu":
         # That of the very files ours reads: what was written a moment ago may lie in a cache of the host.
         packed = sorted((temporary / PACKED).glob("*.safetensors"))
-        yield DiskRoof(packed or shard_files(work.folder), min(work.row_bytes, PART_BYTES), THREADS)
+        yield DiskRoof(packed or weight_files(work.folder).files, min(work.row_bytes, PART_BYTES), THREADS)
     else:
         with link_roof(work.row_bytes, DEVICES[work.device].name) as roof:
             yield roof

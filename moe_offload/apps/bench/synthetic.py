@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,47 +18,10 @@ import torch
 from torch import Tensor
 
 from ...config.sizes import format_size
-from ...errors import CheckpointError, ConfigError
+from ...errors import CheckpointError
+from ...files.staging import staging_folder
+from .architectures import sizes_of
 
-#: What the configurations of these models say, as published with them; `tiny` is for tests.
-ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen3-30b-a3b": (
-        "Qwen3MoeConfig",
-        {
-            "hidden_size": 2048,
-            "intermediate_size": 6144,
-            "moe_intermediate_size": 768,
-            "num_hidden_layers": 48,
-            "num_experts": 128,
-            "num_experts_per_tok": 8,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 4,
-            "head_dim": 128,
-            "vocab_size": 151936,
-            "max_position_embeddings": 40960,
-            "norm_topk_prob": True,
-            "tie_word_embeddings": False,
-        },
-    ),
-    "gpt-oss-20b": ("GptOssConfig", {"num_hidden_layers": 24, "num_local_experts": 32, "num_experts_per_tok": 4}),
-    "tiny": (
-        "Qwen3MoeConfig",
-        {
-            "hidden_size": 128,
-            "intermediate_size": 256,
-            "moe_intermediate_size": 64,
-            "num_hidden_layers": 3,
-            "num_experts": 32,
-            "num_experts_per_tok": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 32,
-            "vocab_size": 1024,
-            "max_position_embeddings": 4096,
-        },
-    ),
-}
-PREFIX = "synthetic:"
 BLOCK = 16_777_213  # random numbers, repeated; a prime, so that no two experts begin at the same one
 SCALE = 0.02
 
@@ -75,24 +37,16 @@ def synthetic(name: str, layers: int | None = None, cache: Path | None = None) -
     It is written once, into `cache` (`~/.cache/moe_offload/synthetic`), and found there afterwards. Raises
     `ConfigError` for an architecture that is not in `ARCHITECTURES`, `CheckpointError` when the disk is too full.
     """
-    if name not in ARCHITECTURES:
-        raise ConfigError(f"synthetic:{name}: no such architecture; there are {', '.join(sorted(ARCHITECTURES))}")
-    class_name, sizes = ARCHITECTURES[name]
-    if layers is not None:
-        if not 1 <= layers <= sizes["num_hidden_layers"]:
-            raise ConfigError(f"--layers {layers}: {name} has 1 to {sizes['num_hidden_layers']} layers")
-        sizes = {**sizes, "num_hidden_layers": layers}
+    class_name, sizes = sizes_of(name, layers)
     folder = (cache or default_cache()) / f"{name}_{sizes['num_hidden_layers']}-layers"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            _write(_skeleton(class_name, sizes), partial)
-            partial.rename(folder)
+            with staging_folder(folder.parent, folder.name) as partial:
+                _write(_skeleton(class_name, sizes), partial)
+                partial.rename(folder)
         except OSError as error:
             raise CheckpointError(f"{folder}: cannot write the synthetic checkpoint: {error}") from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 

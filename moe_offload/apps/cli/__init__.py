@@ -1,8 +1,8 @@
-"""The command line, a file a command: moe-offload plan | estimate | run | top | report | profile | ...
+"""The command line: moe-offload run | chat | serve | plan | estimate | ...
 
-What a person asked for goes to standard output (a plan, generated text, a table); what happened on the way goes to
-standard error. A flag, size, path or profile that cannot work is one line and exit code 2; a budget below the floor, or
-a family that differs, is exit code 1.
+The commands that belong to an app lie beside it; here are those of no app (plan, estimate, config, pack, env), and what
+puts all of them together. What a person asked for goes to standard output (a plan, generated text, a table, JSON); what
+happened on the way goes to standard error. How a command ends is in `options/ending.py`.
 """
 
 from __future__ import annotations
@@ -13,20 +13,22 @@ from typing import Annotated
 import typer
 
 from ... import __version__
-from .bench import bench
-from .chat import chat
+from ..bench.cli import bench
+from ..families.cli import families
+from ..generate.chat import chat
+from ..generate.run import run
+from ..live.cli import top
+from ..options.ending import USAGE, Command
+from ..options.groups import summary
+from ..profile.cli import app as profile
+from ..report.cli import report
+from ..serving.cli import serve
+from ..simulate.cli import simulate
 from .config import config
+from .env import env
 from .estimate import estimate
-from .families import families
-from .options import summary
 from .pack import pack
 from .plan import plan
-from .profile import app as profile
-from .report import report
-from .run import run
-from .serve import serve
-from .simulate import simulate
-from .top import top
 
 app = typer.Typer(
     name="moe-offload",
@@ -35,7 +37,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # rich cuts option names and defaults that are long; plain help wraps them
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda name: name.replace("_", "-"),  # --config_file is --config-file
+    },
 )
 
 
@@ -54,8 +59,8 @@ def options(
     """What may come before a command."""
 
 
-for command in (plan, estimate, run, chat, serve, top, report, config, bench, pack, simulate, families):
-    app.command(short_help=summary(command))(command)
+for command in (run, chat, serve, plan, estimate, top, report, config, env, pack, simulate, bench, families):
+    app.command(short_help=summary(command), cls=Command)(command)
 app.add_typer(profile, name="profile", short_help="Record, look at, merge and compare activation profiles.")
 
 
@@ -65,7 +70,7 @@ def _version() -> None:
 
 
 def main() -> None:
-    """What the console script runs. A wrong flag is one line and exit code 2, like everything else that cannot work."""
+    """What the console script runs. A wrong flag is one line and exit code 2."""
     try:
         code = app(standalone_mode=False)
     except typer.Abort:
@@ -81,5 +86,5 @@ def main() -> None:
             typer.echo(context.get_help() if context is not None else "", err=True)
         else:
             typer.echo(f"{command}: {' '.join(error.format_message().split())} (see {command} --help)", err=True)
-        code = getattr(error, "exit_code", 2)
+        code = getattr(error, "exit_code", USAGE)
     sys.exit(code if isinstance(code, int) else 0)

@@ -12,7 +12,9 @@ import typer
 
 from ...config import file as files
 from ...config.settings import OffloadConfig, active_file, from_text, origins, resolve
-from .options import Budget, ConfigFile, DeviceMapOption, Json, MaxMemory, fail, or_exit
+from ...errors import ConfigError, ProfileError
+from ..options.checks import check_profile
+from ..options.flags import Budget, Compile, ConfigFile, DeviceMapOption, Json, MaxMemory, Policy
 
 #: What is asked, in this order: what most people want to say once for a machine. The rest can be written by hand.
 QUESTIONS = {
@@ -32,9 +34,11 @@ def config(
     max_memory: MaxMemory = None,
     device_map: DeviceMapOption = None,
     profile: Annotated[str | None, typer.Option("--profile", help="Activation profile to pre-warm from.")] = None,
-    policy: Annotated[str | None, typer.Option("--policy", help="Which resident expert gives way.")] = None,
-    compile: Annotated[str | None, typer.Option("--compile", help="auto, graph or inductor.")] = None,
-    kv_tokens: Annotated[str | None, typer.Option("--kv-tokens", help="Tokens of KV cache to make room for.")] = None,
+    policy: Policy = None,
+    compile: Compile = None,
+    context: Annotated[
+        str | None, typer.Option("--context", help="Tokens of prompt and answer that the KV cache has room for.")
+    ] = None,
     offload_folder: Annotated[str | None, typer.Option("--offload-folder", help="Where experts are spilled.")] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing: flags, else what is there already.")] = False,
     show: Annotated[bool, typer.Option("--show", help="Write nothing; print what is in force, and why.")] = False,
@@ -46,20 +50,24 @@ def config(
         _show(config_file, as_json)
         return
     path = config_file or files.default_path()
-    old = or_exit(lambda: OffloadConfig.from_dict(files.read(path))) if path.exists() else OffloadConfig()
+    old = OffloadConfig.from_dict(files.read(path)) if path.exists() else OffloadConfig()
     typed = {"budget": budget, "max_memory": max_memory, "device_map": device_map, "profile": profile}
-    typed |= {"policy": policy, "compile": compile, "kv_tokens": kv_tokens, "offload_folder": offload_folder}
+    typed |= {"policy": policy, "compile": compile, "kv_tokens": context, "offload_folder": offload_folder}
     flags = {name: _value(name, text) for name, text in typed.items() if text is not None}
-    values = or_exit(lambda: OffloadConfig.from_dict({**old.to_dict(), **flags}))
+    values = OffloadConfig.from_dict({**old.to_dict(), **flags})
+    if values.profile is not None:
+        check_profile(values.profile)
     if not yes:
         if not sys.stdin.isatty():
-            fail("standard input is no terminal to ask questions on: give --yes, with flags for what to write", 2)
+            raise ConfigError(
+                "standard input is no terminal to ask questions on: give --yes, with flags for what to write"
+            )
         values = _ask(values, skip=set(flags), prompt=typer.prompt)
-    or_exit(lambda: files.write(path, values.changed()))
+    files.write(path, values.changed())
     typer.echo(f"settings written to {path}", err=True)
     typer.echo(path.read_text(), nl=False)
     if active_file() != path:
-        typer.echo(f"to use them: --config_file {path}, or export MOE_OFFLOAD_CONFIG_FILE={path}", err=True)
+        typer.echo(f"to use them: --config-file {path}, or export MOE_OFFLOAD_CONFIG_FILE={path}", err=True)
 
 
 def _ask(values: OffloadConfig, skip: set[str], prompt: Callable[..., str]) -> OffloadConfig:
@@ -70,9 +78,12 @@ def _ask(values: OffloadConfig, skip: set[str], prompt: Callable[..., str]) -> O
             shown = NOTHING if now is None else now if isinstance(now, str | int) else json.dumps(now)
             try:
                 answer = _value(name, str(prompt(question, default=str(shown))))
-                values = OffloadConfig.from_dict({**values.to_dict(), name: answer})
+                asked = OffloadConfig.from_dict({**values.to_dict(), name: answer})
+                if name == "profile" and asked.profile is not None:
+                    check_profile(asked.profile)
+                values = asked
                 break
-            except ValueError as error:
+            except (ConfigError, ProfileError) as error:
                 typer.echo(f"  {error}", err=True)
     return values
 
@@ -82,7 +93,9 @@ def _value(name: str, text: str) -> Any:
 
 
 def _show(config_file: Path | None, as_json: bool) -> None:
-    settings, where = or_exit(lambda: (resolve(config_file), origins(config_file)))
+    file = active_file(config_file)
+    typer.echo(f"file: {file or f'none; {files.default_path()} is not there'}", err=True)
+    settings, where = resolve(config_file), origins(config_file)
     if as_json:
         typer.echo(json.dumps({name: {"value": v, "from": where[name]} for name, v in settings.to_dict().items()}))
         return

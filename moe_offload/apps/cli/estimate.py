@@ -11,7 +11,9 @@ import typer
 from ...config.settings import OffloadConfig
 from ...config.sizes import format_size, parse_size
 from ...errors import BudgetError, ConfigError
-from .options import ConfigFile, Context, Json, ProfileIn, check_inputs, fail, or_exit, settings
+from ..options.checks import check_model, settings
+from ..options.ending import EXIT_CODES
+from ..options.flags import ConfigFile, Context, Dtype, Json, ProfileIn
 
 LADDER = (4, 6, 8, 12, 16, 24, 32, 48, 64, 80, 96, 128, 192, 256, 384, 512, 768, 1024)  # GB that machines have
 COLUMNS = ("budget", "fits", "slots a layer", "resident", "hit rate", "largest context")
@@ -19,23 +21,28 @@ COLUMNS = ("budget", "fits", "slots a layer", "resident", "hit rate", "largest c
 
 def estimate(
     models: Annotated[list[str], typer.Argument(help="Checkpoint folders or Hub repositories.", show_default=False)],
-    budgets: Annotated[
+    budget: Annotated[
         str | None,
-        typer.Option("--budgets", help="By commas: 4GB,8GB,16GB.", show_default="from the floor to all resident"),
+        typer.Option(
+            "--budget",
+            help="All the model may hold; several by commas: 4GB,8GB,16GB. Without it, from the smallest to all "
+            "resident.",
+        ),
     ] = None,
     profile: ProfileIn = None,
     context: Context = None,
+    dtype: Dtype = "auto",
     config_file: ConfigFile = None,
     as_json: Json = False,
 ) -> None:
-    """A table like accelerate estimate-memory: what each budget gives. Reads headers only; exit code 1 if none fits."""
+    """A table like accelerate estimate-memory: what each budget gives. Reads headers only; exit code 3 if none fits."""
     wanted = settings(config_file, profile=profile, kv_tokens=context)
-    sizes = or_exit(lambda: [_budget(text) for text in budgets.split(",") if text.strip()]) if budgets else []
-    if budgets is not None and not sizes:
-        fail(f"--budgets {budgets!r} names no budget: write sizes by commas, as 4GB,8GB", 2)
+    sizes = [_budget(text) for text in budget.split(",") if text.strip()] if budget else []
+    if budget is not None and not sizes:
+        raise ConfigError(f"--budget {budget!r} names no budget: write sizes by commas, as 4GB,8GB")
     for name in models:
-        check_inputs(name, wanted)
-    found = [or_exit(lambda name=name: _estimate(name, sizes, wanted)) for name in models]  # type: ignore[misc]
+        check_model(name)
+    found = [_estimate(name, sizes, wanted, dtype) for name in models]
     if as_json:
         typer.echo(json.dumps(found))
     else:
@@ -44,20 +51,20 @@ def estimate(
         if len(found) > 1:
             _print_largest(found)
     if not any(row["fits"] for one in found for row in one["rows"]):
-        raise typer.Exit(1)
+        raise typer.Exit(EXIT_CODES[BudgetError])
 
 
 def _budget(text: str) -> int:
     try:
         return parse_size(text)
     except ConfigError as error:
-        raise ConfigError(f"--budgets: {error}") from None
+        raise ConfigError(f"--budget: {error}") from None
 
 
-def _estimate(name: str, sizes: list[int], wanted: OffloadConfig) -> dict[str, Any]:
+def _estimate(name: str, sizes: list[int], wanted: OffloadConfig, dtype: str) -> dict[str, Any]:
     from ...plan.forecast import of_outline, read_outline
 
-    found = read_outline(name)
+    found = read_outline(name, dtype)
     # One device, whatever the file says of several: each row is about one budget on it.
     wanted = dataclasses.replace(wanted, device_map="disk", max_memory=None)
     most = of_outline(found, dataclasses.replace(wanted, budget=2**60))
@@ -72,7 +79,7 @@ def _estimate(name: str, sizes: list[int], wanted: OffloadConfig) -> dict[str, A
                 {
                     "budget": size,
                     "fits": True,
-                    "slots": [min(one.where.slots), max(one.where.slots)],
+                    "slots": [min(one.arrangement.slots), max(one.arrangement.slots)],
                     "residency": next(iter(one.plans.values())).residency,
                     "hit_rate": dataclasses.asdict(one.hit_rate),
                     "largest_context": one.largest_context,

@@ -70,7 +70,7 @@ MATRIX = tuple(
 
 
 @dataclass(frozen=True)
-class Row:
+class FamilyResult:
     """The outcome for one family. `difference` is the largest between any two outputs, 0.0 if all are equal."""
 
     family: str
@@ -94,14 +94,14 @@ def check(
     compile: str = "graph",
     prompt: int = 16,
     new_tokens: int = 32,
-) -> Row:
+) -> FamilyResult:
     """Run `family` in every case. Cases that the family itself cannot run (no static cache) are passed over."""
     model = build(family)
     name = type(model).__name__
     try:
         moe_layers = find_experts(model)
     except UnsupportedModelError as error:
-        return Row(family, "refused", str(error), name)
+        return FamilyResult(family, "refused", str(error), name)
     facts = {"moe_layers": len(moe_layers), "experts": moe_layers[0].num_experts, "top_k": moe_layers[0].top_k}
     done, worst = 0, 0.0
     for key, group in itertools.groupby(sorted(cases, key=_reference_key), key=_reference_key):
@@ -121,11 +121,11 @@ def check(
             bound = INDUCTOR_TOLERANCE if compile == "inductor" and dtype == "float32" else 0.0
             same_tokens = torch.equal(tokens(want), tokens(got))
             if not same_tokens or (difference > bound and not (compile == "inductor" and dtype != "float32")):
-                return Row(
+                return FamilyResult(
                     family, "different", f"{case}: outputs differ by {difference:.3g}", name, **facts, cases=done
                 )
             done += 1
-    return Row(family, "exact", "", name, **facts, cases=done, difference=worst)
+    return FamilyResult(family, "exact", "", name, **facts, cases=done, difference=worst)
 
 
 def _reference_key(case: Case) -> tuple[str, str, int, bool]:

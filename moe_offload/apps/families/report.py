@@ -12,26 +12,31 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from transformers.utils import logging as hf_logging
 
-from .check import MATRIX, QUICK, Row, check
+from ...errors import ConfigError
+from .check import MATRIX, QUICK, FamilyResult, check
 from .tiny import available, unlisted
 
 
-def run_families(
-    names: Sequence[str], *, compile: str, matrix: bool, as_json: bool, jobs: int, fail: Callable[[str], object]
-) -> bool:
-    """Check `names` (all families when empty), print the table or its JSON rows; whether every one is exact or refused.
+def check_families(
+    names: Sequence[str], *, compile: str, matrix: bool, jobs: int, done: Callable[[FamilyResult], object]
+) -> list[FamilyResult]:
+    """Check `names` (all families when empty): a row each, in the order of the names; `done` has each as it comes.
 
-    Dynamo traces in Python, so the work is spread over `jobs` processes of one thread each.
+    Dynamo traces in Python, so the work is spread over `jobs` processes of one thread each. Raises ConfigError for a
+    name that is no family.
     """
     known = available()
-    for name in names:
-        if name not in known:
-            fail(f"{name!r} is no MoE family of the installed transformers; there are {', '.join(known)}")
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(
+            f"{unknown[0]!r} is no MoE family of the installed transformers; there are {', '.join(known)}"
+        )
     wanted = list(names or known)
-    rows: dict[str, Row] = {}
+    rows: dict[str, FamilyResult] = {}
+    for name in [] if names else unlisted():
+        rows[name] = FamilyResult(name, "refused", "not in the table of tiny models yet", "")
+        done(rows[name])
     spawn = multiprocessing.get_context("spawn")  # a forked child would inherit torch's threads, dead
     with (
         Progress(console=Console(stderr=True), transient=True) as progress,
@@ -39,27 +44,37 @@ def run_families(
     ):
         bar = progress.add_task("Families", total=len(wanted))
         for future in as_completed([pool.submit(_checked, name, matrix, compile) for name in wanted]):
-            rows[future.result().family] = future.result()
+            row = future.result()
+            rows[row.family] = row
+            done(row)
             progress.advance(bar)
-    found = [rows[name] for name in wanted]
-    found += [Row(name, "refused", "not in the table of tiny models yet", "") for name in ([] if names else unlisted())]
-    if as_json:
-        print(json.dumps([row.asdict() for row in found]))
-    else:
-        Console(width=150).print(table(found))
-    return all(row.status in ("exact", "refused") for row in found)
+    return [rows[name] for name in sorted(rows, key=lambda name: (name not in wanted, [*wanted, name].index(name)))]
 
 
-def table(rows: Sequence[Row]) -> Table:
-    exact = sum(row.status == "exact" for row in rows)
-    refused = sum(row.status == "refused" for row in rows)
-    found = Table(title=f"{exact} exact, {refused} refused, {len(rows) - exact - refused} different or failed")
-    for column in ("family", "model", "MoE layers", "experts", "top-k", "status", "runs", "reason"):
-        found.add_column(column)
-    for row in rows:
-        facts = [str(n) if n else "" for n in (row.moe_layers, row.experts, row.top_k)]
-        found.add_row(row.family, row.model, *facts, row.status, str(row.cases or ""), row.reason)
-    return found
+def line(row: FamilyResult) -> str:
+    """One family as a line of text."""
+    experts = f"{row.experts} experts, top-{row.top_k}" if row.experts else ""
+    runs = f"{row.cases} runs" if row.cases else ""
+    return f"{row.family:<22}{row.status:<10}{runs:<9}{experts:<22}{row.reason}".rstrip()
+
+
+def totals(rows: Sequence[FamilyResult]) -> str:
+    exact, refused = (sum(row.status == status for row in rows) for status in ("exact", "refused"))
+    return f"{exact} exact, {refused} refused, {len(rows) - exact - refused} different or failed"
+
+
+def markdown_table(rows: Sequence[FamilyResult]) -> str:
+    """The table of docs/families.md."""
+    import transformers
+
+    heads = ("family", "model", "status", "reason")
+    lines = [heads, ["---"] * len(heads), *((f"`{r.family}`", r.model, r.status, r.reason) for r in rows)]
+    table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in lines)
+    return f"{table}\n\n{totals(rows)}, with transformers {transformers.__version__}."
+
+
+def rows_json(rows: Sequence[FamilyResult]) -> str:
+    return json.dumps([row.asdict() for row in rows])
 
 
 def _quiet() -> None:
@@ -69,10 +84,10 @@ def _quiet() -> None:
     warnings.simplefilter("ignore")  # tiny random models set off advice that is meant for real ones
 
 
-def _checked(name: str, matrix: bool, compile: str) -> Row:
+def _checked(name: str, matrix: bool, compile: str) -> FamilyResult:
     try:
         return check(name, MATRIX if matrix else QUICK, compile=compile)
     except Exception as error:  # one family that breaks must not hide the others
-        return Row(name, "failed", f"{type(error).__name__}: {str(error).splitlines()[0]}", "")
+        return FamilyResult(name, "failed", f"{type(error).__name__}: {str(error).splitlines()[0]}", "")
     finally:
         torch._dynamo.reset()

@@ -1,11 +1,5 @@
-"""What a run was like, on one page: `moe-offload run --report RUN.json`, `moe-offload report RUN.json -o report.html`.
+"""What a run was like, on one page: `moe-offload run --save-report RUN.json`, then `moe-offload report RUN.json`.
 
-`record` is what is kept of a run, `collect` takes it from a running model, `advice` puts it into words, `charts` draws
-it, `page` makes one HTML file of it all.
+`run_record` is what is kept of a run, `collect` takes it from a model that ran, `advice` puts it into words, `charts`
+draws it, `page` makes one HTML file of it all.
 """
-
-from __future__ import annotations
-
-from .run_record import RunRecord
-
-__all__ = ["RunRecord"]

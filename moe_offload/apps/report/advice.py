@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile, zip_longest
+from typing import TypeVar
 
 from ...config.sizes import format_size
-from .run_record import CurvePart, RunRecord, StepPart
+from ...observe.trace_recorder import ForwardRecord
+from ..simulate.run import FIRST_TOKENS as FIRST
+from .run_record import RunBudget, RunForward, RunRecord
 
-FIRST = 32  # tokens after the prompt that count as the start
+AnyForward = TypeVar("AnyForward", bound=ForwardRecord)
 WORTH = 0.02  # of hit rate: less is not worth a line of advice
 
 
@@ -17,6 +21,8 @@ class Summary:
     """Totals of a run. Rates are shares, 0 to 1; None where nothing was asked or decoded.
 
     `best_rate` is that of a cache that knows the future and begins empty; None for a run that did not begin so.
+    `first_token_s` is from the call with the prompt to that with the first token, `token_s` from one token to the next;
+    compiling is in neither, but in `compile_s`.
     """
 
     prompt_tokens: int
@@ -28,41 +34,59 @@ class Summary:
     token_s: float | None
     waiting: float | None
     first_token_s: float | None
+    compile_s: float
     read_per_token: float | None
 
 
 def summary(run: RunRecord) -> Summary:
-    steps = run.steps
     decode = decoding(run)
-    spent = run.ended_s - steps[0].began_s if steps else 0.0
-    decode_s = run.ended_s - decode[0].began_s if decode else 0.0
-    tokens = sum(step.tokens for step in decode)
+    tokens = sum(forward.tokens for forward in decode)
+    spent = _spent_s(run)
+    decode_s = sum(s for forward, s in zip(run.forwards, spent, strict=True) if forward.decode)
+    prompt = list(takewhile(lambda forward: not forward.decode, run.forwards))
     return Summary(
-        prompt_tokens=sum(step.tokens for step in steps) - tokens,
+        prompt_tokens=sum(forward.tokens for forward in run.forwards) - tokens,
         decoded=tokens,
-        hit_rate=rate(steps),
+        hit_rate=rate(run.forwards),
         best_rate=_best(run),
         first_rate=rate(decode[:FIRST]),
         later_rate=rate(decode[FIRST:]),
         token_s=decode_s / tokens if tokens else None,
-        waiting=sum(step.stall_s for step in steps) / spent if spent else None,
-        first_token_s=decode[0].began_s - steps[0].began_s if decode else None,
-        read_per_token=sum(step.bytes_read for step in decode) / tokens if tokens else None,
+        waiting=sum(forward.stall_s for forward in run.forwards) / sum(spent) if sum(spent) else None,
+        first_token_s=sum(spent[: len(prompt)]) if prompt else None,
+        compile_s=sum(forward.compile_s for forward in run.forwards),
+        read_per_token=sum(forward.bytes_read for forward in decode) / tokens if tokens else None,
     )
 
 
-def decoding(run: RunRecord) -> list[StepPart]:
-    """The steps after the first prompt. (Later prompts of a chat are among them.)"""
-    return list(run.steps[1:])
+def decoding(run: RunRecord) -> list[RunForward]:
+    """The forwards that added a token; those of a prompt, also of a later one in a chat, are not among them."""
+    return [forward for forward in run.forwards if forward.decode]
 
 
-def rate(steps: Sequence[StepPart], best: bool = False) -> float | None:
-    asked = sum(step.hits + step.misses for step in steps)
-    return sum(step.best if best else step.hits for step in steps) / asked if asked else None
+def first_forwards(forwards: Sequence[AnyForward]) -> list[AnyForward]:
+    """Those of the prompt, and the first 32 after it."""
+    prompt = sum(1 for _ in takewhile(lambda forward: not forward.decode, forwards))
+    return list(forwards[: prompt + FIRST])
+
+
+def rate(forwards: Sequence[RunForward], best: bool = False) -> float | None:
+    asked = sum(forward.requests for forward in forwards)
+    return sum(forward.best if best else forward.hits for forward in forwards) / asked if asked else None
+
+
+def _spent_s(run: RunRecord) -> list[float]:
+    """Seconds that each forward took, without compiling. Before a forward that decodes nobody thinks what to say: what
+    passes until then (choosing a token) belongs to it."""
+    spent = []
+    for forward, following in zip_longest(run.forwards, run.forwards[1:]):
+        until_s = following.began_s if following is not None and following.decode else forward.ended_s
+        spent.append(max(until_s - forward.began_s - forward.compile_s, 0.0))
+    return spent
 
 
 def _best(run: RunRecord) -> float | None:
-    best, mine = rate(run.steps, best=True), rate(run.steps)
+    best, mine = rate(run.forwards, best=True), rate(run.forwards)
     return None if best is None or mine is None or best < mine or run.profile is not None else best
 
 
@@ -129,8 +153,8 @@ def _on_policy(s: Summary) -> list[str]:
 
 def _on_profile(run: RunRecord, s: Summary) -> list[str]:
     if run.profile is not None and run.cold_first_hits is not None:
-        first = run.steps[: FIRST + 1]
-        hits, asked = sum(x.hits for x in first), sum(x.hits + x.misses for x in first) or 1
+        first = first_forwards(run.forwards)
+        hits, asked = sum(x.hits for x in first), sum(x.requests for x in first) or 1
         return [
             f"The profile {run.profile}: {format_size(run.prewarm_bytes)} were read before the first token, and the "
             f"prompt with the first {FIRST} tokens hit {hits / asked:.0%} instead of {run.cold_first_hits / asked:.0%}."
@@ -143,10 +167,10 @@ def _on_profile(run: RunRecord, s: Summary) -> list[str]:
     return []
 
 
-def _about(point: CurvePart) -> str:
+def _about(point: RunBudget) -> str:
     return f"{format_size(point.budget_bytes)} ({point.residency:.0%} of the experts)"
 
 
-def _saving(here: CurvePart, there: CurvePart) -> str:
+def _saving(here: RunBudget, there: RunBudget) -> str:
     saved = here.bytes_per_token - there.bytes_per_token
     return f", and read {format_size(int(saved))} less a token" if saved > 0 else ""

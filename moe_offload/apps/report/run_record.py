@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from ...cache.counters import LayerStats
 from ...errors import ReportError
-from ...files.strict_json import parse, problems
-from ...files.whole_file import open_regular, reason, replace
+from ...files.strict_json import parse
+from ...files.untrusted import read_bounded, refusing
+from ...files.whole_file import save_whole
+from ...observe.trace_recorder import ForwardRecord, Seconds
 
 MAX_BYTES = 32 * 2**20
-MAX_STEPS = 20_000  # beyond, neighbours are put together
+MAX_FORWARDS = 20_000  # beyond, neighbours are put together
 
 Text = Annotated[str, StringConstraints(max_length=512)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
-Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
@@ -29,33 +32,22 @@ class _Part(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
-class StepPart(_Part):
-    """One forward, all layers together; `best` hits are those of Belady's MIN with as many slots, which
+@dataclass(kw_only=True)
+class RunForward(ForwardRecord):
+    """One forward, or neighbours of one kind together. `best` hits are those of Belady's MIN with as many slots, which
     may pass a row by, from an empty cache."""
 
-    began_s: Seconds
-    tokens: Count
-    hits: Count
-    misses: Count
     best: Count
-    bytes_read: Count
-    stall_s: Seconds
 
 
-class LayerPart(_Part):
+@dataclass(kw_only=True)
+class RunLayer(LayerStats):
     """`counts`: uses of each expert."""
 
-    name: Text
-    top_k: Annotated[int, Field(ge=1, le=2**15)]
-    slots: Count
-    row_bytes: Count
-    hits: Count
-    misses: Count
-    stall_s: Seconds
     counts: Annotated[list[Count], Field(min_length=1, max_length=2**15, fail_fast=True)]
 
 
-class CurvePart(_Part):
+class RunBudget(_Part):
     """What the default policy would have hit on this very run with another budget: the run's trace, replayed."""
 
     residency: Share
@@ -65,7 +57,7 @@ class CurvePart(_Part):
 
 
 class RunRecord(_Part):
-    """Make one with `collect.record_of`, read one with `RunRecord.load`."""
+    """Make one with `collect.collect_run`, read one with `RunRecord.load`."""
 
     format: Literal["moe_offload.run"] = "moe_offload.run"
     version: Literal[1] = 1
@@ -76,43 +68,27 @@ class RunRecord(_Part):
     plan: dict[Text, int] = Field(max_length=32)
     profile: Text | None
     prewarm_bytes: Count
-    cold_first_hits: Count | None  # with a profile: what the first 32 tokens would have hit without it
+    cold_first_hits: Count | None  # with a profile: what prompt and 32 tokens would have hit without it
     ended_s: Seconds
-    layers: Annotated[list[LayerPart], Field(min_length=1, max_length=4096, fail_fast=True)]
-    steps: Annotated[list[StepPart], Field(max_length=MAX_STEPS, fail_fast=True)]
-    curve: Annotated[list[CurvePart], Field(max_length=64, fail_fast=True)]
+    layers: Annotated[list[RunLayer], Field(min_length=1, max_length=4096, fail_fast=True)]
+    forwards: Annotated[list[RunForward], Field(max_length=MAX_FORWARDS, fail_fast=True)]
+    curve: Annotated[list[RunBudget], Field(max_length=64, fail_fast=True)]
 
     @model_validator(mode="after")
     def _in_order(self) -> RunRecord:
-        begins = [step.began_s for step in self.steps]
-        if begins != sorted(begins) or (begins and begins[-1] > self.ended_s):
-            raise ValueError("its steps are not in the order of time")
+        times = [at_s for forward in self.forwards for at_s in (forward.began_s, forward.ended_s)]
+        if times != sorted(times) or (times and times[-1] > self.ended_s):
+            raise ValueError("its forwards are not in the order of time")
         return self
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RunRecord:
         """Read and check the run at `path`, in bounded time and memory. Raises ReportError."""
-        try:
-            with open_regular(Path(path)) as (file, size):
-                data = file.read(MAX_BYTES + 1)
-            if len(data) > MAX_BYTES:
-                raise ValueError(f"it has {max(size, len(data))} bytes, the limit is {MAX_BYTES}")
-            return cls.model_validate(parse(data, "moe_offload.run"))
-        except ValidationError as error:
-            found = problems(error)
-        except (OSError, ValueError) as error:
-            found = reason(error)
-        raise ReportError(
-            f"run {os.fspath(path)!r} cannot be used: {found}. A run is what moe-offload run --report writes"
-        )
+        with refusing(path, "run", "A run is what moe-offload run --save-report writes", ReportError):
+            data = read_bounded(Path(path), MAX_BYTES)
+            parse(data, "moe_offload.run")  # strict, and bounded in depth
+            return cls.model_validate_json(data)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write to `path` and return it. All or nothing: on any failure (ReportError) an old file is as it was."""
-        try:
-            replace(Path(path), json.dumps(self.model_dump()).encode() + b"\n")
-        except (OSError, ValueError) as error:
-            raise ReportError(
-                f"run {os.fspath(path)!r} was not saved: {reason(error)}. What was there before is unchanged; choose a "
-                "writable folder with free space"
-            ) from error
-        return Path(path)
+        return save_whole(Path(path), json.dumps(self.model_dump()).encode() + b"\n", "run", ReportError)

@@ -1,6 +1,6 @@
 """An OpenAI-compatible server for one offloaded model, made of transformers' own request handlers.
 
-require()                     the packages of moe-offload[serve], or one line that says how to get them
+require()                     the packages of the extra `serve`, or one line that says how to get them
 listen(host, port)            a socket, before minutes are spent on loading (server.py)
 build_app(handle, tokenizer)  transformers' routes, answered by this model (app.py, one_model.py, failures.py)
 Server(app, sock)             start and stop, on a thread of its own (server.py)
@@ -21,4 +21,4 @@ def require() -> None:
         try:
             importlib.import_module(name)
         except ImportError as error:
-            raise ServeError(f'serving needs {name} ({error}): pip install "moe-offload[serve]"') from error
+            raise ServeError(f'serving needs {name} ({error}): in the clone, pip install -e ".[serve]"') from error

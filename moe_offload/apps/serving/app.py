@@ -98,7 +98,7 @@ def build_app(handle: Handle, tokenizer: Any, name: str) -> FastAPI:
     try:
         from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
     except ImportError:
-        pass  # moe-offload[metrics]: the rest works without
+        pass  # the extra `metrics`: the rest works without
     else:
         registry = handle.metrics()
         app.get("/metrics")(lambda: Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST))

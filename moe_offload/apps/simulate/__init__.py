@@ -6,9 +6,3 @@ Event-atomic, as the runtime is: a forward asks a layer for all its experts at o
 resident before, and no victim was asked for. `run` tells the story, `plain` is the reference and `fast` its compiled
 twin, `show` makes the table, the JSON and the plot.
 """
-
-from __future__ import annotations
-
-from .run import ALL, Row, simulate
-
-__all__ = ["ALL", "Row", "simulate"]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ...errors import TraceError
+from ...errors import ConfigError, TraceError
 from ...observe.trace import Trace
-from .run import ALL, simulate
-from .show import check_plot, table, write_json, write_plot
+from ..options.checks import check_output
+from .run import ALL, SimulationResult, simulate
+from .show import check_plot, write_json, write_plot
 
 
 def run(
@@ -21,14 +22,13 @@ def run(
     json_file: Path | None,
     plot: Path | None,
     note: Callable[[str], object],
-) -> str:
-    """The table; the JSON and the plot are written. What is no trace among several files is noted and skipped.
+) -> list[SimulationResult]:
+    """The rows; the JSON and the plot are written. What is no trace among several files is noted and skipped.
 
-    Raises TraceError when nothing is left, or for what cannot be asked for.
+    Raises TraceError when nothing is left, ConfigError for what cannot be asked for.
     """
-    for out in (json_file, plot):
-        if out is not None and not out.absolute().parent.is_dir():
-            raise TraceError(f"{out}: its folder does not exist")
+    check_output("--out", json_file)
+    check_output("--save-plot", plot)
     if plot is not None:
         check_plot()
     names = [name for given in _split(policies) for name in (ALL if given == "all" else [given])]
@@ -43,7 +43,7 @@ def run(
         write_json(rows, json_file)
     if plot is not None:
         write_plot(rows, plot)
-    return table(rows)
+    return rows
 
 
 def _load(paths: Sequence[Path], note: Callable[[str], object]) -> dict[str, Trace]:
@@ -64,5 +64,5 @@ def _load(paths: Sequence[Path], note: Callable[[str], object]) -> dict[str, Tra
 def _split(text: str) -> list[str]:
     found = [part.strip() for part in text.split(",") if part.strip()]
     if not found:
-        raise TraceError(f"{text!r} names nothing; write names with commas between them")
+        raise ConfigError(f"{text!r} names nothing; write names with commas between them")
     return found

@@ -19,19 +19,16 @@ from ...cache import decay as rate
 from ...cache import lrfu_classes as classes
 from ...cache import successors as s
 from ...cache import tiny_lfu as tiny
-from .fast_min import next_uses, replay_bypass
 from .stream import Stream
 
-__all__ = ["KINDS", "replay", "replay_bypass"]
-
-KINDS = ["lru", "lfu", "decayed_lfu", "lrfu_classes", "tiny_lfu", "successors", "belady"]
-LRU, LFU, DECAYED, CLASSES, TINY, SUCCESSORS, BELADY = range(len(KINDS))
+KINDS = ["lru", "lfu", "decayed_lfu", "lrfu_classes", "tiny_lfu", "successors"]
+LRU, LFU, DECAYED, CLASSES, TINY, SUCCESSORS = range(len(KINDS))
 Ints = NDArray[np.int64]
 
 #: Arguments, not globals: compiled code is kept on disk, and would not notice when a policy's file changes.
 CONSTANTS = (
     *(s.FAST, s.SLOW, rate.Rate(0, s.FAST).share, rate.Rate(0, s.SLOW).share, s.WEIGHT, rate.FULL, rate.MOST),
-    *(s.HORIZON, s.FADE, s.DOUBT, s.SHORTLIST, s.LARGEST_SET),
+    *(s.HORIZON, s.FADE, s.DOUBT, s.SHORTLIST, s.LARGEST_CONTEXT),
     *(classes.CLASSES, classes.HALF_LIFE, tiny.SAMPLE),
 )
 
@@ -61,7 +58,6 @@ def _replay(ids_NK, first_V, stop_V, tokens_V, num_experts, slots, kind, half_li
     by, followed = np.zeros((tables, tables), np.uint8), np.zeros(tables, np.int64)
     recent, n_recent = np.zeros((HORIZON, LARGEST), np.int64), np.zeros(HORIZON, np.int64)
     turn = 0
-    upcoming = next_uses(ids_NK, first_V, stop_V, num_experts) if kind == BELADY else np.zeros((1, 1), np.int64)
 
     if kind == LRU:
         key1[:] = -1.0
@@ -84,12 +80,9 @@ def _replay(ids_NK, first_V, stop_V, tokens_V, num_experts, slots, kind, half_li
                     count[e] += 1
                     pairs += 1
         asked_V[v] = n
-        if kind == BELADY:  # `upcoming` is in order of first use
-            for i in range(n):
-                key1[event[i]] = -upcoming[v, i]
         event[:n].sort()
 
-        # policy.record
+        # policy.access
         if kind == LRU:
             now += 1.0
             for i in range(n):

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from ...cache import Policy
 from ...cache.belady import belady_hits
 from ...cache.layer_cache import LayerCache
+from ...cache.phase import fits_slots
 from ...observe.trace import Event
 from .stream import Stream
 
@@ -17,14 +18,14 @@ from .stream import Stream
 def ask(cache: LayerCache, event: Event, row_bytes: int = 0) -> int:
     """What `LayerRuntime` does with one event; returns the hits. Every load arrives."""
     before = cache.counters.hits
-    past: list[int] = []
-    if event.used.total() <= cache.slots:
+    without_slot: list[int] = []
+    if fits_slots(event.used.total(), cache.slots):
         loads = cache.lookup(event.used, event.tokens)
     else:
-        loads, past = cache.fill(event.used, event.tokens)
+        loads, without_slot = cache.fill(event.used, event.tokens)
     for load in loads:
         cache.commit(load, row_bytes)
-    for _ in past:
+    for _ in without_slot:
         cache.count_miss(row_bytes)
     return cache.counters.hits - before
 
@@ -41,7 +42,8 @@ def replay_policy(stream: Stream, slots: int, policy: Policy) -> tuple[NDArray[n
     return asked_V, replay(events, LayerCache(stream.num_experts, slots, policy))
 
 
-def replay_bypass(stream: Stream, slots: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    events = [list(event.used) for event in stream.events()]
-    asked_V = np.array([len(event) for event in events], dtype=np.int64)
-    return asked_V, np.array(belady_hits(events, slots, bypass=True), dtype=np.int64)
+def replay_min(stream: Stream, slots: int, bypass: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The same of Belady's MIN."""
+    events = [event.used for event in stream.events()]
+    asked_V = np.array([len(used) for used in events], dtype=np.int64)
+    return asked_V, np.array(belady_hits(events, slots, bypass), dtype=np.int64)

@@ -16,17 +16,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...cache import ORACLES, POLICIES, Policy
+from ...cache import POLICIES, Policy
 from ...config.settings import OffloadConfig
 from ...config.sizes import parse_share
-from ...errors import ConfigError, TraceError
+from ...errors import ConfigError
 from ...observe.trace import Trace
 from . import plain
 from .stream import Stream, per_layer, pooled
 
 ALL = ["lru", "lfu", "decayed_lfu:16", "decayed_lfu:64", "decayed_lfu:256", "lrfu_classes", "tiny_lfu", "default"]
-ALL += ["belady", "belady_bypass"]
+#: Those that are told what is to come (`cache/belady.py`): bounds, no policies.
+ORACLES = ("belady", "belady_bypass")
+ALL += ORACLES
 STARTS = ("warm", "cold")
+COMPILED_EVENTS = 1000  # of a stream: all layers of shorter ones are replayed sooner than numba has compiled
 FIRST_TOKENS = 32  # of a request, reported apart
 
 Ints = NDArray[np.int64]
@@ -34,7 +37,7 @@ Make = Callable[[int, float], Policy]
 
 
 @dataclass(frozen=True)
-class Row:
+class SimulationResult:
     """What one policy did on one trace. Rates are shares, 0 to 1, of the distinct experts that events asked for."""
 
     trace: str
@@ -59,17 +62,17 @@ def simulate(
     starts: Sequence[str] = ("warm",),
     pool: bool = False,
     extra: Mapping[str, Make] | None = None,
-) -> list[Row]:
-    """One row each. A policy is a name of POLICIES, with ":half_life" where it has one, of ORACLES, "belady_bypass",
-    "default" (the product's), or one of `extra`: your own, made from (experts, half_life).
+) -> list[SimulationResult]:
+    """One row each. A policy is a name of POLICIES, with ":half_life" where it has one, of ORACLES, "default" (the
+    product's), or one of `extra`: your own, made from (experts, half_life).
 
-    Raises TraceError for a policy, capacity or start that does not exist.
+    Raises ConfigError for a policy, capacity or start that does not exist.
     """
     shares = [parse_capacity(capacity) for capacity in capacities]
     replays = {name: _replay(name, dict(extra or {})) for name in policies}
     for start in starts:
         if start not in STARTS:
-            raise TraceError(f"start {start!r} does not exist; there are {', '.join(STARTS)}")
+            raise ConfigError(f"start {start!r} does not exist; there are {', '.join(STARTS)}")
     named = traces if isinstance(traces, Mapping) else {f"trace {i}": trace for i, trace in enumerate(traces)}
     return [
         row
@@ -90,7 +93,7 @@ def parse_capacity(given: str | float) -> float:
     try:
         return parse_share(given)
     except ConfigError as error:
-        raise TraceError(f"capacity {error}") from None
+        raise ConfigError(f"--residency {error}") from None
 
 
 def slots_of(trace: Trace, share: float) -> list[int]:
@@ -99,20 +102,19 @@ def slots_of(trace: Trace, share: float) -> list[int]:
 
 
 class _Replay:
-    """`asked_V`, `hits_V` of a stream, from an empty cache: compiled where that is built in, else through the cache."""
+    """`asked_V`, `hits_V` of a stream, from an empty cache: compiled where it is built in, else through the cache."""
 
     def __init__(self, make: Callable[[Stream], Policy], kind: str, half_life: float):
         self.make, self.kind, self.half_life = make, kind, half_life
 
     def __call__(self, stream: Stream, slots: int) -> tuple[Ints, Ints]:
-        fast = _fast()
-        if self.kind == "belady_bypass":
-            found: tuple[Ints, Ints] = (fast or plain).replay_bypass(stream, slots)
-        elif fast and self.kind in fast.KINDS:
-            found = fast.replay(stream, slots, self.kind, self.half_life)
-        else:
-            found = plain.replay_policy(stream, slots, self.make(stream))
-        return found
+        if self.kind in ORACLES:
+            return plain.replay_min(stream, slots, bypass=self.kind == "belady_bypass")
+        fast = _fast() if len(stream.first_V) >= COMPILED_EVENTS else None
+        if fast and self.kind in fast.KINDS:
+            found: tuple[Ints, Ints] = fast.replay(stream, slots, self.kind, self.half_life)
+            return found
+        return plain.replay_policy(stream, slots, self.make(stream))
 
 
 @cache
@@ -135,21 +137,19 @@ def _replay(name: str, extra: Mapping[str, Make]) -> _Replay:
         if not 0 < half_life < float("inf") or (colon and base != "decayed_lfu"):
             raise ValueError
     except ValueError:
-        raise TraceError(f"policy {name!r}: only decayed_lfu takes a half-life, in tokens: decayed_lfu:32") from None
+        raise ConfigError(f"policy {name!r}: only decayed_lfu takes a half-life, in tokens: decayed_lfu:32") from None
     base = default.policy if base == "default" else base
-    if base in ORACLES:
-        return _Replay(lambda stream: ORACLES[base](stream.num_experts, [e.used for e in stream.events()]), base, 0.0)
     if base in POLICIES:
         return _Replay(lambda stream: POLICIES[base](stream.num_experts, half_life), base, half_life)
-    if base != "belady_bypass":
-        known = ["default", *POLICIES, *ORACLES, "belady_bypass", *extra]
-        raise TraceError(f"policy {name!r} does not exist; there are {', '.join(known)}, and all")
+    if base not in ORACLES:
+        known = ["default", *POLICIES, *ORACLES, *extra]
+        raise ConfigError(f"policy {name!r} does not exist; there are {', '.join(known)}, and all")
     return _Replay(lambda stream: POLICIES["lru"](stream.num_experts, half_life), base, half_life)
 
 
 def _rows(
     name: str, trace: Trace, share: float, start: str, replays: Mapping[str, _Replay], pool: bool
-) -> Iterator[Row]:
+) -> Iterator[SimulationResult]:
     slots = slots_of(trace, share)
     streams, caches = ([pooled(trace)], [sum(slots)]) if pool else (per_layer(trace), slots)
     row_bytes = trace.meta.get("row_bytes", "")
@@ -166,7 +166,7 @@ def _rows(
         asked = sum(int(asked_V.sum()) for asked_V, _ in parts)
         clean = sum(int((asked_V == hits_V).sum()) for asked_V, hits_V in parts)
         misses_per_token = (asked - hits[policy]) / trace.tokens
-        yield Row(
+        yield SimulationResult(
             trace=name,
             capacity=share,
             slots=max(slots),

@@ -10,23 +10,27 @@ from itertools import groupby
 from pathlib import Path
 
 from ...errors import TraceError
-from ...files.whole_file import reason, replace
-from .run import Row
+from ...files.whole_file import save_whole
+from .run import SimulationResult
 
 COLUMNS = ("policy", "hit rate", "first 32 tokens", "clean layer-steps", "misses/token", "MB/token", "gap closed")
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[SimulationResult]) -> str:
     """One block per trace, start and capacity."""
     blocks = groupby(rows, key=lambda row: (row.trace, row.start, row.capacity))
     return "\n\n".join(_block(list(group)) for _, group in blocks)
 
 
-def write_json(rows: Sequence[Row], path: Path) -> None:
-    _write(path, json.dumps([dataclasses.asdict(row) for row in rows], indent=1).encode() + b"\n")
+def write_json(rows: Sequence[SimulationResult], path: Path) -> None:
+    _write(path, rows_json(rows).encode() + b"\n")
 
 
-def write_plot(rows: Sequence[Row], path: Path) -> None:
+def rows_json(rows: Sequence[SimulationResult]) -> str:
+    return json.dumps([dataclasses.asdict(row) for row in rows], indent=1)
+
+
+def write_plot(rows: Sequence[SimulationResult], path: Path) -> None:
     """A PNG, one panel per trace and start. Raises TraceError without matplotlib."""
     from io import BytesIO
 
@@ -59,7 +63,7 @@ def check_plot() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise TraceError('--plot needs matplotlib: pip install "moe-offload[report]"') from error
+        raise TraceError('--save-plot needs matplotlib: in the clone, pip install -e ".[report]"') from error
 
 
 def _style(policy: str, policies: Sequence[str]) -> dict[str, object]:
@@ -71,7 +75,7 @@ def _style(policy: str, policies: Sequence[str]) -> dict[str, object]:
     return {"color": f"C{policies.index(policy)}", "linewidth": 1, "marker": ".", "alpha": 0.8}
 
 
-def _block(rows: Sequence[Row]) -> str:
+def _block(rows: Sequence[SimulationResult]) -> str:
     first = rows[0]
     where = "one cache, as many as" if first.pooled else "per layer:"
     lines = [list(COLUMNS), *map(_cells, rows)]
@@ -83,7 +87,7 @@ def _block(rows: Sequence[Row]) -> str:
     return "\n".join([head, *body])
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: SimulationResult) -> list[str]:
     return [
         row.policy,
         f"{row.hit_rate:.1%}",
@@ -96,7 +100,4 @@ def _cells(row: Row) -> list[str]:
 
 
 def _write(path: Path, data: bytes) -> None:
-    try:
-        replace(path, data)
-    except (OSError, ValueError) as error:
-        raise TraceError(f"{path}: cannot be written: {reason(error)}. Choose a writable folder") from error
+    save_whole(path, data, "result", TraceError)

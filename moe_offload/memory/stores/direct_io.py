@@ -5,7 +5,7 @@
                 of this thread, then one copy; a quarter of the processor time of a read through the page cache
     buffered    the file system refuses O_DIRECT: an ordinary read
 
-Short reads and interruptions are gone on from; EIO and EAGAIN are tried once more.
+After a short read or an interruption the rest is read; after EIO and EAGAIN the read is tried once more.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ import mmap
 import os
 import threading
 from collections.abc import Sequence
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
 
-from ...checkpoint.headers import FileStamp
 from ...errors import ExpertReadError
 from ...experts import round_up
+from ...files.file_stamp import FileStamp
+from ...files.opened import set_direct
 from .row_reads import PAGE, PART_BYTES
 
 logger = logging.getLogger("moe_offload")
@@ -32,19 +34,21 @@ _threads = threading.local()
 
 
 class DataFile:
-    """A file opened for reading, twice where O_DIRECT is to be had. Takes `descriptor` over.
+    """A file opened for reading, twice where O_DIRECT is to be had. Takes `opened` over, if it is open already.
 
     Both stay open until `close`, even once O_DIRECT has been refused: another thread may be about to read through that
     number, which by then could be another file's.
     """
 
-    def __init__(self, path: Path, descriptor: int):
-        self.path, self.descriptor, self.size = path, descriptor, os.fstat(descriptor).st_size
-        self._direct = _open_direct(descriptor)
+    def __init__(self, path: Path, opened: FileIO | None = None):
+        self.path, self._file = path, opened or FileIO(path)  # a FileIO is closed when nobody has it any more
+        self.size = os.fstat(self._file.fileno()).st_size
+        self._direct = _open_direct(self._file.fileno())
         self._refused = False
 
     def stamp(self) -> FileStamp:
-        return FileStamp.of(self.descriptor)
+        """Raises OSError."""
+        return FileStamp.of(self._file.fileno())
 
     def read(self, offset: int, buffers: Sequence[memoryview], who: str) -> None:
         """Fill `buffers` with the bytes at `offset`; together at most PART_BYTES. Raises `ExpertReadError`."""
@@ -54,20 +58,20 @@ class DataFile:
             in_place = offset % PAGE == 0 and all(_address(b) % PAGE == 0 and b.nbytes % PAGE == 0 for b in buffers)
             try:
                 if in_place:
-                    self._fill(direct, offset, list(buffers), nbytes, who)
+                    self._fill(direct.fileno(), offset, list(buffers), nbytes, who)
                 else:
-                    self._detour(direct, offset, buffers, nbytes, who)
+                    self._detour(direct.fileno(), offset, buffers, nbytes, who)
                 return
             except _Refused as refused:
                 logger.info("%s: O_DIRECT is refused (%s); read through the page cache", self.path, refused)
                 self._refused = True
-        self._fill(self.descriptor, offset, list(buffers), nbytes, who)
+        self._fill(self._file.fileno(), offset, list(buffers), nbytes, who)
 
     def close(self) -> None:
-        for descriptor in (self.descriptor, self._direct):
-            if descriptor is not None and descriptor >= 0:
-                os.close(descriptor)
-        self.descriptor, self._direct = -1, None
+        self._file.close()
+        if self._direct is not None:
+            self._direct.close()
+        self._direct = None
 
     def _detour(self, direct: int, offset: int, buffers: Sequence[memoryview], nbytes: int, who: str) -> None:
         begin = offset // PAGE * PAGE
@@ -80,6 +84,7 @@ class DataFile:
 
     def _fill(self, descriptor: int, offset: int, buffers: list[memoryview], needed: int, who: str) -> None:
         """Read on until at least `needed` bytes have come (the last page of a file may be short)."""
+        past_cache = self._direct is not None and descriptor == self._direct.fileno()
         at, retried, stuck = offset, False, False
         while at - offset < needed:
             try:
@@ -87,13 +92,13 @@ class DataFile:
             except InterruptedError:
                 continue
             except OSError as error:
-                if error.errno in REFUSALS and descriptor == self._direct:
+                if error.errno in REFUSALS and past_cache:
                     raise _Refused(error.strerror) from None
                 if error.errno in PASSING_ERRORS and not retried:
                     retried = True
                     continue
                 raise self._failed(offset, at, needed, retried, error, who) from error
-            if descriptor == self._direct and at - offset + count < needed:
+            if past_cache and at - offset + count < needed:
                 short, count = count, count // PAGE * PAGE  # go on from a whole page: another offset is refused
                 if short and not count and not stuck:
                     stuck = True
@@ -101,7 +106,7 @@ class DataFile:
             if count == 0:
                 raise ExpertReadError(
                     f"{who}: {self.path} was truncated: {offset + needed - at} bytes are missing at offset {at}; it "
-                    f"had {self.size} bytes when it was opened. Restore it and load the model again."
+                    f"had {self.size} bytes when it was opened. Restore it and load the model again"
                 )
             at += count
             buffers = _after(buffers, count)
@@ -111,7 +116,7 @@ class DataFile:
         return ExpertReadError(
             f"{who}: reading {offset + needed - at} bytes at offset {at} of {self.path} failed"
             f"{' twice' if retried else ''} with {name} ({error.strerror}). Check the disk or the network mount; the "
-            "next call tries again."
+            "next call tries again"
         )
 
 
@@ -119,13 +124,15 @@ class _Refused(Exception):
     """The file system does not do O_DIRECT after all."""
 
 
-def _open_direct(descriptor: int) -> int | None:
+def _open_direct(descriptor: int) -> FileIO | None:
     """The same file (it may have no name any more) opened past the page cache; None where that is not possible."""
     try:
-        return os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
-    except (OSError, AttributeError) as error:  # refused, no /proc, too few descriptors, or not Linux
+        direct = FileIO(f"/proc/self/fd/{descriptor}")
+        set_direct(direct)
+    except (OSError, AttributeError, ImportError) as error:  # refused, no /proc, too few descriptors, or not Linux
         logger.info("no O_DIRECT: %s", error)
         return None
+    return direct
 
 
 def _own_buffer() -> memoryview:

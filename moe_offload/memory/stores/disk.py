@@ -1,4 +1,4 @@
-"""Rows resting in files: each row a handful of reads that several threads can do at once.
+"""The disk store: rows in checkpoint files (or a spill file), each a handful of reads that threads share.
 
 Descriptors are opened once and kept, so a checkpoint that is deleted or replaced meanwhile is still read as it was. A
 file that was modified in place is noticed (size, modification time) and never served. Nothing is memory-mapped.
@@ -13,36 +13,37 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from io import FileIO
 from pathlib import Path
 
 import torch
 
-from ...checkpoint.conversion import run_steps
-from ...checkpoint.headers import FileStamp
+from ...checkpoint.conversion import convert_tensors
 from ...checkpoint.row_index import Piece, RowIndex
 from ...errors import CheckpointChangedError, CheckpointError, ClosedError, ExpertReadError
 from ...experts import RowLayout
+from ...files.file_stamp import FileStamp
 from .direct_io import DataFile
 from .row_read import RowRead, check_request
-from .row_reads import Read, RowPlan, plan_row
+from .row_reads import FileRead, RowPlan, plan_row
 
 
 class DiskStore:
     """The rows of `index`, one layout per layer.
 
-    `descriptors` may give some of the files already open; the store takes them over. Raises `CheckpointError` when a
+    `opened` may give some of the files already open; the store takes them over. Raises `CheckpointError` when a
     file cannot be opened, `CheckpointChangedError` when it is no longer the one that was indexed.
     """
 
-    def __init__(self, layouts: Sequence[RowLayout], index: RowIndex, descriptors: Mapping[Path, int] | None = None):
+    def __init__(self, layouts: Sequence[RowLayout], index: RowIndex, opened: Mapping[Path, FileIO] | None = None):
         self._row_bytes = [layout.row_bytes for layout in layouts]
         self._counts = [len(layer) for layer in index.rows]
-        self._names, self._stamps = index.names, index.stamps
+        self._names, self._stamps = index.names, dict(index.stamps)
         self._lock = threading.Lock()
         self._reading, self._pid = 0, os.getpid()
         self._closed = False
         self._files: dict[Path, DataFile] = {}
-        given = dict(descriptors or {})
+        given = dict(opened or {})
         try:
             self._plans = [
                 [plan_row(source, layout.row_bytes, index.stamps) for source in layer]
@@ -55,7 +56,7 @@ class DiskStore:
             raise
         finally:
             for unused in given.values():
-                os.close(unused)
+                unused.close()
 
     @property
     def packed(self) -> bool:
@@ -86,21 +87,19 @@ class DiskStore:
             self._closed = True
             self._close_if_idle()
 
-    def _open(self, file: Path, descriptor: int | None) -> None:
+    def _open(self, file: Path, opened: FileIO | None) -> None:
         try:
-            if descriptor is None:
-                descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-            self._files[file] = DataFile(file, descriptor)
+            self._files[file] = DataFile(file, opened)
             found = self._files[file].stamp()
         except OSError as error:
             hint = "raise `ulimit -n`" if error.errno == errno.EMFILE else "check that it is there and may be read"
-            raise CheckpointError(f"{file}: cannot be opened to read experts: {error}; {hint}.") from error
-        if found != self._stamps[file]:
+            raise CheckpointError(f"{file}: cannot be opened to read experts: {error}; {hint}") from error
+        if not self._is_unchanged(file, found):
             raise CheckpointChangedError(
-                f"{file}: replaced or modified since its header was read; let what writes it finish, then load again."
+                f"{file}: replaced or modified since its header was read; let what writes it finish, then load again"
             )
 
-    def _fill(self, part: Read, row: memoryview, scratch: memoryview, who: str) -> None:
+    def _fill(self, part: FileRead, row: memoryview, scratch: memoryview, who: str) -> None:
         with self._open_for_reading():
             buffers = [(row if span.in_row else scratch)[span.start : span.stop] for span in part.spans]
             self._files[part.file].read(part.offset, buffers, who)
@@ -128,24 +127,31 @@ class DiskStore:
                 self._close_if_idle()
 
     def _is_closed(self) -> ClosedError:
-        return ClosedError("this store was closed, and its files with it. Offload the model again to go on.")
+        return ClosedError("this store was closed, and its files with it. Offload the model again to go on")
 
     def _close_if_idle(self) -> None:
         if self._closed and not self._reading:
             while self._files:
                 self._files.popitem()[1].close()
 
+    def _is_unchanged(self, file: Path, found: FileStamp) -> bool:
+        known = self._stamps[file]
+        stamp = known.followed_by(found, file)
+        if stamp is not None and stamp is not known:
+            self._stamps[file] = stamp
+        return stamp is not None
+
     def _check_unchanged(self, file: Path, who: str) -> None:
         known = self._stamps[file]
         try:
             found: FileStamp = self._files[file].stamp()
         except OSError as error:
-            raise ExpertReadError(f"{who}: {file} can no longer be examined: {error}. Check the mount.") from error
-        if found != known:
+            raise ExpertReadError(f"{who}: {file} can no longer be examined: {error}. Check the mount") from error
+        if not self._is_unchanged(file, found):
             raise CheckpointChangedError(
                 f"{who}: {file} was modified after it was opened ({known.size} bytes then, {found.size} now); its "
                 "bytes are not used. Restore it and load the model again; to update a checkpoint, write a new file and "
-                "rename it."
+                "rename it"
             )
 
 
@@ -157,4 +163,4 @@ def _convert(piece: Piece, offsets: Sequence[int], scratch: memoryview, row: mem
         for s, at in zip(piece.sources, offsets, strict=True)
     ]
     out = torch.frombuffer(row, dtype=dtype, count=math.prod(piece.field.shape), offset=piece.field.offset)
-    out.view(piece.field.shape).copy_(run_steps(piece.steps, tensors))
+    out.view(piece.field.shape).copy_(convert_tensors(piece.conversions, tensors))

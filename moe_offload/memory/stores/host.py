@@ -1,4 +1,4 @@
-"""Rows resting in host memory: as fast as a copy, as large as the experts."""
+"""The host store: rows in RAM. A load costs a copy, and the store as much RAM as its experts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...experts import MoELayer
 from ..buffers import page_aligned
 from .row_read import RowRead, check_request
 
-#: Copied in one go by one thread: long enough to be worth handing over, short enough that several threads share a row.
+#: What one thread copies at a time: long enough to be worth handing to it, short enough that several share one row.
 PART_BYTES = 2 << 20
 
 
@@ -42,7 +42,7 @@ class HostStore:
     def begin(self, layer: int, expert: int, row: memoryview) -> RowRead:
         rows = self._rows  # a reader that got here before `close` keeps the memory until it is done
         if rows is None:
-            raise ClosedError("this store was closed; its rows are gone. Offload the model again to go on.")
+            raise ClosedError("this store was closed; its rows are gone. Offload the model again to go on")
         check_request(layer, expert, self._counts, row, self._row_bytes)
         source, target = rows[layer][expert].numpy(), np.frombuffer(row, np.uint8)
         nbytes = self._row_bytes[layer]
@@ -56,7 +56,7 @@ class HostStore:
     def rows_EN(self, layer: int) -> torch.Tensor:
         """The rows themselves, uint8 [E, row_bytes]: for a device that reads them without asking."""
         if self._rows is None:
-            raise ClosedError("this store was closed; its rows are gone. Offload the model again to go on.")
+            raise ClosedError("this store was closed; its rows are gone. Offload the model again to go on")
         return self._rows[layer]
 
     def close(self) -> None:

@@ -7,11 +7,14 @@ import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from ...checkpoint.packed import index_checkpoint
+from ...checkpoint.outline import read_weights
+from ...checkpoint.packed import index_stored
+from ...checkpoint.row_index import RowIndex
 from ...config.settings import OffloadConfig
 from ...errors import CheckpointError
 from ...experts import MoELayer
@@ -25,17 +28,24 @@ from .spill import spill
 
 
 def open_stores(
-    model: nn.Module, moe_layers: Sequence[MoELayer], tiers: Sequence[str], settings: OffloadConfig, device: str = "cpu"
+    model: nn.Module,
+    moe_layers: Sequence[MoELayer],
+    tiers: Sequence[str],
+    settings: OffloadConfig,
+    device: str = "cpu",
+    index: RowIndex | None = None,
 ) -> list[Store]:
     """One store per layer; layers that share a file share the store. Closes what it opened if it cannot open all.
 
-    Rows in RAM below a CUDA `device` are pinned, as far as the system allows.
+    `index` says where the rows of experts on the meta device lie; without one, the folder that the model's
+    configuration names is looked through. Rows in RAM below a CUDA `device` are pinned, as far as the system allows.
     """
     with contextlib.ExitStack() as undo:
         stores: dict[int, Store] = {}
         absent = [moe for moe in moe_layers if next(iter(moe.params.values())).is_meta]
         if absent:
-            checkpoint = undo.enter_context(contextlib.closing(_checkpoint_store(model, moe_layers)))
+            index = _find_rows(model, moe_layers) if index is None else index
+            checkpoint = undo.enter_context(contextlib.closing(DiskStore([moe.layout for moe in moe_layers], index)))
             stores |= {moe.index: checkpoint for moe in absent}
         loaded = [moe for moe in moe_layers if moe.index not in stores and tiers[moe.index] == "disk"]
         if loaded:
@@ -75,12 +85,12 @@ def _rows_in_ram(moe: MoELayer, store: Store | None, progress: Callable[[int], o
     return rows
 
 
-def _checkpoint_store(model: nn.Module, moe_layers: Sequence[MoELayer]) -> DiskStore:
-    folder = Path(getattr(model.config, "_name_or_path", "") or "")
+def _find_rows(model: nn.Module, moe_layers: Sequence[MoELayer]) -> RowIndex:
+    config: Any = model.config
+    folder = Path(getattr(config, "_name_or_path", "") or "")
     if not str(folder) or not folder.is_dir():
         raise CheckpointError(
-            f"the experts of {type(model).__name__} are on the meta device, but its config names no local "
-            f"checkpoint folder to "
-            "read them from; use moe_offload.from_pretrained(path, budget)"
+            f"the experts of {type(model).__name__} are on the meta device, but its config names no local checkpoint "
+            "folder to read them from; use moe_offload.from_pretrained(path, budget)"
         )
-    return DiskStore([moe.layout for moe in moe_layers], index_checkpoint(model, moe_layers, folder))
+    return index_stored(model, moe_layers, read_weights(folder, config))

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from ...checkpoint.headers import FileStamp
 from ...checkpoint.row_index import Piece, RowSource
 from ...experts import FIELD_ALIGN, round_up
+from ...files.file_stamp import FileStamp
 
-#: One read in flight. Measured on a virtio disk (README): 1 to 3 MB are equally fast, and a row of 9 MB in one read
-#: leaves the disk idle whenever only one row is missing.
+#: The longest single read. Measured on a virtio disk, reads of 1 to 3 MB were equally fast; a row of 9 MB in one read
+#: would keep one thread busy and leave the others idle whenever only one row is missing.
 PART_BYTES = 2 << 20
 PAGE = 4096
 
@@ -35,7 +35,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Read:
+class FileRead:
     """Contiguous bytes of one file, spread over `spans`."""
 
     file: Path
@@ -51,7 +51,7 @@ class Read:
 class RowPlan:
     """`parts` may be read in any order; then each of `convert`: a field, with its sources' offsets in the scratch."""
 
-    parts: tuple[Read, ...]
+    parts: tuple[FileRead, ...]
     convert: tuple[tuple[Piece, tuple[int, ...]], ...]
     scratch_bytes: int
     nbytes: int
@@ -69,7 +69,7 @@ class RowPlan:
 
 def plan_row(source: RowSource, row_bytes: int, stamps: Mapping[Path, FileStamp]) -> RowPlan:
     """Lay the reads of one expert out."""
-    reads: list[Read] = []
+    reads: list[FileRead] = []
     convert: list[tuple[Piece, tuple[int, ...]]] = []
     scratch = nbytes = 0
     for piece in source:
@@ -79,7 +79,7 @@ def plan_row(source: RowSource, row_bytes: int, stamps: Mapping[Path, FileStamp]
                 at, scratch = scratch, round_up(scratch + part.nbytes, FIELD_ALIGN)
                 offsets.append(at)
             if part.nbytes:
-                reads.append(Read(part.file, part.offset, (Span(piece.direct, at, at + part.nbytes),)))
+                reads.append(FileRead(part.file, part.offset, (Span(piece.direct, at, at + part.nbytes),)))
             nbytes += part.nbytes
             at += part.nbytes
         if not piece.direct:
@@ -89,17 +89,17 @@ def plan_row(source: RowSource, row_bytes: int, stamps: Mapping[Path, FileStamp]
     return RowPlan(tuple(part for read in whole for part in _cut(read)), tuple(convert), scratch, nbytes)
 
 
-def _merged(reads: Iterable[Read]) -> list[Read]:
-    merged: list[Read] = []
+def _merged(reads: Iterable[FileRead]) -> list[FileRead]:
+    merged: list[FileRead] = []
     for read in sorted(reads, key=lambda read: (read.file, read.offset)):
         if merged and _continues(merged[-1], read):
             last = merged.pop()
-            read = Read(last.file, last.offset, _joined(last, read))
+            read = FileRead(last.file, last.offset, _joined(last, read))
         merged.append(read)
     return merged
 
 
-def _continues(last: Read, read: Read) -> bool:
+def _continues(last: FileRead, read: FileRead) -> bool:
     """Whether one read can fetch both: nothing lies between them, or the same few bytes do in the file and the row."""
     gap = read.offset - last.end
     tail, head = last.spans[-1], read.spans[0]
@@ -107,14 +107,14 @@ def _continues(last: Read, read: Read) -> bool:
     return last.file == read.file and (gap == 0 or same_gap)
 
 
-def _joined(last: Read, read: Read) -> tuple[Span, ...]:
+def _joined(last: FileRead, read: FileRead) -> tuple[Span, ...]:
     tail, head, gap = last.spans[-1], read.spans[0], read.offset - last.end
     if (tail.in_row, tail.stop + gap) == (head.in_row, head.start):
         return (*last.spans[:-1], Span(tail.in_row, tail.start, head.stop))
     return (*last.spans, head)
 
 
-def _padded(read: Read, data_end: int, row_bytes: int, file_bytes: int) -> Read:
+def _padded(read: FileRead, data_end: int, row_bytes: int, file_bytes: int) -> FileRead:
     """Read along the padding at the row's end, where the file has as many bytes: whole pages need no detour.
 
     Only behind the last field: what lies before another one is not padding, though it may be in the row's last page.
@@ -123,11 +123,11 @@ def _padded(read: Read, data_end: int, row_bytes: int, file_bytes: int) -> Read:
     pad = row_bytes - last.stop
     behind_all = last.in_row and last.stop == data_end
     if behind_all and 0 < pad < PAGE and read.offset % PAGE == 0 and read.end + pad <= file_bytes:
-        return Read(read.file, read.offset, (*rest, Span(True, last.start, row_bytes)))
+        return FileRead(read.file, read.offset, (*rest, Span(True, last.start, row_bytes)))
     return read
 
 
-def _cut(read: Read) -> Iterable[Read]:
+def _cut(read: FileRead) -> Iterable[FileRead]:
     offset, spans = read.offset, list(read.spans)
     while spans:
         room = round_up(offset + 1, PAGE) - PAGE + PART_BYTES - offset  # up to a page boundary of the file
@@ -139,5 +139,5 @@ def _cut(read: Read) -> Iterable[Read]:
             room -= size
             if size < span.stop - span.start:
                 spans.insert(0, Span(span.in_row, span.start + size, span.stop))
-        yield Read(read.file, offset, tuple(taken))
+        yield FileRead(read.file, offset, tuple(taken))
         offset += sum(span.stop - span.start for span in taken)

@@ -5,19 +5,22 @@ The file is unlinked as soon as it exists: a crash, at any moment, leaves nothin
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from ...checkpoint.headers import FileStamp
 from ...checkpoint.row_index import RowIndex, RowSource, row_at
+from ...config.sizes import format_size
 from ...errors import OffloadError
 from ...experts import MoELayer
+from ...files.file_stamp import FileStamp
+from ...files.opened import create_private
 from .disk import DiskStore
 from .host import pack_row
 
@@ -36,22 +39,22 @@ def spill(
     was written is given back then.
     """
     total = sum(moe.nbytes for moe in chosen)
-    descriptor = -1
+    file = folder / f".moe_offload-{uuid.uuid4().hex[:8]}.rows"
+    undo = contextlib.ExitStack()
     try:
-        descriptor, name = tempfile.mkstemp(prefix=".moe_offload-", suffix=".rows", dir=folder)
-        file = Path(name)
+        undo.callback(file.unlink, missing_ok=True)
+        opened = undo.enter_context(create_private(file))
         file.unlink()
         if shutil.disk_usage(folder).free < total:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # known now, rather than after hours of writing
-        _write_rows(descriptor, chosen, progress)
-        index = _index(file, moe_layers, chosen, FileStamp.of(descriptor))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # said before writing begins, not when it fails
+        _write_rows(opened.fileno(), chosen, progress)
+        index = _index(file, moe_layers, chosen, FileStamp.of(opened.fileno()))
     except BaseException as error:
-        if descriptor >= 0:
-            os.close(descriptor)
+        undo.close()
         if isinstance(error, OSError):
             raise _cannot_spill(folder, total, error) from error
         raise
-    return DiskStore([moe.layout for moe in moe_layers], index, {file: descriptor})
+    return DiskStore([moe.layout for moe in moe_layers], index, {file: opened})
 
 
 def _write_rows(descriptor: int, chosen: Sequence[MoELayer], progress: Callable[[int], object]) -> None:
@@ -66,7 +69,7 @@ def _write_rows(descriptor: int, chosen: Sequence[MoELayer], progress: Callable[
                 done, rest = done + count, rest[count:]
             progress(row.nbytes)
     os.fdatasync(descriptor)
-    if hasattr(os, "posix_fadvise"):  # pages still cached would hold the memory that the budget gave up
+    if hasattr(os, "posix_fadvise"):  # the page cache would hold as much RAM as was freed
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
@@ -83,10 +86,11 @@ def _index(file: Path, moe_layers: Sequence[MoELayer], chosen: Sequence[MoELayer
 
 def _cannot_spill(folder: Path, total: int, error: OSError) -> OffloadError:
     try:
-        free = f"{shutil.disk_usage(folder).free} bytes free"
+        free = f"{format_size(shutil.disk_usage(folder).free)} free"
     except OSError:
         free = "free space unknown"
     return OffloadError(
-        f"{folder}: cannot take the {total} bytes of experts that are to rest on disk: {error.strerror} ({free}). Give "
-        "offload_folder a place with enough space, or load from a checkpoint, whose own files are read in place."
+        f"{folder}: cannot take the {format_size(total)} ({total} bytes) of experts that are to rest on disk: "
+        f"{error.strerror} ({free}). Give offload_folder a place with enough space, or load from a checkpoint, whose "
+        "own files are read in place"
     )

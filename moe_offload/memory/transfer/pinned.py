@@ -18,9 +18,9 @@ from torch import Tensor
 from ...config.sizes import format_size
 
 logger = logging.getLogger("moe_offload")
-PIECE_BYTES = 1 << 30  # registered at a time: a limit is met after most of it, not before all of it
-PORTABLE_MAPPED = 1 | 2  # for every context, and with an address on the device
-_process = 0  # that registered: one forked from it has neither the registrations nor CUDA
+PIECE_BYTES = 1 << 30  # registered at a time, so that under a limit most of the rows are still pinned
+PORTABLE_MAPPED = 1 | 2  # flags of cudaHostRegister: for every CUDA context, and with an address on the device
+_process = 0  # pid of the process that registered; one forked from it has neither the registrations nor CUDA
 
 
 def pin_layers(rows_EN: Mapping[int, Tensor], device: str) -> frozenset[int]:
@@ -63,7 +63,7 @@ def unpin(rows: Tensor) -> None:
         return
     cudart: Any = torch.cuda.cudart()
     codes = [int(cudart.cudaHostUnregister(piece.data_ptr())) for piece in _pieces(rows)]
-    if any(codes):  # of those that were not registered
+    if any(codes):  # a piece was not registered: that set the runtime's last error
         drain()
 
 

@@ -19,10 +19,10 @@ from .ticket import Ticket
 
 logger = logging.getLogger("moe_offload")
 
-THREADS = 4  # reads in flight; measured: more do not help (README)
-GET_GOING_S = 0.002  # threads that are not up by then are not worth waiting for
-SLOW_S = 5.0  # a wait as long as this is worth a line in the log
-TIMEOUT_S = 300.0  # and after this it is an error: nothing waits for ever
+THREADS = 4  # reads in flight; on the disks that were measured, more were not faster
+GET_GOING_S = 0.002  # `get_going` waits so long for the threads to take up their reads: they then need no core
+SLOW_S = 5.0  # a row that takes longer is logged
+TIMEOUT_S = 300.0  # a row that takes longer is an error, so that a disk that hangs does not hang the caller for ever
 
 
 class ThreadTransfer:
@@ -42,15 +42,15 @@ class ThreadTransfer:
         # Take the lock itself: a condition is left in Python code, and Ctrl-C there would leave it locked.
         self._changed = threading.Condition(self._lock)
         self._taken = threading.Condition(self._lock)
-        self._urgent: deque[Ticket] = deque()
+        self._demanded: deque[Ticket] = deque()
         self._background: deque[Ticket] = deque()
         self._running: dict[int, tuple[Ticket, float]] = {}  # thread -> the ticket it works for, since when
         self._closed = False
         self._pid = os.getpid()
 
-    def start(self, store: Store, layer: int, expert: int, row: memoryview, urgent: bool = True) -> Ticket:
+    def start(self, store: Store, layer: int, expert: int, row: memoryview, demanded: bool = True) -> Ticket:
         self._check_open()
-        ticket = Ticket(layer, expert, store.begin(layer, expert, row), len(row), urgent)
+        ticket = Ticket(layer, expert, store.begin(layer, expert, row), len(row), demanded)
         self._queue(ticket)
         return ticket
 
@@ -59,10 +59,10 @@ class ThreadTransfer:
             with self._lock:
                 if not self._threads:
                     self._start_threads()
-                (self._urgent if ticket.urgent else self._background).append(ticket)
+                (self._demanded if ticket.demanded else self._background).append(ticket)
                 self._changed.notify(len(ticket.queued))
                 self._has_changed()
-        except BaseException:  # no thread could be started, or Ctrl-C: nobody will hear of this ticket
+        except BaseException:  # no thread could be started, or Ctrl-C: the caller never gets this ticket to wait for
             self.cancel([ticket])
             raise
 
@@ -74,7 +74,7 @@ class ThreadTransfer:
             if waited > TIMEOUT_S:
                 raise ExpertReadError(
                     f"{ticket.name}: its row has not arrived after {waited:.0f} s; {self._state()}. The disk or mount "
-                    "does not answer; if it goes on so, load the model again."
+                    "does not answer; if it goes on so, load the model again"
                 )
             if not warned:
                 warned = True
@@ -84,11 +84,14 @@ class ThreadTransfer:
         return ticket.nbytes
 
     def get_going(self) -> None:
-        """A thread that wakes up while all cores compute waits for its turn, 3 ms on Linux, and the disk with it."""
+        """Wait until the reader threads have begun.
+
+        Once all cores compute, a thread that wakes up waits some 3 ms for a core (Linux), and the disk idles meanwhile.
+        """
         if not self._here():
             return
         with self._lock:
-            self._taken.wait_for(lambda: not self._urgent or len(self._running) >= self._count, GET_GOING_S)
+            self._taken.wait_for(lambda: not self._demanded or len(self._running) >= self._count, GET_GOING_S)
 
     def send(self, values: Tensor) -> Tensor:
         return values
@@ -99,8 +102,8 @@ class ThreadTransfer:
         with self._lock:
             if ticket in self._background:
                 self._background.remove(ticket)
-                self._urgent.append(ticket)
-                ticket.urgent = True
+                self._demanded.append(ticket)
+                ticket.demanded = True
                 self._changed.notify(len(ticket.queued))
                 self._has_changed()
 
@@ -130,14 +133,14 @@ class ThreadTransfer:
         if not self._here():
             return []
         with self._lock:
-            return [*self._urgent, *self._background, *(ticket for ticket, _ in self._running.values())]
+            return [*self._demanded, *self._background, *(ticket for ticket, _ in self._running.values())]
 
     def depth(self) -> Depth:
         # Copies, each made in one step of the interpreter: who watches takes no lock.
-        urgent, background, running = list(self._urgent), list(self._background), list(self._running.values())
-        tickets = {id(ticket): ticket for ticket in (*urgent, *background, *(ticket for ticket, _ in running))}
+        demanded, background, running = list(self._demanded), list(self._background), list(self._running.values())
+        tickets = {id(ticket): ticket for ticket in (*demanded, *background, *(ticket for ticket, _ in running))}
         nbytes = sum(ticket.row_bytes for ticket in tickets.values())
-        return Depth(len(urgent), len(background), len(running), nbytes)
+        return Depth(len(demanded), len(background), len(running), nbytes)
 
     def current(self) -> AbstractContextManager[object]:
         return nullcontext()
@@ -158,7 +161,7 @@ class ThreadTransfer:
             return
         with self._lock:
             self._closed = True
-            for ticket in (*self._urgent, *self._background):
+            for ticket in (*self._demanded, *self._background):
                 self._drop(ticket, self._is_closed())
             self._changed.notify_all()
 
@@ -172,9 +175,9 @@ class ThreadTransfer:
     def _work(self) -> None:
         while True:
             with self._lock:
-                while not (self._urgent or self._background or self._closed):
+                while not (self._demanded or self._background or self._closed):
                     self._changed.wait()
-                queue = self._urgent or self._background
+                queue = self._demanded or self._background
                 if not queue:
                     return
                 ticket = queue[0]
@@ -183,12 +186,12 @@ class ThreadTransfer:
                     queue.popleft()
                 self._running[threading.get_ident()] = (ticket, time.perf_counter())
                 self._has_changed()
-                if not self._urgent or len(self._running) >= self._count:
+                if not self._demanded or len(self._running) >= self._count:
                     self._taken.notify_all()
             try:
                 if ticket.error is None:
                     part()
-            except BaseException as error:  # whatever it is, it belongs to the forward that waits
+            except BaseException as error:  # raised again by `wait`, in the forward that needs the row
                 ticket.error = ticket.error or error
             self._part_done(ticket)
             del part, ticket  # an idle thread would hold on to the row's memory
@@ -215,7 +218,7 @@ class ThreadTransfer:
         """The calling thread works for `ticket` no more. The caller holds the lock."""
         _, begun_s = self._running.pop(threading.get_ident())
         if self.timeline is not None:
-            ticket.reads += self.timeline.read(ticket.layer, ticket.expert, ticket.urgent, begun_s, ticket.error)
+            ticket.reads += self.timeline.read(ticket.layer, ticket.expert, ticket.demanded, begun_s, ticket.error)
         self._has_changed()
 
     def _has_changed(self) -> None:
@@ -225,14 +228,14 @@ class ThreadTransfer:
 
     def _drop(self, ticket: Ticket, why: Exception) -> None:
         """Forget the parts that no thread has taken. The caller holds the lock."""
-        for queue in (self._urgent, self._background):
+        for queue in (self._demanded, self._background):
             if ticket in queue:
                 queue.remove(ticket)
         nothing: deque[Callable[[], None]] = deque()
         count = len(ticket.queued)
         if count:
             ticket.error = ticket.error or why
-            ticket.queued = nothing  # from here on no call that Ctrl-C could end: what is dropped twice counts once
+            ticket.queued = nothing  # first, and no call after it: if Ctrl-C makes us drop it twice, it counts once
             ticket.unfinished -= count
             ticket.dropped += count
         self._has_changed()
@@ -258,13 +261,13 @@ class ThreadTransfer:
             raise self._is_closed()
 
     def _is_closed(self) -> ClosedError:
-        return ClosedError("this transfer was closed. Offload the model again to go on.")
+        return ClosedError("this transfer was closed. Offload the model again to go on")
 
     def _state(self) -> str:
         with self._lock:
             now = time.perf_counter()
             under_way = [f"{ticket.name} for {now - since:.1f} s" for ticket, since in self._running.values()]
             return (
-                f"reading: {', '.join(under_way) or 'nothing'}; queued: {len(self._urgent)} urgent rows, "
+                f"reading: {', '.join(under_way) or 'nothing'}; queued: {len(self._demanded)} demanded rows, "
                 f"{len(self._background)} in the background"
             )

@@ -3,8 +3,8 @@
 `start` hands a row over, `wait` returns once its bytes are where the next kernel will read them. Several rows, and the
 parts of one row, are on their way at once.
 
-    urgent       what a forward needs now          first in, first out
-    background   pre-warming, guesses              only while nothing urgent is queued
+    demanded     what a forward needs now          first in, first out
+    background   pre-warming, guesses              only while nothing demanded is queued
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ...observe.timeline import Depth, Read, Timeline
+from ...observe.timeline import Depth, ReadSpan, Timeline
 from ..stores import Store
 from ..stores.row_read import RowRead
 
@@ -25,8 +25,8 @@ from ..stores.row_read import RowRead
 class Ticket:
     """A row under way. `error` is what stopped it; `nbytes` counts once it is `done` without one."""
 
-    def __init__(self, layer: int, expert: int, read: RowRead, row_bytes: int, urgent: bool):
-        self.layer, self.expert, self.row_bytes, self.urgent = layer, expert, row_bytes, urgent
+    def __init__(self, layer: int, expert: int, read: RowRead, row_bytes: int, demanded: bool):
+        self.layer, self.expert, self.row_bytes, self.demanded = layer, expert, row_bytes, demanded
         self.parts, self.dropped = len(read.parts), 0
         self.queued = deque(read.parts)
         self.unfinished = len(read.parts)  # parts that may still write to the row; the last one counts until `finish`
@@ -34,7 +34,7 @@ class Ticket:
         self.nbytes = 0
         self.error: BaseException | None = None
         self.done = threading.Event()
-        self.reads: list[Read] = []  # what a timeline knows of it
+        self.reads: list[ReadSpan] = []  # what a timeline knows of it
 
     @property
     def name(self) -> str:
@@ -55,7 +55,7 @@ class Transfer(Protocol):
     timeline: Timeline | None  # that of the model, while it is recorded
     runs_ahead: bool  # what is computed is only launched by the host, which must not wait for it
 
-    def start(self, store: Store, layer: int, expert: int, row: memoryview, urgent: bool = True) -> Ticket:
+    def start(self, store: Store, layer: int, expert: int, row: memoryview, demanded: bool = True) -> Ticket:
         """Begin to fill `row` (writable bytes of one slot) with that expert. Errors of the store may surface here."""
 
     def wait(self, ticket: Ticket) -> int:

@@ -1,6 +1,8 @@
-"""Watching a model from outside: a snapshot of it, a socket that hands it out, and what looks at it.
+"""Letting a model be watched from outside its process: a snapshot of it, and a socket that hands snapshots out.
 
-take -> snapshot -> server       in the process of the model
-folder                           where the sockets are
-client -> rates -> screen        in the process that looks (moe-offload top)
+    snapshot   what one look sees
+    server     the socket, a thread of the process of the model
+    folder     where the sockets are
+
+What looks at them is `apps/live`.
 """

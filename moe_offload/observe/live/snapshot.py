@@ -1,99 +1,76 @@
 """What one look at a running model sees: bounded JSON. Counters are totals since the model was optimised; who wants
-rates looks twice (`rates.py`)."""
+rates looks twice (`moe-offload top` does)."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import json
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Annotated, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
+from ...cache.counters import LayerStats, Stats
 from ...errors import LiveError
 from ...files.strict_json import parse, problems
 
+FORMAT = "moe_offload.live"
+VERSION = 1
 MAX_BYTES = 4 * 2**20  # a layer takes some 350 bytes
 
-Text = Annotated[str, StringConstraints(max_length=256)]
+Text = Annotated[str, StringConstraints(max_length=4096)]
 Count = Annotated[int, Field(ge=0, le=2**63)]
-Seconds = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 
 
-class _Part(BaseModel):
-    # A newer moe_offload may say more than this one knows.
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+@dataclass(kw_only=True)
+class Snapshot(Stats):
+    """`handle.stats()`, and what else a process says of its model.
 
-
-class Counts(_Part):
-    """As in `handle.Stats`."""
-
-    tokens: Count
-    hits: Count
-    misses: Count
-    streamed: Count
-    bytes_read: Count
-    prewarm_bytes: Count
-    stall_s: Seconds
-    ahead: Count
-    late: Count
-    wasted_bytes: Count
-    events: Count = 0
-    by_device: Count = 0
-
-    @property
-    def requests(self) -> int:
-        return self.hits + self.misses
-
-    @property
-    def hit_rate(self) -> float | None:
-        """Hits over requests; None where nothing was asked for."""
-        return self.hits / self.requests if self.requests else None
-
-    @property
-    def moved_bytes(self) -> int:
-        """All that was read, for whatever reason."""
-        return self.bytes_read + self.prewarm_bytes + self.wasted_bytes
-
-
-class LayerNow(Counts):
-    """One MoE layer: `resident` of its `experts` are in its `slots`. `decides` is who does in decode steps."""
-
-    name: Text
-    experts: Count
-    slots: Count
-    resident: Count
-    row_bytes: Count
-    decides: Text = "host"
-
-
-class Snapshot(Counts):
-    """Make one with `take.take`, read one with `Snapshot.of`.
-
-    `plan` is what the budget is spent on, in bytes. `queued` rows wait to be read, `reading` parts of rows are being
-    read at this moment. `rss_bytes` is all the process holds in RAM: Python and torch (some 400 MB) come on top of the
-    budget.
+    Args:
+        model: What the model calls itself.
+        pid: The number of its process.
+        uptime_s: Seconds since the model was optimised.
+        budget_bytes: What the model may hold.
+        plan: What the budget is spent on, `{part: bytes}`.
+        rss_bytes: All that the process holds in RAM: Python and torch (some 400 MB) come on top of the budget.
+        queued: Rows that wait to be read.
+        reading: Parts of rows that are being read at this moment.
     """
 
-    format: Literal["moe_offload.observe.live"] = "moe_offload.observe.live"
-    version: Literal[1] = 1
+    #: A newer moe_offload may say more than this one knows.
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="ignore")
+
     model: Text
     pid: Count
-    uptime_s: Seconds
+    uptime_s: Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
     budget_bytes: Count
     plan: dict[Text, int]
     rss_bytes: Count
-    graphs: Count
     queued: Count
     reading: Count
-    layers: Annotated[list[LayerNow], Field(max_length=2**12)]
+    layers: Annotated[list[LayerStats], Field(max_length=2**12)]
+
+    def to_json(self) -> bytes:
+        """One line, without its end."""
+        return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}).encode()
 
     @classmethod
     def of(cls, data: bytes) -> Snapshot:
         """What a socket has answered. Raises LiveError."""
         try:
-            return cls.model_validate(parse(data, "moe_offload.observe.live"))
+            found = parse(data, FORMAT)
+            if not isinstance(found, dict) or found.get("format") != FORMAT:
+                raise ValueError(f"it does not say that it is {FORMAT!r}")
+            return _adapter().validate_json(data)
         except ValidationError as error:
             raise _not_readable(problems(error)) from error
         except ValueError as error:
             raise _not_readable(str(error)) from error
+
+
+@cache
+def _adapter() -> TypeAdapter[Snapshot]:
+    return TypeAdapter(Snapshot)
 
 
 def _not_readable(why: str) -> LiveError:

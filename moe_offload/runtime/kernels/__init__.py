@@ -54,7 +54,7 @@ def _cuda() -> Kernels:
     except ImportError as error:
         raise OffloadError(
             f"the kernels for CUDA need Triton, which cannot be imported ({error}). It comes with PyTorch for CUDA on "
-            "Linux: install that, or Triton itself (pip install triton)."
+            "Linux: install that, or Triton itself (pip install triton)"
         ) from error
     from .decide_triton import decide
     from .gather_triton import gather

@@ -9,14 +9,15 @@ host decides (a prompt, a profile, a row that is only on disk).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ...cache import DecayedLFU
+from ...cache.counters import Counters, LayerCounters
 from ...cache.decay import Rate, growth, mean_decay
-from ...cache.layer_cache import Counters, LayerCache
+from ...cache.layer_cache import LayerCache
 
 EVENTS, HITS, MISSES, REFUSED = range(4)
 
@@ -76,20 +77,15 @@ class DeviceState:
         cache.counters = self.counters(cache.counters, top_k, row_bytes)
         self.totals_4.zero_()
 
-    def counters(self, known: Counters, top_k: int, row_bytes: int) -> Counters:
+    def counters(self, known: LayerCounters, top_k: int, row_bytes: int) -> LayerCounters:
         """`known`, the host's, and what the device has counted since `push`. Changes nothing; any thread may ask."""
         counts = self.counts_E.tolist()
         events, hits, misses, _ = self.totals_4.tolist()
-        return replace(
-            known,
-            events=known.events + events,
-            by_device=known.by_device + events,
-            tokens=known.tokens + (sum(counts) - sum(known.counts)) // top_k,
-            hits=known.hits + hits,
-            misses=known.misses + misses,
-            bytes_read=known.bytes_read + misses * row_bytes,
-            counts=counts,
+        tokens = (sum(counts) - sum(known.counts)) // top_k
+        since = Counters(
+            events=events, by_device=events, tokens=tokens, hits=hits, misses=misses, bytes_read=misses * row_bytes
         )
+        return LayerCounters(**(known + since).values(), counts=counts)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from moe_offload.apps.bench.sides import turns
 from moe_offload.apps.bench.sides.child import SideFailed
 from moe_offload.apps.bench.table import table
 from moe_offload.apps.bench.workload import Measured, Workload
+from moe_offload.checkpoint.pretrained.weight_files import WeightFiles
 from moe_offload.plan.budget import Costs, LayerShape, budget_for, plan_slots
 
 LINK = 1e9  # bytes per second
@@ -76,7 +77,7 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(FakeChild, "log", [], raising=False)
     monkeypatch.setattr(FakeChild, "fails", None, raising=False)
     monkeypatch.setattr(turns, "Child", FakeChild)
-    monkeypatch.setattr(run, "shard_files", lambda folder: [folder / "model.safetensors"])
+    monkeypatch.setattr(run, "weight_files", lambda folder: WeightFiles((folder / "model.safetensors",)))
     roof = SimpleNamespace(
         measure=lambda seed: LINK,
         details=lambda: {"copy_engine_bytes_per_s": LINK, "kernel_bytes_per_s": LINK / 2},

@@ -36,29 +36,29 @@ def test_run_prints_the_text_and_saves_a_profile(tmp_path: Path) -> None:
     text = tokenizer.decode(tokens, skip_special_tokens=True)
     profile = tmp_path / "it.json"
     common = ["run", MODEL, "--budget", "6MB", "--prompt", "Il comando", "--max-new-tokens", "16"]
-    first = run(*common, "--profile-out", str(profile))
+    first = run(*common, "--save-profile", str(profile))
     assert (first.exit_code, first.stdout) == (0, text + "\n"), first.output
     assert "6.00 MB" in first.stderr and "hit rate" in first.stderr
-    second = run(*common, "--profile-in", str(profile))
+    second = run(*common, "--profile", str(profile))
     assert (second.exit_code, second.stdout) == (0, text + "\n"), second.output
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        (["plan", MODEL, "--budget", "1MB"], 1, "floor"),
+        (["plan", MODEL, "--budget", "1MB"], 3, "floor"),
         (["plan", MODEL, "--budget", "much"], 2, "much"),
-        (["plan", "./nowhere", "--budget", "6MB"], 2, "nowhere"),
+        (["plan", "./nowhere", "--budget", "6MB"], 4, "nowhere"),
         (["plan", MODEL, "--device-map", "{x"], 2, "device_map"),
-        (["plan", MODEL, "--device-map", '{"": 0}'], 1, "how much of cuda:0"),
-        (["plan", MODEL, "--profile", "nowhere.json"], 2, "nowhere.json"),
-        (["estimate", MODEL, "--budgets", "much"], 2, "--budgets"),
-        (["estimate", MODEL, "--budgets", ","], 2, "names no budget"),
-        (["estimate", "./nowhere"], 2, "nowhere"),
-        (["run", MODEL, "--budget", "6MB", "--profile-in", "nowhere.json"], 2, "nowhere.json"),
-        (["run", MODEL, "--budget", "6MB", "--profile-out", "no/such/folder/x.json"], 2, "folder does not exist"),
-        (["run", MODEL, "--budget", "6MB", "--trace-out", "."], 2, "--trace-out .: that is a folder"),
-        (["run", MODEL, "--budget", "6MB", "--report", "/proc/x.json"], 2, "nothing can be written in its folder"),
+        (["plan", MODEL, "--device-map", '{"": 0}'], 3, "how much of cuda:0"),
+        (["plan", MODEL, "--profile", "nowhere.json"], 6, "nowhere.json"),
+        (["estimate", MODEL, "--budget", "much"], 2, "--budget"),
+        (["estimate", MODEL, "--budget", ","], 2, "names no budget"),
+        (["estimate", "./nowhere"], 4, "nowhere"),
+        (["run", MODEL, "--budget", "6MB", "--profile", "nowhere.json"], 6, "nowhere.json"),
+        (["run", MODEL, "--budget", "6MB", "--save-profile", "no/such/folder/x.json"], 2, "folder does not exist"),
+        (["run", MODEL, "--budget", "6MB", "--save-trace", "."], 2, "--save-trace .: that is a folder"),
+        (["run", MODEL, "--budget", "6MB", "--save-report", "/proc/x.json"], 2, "nothing can be written in its folder"),
         (["run", MODEL, "--budget", "6MB", "--prompt", ""], 2, "prompt is empty"),
         (["run", MODEL, "--budget", "6MB", "--compile", "fast"], 2, "fast"),
         (["families", "no_such_family"], 2, "no_such_family"),
@@ -119,7 +119,7 @@ def test_the_console_script_ends_as_its_command_does(monkeypatch, capsys):
         (["--version"], 0, "moe-offload 0."),
         ([], 2, "Usage"),
         (["profile"], 2, "Usage"),
-        (["plan", MODEL, "--budget", "1MB"], 1, "floor"),
+        (["plan", MODEL, "--budget", "1MB"], 3, "floor"),
         (["plan", MODEL, "--budget", "6MB"], 0, "budget 6.00 MB"),
     ]:
         monkeypatch.setattr("sys.argv", ["moe-offload", *arguments])

@@ -31,7 +31,7 @@ def default(tmp_path, monkeypatch):
 
 
 def test_it_writes_the_default_file_from_flags(default):
-    result = run("config", "--budget", "6MB", "--max-memory", "{cpu: 1GB}", "--kv-tokens", "64", "--yes")
+    result = run("config", "--budget", "6MB", "--max-memory", "{cpu: 1GB}", "--context", "64", "--yes")
     assert result.exit_code == 0 and str(default) in result.stderr, result.output
     assert config_file.read(default) == {"budget": "6MB", "max_memory": {"cpu": "1GB"}, "kv_tokens": 64}
     assert resolve() == OffloadConfig(budget="6MB", max_memory={"cpu": "1GB"}, kv_tokens=64)
@@ -84,12 +84,12 @@ def test_enter_keeps_what_is_there():
 def test_on_a_terminal(tmp_path):
     ours, theirs = pty.openpty()
     path = tmp_path / "new.yaml"
-    command = [sys.executable, "-m", "moe_offload", "config", "--config_file", str(path), "--policy", "lru"]
+    command = [sys.executable, "-m", "moe_offload", "config", "--config-file", str(path), "--policy", "lru"]
     process = subprocess.Popen(command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with open(ours, "w", closefd=False) as keyboard:
         keyboard.write("8GB\n" + "\n" * (len(QUESTIONS) - 1))
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 0 and f"--config_file {path}" in err, err
+    assert process.returncode == 0 and f"--config-file {path}" in err, err
     assert config_file.read(path) == {"budget": "8GB", "policy": "lru"} and "budget: 8GB" in out
 
 

@@ -60,8 +60,8 @@ def test_a_budget_with_a_space_is_a_budget(monkeypatch, capsys):
 
 @pytest.mark.parametrize(("given", "wrong"), [("8gigs", SIZES["8gigs"]), ("50%", "no total"), ("-3GB", "negative")])
 def test_the_budgets_of_estimate(told, given, wrong):
-    code, line = told("estimate", MODEL, f"--budgets=4GB,{given}")
-    assert code == 2 and f"--budgets: size {given!r}" in line and wrong in line
+    code, line = told("estimate", MODEL, f"--budget=4GB,{given}")
+    assert code == 2 and f"--budget: size {given!r}" in line and wrong in line
 
 
 def test_the_size_of_shards(told, tmp_path):

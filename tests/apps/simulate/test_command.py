@@ -11,8 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from moe_offload.apps.cli import app
-from moe_offload.apps.simulate import ALL, plain, run, simulate
-from moe_offload.errors import TraceError
+from moe_offload.apps.simulate import plain, run
+from moe_offload.apps.simulate.run import ALL, simulate
+from moe_offload.errors import ConfigError
 from moe_offload.observe.trace import Trace
 
 SHARED = Path(__file__).parents[4] / "shared" / "traces"
@@ -31,7 +32,7 @@ def command(*arguments):
 
 def test_table_json_and_plot(path, tmp_path):
     out, png = tmp_path / "rows.json", tmp_path / "plot.png"
-    options = ["--capacity", "25%,50%", "--start", "warm,cold", "--json", out, "--plot", png]
+    options = ["--residency", "25%,50%", "--start", "warm,cold", "--out", out, "--save-plot", png]
     result = command(path, "--policies", "all", *options)
     assert result.exit_code == 0, result.output
     assert "one, cold, 50% of the experts (per layer: 4 slots)" in result.stdout and "gap closed" in result.stdout
@@ -39,6 +40,8 @@ def test_table_json_and_plot(path, tmp_path):
     assert len(rows) == len(ALL) * 4 and {row["policy"] for row in rows} == set(ALL)
     assert all(row["bytes_per_token"] == row["misses_per_token"] * 1000 for row in rows)
     assert png.read_bytes().startswith(b"\x89PNG")
+    printed = command(path, "--policies", "all", *options[:4], "--json")
+    assert json.loads(printed.stdout) == rows
 
 
 def test_rows_are_what_the_cache_counts(path):
@@ -54,9 +57,14 @@ def test_rows_are_what_the_cache_counts(path):
 
 def test_without_numba_the_rows_are_the_same(path, monkeypatch):
     trace, options = Trace.load(path), {"starts": ["warm", "cold"]}
-    compiled = simulate([trace], ALL, ["25%"], **options)
+    asked, fast = [], run._fast()
+    monkeypatch.setattr(run, "_fast", lambda: asked.append(1) or fast)
+    short = simulate([trace], ALL, ["25%"], **options)
+    assert fast and not asked, "numba would take longer to compile than this takes"
+    monkeypatch.setattr(run, "COMPILED_EVENTS", 1)
+    assert simulate([trace], ALL, ["25%"], **options) == short and asked
     monkeypatch.setattr(run, "_fast", lambda: None)
-    assert simulate([trace], ALL, ["25%"], **options) == compiled
+    assert simulate([trace], ALL, ["25%"], **options) == short
 
 
 def test_what_is_no_trace_is_skipped_among_others_and_refused_alone(path, tmp_path):
@@ -64,7 +72,7 @@ def test_what_is_no_trace_is_skipped_among_others_and_refused_alone(path, tmp_pa
     both = command(tmp_path / "counts.npz", path, "--policies", "lru")
     assert both.exit_code == 0 and both.stderr.count("\n") == 1 and "skipped" in both.stderr
     alone = command(tmp_path / "counts.npz")
-    assert alone.exit_code == 2 and alone.stderr.count("\n") == 1 and "no array 'experts'" in alone.stderr
+    assert alone.exit_code == 6 and alone.stderr.count("\n") == 1 and "no array 'experts'" in alone.stderr
 
 
 @pytest.mark.parametrize(
@@ -74,12 +82,12 @@ def test_what_is_no_trace_is_skipped_among_others_and_refused_alone(path, tmp_pa
         (["--policies", "lru:16"], "only decayed_lfu takes a half-life"),
         (["--policies", "decayed_lfu:nan"], "only decayed_lfu takes a half-life"),
         (["--policies", ","], "names nothing"),
-        (["--capacity", "0%"], "no share"),
-        (["--capacity", "nan"], "no share"),
-        (["--capacity", "much"], "no share"),
+        (["--residency", "0%"], "no share"),
+        (["--residency", "nan"], "no share"),
+        (["--residency", "much"], "no share"),
         (["--start", "hot"], "start 'hot' does not exist"),
-        (["--json", "no/such/folder/x.json"], "its folder does not exist"),
-        (["--plot", "/dev/null"], "cannot be written"),
+        (["--out", "no/such/folder/x.json"], "its folder does not exist"),
+        (["--save-plot", "/dev/null"], "no ordinary file"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(path, options, says):
@@ -89,13 +97,13 @@ def test_bad_input_is_one_line_and_code_2(path, options, says):
 
 def test_a_plot_without_matplotlib(path, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    result = command(path, "--plot", tmp_path / "plot.png")
-    assert result.exit_code == 2 and 'pip install "moe-offload[report]"' in result.stderr
+    result = command(path, "--save-plot", tmp_path / "plot.png")
+    assert result.exit_code == 6 and 'pip install -e ".[report]"' in result.stderr
 
 
 def test_a_policy_of_one_s_own(path):
     class Random:
-        def record(self, used, tokens):
+        def access(self, used, tokens):
             pass
 
         def victims(self, candidates, n):
@@ -106,13 +114,13 @@ def test_a_policy_of_one_s_own(path):
 
     (row,) = simulate([Trace.load(path)], ["mine"], ["50%"], extra={"mine": lambda experts, half_life: Random()})
     assert 0 < row.hit_rate < 1
-    with pytest.raises(TraceError, match="does not exist"):
+    with pytest.raises(ConfigError, match="does not exist"):
         simulate([Trace.load(path)], ["mine"], ["50%"])
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the recorded traces are not here")
 def test_recorded_routing():
-    """The reference of ../shared/traces/README.md, within 0.1 points and its rounding; a slice is replayed plainly."""
+    """The reference that is beside the traces, within 0.1 points and its rounding; a slice is replayed plainly."""
     trace = Trace.load(SHARED / "qwen3-30b-a3b_k6_bigmoeonedge.npz")
     policies = ["lru", "lfu", "decayed_lfu:16", "decayed_lfu:64", "decayed_lfu:256", "belady", "belady_bypass"]
     rates = [100 * row.hit_rate for row in simulate([trace], policies, ["25%", "50%"])]
@@ -120,7 +128,7 @@ def test_recorded_routing():
     assert rates == pytest.approx(reference, abs=0.15)
     law = Trace.load(SHARED / "deepseek-v2-lite_esft_law.npz").requests(0, 1)
     for stream in run.per_layer(law)[::9]:
-        for name in ("default", "decayed_lfu:16", "lrfu_classes", "belady"):
+        for name in ("default", "decayed_lfu:16", "lrfu_classes"):
             replay = run._replay(name, {})
             wanted = plain.replay_policy(stream, 16, replay.make(stream))
             assert replay(stream, 16)[1].tolist() == wanted[1].tolist()

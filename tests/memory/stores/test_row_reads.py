@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from moe_offload.checkpoint.headers import FileStamp, TensorRange
+from moe_offload.checkpoint.headers import TensorRange
 from moe_offload.checkpoint.row_index import Piece, RowIndex
 from moe_offload.experts import RowLayout
+from moe_offload.files.file_stamp import FileStamp
 from moe_offload.memory.buffers import page_aligned
 from moe_offload.memory.stores.disk import DiskStore
 from moe_offload.memory.stores.row_reads import PAGE

@@ -148,7 +148,7 @@ def store(request):
 
 def test_a_kernel_after_wait_sees_the_whole_row(transfer, streams, store):
     bank, seen = slots(8), []
-    tickets = [transfer.start(store, 0, e, bank[e], urgent=e % 2 == 0) for e in range(8)]
+    tickets = [transfer.start(store, 0, e, bank[e], demanded=e % 2 == 0) for e in range(8)]
     for e, ticket in enumerate(tickets):
         assert transfer.wait(ticket) == ROW
         last = reader(streams, bank[e], seen)

@@ -20,7 +20,8 @@ from moe_offload.experts import find_experts
 from moe_offload.memory.stores.host import HostStore
 from moe_offload.memory.stores.spill import spill
 from moe_offload.memory.transfer import pinned
-from moe_offload.memory.transfer.staged import CudaStreams, DeviceTransfer
+from moe_offload.memory.transfer.staged import DeviceTransfer
+from moe_offload.memory.transfer.streams import CudaStreams
 from moe_offload.memory.transfer.threads import ThreadTransfer
 from tests.fakes.cudart import PAGE, cuda  # noqa: F401
 from tests.fakes.fault_store import decode, make
@@ -167,8 +168,8 @@ def test_a_read_that_outlasts_close_is_not_copied_any_more(cuda, monkeypatch):  
 
 def test_what_hung_and_was_given_up_is_unpinned_by_close(cuda, monkeypatch):  # noqa: F811
     """`cancel` refuses every row from then on; to close is more than that."""
-    for module in ("transfer_threads", "transfer_device"):
-        monkeypatch.setattr(f"moe_offload.{module}.TIMEOUT_S", 0.05)
+    for module in ("threads", "staged"):
+        monkeypatch.setattr(f"moe_offload.memory.transfer.{module}.TIMEOUT_S", 0.05)
     monkeypatch.setattr("moe_offload.memory.transfer.threads.SLOW_S", 0.05)
     begun, gate = threading.Event(), threading.Event()
 
@@ -262,7 +263,7 @@ class TestForked:
         gate = threading.Event()
         transfer = ThreadTransfer(1)
         ticket = transfer.start(ScriptedStore(lambda expert, part: gate.wait(10)), 0, 1, memoryview(bytearray(ROW)))
-        late = transfer.start(ScriptedStore(), 0, 2, memoryview(bytearray(ROW)), urgent=False)
+        late = transfer.start(ScriptedStore(), 0, 2, memoryview(bytearray(ROW)), demanded=False)
         let_go = held(transfer._changed)
 
         def use():

@@ -15,10 +15,10 @@ import weakref
 import pytest
 
 from moe_offload.errors import ClosedError, ExpertReadError
+from moe_offload.memory.devices import usable_kinds
 from moe_offload.memory.stores.row_read import RowRead
 from moe_offload.memory.transfer import TRANSFERS
 from moe_offload.memory.transfer import threads as transfer_threads
-from moe_offload.memory.transfer.staged import present
 from moe_offload.memory.transfer.threads import ThreadTransfer
 
 ROW = 64
@@ -47,7 +47,7 @@ def row():
     return memoryview(bytearray(b"\xff" * ROW))
 
 
-@pytest.fixture(params=[name for name in TRANSFERS if name in present()])
+@pytest.fixture(params=[name for name in TRANSFERS if name in usable_kinds()])
 def transfer(request):
     made = TRANSFERS[request.param](request.param)
     yield made
@@ -72,7 +72,7 @@ def closes_in_time(made, seconds=5.0):
 
 def test_a_row_arrives_whole(transfer):
     store, rows = ScriptedStore(), [row() for _ in range(40)]
-    tickets = [transfer.start(store, 0, e, rows[e], urgent=e % 3 > 0) for e in range(40)]
+    tickets = [transfer.start(store, 0, e, rows[e], demanded=e % 3 > 0) for e in range(40)]
     assert [transfer.wait(ticket) for ticket in tickets] == [ROW] * 40
     assert [bytes(r) for r in rows] == [bytes([e]) * ROW for e in range(40)]
     assert len(store.log) == len(set(store.log)) == 40 * PARTS
@@ -181,7 +181,7 @@ def held_up(transfer):
 def test_demand_goes_before_what_is_only_expected(one_thread):
     go, first = held_up(one_thread)
     store = ScriptedStore()
-    tickets = [one_thread.start(store, 0, e, row(), urgent=e >= 3) for e in range(6)]
+    tickets = [one_thread.start(store, 0, e, row(), demanded=e >= 3) for e in range(6)]
     go.set()
     for ticket in (first, *tickets):
         one_thread.wait(ticket)
@@ -191,7 +191,7 @@ def test_demand_goes_before_what_is_only_expected(one_thread):
 def test_what_was_expected_and_is_demanded_goes_before_the_rest(one_thread):
     go, first = held_up(one_thread)
     store = ScriptedStore()
-    tickets = [one_thread.start(store, 0, e, row(), urgent=False) for e in range(4)]
+    tickets = [one_thread.start(store, 0, e, row(), demanded=False) for e in range(4)]
     one_thread.hurry(tickets[3])
     one_thread.hurry(tickets[3])  # twice is once
     go.set()
@@ -209,7 +209,44 @@ def test_the_parts_of_one_row_are_read_at_once():
     made.close()
 
 
+def test_every_idle_thread_is_woken_for_the_parts_of_one_row():
+    together, made = threading.Barrier(PARTS), ThreadTransfer(PARTS)
+    made.wait(made.start(ScriptedStore(), 0, 0, row()))
+    time.sleep(0.1)  # all of them wait for work again
+    assert made.wait(made.start(ScriptedStore(lambda expert, part: together.wait(10)), 0, 1, row())) == ROW
+    made.close()
+
+
+def test_what_was_cancelled_before_it_was_read_has_moved_nothing(one_thread):
+    """`wasted_bytes` counts what was read, not what was asked for."""
+    reading, go_on = threading.Event(), threading.Event()
+    busy = one_thread.start(ScriptedStore(lambda *_: (reading.set(), go_on.wait(10))), 0, 1, row())
+    assert reading.wait(10)
+    ticket = one_thread.start(ScriptedStore(), 0, 2, row())
+    one_thread.cancel([ticket])
+    go_on.set()
+    assert one_thread.wait(busy) == ROW
+    assert (ticket.dropped, ticket.moved, busy.moved) == (PARTS, 0, ROW)
+
+
 # What a reader thread meets.
+
+
+def test_a_row_whose_part_failed_is_not_finished(one_thread):
+    """What `finish` says of bytes that never came would hide why they did not."""
+
+    class Store(ScriptedStore):
+        def begin(self, layer, expert, row):
+            return RowRead(super().begin(layer, expert, row).parts, finish)
+
+    def finish():
+        raise ValueError("its bytes make no sense")
+
+    def fail(expert, part):
+        raise ExpertReadError("on purpose")
+
+    with pytest.raises(ExpertReadError, match="on purpose"):
+        one_thread.wait(one_thread.start(Store(fail), 0, 1, row()))
 
 
 @pytest.mark.parametrize(
@@ -245,7 +282,7 @@ def test_a_slow_disk_is_reported_once_with_its_queue(one_thread, monkeypatch, ca
         assert one_thread.wait(first) == ROW
     (record,) = caplog.records
     assert (
-        "layer 0, expert 0: waited" in record.message and "queued: 2 urgent rows" in record.message
+        "layer 0, expert 0: waited" in record.message and "queued: 2 demanded rows" in record.message
     )  # one of them begun
 
 
@@ -344,7 +381,7 @@ def test_a_process_ends_with_reads_under_way():
     script = """
         import time
         from moe_offload.memory.stores.row_read import RowRead
-        from moe_offload.transfer_threads import ThreadTransfer
+        from moe_offload.memory.transfer.threads import ThreadTransfer
         class Store:
             def begin(self, layer, expert, row):
                 return RowRead([lambda: time.sleep(30)], lambda: 0)

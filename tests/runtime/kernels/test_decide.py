@@ -36,8 +36,6 @@ class Both:
         want = self.cache.lookup(used, tokens)
         for load in want:
             self.cache.commit(load, 1)
-        for e, uses in used.items():
-            self.cache.counters.counts[e] += uses
         if tokens not in self.paces:
             self.paces[tokens] = pace(tokens, self.half_life, self.device)
         loads = self.loads.setdefault(len(ids), Loads.empty(len(ids), self.device))
@@ -90,6 +88,7 @@ def test_any_events(events, slots, half_life):
     both.check()
 
 
+@pytest.mark.skipif(not TRACES.is_dir(), reason="the recorded traces are not here")
 @pytest.mark.parametrize(
     "name", ["gpt-oss-20b_decode_dev", "deepseek-v2-lite_esft_law", "qwen3-30b-a3b_k6_bigmoeonedge"]
 )

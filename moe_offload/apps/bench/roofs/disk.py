@@ -14,6 +14,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from ....files.opened import open_uncached
+
 ALIGN = 4096
 SECONDS = 1.5  # of reading, each time: less says little of a disk
 
@@ -34,8 +36,8 @@ class DiskRoof:
 def disk_roof(files: Sequence[Path], read_bytes: int, depth: int, seconds: float, seed: int) -> float:
     """Bytes per second of `depth` readers that each ask for `read_bytes` at a time (O_DIRECT where it is allowed)."""
     read_bytes = max(ALIGN, read_bytes // ALIGN * ALIGN)
-    opened = [(_open(file), file.stat().st_size) for file in files]
-    opened = [(fd, size) for fd, size in opened if size >= read_bytes]
+    sizes = [(file, file.stat().st_size) for file in files]
+    opened = [(open_uncached(file), size) for file, size in sizes if size >= read_bytes]
     done = [0] * depth
     failed: list[BaseException] = []
     begun = time.perf_counter()
@@ -46,9 +48,9 @@ def disk_roof(files: Sequence[Path], read_bytes: int, depth: int, seconds: float
         weights = [size for _, size in opened]
         try:
             while time.perf_counter() - begun < seconds:
-                fd, size = choose.choices(opened, weights)[0]
+                file, size = choose.choices(opened, weights)[0]
                 offset = choose.randrange((size - read_bytes) // ALIGN + 1) * ALIGN
-                done[i] += os.preadv(fd, [buffer], offset)
+                done[i] += os.preadv(file.fileno(), [buffer], offset)
         except BaseException as error:
             failed.append(error)
 
@@ -59,15 +61,8 @@ def disk_roof(files: Sequence[Path], read_bytes: int, depth: int, seconds: float
         for thread in threads:
             thread.join()
     finally:
-        for fd, _ in opened:
-            os.close(fd)
+        for file, _ in opened:
+            file.close()
     if failed:
         raise failed[0]
     return sum(done) / (time.perf_counter() - begun)
-
-
-def _open(file: Path) -> int:
-    try:
-        return os.open(file, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
-    except OSError:
-        return os.open(file, os.O_RDONLY)  # a file system without it: then the page cache may help

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import select
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -27,18 +30,30 @@ class Child:
     def __init__(self, side: str, settings: dict[str, Any], limit_bytes: int | None):
         self.side = side
         self._said: IO[bytes] = tempfile.TemporaryFile()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "moe_offload.apps.bench.sides.side", json.dumps({"side": side, **settings})],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._said,
-        )
+        self._lifeline, its_end = socket.socketpair()
+        line = its_end.fileno()
+        with its_end:
+            self._process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "moe_offload.apps.bench.sides.side",
+                    json.dumps({"side": side, **settings}),
+                    str(line),
+                ],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._said,
+                pass_fds=[line],
+                start_new_session=True,  # a group of its own, so that what it starts ends with it
+            )
         self._limit: MemoryLimit | None = None
         try:
             self.baseline_bytes = int(self._answer()["baseline_bytes"])
             if limit_bytes is not None:
                 self._limit = MemoryLimit(self._process.pid, limit_bytes)
         except BaseException:
+            self._kill()
             self.close()
             raise
 
@@ -83,8 +98,10 @@ class Child:
         try:
             self._process.wait(10)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            pass
+        self._kill()
+        self._process.wait()
+        self._lifeline.close()
         if self._process.stdout:
             self._process.stdout.close()
         self._said.close()
@@ -98,5 +115,10 @@ class Child:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None:
-            self._process.kill()
+            self._kill()
         self.close()
+
+    def _kill(self) -> None:
+        """It, and whatever it has started."""
+        with contextlib.suppress(OSError):  # none of them is there any more
+            os.killpg(self._process.pid, signal.SIGKILL)

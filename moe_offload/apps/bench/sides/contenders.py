@@ -13,13 +13,14 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from ....checkpoint.loading import load_dense, skeleton
-from ....checkpoint.packed import index_checkpoint
+from ....checkpoint.outline import outline_folder
+from ....checkpoint.pretrained.dense import load_dense
+from ....checkpoint.row_index import RowIndex
 from ....config.settings import resolve
 from ....experts import MoELayer, find_experts
 from ....memory.stores.disk import DiskStore
@@ -74,9 +75,7 @@ def accelerate(job: Job) -> Any:
 
 
 def mapped(job: Job) -> Any:
-    meta = skeleton(job.folder)
-    moe_layers = find_experts(meta)
-    model: Any = load_dense(job.folder, meta, index_checkpoint(meta, moe_layers, job.folder).keys)
+    model: Any = load_dense(outline_folder(job.folder))
     for moe in find_experts(model):
         for name, shape, dtype, file in _fields(moe, job.scratch / "mmap"):
             size = torch.Size(shape).numel()
@@ -99,9 +98,9 @@ def write_mapped(folder: Path, scratch: Path) -> None:
     """The files that `mapped` maps: one per stacked parameter, as the model holds it. A row in memory at a time."""
     target = scratch / "mmap"
     target.mkdir(parents=True, exist_ok=True)
-    meta = skeleton(folder)
-    moe_layers = find_experts(meta)
-    store = DiskStore([moe.layout for moe in moe_layers], index_checkpoint(meta, moe_layers, folder))
+    found = outline_folder(folder)
+    moe_layers, index = found.moe_layers, cast(RowIndex, found.index)
+    store = DiskStore([moe.layout for moe in moe_layers], index)
     with contextlib.closing(store):
         for moe in moe_layers:
             row = torch.empty(moe.layout.row_bytes, dtype=torch.uint8)
@@ -119,11 +118,8 @@ def write_mapped(folder: Path, scratch: Path) -> None:
 def drop_cache(*folders: Path) -> None:
     """Forget what the system has cached of these files: pages read by one side must not serve another."""
     for file in (file for folder in folders for file in folder.rglob("*") if file.is_file()):
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
+        with file.open("rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _fields(moe: MoELayer, folder: Path) -> list[tuple[str, tuple[int, ...], torch.dtype, Path]]:

@@ -13,8 +13,7 @@ from typing import Any
 
 import psutil
 
-from ....checkpoint.loading import skeleton
-from ....experts import find_experts
+from ....checkpoint.outline import outline_folder
 from ....runtime.assemble import DEVICE_POLICY
 from .contenders import Contender, Job, room_for
 
@@ -66,5 +65,5 @@ GPU_SIDES = {
 def _ours(job: Job, decide: str) -> Any:
     from ....api import from_pretrained
 
-    names = [moe.name for moe in find_experts(skeleton(job.folder))]
+    names = [moe.name for moe in outline_folder(job.folder).moe_layers]
     return from_pretrained(job.folder, job.budget, config=settings(names, job.tokens, decide))

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+import psutil
+
 CGROUPS = Path("/sys/fs/cgroup")
+PREFIX = "moe_offload-bench-"
 KIB = 1024
 
 
@@ -18,6 +21,8 @@ class MemoryLimit:
     def __init__(self, pid: int, nbytes: int):
         self.group: Path | None = None
         v1, v2 = CGROUPS / "memory", CGROUPS
+        _sweep(v1)
+        _sweep(v2)
         try:
             if (v1 / "memory.limit_in_bytes").exists():
                 self._enter(v1, pid, {"memory.limit_in_bytes": nbytes})
@@ -32,7 +37,7 @@ class MemoryLimit:
             self.enforced = f"none: {error}"
 
     def _enter(self, root: Path, pid: int, settings: dict[str, int]) -> None:
-        self.group = root / f"moe_offload-bench-{pid}"
+        self.group = root / f"{PREFIX}{pid}"
         self.group.mkdir()
         for name, value in settings.items():
             with contextlib.suppress(FileNotFoundError):  # memory.swap.max, on a kernel without swap accounting
@@ -67,3 +72,12 @@ def _status(name: str) -> int:
         if line.startswith(name + ":"):
             return int(line.split()[1]) * KIB
     raise OSError(f"/proc/self/status has no {name}")
+
+
+def _sweep(root: Path) -> None:
+    """Remove the groups of sides that have ended, whose bench was killed. One with a process in it stays."""
+    for group in root.glob(f"{PREFIX}*"):
+        pid = group.name.removeprefix(PREFIX)
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            with contextlib.suppress(OSError):
+                group.rmdir()

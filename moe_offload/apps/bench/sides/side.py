@@ -1,6 +1,6 @@
 """One side of the comparison in its own process: commands come in as JSON lines, answers go out as JSON lines.
 
-python -m moe_offload.apps.bench.sides.side '{"side": "ours", "device": "cpu", "folder": ..., ...}'
+python -m moe_offload.apps.bench.sides.side '{"side": "ours", "device": "cpu", "folder": ..., ...}' LIFELINE
 <- {"ready": ..., "baseline_bytes": ...}                       nothing loaded yet: now a limit may be put around it
 -> {"do": "load"}                                              <- {"load_s": ..., "slots": [...]}
 -> {"do": "ask", "prompt": [...], "new_tokens": 32, "row": 0}  <- an Answer, with counters and the ids it used
@@ -21,15 +21,15 @@ from typing import Any
 
 import torch
 
-from ....checkpoint.loading import skeleton
-from ....experts import find_experts
+from ....cache.counters import Stats
+from ....checkpoint.outline import outline_folder
 from ..devices import DEVICES
 from ..request import ask
 from ..routing import Routing, install, load_recorded
 from .contenders import CPU_SIDES, Contender, Job
 from .gpu_contenders import GPU_SIDES
+from .lifeline import end_with
 
-COUNTERS = ("hits", "misses", "bytes_read", "stall_s")
 SIDES: dict[str, dict[str, Contender]] = {"cpu": CPU_SIDES, "cuda": GPU_SIDES}
 
 
@@ -50,7 +50,7 @@ class Side:
         self.model = self.contender.load(self.job)
         self.device.settle()
         load_s = time.perf_counter() - begun
-        moe_layers = find_experts(skeleton(self.job.folder))
+        moe_layers = outline_folder(self.job.folder).moe_layers
         first = moe_layers[0]
         recorded = None
         if self.routing_file is not None:
@@ -89,7 +89,7 @@ class Side:
         begun = time.perf_counter()
         while (now := time.perf_counter()) - begun < seconds or under_way:
             layer = choose.choice(runtime.layers)
-            places = layer.arrivals.scratch.rows
+            places = layer.arrivals.scratch_rows.rows
             if now - begun < seconds and len(under_way) < len(places):
                 expert = choose.randrange(layer.moe.num_experts)
                 row = places[turn % len(places)]
@@ -111,11 +111,12 @@ class Side:
         self._peaks.append(self.device.take_peak())
         if not self._handle:
             return {}
-        stats = self._handle.stats()
-        return {name: getattr(stats, name) for name in COUNTERS}
+        stats: Stats = self._handle.stats()
+        return dict(stats.values())
 
 
 def main() -> None:
+    end_with(int(sys.argv[2]))
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints is no answer
     import transformers

@@ -1,0 +1,53 @@
+"""moe-offload families."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from ..options.ending import FAILED
+from ..options.flags import Json
+from ..options.numbers import one_of, whole
+
+
+def families(
+    names: Annotated[list[str] | None, typer.Argument(help="Families to check; all when none is named.")] = None,
+    compile: Annotated[
+        str,
+        typer.Option(
+            "--compile",
+            help="graph: the model's own kernels; inductor: compile them (minutes a family).",
+            **one_of("graph", "inductor"),
+        ),
+    ] = "graph",
+    matrix: Annotated[
+        bool,
+        typer.Option("--matrix", help="Every implementation, dtype, batch, cache and budget, not a slice of them."),
+    ] = False,
+    jobs: Annotated[int, typer.Option("--jobs", help="Processes to spread the families over.", **whole(1))] = (
+        os.cpu_count() or 1
+    ),
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as the documentation has it.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Build a tiny random model of every MoE family of the installed transformers; run it resident and offloaded."""
+    from .report import check_families, line, markdown_table, rows_json, totals
+
+    quiet = as_json or markdown
+    rows = check_families(
+        names or [],
+        compile=compile,
+        matrix=matrix,
+        jobs=jobs,
+        done=lambda row: None if quiet else typer.echo(line(row)),
+    )
+    if as_json:
+        typer.echo(rows_json(rows))
+    elif markdown:
+        typer.echo(markdown_table(rows))
+    else:
+        typer.echo(totals(rows))
+    if not all(row.status in ("exact", "refused") for row in rows):
+        raise typer.Exit(FAILED)

@@ -1,0 +1,1 @@
+"""Text in, text out, at a terminal: run and chat."""

@@ -1,0 +1,183 @@
+"""moe-offload run."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ...config.settings import DEFAULT, OffloadConfig, origins
+from ..options.checks import check_model, check_output, check_tokenizer
+from ..options.ending import INTERRUPTED
+from ..options.flags import Model, SaveProfile, SaveReport, SaveTimeline, SaveTrace, System
+from ..options.groups import ModelFlags, SamplingFlags, flatten
+from ..options.numbers import whole
+from .prompt import encode_chat, encode_text, read_prompt, room_for_answer
+
+DEFAULT_PROMPT = "The "
+
+
+@flatten
+def run(
+    model: Model,
+    flags: ModelFlags,
+    sampling: SamplingFlags,
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", help='Text to continue; - reads standard input. Without one: "The ".'),
+    ] = None,
+    file: Annotated[Path | None, typer.Option("--file", help="Read the prompt from this UTF-8 file.")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is a message: answer it, with the model's chat template.")
+    ] = False,
+    system: System = None,
+    prefill_chunk_size: Annotated[
+        int | None,
+        typer.Option("--prefill-chunk-size", help="Read the prompt in pieces of so many tokens.", **whole(1)),
+    ] = None,
+    save_profile: SaveProfile = None,
+    save_trace: SaveTrace = None,
+    save_timeline: SaveTimeline = None,
+    save_report: SaveReport = None,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option("--metrics-port", help="Serve Prometheus metrics on this port of 127.0.0.1.", **whole(1, 65535)),
+    ] = None,
+) -> None:
+    """Generate text inside a budget, as it comes; it is the text of the unmodified model.
+
+    Greedy, unless --temperature, --top-p, --top-k or --seed asks for sampling. Ctrl-C ends the text and keeps it.
+    """
+    text = read_prompt(prompt, file, DEFAULT_PROMPT)
+    outputs = Outputs(save_profile, save_trace, save_timeline, save_report)
+    outputs.check()
+    if metrics_port is not None:
+        from ...observe.metrics import check
+
+        check(metrics_port)
+    wanted = flags.settings()
+    check_model(model)
+    check_tokenizer(model)
+    from ...api import from_pretrained
+    from .tokenizer import load_tokenizer, read_longest_context
+
+    flags.set_threads()
+    tokenizer = load_tokenizer(model, **flags.hub())
+    told = [] if system is None else [{"role": "system", "content": system}]
+    talks = chat or system is not None
+    inputs = (
+        encode_chat(tokenizer, [*told, {"role": "user", "content": text}]) if talks else encode_text(tokenizer, text)
+    )
+    prompt_tokens = inputs["input_ids"].shape[-1]
+    new_tokens = room_for_answer(prompt_tokens, read_longest_context(model, **flags.hub()), sampling.max_new_tokens)
+    if new_tokens < sampling.max_new_tokens:
+        typer.echo(f"moe-offload: {new_tokens} tokens are generated at most: the model's context ends there", err=True)
+    wanted = with_room(wanted, flags, prompt_tokens + new_tokens)
+    loaded: Any = from_pretrained(model, config=wanted, **flags.loading())
+    with loaded.moe_offload as handle:
+        typer.echo(str(handle.plan), err=True)
+        if metrics_port is not None:
+            typer.echo(f"metrics: {handle.serve_metrics(metrics_port)}", err=True)
+        outputs.start(handle)
+        how = {**sampling.generate_kwargs(), "max_new_tokens": new_tokens}
+        if prefill_chunk_size is not None:
+            how["prefill_chunk_size"] = prefill_chunk_size
+        complete = write_answer(loaded, tokenizer, inputs, how, sampling.seed, skip_prompt=talks)
+        outputs.save(handle, model, wanted)
+    if not complete:
+        raise typer.Exit(INTERRUPTED)
+
+
+def write_answer(
+    model: Any, tokenizer: Any, inputs: Any, how: dict[str, Any], seed: int | None, *, skip_prompt: bool
+) -> bool:
+    """Generate onto standard output, then one line about it on standard error. False if Ctrl-C has ended it."""
+    from transformers import set_seed
+
+    from .clock import Clock
+    from .speed import speed_line
+    from .streaming import Streamer
+
+    if seed is not None:
+        set_seed(seed)
+    handle = model.moe_offload
+    before, complete = handle.stats(), True
+    with Clock() as clock:
+        streamer = Streamer(tokenizer, write_now, clock, skip_prompt=skip_prompt)
+        try:
+            generate_into(streamer, model, inputs, how)
+        except KeyboardInterrupt:
+            complete = False
+            streamer.end()
+    write_now("\n")
+    if not complete:
+        typer.echo("moe-offload: interrupted", err=True)
+    typer.echo(speed_line(streamer, before, handle.stats()), err=True)
+    return complete
+
+
+def generate_into(streamer: Any, model: Any, inputs: Any, how: dict[str, Any]) -> None:
+    """`model.generate`, which cannot stream what several beams compete for: their text comes at the end."""
+    if (model.generation_config.num_beams or 1) == 1:
+        model.generate(**inputs, **how, streamer=streamer)
+        return
+    tokens = model.generate(**inputs, **how)[0]
+    streamer.put(inputs["input_ids"])
+    streamer.put(tokens[inputs["input_ids"].shape[-1] :])
+    streamer.end()
+
+
+def write_now(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def with_room(wanted: OffloadConfig, flags: ModelFlags, tokens: int) -> OffloadConfig:
+    """The budget's KV cache has room for this prompt and answer, where nobody has said how much room there is to be."""
+    said = flags.context is not None or origins(flags.config_file)["kv_tokens"] != DEFAULT
+    return wanted if said else dataclasses.replace(wanted, kv_tokens=max(tokens, wanted.kv_tokens))
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """The files that a run writes beside its text."""
+
+    profile: Path | None
+    trace: Path | None
+    timeline: Path | None
+    report: Path | None
+
+    def check(self) -> None:
+        """Raises ConfigError for one that cannot be written."""
+        for field in dataclasses.fields(self):
+            check_output(f"--save-{field.name}", getattr(self, field.name))
+
+    def start(self, handle: Any) -> None:
+        if self.trace is not None or self.report is not None:
+            handle.start_trace()
+        if self.timeline is not None:
+            handle.start_timeline()
+
+    def save(self, handle: Any, model: str, wanted: OffloadConfig) -> None:
+        """Write each that was asked for, and say where."""
+        for line in self._save(handle, model, wanted):
+            typer.echo(line, err=True)
+
+    def _save(self, handle: Any, model: str, wanted: OffloadConfig) -> Iterator[str]:
+        ended_s = None if self.report is None else handle.recorded_s()
+        if self.profile is not None:
+            yield f"profile saved to {handle.save_profile(self.profile)}"
+        if self.trace is not None:
+            yield f"trace saved to {handle.save_trace(self.trace)}"
+        if self.timeline is not None:
+            yield f"timeline saved to {handle.save_timeline(self.timeline)}; ui.perfetto.dev opens it"
+        if self.report is not None:
+            from ..report.collect import collect_run
+
+            name = None if wanted.profile is None else Path(wanted.profile).name
+            saved = collect_run(handle, model=model, profile=name, ended_s=ended_s).save(self.report)
+            yield f"run saved to {saved}; moe-offload report {saved} makes a page of it"

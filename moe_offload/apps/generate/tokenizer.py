@@ -1,0 +1,33 @@
+"""The tokenizer and the context length of a checkpoint, read before its weights are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...errors import CheckpointError
+
+
+def load_tokenizer(model: str, **hub: Any) -> Any:
+    """The tokenizer of a folder or Hub repository; `hub` are `revision`, `token` and `trust_remote_code`.
+
+    Raises CheckpointError, saying why it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model, **hub)
+    except Exception as error:  # a damaged tokenizer.json raises whatever its parser raises
+        first = (str(error).splitlines() or ["?"])[0]
+        raise CheckpointError(f"{model}: its tokenizer cannot be loaded: {first}") from error
+
+
+def read_longest_context(model: str, **hub: Any) -> int | None:
+    """The most tokens that the model takes, where its configuration says. Raises CheckpointError."""
+    from transformers import AutoConfig
+
+    try:
+        config: Any = AutoConfig.from_pretrained(model, **hub)
+    except (OSError, ValueError) as error:
+        first = (str(error).splitlines() or ["?"])[0]
+        raise CheckpointError(f"{model}: the model's configuration cannot be read: {first}") from error
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or None

@@ -1,0 +1,85 @@
+"""How a command ends: one line on standard error, and one exit code per kind of refusal.
+
+0    done
+1    it failed while it ran; or `families` has found a model that differs
+2    the command line or a setting is wrong
+3    the budget is too small
+4    the checkpoint is missing, damaged, incomplete, or was changed
+5    the model cannot be run exactly
+6    a file other than the checkpoint cannot be used or written: a profile, trace, report, packed copy
+7    a server, port or running model cannot be had, or a package is missing for it
+130  Ctrl-C
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NoReturn
+
+import typer
+from typer.core import TyperCommand
+
+from ...errors import (
+    BudgetError,
+    CheckpointError,
+    ConfigError,
+    ExpertReadError,
+    LiveError,
+    OffloadError,
+    PackError,
+    ProfileError,
+    ReportError,
+    SaveError,
+    ServeError,
+    TraceError,
+    UnsupportedModelError,
+)
+
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
+EXIT_CODES: dict[type[OffloadError], int] = {
+    ConfigError: USAGE,
+    BudgetError: 3,
+    CheckpointError: 4,
+    ExpertReadError: 4,
+    UnsupportedModelError: 5,
+    ProfileError: 6,
+    TraceError: 6,
+    ReportError: 6,
+    PackError: 6,
+    SaveError: 6,
+    ServeError: 7,
+    LiveError: 7,
+}
+
+
+class Command(TyperCommand):
+    """A command that ends with one line and the exit code of its kind when it raises an error of ours.
+
+    With `--json` the error is an object on standard output too, so that a script always finds JSON there.
+    """
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except OffloadError as error:
+            if ctx.params.get("as_json"):
+                typer.echo(json.dumps(error_json(error)))
+            fail(str(error), exit_code(error))
+        except KeyboardInterrupt:
+            fail("interrupted", INTERRUPTED)
+
+
+def exit_code(error: OffloadError) -> int:
+    """The exit code of the nearest class that `EXIT_CODES` names."""
+    return next((EXIT_CODES[kind] for kind in type(error).__mro__ if kind in EXIT_CODES), FAILED)
+
+
+def error_json(error: OffloadError) -> dict[str, Any]:
+    """What `--json` prints of a refusal."""
+    return {"error": {"type": type(error).__name__, "message": str(error), "exit_code": exit_code(error)}}
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """End the command: one line on standard error, however many lines the message has."""
+    typer.echo(f"moe-offload: {' '.join(message.split())}", err=True)
+    raise typer.Exit(code)

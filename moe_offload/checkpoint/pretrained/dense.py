@@ -1,0 +1,103 @@
+"""Load a checkpoint's dense weights and nothing of its experts.
+
+transformers' own loader does the work (renaming, conversion, tying, casting). It is handed a state dict of lazy
+entries: dense tensors are read when it asks for them, with `pread` into memory of our own (a mapped file that is
+truncated later would kill the process), and expert tensors answer with their shape on the meta device. So the
+conversion of experts runs too, on shapes alone, and a checkpoint that does not fit the model fails before a byte of it
+has been read. What transformers would do because of the folder is done afterwards: generation defaults, an adapter.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import CheckpointError
+from ..headers import TensorRange
+from ..outline import Outline
+from .arguments import Arguments
+
+logger = logging.getLogger("moe_offload")
+
+
+class Absent:
+    """Stands in a state dict for an expert tensor: it has a shape and a dtype, and no bytes."""
+
+    def __init__(self, range_: TensorRange):
+        self.shape, self.dtype = range_.shape, range_.dtype
+
+    def __getitem__(self, _: Any) -> Absent:
+        return self
+
+    def get_shape(self) -> list[int]:
+        return list(self.shape)
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(self.shape, dtype=dtype or self.dtype, device="meta")
+
+
+def load_dense(found: Outline, arguments: Arguments | None = None, name: str | Path = "") -> Any:
+    """The model of `found`, with its dense weights loaded and every tensor of an expert left on the meta device.
+
+    `name` is what the checkpoint was asked for by; the configuration keeps it, as transformers' does.
+    """
+    arguments = arguments or Arguments()
+    if found.stored is None or found.index is None or found.folder is None:
+        raise CheckpointError(f"{found.source}: there are no weights to load; download the checkpoint's shards")
+    headers, expert_keys = found.stored.headers, found.index.keys
+    state: Mapping[str, Any] = {
+        key: Absent(range_) if key in expert_keys else headers.opened[range_.file].get_slice(key)
+        for key, range_ in headers.items()
+    }
+    meta: Any = found.model
+    config, dtype = meta.config, meta.dtype
+    model, info = type(meta).from_pretrained(
+        None, config=config, state_dict=state, dtype=config.dtype or dtype, output_loading_info=True, **arguments.model
+    )
+    missing = sorted(set(info["missing_keys"]) | {key for key, *_ in info.get("mismatched_keys", [])})
+    if missing:
+        raise CheckpointError(
+            f"{found.folder}: the checkpoint lacks {len(missing)} tensors that the model needs (or has them in another "
+            f"shape): {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}; it is incomplete, or of another "
+            "model"
+        )
+    if model.can_generate() and "generation_config" not in arguments.model:
+        model.generation_config = read_generation_defaults(found.folder)
+    model.config.name_or_path = str(name or found.folder)
+    return model.eval()
+
+
+def read_generation_defaults(folder: Path) -> Any:
+    """generation_config.json, and without it the defaults that stand in config.json, as older checkpoints have them."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except OSError:
+        return GenerationConfig.from_pretrained(folder, config_file_name="config.json", _from_model_config=True)
+
+
+def find_adapter(folder: Path, subfolder: str) -> Path | None:
+    """The folder of an adapter that lies beside the model: transformers applies it without being asked."""
+    from transformers.utils.import_utils import is_peft_available
+
+    for place in (folder, folder / subfolder):
+        if (place / "adapter_config.json").is_file():
+            if is_peft_available():
+                return place
+            logger.warning("%s holds an adapter; it is not applied, as in transformers without the package peft", place)
+    return None
+
+
+def load_adapter(model: Any, folder: Path, arguments: Arguments) -> None:
+    """Put the adapter in `folder` on an offloaded model. Raises what `model.load_adapter` raises."""
+    kwargs = dict(arguments.adapter.get("adapter_kwargs") or {})
+    if "token" in arguments.hub:
+        kwargs["token"] = arguments.hub["token"]
+    name = arguments.adapter.get("adapter_name", "default")
+    model.load_adapter(str(folder), adapter_name=name, adapter_kwargs=kwargs)

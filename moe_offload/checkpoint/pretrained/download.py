@@ -1,0 +1,70 @@
+"""A folder with everything that is read of a checkpoint: the given one, or a download of just those files.
+
+A repository often holds the same weights several times (`original/`, `consolidated.*`, other variants). First come the
+small files, which say what the weights are called, and then those.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+from pathlib import Path
+from typing import Any
+
+from ...errors import CheckpointError
+from ..folder import is_folder
+from ..packed import ABSENT, ROWS
+from .arguments import Arguments
+from .weight_files import SINGLE, listed_names, with_variant
+
+SMALL = ("*.json", "*.txt", "*.model", "*.jinja")  # never .bin, nor any other pickle
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def get_folder(path_or_id: str | Path, arguments: Arguments | None = None) -> Path:
+    """The folder of a checkpoint, without its `subfolder`: a local one as it is, a repository's once downloaded.
+
+    Raises `CheckpointError` where there is neither, and where the folder is no checkpoint.
+    """
+    arguments = arguments or Arguments()
+    if is_folder(path_or_id, arguments.subfolder):
+        return Path(path_or_id)
+    return download(str(path_or_id), arguments)
+
+
+def download(name: str, arguments: Arguments, **hub: Any) -> Path:
+    """The snapshot of a repository on the Hub, with the files that are read of it. `hub` goes to huggingface_hub."""
+    from huggingface_hub import snapshot_download
+
+    hub = {**arguments.hub, **hub}
+    inside = f"{arguments.subfolder}/" if arguments.subfolder else ""
+
+    def fetch(*names: str, revision: str | None = None, only_at_top: bool = False) -> Path:
+        said = {**hub, **({"revision": revision} if revision else {})}
+        patterns = [glob.escape(inside) + name for name in names]
+        ignored = [glob.escape(inside) + "*/*"] if only_at_top else None
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=ignored, **said))
+
+    try:
+        folder = fetch(*SMALL, only_at_top=True)
+        commit, place = folder.name, folder / arguments.subfolder  # the second download is of the same commit
+        named = _named_in(place / "config.json")
+        single = named if named and named.endswith(".safetensors") else with_variant(SINGLE, arguments.variant)
+        fetch(*map(glob.escape, (single, *ADAPTER)), "additional_chat_templates/*.jinja", revision=commit)
+        if not (place / single).is_file():
+            listed = listed_names(place, variant=arguments.variant, named=named)
+            rows = [f"{ROWS}-*.safetensors"] if ABSENT in listed else []
+            fetch(*(glob.escape(file) for file in listed if file != ABSENT), *rows, revision=commit)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{name}: neither a local folder nor a repository that can be reached on the Hub ({error})"
+        ) from error
+    return folder
+
+
+def _named_in(config: Path) -> str | None:
+    try:
+        named = json.loads(config.read_bytes()).get("transformers_weights")
+    except (OSError, ValueError, AttributeError):
+        return None  # said in full where the configuration is read
+    return named if isinstance(named, str) else None

@@ -1,0 +1,175 @@
+"""The model of a checkpoint on the meta device: every module and shape, no weights; the class that transformers runs.
+
+config.json is refused here by name, before anything is loaded, where it asks for what is not done: quantised weights,
+and code that comes with the checkpoint.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...errors import CheckpointError, ConfigError, UnsupportedModelError
+from ..folder import refuse_quantized
+from .arguments import Arguments
+
+if TYPE_CHECKING:  # transformers takes seconds to import: functions do it, once there is something to load
+    from transformers import PreTrainedModel
+
+    from ..packed import Stored
+
+#: The entries of config.json's auto_map whose code AutoModelForCausalLM would run.
+REMOTE = ("AutoConfig", "AutoModelForCausalLM")
+
+
+def read_configuration(place: Path | str, arguments: Arguments, **where: Any) -> Any:
+    """The configuration of the checkpoint at `place`, a folder or a repository, with the overrides that were given.
+
+    Raises `CheckpointError` for one that cannot be read, `ConfigError` for an override that names no field of it, and
+    `UnsupportedModelError` for a quantised checkpoint, or one that needs code of its own.
+    """
+    from transformers import AutoConfig, PreTrainedConfig
+
+    try:
+        said, _ = PreTrainedConfig.get_config_dict(place, **where)
+        refuse_quantized(place, said)
+        _refuse_remote_code(place, said, arguments.trust_remote_code)
+        config, unknown = AutoConfig.from_pretrained(
+            place, trust_remote_code=False, return_unused_kwargs=True, **where, **arguments.overrides
+        )
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{place}: cannot read the model's configuration: {error}") from error
+    unknown = {name for name in unknown if name in arguments.overrides}
+    if unknown:
+        raise ConfigError(
+            f"from_pretrained({sorted(unknown)[0]}=...) is neither a parameter nor a field of {type(config).__name__}; "
+            "settings of moe_offload go into config={...}"
+        )
+    if "attn_implementation" in arguments.overrides:  # some composite configurations lose it, transformers says
+        config._attn_implementation = arguments.overrides["attn_implementation"]
+    if getattr(config, "fusion_config", None) is not None:
+        raise UnsupportedModelError(f"{place}: config.json has a fusion_config; fused layers are not supported yet")
+    refuse_quantized(place, {"text_config": config.get_text_config(decoder=True).to_dict()})
+    return config
+
+
+def build_skeleton(config: Any, stored: Stored | None, arguments: Arguments) -> PreTrainedModel:
+    """The model of `config` on the meta device; the headers in `stored` say its dtype where nothing else does."""
+    model_class, config = _choose_class(config)
+    dtype = _choose_dtype(config, stored, arguments.dtype)
+    with torch.device("meta"):
+        model: PreTrainedModel = model_class._from_config(config, dtype=dtype)
+    _keep_in_float32(model, dtype)
+    return model
+
+
+def _choose_class(config: Any) -> tuple[Any, Any]:
+    """The class that the configuration names, as pipelines choose it, else what AutoModelForCausalLM takes; and the
+    part of the configuration that it takes.
+
+    A class that the user registered for this configuration comes first, as in transformers.
+    """
+    import transformers
+
+    mapping: Mapping[Any, Any] = transformers.AutoModelForCausalLM._model_mapping
+    auto = mapping[type(config)] if type(config) in mapping else None
+    found = auto if auto is not None and not auto.__module__.startswith("transformers.") else None
+    for name in [] if found is not None else config.architectures or []:
+        found = _class_named(name, config)
+        if found is not None:
+            break
+    found = auto if found is None else found
+    if found is None:
+        raise UnsupportedModelError(
+            f"config.json names {config.architectures or 'no architecture'}, which the installed transformers "
+            f"({transformers.__version__}) does not have. Install a version that has it"
+        )
+    text = config.sub_configs.get("text_config")
+    if text is not None and type(config) is not text and getattr(found, "config_class", None) is text:
+        config = config.get_text_config()
+    return found, config
+
+
+def _class_named(name: str, config: Any) -> Any:
+    """The model class of that name for `config` (or for its text part); not every class is exported at the top."""
+    import transformers
+    from transformers import PreTrainedModel
+
+    module = type(config).__module__.replace("configuration_", "modeling_")
+    found = getattr(transformers, name, None)
+    if found is None and module.startswith("transformers."):
+        try:
+            found = getattr(importlib.import_module(module), name, None)
+        except ImportError:
+            found = None
+    made_for = found.config_class if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
+    return found if made_for in (type(config), config.sub_configs.get("text_config", type(config))) else None
+
+
+def _choose_dtype(config: Any, stored: Stored | None, dtype: Any) -> torch.dtype:
+    """By transformers' rule: what was said; for "auto" the configuration's, the index's, or the first file's first
+    floating tensor's."""
+    if isinstance(dtype, Mapping):
+        dtype = dtype.get("", torch.get_default_dtype())
+    if dtype == "auto":
+        dtype = config.dtype
+        if dtype is None and stored is not None:
+            dtype = stored.metadata.get("dtype") or _first_dtype(stored)
+        dtype = torch.float32 if dtype is None else dtype
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype.removeprefix("torch."), dtype)
+    if not isinstance(dtype, torch.dtype):
+        raise ConfigError(f"dtype {dtype!r} is no torch dtype; use 'auto', 'bfloat16', 'float32' or a torch.dtype")
+    return dtype
+
+
+def _first_dtype(stored: Stored) -> torch.dtype | None:
+    headers = stored.headers
+    first = next(iter(headers.opened.items()), None)
+    keys = [key for key in first[1].keys() if key in headers] if first else list(headers)
+    floating = [headers[key].dtype for key in keys if headers[key].dtype.is_floating_point]
+    return next((dtype for dtype in floating if dtype.itemsize > 1), None)  # a model has no float8 as its own dtype
+
+
+def _keep_in_float32(model: Any, dtype: torch.dtype) -> None:
+    """Some parameters are loaded in float32 whatever the model's dtype: their bytes are to be planned for."""
+    plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        kept = next((kind for pattern, kind in plan.items() if re.search(pattern.replace("*", ".*"), name)), None)
+        if kept is not None:
+            tensor.data = tensor.data.to(kept)
+
+
+def _refuse_remote_code(place: Path | str, said: Mapping[str, Any], trusted: bool) -> None:
+    """Never another class than plain transformers would run."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    remote = said.get("auto_map") if isinstance(said.get("auto_map"), Mapping) else {}
+    model_type = str(said.get("model_type"))
+    known = model_type in CONFIG_MAPPING
+    own = known and not CONFIG_MAPPING[model_type].__module__.startswith("transformers.")
+    named = [entry for entry in REMOTE if entry in (remote or {})]
+    if named and trusted and not own:
+        raise UnsupportedModelError(
+            f"{place}: with trust_remote_code=True transformers would run this checkpoint's own code ("
+            f"{remote[named[0]]}), which is not supported yet."  # type: ignore[index]
+            + (f" transformers has {model_type!r} itself: leave the argument out." if known else "")
+        )
+    if "AutoConfig" in named and not known:
+        raise UnsupportedModelError(
+            f"{place}: model type {model_type!r} exists only as code that comes with the checkpoint "
+            f"({remote['AutoConfig']}), which is not run here. "  # type: ignore[index]
+            "Use a model that the installed transformers has itself"
+        )
+    if trusted and isinstance(place, Path) and (place / "custom_generate" / "generate.py").is_file():
+        raise UnsupportedModelError(
+            f"{place}: with trust_remote_code=True transformers would replace generate() by custom_generate/generate.py"
+            ", which is not supported yet. Leave the argument out to use the ordinary generate()"
+        )

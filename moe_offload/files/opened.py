@@ -1,0 +1,47 @@
+"""Descriptors that no Ctrl-C can lose.
+
+`fd = os.open(...)` is two steps: an interrupt between them leaves a number that nobody will close. A `FileIO` owns its
+descriptor from the first moment on and closes it when it is dropped, so what is kept for long is one of these. What
+cannot be one, a folder or flags of its own, is opened here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from functools import partial
+from io import FileIO
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
+    """The descriptor of `path`, for the time of a block. Raises OSError."""
+    held: list[int] = []
+    try:
+        held.extend(map(os.open, [path], [flags | getattr(os, "O_CLOEXEC", 0)]))  # one step: all of it is C
+        yield held[0]
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+
+
+def create_private(path: Path) -> FileIO:
+    """A new file for reading and writing that nobody but its owner may open. Raises OSError where one is there."""
+    return FileIO(path, "x+", opener=partial(os.open, mode=0o600))
+
+
+def open_uncached(path: Path | str) -> FileIO:
+    """A file for reading past the page cache, or through it where that is refused. Raises OSError."""
+    file = FileIO(path)
+    with contextlib.suppress(OSError, AttributeError, ImportError):  # refused by the file system, or not Linux
+        set_direct(file)
+    return file
+
+
+def set_direct(file: FileIO) -> None:
+    """Read `file` past the page cache from now on. Raises OSError or, where there is no such thing, another error."""
+    import fcntl
+
+    fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) | os.O_DIRECT)

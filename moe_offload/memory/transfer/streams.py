@@ -1,0 +1,103 @@
+"""The streams of one device: in what order kernels and copies run there, and where the host waits.
+
+    compute stream   kernel  kernel | mark ──────────────┐          order(event): what follows begins after it
+    copy stream                     copy(after=mark) ────┴─ event
+
+`CudaStreams` is the only class of transfers that knows CUDA; tests put a slow one, or one on a CPU, in its place.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from . import pinned
+
+logger = logging.getLogger("moe_offload")
+
+
+class Streams(Protocol):
+    """The streams of one device. An event is whatever `mark` and `copy` return."""
+
+    def pin(self, buffer: Tensor) -> None:
+        """Let the device read this page-aligned host memory by itself, if that is possible."""
+
+    def unpin(self, buffer: Tensor) -> None:
+        """Undo `pin`, before the memory is given back."""
+
+    def mark(self) -> Any:
+        """The moment when all that has been launched on the compute stream so far is done."""
+
+    def copy(self, target: Tensor, source: Tensor, after: Any) -> Any:
+        """Copy on the stream beside, not before `after`; the event is its end. May be called by any thread."""
+
+    def send(self, values: Tensor) -> Tensor:
+        """`values`, of the host, on the device, for what is launched from now on. The host does not wait."""
+
+    def order(self, event: Any) -> None:
+        """What is launched on the compute stream from now on begins after `event`. The host does not wait."""
+
+    def finish(self, event: Any) -> None:
+        """The host waits for `event`."""
+
+    def drain(self) -> None:
+        """The host waits for all copies."""
+
+    def current(self) -> AbstractContextManager[object]:
+        """While it is entered, this thread launches on this device."""
+
+    def capturing(self) -> bool:
+        """Whether what is launched on the compute stream is recorded into a graph instead of run."""
+
+
+class CudaStreams:
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self._warned = False
+
+    def pin(self, buffer: Tensor) -> None:
+        with self.current():  # to register memory is to start CUDA on the current device
+            error = pinned.pin(buffer.view(1, -1))
+        if error and not self._warned:
+            self._warned = True
+            logger.warning("CUDA could not pin the memory that rows are staged in (%s): they are copied slowly", error)
+
+    def unpin(self, buffer: Tensor) -> None:
+        with self.current():
+            pinned.unpin(buffer.view(1, -1))
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def copy(self, target: Tensor, source: Tensor, after: torch.cuda.Event) -> torch.cuda.Event:
+        with self.current(), torch.cuda.stream(self.stream):
+            self.stream.wait_event(after)
+            target.copy_(source, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record(self.stream)
+        return done
+
+    def send(self, values: Tensor) -> Tensor:
+        return values.pin_memory().to(self.device, non_blocking=True)
+
+    def order(self, event: torch.cuda.Event) -> None:
+        torch.cuda.current_stream(self.device).wait_event(event)
+
+    def finish(self, event: torch.cuda.Event) -> None:
+        event.synchronize()
+
+    def drain(self) -> None:
+        self.stream.synchronize()
+
+    def current(self) -> AbstractContextManager[object]:
+        return torch.cuda.device(self.device)
+
+    def capturing(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,80 @@
+"""Put a runtime under a model: patched, refusing what would reach its experts, and saved as it was; taken off again."""
+
+from __future__ import annotations
+
+import weakref
+
+from torch import nn
+
+from ..config.settings import OffloadConfig
+from ..forward.advise import Advisor
+from ..handle import Handle
+from ..plan.prepare import Prepared
+from ..runtime.model import Runtime
+from . import install as patch
+from .refusals import refuse_what_reaches_experts
+from .saving import save_real_rows
+
+
+def attach(model: nn.Module, runtime: Runtime, prepared: Prepared) -> Handle:
+    """Let `model` run on `runtime` from now on. Returns the handle, whose `close` takes the runtime off again."""
+    settings, arrangement = prepared.settings, prepared.arrangement
+    implementation = patch.choose_implementation(
+        [layer.moe for layer in runtime.layers], settings.experts_implementation
+    )
+    if arrangement.device != "cpu":
+        patch.serve_products(arrangement.device)
+    inner = _inner_compiler(settings, arrangement.device)
+    graphs = patch.install(
+        model,
+        runtime,
+        implementation=implementation,
+        inner=inner,
+        overlap=_overlaps(settings, inner, runtime),
+        guess=settings.lookahead,
+        dynamic=_dynamic(settings, arrangement.device, runtime),
+        fullgraph=settings.fullgraph,
+        advisor=Advisor(runtime, arrangement.plan),
+    )
+    refuse_what_reaches_experts(model, runtime)
+    save_real_rows(model, runtime)
+    weakref.finalize(model, _detach, runtime)
+    return Handle(
+        model,
+        runtime,
+        arrangement,
+        prepared.fingerprint,
+        compile=inner,
+        implementation=implementation,
+        graphs=graphs,
+        on_close=lambda: _detach(runtime),
+    )
+
+
+def _detach(runtime: Runtime) -> None:
+    with runtime.alone():
+        if not runtime.closed:
+            try:
+                patch.uninstall(runtime)
+            finally:
+                runtime.close()
+
+
+def _inner_compiler(settings: OffloadConfig, device: str) -> str:
+    if settings.compile != "auto":
+        return settings.compile
+    return "graph" if device == "cpu" else "inductor"
+
+
+def _overlaps(settings: OffloadConfig, inner: str, runtime: Runtime) -> bool:
+    """Whether decode computes resident experts while missing ones load: not where the device decides by itself."""
+    if runtime.device_caches is not None:
+        return False
+    return inner == "graph" if settings.overlap is None else settings.overlap
+
+
+def _dynamic(settings: OffloadConfig, device: str, runtime: Runtime) -> bool | None:
+    """On a GPU a step with a static KV cache has constant shapes, and must be traced so to become a CUDA graph; it
+    does where no layer needs the host."""
+    everywhere = len(runtime.device_layers) == len(runtime.layers)
+    return None if settings.dynamic and device != "cpu" and everywhere else settings.dynamic

@@ -1,0 +1,175 @@
+"""What people get wrong at a shell: each is one line that says what is wrong, with the exit code of its kind."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_offload import errors
+from moe_offload.apps.cli import main
+from moe_offload.apps.options.ending import exit_code
+
+ROOT = Path(__file__).parents[3]
+MODEL = ROOT / "examples" / "polyglot-tiny"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Everything that the commands below name."""
+    made: Path = tmp_path_factory.mktemp("bad")
+    weights = (MODEL / "model.safetensors").read_bytes()
+    config = json.loads((MODEL / "config.json").read_text())
+    flipped = bytearray(weights)
+    flipped[20] ^= 0xFF
+    for name, data in {
+        "truncated": weights[:-1000],
+        "hollow": b"",
+        "random": bytes(range(256)) * 40,
+        "flipped": bytes(flipped),
+        "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+    }.items():
+        checkpoint(made / name, config, data)
+    checkpoint(made / "broken", config, weights)
+    (made / "broken" / "config.json").write_text('{"model_type": ')
+    checkpoint(made / "listed", config, weights)
+    index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (made / "listed" / "model.safetensors.index.json").write_text(json.dumps(index))
+    for method in ("gptq", "fp8"):
+        checkpoint(made / method, {**config, "quantization_config": {"quant_method": method, "bits": 4}}, weights)
+    inner = {**config, "text_config": {"quantization_config": {"quant_method": "mxfp4"}}}
+    checkpoint(made / "mxfp4", inner, weights)
+    checkpoint(made / "alien", {**config, "model_type": "alien", "architectures": ["AlienForCausalLM"]}, weights)
+    (made / "model").symlink_to(MODEL)
+    for name in ("nothing", "full"):
+        (made / name).mkdir()
+    (made / "full" / "a.txt").touch()
+    for name in ("hollow.json", "hollow.npz", "hollow.gguf"):
+        (made / name).touch()
+    (made / "bad.yaml").write_text("budget: [8GB")
+    (made / "unknown.yaml").write_text("budgte: 8GB")
+    (made / "profiled.yaml").write_text("profile: nowhere.json")
+    (made / "timeline.json").write_text('{"traceEvents": []}')
+    return made
+
+
+def checkpoint(path: Path, config: dict[str, Any], weights: bytes) -> None:
+    path.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MODEL / name, path / name)
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "model.safetensors").write_bytes(weights)
+
+
+BAD = {
+    # the command line
+    "rnu model": (2, "No such command"),
+    "run": (2, "Missing argument"),
+    "run model --budgte 8GB": (2, "--budgte"),
+    "run model --config-flie x": (2, "--config-flie"),
+    "run model --max-new-tokens -3": (2, "from 1 on"),
+    "run model --max-new-tokens abc": (2, "from 1 on"),
+    "run model --metrics-port 70000": (2, "from 1 to 65535"),
+    "run model --compile foo": (2, "compile='foo'"),
+    "run model --policy foo": (2, "policy='foo'"),
+    "run model --save-trace full": (2, "that is a folder"),
+    "run model --save-report no/x.json": (2, "its folder does not exist"),
+    "chat model max_new_tokens=abc": (2, "max_new_tokens=abc"),
+    "chat model --max-new-tokens abc": (2, "from 1 on"),
+    "serve model --port 99999": (2, "from 0 to 65535"),
+    "serve model --port abc": (2, "from 0 to 65535"),
+    "top abc": (2, "is no process"),
+    "bench synthetic:foo": (2, "no such architecture"),
+    "bench model --residency 200%": (2, "200%"),
+    "bench model --device tpu": (2, "it takes cpu, cuda"),
+    "bench model --layers 2": (2, "--layers is for synthetic:"),
+    "bench model --budget 8GB --residency 25%": (2, "either --budget"),
+    "simulate trace.npz --policies foo": (6, "trace.npz"),
+    "pack model new --max-shard-size abc": (2, "--max-shard-size"),
+    "pack model new --verify some": (2, "it takes sample, all, none"),
+    "profile record model hollow.json --meta x --out p.json": (2, "key=value"),
+    "families nosuch": (2, "no MoE family"),
+    # sizes and maps
+    "plan model --budget 0": (2, "hold nothing"),
+    "plan model --budget=-1GB": (2, "not negative"),
+    "plan model --budget 120%": (2, "100% at most"),
+    "plan model --budget 1e400GB": (2, "1e400GB"),
+    "plan model --device-map banana": (2, "'banana' is no device"),
+    "plan model --device-map {a": (2, "cannot be read"),
+    "plan model --max-memory 8GB": (2, "no mapping"),
+    "plan model --context -1": (2, "from 0 on"),
+    "plan model --budget 10": (3, "below the floor"),
+    "plan model --budget 3MB": (3, "at least"),
+    "run model --budget 3MB": (3, "at least"),
+    "estimate model --budget ,": (2, "names no budget"),
+    # files of settings, profiles, traces, runs
+    "plan model --config-file nowhere.yaml": (2, "nowhere.yaml"),
+    "plan model --config-file bad.yaml": (2, "bad.yaml"),
+    "plan model --config-file unknown.yaml": (2, "did you mean 'budget'?"),
+    "plan model --config-file profiled.yaml": (2, "profiled.yaml"),
+    "config --yes --profile nowhere.json --config-file new.yaml": (6, "nowhere.json"),
+    "run model --profile nowhere.json": (6, "nowhere.json"),
+    "run model --profile hollow.json": (6, "empty"),
+    "profile inspect timeline.json": (6, "it is a timeline"),
+    "profile inspect hollow.json": (6, "empty"),
+    "report nowhere.json": (6, "nowhere.json"),
+    "report hollow.json": (6, "empty"),
+    "report timeline.json": (6, "it is a timeline"),
+    "report model/config.json": (6, "it is the configuration of a model"),
+    "run model --profile model/config.json": (6, "it is the configuration of a model"),
+    "simulate nowhere.npz": (6, "nowhere.npz"),
+    "simulate hollow.npz": (6, "hollow.npz"),
+    "pack model full": (6, "not empty"),
+    "pack model /proc/foo": (6, "/proc/foo"),
+    # checkpoints
+    "run ./nowhere": (4, "nothing there"),
+    "run a/b/c": (4, "nothing there"),
+    "run nothing": (4, "no config.json"),
+    "run hollow.gguf": (4, "GGUF files are not read"),
+    "run broken": (4, "config.json"),
+    "run truncated": (4, "model.safetensors: it is damaged"),
+    "run hollow": (4, "model.safetensors: it is damaged"),
+    "run random": (4, "model.safetensors: it is damaged"),
+    "run flipped": (4, "model.safetensors: it is damaged"),
+    "run listed": (4, "model-00001-of-00002.safetensors: the index lists this file, and it is not there"),
+    "run pointer": (4, "git lfs pull"),
+    "run gptq": (5, "gptq"),
+    "plan fp8": (5, "fp8"),
+    "pack mxfp4 new": (5, "mxfp4"),
+    "plan alien": (4, "alien"),
+    "plan nobody/nothing": (4, "nobody/nothing"),
+}
+
+
+@pytest.mark.parametrize("command", BAD)
+def test_one_line_and_its_exit_code(command, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("sys.argv", ["moe-offload", *command.split()])
+    before = sorted(folder.iterdir())
+    with pytest.raises(SystemExit) as ended:
+        main()
+    out, err = capsys.readouterr()
+    code, says = BAD[command]
+    assert ended.value.code == code and says in err, err
+    assert out == "" and len(err.splitlines()) == 1 and "moe-offload" in err, err
+    assert sorted(folder.iterdir()) == before, "nothing is left behind"
+
+
+def test_the_table_of_exit_codes_is_that_of_the_code():
+    page = (ROOT / "docs" / "command-line.md").read_text()
+    listed = {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)}
+    classes = [one for one in vars(errors).values() if isinstance(one, type)]
+    assert {exit_code(one("x")) for one in classes} | {0, 130} == listed
+    told = re.findall(r"^(\d+) ", errors_page(), re.MULTILINE)
+    assert sorted(map(int, told)) == sorted(listed)
+
+
+def errors_page() -> str:
+    from moe_offload.apps.options import ending
+
+    return str(ending.__doc__)

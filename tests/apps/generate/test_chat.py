@@ -1,0 +1,130 @@
+"""moe-offload chat: turns, commands, Ctrl-C; the answers are those of plain transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from moe_offload.apps.cli import app
+from moe_offload.apps.generate import chat as command
+from moe_offload.apps.generate.conversation import Conversation
+from moe_offload.apps.options.groups import SamplingFlags
+from moe_offload.errors import ExpertReadError
+from moe_offload.observe.profile import Profile
+
+MODEL = str(Path(__file__).parents[3] / "examples" / "polyglot-tiny")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(MODEL)
+
+
+def test_a_conversation_from_a_pipe(tokenizer, tmp_path):
+    saved, said = tmp_path / "chat.json", tmp_path / "said.json"
+    flags = ["--budget", "6MB", "--max-new-tokens", "8", "--system", "Pagina di manuale", "--save-profile", str(saved)]
+    lines = f"Il comando\n!status\n!save {said}\n!set temperature=0\nelenca\n!exit\nnever read\n"
+    result = CliRunner().invoke(app, ["chat", MODEL, *flags], input=lines)
+    assert result.exit_code == 0, result.output
+    first, second = (text.strip() for text in answers(tokenizer, "Pagina di manuale", ["Il comando", "elenca"]))
+    assert first in result.stdout and second in result.stdout and "never read" not in result.output
+    assert json.loads(said.read_text())[0] == {"role": "user", "content": "Il comando"}
+    assert "!clear" in result.stderr, "the commands are listed at the start"
+    status = [line for line in result.stderr.splitlines() if line.startswith("[prompt")]
+    assert len(status) == 2 and all("hit rate" in line and "budget 6.00 MB" in line for line in status)
+    assert Profile.load(saved).tokens > 16
+
+
+def answers(tokenizer, system: str, questions: list[str]) -> list[str]:
+    """Of plain transformers, as a model without a chat template continues what was said."""
+    model, said, found = AutoModelForCausalLM.from_pretrained(MODEL, dtype="auto"), [system], []
+    for question in questions:
+        said.append(question)
+        inputs = tokenizer("\n".join(said), return_tensors="pt")
+        tokens = model.generate(**inputs, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
+        found.append(tokenizer.decode(tokens, skip_special_tokens=True))
+        said.append(found[-1])
+    return found
+
+
+@pytest.fixture
+def talk(tokenizer):
+    """A conversation with a model that says what it is told to: `talk.model.generate`."""
+    stats = SimpleNamespace(hits=0, misses=0, tokens=0, bytes_read=0)
+    handle = SimpleNamespace(stats=lambda: stats, plan=SimpleNamespace(budget_bytes=8_000_000))
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=64))
+    model = SimpleNamespace(moe_offload=handle, config=config)
+    made = Conversation(model, tokenizer, SamplingFlags(), None)
+    made.model = model
+    return made
+
+
+def test_ctrl_c_ends_the_answer_and_keeps_it(talk, capsys):
+    def interrupted(*, input_ids, streamer, **_):
+        streamer.put(input_ids)
+        streamer.put(input_ids[0, :1])
+        raise KeyboardInterrupt
+
+    talk.model.generate = interrupted
+    assert talk.take("ls lists")
+    out, err = capsys.readouterr()
+    assert out.startswith("ls") and "..." in out and "budget 8.00 MB" in err
+    assert [message["role"] for message in talk.messages] == ["user", "assistant"]
+
+
+def test_an_error_ends_the_answer_and_unsays_the_question(talk, capsys):
+    def unreadable(**_):
+        raise ExpertReadError("disk gone")
+
+    talk.model.generate = unreadable
+    assert talk.take("ls") and talk.messages == []
+    assert "disk gone" in capsys.readouterr().err
+
+
+def test_a_conversation_that_is_too_long_says_what_to_do(talk, capsys):
+    assert talk.take("ls " * 100) and talk.messages == []
+    err = capsys.readouterr().err
+    assert "the model takes 64 at most" in err and "!clear" in err
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("!help", "!system TEXT"),
+        ("!fly", "!fly is no command"),
+        ("!set", "write NAME=VALUE"),
+        ("!set fly=1", "write NAME=VALUE"),
+        ("!set max_new_tokens=abc", "it takes a whole number from 1 on"),
+        ("!set temperature=-1", "it takes a number from 0"),
+        ("!set top_k=5", "set: top_k=5"),
+        ("!save", "needs the name"),
+        ("!save /no/such/folder/x.json", "cannot be written"),
+        ("!system Be brief", "told first"),
+        ("!clear", "forgotten"),
+        ("", ""),
+    ],
+)
+def test_commands_are_one_answer(talk, capsys, line, says):
+    assert talk.take(line) and talk.messages == []
+    out, err = capsys.readouterr()
+    assert out == "" and says in err and "Traceback" not in err
+
+
+def test_ctrl_c_while_a_line_is_typed_drops_the_line(monkeypatch, capsys):
+    typed = iter([KeyboardInterrupt, "ls", KeyboardInterrupt, None])
+
+    def read_line():
+        line = next(typed)
+        if line is KeyboardInterrupt:
+            raise line
+        return line
+
+    seen = []
+    monkeypatch.setattr(command, "_read_line", read_line)
+    command._take_turns(SimpleNamespace(take=lambda line: seen.append(line) or True))
+    assert seen == ["ls"] and capsys.readouterr().err.count("Ctrl-D") == 2

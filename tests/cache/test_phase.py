@@ -1,0 +1,16 @@
+"""Prompt or decoding, at the edges."""
+
+from __future__ import annotations
+
+import pytest
+
+from moe_offload.cache.phase import fits_slots, is_decode
+
+
+@pytest.mark.parametrize(("tokens", "decodes"), [(0, True), (1, True), (2, False), (512, False)])
+def test_a_forward_of_one_token_a_sequence_decodes(tokens, decodes):
+    assert is_decode(tokens) is decodes
+
+
+def test_an_event_fits_where_each_of_its_pairs_could_have_a_slot():
+    assert fits_slots(4, 4) and not fits_slots(5, 4)

@@ -1,0 +1,52 @@
+"""Prefill: one `stream` op in place of the experts code, bit-equal however the experts are put into waves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import passes
+from passes import ops
+from tests.fakes.traced_block import identity, permuted, trace
+
+from .conftest import hidden, make_block
+
+
+@pytest.mark.parametrize("wave", [0, 1, 3])
+@pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
+def test_waves_equal_the_unmodified_graph(block, dtype, wave, dynamic):
+    traced = trace(block, hidden(7, dtype), dynamic)
+    want = traced.run()
+    layer = permuted(traced.params, wave=wave)
+    sites = traced.sites()
+    assert passes.stream_in_waves(traced.gm.graph, sites=sites, banks={"layer": layer.bank}) == sites
+    got = traced.run({sites[0].bank: layer.bank_SN})
+    assert torch.equal(got, want)
+    assert len(layer.calls) == 1 and layer.calls[0].startswith("stream")
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 33])
+@pytest.mark.parametrize("wave", [1, 3])
+def test_a_wave_runs_alone_where_pairs_fill_vectors(kind, implementation, dtype, tokens, wave):
+    """Sizes as in real models: no elementwise kernel meets an end of a tensor that does not fill a vector."""
+    traced = trace(make_block(kind, implementation, dtype, (128, 192)), hidden(tokens, dtype, 128))
+    want = traced.run()
+    layer = permuted(traced.params, wave=wave)
+    sites = traced.sites()
+    passes.stream_in_waves(traced.gm.graph, sites=sites, banks={"layer": layer.bank})
+    stream = next(node for node in traced.gm.graph.nodes if node.target is ops.stream)
+    assert ops._CORES[stream.args[4]].pairs_independent == (kind != "normed"), "a norm's mean is one number a pair"
+    assert torch.equal(traced.run({sites[0].bank: layer.bank_SN}), want)
+
+
+def test_waves_leave_only_routing_and_weighting(block, dtype):
+    """What needs expert weights is gone from the graph, the histogram with it; what does not is still there."""
+    traced = trace(block, hidden(7, dtype))
+    sites = traced.sites()
+    layer = identity(traced.params)
+    passes.stream_in_waves(traced.gm.graph, sites=sites, banks={"layer": layer.bank})
+    counts = passes.inspect.op_counts(traced.gm.graph)
+    assert counts["stream"] == 1 and counts["topk"] == 1 and counts["sum"] == 1
+    assert not {"bmm", "grouped_mm", "_grouped_mm", "grouped_mm_fallback", "histc", "cumsum"} & set(counts)
+    for weight in list(sites[0].weights.values())[1:]:
+        assert not weight.users
