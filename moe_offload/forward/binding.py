@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -41,13 +42,19 @@ class Scope:
 
     def __init__(self, runtime: Runtime, settings: Settings) -> None:
         self.runtime, self._settings = runtime, settings
-        self.forget_graphs: Callable[[], None] = lambda: None  # set by what has them compiled
+        self._forget: weakref.WeakMethod[Callable[[], None]] | None = None  # weak: it holds the model
         self.banks = f"set {next(_sets)}"
 
     def renew(self) -> None:
         """All graphs go: the banks are others, or what the graphs took for granted is no longer so."""
         self.banks = f"set {next(_sets)}"
-        self.forget_graphs()
+        forget = None if self._forget is None else self._forget()
+        if forget is not None:
+            forget()
+
+    def on_renewal(self, forget: Callable[[], None]) -> None:
+        """What lets go of all graphs, and is called when they must go: a method, which is not kept alive."""
+        self._forget = weakref.WeakMethod(forget)
 
     @property
     def is_entered(self) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import warnings
+import weakref
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar, cast
@@ -33,7 +34,8 @@ class Settings:
     entry for each graph."""
 
     def __init__(self, parts: Iterable[nn.Module], log: list[Any]):
-        self._parts, self._log = list(parts), log
+        # Weak: the runtime reaches these settings, and what frees it when the model goes must not hold the model.
+        self._parts, self._log = [weakref.ref(part) for part in parts], log
         self._last_hook = -1
         self._guards_on_hooks = False
 
@@ -50,9 +52,9 @@ class Settings:
             return True
         if self._guards_on_hooks:
             return False
-        self._guards_on_hooks = any(
-            module._forward_hooks or module._forward_pre_hooks for part in self._parts for module in part.modules()
-        )
+        parts = [part for part in (held() for held in self._parts) if part is not None]
+        modules = [module for part in parts for module in part.modules()]
+        self._guards_on_hooks = any(module._forward_hooks or module._forward_pre_hooks for module in modules)
         return self._guards_on_hooks
 
     def entered(self) -> AbstractContextManager[object]:

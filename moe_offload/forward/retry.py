@@ -38,7 +38,7 @@ class Retry:
 
     def __init__(self, runtime: Runtime, scope: Scope, compile: Callable[[], Callable[..., Any]]):
         self.runtime, self.scope, self.compile = runtime, scope, compile
-        scope.forget_graphs = self._begin
+        scope.on_renewal(self._begin)
         self._begin()
 
     def __call__(self, sequences: int, tokens: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -130,5 +130,7 @@ def test_experts_of_other_shapes_in_one_model_have_graphs_of_their_own():
 def test_the_graph_is_whole_where_a_router_is_asked_early():
     model = offloaded(QWEN, layers=2, config=replace(SETTINGS, lookahead=True))
     assert torch.equal(say(model), say(resident(layers=2)))
-    assert any(report.name == "lookahead" and report.sites for graph in model.moe_offload.graphs for report in graph)
+    assert any(
+        report.name == "insert_prefetch" and report.sites for graph in model.moe_offload.graphs for report in graph
+    )
     model.moe_offload.close()
