@@ -54,6 +54,42 @@ def optimize(
     offload_folder: str | Path | None = None,
     config: Config = None,
 ) -> Model:
+    """Let a loaded `model` run inside `budget` bytes: the same object and class, the same `generate`, the same tokens.
+
+    Afterwards `save_pretrained` writes the ordinary checkpoint, and adapters on dense layers work as ever. What would
+    reach the experts (moving, converting, copying or training them) raises `OffloadError`, which says what to do.
+
+    Args:
+        model: A transformers model with routed experts. Experts on the meta device are read from the checkpoint that
+            `model.config` names; others rest in RAM, or in a spill file that is written once and removed on close.
+        budget: Everything the model may hold on its device: dense weights, expert slots, KV cache, workspace. Bytes,
+            "8GB" (decimal), "8GiB" or "8g" (binary), "50%" of what is available, or "auto" (90 %). None: what
+            `max_memory` says, else "auto".
+        device_map: Where layers compute and rows rest, in accelerate's grammar: {"model.layers.*.mlp.experts": "cpu"}.
+        max_memory: Bytes or sizes by device: {"cpu": "60GiB"}. With a budget too, rows rest in RAM in what is between.
+        profile: A `Profile` or its path: fills the slots before the first token. Ctrl-C leaves the model colder.
+        offload_folder: Where the spill file is written; None: the system's folder for temporary files.
+        config: All other settings: an `OffloadConfig`, a dict of its fields, or a configuration file.
+
+    Returns:
+        `model` itself; `model.moe_offload` is its `Handle`.
+
+    Raises:
+        UnsupportedModelError: A module, which is named, cannot be run exactly.
+        BudgetError: The budget is below the floor, which is stated.
+        ConfigError: A setting means nothing.
+        CheckpointError: The experts' files are damaged, missing, or of another model.
+        ProfileError: The profile is damaged, or of another model.
+        ExpertReadError: A row cannot be read while the slots are filled; the model is closed then. After all other
+            errors it is unchanged.
+
+    Example:
+
+        ```python
+        model = transformers.AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-30B-A3B")
+        model = moe_offload.optimize(model, "8GB")
+        ```
+    """
     settings = settings_of(
         config,
         budget=budget,
@@ -83,6 +119,41 @@ def from_pretrained(
     dtype: str | torch.dtype | None = None,
     **kwargs: Any,
 ) -> nn.Module:
+    """Load a checkpoint to run inside `budget` bytes; its experts never all come into RAM.
+
+    Class, weights, dtype and generation defaults are those that plain transformers would give. Dense weights are
+    loaded; the experts' rows are read from the original safetensors files when a token asks for them. Everything is
+    planned and checked before anything is loaded.
+
+    Args:
+        path_or_id: The folder of a checkpoint (ordinary, or packed by `pack_checkpoint`), or a repository on the Hub.
+        budget: Everything the model may hold on its device, as in `optimize`: bytes, "8GB", "8GiB", "50%", "auto".
+        device_map: As in `optimize`.
+        max_memory: As in `optimize`.
+        profile: As in `optimize`.
+        config: Settings of moe_offload, as in `optimize`. Fields of the model's own configuration are `kwargs`.
+        dtype: "auto", a torch.dtype or its name, as in transformers. None: "auto".
+        **kwargs: Whatever transformers' from_pretrained takes: `revision`, `token`, `subfolder`, `variant`,
+            `attn_implementation`, `generation_config` ..., and fields of the model's configuration. Each is honoured,
+            or refused by name (`checkpoint/pretrained/arguments.py`).
+
+    Returns:
+        The model, of its ordinary transformers class, in eval mode; `model.moe_offload` is its `Handle`.
+
+    Raises:
+        ConfigError: An argument means nothing, or is not supported here.
+        CheckpointError: There is no checkpoint, or it is damaged, incomplete, or of another model.
+        UnsupportedModelError: The model cannot be run exactly: quantised experts, code of its own, no experts.
+        BudgetError: The budget is below the floor, which is stated.
+        ProfileError: The profile is damaged, or of another model.
+
+    Example:
+
+        ```python
+        model = moe_offload.from_pretrained("Qwen/Qwen3-30B-A3B", budget="8GB")
+        model.generate(**inputs, max_new_tokens=2)
+        ```
+    """
     said = sort_arguments(dtype, kwargs)
     settings = settings_of(
         config,
@@ -117,6 +188,31 @@ def make_plan(
     config: Config = None,
     dtype: str | torch.dtype = "auto",
 ) -> Plan:
+    """What `budget` would hold of this model. Of a path only headers are read, no weight.
+
+    Args:
+        model_or_path: A model, the folder of a checkpoint, or a repository on the Hub.
+        budget: As in `optimize`.
+        device_map: As in `optimize`; devices need not be there.
+        max_memory: As in `optimize`.
+        config: As in `optimize`.
+        dtype: The dtype that a checkpoint would be loaded in.
+
+    Returns:
+        The `Plan`: bytes of each part of the budget, and `slots[l]`, the experts of MoE layer l that stay resident.
+
+    Raises:
+        BudgetError: The budget is below the floor, which is stated.
+        ConfigError: A setting means nothing, or the model is spread over several devices (ask `forecast`).
+        CheckpointError: There is no checkpoint, or its headers do not fit its configuration.
+        UnsupportedModelError: The model cannot be run exactly.
+
+    Example:
+
+        ```python
+        print(moe_offload.make_plan("Qwen/Qwen3-30B-A3B", "8GB"))
+        ```
+    """
     settings = settings_of(config, budget=budget, device_map=device_map, max_memory=max_memory)
     found = read_outline(model_or_path, dtype)
     return arrange(found.model, found.moe_layers, settings).plan

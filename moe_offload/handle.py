@@ -160,7 +160,7 @@ class Handle:
         Example:
 
             ```python
-            json.dumps(model.moe_offload.snapshot())
+            print(json.dumps(model.moe_offload.snapshot(), indent=1))
             ```
         """
         return asdict(self._snapshot())
@@ -264,7 +264,9 @@ class Handle:
         Example:
 
             ```python
-            rows = moe_offload.simulate([model.moe_offload.trace()], ["default", "lru"], ["25%"])
+            model.moe_offload.start_trace()
+            model.generate(**inputs)
+            print(model.moe_offload.trace(language="it").experts_TLK.shape)
             ```
         """
         facts = {
@@ -354,7 +356,7 @@ class Handle:
         Example:
 
             ```python
-            model.moe_offload.save_timeline("run.json", torch_profile="torch.json")
+            model.moe_offload.save_timeline("run.json")  # for ui.perfetto.dev
             ```
         """
         if self._timeline is None:

@@ -55,15 +55,34 @@ class Source:
 def pack_checkpoint(
     path_or_id: str | Path, out: str | Path, *, max_shard_size: int | str = "5GB", verify: str = "sample", **hub: Any
 ) -> Path:
-    """Write the checkpoint `path_or_id` (folder, or Hub repository) to the new folder `out`, packed; returns `out`.
+    """Write a packed copy of a checkpoint, from which an expert is one aligned read without conversion.
 
-    `from_pretrained(out, budget)` and `make_plan(out, budget)` take the result like any checkpoint; plain transformers
-    cannot load it, and fails. It takes about the size of the original on disk, and one row of memory. `verify` says
-    how many of the rows are read again and compared: "sample" (three a layer), "all" or "none".
+    `from_pretrained` and `make_plan` take the copy like any checkpoint; plain transformers cannot load it, and fails.
+    One row is in memory at a time.
 
-    Raises `PackError` when `out` exists, cannot be written, has no room (stating bytes needed and free) or reads back
-    differently; what `from_pretrained` raises for a checkpoint that it would refuse; `ConfigError`. Whatever happens,
-    Ctrl-C included, `out` is then not there, nor anything else that was written.
+    Args:
+        path_or_id: The folder of a checkpoint, or a repository on the Hub.
+        out: The folder to write, which must not be there yet. It takes about the size of the original.
+        max_shard_size: The most bytes of one file: an int, or a size such as "5GB".
+        verify: How many rows are read again and compared: "sample" (three a layer), "all" or "none".
+        **hub: As in `from_pretrained`: `revision`, `token`, `subfolder`, `variant` ...
+
+    Returns:
+        `out`, as a path.
+
+    Raises:
+        PackError: `out` exists, cannot be written, has no room (bytes needed and free are stated), or reads back
+            differently. After this and every other error, Ctrl-C too, nothing is left of it.
+        CheckpointError: There is no checkpoint, or it is damaged, incomplete, packed already, or of another model.
+        UnsupportedModelError: The model cannot be run exactly.
+        ConfigError: An argument means nothing.
+
+    Example:
+
+        ```python
+        moe_offload.pack_checkpoint("Qwen/Qwen3-30B-A3B", "qwen3-packed")
+        model = moe_offload.from_pretrained("qwen3-packed", budget="8GB")
+        ```
     """
     if verify not in VERIFY:
         raise ConfigError(f"verify={verify!r} is not accepted: it takes one of {', '.join(map(repr, VERIFY))}")

@@ -38,11 +38,27 @@ class Count:
 
 
 def record_profile(model: Any, inputs: Any, **meta: str) -> Profile:
-    """Run `model` over `inputs` and return how often each layer used each expert.
+    """Run `model` over `inputs` and count how often each layer uses each expert. The model need not be offloaded.
 
-    `inputs`: one batch or an iterable of batches; a batch is a tensor of token ids `[B, T]` or a mapping of keyword
-    arguments (what a tokenizer returns), nested as the model likes. Every token of a batch counts. `meta` is kept in
-    the profile (for example `language="it"`).
+    Args:
+        model: A transformers model with routed experts.
+        inputs: One batch, or an iterable of batches. A batch is a tensor of token ids `[B, T]`, or a mapping of keyword
+            arguments (what a tokenizer returns), nested as the model likes. Every token of a batch counts.
+        **meta: What is kept in the profile as text, for example `language="it"`.
+
+    Returns:
+        The `Profile`: `counts[l][e]` is how many tokens used expert e of MoE layer l.
+
+    Raises:
+        ProfileError: Nothing was counted: the inputs hold no token, or never reach an experts module.
+        UnsupportedModelError: The model has no experts that can be counted.
+
+    Example:
+
+        ```python
+        profile = moe_offload.record_profile(model, inputs, language="it")
+        profile.save("italian.json")
+        ```
     """
     batches = [inputs] if isinstance(inputs, (Tensor, Mapping)) else inputs
     if hasattr(model, "moe_offload"):

@@ -23,6 +23,7 @@ from .rules import RULES, plain, reserve_bytes
 
 ENVIRONMENT_PREFIX = "MOE_OFFLOAD_"
 FILE_VARIABLE = "MOE_OFFLOAD_CONFIG_FILE"
+KEY_VARIABLE = "MOE_OFFLOAD_API_KEY"  # no setting: a secret of `serve`, which flags would show to every user
 DEFAULT = "default"
 
 
@@ -30,38 +31,50 @@ DEFAULT = "default"
 class OffloadConfig:
     """How a model is offloaded. No setting changes what the model computes.
 
-    budget: bytes the model may hold on the device it computes on (dense weights, expert slots, KV cache, workspace):
-        bytes, "8GB", "8GiB", "80%" of what is available, or "auto"; None: what `max_memory` says, else "auto".
-    device_map: where weights and expert rows go, in accelerate's grammar (`device_map.py`); None: "auto".
-    max_memory: limits per device, as {"cpu": "60GiB"} (`device_map.py`).
-    profile: path of the profile that says which experts to load before the first token.
-    policy: which resident expert gives way; a name in `moe_offload.cache.POLICIES`.
-    half_life: tokens after which a past use of an expert counts half ("decayed_lfu"; the others have their own).
-    experts_implementation: the transformers experts code to rewrite: "grouped_mm", "batched_mm", or "auto": the model's
-        own if it is one of these two, else "grouped_mm".
-    compile: what runs the rewritten graph: "inductor", "graph" (as it is, nothing generated), or "auto": "graph" on a
-        CPU, "inductor" elsewhere.
-    decide: who says which expert gives way while decoding: "host"; "device", without the host having to wait for ids,
-        in the layers whose rows rest in RAM, by "decayed_lfu" (the host in the others, by `policy`); or "auto": the
-        device where it is a GPU.
-    overlap: compute the experts that are resident while the missing ones load, in decode too, rather than wait for all
-        of them; None: where the graph runs as it is (Inductor fuses what is not cut into waves).
-    lookahead: ask each layer's router one layer early, and load what it names in the background. Whether that pays is
-        measured while the model runs, and it is switched off where it does not.
-    dynamic: as in torch.compile. True gives two graphs for good, one for prefill and one for decode; None lets Dynamo
-        decide; False compiles once per shape.
-    wave_rows: rows (experts) of scratch through which prefill streams what is not resident, and into which it reads
-        ahead: "auto", as many as 128 MB hold, 4 at least and 16 at most (on a GPU 320 MB and 32); or their number.
-    kv_tokens: tokens of KV cache that the automatic reserve makes room for.
-    reserve: what the budget keeps free of experts for KV cache and workspace: "auto", or a size (bytes or "1GB").
-    offload_folder: where the experts of an already loaded model are spilled; None: the temporary folder of the system.
-    untested: compute on a GPU, which no version has done yet. Compare its tokens with those of the resident model.
-    poison: fill free slots with NaN, so that reading one shows. For tests; costs a fill per eviction.
-    prewarm: load the expected hottest experts before the first token.
-    fullgraph: as in torch.compile: a graph break is an error.
-    live: let `moe-offload top` watch the model, through a socket that only this user can open. `moe-offload run` does.
+    Args:
+        budget: Bytes the model may hold on the device it computes on (dense weights, expert slots, KV cache,
+            workspace): bytes, "8GB", "8GiB", "80%" of what is available, or "auto"; None: what `max_memory` says, else
+            "auto".
+        device_map: Where weights and expert rows go, in accelerate's grammar (`device_map.py`); None: "auto".
+        max_memory: Limits per device, as {"cpu": "60GiB"} (`device_map.py`).
+        profile: Path of the profile that says which experts to load before the first token.
+        policy: Which resident expert gives way; a name in `moe_offload.cache.POLICIES`.
+        half_life: Tokens after which a past use of an expert counts half ("decayed_lfu"; the others have their own).
+        experts_implementation: The transformers experts code to rewrite: "grouped_mm", "batched_mm", or "auto": the
+            model's own if it is one of these two, else "grouped_mm".
+        compile: What runs the rewritten graph: "inductor", "graph" (as it is, nothing generated), or "auto": "graph" on
+            a CPU, "inductor" elsewhere.
+        decide: Who says which expert gives way while decoding: "host"; "device", without the host having to wait for
+            ids, in the layers whose rows rest in RAM, by "decayed_lfu" (the host in the others, by `policy`); or
+            "auto": the device where it is a GPU.
+        overlap: Compute the experts that are resident while the missing ones load, in decode too, rather than wait for
+            all of them; None: where the graph runs as it is (Inductor fuses what is not cut into waves).
+        lookahead: Ask each layer's router one layer early, and load what it names in the background. Whether that pays
+            is measured while the model runs, and it is switched off where it does not.
+        dynamic: As in torch.compile. True gives two graphs for good, one for prefill and one for decode; None lets
+            Dynamo decide; False compiles once per shape.
+        wave_rows: Rows (experts) of scratch through which prefill streams what is not resident, and into which it reads
+            ahead: "auto", as many as 128 MB hold, 4 at least and 16 at most (on a GPU 320 MB and 32); or their number.
+        kv_tokens: Tokens of KV cache that the automatic reserve makes room for.
+        reserve: What the budget keeps free of experts for KV cache and workspace: "auto", or a size (bytes or "1GB").
+        offload_folder: Where the experts of an already loaded model are spilled; None: the temporary folder of the
+            system.
+        untested: Compute on a GPU, which no version has done yet. Compare its tokens with those of the resident model.
+        poison: Fill free slots with NaN, so that reading one shows. For tests; costs a fill per eviction.
+        prewarm: Load the expected hottest experts before the first token.
+        fullgraph: As in torch.compile: a graph break is an error.
+        live: Let `moe-offload top` watch the model, through a socket that only this user can open. `moe-offload run`
+            does.
 
-    Raises ConfigError, naming the field, its value and what it accepts.
+    Raises:
+        ConfigError: A field, which is named with its value, does not accept it.
+
+    Example:
+
+        ```python
+        settings = moe_offload.OffloadConfig(budget="8GB", policy="lru")
+        model = moe_offload.from_pretrained("Qwen/Qwen3-30B-A3B", config=settings)
+        ```
     """
 
     budget: str | int | None = None
@@ -181,7 +194,7 @@ def _gather(config: Config, overrides: Mapping[str, Any]) -> dict[str, tuple[Any
 
 def _refuse_unknown_variables() -> None:
     """A misspelt variable would be a setting that silently does not count."""
-    known = {ENVIRONMENT_PREFIX + name.upper() for name in RULES} | {FILE_VARIABLE}
+    known = {ENVIRONMENT_PREFIX + name.upper() for name in RULES} | {FILE_VARIABLE, KEY_VARIABLE}
     for name in os.environ:
         if name.startswith(ENVIRONMENT_PREFIX) and name not in known:
             near = difflib.get_close_matches(name, known, n=1)

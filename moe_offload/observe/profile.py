@@ -74,7 +74,23 @@ class Fingerprint(BaseModel):
 class Profile(BaseModel):
     """Expert counts of a workload. Make one with `Profile.of`, read one with `Profile.load`.
 
-    tokens: tokens observed; counts[layer][expert]: how many of them used it; meta: free text about the workload.
+    Args:
+        created: When it was made, in UTC.
+        fingerprint: What a model must agree with for the profile to be used.
+        tokens: Tokens observed.
+        counts: `counts[l][e]` is how many of them used expert e of MoE layer l.
+        meta: Free text about the workload.
+
+    Raises:
+        ProfileError: From `of` and `load`, for counts that cannot be, and for a file that is damaged or too large.
+
+    Example:
+
+        ```python
+        moe_offload.record_profile(model, inputs).save("mine.json")
+        profile = moe_offload.Profile.load("mine.json")
+        print(profile.tokens, profile.counts[0][17])
+        ```
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)

@@ -54,7 +54,28 @@ class Event(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trace:
-    """Checked on creation: make one with `Trace.of`, read one with `Trace.load`."""
+    """The experts that tokens used, in order. Make one with `Trace.of`, read one with `Trace.load`: both check it.
+
+    Args:
+        experts_TLK: Expert ids `[T, L, K]` of T tokens, L layers, K experts per token; -1 where there is none.
+        num_experts: E of each layer.
+        request_start: Where in T each request begins, the first at 0.
+        event_start: Where in T each forward begins.
+        weights_TLK: The router's weights of the same experts, or None.
+        meta: Free text about the workload.
+
+    Raises:
+        TraceError: From `of` and `load`, for arrays that no router can have produced, and for a damaged file.
+
+    Example:
+
+        ```python
+        model.moe_offload.start_trace()
+        model.generate(**inputs, max_new_tokens=2)
+        model.moe_offload.save_trace("run.npz")
+        print(moe_offload.Trace.load("run.npz").experts_TLK.shape)
+        ```
+    """
 
     experts_TLK: NDArray[np.int16]
     num_experts: tuple[int, ...]

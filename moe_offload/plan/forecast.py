@@ -108,10 +108,33 @@ def forecast(
     config: Config = None,
     dtype: str | torch.dtype = "auto",
 ) -> Forecast:
-    """What this budget would give; arguments as for `optimize`, `context` in tokens of KV cache (`kv_tokens`).
+    """What a budget would give before anything is loaded: slots, hit rate, KV cache, the floor.
 
-    A path or Hub repository is answered from headers. Devices need not be there: what would run on cuda:0 is planned,
-    too. Raises `BudgetError` when it cannot fit, stating the floor; and what `optimize` raises.
+    Args:
+        model_or_path: A model, the folder of a checkpoint, or a repository on the Hub (answered from headers).
+        budget: As in `optimize`.
+        device_map: As in `optimize`; devices need not be there: what would run on cuda:0 is planned, too.
+        max_memory: As in `optimize`.
+        profile: A `Profile` or its path, to predict the hit rate from.
+        context: Tokens of KV cache to make room for; None: the setting `kv_tokens`.
+        config: As in `optimize`.
+        dtype: The dtype that a checkpoint would be loaded in.
+
+    Returns:
+        A `Forecast`: `print` it. Its sizes are bytes.
+
+    Raises:
+        BudgetError: The budget is below the floor, which is stated.
+        ConfigError: A setting means nothing.
+        CheckpointError: There is no checkpoint, or its headers do not fit its configuration.
+        UnsupportedModelError: The model cannot be run exactly.
+        ProfileError: The profile is damaged, or of another model.
+
+    Example:
+
+        ```python
+        print(moe_offload.forecast("Qwen/Qwen3-30B-A3B", "8GB"))
+        ```
     """
     settings = settings_of(
         config, budget=budget, device_map=device_map, max_memory=max_memory, profile=profile, kv_tokens=context

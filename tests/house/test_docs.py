@@ -108,6 +108,11 @@ def test_programs_are_python(page):
             ast.parse(block.text)
 
 
+def test_every_page_is_linked_from_the_readme():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [page.name for page in ROOT.glob("docs/*.md") if f"(docs/{page.name})" not in readme] == []
+
+
 def test_the_readme_is_short_and_its_test_command_is_that_of_ci():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(readme.splitlines()) <= LONGEST_README

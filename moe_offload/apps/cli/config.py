@@ -55,8 +55,8 @@ def config(
     typed |= {"policy": policy, "compile": compile, "kv_tokens": context, "offload_folder": offload_folder}
     flags = {name: _value(name, text) for name, text in typed.items() if text is not None}
     values = OffloadConfig.from_dict({**old.to_dict(), **flags})
-    if values.profile is not None:
-        check_profile(values.profile)
+    if flags.get("profile") is not None:
+        check_profile(flags["profile"])
     if not yes:
         if not sys.stdin.isatty():
             raise ConfigError(
@@ -79,7 +79,7 @@ def _ask(values: OffloadConfig, skip: set[str], prompt: Callable[..., str]) -> O
             try:
                 answer = _value(name, str(prompt(question, default=str(shown))))
                 asked = OffloadConfig.from_dict({**values.to_dict(), name: answer})
-                if name == "profile" and asked.profile is not None:
+                if name == "profile" and asked.profile not in (None, values.profile):
                     check_profile(asked.profile)
                 values = asked
                 break

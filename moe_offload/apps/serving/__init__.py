@@ -1,9 +1,12 @@
-"""An OpenAI-compatible server for one offloaded model, made of transformers' own request handlers.
+"""An OpenAI-compatible server for one offloaded model: `moe-offload serve`.
 
-require()                     the packages of the extra `serve`, or one line that says how to get them
-listen(host, port)            a socket, before minutes are spent on loading (server.py)
-build_app(handle, tokenizer)  transformers' routes, answered by this model (app.py, one_model.py, failures.py)
-Server(app, sock)             start and stop, on a thread of its own (server.py)
+cli.py                     the command
+server.py, connections.py  a socket, before minutes are spent on loading; start and stop, on a thread of its own
+app.py, guards.py          routes, and what stands before them: the key, bounds on bodies, the log
+answering.py, queue.py     a request from its body to its answer; who is answered when
+generation.py, text.py     one answer of the model, token by token; its text up to a stop string
+protocol/                  OpenAI's fields, answers, events and errors
+request_metrics.py         counts and latencies, for Prometheus and the log
 """
 
 from __future__ import annotations
@@ -12,11 +15,13 @@ import importlib
 
 from ...errors import ServeError
 
-PACKAGES = ("fastapi", "uvicorn", "openai", "jinja2", "rich")
+PACKAGES = ("starlette", "uvicorn", "jinja2")
+LONGEST_QUEUE = 64  # requests that wait
+ACCESS = "moe_offload.access"  # the logger of a line per request
 
 
 def require() -> None:
-    """Raises ServeError if a package is missing that transformers' serving or chat needs."""
+    """Raises ServeError if a package is missing that serving needs."""
     for name in PACKAGES:
         try:
             importlib.import_module(name)

@@ -1,121 +1,150 @@
-"""transformers' own FastAPI app, with its own handlers, for one offloaded model."""
+"""The ASGI app: routes, and what stands before them.
+
+POST /v1/completions, /v1/chat/completions        answering.py
+GET  /v1/models, /v1/models/NAME, /health
+GET  /v1/moe_offload/stats, /metrics              counters of the experts, and of the requests
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import inspect
 import logging
+import time
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from transformers.cli.serving.chat_completion import ChatCompletionHandler
-from transformers.cli.serving.completion import CompletionHandler
-from transformers.cli.serving.response import ResponseHandler
-from transformers.cli.serving.server import build_server
-from transformers.cli.serving.utils import GenerationState
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
-from ...errors import OffloadError
+from ...errors import OffloadError, ServeError
 from ...handle import Handle
-from .failures import REQUEST_ERRORS, described, told
-from .one_model import OneModel, ServedModel, give_chat_template
+from . import LONGEST_QUEUE
+from .answering import Answering, unknown_model
+from .guards import LEFT, Guards
+from .protocol import fields
+from .protocol.failures import error_response
+from .queue import Queue
+from .request_metrics import RequestMetrics
 
 logger = logging.getLogger("moe_offload")
 
-
-class Told:
-    """Mixed into a handler: what goes wrong in the middle of a stream is told as OpenAI's clients read it."""
-
-    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
-        answer = await super().handle_request(body, request_id)  # type: ignore[misc]
-        if isinstance(answer, StreamingResponse):
-            answer.body_iterator = told(answer.body_iterator)  # type: ignore[arg-type]  # they stream text
-        return answer
+KINDS: dict[str, type[fields.Common]] = {"/v1/completions": fields.Completion, "/v1/chat/completions": fields.Chat}
+#: For a model that was never trained to chat: what was said, line by line, for it to continue.
+PLAIN_TEMPLATE = "{{ messages | map(attribute='content') | join('\n') }}"
 
 
-class Chat(Told, ChatCompletionHandler):
-    """/v1/chat/completions"""
+class App:
+    """Answers for the model of `handle`, requests one after the other.
 
+    Args:
+        handle: of an offloaded model.
+        tokenizer: its tokenizer; one without a chat template is given a plain one.
+        name: what clients call the model.
+        context: the most tokens of a prompt and its answer; None: what the model's configuration says.
+        api_key: what clients must send as `Authorization: Bearer ...`; None: nothing.
+        longest_queue: how many requests may wait beside the one that runs.
 
-class Completions(Told, CompletionHandler):
-    """/v1/completions"""
-
-
-class Responses(Told, ResponseHandler):
-    """transformers streams responses unless it is asked not to; OpenAI's clients expect the opposite."""
-
-    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
-        return await super().handle_request({"stream": False, **body}, request_id)
-
-
-#: build_server's parameters whose routes make sense for a model that writes text.
-HANDLERS = {
-    "chat_handler": Chat,
-    "completion_handler": Completions,
-    "response_handler": Responses,
-}
-
-
-class NotServed:
-    """Stands for the handlers of other kinds of models (audio, decisions), which come and go with transformers."""
-
-    async def handle_request(self, *_: Any) -> None:
-        raise HTTPException(501, "this server writes text: use chat completions, completions or responses")
-
-
-def build_app(handle: Handle, tokenizer: Any, name: str) -> FastAPI:
-    """The app that answers for `handle`'s model under `name`; `app.state.model.cancel()` ends what it is generating.
-
-    transformers' routes (/v1/chat/completions, /v1/completions, /v1/responses, /v1/models, /health),
-    /v1/moe_offload/stats, and /metrics where prometheus_client is installed. Requests are answered one after the other.
-    Gives `tokenizer` a plain chat template if it has none.
+    Raises:
+        ServeError: the model's generation settings ask for beams, which write no text token by token.
     """
-    give_chat_template(tokenizer, name)
-    # As a warning it says "[Request received]" for each, as an error what failures.py says; the client is told as well.
-    logging.getLogger("transformers.cli.serving").setLevel(logging.CRITICAL)
-    model = ServedModel(handle.model)
-    manager, state = OneModel(model, tokenizer, name), GenerationState()
-    given: dict[str, Any] = {"model_manager": manager, "generation_state": state}
-    for parameter in inspect.signature(build_server).parameters:
-        if parameter in HANDLERS:
-            given[parameter] = HANDLERS[parameter](model_manager=manager, generation_state=state)
-        elif parameter.endswith("_handler"):
-            given[parameter] = NotServed()
-    app: FastAPI = build_server(**given)
-    app.state.model = model
-    for refused in (HTTPException, *REQUEST_ERRORS):
-        app.add_exception_handler(refused, _refused)
-    for failed in (OffloadError, Exception):
-        app.add_exception_handler(failed, _failed)
 
-    @app.get("/v1/moe_offload/stats")
-    def stats() -> dict[str, Any]:
+    def __init__(
+        self,
+        handle: Handle,
+        tokenizer: Any,
+        name: str,
+        *,
+        context: int | None = None,
+        api_key: str | None = None,
+        longest_queue: int = LONGEST_QUEUE,
+    ):
+        if (getattr(handle.model.generation_config, "num_beams", None) or 1) > 1:
+            raise ServeError(f"{name}: its generation_config.json asks for beam search (num_beams); remove it to serve")
+        give_chat_template(tokenizer, name)
+        self._handle, self.name, self._created, self._registry = handle, name, int(time.time()), _registry(handle)
+        self.queue = Queue(longest_queue)
+        self._answering = Answering(handle.model, tokenizer, name, self.queue, context)
+        gets = {"/health": self._health, "/v1/models": self._models, "/v1/moe_offload/stats": self._stats}
+        if self._registry is not None:
+            gets["/metrics"] = self._metrics
+        routes = [Route(path, self._generate, methods=["POST"]) for path in KINDS]
+        routes += [Route(path, answer, methods=["GET"]) for path, answer in gets.items()]
+        routes += [
+            Route("/v1/models/{name:path}", self._one_model, methods=["GET"]),
+        ]
+        inner = Starlette(routes=routes)
+        inner.router.redirect_slashes = False
+        for error in (HTTPException, OffloadError, Exception):
+            inner.add_exception_handler(error, _refuse)
+        inner.add_exception_handler(ClientDisconnect, _forget)
+        self._guarded = Guards(inner, RequestMetrics(self._registry, self.queue, {*KINDS, *gets}), api_key)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self._guarded(scope, receive, send)
+
+    def warm_up(self) -> None:
+        """Compile what requests will run, so that none waits for it."""
+        self._answering.warm_up()
+
+    def close(self) -> None:
+        """End what runs and what waits, with an error for whoever waits for it. Idempotent, from any thread."""
+        self.queue.close()
+
+    async def _generate(self, request: Request) -> Response:
+        return await self._answering.answer(request, KINDS[request.scope["path"]])
+
+    async def _health(self, _: Request) -> Response:
+        """Whether requests are taken: 503 once the model is closed."""
+        return JSONResponse({"status": "closed"}, 503) if self._handle.closed else JSONResponse({"status": "ok"})
+
+    async def _models(self, _: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._described()]})
+
+    async def _one_model(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name != self.name:
+            raise unknown_model(name, self.name)
+        return JSONResponse(self._described())
+
+    def _described(self) -> dict[str, Any]:
+        return {"id": self.name, "object": "model", "created": self._created, "owned_by": "moe_offload"}
+
+    def _stats(self, _: Request) -> Response:
         """Counters since the model was loaded: `handle.stats()`."""
-        found = handle.stats()
-        return {**dataclasses.asdict(found), "hit_rate": found.hit_rate}
+        found = self._handle.stats()
+        return JSONResponse({**dataclasses.asdict(found), "hit_rate": found.hit_rate})
 
-    try:
+    def _metrics(self, _: Request) -> Response:
         from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-    except ImportError:
-        pass  # the extra `metrics`: the rest works without
-    else:
-        registry = handle.metrics()
-        app.get("/metrics")(lambda: Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST))
-    return app
+
+        return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
 
 
-def _refused(_: Request, error: Exception) -> JSONResponse:
-    if isinstance(error, HTTPException):
-        return _answer({"message": str(error.detail), "type": "invalid_request_error", "code": error.status_code})
-    return _answer({**described(error), "type": "invalid_request_error", "code": 400})
+async def _refuse(_: Request, error: Exception) -> Response:
+    return error_response(error)
 
 
-def _failed(_: Request, error: Exception) -> JSONResponse:
-    if isinstance(error, OffloadError):  # any other is logged by the server, with its traceback
-        logger.error("a request failed: %s", error)
-    return _answer(described(error))
+async def _forget(_: Request, __: Exception) -> Response:
+    """Nobody reads it."""
+    return Response(status_code=LEFT)
 
 
-def _answer(error: dict[str, Any]) -> JSONResponse:
-    return JSONResponse({"error": error}, error["code"])
+def _registry(handle: Handle) -> Any:
+    """The model's own metrics, to which those of the requests are added; None without prometheus_client."""
+    with contextlib.suppress(ImportError):
+        import prometheus_client  # noqa: F401
+
+        return handle.metrics()
+    return None
+
+
+def give_chat_template(tokenizer: Any, name: str) -> None:
+    """A base model has no chat template: its messages become one plain text, begun like any other text of it."""
+    if tokenizer.chat_template is not None:
+        return
+    logger.warning("%s has no chat template (a base model?): it continues the messages as one plain text", name)
+    begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    tokenizer.chat_template = "{{ bos_token }}" * begins + PLAIN_TEMPLATE

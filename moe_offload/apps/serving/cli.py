@@ -1,27 +1,31 @@
-"""moe-offload serve, and the session that chat shares with it."""
+"""moe-offload serve."""
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ...config.settings import OffloadConfig
-from ..options.checks import check_model, check_output
-from ..options.ending import INTERRUPTED, fail
+from ...config.settings import KEY_VARIABLE, OffloadConfig
+from ..options.checks import check_model, check_output, check_tokenizer
+from ..options.ending import INTERRUPTED, USAGE, fail
 from ..options.flags import Model, SaveProfile
 from ..options.groups import ModelFlags, flatten
 from ..options.numbers import whole
+from . import ACCESS, LONGEST_QUEUE
 
 if TYPE_CHECKING:
     from .server import Server
 
 ATTENTION_S = 0.2  # a signal that another thread has caught is acted on when the main thread runs next
+LAST_TOKEN_S = 60.0  # for the forward that runs, which may be compiling, before its counts are saved
 
 
 @flatten
@@ -30,39 +34,75 @@ def serve(
     flags: ModelFlags,
     host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 is all of them.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="Port; 0 is any that is free.", **whole(0, 65535))] = 8000,
-    name: Annotated[
-        str | None, typer.Option("--name", help="What clients call the model; without it as it was given here.")
+    served_model_name: Annotated[
+        str | None,
+        typer.Option("--served-model-name", help="What clients call the model; without it as it was given here."),
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option("--api-key", help="What clients must send; others are refused (401).", envvar=KEY_VARIABLE),
+    ] = None,
+    max_waiting: Annotated[
+        int, typer.Option("--max-waiting", help="Requests that may wait; more are refused (429).", **whole(0, 10000))
+    ] = LONGEST_QUEUE,
+    prefill_chunk_size: Annotated[
+        int | None,
+        typer.Option("--prefill-chunk-size", help="Read the prompt in pieces of so many tokens.", **whole(1)),
     ] = None,
     save_profile: SaveProfile = None,
 ) -> None:
-    """Answer OpenAI-compatible requests (chat completions, completions, responses) with a model inside a budget.
+    """Answer OpenAI-compatible requests (completions and chat completions) with a model inside a budget.
 
-    Clients need the address that is printed and no key: OpenAI(base_url=..., api_key="none").
+    Clients need the address that is printed: OpenAI(base_url=..., api_key=...). Without --api-key any key will do.
 
     Ctrl-C stops: running requests have ten seconds, then the profile is saved. A second one does not wait.
     """
     wanted = flags.settings()
     check_model(model)
+    check_tokenizer(model)
     check_output("--save-profile", save_profile)
-    name, stop = name or model, Stop()
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
+        fail("--api-key: a key is printable ASCII, without spaces around it", USAGE)
+    stop = Stop()
+    _log_requests()
     try:
         with (
             on_signals(stop),
-            served(model, wanted, flags, host=host, port=port, name=name, save_profile=save_profile) as server,
+            served(
+                model,
+                wanted,
+                flags,
+                host=host,
+                port=port,
+                name=served_model_name or model,
+                api_key=api_key,
+                max_waiting=max_waiting,
+                prefill_chunk_size=prefill_chunk_size,
+                save_profile=save_profile,
+            ) as server,
         ):
-            if not server.is_local:
+            if not server.is_local and api_key is None:
                 typer.echo(
                     f"moe-offload: {host} is open to other machines, and whoever reaches it may use the model: "
-                    "there is no authentication",
+                    "give an --api-key",
                     err=True,
                 )
             stop.serving = True
-            typer.echo(f"Serving {name} on {server.url} (Ctrl-C stops)", err=True)
+            typer.echo(f"Serving {server.app.name} on {server.url} (Ctrl-C stops)", err=True)
             while not stop.asked.wait(ATTENTION_S):
                 pass
             typer.echo("moe-offload: stopping", err=True)
     except KeyboardInterrupt:
         fail("interrupted", INTERRUPTED)
+
+
+def _log_requests() -> None:
+    """A line per request on standard error."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    access = logging.getLogger(ACCESS)
+    access.handlers, access.propagate = [handler], False
+    access.setLevel(logging.INFO)
 
 
 class Stop:
@@ -80,18 +120,28 @@ class Stop:
 
 @contextmanager
 def served(
-    model: str, wanted: OffloadConfig, flags: ModelFlags, *, host: str, port: int, name: str, save_profile: Path | None
+    model: str,
+    wanted: OffloadConfig,
+    flags: ModelFlags,
+    *,
+    host: str,
+    port: int,
+    name: str,
+    api_key: str | None,
+    max_waiting: int,
+    prefill_chunk_size: int | None,
+    save_profile: Path | None,
 ) -> Iterator[Server]:
-    """A running server for `model`. At the end its requests have been stopped, the summary printed, the profile saved.
+    """A running server for `model`, compiled and warm. An address that cannot be had is refused before it is loaded.
 
-    An address that cannot be had is refused before the model is loaded.
+    At the end its requests have been stopped, the summary printed, the profile saved.
     """
     from . import require
 
     require()
     from ...api import from_pretrained
     from ..generate.tokenizer import load_tokenizer
-    from .app import build_app
+    from .app import App
     from .server import Server, listen
 
     flags.set_threads()
@@ -100,13 +150,28 @@ def served(
         with loaded.moe_offload as handle:
             typer.echo(str(handle.plan), err=True)
             tokenizer = load_tokenizer(model, **flags.hub())
-            server = Server(build_app(handle, tokenizer, name), sock)
+            if prefill_chunk_size is not None:
+                loaded.generation_config.prefill_chunk_size = prefill_chunk_size
+            app = App(
+                handle,
+                tokenizer,
+                name,
+                context=wanted.kv_tokens or None,
+                api_key=api_key,
+                longest_queue=max_waiting,
+            )
+            begun_s = time.perf_counter()
+            app.warm_up()
+            typer.echo(f"Compiled and warmed up in {time.perf_counter() - begun_s:.1f} s", err=True)
+            server = Server(app, sock)
             server.start()
             try:
                 yield server
                 server.stop()
             finally:  # an interrupt leaves requests unanswered, never the profile unsaved
-                server.app.state.model.cancel()
+                app.close()
+                with suppress(KeyboardInterrupt):
+                    app.queue.join(LAST_TOKEN_S)
                 typer.echo(handle.summary(), err=True)
                 if save_profile is not None:
                     saved = handle.save_profile(save_profile)

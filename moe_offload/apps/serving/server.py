@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import math
 import socket
 import threading
 import time
 
 import uvicorn
-from fastapi import FastAPI
 
 from ...errors import ServeError
+from .app import App
+from .connections import BoundedProtocol
 
 GRACE_S = 10.0  # for running requests to finish, once the server stops
 CANCEL_S = 5.0  # for what was cancelled then to tell its clients; one forward of a large model takes longer
@@ -43,11 +45,19 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class Server:
-    """`app` (see build_app) on `sock`, from `start()` to `stop()`."""
+    """`app`  on `sock`, from `start()` to `stop()`."""
 
-    def __init__(self, app: FastAPI, sock: socket.socket):
+    def __init__(self, app: App, sock: socket.socket):
         self.app, self.address = app, sock.getsockname()
-        self._uvicorn = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+        settings = uvicorn.Config(
+            app,
+            http=BoundedProtocol,
+            ws="none",
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=math.ceil(GRACE_S + CANCEL_S / 2),  # then bodies that are still being sent end
+        )
+        self._uvicorn = uvicorn.Server(settings)
         self._thread = threading.Thread(
             target=self._uvicorn.run, args=([sock],), name="moe_offload_server", daemon=True
         )
@@ -81,5 +91,5 @@ class Server:
             while self._thread.is_alive() and time.monotonic() < until:
                 self._thread.join(0.1)  # in pieces: an interrupt may have been caught by another thread
         finally:
-            self.app.state.model.cancel()
+            self.app.close()
         self._thread.join(CANCEL_S)

@@ -15,6 +15,7 @@ from moe_offload.apps.cli import app
 from moe_offload.apps.cli.config import QUESTIONS, _ask
 from moe_offload.config import file as config_file
 from moe_offload.config.settings import OffloadConfig, resolve
+from tests.observe.test_profile import PROFILE
 
 MODEL = str(Path(__file__).parents[3] / "examples" / "polyglot-tiny")
 
@@ -74,6 +75,13 @@ def test_questions_are_asked_until_the_answer_is_accepted():
     }
     assert [q for q, _ in asked][:2] == [QUESTIONS["budget"]] * 2 and asked[0][1] == "none"
     assert _ask(values, skip=set(QUESTIONS), prompt=prompt) == values, "what a flag says is not asked"
+
+
+def test_a_profile_that_is_not_there_is_asked_for_again(tmp_path):
+    PROFILE.save(tmp_path / "p.json")
+    answers = iter([str(tmp_path / "nowhere.json"), str(tmp_path / "p.json")])
+    values = _ask(OffloadConfig(), skip=set(QUESTIONS) - {"profile"}, prompt=lambda question, default: next(answers))
+    assert values.profile == str(tmp_path / "p.json")
 
 
 def test_enter_keeps_what_is_there():

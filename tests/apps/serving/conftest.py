@@ -1,0 +1,54 @@
+"""One server of the bundled model in this process, for all tests of a file: compiling it takes seconds."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("uvicorn")
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import moe_offload
+from moe_offload.apps.serving.app import App
+from moe_offload.apps.serving.server import Server, listen
+
+MODEL = str(Path(__file__).parents[3] / "examples" / "polyglot-tiny")
+NAME = "polyglot"
+
+
+@contextmanager
+def started(tokenizer=None, **options):
+    """A server of its own: `url`, `app`, `server`, and the offloaded `model`."""
+    model = moe_offload.from_pretrained(MODEL, budget="6MB")
+    with model.moe_offload as handle, listen("127.0.0.1", 0) as sock:
+        app = App(handle, tokenizer or AutoTokenizer.from_pretrained(MODEL), NAME, **options)
+        server = Server(app, sock)
+        server.start()
+        try:
+            yield SimpleNamespace(url=server.url, app=app, server=server, model=model, handle=handle)
+        finally:
+            app.close()
+            server.stop()
+
+
+@pytest.fixture(scope="package")
+def served():
+    with started() as found:
+        yield found
+
+
+@pytest.fixture(scope="package")
+def plain():
+    """The resident model and its tokenizer, and what it goes on to say greedily."""
+    tokenizer, model = AutoTokenizer.from_pretrained(MODEL), AutoModelForCausalLM.from_pretrained(MODEL)
+
+    def say(text: str, tokens: int = 8) -> str:
+        inputs = tokenizer(text, return_tensors="pt")
+        out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+        return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    return SimpleNamespace(model=model, tokenizer=tokenizer, say=say)
