@@ -17,7 +17,7 @@ from .cache.counters import LayerCounters
 from .errors import ProfileError
 from .experts import MoELayer, find_experts
 from .forward import backend
-from .forward.call import own_code
+from .forward.call import whole_call
 from .observe.profile import Profile
 from .patch.install import IMPLEMENTATIONS, choose_implementation
 from .plan.weights import fingerprint
@@ -78,7 +78,7 @@ def record_profile(model: Any, inputs: Any, **meta: str) -> Profile:
         for config, chosen in was:
             if chosen not in IMPLEMENTATIONS:  # 'eager' experts never enter a graph
                 config._experts_implementation_internal = implementation
-        _run(model, batches, torch.compile(own_code(model), backend=backend.observing_backend(weights), dynamic=True))
+        _run(model, batches, torch.compile(whole_call(model), backend=backend.observing_backend(weights), dynamic=True))
     finally:
         for moe in moe_layers:
             backend.unobserve(moe)

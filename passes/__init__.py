@@ -16,6 +16,7 @@ changed in place. Its module shows the graph before and after.
 
 from .bank import Bank
 from .core import Core
+from .erase import erase_unserved
 from .find import PATTERNS, Site, UnknownUse, Weight, find_sites
 from .instrument import insert_observe
 from .lookahead import insert_prefetch
@@ -32,6 +33,7 @@ __all__ = [
     "Site",
     "UnknownUse",
     "Weight",
+    "erase_unserved",
     "find_sites",
     "insert_observe",
     "insert_prefetch",

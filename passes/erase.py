@@ -11,6 +11,8 @@ from collections.abc import Collection, Iterable
 import torch
 from torch.fx import Graph, Node
 
+from . import ops
+
 #: What only ever prepared a core: the histogram that became group offsets.
 PURE = (torch.histc, torch.cumsum, "float", "int", "cumsum", "to")
 
@@ -24,3 +26,14 @@ def erase_orphans(graph: Graph, nodes: Iterable[Node], also: Collection[Node] = 
             above = [i for i in node.all_input_nodes if i.op != "placeholder"]
             graph.erase_node(node)
             waiting |= dict.fromkeys(above)
+
+
+def erase_unserved(graph: Graph) -> None:
+    """Take out what raises in a graph that is not rewritten: this one is about to be.
+
+    before   checked = moe_offload.unserved(ids);  w = W[checked]
+    after    w = W[ids]
+    """
+    for node in [node for node in graph.nodes if node.target is ops.unserved]:
+        node.replace_all_uses_with(node.args[0])
+        graph.erase_node(node)

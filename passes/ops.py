@@ -10,7 +10,8 @@ and looks up what is bound to it, so a graph that Dynamo shares between layers s
 
 Every op that fills a bank declares that it mutates it. That is what keeps the op alive and in its place in Inductor,
 which drops an op without a used result, and reorders one without a dependence. `observe` passes its ids through
-instead, and `grouped_mm` is an ordinary function of its arguments.
+instead, and `grouped_mm` is an ordinary function of its arguments. `unserved` stands in traced code that is to be
+rewritten: our backend takes it out, and a graph that never came to our backend raises where it is, before it computes.
 The library is opened with "DEF": a second copy of this file fails to import, rather than silently replacing the first.
 """
 
@@ -38,6 +39,7 @@ LIB.define(
 )
 LIB.define("prefetch(Tensor ids, Tensor(a!) bank) -> ()", tags=_TAGS)
 LIB.define("grouped_mm(Tensor x, Tensor weight, Tensor slots) -> Tensor", tags=(torch.Tag.needs_exact_strides,))
+LIB.define("unserved(Tensor ids) -> Tensor", tags=_TAGS)
 LIB.define("observe(Tensor ids, Tensor weight) -> Tensor", tags=_TAGS)
 LIB.define("experts(Tensor x, Tensor ids, Tensor weights, Tensor(a!) bank) -> Tensor", tags=_TAGS)
 
@@ -68,6 +70,10 @@ class Observer(Protocol):
     """What a weight may be bound to when routing is only counted."""
 
     def observe(self, ids_P: Tensor) -> None: ...
+
+
+class UnservedGraph(RuntimeError):
+    """A graph reads offloaded weights, and no pass has put their bank in their place."""
 
 
 _BOUND: dict[int, Any] = {}
@@ -137,6 +143,13 @@ def _run_observe(ids: Tensor, weight: Tensor) -> Tensor:
     return ids.clone()
 
 
+def _run_unserved(ids: Tensor) -> Tensor:
+    raise UnservedGraph(
+        "moe_offload: a graph that our passes have not seen was about to compute with the phantoms of offloaded "
+        "experts. Call the model itself, and not a graph that was taken out of it; please report how it was made."
+    )
+
+
 def _run_experts(x: Tensor, ids: Tensor, weights: Tensor, bank: Tensor) -> Tensor:
     out: Tensor = _server_of(bank).experts(x, ids, weights)
     return out
@@ -159,6 +172,7 @@ for _name, _kernel in {
     "stream": _run_stream,
     "prefetch": _run_prefetch,
     "observe": _run_observe,
+    "unserved": _run_unserved,
     "experts": _run_experts,
 }.items():
     LIB.impl(_name, _kernel, "CompositeExplicitAutograd")
@@ -171,6 +185,7 @@ LIB._register_fake(
 )
 LIB._register_fake("prefetch", lambda ids, bank: None)
 LIB._register_fake("grouped_mm", lambda x, weight, slots: x.new_empty((x.shape[0], weight.shape[2])))
+LIB._register_fake("unserved", lambda ids: torch.empty_like(ids))
 LIB._register_fake("observe", lambda ids, weight: torch.empty_like(ids))
 LIB._register_fake("experts", lambda x, ids, weights, bank: torch.empty_like(x))
 
@@ -180,5 +195,6 @@ wait = torch.ops.moe_offload.wait.default
 stream = torch.ops.moe_offload.stream.default
 prefetch = torch.ops.moe_offload.prefetch.default
 grouped_mm = torch.ops.moe_offload.grouped_mm.default
+unserved = torch.ops.moe_offload.unserved.default
 observe = torch.ops.moe_offload.observe.default
 experts = torch.ops.moe_offload.experts.default

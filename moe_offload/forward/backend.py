@@ -17,17 +17,19 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 import passes
 from passes import ops
 
 from ..errors import OffloadError, UnsupportedModelError
-from ..experts import Field, MoELayer
+from ..experts import MoELayer
 from ..observe import progress
 from ..runtime.layer import LayerRuntime
 from .cuda_graphs import copied, replayable
+from .phantom import Phantom, phantoms_in
 
 logger = logging.getLogger("moe_offload")
 
@@ -39,34 +41,6 @@ Compiled = Callable[..., Any]
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 #: What runs a rewritten graph: Inductor, or the graph itself.
 Inner = Callable[[GraphModule, list[Any]], Compiled]
-
-
-class Phantom(nn.Parameter):
-    """Stands in a module for a stacked weight `[E, ...]` whose rows live in a store.
-
-    One row of NaN seen E times (stride 0): it traces like the real thing, costs one row, and any use that bypasses the
-    passes yields NaN rather than somebody else's weights.
-    """
-
-    layer: LayerRuntime
-    field: Field
-
-    @staticmethod
-    def of(layer: LayerRuntime, field: Field, rows: dict[Hashable, Tensor]) -> Phantom:
-        """`rows` shares the NaN rows of a model: all phantoms of one shape and dtype see the same one."""
-        key = field.shape, field.dtype
-        if key not in rows:
-            device = layer.slots.bank_SN.device
-            rows[key] = torch.full((1, *field.shape), float("nan"), dtype=field.dtype, device=device)
-        expanded = rows[key].expand(layer.moe.num_experts, *field.shape)
-        phantom = cast(Phantom, nn.Parameter(expanded, requires_grad=False))
-        phantom.layer, phantom.field = layer, field
-        return phantom
-
-
-def phantoms_in(inputs: Iterable[Any]) -> dict[int, Phantom]:
-    """`{position: phantom}` among the inputs of a graph."""
-    return {i: cast(Phantom, x) for i, x in enumerate(inputs) if isinstance(x, nn.Parameter) and hasattr(x, "field")}
 
 
 def make_backend(
@@ -142,6 +116,7 @@ def rewrite(
         name = layer.moe.name
         weights[placeholders[position]] = passes.Weight(name, phantom.field.name, layer.moe.num_experts)
         banks[name] = bank_of(layer)
+    passes.erase_unserved(gm.graph)
     try:
         sites = passes.find_sites(gm.graph, weights)
         reports = passes.run_passes(gm.graph, pipeline(sites, banks))
@@ -173,8 +148,7 @@ def _check_nothing_left(weights: dict[Node, passes.Weight], banked: Iterable[Nod
 
 def run_graph(gm: GraphModule, example_inputs: list[Any]) -> Compiled:
     """Run the rewritten graph as it is: the unmodified model's own kernels, no compiler needed."""
-    run: Compiled = gm.forward
-    return run
+    return _code_of(gm)
 
 
 def run_inductor(gm: GraphModule, example_inputs: list[Any], **options: Any) -> Compiled:
@@ -199,7 +173,15 @@ def serve_products(few: Product, many: Product) -> None:
 
 
 def core_as_is(core: GraphModule) -> Compiled:
-    return core.forward
+    return _code_of(core)
+
+
+def _code_of(gm: GraphModule) -> Compiled:
+    """What the graph is as Python code. Dynamo's modules write it when they are first called, and are called as modules
+    ever after if `forward` was taken before: global hooks would hear of them."""
+    _LazyGraphModule.force_recompile(gm)
+    code: Compiled = gm.forward
+    return code
 
 
 def core_inductor(core: GraphModule) -> Compiled:
@@ -245,6 +227,12 @@ def experts_op(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank_SN: Tensor
     """The marker op: one layer's experts, complete in itself, for code that the passes never see."""
     out: Tensor = ops.experts(x_TH, ids_TK, weights_TK, bank_SN)
     return out
+
+
+def unserved(ids_TK: Tensor) -> Tensor:
+    """`ids_TK`, in code that is traced for our backend; a graph that never came to it raises there."""
+    marked: Tensor = ops.unserved(ids_TK)
+    return marked
 
 
 def observing_backend(weights: dict[int, tuple[MoELayer, str]]) -> Compiled:

@@ -2,39 +2,98 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import threading
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..observe import progress
 from ..runtime.layer import LayerRuntime, closed
+from ..runtime.model import Runtime
 from . import backend
+from .dynamo import Settings
 
 _sets = itertools.count()
+_inside = threading.local()  # .scope: that of the offloaded model whose call this thread is in
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def banks_of_this_thread() -> str:
+    """The name of the set of banks of the offloaded model whose call this thread is in; empty in no call.
+
+    Dynamo runs it where it traces, and takes the answer for a constant. (`torch.compiler.is_compiling()` would not do:
+    it is true in every thread while one of them compiles.)
+    """
+    scope: Scope | None = getattr(_inside, "scope", None)
+    return "" if scope is None else scope.banks
 
 
 class Scope:
-    """Whether our own backend is running the model. One per model, written under its lock; Dynamo guards on both.
+    """A call of one model, by one thread; and the set of banks that its graphs are made for.
 
-    `banks` names the set of banks that graphs are made for, whose number of slots they hold: no graph of another set
-    is ever run again, wherever Dynamo keeps it. (A name, because Dynamo may take a number for a variable.)
+    Graphs may hold the number of slots of their banks. So no graph of another set is ever run again, wherever Dynamo
+    keeps it: it guards on the name. (A name, because Dynamo may take a number for a variable.)
     """
 
-    def __init__(self) -> None:
-        self.active = False
-        self.banks = ""
-        self.renew()
+    def __init__(self, runtime: Runtime, settings: Settings) -> None:
+        self.runtime, self._settings = runtime, settings
+        self._forget: weakref.WeakMethod[Callable[[], None]] | None = None  # weak: it holds the model
+        self.banks = f"set {next(_sets)}"
 
     def renew(self) -> None:
+        """All graphs go: the banks are others, or what the graphs took for granted is no longer so."""
         self.banks = f"set {next(_sets)}"
+        forget = None if self._forget is None else self._forget()
+        if forget is not None:
+            forget()
+
+    def on_renewal(self, forget: Callable[[], None]) -> None:
+        """What lets go of all graphs, and is called when they must go: a method, which is not kept alive."""
+        self._forget = weakref.WeakMethod(forget)
+
+    @property
+    def is_entered(self) -> bool:
+        """Whether this thread is in a call of the model."""
+        return getattr(_inside, "scope", None) is self
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """This thread runs the model, alone. What is compiled meanwhile is compiled for it.
+
+        Raises `ClosedError` after `close`, and in a process that was forked from the model's.
+        """
+        with self.runtime.lock, self.runtime.current(), torch.no_grad(), progress.compiling():
+            self.runtime.check_open()
+            if self._settings.find_new_hooks():
+                self.renew()
+            before, _inside.scope = getattr(_inside, "scope", None), self
+            try:
+                with self._settings.entered():
+                    yield
+            finally:
+                _inside.scope = before
+
+
+#: Runs a patched experts module: (module, x [T, H], ids [T, K], weights [T, K]) -> [T, H].
+RunExperts = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 
 
 class Link:
-    """What an experts module needs to find its layer: the scope, and the bank the marker op is keyed by."""
+    """What an experts module needs to find its layer: the scope, what runs it where no trace does, and the bank that
+    the marker op is keyed by. With `whole`, the model's call is traced as one graph, experts and all."""
 
-    def __init__(self, scope: Scope, bank_SN: Tensor):
-        self.scope, self.bank_SN = scope, bank_SN
+    def __init__(self, scope: Scope, run: RunExperts, whole: bool, bank_SN: Tensor):
+        self.scope, self.run, self.whole, self.bank_SN = scope, run, whole, bank_SN
+
+
+def run_op(module: Any, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """The op of last resort, which needs no graph."""
+    return backend.experts_op(x_TH, ids_TK, weights_TK, module._moe_offload.bank_SN)
 
 
 class _Closed:

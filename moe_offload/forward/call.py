@@ -5,11 +5,9 @@ What would compute on the phantoms left in place of the expert weights, or move 
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -18,25 +16,23 @@ from torch import nn
 
 from ..cache.phase import is_decode
 from ..errors import OffloadError
-from ..observe import progress
 from ..plan.weights import RESERVED_PROMPT_TOKENS
 from ..runtime.model import Runtime
 from .advise import Advisor
 from .batch_sizes import given
 from .binding import Scope
 from .cuda_graphs import StaticCaches
+from .dynamo import with_own_code
+from .inference_only import needs_gradients, refuse_backward_of
 from .retry import Retry
 
 logger = logging.getLogger("moe_offload")
 
-#: Silences Dynamo's warning about the lru_cache around transformers' check of torch's version, which is harmless here.
-VERSIONS_ARE_CACHED = r"Dynamo detected a call to a `functools\.lru_cache`-wrapped function at 'moe\.py"
 ADAPTED = (
     "an adapter changes the weights of offloaded experts (peft's target_parameters, which it also derives from "
     "target_modules that name projections of experts), but they rest in files and pass through slots. Adapt dense "
     "layers only (such as target_modules=['q_proj', 'v_proj']), or merge the adapter into the model before optimize()"
 )
-_numbers = itertools.count()
 
 
 class Call:
@@ -45,26 +41,33 @@ class Call:
     def __init__(self, model: nn.Module, runtime: Runtime, scope: Scope, run: Retry, advisor: Advisor):
         self.model, self.runtime, self.scope, self.run = model, runtime, scope, run
         self.advisor = advisor
-        modules = [(module, layer.moe.name) for layer in runtime.layers for module in layer.moe.modules]
         self.places = [
             (model.get_submodule(name.rpartition(".")[0])._modules, name.rpartition(".")[2], module)
             for layer in runtime.layers
             for name, module in zip(layer.moe.names, layer.moe.modules, strict=True)
         ]
-        self.configs = {id(module.config): (module.config, name) for module, name in modules}
+        modules = [(module, layer.moe.name) for layer in runtime.layers for module in layer.moe.modules]
+        self.configs = {
+            id(vars(module.config)): (vars(module.config), module.config._experts_implementation_internal, name)
+            for module, name in modules
+        }
         self.static_caches = StaticCaches()
         self.warned = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # inside somebody else's torch.compile: the marker op is traced
+        if torch.compiler.is_dynamo_compiling():  # inside somebody else's torch.compile: the marker op is traced
             return self.model._call_impl(*args, **kwargs)
         if self.model.training and torch.is_grad_enabled():
             raise OffloadError(
                 f"{type(self.model).__name__} was called in training mode; an offloaded model is for inference only. "
                 "Call model.eval(), or train the model before optimize()"
             )
-        with self.runtime.lock, self.runtime.current(), torch.no_grad(), progress.compiling():
-            self.runtime.check_open()
+        cut = needs_gradients(self.model, (*args, *kwargs.values()))
+        output = self._run(args, kwargs)
+        return refuse_backward_of(output) if cut else output
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with self.scope.entered():
             self._check_implementation()
             self._check_places()
             sequences, tokens = _size(args, kwargs)
@@ -75,7 +78,6 @@ class Call:
             begun_s = time.perf_counter()
             if self.runtime.recorder is not None:
                 self.runtime.recorder.begin_forward(is_decode(tokens))
-            self.scope.active = True
             try:
                 output = self.run(sequences, tokens, args, kwargs)
                 self.runtime.check_ids()
@@ -86,7 +88,6 @@ class Call:
                     raise error.inner_exception from None
                 raise
             finally:
-                self.scope.active = False
                 if self.runtime.recorder is not None:
                     self.runtime.recorder.end_forward()
                 if self.runtime.timeline is not None:
@@ -108,12 +109,12 @@ class Call:
             raise OffloadError(ADAPTED)
 
     def _check_implementation(self) -> None:
-        """Code other than ours would compute on phantoms: NaN, which an argmax turns into tokens."""
-        for config, name in self.configs.values():
-            if not str(config._experts_implementation).startswith("moe_offload_"):
+        """The experts run as they were offloaded, so to have set another implementation would have no effect."""
+        for config, before, name in self.configs.values():
+            if config["_experts_implementation_internal"] != before:
                 raise OffloadError(
-                    f"{name}: its experts implementation was set to {config._experts_implementation!r} after "
-                    "optimize(), which cannot reach the offloaded weights; choose it with "
+                    f"{name}: its experts implementation was set to {config['_experts_implementation_internal']!r} "
+                    "after optimize(), which cannot reach the offloaded weights; choose it with "
                     "config={'experts_implementation': ...}"
                 )
 
@@ -125,14 +126,10 @@ def _size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
     return math.prod(sequences), tokens
 
 
-def own_code(model: nn.Module) -> Callable[..., Any]:
-    """A function of its own that calls the model: Dynamo caches graphs, and counts recompilations, per code object,
-    and all modules share that of `nn.Module._call_impl`."""
-
-    warnings.filterwarnings("ignore", VERSIONS_ARE_CACHED)
+def whole_call(model: nn.Module) -> Callable[..., Any]:
+    """What is compiled where the model's call is to be one graph. (All modules share the code of `_call_impl`.)"""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return model._call_impl(*args, **kwargs)
 
-    call.__code__ = call.__code__.replace(co_name=f"moe_offload_call_{next(_numbers)}")
-    return call
+    return with_own_code(call, "call")

@@ -38,6 +38,7 @@ class Retry:
 
     def __init__(self, runtime: Runtime, scope: Scope, compile: Callable[[], Callable[..., Any]]):
         self.runtime, self.scope, self.compile = runtime, scope, compile
+        scope.on_renewal(self._begin)
         self._begin()
 
     def __call__(self, sequences: int, tokens: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -52,8 +53,7 @@ class Retry:
                 raise
         del run
         _forget(failed)
-        self.scope.renew()
-        self._begin()  # before: the graphs there were hold memory
+        self.scope.renew()  # before: the graphs there were hold memory
         before = self.runtime.slots
         freed = shrink(self.runtime)
         if not freed:

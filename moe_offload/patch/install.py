@@ -3,8 +3,8 @@
 The model keeps its class, its `forward` and its `generate`. What changes:
 
     module.gate_up_proj ...         a Phantom; state_dict() still returns the real rows (saving.py)
-    config._experts_implementation  "moe_offload_grouped_mm" or "moe_offload_batched_mm", on every experts module
-    model(...)                      compiled by our backend, under the model's lock, inference only (call.py)
+    module.config                   a view that names our experts implementation (experts_config.py)
+    model(...)                      under the model's lock, inference only (call.py); its experts compiled, or all of it
     model.to(...), copies ...       refused where they would reach the experts (refusals.py)
 
 Traced by our backend, the experts implementation is transformers' own code, for the passes to rewrite. Anywhere else
@@ -14,6 +14,7 @@ and computes by itself: what the passes never see is slower, never wrong.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, cast
 
@@ -24,12 +25,17 @@ from ..errors import OffloadError
 from ..experts import MoELayer
 from ..forward import backend
 from ..forward.advise import Advisor
-from ..forward.binding import Link, Scope, connect, disconnect
-from ..forward.call import ADAPTED, Call, own_code
+from ..forward.binding import Link, Scope, banks_of_this_thread, connect, disconnect, run_op
+from ..forward.call import ADAPTED, Call, whole_call
+from ..forward.dynamo import Settings
+from ..forward.inference_only import refuse_backward
+from ..forward.phantom import Phantom
+from ..forward.regions import Regions
 from ..forward.retry import Retry
 from ..runtime.kernels import KERNELS
 from ..runtime.layer import LayerRuntime
 from ..runtime.model import Runtime
+from .experts_config import experts_view
 from .footprint import count_what_is_held
 
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
@@ -42,10 +48,8 @@ class ModuleCore:
     """
 
     def __init__(self, moe: MoELayer, implementation: str, views: Callable[[Tensor], dict[str, Tensor]]):
-        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
         self.module, self.views = moe.modules[0], views
-        self.run = ALL_EXPERTS_FUNCTIONS[implementation]
+        self.run = original_code(implementation)
 
     def __call__(
         self,
@@ -66,6 +70,14 @@ class ModuleCore:
         ones = torch.ones((len(x_P), 1), dtype=dtype, device=x_P.device)
         out: Tensor = self.run(bare, x_P.to(dtype), slots_R.view(-1, 1), ones)
         return out
+
+
+def original_code(implementation: str) -> Callable[..., Tensor]:
+    """transformers' own experts code of that name: (module, x [T, H], ids [T, K], weights [T, K]) -> [T, H]."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    code: Callable[..., Tensor] = ALL_EXPERTS_FUNCTIONS[implementation]
+    return code
 
 
 def serve_products(device: str) -> None:
@@ -96,10 +108,6 @@ def install(
 ) -> list[Any]:
     """Patch `model` to run on `runtime`. Returns the list to which each compiled graph's pass reports are added."""
     _register_implementations()
-    scope = Scope()
-    nan_rows: dict[Hashable, Tensor] = {}
-    for layer in runtime.layers:
-        _install_layer(layer, scope, implementation, nan_rows)
     log: list[Any] = []
     run, core = (
         (backend.run_inductor, backend.core_inductor)
@@ -108,13 +116,28 @@ def install(
     )
     made = backend.make_backend(run, core, log, overlap, guess)
 
+    whole = inner == "inductor" or guess or fullgraph or runtime.device_caches is not None
+    traced = [model] if whole else [module for layer in runtime.layers for module in layer.moe.modules]
+    scope = Scope(runtime, Settings(traced, log))
+    regions = None if whole else Regions(scope, original_code(implementation), made, log, dynamic)
+
     def compile() -> Callable[..., Any]:
-        run: Callable[..., Any] = torch.compile(own_code(model), backend=made, dynamic=dynamic, fullgraph=fullgraph)
+        if regions is not None:
+            regions.renew()
+            return model._call_impl
+        run: Callable[..., Any] = torch.compile(whole_call(model), backend=made, dynamic=dynamic, fullgraph=fullgraph)
         return run
 
+    nan_rows: dict[Hashable, Tensor] = {}
+    _name_implementation(runtime, f"moe_offload_{implementation}")
+    for layer in runtime.layers:
+        link = Link(scope, run_op if regions is None else regions.run, whole, layer.slots.bank_SN)
+        _install_layer(layer, link, implementation, nan_rows)
     model._compiled_call_impl = Call(model, runtime, scope, Retry(runtime, scope, compile), advisor)
     # On some devices generate() compiles its decode steps itself, and would trace the op of last resort.
     model.__dict__["get_compiled_call"] = lambda compile_config: model.__call__
+    # There it also swaps the experts implementation for its decode steps, which cannot reach ours.
+    model.__dict__["_optimize_model_for_decode"] = contextlib.nullcontext
     count_what_is_held(model, runtime)
     return log
 
@@ -125,17 +148,25 @@ def uninstall(runtime: Runtime) -> None:
         disconnect(layer)
 
 
-def _install_layer(layer: LayerRuntime, scope: Scope, implementation: str, nan_rows: dict[Hashable, Tensor]) -> None:
+def _install_layer(layer: LayerRuntime, link: Link, implementation: str, nan_rows: dict[Hashable, Tensor]) -> None:
     moe = layer.moe
     layer.module_core = ModuleCore(moe, implementation, backend.bank_of(layer).views)
-    phantoms = {f.name: backend.Phantom.of(layer, f, nan_rows) for f in moe.layout.fields}
+    phantoms = {f.name: Phantom.of(layer, f, nan_rows) for f in moe.layout.fields}
     for module in moe.modules:
         for name, phantom in phantoms.items():
             setattr(module, name, phantom)
-        module._moe_offload = Link(scope, layer.slots.bank_SN)
-        # On the module's own config: it may be a copy that model.set_experts_implementation() never reaches.
-        module.config._experts_implementation_internal = f"moe_offload_{implementation}"
+        module._moe_offload = link
     connect(layer)
+
+
+def _name_implementation(runtime: Runtime, name: str) -> None:
+    """Each experts module gets a view of its own config: that may be a copy, which the model's never reaches."""
+    views: dict[int, Any] = {}
+    for module in (module for layer in runtime.layers for module in layer.moe.modules):
+        known = id(module.config)
+        if known not in views:
+            views[known] = experts_view(module.config, name)
+        module.config = views[known]
 
 
 def _register_implementations() -> None:
@@ -150,25 +181,13 @@ def _implementation(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         if hasattr(self, "parametrizations"):
             raise OffloadError(ADAPTED)
-        scope = self._moe_offload.scope
-        if torch.compiler.is_compiling() and scope.active and scope.banks:
-            return original(self, hidden_states, top_k_index, top_k_weights)
-        bank_SN = self._moe_offload.bank_SN
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            apply: Any = _InferenceOnly.apply
-            return cast(Tensor, apply(hidden_states, top_k_index, top_k_weights, bank_SN))
-        return backend.experts_op(hidden_states, top_k_index, top_k_weights, bank_SN)
+        link = self._moe_offload
+        if torch.compiler.is_dynamo_compiling():  # by this thread: whatever is running here is not run, but traced
+            if link.whole and link.scope.banks == banks_of_this_thread():
+                return original(self, hidden_states, backend.unserved(top_k_index), top_k_weights)
+            return run_op(self, hidden_states, top_k_index, top_k_weights)
+        if torch.is_grad_enabled():
+            return cast(Tensor, refuse_backward(link.run, self, hidden_states, top_k_index, top_k_weights))
+        return cast(Tensor, link.run(self, hidden_states, top_k_index, top_k_weights))
 
     return experts
-
-
-class _InferenceOnly(torch.autograd.Function):
-    """The marker op for callers with gradients enabled: forward as usual, and a backward that says why not."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank_SN: Tensor) -> Tensor:
-        return backend.experts_op(x_TH, ids_TK, weights_TK, bank_SN)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise OffloadError("an offloaded model is for inference only: its experts have no gradients")

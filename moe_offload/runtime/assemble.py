@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -29,6 +28,7 @@ from ..observe.profile_stats import rates
 from ..plan.budget import Plan
 from .kernels import KERNELS
 from .layer import LayerRuntime
+from .lock import ModelLock
 from .model import Runtime
 
 logger = logging.getLogger("moe_offload")
@@ -80,7 +80,7 @@ def build_runtime(
     Raises `BudgetError` where the device has no memory for what was planned.
     """
     with _or_budget_error(plan, device):
-        transfer, lock = TRANSFERS[device.partition(":")[0]](device), threading.RLock()
+        transfer, lock = TRANSFERS[device.partition(":")[0]](device), ModelLock()
         scratch = Scratch(unfilled(plan.costs.scratch_bytes, device), transfer, settings.poison)
         rows_EN = readable_rows(moe_layers, plan.slots, stores, device_decides, device)
         layers = []

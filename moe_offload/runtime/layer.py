@@ -15,7 +15,6 @@ It knows no graph and imports no pass.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -38,6 +37,7 @@ from ..observe.trace_recorder import TraceRecorder
 from .device_cache import DeviceCache, DeviceCaches
 from .guesses import Guesses
 from .in_flight import Arrivals
+from .lock import ModelLock
 from .waves_cpu import RunCore, compute_while_loading
 from .waves_device import compute_in_groups, uses
 
@@ -56,11 +56,11 @@ class LayerRuntime:
         store: Store,
         transfer: Transfer,
         scratch: Scratch,
-        lock: threading.RLock | None = None,
+        lock: ModelLock | None = None,
         poison: bool = False,
     ):
         self.moe, self.store = moe, store
-        self.lock = lock or threading.RLock()  # that of the model: its layers share the scratch rows
+        self.lock = lock or ModelLock()  # that of the model: its layers share the scratch rows
         self.device, self.poison = scratch.raw.device, poison
         cache = LayerCache(moe.num_experts, slots, policy, moe.name)
         self.arrivals = Arrivals(moe, cache, self._rows(slots), scratch, store, transfer, poison)
@@ -154,7 +154,7 @@ class LayerRuntime:
     def experts(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The whole module, for callers that no pass has rewritten: slower, never wrong."""
         tokens, k = ids_TK.shape
-        with self.lock, self.arrivals.transfer.current(), torch.autocast(x_TH.device.type, enabled=False):
+        with self.lock.here(), self.arrivals.transfer.current(), torch.autocast(x_TH.device.type, enabled=False):
             if self.module_core is None:
                 raise closed(self.moe.name)
             out_PH = self.stream(x_TH.repeat_interleave(k, dim=0), ids_TK.reshape(-1), self.module_core)

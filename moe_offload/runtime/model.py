@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -21,6 +20,7 @@ from .device_cache import DeviceCaches
 from .guesses import Guesses
 from .kernels import Kernels
 from .layer import LayerRuntime, closed
+from .lock import ModelLock
 
 
 class Runtime:
@@ -31,7 +31,7 @@ class Runtime:
         layers: Sequence[LayerRuntime],
         stores: Sequence[Store],
         transfer: Transfer,
-        lock: threading.RLock | None = None,
+        lock: ModelLock | None = None,
     ):
         self.layers = list(layers)
         self.guesses = Guesses()
@@ -40,25 +40,27 @@ class Runtime:
         for layer, following in pairwise(self.layers):
             if layer.moe.layout.row_bytes == following.moe.layout.row_bytes:  # they share scratch rows one to one
                 layer.following = following.arrivals
-        self.lock = lock or threading.RLock()
+        self._lock = lock or ModelLock()
         self.device_caches: DeviceCaches | None = None  # where the device decides
         self.device_layers: frozenset[int] = frozenset()  # the layers it decides for
         self.recorder: TraceRecorder | None = None  # while a trace is recorded
         self.closed = False
-        self._stores, self._transfer, self._pid = stores, transfer, os.getpid()
+        self._stores, self._transfer = stores, transfer
 
     @property
     def slots(self) -> tuple[int, ...]:
         """Of each layer, now."""
         return tuple(layer.cache.slots for layer in self.layers)
 
+    @property
+    def lock(self) -> threading.RLock:
+        """What serialises the forwards. Raises `ClosedError` in a process forked from the model's."""
+        return self._lock.here()
+
     def alone(self) -> AbstractContextManager[object]:
         """While it is entered, no forward runs. In a process forked from this one none does, and the lock is not to be
         taken: a thread that is not there may have held it."""
-        return self.lock if self._here() else contextlib.nullcontext()
-
-    def _here(self) -> bool:
-        return os.getpid() == self._pid
+        return self.lock if self._lock.is_here else contextlib.nullcontext()
 
     def check_open(self) -> None:
         if self.closed:
@@ -161,5 +163,5 @@ class Runtime:
                     last_first.callback(store.close)
                 last_first.callback(self._transfer.close)
                 last_first.callback(setattr, self, "device_caches", None)
-                if self._here():
+                if self._lock.is_here:
                     self.hand_back()

@@ -14,8 +14,6 @@ from moe_offload.plan.weights import costs, layer_shapes
 SETTINGS = OffloadConfig(experts_implementation="grouped_mm", compile="graph", poison=True, kv_tokens=64, wave_rows=1)
 IDS = torch.arange(3, 15).view(1, -1)
 QWEN = "qwen3_moe"
-#: Than untraced, by themselves: they are compiled, and so traced as ours are. The others are as nobody compiled them.
-TRACED_ROUND_OTHERWISE = ("mixtral", "phimoe", "minimax", "gemma4")
 
 
 def resident(family=QWEN, layers=1, **options):
@@ -23,8 +21,6 @@ def resident(family=QWEN, layers=1, **options):
     model = build(family, num_hidden_layers=layers, **options)
     for module in filter(is_experts, model.modules()):
         module.config._experts_implementation = "grouped_mm"
-    if family in TRACED_ROUND_OTHERWISE:
-        model.compile(backend="eager", dynamic=True)
     return model
 
 

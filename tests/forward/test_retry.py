@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from moe_offload.errors import OffloadError
 from moe_offload.forward.binding import Scope
+from moe_offload.forward.dynamo import Settings
 from moe_offload.forward.retry import Retry
 from tests.fakes.fault_store import K, decode, expected, make
 
@@ -27,7 +28,7 @@ class Model:
         self.fails, self.forwards, self.made, self.held = set(fails), 0, 0, []
         self.activation = None
         self.error = error or (lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."))
-        self.retry = Retry(self.runtime, Scope(), self.compile_anew)
+        self.retry = Retry(self.runtime, Scope(self.runtime, Settings([], [])), self.compile_anew)
 
     def compile_anew(self):
         self.made += 1

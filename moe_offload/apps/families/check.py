@@ -1,7 +1,7 @@
 """Run a family resident and offloaded, and say whether every output is equal, bit for bit.
 
-The reference is the unmodified model with the same experts implementation, as it is or compiled with the same settings:
-both graphs run as they are, or both go through Inductor. A model that `optimize` refuses is reported with its reason.
+The reference is the unmodified model with the same experts implementation: as it is, or through Inductor where the
+offloaded one goes through it. A model that `optimize` refuses is reported with its reason.
 """
 
 from __future__ import annotations
@@ -92,14 +92,10 @@ def check(
     cases: Iterable[Case] = QUICK,
     *,
     compile: str = "graph",
-    plain: bool = False,
     prompt: int = 16,
     new_tokens: int = 32,
 ) -> FamilyResult:
-    """Run `family` in every case. Cases that the family itself cannot run (no static cache) are passed over.
-
-    `plain`: the reference is not compiled at all. A few families round otherwise once they are traced, by themselves.
-    """
+    """Run `family` in every case. Cases that the family itself cannot run (no static cache) are passed over."""
     model = build(family)
     name = type(model).__name__
     try:
@@ -111,7 +107,7 @@ def check(
     for key, group in itertools.groupby(sorted(cases, key=_reference_key), key=_reference_key):
         implementation, dtype, batch, static = key
         torch._dynamo.reset()
-        reference = _resident(family, implementation, dtype, "plain" if plain else compile)
+        reference = _resident(family, implementation, dtype, compile)
         options: dict[str, Any] = {"batch": batch, "static_cache": static, "prompt": prompt, "new_tokens": new_tokens}
         try:
             want = run_session(reference, FAMILIES[family].kind, **options)
@@ -142,8 +138,8 @@ def _resident(family: str, implementation: str, dtype: str, compile: str) -> Any
     for module in model.modules():
         if is_experts(module):
             module.config._experts_implementation_internal = implementation
-    if compile != "plain":
-        model.compile(backend="inductor" if compile == "inductor" else "eager", dynamic=OffloadConfig().dynamic)
+    if compile == "inductor":
+        model.compile(backend="inductor", dynamic=OffloadConfig().dynamic)
     return model
 
 

@@ -1,0 +1,76 @@
+"""What we ask of Dynamo for what we compile, and for nothing else.
+
+By default it keeps 8 graphs of a function, and does not guard on hooks where there are none yet: a hook put on later is
+never called. To ask for more takes 65 us in each call, so it is asked for once it is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import warnings
+import weakref
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import nn
+from torch.nn.modules import module as all_modules
+from torch.utils.hooks import RemovableHandle
+
+FEW_GRAPHS = 6  # Dynamo keeps two more of one function by default
+#: Graphs that Dynamo then keeps of one function. It warns of any more, and compiles them no longer.
+MOST_GRAPHS = 256
+#: While it is traced, transformers asks for torch's version, through a cache. Dynamo warns that such a cache might be
+#: wrong, and the version of torch does not change.
+VERSIONS_ARE_CACHED = r"Dynamo detected a call to a `functools\.lru_cache`-wrapped function at 'moe\.py"
+_numbers = itertools.count()
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Settings:
+    """Dynamo's settings for what is traced of one model: `parts` are the modules that graphs hold, and `log` has an
+    entry for each graph."""
+
+    def __init__(self, parts: Iterable[nn.Module], log: list[Any]):
+        # Weak: the runtime reaches these settings, and what frees it when the model goes must not hold the model.
+        self._parts, self._log = [weakref.ref(part) for part in parts], log
+        self._last_hook = -1
+        self._guards_on_hooks = False
+
+    def find_new_hooks(self) -> bool:
+        """Whether hooks have appeared that no graph guards on as yet: all graphs there are must go then.
+
+        Every hook that is put on anywhere takes a number, so there is nothing to look at while none is.
+        """
+        if self._last_hook == RemovableHandle.next_id:
+            return False
+        self._last_hook = RemovableHandle.next_id
+        if all_modules._global_forward_hooks or all_modules._global_forward_pre_hooks:  # those Dynamo never guards on
+            self._guards_on_hooks = True
+            return True
+        if self._guards_on_hooks:
+            return False
+        parts = [part for part in (held() for held in self._parts) if part is not None]
+        modules = [module for part in parts for module in part.modules()]
+        self._guards_on_hooks = any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+        return self._guards_on_hooks
+
+    def entered(self) -> AbstractContextManager[object]:
+        """While it is entered, what this thread compiles is compiled so."""
+        if not self._guards_on_hooks and len(self._log) < FEW_GRAPHS:
+            return contextlib.nullcontext()
+        settings: AbstractContextManager[object] = torch._dynamo.config.patch(
+            skip_nnmodule_hook_guards=False, recompile_limit=MOST_GRAPHS, accumulated_recompile_limit=16 * MOST_GRAPHS
+        )
+        return settings
+
+
+def with_own_code(function: Function, name: str) -> Function:
+    """Give `function` a code object of its own: Dynamo keeps graphs, and counts them, per code object, and functions
+    that are made in one place share theirs."""
+    warnings.filterwarnings("ignore", VERSIONS_ARE_CACHED)
+    made: Any = function
+    made.__code__ = made.__code__.replace(co_name=f"moe_offload_{name}_{next(_numbers)}")
+    return cast(Function, made)

@@ -1,0 +1,44 @@
+"""A phantom: what is left in an offloaded module where a stacked weight was.
+
+It traces like the real weight, costs one row, and is never computed with: in a traced graph the passes put the bank in
+its place (`backend.py`), and eager code never reads it (`patch/install.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..experts import Field
+from ..runtime.layer import LayerRuntime
+
+
+class Phantom(nn.Parameter):
+    """Stands in a module for a stacked weight `[E, ...]` whose rows live in a store.
+
+    One row of NaN seen E times (stride 0): it traces like the real thing, costs one row, and any use that bypasses the
+    passes yields NaN rather than somebody else's weights.
+    """
+
+    layer: LayerRuntime
+    field: Field
+
+    @staticmethod
+    def of(layer: LayerRuntime, field: Field, rows: dict[Hashable, Tensor]) -> Phantom:
+        """`rows` shares the NaN rows of a model: all phantoms of one shape and dtype see the same one."""
+        key = field.shape, field.dtype
+        if key not in rows:
+            device = layer.slots.bank_SN.device
+            rows[key] = torch.full((1, *field.shape), float("nan"), dtype=field.dtype, device=device)
+        expanded = rows[key].expand(layer.moe.num_experts, *field.shape)
+        phantom = cast(Phantom, nn.Parameter(expanded, requires_grad=False))
+        phantom.layer, phantom.field = layer, field
+        return phantom
+
+
+def phantoms_in(inputs: Iterable[Any]) -> dict[int, Phantom]:
+    """`{position: phantom}` among the inputs of a graph."""
+    return {i: cast(Phantom, x) for i, x in enumerate(inputs) if isinstance(x, nn.Parameter) and hasattr(x, "field")}

@@ -1,0 +1,104 @@
+"""Compile the experts of each layer instead of the whole call: two graphs, prompt and decode, serve every layer.
+
+    model(...)                    runs as transformers wrote it, module by module
+      layer 0 ... layer L-1
+        attention, norms, router  not compiled
+        experts(x, ids, weights)  a region: traced once, rewritten by the passes, shared by all layers
+
+Shapes: T tokens, K experts per token, H hidden.
+
+On a CPU nothing needs more of the graph than that: an op of the region finds its layer from the bank it is handed. So
+the first token waits for two small graphs, whatever the depth; and all that eager code looks at in each call (hooks,
+replaced modules, attributes, autocast) is looked at, because it is eager code. What the region itself depends on is
+guarded by Dynamo.
+
+Of all sizes only T varies. One token is a constant, more are a symbol; so another length, a batch or a mask makes no
+other graph. A region that Dynamo cannot trace in one piece runs as the op of last resort: slower, never wrong.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backend
+from .binding import RunExperts, Scope, run_op
+from .dynamo import MOST_GRAPHS, with_own_code
+
+logger = logging.getLogger("moe_offload")
+
+
+class Regions:
+    """Runs the experts modules of one model, each in a graph that those of its kind share.
+
+    `original` is the code that is traced, `made` the backend that Dynamo hands it to, and `log` the list to which that
+    adds each graph. There are as many graphs as kinds of calls (dtype, autocast, number of threads ...); where they
+    become more than Dynamo keeps, all are dropped, and made anew as they are needed.
+    """
+
+    def __init__(
+        self, scope: Scope, original: RunExperts, made: Callable[..., Any], log: list[Any], dynamic: bool | None
+    ) -> None:
+        self._scope, self._original, self._made, self._log, self._dynamic = scope, original, made, log, dynamic
+        self._untraceable: set[tuple[type, bool]] = set()
+        self.renew()
+
+    def renew(self) -> None:
+        """Forget all graphs."""
+        self._since = len(self._log)
+        self._compiled = torch.compile(
+            _region(self._original),
+            backend=self._made,
+            dynamic=False if self._dynamic is False else None,  # which sizes vary is said by `_with_any_length`
+        )
+
+    def run(self, module: Any, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """The output `[T, H]` of the experts `module`, in a call of the model or in one of a part of it."""
+        if self._scope.is_entered:
+            return self._run(module, x_TH, ids_TK, weights_TK)
+        with self._scope.entered():
+            return self._run(module, x_TH, ids_TK, weights_TK)
+
+    def _run(self, module: Any, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        kind = type(module), torch._C._len_torch_function_stack() > 0
+        if kind in self._untraceable or torch._C._len_torch_dispatch_stack():  # in a dispatch mode nothing is traced
+            return run_op(module, x_TH, ids_TK, weights_TK)
+        if len(self._log) - self._since >= MOST_GRAPHS:
+            self.renew()
+        given: tuple[Tensor, ...] = (x_TH, ids_TK, weights_TK)
+        if self._dynamic and len(x_TH) > 1:
+            given = _with_any_length(given)
+        try:
+            out: Tensor = self._compiled(module, *given)
+            return out
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            raise error.inner_exception from None
+        except torch._dynamo.exc.TorchDynamoException as error:
+            logger.warning(
+                "%s cannot be traced in one piece, so its experts run as one op a layer, which is slower: %s",
+                type(module).__name__, str(error).partition("\n")[0],
+            )  # fmt: skip
+            self._untraceable.add(kind)
+        return run_op(module, x_TH, ids_TK, weights_TK)
+
+
+def _with_any_length(given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Views whose first size is a symbol of the graph. Views, because the mark stays on the object."""
+    views = tuple(x.detach() for x in given)
+    for view in views:
+        torch._dynamo.maybe_mark_dynamic(view, 0)
+    return views
+
+
+def _region(original: RunExperts) -> RunExperts:
+    def region(module: Any, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        if not torch.compiler.is_dynamo_compiling():  # Dynamo is switched off, or has left this call alone
+            return run_op(module, x_TH, ids_TK, weights_TK)
+        with torch._dynamo.error_on_graph_break(True):  # a part of a region would be no use
+            return original(module, x_TH, backend.unserved(ids_TK), weights_TK)
+
+    return with_own_code(region, "region")
