@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from ..errors import CheckpointError, UnsupportedModelError
 INDEX = "model.safetensors.index.json"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how the stand-in of a file begins
 CONFIG_BYTES = 10_000_000  # more is no configuration; it is read again, and judged, by transformers
+REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")  # what a repository's name is made of
 
 
 def is_folder(path_or_id: str | Path, subfolder: str = "") -> bool:
@@ -32,6 +34,11 @@ def is_folder(path_or_id: str | Path, subfolder: str = "") -> bool:
         if path.suffix == ".gguf":
             found += "; GGUF files are not read: give the folder of the original safetensors checkpoint"
         raise CheckpointError(f"{path_or_id}: expected a checkpoint folder (config.json, *.safetensors), {found}")
+    if not REPOSITORY.fullmatch(str(path_or_id)):
+        raise CheckpointError(
+            f"{str(path_or_id)!r}: there is no folder of that name, and no Hub repository can have it; give the path "
+            "of a checkpoint folder, or OWNER/NAME of letters, digits, '-', '_' and '.'"
+        )
     return False
 
 

@@ -7,8 +7,9 @@ happened on the way goes to standard error. How a command ends is in `options/en
 
 from __future__ import annotations
 
+import re
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,6 +19,7 @@ from ..families.cli import families
 from ..generate.chat import chat
 from ..generate.run import run
 from ..live.cli import top
+from ..options.elsewhere import command_elsewhere, flag_elsewhere
 from ..options.ending import USAGE, Command
 from ..options.groups import summary
 from ..profile.cli import app as profile
@@ -69,6 +71,19 @@ def _version() -> None:
     raise typer.Exit
 
 
+def _wrong(error: Any, context: Any) -> str:
+    """What is wrong with a command line, in one line; of what another tool calls so, what it is called here."""
+    said = " ".join(error.format_message().split())
+    option, command = getattr(error, "option_name", None), re.match("No such command '(.+?)'", said)
+    elsewhere = None
+    if option is not None and said.startswith("No such option"):
+        known = {name for parameter in context.command.params for name in parameter.opts} if context else set()
+        elsewhere = flag_elsewhere(option, sys.argv[1:], known)
+    elif command is not None:
+        elsewhere = command_elsewhere(command[1])
+    return said if elsewhere is None else f"{said.split(' (')[0].rstrip('.')}; {elsewhere}"
+
+
 def main() -> None:
     """What the console script runs. A wrong flag is one line and exit code 2."""
     try:
@@ -85,6 +100,6 @@ def main() -> None:
         if type(error).__name__ == "NoArgsIsHelpError":
             typer.echo(context.get_help() if context is not None else "", err=True)
         else:
-            typer.echo(f"{command}: {' '.join(error.format_message().split())} (see {command} --help)", err=True)
+            typer.echo(f"{command}: {_wrong(error, context)} (see {command} --help)", err=True)
         code = getattr(error, "exit_code", USAGE)
     sys.exit(code if isinstance(code, int) else 0)

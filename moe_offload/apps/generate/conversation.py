@@ -56,7 +56,7 @@ class Conversation:
         if name == "!help":
             return HELP
         if name == "!status":
-            return f"{self._last}\n{self._model.moe_offload}\nset: {dataclasses.asdict(self._sampling)}"
+            return f"{self._last}\n{self._model.moe_offload}\n{self._how()}"
         if name == "!clear":
             self.messages.clear()
             return "forgotten"
@@ -69,6 +69,11 @@ class Conversation:
         if name == "!save":
             return f"saved to {self._save(rest)}"
         raise ConfigError(f"{name} is no command; !help lists them")
+
+    def _how(self) -> str:
+        """What !set has changed, and what it could."""
+        known = dataclasses.asdict(self._sampling)
+        return "set: " + ", ".join(f"{n} {'as the model has it' if v is None else v}" for n, v in known.items())
 
     def _answer(self, text: str) -> None:
         """Ask the model. What it has said counts even if Ctrl-C has ended it; after an error nothing was said."""

@@ -66,6 +66,7 @@ def run(
     from .tokenizer import load_tokenizer, read_longest_context
 
     flags.set_threads()
+    longest = read_longest_context(model, **flags.hub())  # first: of a repository that is not there, this says so
     tokenizer = load_tokenizer(model, **flags.hub())
     told = [] if system is None else [{"role": "system", "content": system}]
     talks = chat or system is not None
@@ -73,7 +74,7 @@ def run(
         encode_chat(tokenizer, [*told, {"role": "user", "content": text}]) if talks else encode_text(tokenizer, text)
     )
     prompt_tokens = inputs["input_ids"].shape[-1]
-    new_tokens = room_for_answer(prompt_tokens, read_longest_context(model, **flags.hub()), sampling.max_new_tokens)
+    new_tokens = room_for_answer(prompt_tokens, longest, sampling.max_new_tokens)
     if new_tokens < sampling.max_new_tokens:
         typer.echo(f"moe-offload: {new_tokens} tokens are generated at most: the model's context ends there", err=True)
     wanted = with_room(wanted, flags, prompt_tokens + new_tokens)

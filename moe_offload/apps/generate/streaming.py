@@ -3,6 +3,9 @@
 transformers' TextStreamer decodes line by line, and the parts it prints are not always the text that decoding all
 tokens at once gives (a tokenizer may drop a space where a line begins). Here each part is the difference of two
 decodings that begin at the same token, as vLLM and TGI do it, so that the parts add up to that text.
+
+The first token comes once the graph of the prompt is compiled, the second once that of decoding is. Text before that
+would stand where the bar of the next compilation begins its line, and be overwritten: it waits for the second token.
 """
 
 from __future__ import annotations
@@ -41,14 +44,14 @@ class Streamer(BaseStreamer):
         if not self._prompt_seen:
             self._prompt_seen, self.prompt_tokens = True, len(ids)
             if self._skip_prompt:
-                self._ids, self._begin, self._read = ids, len(ids), len(ids)
-                return
+                self._begin, self._read = len(ids), len(ids)
         else:
             self.new_tokens += len(ids)
             self.last_s = self.clock()
             self.first_s = self.last_s if self.first_s is None else self.first_s
         self._ids += ids
-        self._flush(whole=False)
+        if self.new_tokens > 1:
+            self._flush(whole=False)
 
     def end(self) -> None:
         self._flush(whole=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...checkpoint.folder import is_folder
 from ...errors import CheckpointError
 
 
@@ -17,8 +18,7 @@ def load_tokenizer(model: str, **hub: Any) -> Any:
     try:
         return AutoTokenizer.from_pretrained(model, **hub)
     except Exception as error:  # a damaged tokenizer.json raises whatever its parser raises
-        first = (str(error).splitlines() or ["?"])[0]
-        raise CheckpointError(f"{model}: its tokenizer cannot be loaded: {first}") from error
+        raise CheckpointError(f"{model}: its tokenizer cannot be loaded: {_reason(model, error)}") from error
 
 
 def read_longest_context(model: str, **hub: Any) -> int | None:
@@ -28,6 +28,13 @@ def read_longest_context(model: str, **hub: Any) -> int | None:
     try:
         config: Any = AutoConfig.from_pretrained(model, **hub)
     except (OSError, ValueError) as error:
-        first = (str(error).splitlines() or ["?"])[0]
-        raise CheckpointError(f"{model}: the model's configuration cannot be read: {first}") from error
+        raise CheckpointError(f"{model}: its configuration cannot be read: {_reason(model, error)}") from error
     return getattr(config.get_text_config(), "max_position_embeddings", None) or None
+
+
+def _reason(model: str, error: Exception) -> str:
+    """The first line of transformers' message, and of a Hub repository what to look at."""
+    first = (str(error).splitlines() or ["?"])[0].rstrip(".")
+    if is_folder(model):
+        return first
+    return f"{first}. Check the name and the connection (HF_HUB_OFFLINE, HF_TOKEN), or give the path of a folder"

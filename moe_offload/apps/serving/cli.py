@@ -132,20 +132,22 @@ def served(
     prefill_chunk_size: int | None,
     save_profile: Path | None,
 ) -> Iterator[Server]:
-    """A running server for `model`, compiled and warm. An address that cannot be had is refused before it is loaded.
+    """A running server for `model`, compiled and warm. An address that cannot be had is refused before torch
+    is imported.
 
     At the end its requests have been stopped, the summary printed, the profile saved.
     """
     from . import require
 
     require()
-    from ...api import from_pretrained
-    from ..generate.tokenizer import load_tokenizer
-    from .app import App
     from .server import Server, listen
 
-    flags.set_threads()
     with listen(host, port) as sock:
+        from ...api import from_pretrained
+        from ..generate.tokenizer import load_tokenizer
+        from .app import App
+
+        flags.set_threads()
         loaded: Any = from_pretrained(model, config=wanted, **flags.loading())
         with loaded.moe_offload as handle:
             typer.echo(str(handle.plan), err=True)

@@ -8,12 +8,15 @@ import math
 import socket
 import threading
 import time
+from typing import TYPE_CHECKING
 
 import uvicorn
 
 from ...errors import ServeError
-from .app import App
 from .connections import BoundedProtocol
+
+if TYPE_CHECKING:
+    from .app import App  # which imports torch: an address is refused before that
 
 GRACE_S = 10.0  # for running requests to finish, once the server stops
 CANCEL_S = 5.0  # for what was cancelled then to tell its clients; one forward of a large model takes longer

@@ -93,6 +93,13 @@ BAD = {
     "pack model new --verify some": (2, "it takes sample, all, none"),
     "profile record model hollow.json --meta x --out p.json": (2, "key=value"),
     "families nosuch": (2, "no MoE family"),
+    # what other tools call so
+    "run model --ctx-size 4096": (2, "the flag for that is --context"),
+    "run model --max_tokens 5": (2, "the flag for that is --max-new-tokens"),
+    "run model -ngl 99": (2, "-ngl: the flag for that is --budget"),
+    "run -m model": (2, "named without a flag"),
+    "plan model --temp 0.7": (2, "No such option: --temp"),
+    "ps": (2, "moe-offload top"),
     # sizes and maps
     "plan model --budget 0": (2, "hold nothing"),
     "plan model --budget=-1GB": (2, "not negative"),
@@ -128,6 +135,8 @@ BAD = {
     # checkpoints
     "run ./nowhere": (4, "nothing there"),
     "run a/b/c": (4, "nothing there"),
+    "run qwen3:30b": (4, "'qwen3:30b': there is no folder of that name, and no Hub repository can have it"),
+    "run nobody/nothing": (4, "configuration cannot be read"),
     "run nothing": (4, "no config.json"),
     "run hollow.gguf": (4, "GGUF files are not read"),
     "run broken": (4, "config.json"),

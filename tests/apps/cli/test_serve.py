@@ -164,6 +164,14 @@ def test_a_port_in_use_is_noticed_before_the_model_is_loaded(no_model) -> None:
     assert result.exit_code == 7 and result.stderr.count("\n") == 1 and "in use" in result.stderr, result.output
 
 
+def test_a_port_in_use_is_noticed_before_torch_is_imported() -> None:
+    script = "import sys; sys.modules['torch'] = None; from moe_offload.apps.cli import main; main()"
+    with listen("127.0.0.1", 0) as taken:
+        command = [sys.executable, "-c", script, "serve", MODEL, "--port", str(taken.getsockname()[1])]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 7 and "in use" in ended.stderr, ended.stderr
+
+
 @pytest.mark.parametrize(
     ("flags", "says"), [(["--host", "no-such-host.invalid"], "no-such-host"), (["--port", "65536"], "65536")]
 )

@@ -82,6 +82,18 @@ def test_a_character_is_written_whole_and_a_word_at_once(tokenizer):
     assert text.endswith("".join(parts)) and len("".join(parts)) < len(text)
 
 
+def test_text_waits_until_both_graphs_are_compiled(tokenizer):
+    """A bar begins its line anew: what stands there already would be overwritten."""
+    parts: list[str] = []
+    streamer = Streamer(tokenizer, parts.append, Ticks())
+    ids = tokenizer("ls lists all files")["input_ids"]
+    for one in (ids[:2], ids[2:3]):  # the prompt is there before its graph is, the first token before that of decoding
+        streamer.put(torch.tensor([one]))
+        assert not parts
+    streamer.put(torch.tensor([ids[3]]))
+    assert "".join(parts) == tokenizer.decode(ids[:4])
+
+
 def test_the_line_about_speed(tokenizer):
     _, streamer = streamed(tokenizer, tokenizer("ls lists files")["input_ids"], 2)
     facts = {"hits": 3, "misses": 1, "bytes_read": 6000, "tokens": 3}
