@@ -30,8 +30,8 @@ from ..forward.dynamo import Settings
 from ..forward.graphs import compiling, ops, products
 from ..forward.graphs.phantom import Phantom
 from ..forward.inference_only import refuse_backward
+from ..forward.out_of_memory.retry import Retry
 from ..forward.regions import Regions
-from ..forward.retry import Retry
 from ..runtime.kernels import KERNELS
 from ..runtime.layer import LayerRuntime
 from ..runtime.model import Runtime
