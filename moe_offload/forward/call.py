@@ -24,7 +24,7 @@ from .binding import Scope
 from .cuda_graphs import StaticCaches
 from .dynamo import with_own_code
 from .inference_only import needs_gradients, refuse_backward_of
-from .retry import Retry
+from .out_of_memory.retry import Retry
 
 logger = logging.getLogger("moe_offload")
 

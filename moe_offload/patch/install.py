@@ -29,9 +29,9 @@ from ..forward.binding import Link, Scope, banks_of_this_thread, connect, discon
 from ..forward.call import ADAPTED, Call, whole_call
 from ..forward.dynamo import Settings
 from ..forward.inference_only import refuse_backward
+from ..forward.out_of_memory.retry import Retry
 from ..forward.phantom import Phantom
 from ..forward.regions import Regions
-from ..forward.retry import Retry
 from ..runtime.kernels import KERNELS
 from ..runtime.layer import LayerRuntime
 from ..runtime.model import Runtime

@@ -17,8 +17,8 @@ from transformers import LogitsProcessorList
 
 from moe_offload import OffloadError
 from moe_offload.apps.families.tiny import build
-from moe_offload.forward.retry import Retry
-from moe_offload.forward.shrink import fewer
+from moe_offload.forward.out_of_memory.retry import Retry
+from moe_offload.forward.out_of_memory.shrink import fewer
 from tests.fakes.offloaded import IDS, QWEN, SETTINGS, offload, resident
 
 DEVICE = replace(SETTINGS, decide="device")

@@ -10,7 +10,7 @@ from transformers import cache_utils
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer, StaticCache
 
 from moe_offload.apps.families.tiny import build
-from moe_offload.forward.kv_undo import _all, remember
+from moe_offload.forward.out_of_memory.kv_undo import _all, remember
 
 WINDOW, LONGEST = 8, 16
 LAYERS = 3

@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from moe_offload.errors import OffloadError
 from moe_offload.forward.binding import Scope
 from moe_offload.forward.dynamo import Settings
-from moe_offload.forward.retry import Retry
+from moe_offload.forward.out_of_memory.retry import Retry
 from tests.fakes.fault_store import K, decode, expected, make
 
 
@@ -65,7 +65,7 @@ def a_device(caplog, monkeypatch):
 
 def test_on_a_cpu_caches_are_not_looked_at(monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr("moe_offload.forward.retry.remember", None)
+    monkeypatch.setattr("moe_offload.forward.out_of_memory.retry.remember", None)
     assert torch.equal(Model()([3, 4]), expected(0, [3, 4]))
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from moe_offload.errors import ClosedError, OffloadError
-from moe_offload.forward import shrink as shrinking
-from moe_offload.forward.shrink import fewer, shrink
+from moe_offload.forward.out_of_memory import shrink as shrinking
+from moe_offload.forward.out_of_memory.shrink import fewer, shrink
 from moe_offload.runtime.kernels import KERNELS
 from moe_offload.runtime.kernels.state import REFUSED
 from tests.fakes.fault_store import LAYOUT, E, K, assert_sound, decode, expected, make, prefill, run

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 
 import torch
 
-from ..errors import OffloadError
-from ..memory.devices import release_unused
-from ..runtime.model import Runtime
-from .binding import connect, disconnect
+from ...errors import OffloadError
+from ...memory.devices import release_unused
+from ...runtime.model import Runtime
+from ..binding import connect, disconnect
 
 
 def fewer(slots: Sequence[int], floors: Sequence[int]) -> list[int]:

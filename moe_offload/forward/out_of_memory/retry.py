@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from ..config.sizes import format_size
-from ..errors import OffloadError
-from ..plan.weights import RESERVED_PROMPT_TOKENS
-from ..runtime.model import Runtime
-from .batch_sizes import Steps
-from .binding import Scope
+from ...config.sizes import format_size
+from ...errors import OffloadError
+from ...plan.weights import RESERVED_PROMPT_TOKENS
+from ...runtime.model import Runtime
+from ..batch_sizes import Steps
+from ..binding import Scope
 from .kv_undo import remember
 from .shrink import shrink
 
