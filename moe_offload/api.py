@@ -223,7 +223,7 @@ def _offload(model: Model, moe_layers: Sequence[MoELayer], prepared: Prepared, i
     settings, arrangement = prepared.settings, prepared.arrangement
     tiers, device = arrangement.tiers, arrangement.device
     device_decides = on_device(settings, moe_layers, arrangement.slots, tiers, device)
-    bound_kernel_caches()
+    bound_kernel_caches(arrangement.plan.budget_bytes)
     place_dense(model, moe_layers, device)
     stores = open_stores(model, moe_layers, tiers, settings, device, index)
     with contextlib.ExitStack() as undo:

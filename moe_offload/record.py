@@ -16,8 +16,8 @@ from torch import Tensor
 from .cache.counters import LayerCounters
 from .errors import ProfileError
 from .experts import MoELayer, find_experts
-from .forward import backend
 from .forward.call import whole_call
+from .forward.graphs.observing import observe, observing_backend, unobserve
 from .observe.profile import Profile
 from .patch.install import IMPLEMENTATIONS, choose_implementation
 from .plan.weights import fingerprint
@@ -74,14 +74,14 @@ def record_profile(model: Any, inputs: Any, **meta: str) -> Profile:
     was = [(module.config, module.config._experts_implementation) for moe in moe_layers for module in moe.modules]
     try:
         for moe, counter in zip(moe_layers, counters, strict=True):
-            backend.observe(moe, counter)
+            observe(moe, counter)
         for config, chosen in was:
             if chosen not in IMPLEMENTATIONS:  # 'eager' experts never enter a graph
                 config._experts_implementation_internal = implementation
-        _run(model, batches, torch.compile(whole_call(model), backend=backend.observing_backend(weights), dynamic=True))
+        _run(model, batches, torch.compile(whole_call(model), backend=observing_backend(weights), dynamic=True))
     finally:
         for moe in moe_layers:
-            backend.unobserve(moe)
+            unobserve(moe)
         for config, chosen in was:
             config._experts_implementation_internal = chosen
     if not any(counter.tokens for counter in counters):

@@ -10,9 +10,8 @@
 What is cut out, the *core*, is found by dependence alone: the readers of expert weights, and every node that combines
 their results with nothing but each other, constants and other parameters. It ends where the routing weights come in, so
 the weighted sum over K stays in the graph, after all waves: the result does not depend on how experts are grouped into
-waves. The core handles any number of pairs; the runtime runs it once per wave, for the pairs
-whose rows are there.
-A site is left alone when `slots` has already renamed it.
+waves. The core handles any number of pairs; the runtime runs it once per wave, for the pairs whose rows
+are there. A site is left alone when `slots` has already renamed it.
 """
 
 from __future__ import annotations

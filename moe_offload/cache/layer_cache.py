@@ -9,7 +9,7 @@ be larger than the slots: it is not resident together, and leaves in the slots w
     lookup(used)  hits keep their slot; each miss takes a free slot, or a victim's, and becomes a pending `Load`
     fill(used)    a prompt: loads for those worth a slot, and the experts whose rows pass through scratch
     guess(ids)    the same for what will probably be asked for, as far as there is room; it is no access
-    commit(load)  its bytes have arrived: only now is it resident, only now do the counters move
+    commit(load)  its bytes have arrived: only now is it resident, and a miss counted
     abort(load)   they did not: the slot is free again, nothing points to it
 
 A slot whose victim has been chosen is unmapped at once, so a failed load can never leave a mapping to half a row.

@@ -5,6 +5,8 @@
 The file is the one that was named (`config="settings.yaml"`, `--config-file`), else the one MOE_OFFLOAD_CONFIG_FILE
 names, else $HF_HOME/moe_offload/default_config.yaml if there is one. `accelerate launch` and `torchrun` hand the
 environment on to every process, so both work under them.
+
+Longer than 250 lines for the docstring of `OffloadConfig`, which is the page that users read.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ from torch import Tensor
 from ..observe import progress
 from ..runtime.layer import LayerRuntime, closed
 from ..runtime.model import Runtime
-from . import backend
 from .dynamo import Settings
+from .graphs import ops
 
 _sets = itertools.count()
 _inside = threading.local()  # .scope: that of the offloaded model whose call this thread is in
@@ -93,7 +93,7 @@ class Link:
 
 def run_op(module: Any, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """The op of last resort, which needs no graph."""
-    return backend.experts_op(x_TH, ids_TK, weights_TK, module._moe_offload.bank_SN)
+    return ops.experts_op(x_TH, ids_TK, weights_TK, module._moe_offload.bank_SN)
 
 
 class _Closed:
@@ -104,18 +104,18 @@ class _Closed:
 
 
 _CLOSED_BANK = torch.empty(1)
-backend.bind(_CLOSED_BANK, _Closed())
+ops.bind(_CLOSED_BANK, _Closed())
 
 
 def connect(layer: LayerRuntime) -> None:
     """Let the layer's modules and graphs use the bank it has now."""
-    backend.bind(layer.slots.bank_SN, layer)
+    ops.bind(layer.slots.bank_SN, layer)
     for module in layer.moe.modules:
         module._moe_offload.bank_SN = layer.slots.bank_SN
 
 
 def disconnect(layer: LayerRuntime) -> None:
     """Let go of the layer's bank, before its memory is given back."""
-    backend.unbind(layer.slots.bank_SN)
+    ops.unbind(layer.slots.bank_SN)
     for module in layer.moe.modules:
         module._moe_offload.bank_SN = _CLOSED_BANK

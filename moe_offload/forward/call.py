@@ -21,8 +21,8 @@ from ..runtime.model import Runtime
 from .advise import Advisor
 from .batch_sizes import given
 from .binding import Scope
-from .cuda_graphs import StaticCaches
 from .dynamo import with_own_code
+from .graphs.cuda_graphs import StaticCaches
 from .inference_only import needs_gradients, refuse_backward_of
 from .out_of_memory.retry import Retry
 

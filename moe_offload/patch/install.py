@@ -23,14 +23,14 @@ from torch import Tensor, nn
 
 from ..errors import OffloadError
 from ..experts import MoELayer
-from ..forward import backend
 from ..forward.advise import Advisor
 from ..forward.binding import Link, Scope, banks_of_this_thread, connect, disconnect, run_op
 from ..forward.call import ADAPTED, Call, whole_call
 from ..forward.dynamo import Settings
+from ..forward.graphs import compiling, ops, products
+from ..forward.graphs.phantom import Phantom
 from ..forward.inference_only import refuse_backward
 from ..forward.out_of_memory.retry import Retry
-from ..forward.phantom import Phantom
 from ..forward.regions import Regions
 from ..runtime.kernels import KERNELS
 from ..runtime.layer import LayerRuntime
@@ -83,7 +83,7 @@ def original_code(implementation: str) -> Callable[..., Tensor]:
 def serve_products(device: str) -> None:
     """Matrix products by the kernels of `device`."""
     kernels = KERNELS[device.partition(":")[0]]()
-    backend.serve_products(kernels.indexed_mm, kernels.grouped_mm)
+    products.serve_products(kernels.indexed_mm, kernels.grouped_mm)
 
 
 def choose_implementation(moe_layers: Sequence[MoELayer], wanted: str) -> str:
@@ -110,11 +110,11 @@ def install(
     _register_implementations()
     log: list[Any] = []
     run, core = (
-        (backend.run_inductor, backend.core_inductor)
+        (compiling.run_inductor, compiling.core_inductor)
         if inner == "inductor"
-        else (backend.run_graph, backend.core_as_is)
+        else (compiling.run_graph, compiling.core_as_is)
     )
-    made = backend.make_backend(run, core, log, overlap, guess)
+    made = compiling.make_backend(run, core, log, overlap, guess)
 
     whole = inner == "inductor" or guess or fullgraph or runtime.device_caches is not None
     traced = [model] if whole else [module for layer in runtime.layers for module in layer.moe.modules]
@@ -150,7 +150,7 @@ def uninstall(runtime: Runtime) -> None:
 
 def _install_layer(layer: LayerRuntime, link: Link, implementation: str, nan_rows: dict[Hashable, Tensor]) -> None:
     moe = layer.moe
-    layer.module_core = ModuleCore(moe, implementation, backend.bank_of(layer).views)
+    layer.module_core = ModuleCore(moe, implementation, ops.bank_of(layer).views)
     phantoms = {f.name: Phantom.of(layer, f, nan_rows) for f in moe.layout.fields}
     for module in moe.modules:
         for name, phantom in phantoms.items():
@@ -184,7 +184,7 @@ def _implementation(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         link = self._moe_offload
         if torch.compiler.is_dynamo_compiling():  # by this thread: whatever is running here is not run, but traced
             if link.whole and link.scope.banks == banks_of_this_thread():
-                return original(self, hidden_states, backend.unserved(top_k_index), top_k_weights)
+                return original(self, hidden_states, ops.unserved(top_k_index), top_k_weights)
             return run_op(self, hidden_states, top_k_index, top_k_weights)
         if torch.is_grad_enabled():
             return cast(Tensor, refuse_backward(link.run, self, hidden_states, top_k_index, top_k_weights))

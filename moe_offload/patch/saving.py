@@ -41,7 +41,7 @@ from ..runtime.layer import LayerRuntime
 from ..runtime.model import Runtime
 
 #: Whether state_dict() is to leave the experts' phantoms as they are: names and shapes are wanted, not weights.
-_stand_ins: ContextVar[bool] = ContextVar("stand_ins", default=False)
+_as_phantoms: ContextVar[bool] = ContextVar("as_phantoms", default=False)
 
 _REFUSED = {
     "push_to_hub": "call model.push_to_hub(repo_id), which saves to a temporary folder and uploads that",
@@ -64,7 +64,7 @@ def save_real_rows(model: nn.Module, runtime: Runtime) -> None:
 
 
 def _real_rows(runtime: Runtime, index: int, module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    if not _stand_ins.get():
+    if not _as_phantoms.get():
         for name, stacked in runtime.read_stacked(index).items():
             state[prefix + name] = stacked
 
@@ -105,11 +105,11 @@ class Saver:
         with self.runtime.lock:
             self.runtime.check_open()
             if getattr(self.model, "_hf_peft_config_loaded", False):  # only the adapter is written
-                self._write_given(out, self._stand_in_state(), limit_bytes, 0, **kwargs)
+                self._write_given(out, self._phantom_state(), limit_bytes, 0, **kwargs)
                 return
             self._refuse_source(out)
             if state_dict is not None:
-                _refuse_stand_ins(state_dict)
+                _refuse_phantoms(state_dict)
                 self._write_given(out, state_dict, limit_bytes, sum(t.nbytes for t in state_dict.values()), **kwargs)
             else:
                 self._stream(out, limit_bytes, **kwargs)
@@ -118,7 +118,7 @@ class Saver:
         layers = self._layers()
         moe_layers = [moe for moe, _ in layers]
         names = {f"{name}.{field.name}" for moe in moe_layers for name in moe.names for field in moe.layout.fields}
-        dense = {key: tensor for key, tensor in self._stand_in_state().items() if key not in names}
+        dense = {key: tensor for key, tensor in self._phantom_state().items() if key not in names}
         entries = self._expert_entries(moe_layers, kwargs.get("save_original_format", True))
         needed_bytes = sum(tensor.nbytes for tensor in dense.values()) + sum(entry.nbytes for entry in entries)
         with new_checkpoint(out, needed_bytes) as folder:
@@ -148,7 +148,7 @@ class Saver:
 
     def _write_rows(self, layers: Sequence[tuple[MoELayer, LayerRuntime]], files: Filling) -> None:
         moe_layers = [moe for moe, _ in layers]
-        with _stand_ins_only(), _layout_errors():
+        with _phantoms_only(), _layout_errors():
             index = index_rows(self.model, moe_layers, files.ranges)
         with bar("Saving", sum(moe.nbytes for moe in moe_layers), what="experts") as shown:
             for moe, layer in layers:
@@ -188,8 +188,8 @@ class Saver:
             for key in sorted(stored, key=dot_natural_key)
         ]
 
-    def _stand_in_state(self) -> dict[str, Tensor]:
-        with _stand_ins_only():
+    def _phantom_state(self) -> dict[str, Tensor]:
+        with _phantoms_only():
             return dict(self.model.state_dict())
 
     def _refuse_source(self, out: Path) -> None:
@@ -218,7 +218,7 @@ def _shards(runs: Sequence[tuple[Entry, ...]], first: int, count: int) -> list[S
     return shards
 
 
-def _refuse_stand_ins(state: Mapping[str, Tensor]) -> None:
+def _refuse_phantoms(state: Mapping[str, Tensor]) -> None:
     for key, tensor in state.items():
         if hasattr(tensor, "field"):
             raise SaveError(
@@ -228,12 +228,12 @@ def _refuse_stand_ins(state: Mapping[str, Tensor]) -> None:
 
 
 @contextlib.contextmanager
-def _stand_ins_only() -> Iterator[None]:
-    token = _stand_ins.set(True)
+def _phantoms_only() -> Iterator[None]:
+    token = _as_phantoms.set(True)
     try:
         yield
     finally:
-        _stand_ins.reset(token)
+        _as_phantoms.reset(token)
 
 
 @contextlib.contextmanager

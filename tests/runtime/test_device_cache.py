@@ -63,10 +63,10 @@ def test_tokens_logits_and_decisions_are_those_of_the_host(family, implementatio
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_op_of_a_decode_graph_waits_for_the_device(family, monkeypatch):
-    from moe_offload.forward import backend
+    from moe_offload.forward.graphs import compiling
 
     graphs = []
-    monkeypatch.setattr(backend, "run_graph", lambda gm, inputs: graphs.append(gm) or gm.forward)
+    monkeypatch.setattr(compiling, "run_graph", lambda gm, inputs: graphs.append(gm) or gm.forward)
     model = decided(family)
     say(model)
     decode = [gm for gm in graphs if any(node.target is ops.place for node in gm.graph.nodes)]

@@ -1,5 +1,5 @@
 """Ctrl-C at every place in turn where Python may raise it in our code, reads under way; and every event after it gets
-the right rows. (tests/test_interrupt.py does so to a whole model, at random.)"""
+the right rows. (tests/whole/test_interrupt.py does so to a whole model, at random.)"""
 
 from __future__ import annotations
 

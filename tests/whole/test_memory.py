@@ -20,6 +20,7 @@ from transformers import GenerationConfig, Qwen3MoeConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 ALLOWANCE = 64 * 10**6  # on top of the budget and of what the imports take: allocator, interpreter, traced graphs
+BESIDE_A_SMALL_BUDGET = 140 * 10**6  # docs/budget-and-devices.md, "Beside a small budget"
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 
@@ -32,6 +33,14 @@ def test_peak_memory_of_a_small_model_stays_inside_the_budget(tmp_path: Path) ->
     assert report["expert_bytes"] > 3 * report["plan"]["expert slots"]
     assert_inside_budget(report)
     assert report["tokens"] == run(tmp_path, "--tokens", "16")["tokens"]
+
+
+def test_peak_memory_of_a_prompt_in_a_budget_of_40_mb(tmp_path: Path) -> None:
+    """What tracing, its imports and the kernels of a prompt take beside a small budget, as the docs promise."""
+    config = config_of(hidden=192, inner=64, layers=6, experts=64, vocab=4096)
+    write_checkpoint(config, tmp_path, experts_per_shard=64)
+    report = run(tmp_path, "--budget", "40MB", "--prompt", "512", "--tokens", "4")
+    assert report["peak"] < report["budget"] + report["rss_after_imports"] + BESIDE_A_SMALL_BUDGET
 
 
 @pytest.mark.long

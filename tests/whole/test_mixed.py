@@ -12,7 +12,7 @@ import torch
 from moe_offload import ExpertReadError, OffloadConfig, RoutingError
 from moe_offload.apps.families.tiny import build
 from moe_offload.experts import find_experts
-from moe_offload.forward import backend
+from moe_offload.forward.graphs import compiling
 from moe_offload.memory.stores.host import HostStore
 from moe_offload.memory.transfer import pinned
 from moe_offload.runtime.assemble import on_device
@@ -121,15 +121,15 @@ def test_each_layer_has_the_policy_of_who_decides():
 
 
 @pytest.mark.parametrize("on_disk", [(), (1,)])
-def test_only_a_graph_without_the_host_is_one_to_replay(on_disk, monkeypatch):
+def test_only_a_graph_without_the_host_is_one_to_record(on_disk, monkeypatch):
     graphs = []
-    monkeypatch.setattr(backend, "run_graph", lambda gm, inputs: graphs.append(gm) or gm.forward)
+    monkeypatch.setattr(compiling, "run_graph", lambda gm, inputs: graphs.append(gm) or gm.forward)
     model = mixed(on_disk=on_disk, layers=2)
     say(model, n=3)
     decode = [gm.graph for gm in graphs if any(node.target is ops.place for node in gm.graph.nodes)]
-    assert decode and all(backend._waits(graph) == bool(on_disk) for graph in decode)
+    assert decode and all(compiling._waits(graph) == bool(on_disk) for graph in decode)
     prefill = [gm.graph for gm in graphs if any(node.target is ops.stream for node in gm.graph.nodes)]
-    assert prefill and all(backend._waits(graph) for graph in prefill)
+    assert prefill and all(compiling._waits(graph) for graph in prefill)
     model.moe_offload.close()
 
 

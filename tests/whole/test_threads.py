@@ -15,7 +15,7 @@ import torch
 
 from moe_offload import ClosedError, OffloadError
 from moe_offload.apps.families.tiny import build
-from moe_offload.forward import backend
+from moe_offload.forward.graphs import ops
 from tests.fakes.offloaded import IDS, QWEN, offload, offloaded, resident, say
 
 PROMPTS = [IDS, IDS[:, :1], IDS[:, :5], (IDS + 9).repeat(2, 1)]
@@ -120,7 +120,7 @@ def test_a_graph_that_our_passes_never_saw_raises_before_it_computes():
     with torch.no_grad(), pytest.raises(RuntimeError, match="passes have not seen"):
         region(experts, x, ids, weights)
     with pytest.raises(RuntimeError, match="passes have not seen"):
-        backend.unserved(ids)
+        ops.unserved(ids)
     model.moe_offload.close()
 
 

@@ -1,7 +1,7 @@
 """One forward; and where the device runs out of memory, once more with fewer slots, if that can be exact.
 
 A forward that failed half way may have added to its KV cache. It is run again only where that has been taken back
-(`kv_state.py`); else its caller, who has the tokens, has to begin anew. The layers that had been asked count those
+(`kv_undo.py`); else its caller, who has the tokens, has to begin anew. The layers that had been asked count those
 requests twice, as does the policy: that costs slots their order for a while, never a token.
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -25,6 +26,8 @@ from . import Store
 from .disk import DiskStore
 from .host import HostStore, pack_rows
 from .spill import spill
+
+VARIANT = re.compile(r"model\.(?!safetensors).+\.safetensors")  # as model.fp16-00001-of-00002.safetensors
 
 
 def open_stores(
@@ -93,4 +96,20 @@ def _find_rows(model: nn.Module, moe_layers: Sequence[MoELayer]) -> RowIndex:
             f"the experts of {type(model).__name__} are on the meta device, but its config names no local checkpoint "
             "folder to read them from; use moe_offload.from_pretrained(path, budget)"
         )
+    _refuse_others(folder)
     return index_stored(model, moe_layers, read_weights(folder, config))
+
+
+def _refuse_others(folder: Path) -> None:
+    """A configuration keeps the folder that a model is from, and neither its `subfolder` nor its `variant`: where there
+    are several, the experts of another one might be read, and would fit."""
+    inner = [file.parent for level in ("*", "*/*") for file in folder.glob(f"{level}/config.json")]
+    others = [file for file in folder.iterdir() if VARIANT.fullmatch(file.name)]
+    others += [place for place in inner if any(place.glob("*.safetensors"))]
+    if others:
+        raise CheckpointError(
+            f"{folder}: the experts on the meta device are to be read from it, but it holds other weights as well "
+            f"({', '.join(sorted(str(other.relative_to(folder)) for other in others)[:3])}), and the model's "
+            "configuration does not say which ones it is from; use moe_offload.from_pretrained(path, budget), with "
+            "the subfolder= or variant= that is meant"
+        )

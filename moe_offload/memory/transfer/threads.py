@@ -1,4 +1,7 @@
-"""The reader threads of a CPU's transfer, and of whatever else stages rows on their way from a store."""
+"""The reader threads of a CPU's transfer, and of whatever else stages rows on their way from a store.
+
+Longer than 250 lines: one lock guards queues, threads and tickets, and whoever changes one of them reads all of it.
+"""
 
 from __future__ import annotations
 

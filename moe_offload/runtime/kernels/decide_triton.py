@@ -6,7 +6,7 @@ Every block-wide step is a load, a comparison and a sum, and all that is read is
 barriers part what threads write from what others read: tables read | victims and loads written | loads entered into
 the tables | slots looked up.
 
-The scores have the bits of `policies/rate.py`: multiplications and additions must not be fused into one rounding, hence
+The scores have the bits of `cache/decay.py`: multiplications and additions must not be fused into one rounding, hence
 `enable_fp_fusion=False`; division of doubles is correctly rounded on every device.
 """
 

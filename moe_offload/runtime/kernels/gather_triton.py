@@ -2,8 +2,8 @@
 
 Shapes: P token-expert pairs, E experts, S slots, N elements of one row.
 
-The grid is fixed and the number of rows is read on the device, so a captured graph copies what each replay finds
-missing, and a replay without misses costs one empty launch. The chunks of all rows are dealt out in turn: a program has
+The grid is fixed and the number of rows is read on the device, so a captured graph copies what each launch finds
+missing, and one without misses costs an empty kernel. The chunks of all rows are dealt out in turn: a program has
 at most one more than any other, however large the rows are.
 """
 

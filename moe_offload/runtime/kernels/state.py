@@ -1,4 +1,4 @@
-"""One layer's cache as tensors of the compute device, at addresses that never change: what a CUDA graph can replay.
+"""One layer's cache as tensors of the compute device, at addresses that never change: what a CUDA graph can use.
 
 Shapes: P = T*K token-expert pairs of one event, E experts, S slots, N elements of one row.
 

@@ -2,7 +2,7 @@
 
 CI takes families of different kinds. The rest is one command:
 
-    python -m pytest tests/families/test_exact.py -m long        every family, and a dozen through Inductor
+    python -m pytest tests/apps/families/test_exact.py -m long        every family, and a dozen through Inductor
     moe-offload families --matrix                                 every combination, for every family
 """
 

@@ -11,11 +11,11 @@ import torch
 
 from moe_offload.checkpoint.headers import TensorRange
 from moe_offload.checkpoint.row_index import Piece, RowIndex
-from moe_offload.experts import RowLayout
+from moe_offload.experts import Field, RowLayout
 from moe_offload.files.file_stamp import FileStamp
 from moe_offload.memory.buffers import page_aligned
 from moe_offload.memory.stores.disk import DiskStore
-from moe_offload.memory.stores.row_reads import PAGE
+from moe_offload.memory.stores.row_reads import PAGE, RowPlan, plan_row
 
 LAYOUT = RowLayout.of(
     {
@@ -51,3 +51,45 @@ def test_a_field_on_a_page_of_its_file_before_others_in_the_last_page_of_its_row
         found = row[field.offset : field.offset + field.nbytes].view(torch.float32).numpy()
         np.testing.assert_array_equal(found, values)
     store.close()
+
+
+def test_what_ends_where_another_file_s_bytes_begin_is_not_one_read(tmp_path: Path) -> None:
+    first, second = LAYOUT.fields[:2]
+    end = PAGE + first.nbytes
+    plan = planned({first: (tmp_path / "a", PAGE), second: (tmp_path / "b", end)}, file_bytes=end + second.nbytes)
+    assert {(part.file.name, part.offset) for part in plan.parts if part.file.name == "b"} == {("b", end)}
+    assert sum(part.end - part.offset for part in plan.parts if part.file.name == "a") == first.nbytes
+
+
+def test_the_same_gap_in_file_and_row_is_read_along_only_where_it_is_padding(tmp_path: Path) -> None:
+    """Else the middle field, which another file has, would be written over by what lies there in this one."""
+    first, middle, last = LAYOUT.fields
+    gap = last.offset - first.offset
+    plan = planned(
+        {first: (tmp_path / "a", PAGE), last: (tmp_path / "a", PAGE + gap), middle: (tmp_path / "b", 0)},
+        file_bytes=PAGE + gap + last.nbytes,
+    )
+    into = sorted((span.start, span.stop) for part in plan.parts for span in part.spans)
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(into))
+
+
+def test_the_row_s_padding_is_not_read_past_the_end_of_the_file(tmp_path: Path) -> None:
+    first, second, last = LAYOUT.fields
+    sizes = {first: (tmp_path / "a", PAGE), second: (tmp_path / "a", PAGE + second.offset)}
+    end = PAGE + last.offset + last.nbytes
+    sizes[last] = tmp_path / "a", end - last.nbytes
+    assert max(part.end for part in planned(sizes, file_bytes=end).parts) == end
+
+
+def planned(places: dict[Field, tuple[Path, int]], file_bytes: int) -> RowPlan:
+    """The reads of a row whose fields lie at these offsets of files of that many bytes."""
+    stamps = {}
+    for file, _ in places.values():
+        file.write_bytes(bytes(file_bytes))
+        with file.open("rb") as stream:
+            stamps[file] = FileStamp.of(stream.fileno())
+    pieces = [
+        Piece(field, (TensorRange(file, offset, field.nbytes, field.shape, field.dtype),), ())
+        for field, (file, offset) in places.items()
+    ]
+    return plan_row(tuple(pieces), LAYOUT.row_bytes, stamps)

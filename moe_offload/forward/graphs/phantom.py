@@ -1,7 +1,7 @@
 """A phantom: what is left in an offloaded module where a stacked weight was.
 
 It traces like the real weight, costs one row, and is never computed with: in a traced graph the passes put the bank in
-its place (`backend.py`), and eager code never reads it (`patch/install.py`).
+its place (`compiling.py`), and eager code never reads it (`patch/install.py`).
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..experts import Field
-from ..runtime.layer import LayerRuntime
+from ...experts import Field
+from ...runtime.layer import LayerRuntime
 
 
 class Phantom(nn.Parameter):

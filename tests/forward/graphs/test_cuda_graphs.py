@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from moe_offload.forward import backend
-from moe_offload.forward.cuda_graphs import StaticCaches, copied, replayable
+from moe_offload.forward.graphs import compiling
+from moe_offload.forward.graphs.cuda_graphs import StaticCaches, can_be_recorded, copied
 from moe_offload.runtime import device_cache
 from passes import ops
 from tests.fakes.offloaded import IDS, QWEN, SETTINGS, offload, resident
@@ -33,14 +33,14 @@ def steps(monkeypatch):
 
     def inner(gm, inputs):
         def looked_at(forward, _):
-            found.append((torch._guards.TracingContext.get().fw_metadata, replayable(gm.graph)))
+            found.append((torch._guards.TracingContext.get().fw_metadata, can_be_recorded(gm.graph)))
             return make_boxed_func(forward.forward)
 
         if any(node.target is ops.place for node in gm.graph.nodes):
             aot_module_simplified(gm, inputs, fw_compiler=looked_at, keep_inference_input_mutations=True)
         return gm.forward
 
-    monkeypatch.setattr(backend, "run_graph", inner)
+    monkeypatch.setattr(compiling, "run_graph", inner)
     return found
 
 
@@ -81,7 +81,7 @@ def test_a_number_that_changes_may_be_counted_and_no_more(used, says):
     seen = []
 
     def look(gm, inputs):
-        seen.append(replayable(gm.graph))
+        seen.append(can_be_recorded(gm.graph))
         return gm.forward
 
     run = torch.compile(lambda n, x: (used(n, x), x + 1), backend=look, dynamic=True)

@@ -1,13 +1,13 @@
-"""What lets a decode step be recorded once and replayed as a CUDA graph: addresses and sizes that stay.
+"""What lets a decode step be recorded once and launched as a CUDA graph: addresses and sizes that stay.
 
-Inductor records a step for each set of sizes and of *static* addresses. Every other input is copied at each replay, and
+Inductor records a step for each set of sizes and of *static* addresses. Every other input is copied at each launch, and
 one that is mutated without being static keeps the step from being recorded at all. So, one by one:
 
     bank       static: it comes in through the placeholder of a parameter, and all parameters are
     KV cache   a static one is, once marked: transformers marks what it makes outside of a trace, and our prefill is one
     sizes      constants, or lengths of a static KV cache: recorded anew for each, which is once a request at most
     counters   of a sliding window, numbers that go in and come out: Inductor's partitions leave them outside
-    outputs    copied out: the next replay writes over them, and who kept one would be refused it
+    outputs    copied out: the next launch writes over them, and who kept one would be refused it
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from _tensors(value.values())
 
 
-def replayable(graph: Graph) -> bool:
+def can_be_recorded(graph: Graph) -> bool:
     """Whether all sizes in a decode step are constants, or those of inputs that stay where they are.
 
     A KV cache that grows is another size at each step, and recording takes a hundred times longer than running. A
@@ -76,5 +76,5 @@ def _is_static(node: Node) -> bool:
 
 
 def copied(outputs: Any) -> Any:
-    """The outputs of a replay, in memory of their own."""
+    """The outputs of a launch, in memory of their own."""
     return type(outputs)(x.clone() if isinstance(x, Tensor) else x for x in outputs)

@@ -1,0 +1,173 @@
+"""The torch.compile backend: find the offloaded experts in a traced graph, run the passes, run or compile the result.
+
+At this level (Dynamo's FX graph) parameters are graph inputs and `example_inputs` are the very objects the model holds,
+so a *phantom* (what `install` left in place of a stacked weight) is recognised by itself, never by a name.
+
+Three rules of the house, each learnt the hard way:
+- the graph is changed in place and keeps every placeholder: Dynamo reads them after the backend has returned;
+- the bank comes in through the placeholder of the layer's first weight, re-typed, and is substituted at each call;
+- which bank that is, is read from the argument of that call, because Dynamo may share one graph between layers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.fx._lazy_graph_module import _LazyGraphModule
+
+import passes
+from passes import ops
+
+from ...errors import OffloadError, UnsupportedModelError
+from ...observe import progress
+from .cuda_graphs import can_be_recorded, copied
+from .ops import bank_of
+from .phantom import Phantom, phantoms_in
+
+logger = logging.getLogger("moe_offload")
+
+#: A step in which nothing waits for the host is recorded. What is no kernel (a sliding window's counter) stays outside.
+CUDA_GRAPH = {"triton.cudagraphs": True, "graph_partition": True}
+
+Compiled = Callable[..., Any]
+#: What runs a rewritten graph: Inductor, or the graph itself.
+Inner = Callable[[GraphModule, list[Any]], Compiled]
+
+
+def make_backend(
+    inner: Inner,
+    compile_core: Callable[[GraphModule], Compiled],
+    log: list[Any],
+    overlap: bool = False,
+    guess: bool = False,
+) -> Compiled:
+    """A backend for torch.compile; each graph's pass reports are appended to `log`.
+
+    `overlap` and `guess` are those of `passes.offload_pipeline`.
+    """
+
+    pipeline = partial(passes.offload_pipeline, compile_core=compile_core, overlap=overlap, guess=guess)
+
+    def backend(gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Compiled:
+        phantoms = phantoms_in(example_inputs)
+        progress.stage("rewriting")
+        if not phantoms:
+            log.append([])
+            return inner(gm, list(example_inputs))
+        on_device = {one.layer.moe.name for one in phantoms.values() if one.layer.device_cache is not None}
+        reports, banked = rewrite(gm, phantoms, partial(pipeline, on_device=on_device))
+        log.append(reports)
+        inputs = list(example_inputs)
+        for position in banked:
+            inputs[position] = phantoms[position].layer.slots.bank_SN
+        nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        places = [node for node in gm.graph.nodes if node.target is ops.place]
+        placed = [nodes.index(node.args[1]) for node in places]
+        sizes = {node.args[0].meta["example_value"].numel() for node in places}
+        on_gpu = any(inputs[position].is_cuda for position in placed)
+        recorded = on_gpu and inner is run_inductor and can_be_recorded(gm.graph) and not _waits(gm.graph)
+        compiled = run_inductor(gm, inputs, **CUDA_GRAPH) if recorded else inner(gm, inputs)
+
+        def call(*args: Any) -> Any:
+            served = list(args)
+            for position in banked:
+                served[position] = args[position].layer.slots.bank_SN
+            if placed:
+                args[placed[0]].layer.take_over(sizes)
+            return copied(compiled(*served)) if recorded else compiled(*served)
+
+        return call
+
+    return backend
+
+
+def _waits(graph: Graph) -> bool:
+    """Whether some op of `graph` needs the host: such a graph cannot be recorded whole."""
+    return any(torch.Tag.cudagraph_unsafe in getattr(node.target, "tags", ()) for node in graph.nodes)
+
+
+def rewrite(
+    gm: GraphModule, phantoms: dict[int, Phantom], pipeline: Callable[..., list[passes.Pass]]
+) -> tuple[list[passes.Report], list[int]]:
+    """Rewrite `gm` in place; return what each pass did and which inputs must now be banks.
+
+    Raises `UnsupportedModelError`, naming the module, if any phantom is left with a use: never a wrong answer.
+    """
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    weights: dict[Node, passes.Weight] = {}
+    banks: dict[Hashable, passes.Bank] = {}
+    for position, phantom in phantoms.items():
+        layer = phantom.layer
+        if phantom.dtype != phantom.field.dtype:
+            raise OffloadError(
+                f"{layer.moe.name}: its {phantom.field.name} is {phantom.dtype}, but was offloaded as "
+                f"{phantom.field.dtype}; "
+                "convert the model before optimize(), not after"
+            )
+        name = layer.moe.name
+        weights[placeholders[position]] = passes.Weight(name, phantom.field.name, layer.moe.num_experts)
+        banks[name] = bank_of(layer)
+    passes.erase_unserved(gm.graph)
+    try:
+        sites = passes.find_sites(gm.graph, weights)
+        reports = passes.run_passes(gm.graph, pipeline(sites, banks))
+    except passes.UnknownUse as error:
+        raise UnsupportedModelError(
+            f"{error}; please report this model family. Its weights were offloaded, so it cannot be run as it is"
+        ) from error
+    banked = {site.bank: phantoms[placeholders.index(site.bank)].layer for site in sites}
+    _check_nothing_left(weights, banked)
+    fake_mode = torch._guards.TracingContext.get().fake_mode
+    for node, layer in banked.items():
+        if fake_mode is not None:
+            node.meta["example_value"] = fake_mode.from_tensor(layer.slots.bank_SN, static_shapes=True)
+    gm.recompile()
+    for report in reports:
+        logger.debug("%s: %d sites, %s, %.1f ms", report.name, len(report.sites), report.change, report.elapsed_s * 1e3)
+    return reports, [placeholders.index(node) for node in banked]
+
+
+def _check_nothing_left(weights: dict[Node, passes.Weight], banked: Iterable[Node]) -> None:
+    banked = set(banked)
+    for node, weight in weights.items():
+        if node.users and node not in banked:
+            raise UnsupportedModelError(
+                f"{weight.layer}: after the rewrite the graph still uses {weight.field!r} in "
+                f"{next(iter(node.users)).format_node()}; refusing to run it on weights that are not there"
+            )
+
+
+def run_graph(gm: GraphModule, example_inputs: list[Any]) -> Compiled:
+    """Run the rewritten graph as it is: the unmodified model's own kernels, no compiler needed."""
+    return _code_of(gm)
+
+
+def run_inductor(gm: GraphModule, example_inputs: list[Any], **options: Any) -> Compiled:
+    """Compile the rewritten graph with Inductor; `options` are its settings."""
+    from torch._inductor.compile_fx import compile_fx
+
+    progress.stage("Inductor")
+    return cast(Compiled, compile_fx(gm, example_inputs, config_patches=options or None))
+
+
+def core_as_is(core: GraphModule) -> Compiled:
+    return _code_of(core)
+
+
+def _code_of(gm: GraphModule) -> Compiled:
+    """What the graph is as Python code. Dynamo's modules write it when they are first called, and are called as modules
+    ever after if `forward` was taken before: global hooks would hear of them."""
+    _LazyGraphModule.force_recompile(gm)
+    code: Compiled = gm.forward
+    return code
+
+
+def core_inductor(core: GraphModule) -> Compiled:
+    """Compile a core once for every wave size, so that a wave rounds as the unmodified compiled graph does."""
+    compiled: Compiled = torch.compile(core, backend="inductor", dynamic=True)
+    return compiled

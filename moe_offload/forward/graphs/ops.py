@@ -1,0 +1,38 @@
+"""The ops of `passes` as the rest of the package uses them: bound to a layer and released, called, and put as marks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+import passes
+from passes import ops
+
+from ...runtime.layer import LayerRuntime
+
+
+def bank_of(layer: LayerRuntime) -> passes.Bank:
+    """How the passes see this layer's bank."""
+    return passes.Bank(layer.moe.layout.fields, layer.cache.slots, layer.moe.layout.dtype)
+
+
+def bind(bank_SN: Tensor, layer: Any) -> None:
+    """Let rewritten graphs that are handed this bank reach `layer`."""
+    ops.bind(bank_SN, layer)
+
+
+def unbind(bank_SN: Tensor) -> None:
+    ops.unbind(bank_SN)
+
+
+def experts_op(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank_SN: Tensor) -> Tensor:
+    """The marker op: one layer's experts, complete in itself, for code that the passes never see."""
+    out: Tensor = ops.experts(x_TH, ids_TK, weights_TK, bank_SN)
+    return out
+
+
+def unserved(ids_TK: Tensor) -> Tensor:
+    """`ids_TK`, in code that is traced for our backend; a graph that never came to it raises there."""
+    marked: Tensor = ops.unserved(ids_TK)
+    return marked
