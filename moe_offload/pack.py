@@ -16,11 +16,11 @@ from typing import Any, cast
 
 import torch
 
-from .checkpoint.folder import INDEX
+from .checkpoint.folder import ABSENT, INDEX
 from .checkpoint.headers import Headers
 from .checkpoint.new_folder import check_new, new_folder
 from .checkpoint.outline import outline_folder
-from .checkpoint.packed import ABSENT, ROWS, SOURCES, Stored, index_stored, is_packed, read_stored
+from .checkpoint.packed import ROWS, SOURCES, Stored, index_stored, is_packed, read_stored
 from .checkpoint.packed_format import describe, parse_sources, rows_metadata, sources_metadata
 from .checkpoint.pretrained.arguments import Arguments, sort_arguments
 from .checkpoint.pretrained.download import get_folder

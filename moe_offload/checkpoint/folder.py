@@ -11,6 +11,8 @@ from typing import Any
 from ..errors import CheckpointError, UnsupportedModelError
 
 INDEX = "model.safetensors.index.json"
+#: Where a packed index says the experts are. No such file is ever written; its name is what people read who look.
+ABSENT = "experts-are-packed-see-PACKED.md.safetensors"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how the stand-in of a file begins
 CONFIG_BYTES = 10_000_000  # more is no configuration; it is read again, and judged, by transformers
 REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")  # what a repository's name is made of

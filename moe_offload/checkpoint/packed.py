@@ -26,6 +26,7 @@ import torch
 
 from ..errors import CheckpointError, UnsupportedModelError
 from ..experts import MoELayer
+from .folder import ABSENT
 from .headers import Headers, TensorRange, read_headers
 from .packed_format import VERSION, describe, parse_sources
 from .pretrained.weight_files import WeightFiles, listed_names, weight_files
@@ -33,8 +34,6 @@ from .row_index import RowIndex, index_rows, row_at
 
 ROWS = "moe_offload_rows"
 SOURCES = "moe_offload_sources"
-#: Where the index says the experts are. No such file is ever written; its name is what people read when they look.
-ABSENT = "experts-are-packed-see-PACKED.md.safetensors"
 
 _MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 

@@ -23,9 +23,10 @@ from typer.testing import CliRunner
 import moe_offload
 from moe_offload.apps.cli import app
 from moe_offload.apps.families.tiny import build as build_family
+from moe_offload.checkpoint.folder import ABSENT
 from moe_offload.checkpoint.headers import read_headers
 from moe_offload.checkpoint.outline import outline_folder
-from moe_offload.checkpoint.packed import ABSENT, ROWS, is_packed, read_stored
+from moe_offload.checkpoint.packed import ROWS, is_packed, read_stored
 from moe_offload.checkpoint.packed_format import parse_sources, sources_metadata
 from moe_offload.errors import CheckpointError, ConfigError, OffloadError, PackError
 from moe_offload.experts import find_experts
@@ -420,7 +421,6 @@ def test_command(tmp_path: Path) -> None:
         (["./nowhere", "out"], 4, "nowhere"),
         ([str(MODEL), "taken"], 6, "not empty"),
         ([str(MODEL), "no/such/out"], 6, "does not exist"),
-        ([str(MODEL), "out", "--verify", "some"], 2, "some"),
         ([str(MODEL), "out", "--max-shard-size", "big"], 2, "big"),
     ],
 )

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CheckpointError
-from ..folder import is_folder
-from ..packed import ABSENT, ROWS
+from ..folder import ABSENT, is_folder
+from ..packed import ROWS
 from .arguments import Arguments
 from .weight_files import SINGLE, listed_names, with_variant
 

@@ -34,7 +34,7 @@ SIZES = {
     "200%": "more than all there is: 100% at most",
     "-3GB": "a size is not negative: write 3GB",
     "8gigs": "the unit 'gigs' is unknown: write 8GB (decimal) or 8GiB (binary)",
-    "8G": "the unit 'G' is unknown: write 8GB (decimal) or 8GiB (binary)",
+    "8Q": "the unit 'Q' is unknown",
     "8 parsecs": "the unit 'parsecs' is unknown",
     "1,5GB": "a decimal point is a point: write 1.5GB",
     "nan": "it does not begin with a number",

@@ -103,7 +103,7 @@ def test_a_conversation_that_is_too_long_says_what_to_do(talk, capsys):
         ("!set temperature=-1", "it takes a number from 0"),
         ("!set top_k=5", "set: top_k=5"),
         ("!save", "needs the name"),
-        ("!save /no/such/folder/x.json", "cannot be written"),
+        ("!save /no/such/folder/x.json", "was not saved"),
         ("!system Be brief", "told first"),
         ("!clear", "forgotten"),
         ("", ""),

@@ -111,12 +111,12 @@ def test_an_interrupt_between_two_layers_leaves_nothing_pinned(cuda, model):  # 
     assert cuda.registered == {}
 
 
-@pytest.mark.parametrize("step", ["build_runtime", "_install"])
+@pytest.mark.parametrize("step", ["build_runtime", "attach"])
 def test_stores_are_closed_where_the_model_cannot_be_built_on_them(step, model, monkeypatch):
     closed = []
     monkeypatch.setattr(HostStore, "close", lambda self: closed.append(self))
 
-    def fail(*_):
+    def fail(*_, **__):
         raise torch.OutOfMemoryError("no room for slots")
 
     monkeypatch.setattr(api, step, fail)
