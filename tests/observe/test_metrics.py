@@ -93,11 +93,11 @@ def test_they_move_with_the_model(used):
 
 
 def test_mounted_in_an_application(used):
-    fastapi = pytest.importorskip("fastapi")
-    from fastapi.testclient import TestClient
     from prometheus_client import make_asgi_app
+    from starlette.applications import Starlette
+    from starlette.testclient import TestClient
 
-    served = fastapi.FastAPI()
+    served = Starlette()
     served.mount("/metrics", make_asgi_app(used.moe_offload.metrics()))
     text = TestClient(served).get("/metrics/").text
     assert f'moe_offload_hits_total{{model="{used.moe_offload.name}"}} {float(used.moe_offload.stats().hits)}' in text
