@@ -69,7 +69,7 @@ def outline_folder(folder: Path, arguments: Arguments | None = None) -> Outline:
     moe_layers = find_experts(model)
     index = index_stored(model, moe_layers, stored)
     source = f"config.json and the headers of {len(index.stamps)} shards"
-    return Outline(model, moe_layers, source, place, stored, index)
+    return Outline(model, index.pack(moe_layers), source, place, stored, index)
 
 
 def read_weights(place: Path, config: Any, variant: str | None = None) -> Stored:
@@ -84,7 +84,7 @@ def _of_repository(name: str, arguments: Arguments) -> Outline:
     stored = Stored(hub_headers(name))
     model = build_skeleton(read_configuration(name, arguments), stored, arguments)
     moe_layers = find_experts(model)
-    index_stored(model, moe_layers, stored)
+    moe_layers = index_stored(model, moe_layers, stored).pack(moe_layers)
     files = {found.file for found in stored.headers.values()}
     return Outline(model, moe_layers, f"config.json and the headers of {len(files)} shards on the Hub")
 

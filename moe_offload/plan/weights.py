@@ -113,7 +113,7 @@ def fingerprint(model: Any, moe_layers: Sequence[MoELayer]) -> Fingerprint:
     """What a profile must agree with to be used for `model`."""
     config: Any = model.config.get_text_config()
     hidden = int(getattr(config, "hidden_size", None) or 1)
-    down = [next(f for f in moe.layout.fields if f.name == "down_proj") for moe in moe_layers]
+    down = [next(f for f in moe.unpacked.fields if f.name == "down_proj") for moe in moe_layers]
     return Fingerprint(
         model_type=str(model.config.model_type),
         layers=len(moe_layers),

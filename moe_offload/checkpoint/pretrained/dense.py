@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
-from ..headers import TensorRange
+from ..headers import DTYPE_NAMES, TensorRange
 from ..outline import Outline
 from .arguments import Arguments
 
@@ -36,6 +36,9 @@ class Absent:
 
     def get_shape(self) -> list[int]:
         return list(self.shape)
+
+    def get_dtype(self) -> str:
+        return DTYPE_NAMES[self.dtype]
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(self.shape, dtype=dtype or self.dtype, device="meta")
