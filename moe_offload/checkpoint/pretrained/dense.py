@@ -20,6 +20,7 @@ from torch import Tensor
 from ...errors import CheckpointError
 from ..headers import DTYPE_NAMES, TensorRange
 from ..outline import Outline
+from ..quantised.quantizer import unpack_dense
 from .arguments import Arguments
 
 logger = logging.getLogger("moe_offload")
@@ -72,6 +73,7 @@ def load_dense(found: Outline, arguments: Arguments | None = None, name: str | P
     if model.can_generate() and "generation_config" not in arguments.model:
         model.generation_config = read_generation_defaults(found.folder)
     model.config.name_or_path = str(name or found.folder)
+    unpack_dense(model)
     return model.eval()
 
 

@@ -45,6 +45,8 @@ def prepare_quantized(model: Any) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             quantizer = AutoHfQuantizer.from_config(said, pre_quantized=True)
+            if hasattr(quantizer.quantization_config, "dequantize"):  # dense weights too: so they will be held
+                quantizer.quantization_config.dequantize = True
             quantizer.validate_environment(device_map=None, weights_only=True)
             quantizer.preprocess_model(model, dtype=model.dtype, device_map=None, checkpoint_files=None)
     except (ImportError, RuntimeError, ValueError, TypeError, AttributeError) as error:
@@ -52,3 +54,21 @@ def prepare_quantized(model: Any) -> None:
             f"transformers cannot prepare this quantised checkpoint: {str(error).splitlines()[0][:300]}"
         ) from error
     model.hf_quantizer = quantizer
+
+
+def unpack_dense(model: Any) -> None:
+    """Unpack now what the package compressed-tensors would unpack in the first forward: the same weights, and they are
+    in the plan. In a forward it would also take over every module's parameters, those of the experts too."""
+    if not hasattr(model, "ct_decompress_hook"):
+        return
+    from compressed_tensors.compressors import decompress_module
+    from compressed_tensors.quantization import QuantizationStatus
+    from compressed_tensors.quantization.utils import is_module_quantized
+
+    compressor = model.hf_quantizer.compressor
+    for module in model.modules():
+        if is_module_quantized(module):
+            decompress_module(module, compressor.force_compression_format)
+    if compressor.quantization_config is not None:
+        compressor.quantization_config.quantization_status = QuantizationStatus.DECOMPRESSED
+    compressor.remove_decompression_hook(model)
