@@ -102,6 +102,9 @@ class PackedWeight(Protocol):
     def shape(self) -> tuple[int, ...]: ...
     @property
     def dtype(self) -> torch.dtype: ...
+    @property
+    def workspace_bytes(self) -> int:
+        """What unpacking takes at a time."""
 
     def unpack(self, row: torch.Tensor, out: torch.Tensor) -> None:
         """Write the parameter into `out`, of its shape and dtype."""

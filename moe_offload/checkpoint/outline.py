@@ -25,6 +25,7 @@ from .pretrained.arguments import Arguments
 from .pretrained.download import download
 from .pretrained.skeleton import build_skeleton, read_configuration
 from .pretrained.weight_files import listed_names, weight_files
+from .quantised.blocks import check_blocks
 from .row_index import RowIndex
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def outline_folder(folder: Path, arguments: Arguments | None = None) -> Outline:
     model = build_skeleton(config, stored, arguments)
     moe_layers = find_experts(model)
     index = index_stored(model, moe_layers, stored)
+    check_blocks(model.config, stored.headers, index.keys)
     source = f"config.json and the headers of {len(index.stamps)} shards"
     return Outline(model, index.pack(moe_layers), source, place, stored, index)
 
@@ -84,9 +86,10 @@ def _of_repository(name: str, arguments: Arguments) -> Outline:
     stored = Stored(hub_headers(name))
     model = build_skeleton(read_configuration(name, arguments), stored, arguments)
     moe_layers = find_experts(model)
-    moe_layers = index_stored(model, moe_layers, stored).pack(moe_layers)
+    index = index_stored(model, moe_layers, stored)
+    check_blocks(model.config, stored.headers, index.keys)
     files = {found.file for found in stored.headers.values()}
-    return Outline(model, moe_layers, f"config.json and the headers of {len(files)} shards on the Hub")
+    return Outline(model, index.pack(moe_layers), f"config.json and the headers of {len(files)} shards on the Hub")
 
 
 def hub_headers(name: str) -> Headers:

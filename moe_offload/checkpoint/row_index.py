@@ -108,7 +108,10 @@ def _lay_out(
         else:
             pieces.append([Piece(fields[column.field.name], *expert) for expert in column.experts])
     rows = tuple(zip(*pieces, strict=True))
-    return rows, Packing(layout, tuple(column.weight(fields) for column in packed)) if packed else None
+    if not packed:
+        return rows, None
+    weights = tuple(column.weight(fields) for column in packed)
+    return rows, Packing(layout, weights, {column.field.name: column.made_by for column in packed})
 
 
 @dataclass(frozen=True)
@@ -207,7 +210,7 @@ def _column(moe: MoELayer, f: Field, parameter: str, origin: _Origin, headers: H
         else:
             found.append(Sources(pattern, label, keys * moe.num_experts, slice_stack(moe, label, keys, headers)))
     if is_packed_by(ops):
-        packed = pack_column(moe, f, parameter, origin.converter, found)
+        packed = pack_column(moe, f, parameter, origin.converter, found, stacked=not each_has_its_own)
         if packed is not None:
             return packed
         found, ops = [sources for sources in found if role_of(sources.label)[1] == "codes"], ops[1:]

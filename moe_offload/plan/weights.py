@@ -37,6 +37,7 @@ def costs(model: Any, moe_layers: Sequence[MoELayer], settings: OffloadConfig, d
         scores_bytes=scores_bytes(model),
         library_bytes=library_bytes(len(moe_layers), device),
         scratch_bytes=scratch_rows(settings, row_bytes, device) * row_bytes,
+        unpack_bytes=max((weight.workspace_bytes for moe in moe_layers for weight in moe.packed), default=0),
         reserve_bytes=settings.reserve_bytes,
     )
 

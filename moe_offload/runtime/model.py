@@ -15,6 +15,7 @@ from torch import Tensor
 from ..memory.buffers import page_aligned
 from ..memory.stores import Store
 from ..memory.transfer import Transfer
+from ..packed.workspace import give_back
 from ..observe.timeline import Depth, Timeline
 from ..observe.trace_recorder import TraceRecorder
 from .device_cache import DeviceCaches
@@ -172,5 +173,6 @@ class Runtime:
                     last_first.callback(store.close)
                 last_first.callback(self._transfer.close)
                 last_first.callback(setattr, self, "device_caches", None)
+                last_first.callback(give_back)
                 if self._lock.is_here:
                     self.hand_back()

@@ -20,6 +20,7 @@ from torch import Tensor
 from ...errors import CheckpointError
 from ..headers import DTYPE_NAMES, TensorRange
 from ..outline import Outline
+from ..quantised.blocks import unpack_uneven
 from ..quantised.quantizer import unpack_dense
 from .arguments import Arguments
 
@@ -59,6 +60,7 @@ def load_dense(found: Outline, arguments: Arguments | None = None, name: str | P
         for key, range_ in headers.items()
     }
     meta: Any = found.model
+    state = unpack_uneven(meta.config, headers, state)
     config, dtype = meta.config, meta.dtype
     model, info = type(meta).from_pretrained(
         None, config=config, state_dict=state, dtype=config.dtype or dtype, output_loading_info=True, **arguments.model

@@ -42,11 +42,22 @@ class Sources:
 
 
 @dataclass(frozen=True)
+class MadeBy:
+    """How transformers itself makes a parameter: its converter, and the source pattern of each field of the row."""
+
+    parameter: str
+    converter: Any
+    patterns: Mapping[str, str]
+    stacked: bool
+
+
+@dataclass(frozen=True)
 class Packing:
     """How the rows of a layer rest: their layout, and the parameters that are unpacked from them."""
 
     layout: RowLayout
     weights: tuple[MatrixWeight, ...]
+    made_by: Mapping[str, MadeBy]
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,7 @@ class PackedColumn:
     ranges: Mapping[str, Sequence[TensorRange]]
     matrices: Sequence[tuple[Recognised, tuple[str, ...]]]
     conversions: tuple[Conversion, ...]
+    made_by: MadeBy
 
     @property
     def parts(self) -> list[tuple[str, Shape, torch.dtype]]:
@@ -76,7 +88,7 @@ def is_packed_by(ops: Sequence[Any]) -> bool:
 
 
 def pack_column(
-    moe: MoELayer, f: Field, parameter: str, converter: Any, found: Sequence[Sources]
+    moe: MoELayer, f: Field, parameter: str, converter: Any, found: Sequence[Sources], stacked: bool
 ) -> PackedColumn | None:
     """`None` where the checkpoint has this parameter unquantised.
 
@@ -93,6 +105,7 @@ def pack_column(
     matrices: list[tuple[Recognised, tuple[str, ...]]] = []
     plain: list[str] = []
     ranges: dict[str, Sequence[TensorRange]] = {}
+    patterns: dict[str, str] = {}
     for matrix, roles in by_matrix.items():
         recognised = _recognise_all(moe, matrix, roles)
         if recognised is None:
@@ -100,6 +113,7 @@ def pack_column(
             continue
         names = tuple(f"{f.name}.{roles[role].label}" for role in READ)
         ranges |= {name: roles[role].ranges for name, role in zip(names, READ, strict=True)}
+        patterns |= {name: str(roles[role].pattern) for name, role in zip(names, READ, strict=True)}
         matrices.append((recognised, names))
     if not matrices:
         return None
@@ -110,7 +124,8 @@ def pack_column(
             f"parameter of both ({f.name}). Use a checkpoint that has both alike"
         )
     shapes = tuple(recognised.shape for recognised, _ in matrices)
-    return PackedColumn(f, ranges, matrices, _conversions(moe, f, parameter, type(dequantiser).__name__, ops, shapes))
+    conversions = _conversions(moe, f, parameter, type(dequantiser).__name__, ops, shapes)
+    return PackedColumn(f, ranges, matrices, conversions, MadeBy(parameter, converter, patterns, stacked))
 
 
 def _conversions(

@@ -1,7 +1,7 @@
 """A parameter that rests as the tensors of its checkpoint, and is unpacked where it is used.
 
-    gate_up_proj [2I, H]   <-  gate [I, H] = Fp8(gate_proj.weight, its scales),  up [I, H] = ...;  Join(0)
-    gate_up_proj [H, 2I]   <-  Mxfp4(gate_up_proj_blocks, _scales) [2I, H];                        Swap(0, 1)
+    gate_up_proj [2I, H]   <-  gate [I, H] = FP8(gate_proj.weight, its scales),  up [I, H] = ...;  Join(0)
+    gate_up_proj [H, 2I]   <-  MXFP4(gate_up_proj_blocks, _scales) [2I, H];                        Swap(0, 1)
 
 Shapes: M pairs, I inputs, O outputs of a product; a matrix of the file is [O, I].
 
@@ -23,7 +23,7 @@ from ...experts import Field
 from ...packed import Format
 from ...packed.multiply import STRIP_BYTES, strips_are_exact, transposed_is_exact
 from ...packed.workspace import borrow
-from ..conversion import Conversion, Join, Swap, convert_tensors, joins_bytes
+from ..conversion import Conversion, Swap, convert_tensors, joins_bytes
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class MatrixWeight:
     def _multiply_in_strips(self, x_1I: Tensor, row: Tensor, out_1O: Tensor) -> None:
         inputs, first = x_1I.shape[1], 0
         for matrix in self.matrices:
-            tensors, outputs, unit = matrix.tensors(row), matrix.shape[0], matrix.format.row_unit(matrix.shape)
+            tensors, outputs, unit = matrix.tensors(row), matrix.shape[0], matrix.format.row_unit
             height = max(unit, STRIP_BYTES // (inputs * self.dtype.itemsize) // unit * unit)
             strip = borrow((min(height, outputs), inputs), self.dtype)
             for begin in range(0, outputs, height):
@@ -114,7 +114,3 @@ def find_fault(weights: Sequence[MatrixWeight], row: Tensor) -> str | None:
             if found is not None:
                 return f"{matrix.fields[0].name}: {found}"
     return None
-
-
-def joined(matrices: Sequence[Matrix]) -> tuple[Conversion, ...]:
-    return (Join(0),) if len(matrices) > 1 else ()
