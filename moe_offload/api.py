@@ -170,7 +170,7 @@ def from_pretrained(
     prepared = prepare(found.model, found.moe_layers, settings, profile)
     model: nn.Module = load_dense(found, said, path_or_id)
     trim_heap()  # for each of the loader's threads it keeps tens of MB
-    moe_layers = found.index.pack(find_experts(model))
+    moe_layers = found.pack(find_experts(model))
     keep_where_it_is(model, moe_layers, settings)
     prepared.check_rows(moe_layers)
     model = _offload(model, moe_layers, prepared, found.index)

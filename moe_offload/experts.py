@@ -103,6 +103,10 @@ class PackedWeight(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
     @property
+    def recipe(self) -> str:
+        """What is unpacked and how, in words that change when the result may."""
+
+    @property
     def workspace_bytes(self) -> int:
         """What unpacking takes at a time."""
 

@@ -1,7 +1,7 @@
 """Which of a checkpoint's keys belong to which expert of a layer.
 
-    one tensor per expert   experts.17.up_proj.weight    by the number in its name
-    one stacked tensor      experts.up_proj [E, ...]     by its first dimension
+one tensor per expert   experts.17.up_proj.weight    by the number in its name
+one stacked tensor      experts.up_proj [E, ...]     by its first dimension
 """
 
 from __future__ import annotations

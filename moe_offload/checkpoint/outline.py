@@ -10,6 +10,7 @@ Made once and handed on: planning, loading and packing all work from the same on
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,10 @@ class Outline:
     folder: Path | None = None
     stored: Stored | None = None
     index: RowIndex | None = None
+
+    def pack(self, moe_layers: Sequence[MoELayer]) -> list[MoELayer]:
+        """The layers of the same model, with rows as they rest in this checkpoint."""
+        return list(moe_layers) if self.index is None else self.index.pack(moe_layers)
 
 
 def outline(path_or_id: str | Path, dtype: str | torch.dtype = "auto") -> Outline:

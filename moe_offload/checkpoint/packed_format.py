@@ -36,11 +36,6 @@ def describe(moe: MoELayer, rows: Sequence[RowSource]) -> dict[str, Any]:
         for source in rows
         for piece in source
     ]
-    unpacked = [
-        [weight.name, [repr(matrix.format) for matrix in weight.matrices]]
-        + [_describe_conversion(conversion) for conversion in weight.conversions]
-        for weight in moe.packed
-    ]
     return {
         "experts": moe.num_experts,
         "fields": [
@@ -54,7 +49,7 @@ def describe(moe: MoELayer, rows: Sequence[RowSource]) -> dict[str, Any]:
             for f in moe.layout.fields
         ],
         "row_bytes": moe.layout.row_bytes,
-        "recipe": hashlib.sha256(json.dumps([recipe, unpacked]).encode()).hexdigest(),
+        "recipe": hashlib.sha256(json.dumps([recipe, *(weight.recipe for weight in moe.packed)]).encode()).hexdigest(),
     }
 
 

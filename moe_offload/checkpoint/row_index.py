@@ -93,9 +93,7 @@ def index_rows(model: nn.Module, moe_layers: Sequence[MoELayer], headers: Header
     return RowIndex(names, rows, keys, headers.stamps, packings)
 
 
-def _lay_out(
-    moe: MoELayer, columns: Sequence[Column | PackedColumn]
-) -> tuple[tuple[RowSource, ...], Packing | None]:
+def _lay_out(moe: MoELayer, columns: Sequence[Column | PackedColumn]) -> tuple[tuple[RowSource, ...], Packing | None]:
     """The rows of a layer, and how they are packed if any of its fields is."""
     packed = [column for column in columns if isinstance(column, PackedColumn)]
     layout = RowLayout.in_order(part for column in columns for part in column.parts) if packed else moe.unpacked

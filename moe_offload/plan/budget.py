@@ -35,8 +35,9 @@ class LayerShape:
 class Costs:
     """What stands in the budget besides the banks.
 
-    `unpack_bytes` is what the largest weight that rests packed takes while it is unpacked. `reserve_bytes` None means KV cache, the scores of attention that is not fused, what the device's libraries and
-    allocator hold, and a share of the budget.
+    `unpack_bytes` is what the largest weight that rests packed takes while it is unpacked. `reserve_bytes` None means
+    KV cache, the scores of attention that is not fused, what the device's libraries and allocator hold, and a share of
+    the budget.
     """
 
     dense_bytes: int

@@ -15,9 +15,9 @@ from torch import Tensor
 from ..memory.buffers import page_aligned
 from ..memory.stores import Store
 from ..memory.transfer import Transfer
-from ..packed.workspace import give_back
 from ..observe.timeline import Depth, Timeline
 from ..observe.trace_recorder import TraceRecorder
+from ..packed.workspace import give_back
 from .device_cache import DeviceCaches
 from .guesses import Guesses
 from .kernels import Kernels

@@ -1,4 +1,4 @@
-"""Blocks of FP8 scales that do not divide their matrix evenly: what the format means, and what transformers makes of it.
+"""Blocks of FP8 scales that do not divide their matrix evenly: what the format means, and what transformers does.
 
 The format has blocks of 128 x 128 and a short last one. transformers (5.23) does not read the size of a block, but
 divides the matrix by the number of scales:
@@ -58,7 +58,7 @@ def check_blocks(config: Any, headers: Headers, experts: Collection[str]) -> Non
 
 
 def unpack_uneven(config: Any, headers: Headers, state: Mapping[str, Any]) -> dict[str, Any]:
-    """`state` with the dense weights that transformers cannot unpack in place of their codes, and without their scales."""
+    """`state` with the weights themselves where transformers cannot unpack their codes, and without their scales."""
     block, changed = block_of(config), dict(state)
     found = list(_uneven(block, headers))
     for key, weight, _ in found:

@@ -3,7 +3,7 @@
 transformers puts a *dequantiser* in front of the operations by which it makes the parameter, and more sources beside
 the weights. Here the dequantiser is left out: its sources are the row, and the weights' unpacking does its work later.
 
-    [gate_proj.weight, gate_proj.weight_scale_inv, up_proj.weight, ...]  ->  [Fp8Dequantize, MergeModulelist, Concatenate]
+    [gate_proj.weight, gate_proj.weight_scale_inv, up_proj.weight ...] ->  [Fp8Dequantize, MergeModulelist, Concatenate]
     row: gate codes | gate scales | up codes | up scales        unpacked: gate, up -> (Join(0),) -> gate_up_proj
 """
 
@@ -97,7 +97,9 @@ def pack_column(
     """
     dequantiser, *ops = converter.operations
     if type(dequantiser).__name__ not in DEQUANTISERS:
-        raise UnsupportedModelError(f"{parameter}: transformers unpacks it with {dequantiser!r}, which is not known here")
+        raise UnsupportedModelError(
+            f"{parameter}: transformers unpacks it with {dequantiser!r}, which is not known here"
+        )
     by_matrix: dict[str, dict[str, Sources]] = {}
     for sources in found:
         matrix, role = role_of(sources.label)

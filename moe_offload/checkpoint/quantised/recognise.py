@@ -39,7 +39,7 @@ class Recognised:
 
 
 def role_of(label: str) -> tuple[str, str]:
-    """A source's name, cut into that of its matrix and its role: ('gate_proj', 'scales') of 'gate_proj.weight_scale'."""
+    """A source's name, cut into its matrix and its role: ('gate_proj', 'scales') of 'gate_proj.weight_scale'."""
     found = _ENDING.search(label)
     if found is None:
         return label, "codes"

@@ -44,6 +44,10 @@ class ConvertedWeight:
         return self.weight.dtype
 
     @property
+    def recipe(self) -> str:
+        return self.weight.recipe
+
+    @property
     def workspace_bytes(self) -> int:
         return 4 * math.prod(self.shape) * self.dtype.itemsize  # what they make on the way, in float32
 
@@ -107,7 +111,8 @@ def convert_one(made_by: MadeBy, weight: MatrixWeight, row: Tensor, model: Any) 
         )
     [tensor] = found.values()
     tensor = tensor[0] if isinstance(tensor, list) else tensor
-    return tensor[0] if tensor.dim() > len(weight.shape) else tensor
+    made: Tensor = tensor[0] if tensor.dim() > len(weight.shape) else tensor
+    return made
 
 
 def _agrees(weight: MatrixWeight, made_by: MadeBy, row: Tensor, model: Any) -> bool:

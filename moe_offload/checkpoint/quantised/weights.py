@@ -7,7 +7,7 @@ Shapes: M pairs, I inputs, O outputs of a product; a matrix of the file is [O, I
 
 A product needs the matrix as the file has it, rows of outputs: one row of x goes through strips of it that stay in the
 cache of a core. Everything here gives the bits that the product with the whole, unpacked parameter has; what that
-depends on in torch's kernels is tried out once (`packed/multiply.py`), and not relied on where it does not hold.
+depends on in torch's kernels is tried out once (`packed/exact.py`), and not relied on where it does not hold.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...experts import Field
 from ...packed import Format
-from ...packed.multiply import STRIP_BYTES, strips_are_exact, transposed_is_exact
+from ...packed.exact import STRIP_BYTES, strips_are_exact, transposed_is_exact
 from ...packed.workspace import borrow
 from ..conversion import Conversion, Swap, convert_tensors, joins_bytes
 
@@ -52,6 +52,11 @@ class MatrixWeight:
     def rows(self) -> int:
         """O of all matrices together, where they lie below each other."""
         return sum(matrix.shape[0] for matrix in self.matrices)
+
+    @property
+    def recipe(self) -> str:
+        formats = [f"{matrix.format!r} {matrix.shape}" for matrix in self.matrices]
+        return f"{self.name} = {', '.join(formats)}; {self.conversions!r}"
 
     @property
     def workspace_bytes(self) -> int:
