@@ -42,7 +42,7 @@ LIB.define("prefetch(Tensor ids, Tensor(a!) bank) -> ()", tags=_TAGS)
 LIB.define("grouped_mm(Tensor x, Tensor weight, Tensor slots) -> Tensor", tags=(torch.Tag.needs_exact_strides,))
 LIB.define("packed_mm(Tensor x, Tensor bank, Tensor slots, int weight, bool transposed) -> Tensor", tags=_TAGS)
 LIB.define("unpack(Tensor bank, Tensor slots, int weight) -> Tensor", tags=_TAGS)
-LIB.define("unserved(Tensor ids) -> Tensor", tags=_TAGS)
+LIB.define("unserved(Tensor ids, str rows) -> Tensor", tags=_TAGS)
 LIB.define("observe(Tensor ids, Tensor weight) -> Tensor", tags=_TAGS)
 LIB.define("experts(Tensor x, Tensor ids, Tensor weights, Tensor(a!) bank) -> Tensor", tags=_TAGS)
 
@@ -174,7 +174,7 @@ def _run_observe(ids: Tensor, weight: Tensor) -> Tensor:
     return ids.clone()
 
 
-def _run_unserved(ids: Tensor) -> Tensor:
+def _run_unserved(ids: Tensor, rows: str) -> Tensor:
     raise UnservedGraph(
         "moe_offload: a graph that our passes have not seen was about to compute with the phantoms of offloaded "
         "experts. Call the model itself, and not a graph that was taken out of it; please report how it was made."
@@ -242,7 +242,7 @@ LIB._register_fake(
 )
 LIB._register_fake("prefetch", lambda ids, bank: None)
 LIB._register_fake("grouped_mm", lambda x, weight, slots: x.new_empty((x.shape[0], weight.shape[2])))
-LIB._register_fake("unserved", lambda ids: torch.empty_like(ids))
+LIB._register_fake("unserved", lambda ids, rows: torch.empty_like(ids))
 LIB._register_fake("observe", lambda ids, weight: torch.empty_like(ids))
 LIB._register_fake("experts", lambda x, ids, weights, bank: torch.empty_like(x))
 

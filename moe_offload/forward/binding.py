@@ -85,10 +85,11 @@ RunExperts = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 
 class Link:
     """What an experts module needs to find its layer: the scope, what runs it where no trace does, and the bank that
-    the marker op is keyed by. With `whole`, the model's call is traced as one graph, experts and all."""
+    the marker op is keyed by. With `whole`, the model's call is traced as one graph, experts and all. `rows` is what
+    a graph takes for granted of the rows: traced code hands it on, so that Dynamo guards on it."""
 
-    def __init__(self, scope: Scope, run: RunExperts, whole: bool, bank_SN: Tensor):
-        self.scope, self.run, self.whole, self.bank_SN = scope, run, whole, bank_SN
+    def __init__(self, scope: Scope, run: RunExperts, whole: bool, bank_SN: Tensor, rows: str):
+        self.scope, self.run, self.whole, self.bank_SN, self.rows = scope, run, whole, bank_SN, rows
 
 
 def run_op(module: Any, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
