@@ -219,13 +219,13 @@ for _name, _kernel in {
     "stream": _run_stream,
     "prefetch": _run_prefetch,
     "observe": _run_observe,
-    "packed_mm": _run_packed_mm,
-    "unpack": _run_unpack,
     "unserved": _run_unserved,
     "experts": _run_experts,
 }.items():
     LIB.impl(_name, _kernel, "CompositeExplicitAutograd")
 serve_grouped_mm(run_groups, "CompositeExplicitAutograd")
+for _name, _kernel in {"packed_mm": _run_packed_mm, "unpack": _run_unpack}.items():  # loops, as that of grouped_mm
+    LIB.impl(_name, torch._disable_dynamo(_kernel), "CompositeExplicitAutograd")  # type: ignore[attr-defined]
 LIB._register_fake("fetch", lambda ids, bank: torch.empty_like(ids))
 LIB._register_fake("place", lambda ids, bank: torch.empty_like(ids))
 LIB._register_fake("wait", lambda slots, bank: torch.empty_like(slots))
