@@ -51,8 +51,9 @@ def explain(model: Any, moe_layers: Sequence[MoELayer], arrangement: Arrangement
     packed = next((moe for moe in moe_layers if moe.packed), None)
     if packed is not None:
         lines.append(
-            f"  rows rest as the checkpoint has them ({packed.packed[0].format}): {format_size(packed.layout.row_bytes)} "
-            f"for {format_size(packed.unpacked.row_bytes)} of weights, which are unpacked where they are used"
+            f"  rows rest as the checkpoint has them, in {packed.packed[0].format}: "
+            f"{format_size(packed.layout.row_bytes)} for {format_size(packed.unpacked.row_bytes)} of weights, which are "
+            "unpacked where they are used"
         )
     lines.append("not offloaded, held where they compute:")
     lines += [f"  {kind:<28}{format_size(size):>12}  {why}" for kind, size, why in kept(model, moe_layers)]
