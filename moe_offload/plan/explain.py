@@ -52,7 +52,7 @@ def explain(model: Any, moe_layers: Sequence[MoELayer], arrangement: Arrangement
     if packed is not None:
         lines.append(
             f"  rows rest as the checkpoint has them, in {packed.packed[0].format}: "
-            f"{format_size(packed.layout.row_bytes)} for {format_size(packed.unpacked.row_bytes)} of weights, which are "
+            f"{format_size(packed.layout.row_bytes)} for {format_size(packed.unpacked.row_bytes)} of weights, "
             "unpacked where they are used"
         )
     lines.append("not offloaded, held where they compute:")
