@@ -85,6 +85,13 @@ def test_the_row_s_padding_is_not_read_past_the_end_of_the_file(tmp_path: Path) 
     assert max(part.end for part in planned(sizes, file_bytes=end).parts) == end
 
 
+def test_the_row_s_padding_is_read_along_up_to_the_end_of_the_file(tmp_path: Path) -> None:
+    """Then the read ends where a page does, and needs no detour."""
+    places = {field: (tmp_path / "a", PAGE + field.offset) for field in LAYOUT.fields}
+    end = PAGE + LAYOUT.row_bytes
+    assert max(part.end for part in planned(places, file_bytes=end).parts) == end
+
+
 def planned(places: dict[Field, tuple[Path, int]], file_bytes: int, layout: RowLayout = LAYOUT) -> RowPlan:
     """The reads of a row whose fields lie at these offsets of files of that many bytes."""
     stamps = {}
