@@ -74,5 +74,5 @@ def with_own_code(function: Function, name: str) -> Function:
     made: Any = function
     made.__code__ = made.__code__.replace(co_name=f"moe_offload_{name}_{next(_numbers)}")
     # Dynamo's own table has the code live as long as its graphs, which it holds itself: neither would ever go.
-    weakref.finalize(made, torch._dynamo.reset_code, made.__code__).atexit = False
+    weakref.finalize(made, torch._dynamo.eval_frame.remove_from_cache, made.__code__).atexit = False
     return cast(Function, made)
