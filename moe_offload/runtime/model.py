@@ -15,7 +15,7 @@ from torch import Tensor
 from ..memory.stores import Store
 from ..memory.transfer import Transfer
 from ..observe.timeline import Depth, Timeline
-from ..observe.trace_recorder import TraceRecorder
+from ..observe.trace.recorder import TraceRecorder
 from .device_cache import DeviceCaches
 from .guesses import Guesses
 from .kernels import Kernels
