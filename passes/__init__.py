@@ -8,6 +8,7 @@ Imports torch and nothing else: what serves the rewritten graph is bound to it a
     slots       rename_to_slots   decode: W[ids] becomes bank[slots]
     waves       stream_in_waves   prefill: the experts code becomes one `stream` op
     instrument  insert_observe    count ids, change nothing else
+    row_wise    whether an experts code may run in pieces
     pipeline    which of them run, in which order
 
 Each pass is a plain function `(graph, *, sites, ...) -> sites it rewrote`: what `find` has found comes in, the graph is

@@ -31,6 +31,7 @@ from .bank import Bank
 from .core import Core
 from .erase import erase_orphans
 from .find import Site, UnknownUse
+from .row_wise import refuse_mixed_pairs
 from .slots import group_by_slot
 
 VECTORS = 64  # elements that the widest elementwise loop takes at a time
@@ -51,6 +52,7 @@ def stream_in_waves(
     for site in done:
         fixed = find_constants(graph, site)
         nodes = _find_core(graph, site, fixed)
+        refuse_mixed_pairs(site, nodes)
         exit_node = _find_exit(site, nodes)
         x, ids, others = _find_inputs(site, nodes, fixed)
         whole, scalars = _extract_core(site, nodes, fixed, exit_node, x, ids, others)
