@@ -63,9 +63,9 @@ def _keeps_pairs_first(node: Node, core: Collection[Node]) -> bool:
     """Whether what it combines has as many dimensions, P first, and no constant among it has an entry for each pair."""
     inputs: list[Any] = [i.meta.get("example_value") for i in node.all_input_nodes if i in core]
     ranks = {value.dim() for value in inputs if isinstance(value, Tensor)}
-    constants = [i for i in node.all_input_nodes if i not in core and name_of(i) != "item"]  # that is of no dimension
-    tensors = [value for i in constants if isinstance(value := i.meta.get("example_value"), Tensor)]
-    if len(ranks) > 1 or len(tensors) < len(constants):  # another number may be that of the pairs
+    outside = [i.meta.get("example_value") for i in node.all_input_nodes if i not in core]
+    tensors = [value for value in outside if isinstance(value, Tensor)]  # what is no tensor is a number of the model's
+    if len(ranks) > 1:
         return False
     rank = min(ranks, default=0)
     return all(c.dim() < rank or (c.dim() == rank and type(c.shape[0]) is int and c.shape[0] == 1) for c in tensors)
