@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 
 import pytest
 import torch
@@ -170,6 +171,18 @@ def test_guesses_that_are_still_being_read_count_to_the_next_ones():
     settle(second)
     assert torch.equal(decode(second, [0, 1]), expected(1, [0, 1]))
     assert_sound(second)
+
+
+def test_of_wrong_guesses_those_being_read_go_on_while_there_is_room(monkeypatch):
+    """To stop a read would be to wait for it; one that has not begun costs nothing."""
+    runtime, store = make(slots=5, store=Gated(), threads=1)
+    second = runtime.layers[1]
+    guess(runtime, [4, 5])
+    while not second.arrivals.guessed[4].ticket.begun:
+        time.sleep(0.001)
+    open_when_waited_for(store, second.arrivals.transfer, monkeypatch)
+    assert torch.equal(decode(second, [0, 1, 2]), expected(1, [0, 1, 2]))
+    assert list(second.arrivals.guessed) == [4]
 
 
 def test_a_wrong_guess_costs_its_bytes_and_nothing_else():
