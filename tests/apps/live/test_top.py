@@ -23,8 +23,8 @@ from moe_offload.apps.live.rates import between
 from moe_offload.apps.live.screen import screen, sparkline
 from moe_offload.observe.live.snapshot import Snapshot
 from tests.fakes.watched import ROOT, models, use_folder
+from tests.paths import MODEL_NAME as MODEL
 
-MODEL = str(ROOT / "examples" / "polyglot-tiny")
 TOP = [sys.executable, "-m", "moe_offload", "top"]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import moe_offload
 from moe_offload.apps.serving.app import App
 from moe_offload.apps.serving.server import Server, listen
+from tests.paths import MODEL_NAME as MODEL
 
-MODEL = str(Path(__file__).parents[3] / "examples" / "polyglot-tiny")
 NAME = "polyglot"
 
 
