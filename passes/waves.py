@@ -27,6 +27,7 @@ from .core import Core
 from .core_graph import extract_core, fills_vectors, find_constants, find_core, find_exit, find_inputs
 from .erase import erase_orphans
 from .find import Site
+from .packed import unpack_at_use
 
 
 def stream_in_waves(
@@ -48,6 +49,8 @@ def stream_in_waves(
         x, ids, others = find_inputs(site, nodes, fixed)
         whole, scalars = extract_core(site, nodes, fixed, exit_node, x, ids, others)
         part, _ = extract_core(site, nodes, fixed, exit_node, x, ids, others, of_wave=True)
+        for graph_of_core in (whole, part):
+            unpack_at_use(graph_of_core, dict(banks[site.layer].packed), site.layer)
         alone = fills_vectors(site, nodes)
         core = Core(whole, part, site.grouped, tuple(site.weights), scalars, alone, banks[site.layer], compile_core)
         if not ops.knows_core(core):

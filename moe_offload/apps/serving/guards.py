@@ -91,7 +91,7 @@ class Bodies:
         _check_headers(request)
         announced = request.headers.get("content-length", "")
         if announced.isdigit() and (len(announced) > 18 or int(announced) > self.most_bytes):
-            await _discard(request)
+            await _discard(request, request.stream())
             raise self._too_large()
         parts: list[bytes] = []
         try:
@@ -105,13 +105,13 @@ class Bodies:
             self._held -= sum(map(len, parts))
 
     async def _receive(self, request: Request, parts: list[bytes]) -> None:
-        length = 0
-        async for part in request.stream():
+        length, stream = 0, request.stream()
+        async for part in stream:
             length += len(part)
             if length > self.most_bytes:
                 self._held -= sum(map(len, parts))
                 parts.clear()
-                await _discard(request)
+                await _discard(request, stream)
                 raise self._too_large()
             if self._held + len(part) > ALL_BODIES * self.most_bytes:
                 raise RequestError(429, "too many large bodies are being received; try again", retry_s=1)
@@ -126,14 +126,17 @@ class Bodies:
         )
 
 
-async def _discard(request: Request) -> None:
-    """Let the rest of a body pass, within bounds: a client that is cut off while it sends does not read why."""
+async def _discard(request: Request, stream: AsyncIterator[bytes]) -> None:
+    """Let the rest of a body pass, within bounds: a client that is cut off while it sends does not read why.
+
+    `stream` is what was read from so far: a second one is refused where its last part has come already.
+    """
     if "expect" in request.headers:  # it waits to be told whether to send
         return
 
     async def receive() -> None:
         passed = 0
-        async for part in request.stream():
+        async for part in stream:
             passed += len(part)
             if passed > MOST_DISCARDED:
                 return

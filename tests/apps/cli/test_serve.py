@@ -28,14 +28,27 @@ from tests.paths import MODEL_NAME as MODEL
 from tests.paths import ROOT
 
 TEXT = "Il comando ls elenca"
+#: The command line with answers that take long, however fast the machine, and with so much time for them to end.
+SLOW = """
+from moe_offload.apps.serving import queue, server
+queue.Job.gone, server.GRACE_S = lambda job: job._gone.wait(0.02), {grace_s}
+from moe_offload.apps.cli import main
+main()
+"""
 
 
 @contextmanager
-def started(*arguments: str, **streams) -> Iterator[subprocess.Popen]:
+def started(*arguments: str, grace_s: float | None = None) -> Iterator[subprocess.Popen]:
     """A process that does not outlive a failing test. One thread: cores shared with other tests make more a burden."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "moe_offload", *arguments, "--budget", "6MB"]
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, **streams) as process:
+    command = [
+        sys.executable,
+        *(["-c", SLOW.format(grace_s=grace_s)] if grace_s else ["-m", "moe_offload"]),
+        *arguments,
+        "--budget",
+        "6MB",
+    ]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as process:
         try:
             yield process
         finally:
@@ -110,11 +123,11 @@ def test_a_signal_while_it_compiles(number) -> None:
 def test_sigterm_while_it_generates(tmp_path: Path) -> None:
     profile = tmp_path / "served.json"
     arguments = ["--port", "0", "--save-profile", str(profile), "--served-model-name", "tiny"]
-    with started("serve", MODEL, *arguments) as process:
+    with started("serve", MODEL, *arguments, grace_s=0.5) as process:
         serving = Serving(process)
         serving.begin_a_long_answer("tiny")
         process.send_signal(signal.SIGTERM)
-        with pytest.raises(openai.APIError, match="server is stopping"):  # after its ten seconds, not before
+        with pytest.raises(openai.APIError, match="server is stopping"):  # after its time, not before
             for _ in serving.answer:
                 pass
         code, said = serving.ends()
@@ -125,7 +138,7 @@ def test_sigterm_while_it_generates(tmp_path: Path) -> None:
 
 def test_a_second_ctrl_c_does_not_wait_but_saves(tmp_path: Path) -> None:
     profile = tmp_path / "served.json"
-    with started("serve", MODEL, "--port", "0", "--save-profile", str(profile)) as process:
+    with started("serve", MODEL, "--port", "0", "--save-profile", str(profile), grace_s=3600) as process:
         serving = Serving(process)
         serving.begin_a_long_answer(MODEL)
         process.send_signal(signal.SIGINT)

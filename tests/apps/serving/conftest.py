@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import http.client
+import socket
+import time
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -13,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moe_offload
 from moe_offload.apps.serving.app import App
+from moe_offload.apps.serving.queue import Job
 from moe_offload.apps.serving.server import Server, listen
 from tests.paths import MODEL_NAME as MODEL
 
@@ -40,6 +44,12 @@ def served():
         yield found
 
 
+@pytest.fixture
+def slow(monkeypatch) -> None:
+    """Each token takes a while, so that a long answer is not done, however fast the machine, when a test asks."""
+    monkeypatch.setattr(Job, "gone", lambda job: job._gone.wait(0.02))
+
+
 @pytest.fixture(scope="package")
 def plain():
     """The resident model and its tokenizer, and what it goes on to say greedily."""
@@ -51,3 +61,16 @@ def plain():
         return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
     return SimpleNamespace(model=model, tokenizer=tokenizer, say=say)
+
+
+def read_status(sock: socket.socket) -> int:
+    """The status of one answer, which is read to its end: what follows on the connection is the next one."""
+    answer = http.client.HTTPResponse(sock)
+    answer.begin()
+    answer.read()
+    return answer.status
+
+
+def wait_until(condition) -> None:
+    while not condition():
+        time.sleep(0.005)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
 
 import pytest
 
@@ -21,10 +20,10 @@ from moe_offload.apps.serving.server import Server, listen
 from moe_offload.errors import ServeError
 from moe_offload.memory.stores.disk import DiskStore
 
-from .conftest import MODEL, NAME, started
+from .conftest import MODEL, NAME, read_status, started, wait_until
 
 
-def test_what_runs_and_what_waits_is_ended_when_its_time_is_over(monkeypatch) -> None:
+def test_what_runs_and_what_waits_is_ended_when_its_time_is_over(slow, monkeypatch) -> None:
     monkeypatch.setattr(server_module, "GRACE_S", 0.2)
     monkeypatch.setattr(server_module, "CANCEL_S", 5.0)
     failed: list[Exception] = []
@@ -43,17 +42,15 @@ def test_what_runs_and_what_waits_is_ended_when_its_time_is_over(monkeypatch) ->
         next(iter(running))
         waiting = threading.Thread(target=wait)
         waiting.start()
-        while len(served.app.queue) < 1:
-            time.sleep(0.01)
-        slow = socket.create_connection(served.server.address[:2])
-        slow.sendall(
+        wait_until(lambda: len(served.app.queue) == 1)
+        sending = socket.create_connection(served.server.address[:2])
+        sending.sendall(
             b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
         )
-        while not served.app._answering._bodies._held:
-            time.sleep(0.01)
+        wait_until(lambda: served.app._answering._bodies._held)
         served.server.stop()
-        with slow:
-            assert b" 503 " in slow.recv(65536)
+        with sending:
+            assert read_status(sending) == 503
         assert not served.server._thread.is_alive() and served.app.queue.join(60)
         with pytest.raises(openai.APIError, match="server is stopping: this request was not finished") as caught:
             list(running)
