@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import pytest
 import torch
 
@@ -39,6 +41,23 @@ def test_a_wave_runs_alone_where_pairs_fill_vectors(kind, implementation, dtype,
     assert torch.equal(traced.run({sites[0].bank: layer.bank_SN}), want)
 
 
+def test_a_number_computed_in_the_graph_is_a_constant_of_the_core():
+    """Dynamo leaves `-limit` of a clamp in the graph: the core goes through it."""
+    traced = trace(make_block("plain"), hidden(7))
+    want = traced.run()
+    (site,), graph = traced.sites(), traced.gm.graph
+    product = next(iter(site.reads[0].node.users))
+    with graph.inserting_after(product):
+        limit = graph.call_function(operator.neg, (-1e30,))
+    with graph.inserting_after(limit):
+        clamped = graph.call_method("clamp", (product,), {"max": limit})
+    clamped.meta = dict(product.meta)
+    product.replace_all_uses_with(clamped, delete_user_cb=lambda user: user is not clamped)
+    layer = permuted(traced.params, wave=1)
+    passes.stream_in_waves(graph, sites=[site], banks={"layer": layer.bank})
+    assert torch.equal(traced.run({site.bank: layer.bank_SN}), want)
+
+
 def test_waves_leave_only_routing_and_weighting(block, dtype):
     """What needs expert weights is gone from the graph, the histogram with it; what does not is still there."""
     traced = trace(block, hidden(7, dtype))
@@ -50,3 +69,16 @@ def test_waves_leave_only_routing_and_weighting(block, dtype):
     assert not {"bmm", "grouped_mm", "_grouped_mm", "grouped_mm_fallback", "histc", "cumsum"} & set(counts)
     for weight in list(sites[0].weights.values())[1:]:
         assert not weight.users
+
+
+def test_code_that_fixes_the_number_of_pairs_is_refused():
+    """A wave has fewer pairs than the graph was traced with."""
+    traced = trace(make_block("plain"), hidden(7))
+    (site,), graph = traced.sites(), traced.gm.graph
+    product = next(iter(site.reads[0].node.users))
+    with graph.inserting_after(product):
+        same = graph.call_method("view", (product, *product.meta["example_value"].shape))
+    same.meta = dict(product.meta)
+    product.replace_all_uses_with(same, delete_user_cb=lambda user: user is not same)
+    with pytest.raises(passes.UnknownUse, match="fixes the number of pairs"):
+        passes.stream_in_waves(graph, sites=[site], banks={"layer": identity(traced.params).bank})
