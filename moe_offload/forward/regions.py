@@ -1,4 +1,4 @@
-"""Compile the experts of each layer instead of the whole call: two graphs, prompt and decode, serve every layer.
+"""Regional compilation: the experts of each layer, not the whole call; two graphs, prompt and decode, serve all layers.
 
     model(...)                    runs as transformers wrote it, module by module
       layer 0 ... layer L-1
