@@ -11,7 +11,7 @@ import pytest
 
 from moe_offload.config import file as config_file
 from moe_offload.config.settings import OffloadConfig, active_file, origins, resolve
-from moe_offload.errors import ConfigError
+from moe_offload.errors import ConfigError, ProfileError
 
 
 @pytest.fixture
@@ -40,11 +40,13 @@ def test_precedence(file, monkeypatch, tmp_path):
 
 def test_a_profile_that_is_not_there_is_refused_by_who_named_it(file, monkeypatch):
     path = file("profile: nowhere.json\n")
-    with pytest.raises(ConfigError, match=rf"configuration file {path}: profile='nowhere.json': there is no such file"):
+    with pytest.raises(
+        ProfileError, match=rf"configuration file {path}: profile='nowhere.json': there is no such file"
+    ):
         resolve(path)
     assert resolve(path, profile="other.json").profile == "other.json", "what does not count is not looked at"
     monkeypatch.setenv("MOE_OFFLOAD_PROFILE", "nowhere.json")
-    with pytest.raises(ConfigError, match=r"environment variable MOE_OFFLOAD_PROFILE: profile='nowhere\.json'"):
+    with pytest.raises(ProfileError, match=r"environment variable MOE_OFFLOAD_PROFILE: profile='nowhere\.json'"):
         resolve()
 
 

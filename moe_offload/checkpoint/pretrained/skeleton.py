@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...errors import CheckpointError, ConfigError, UnsupportedModelError
-from ..folder import refuse_quantized
+from ...errors import CheckpointError, ConfigError, OffloadError, UnsupportedModelError
+from ..folder import refuse_quantized, unknown_model_type
 from .arguments import Arguments
 
 if TYPE_CHECKING:  # transformers takes seconds to import: functions do it, once there is something to load
@@ -46,6 +46,8 @@ def read_configuration(place: Path | str, arguments: Arguments, **where: Any) ->
         raise
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{place}: cannot read the model's configuration: {error}") from error
+    except ImportError as error:
+        raise UnsupportedModelError(f"{place}: its configuration needs what is not installed: {error}") from error
     unknown = {name for name in unknown if name in arguments.overrides}
     if unknown:
         raise ConfigError(
@@ -64,10 +66,24 @@ def build_skeleton(config: Any, stored: Stored | None, arguments: Arguments) -> 
     """The model of `config` on the meta device; the headers in `stored` say its dtype where nothing else does."""
     model_class, config = _choose_class(config)
     dtype = _choose_dtype(config, stored, arguments.dtype)
-    with torch.device("meta"):
-        model: PreTrainedModel = model_class._from_config(config, dtype=dtype)
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = model_class._from_config(config, dtype=dtype)
+    except (ImportError, ValueError) as error:
+        raise _unbuildable(error, config, arguments) from error
     _keep_in_float32(model, dtype)
     return model
+
+
+def _unbuildable(error: Exception, config: Any, arguments: Arguments) -> OffloadError:
+    """What transformers says of a package that is missing, or of a part that the model does not have."""
+    said = " ".join(str(error).split())[:400]
+    attention = arguments.overrides.get("attn_implementation")
+    if attention is not None:
+        return ConfigError(
+            f"attn_implementation={attention!r}: transformers cannot build {config.model_type!r} with it: {said}"
+        )
+    return UnsupportedModelError(f"transformers cannot build a {config.model_type!r}: {said}")
 
 
 def _choose_class(config: Any) -> tuple[Any, Any]:
@@ -168,6 +184,8 @@ def _refuse_remote_code(place: Path | str, said: Mapping[str, Any], trusted: boo
             f"({remote['AutoConfig']}), which is not run here. "  # type: ignore[index]
             "Use a model that the installed transformers has itself"
         )
+    if "model_type" in said and not known:
+        raise unknown_model_type(place, model_type)
     if trusted and isinstance(place, Path) and (place / "custom_generate" / "generate.py").is_file():
         raise UnsupportedModelError(
             f"{place}: with trust_remote_code=True transformers would replace generate() by custom_generate/generate.py"
