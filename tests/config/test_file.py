@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -106,11 +105,10 @@ def test_the_default_place_is_beside_accelerates(monkeypatch, tmp_path):
     ],
 )
 def test_what_is_no_configuration_is_refused(file, text, says):
-    path, began = file(text), time.monotonic()
+    path = file(text)
     with pytest.raises(ConfigError, match=says) as error:
         resolve(path)
     assert str(path) in str(error.value) and len(str(error.value)) < 600
-    assert time.monotonic() - began < 5
 
 
 def test_a_bomb_of_aliases_is_refused_at_its_first_line(file):
