@@ -33,7 +33,6 @@ from ..checkpoint.shards import Entry, Filling, Shard, file_name, header, split
 from ..config.sizes import parse_size
 from ..errors import ConfigError, OffloadError, SaveError
 from ..experts import MoELayer
-from ..memory.buffers import page_aligned
 from ..observe.progress import bar
 from ..runtime.layer import LayerRuntime
 from ..runtime.model import Runtime
@@ -160,9 +159,8 @@ class Saver:
             index = index_rows(self.model, moe_layers, files.ranges)
         with bar("Saving", sum(moe.nbytes for moe in moe_layers), what="experts") as shown:
             for moe, layer in layers:
-                row = page_aligned(moe.layout.row_bytes)
                 for e, pieces in enumerate(index.rows[moe.index]):
-                    layer.store.read(layer.moe.index, e, row.numpy().data)
+                    row = self.runtime.read_unpacked(layer.moe.index, e)
                     for piece in pieces:
                         _write_field(piece, row, files)
                     shown.update(len(row))
@@ -177,7 +175,7 @@ class Saver:
         for layer in self.runtime.layers:
             own = tuple(name for module in layer.moe.modules for name in names.get(id(module), []))
             if own:
-                found.append((dataclasses.replace(layer.moe, index=len(found), names=own), layer))
+                found.append((dataclasses.replace(layer.moe.as_unpacked(), index=len(found), names=own), layer))
         return found
 
     def _expert_entries(self, moe_layers: Sequence[MoELayer], original_format: bool) -> list[Entry]:
@@ -212,7 +210,7 @@ class Saver:
 def _write_field(piece: Piece, row: Tensor, files: Filling) -> None:
     """Write one field of the expert in `row` into the tensors that it is loaded from."""
     f = piece.field
-    field = row[f.offset : f.offset + f.nbytes].view(f.dtype).view(f.shape)
+    field = f.view_in(row)
     parts = restore_tensors(piece.conversions, field, [source.shape for source in piece.sources])
     for source, part in zip(piece.sources, parts, strict=True):
         files.write(source, part.contiguous().view(-1).view(torch.uint8).numpy().data)

@@ -33,7 +33,7 @@ from ..memory.process_memory import trim_heap
 from ..memory.scratch import Scratch
 from ..memory.stores import Store
 from ..memory.transfer import Transfer
-from ..observe.trace_recorder import TraceRecorder
+from ..observe.trace.recorder import TraceRecorder
 from .device_cache import DeviceCache, DeviceCaches
 from .guesses import Guesses
 from .in_flight import Arrivals
@@ -119,8 +119,7 @@ class LayerRuntime:
         return self.device_cache.place(ids_P)
 
     def wait(self, slots_P: Tensor) -> Tensor:
-        while self.arrivals.awaited:
-            self.arrivals.take()
+        self.arrivals.take_all()
         return slots_P.clone()
 
     def stream(self, x_P: Tensor, ids_P: Tensor, core: RunCore, others: Sequence[Tensor] = ()) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,9 +12,8 @@ import torch
 
 import moe_offload
 from moe_offload.handle import Handle
+from tests.paths import MODEL_NAME as MODEL
 
-ROOT = Path(__file__).resolve().parents[2]
-MODEL = str(ROOT / "examples" / "polyglot-tiny")
 PARTS = ("Args", "Returns", "Raises", "Example")
 
 
@@ -27,8 +25,8 @@ DOORS = {name: getattr(moe_offload, name) for name in moe_offload.__all__}
 DOORS = {name: value for name, value in DOORS.items() if not is_error(value) and name != "Forecast"}
 METHODS = {
     f"Handle.{name}": value
-    for name, value in vars(Handle).items()
-    if not name.startswith("_") and inspect.isfunction(value)
+    for name, value in inspect.getmembers(Handle, inspect.isfunction)  # those of the classes that make it up, too
+    if not name.startswith("_")
 }
 DOCUMENTED = {**DOORS, "Handle": Handle, **METHODS}
 

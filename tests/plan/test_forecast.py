@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,8 +20,8 @@ from moe_offload.experts import find_experts
 from moe_offload.observe.profile import Profile
 from moe_offload.plan.expected_hits import RECORDED, covered, typical
 from moe_offload.plan.weights import fingerprint
+from tests.paths import MODEL
 
-MODEL = Path(__file__).parents[2] / "examples" / "polyglot-tiny"
 HUB = "someone/polyglot-tiny"
 
 
@@ -148,7 +147,14 @@ def test_plan_json_and_explain():
     facts = json.loads(run("plan", MODEL, "--budget", "6MB", "--context", "64", "--explain", "--json").stdout)
     assert facts["budget"] == 6_000_000 and facts["context"]["tokens"] == 64 and len(facts["slots"]) == 4
     assert facts["hit_rate"]["source"].startswith("typical") and "not offloaded" in facts["explain"]
-    assert set(facts["bytes"]) == {"dense_weights", "reserve", "prefill_scratch", "expert_slots", "unused"}
+    assert set(facts["bytes"]) == {
+        "dense_weights",
+        "reserve",
+        "prefill_scratch",
+        "weight_unpacking",
+        "expert_slots",
+        "unused",
+    }
     assert sum(facts["bytes"].values()) == facts["budget"]
     assert facts["context"]["largest"] >= 64 and facts["resident"] > facts["floor"]
     text = run("plan", MODEL, "--budget", "6MB", "--explain").stdout

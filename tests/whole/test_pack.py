@@ -35,8 +35,8 @@ from moe_offload.memory.stores.row_reads import PAGE, plan_row
 from moe_offload.pack import pack_checkpoint
 from tests.fakes.offloaded import SETTINGS
 from tests.fakes.tiny_checkpoints import MODELS, assert_holds, build, save
+from tests.paths import MODEL
 
-MODEL = Path(__file__).parents[2] / "examples" / "polyglot-tiny"
 FIRST = f"{ROWS}-00001-of-00001.safetensors"
 IDS = torch.arange(3, 15).view(1, -1)
 
@@ -180,7 +180,7 @@ def test_already_packed(packed: Path, tmp_path: Path) -> None:
 def test_quantised_is_refused_as_from_pretrained_refuses_it(tmp_path: Path) -> None:
     original = Path(shutil.copytree(MODEL, tmp_path / "original"))
     config = json.loads((original / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "mxfp4"}
+    config["quantization_config"] = {"quant_method": "gptq"}
     (original / "config.json").write_text(json.dumps(config))
     with pytest.raises(moe_offload.UnsupportedModelError, match="quantised"):
         pack_checkpoint(original, tmp_path / "out")
@@ -238,7 +238,7 @@ def test_transformers_that_converts_otherwise_is_noticed(packed: Path, monkeypat
 
     mapping = conversion_mapping.get_model_conversion_mapping
 
-    def swapped(model: Any) -> Any:
+    def swapped(model: Any, **_: Any) -> Any:
         return [
             WeightConverter(entry.source_patterns[::-1], entry.target_patterns, entry.operations)
             if isinstance(entry, WeightConverter) and len(entry.source_patterns) == 2

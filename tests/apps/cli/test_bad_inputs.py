@@ -16,9 +16,7 @@ import pytest
 from moe_offload import errors
 from moe_offload.apps.cli import main
 from moe_offload.apps.options.ending import exit_code
-
-ROOT = Path(__file__).parents[3]
-MODEL = ROOT / "examples" / "polyglot-tiny"
+from tests.paths import MODEL, ROOT
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +40,10 @@ def folder(tmp_path_factory):
     checkpoint(made / "listed", config, weights)
     index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
     (made / "listed" / "model.safetensors.index.json").write_text(json.dumps(index))
-    for method in ("gptq", "fp8"):
+    for method in ("gptq", "awq"):
         checkpoint(made / method, {**config, "quantization_config": {"quant_method": method, "bits": 4}}, weights)
-    inner = {**config, "text_config": {"quantization_config": {"quant_method": "mxfp4"}}}
-    checkpoint(made / "mxfp4", inner, weights)
+    inner = {**config, "text_config": {"quantization_config": {"quant_method": "hqq"}}}
+    checkpoint(made / "hqq", inner, weights)
     checkpoint(made / "alien", {**config, "model_type": "alien", "architectures": ["AlienForCausalLM"]}, weights)
     (made / "model").symlink_to(MODEL)
     for name in ("nothing", "full"):
@@ -162,10 +160,10 @@ BAD = {
     "serve model --device-map cuda": (5, "compute on cuda:0"),
     "chat model --max-memory {'0':8GB}": (5, "compute on cuda:0"),
     "run model --attn-implementation flash_attention_2": (2, "attn_implementation='flash_attention_2'"),
-    "plan fp8": (5, "fp8"),
-    "pack mxfp4 new": (5, "mxfp4"),
     "plan alien": (5, "'alien', which the installed transformers"),
     "run alien": (5, "'alien', which the installed transformers"),
+    "plan awq": (5, "awq"),
+    "pack hqq new": (5, "hqq"),
     "plan nobody/nothing": (4, "nobody/nothing"),
 }
 

@@ -1,0 +1,77 @@
+"""What every format can do with the tensors of one matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+#: Elements that are unpacked at once by torch operations: their float32 copies stay in the cache, and small.
+AT_ONCE = 1 << 18
+
+F = TypeVar("F", bound="Format")
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way to pack a matrix [O, I]. The codes are the first of its tensors, the scales the second.
+
+    Raises CheckpointError, by `fit`, where shapes or dtypes of the two do not belong together.
+    """
+
+    #: A slice of rows begins and ends at multiples of this, so that no block of scales is cut.
+    row_unit: int = 1
+
+    @classmethod
+    def fit(cls: type[F], tensors: Sequence[Tensor]) -> F:
+        """The format of a matrix whose tensors look like these (meta tensors will do)."""
+        raise NotImplementedError
+
+    def shape(self, tensors: Sequence[Tensor]) -> tuple[int, int]:
+        """(O, I) of the matrix."""
+        raise NotImplementedError
+
+    def rows(self, tensors: Sequence[Tensor], begin: int, end: int) -> tuple[Tensor, ...]:
+        """The tensors of output rows [begin, end), as views; both are multiples of `row_unit`, or O."""
+        codes, scales = tensors
+        return codes[begin:end], scales[begin:end]
+
+    def unpack(self, tensors: Sequence[Tensor], out_OI: Tensor) -> None:
+        """Write the matrix, in the dtype of `out_OI`, whose rows are contiguous."""
+        self.unpack_torch(tensors, out_OI)
+
+    def unpack_torch(self, tensors: Sequence[Tensor], out_OI: Tensor) -> None:
+        """The same bits by torch operations, on any device and in any dtype."""
+        for begin, end in self.strips(self.shape(tensors), AT_ONCE):
+            self.unpack_at_once(self.rows(tensors, begin, end), out_OI[begin:end])
+
+    def unpack_at_once(self, tensors: Sequence[Tensor], out_OI: Tensor) -> None:
+        """The formula itself."""
+        raise NotImplementedError
+
+    def find_fault(self, tensors: Sequence[Tensor]) -> str | None:
+        """The first code or scale that is no number, in words; None where there is none."""
+        raise NotImplementedError
+
+    def strips(self, shape: tuple[int, int], elements: int) -> Iterator[tuple[int, int]]:
+        """Rows [begin, end) of about so many elements each, cut where a slice may be cut."""
+        outputs, inputs = shape
+        step = max(elements // max(inputs, 1) // self.row_unit, 1) * self.row_unit
+        for begin in range(0, outputs, step):
+            yield begin, min(begin + step, outputs)
+
+
+def powers_of_two(exponents: Tensor) -> Tensor:
+    """e8m0 as float32: 2^(e - 127), where 0 is the subnormal 2^-127."""
+    wide = exponents.view(torch.uint8).to(torch.int32)
+    return torch.where(wide == 0, 1 << 22, wide << 23).view(torch.float32)
+
+
+def place_of(wrong: Tensor) -> tuple[int, ...] | None:
+    """Where the first True is."""
+    if not bool(wrong.any()):
+        return None
+    return tuple(int(index) for index in wrong.nonzero()[0])
