@@ -92,7 +92,7 @@ def bench(
         shares = [DEFAULT_RESIDENCY]
     check_output("--out", out)
     named = NAMES[device] if sides is None else tuple(side.strip() for side in sides.split(",") if side.strip())
-    check_sides(named, device)
+    check_sides(named, device, [budget] if budget is not None else [f"{share * 100:g}%" for share in shares])
     if device == "cuda":
         check_cuda()
     from .command import scratch_folder, workload, write_json

@@ -141,11 +141,9 @@ def _others(stage: Stage, chosen: Chosen) -> Iterator[list[Measured]]:
 def choose(sides: Sequence[str], work: Workload) -> Chosen:
     """Inside which of the plans each side is wanted. Raises `ConfigError` for what is not there."""
     chosen = Chosen()
-    check_sides(sides, work.device)
+    check_sides(sides, work.device, work.plans)
     for named in sides:
         side, _, share = named.partition("@")
-        if share and share not in work.plans:
-            raise ConfigError(f"--sides {named}: {share} is not among what is measured, {', '.join(work.plans)}")
         wanted = {*chosen.get(side, ()), share} if share else {*work.plans}
         chosen[side] = tuple(asked for asked in work.plans if asked in wanted)
     return chosen

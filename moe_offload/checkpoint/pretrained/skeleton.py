@@ -35,6 +35,7 @@ def read_configuration(place: Path | str, arguments: Arguments, **where: Any) ->
     Raises `CheckpointError` for one that cannot be read, `ConfigError` for an override that names no field of it, and
     `UnsupportedModelError` for one quantised in a way that is not read, or that needs code of its own.
     """
+    from huggingface_hub.errors import StrictDataclassError  # a field of another type
     from transformers import AutoConfig, PreTrainedConfig
 
     try:
@@ -46,7 +47,7 @@ def read_configuration(place: Path | str, arguments: Arguments, **where: Any) ->
         )
     except ConfigError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise CheckpointError(f"{place}: cannot read the model's configuration: {error}") from error
     except ImportError as error:
         raise UnsupportedModelError(f"{place}: its configuration needs what is not installed: {error}") from error

@@ -49,6 +49,7 @@ def folder(tmp_path_factory):
     for name in ("nothing", "full"):
         (made / name).mkdir()
     (made / "full" / "a.txt").touch()
+    checkpoint(made / "mistyped", {**config, "num_hidden_layers": "two"}, weights)
     (made / "pickled").mkdir()
     shutil.copy(MODEL / "config.json", made / "pickled")
     (made / "pickled" / "pytorch_model.bin").write_bytes(b"x")
@@ -91,6 +92,8 @@ BAD = {
     "bench synthetic:foo": (2, "no such architecture"),
     "bench model --residency 200%": (2, "200%"),
     "bench model --device tpu": (2, "it takes cpu, cuda"),
+    "bench synthetic:tiny --sides ,": (2, "nothing to measure"),
+    "bench synthetic:tiny --sides ours@99%": (2, "99% is not among what is measured, 25%"),
     "bench synthetic:tiny --sides foo": (2, "there are resident, ours"),
     "bench model --layers 2": (2, "--layers is for synthetic:"),
     "bench model --budget 8GB --residency 25%": (2, "either --budget"),
@@ -149,6 +152,8 @@ BAD = {
     "run pickled": (4, "pytorch_model.bin. Point at"),
     "run hollow.gguf": (4, "GGUF files are not read"),
     "run broken": (4, "config.json"),
+    "run mistyped": (4, "num_hidden_layers"),
+    "plan mistyped": (4, "num_hidden_layers"),
     "run truncated": (4, "model.safetensors: it is damaged"),
     "run hollow": (4, "model.safetensors: it is damaged"),
     "run random": (4, "model.safetensors: it is damaged"),
@@ -186,6 +191,7 @@ def test_one_line_and_its_exit_code(command, folder, monkeypatch, capsys):
 #: Of these, all is known before torch is imported, which takes seconds. Not of a budget below the floor, nor of what
 #: transformers cannot build: for these a model is built without weights.
 NEEDS_TORCH = (
+    "mistyped",
     "--budget 10",
     "--budget 3MB",
     "--attn-implementation",

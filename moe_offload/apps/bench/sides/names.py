@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from ....errors import ConfigError
 
@@ -12,10 +12,14 @@ NAMES = {
 }
 
 
-def check_sides(sides: Iterable[str], device: str) -> None:
-    """Raises ConfigError for a side that the device does not have, whatever residency it is wanted at."""
+def check_sides(sides: Collection[str], device: str, measured: Collection[str]) -> None:
+    """Raises ConfigError for a side that the device does not have, or wanted at a residency that is not measured."""
     known = NAMES[device]
+    if not sides:
+        raise ConfigError(f"--sides: there is nothing to measure; for --device {device} there are {', '.join(known)}")
     for named in sides:
-        side = named.partition("@")[0]
+        side, _, share = named.partition("@")
         if side not in known:
             raise ConfigError(f"--sides {side}: for --device {device} there are {', '.join(known)}")
+        if share and share not in measured:
+            raise ConfigError(f"--sides {named}: {share} is not among what is measured, {', '.join(measured)}")
