@@ -66,7 +66,7 @@ def _quantise_mxfp4(w_OI: Tensor) -> Packed:
 
     def try_out(scales_OG: Tensor) -> tuple[Tensor, Tensor]:
         by = powers_of_two(scales_OG)[..., None]
-        codes = torch.bucketize(x_OGJ.abs() / by, half_way)
+        codes = torch.bucketize((x_OGJ.abs() / by).contiguous(), half_way)
         return codes, values[codes] * by
 
     scales, codes = _better(x_OGJ.abs(), [(low + 127).to(torch.uint8), (low + 128).to(torch.uint8)], try_out)
