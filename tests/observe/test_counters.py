@@ -6,14 +6,12 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from moe_offload.cache.counters import ABOUT, COUNTERS, Counters, LayerCounters, Stats
 from moe_offload.observe.summary import summary_of
-
-ROOT = Path(__file__).parents[2]
+from tests.paths import ROOT
 
 #: With one more line in the declaration, and no other change, the counter is everywhere.
 ONE_LINE = """
@@ -91,6 +89,7 @@ def test_over_layers_and_between_two_looks():
     assert both == Counters(tokens=3, hits=12, misses=4, stall_s=0.75), "each token goes through every layer"
     assert both - first == Counters(hits=7, misses=4, stall_s=0.25) and (both - first) + first == both
     assert Counters.total([]) == Counters() and (both.requests, both.hit_rate) == (16, 0.75)
+    assert Counters(bytes_read=1, prewarm_bytes=2, wasted_bytes=4).moved_bytes == 7
     assert Stats(hits=3, graphs=2) - Stats(hits=1, graphs=1) == Stats(hits=2, graphs=1)
 
 

@@ -25,6 +25,7 @@ from passes import ops
 
 from ...errors import OffloadError, UnsupportedModelError
 from ...observe import progress
+from ..changed_parts import explain_refusal
 from .cuda_graphs import can_be_recorded, copied
 from .ops import bank_of
 from .phantom import Phantom, phantoms_in
@@ -117,9 +118,8 @@ def rewrite(
         sites = passes.find_sites(gm.graph, weights)
         reports = passes.run_passes(gm.graph, pipeline(sites, banks))
     except passes.UnknownUse as error:
-        raise UnsupportedModelError(
-            f"{error}; please report this model family. Its weights were offloaded, so it cannot be run as it is"
-        ) from error
+        modules = next(one.layer.moe.modules for one in phantoms.values() if one.layer.moe.name == error.layer)
+        raise UnsupportedModelError(f"{error}; {explain_refusal(modules)}") from error
     banked = {site.bank: phantoms[placeholders.index(site.bank)].layer for site in sites}
     _check_nothing_left(weights, banked)
     fake_mode = torch._guards.TracingContext.get().fake_mode
@@ -128,7 +128,9 @@ def rewrite(
             node.meta["example_value"] = fake_mode.from_tensor(layer.slots.bank_SN, static_shapes=True)
     gm.recompile()
     for report in reports:
-        logger.debug("%s: %d sites, %s, %.1f ms", report.name, len(report.sites), report.change, report.elapsed_s * 1e3)
+        logger.debug(
+            "%s: %d sites, %s, %.1f ms", report.name, len(report.layers), report.change, report.elapsed_s * 1e3
+        )
     return reports, [placeholders.index(node) for node in banked]
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -21,11 +22,25 @@ from moe_offload.apps.cli import app
 from moe_offload.apps.live.client import running
 from moe_offload.apps.live.rates import between
 from moe_offload.apps.live.screen import screen, sparkline
+from moe_offload.observe.live.folder import make
 from moe_offload.observe.live.snapshot import Snapshot
 from tests.fakes.watched import ROOT, models, use_folder
+from tests.paths import MODEL_NAME as MODEL
 
-MODEL = str(ROOT / "examples" / "polyglot-tiny")
-TOP = [sys.executable, "-m", "moe_offload", "top"]
+pytestmark = pytest.mark.timeout(900)  # models are made, traced and looked at a dozen times
+PATIENT_S = 100.0  # on a busy machine a model may take longer to answer than a user would wait
+TOP = f"""
+import sys
+from moe_offload.apps.live import client
+client.ANSWER_S = {PATIENT_S}
+from moe_offload.apps.cli import app
+app(["top", *sys.argv[1:]])
+"""
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    monkeypatch.setattr("moe_offload.apps.live.client.ANSWER_S", PATIENT_S)
 
 
 @pytest.fixture
@@ -41,7 +56,7 @@ def run(*arguments: str):
 
 def watch(*arguments: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [*TOP, *arguments],
+        [sys.executable, "-c", TOP, *arguments],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
@@ -57,6 +72,18 @@ def test_no_running_model_is_one_line_that_says_how(folder):
     assert result.exit_code == 7 and result.stdout == ""
     (line,) = result.stderr.splitlines()
     assert "MOE_OFFLOAD_LIVE=1" in line and "serve_live()" in line
+
+
+def test_one_that_is_too_busy_to_answer_is_not_said_to_be_absent(folder, monkeypatch):
+    monkeypatch.setattr("moe_offload.apps.live.client.ANSWER_S", 0.2)
+    make(folder)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as silent:
+        silent.bind(str(folder / f"{os.getpid()}.sock"))
+        silent.listen()
+        result = run("--once")
+    assert result.exit_code == 7 and result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert f"{os.getpid()}: no answer" in line
 
 
 def test_one_that_is_closed_while_it_is_watched(folder):
@@ -93,8 +120,7 @@ def test_two_processes_of_which_one_dies(folder):
             assert json.loads(run(str(child.pid), "--once", "--json").stdout)["pid"] == child.pid
 
         looking = watch(str(one.pid), "--interval", "0.1")
-        while "tokens/s" not in looking.stdout.readline():
-            pass
+        assert any("tokens/s" in line for line in looking.stdout), "it ended before it had two looks"
         one.kill()
         one.wait()
         _, said = looking.communicate(timeout=300)
