@@ -24,7 +24,7 @@ FLAGS: dict[str, tuple[str, str]] = {
     "--device": (WORD, "Where models compute"),
     "--device-map": (TEXT, "disk, cpu, auto, or a mapping"),
     "--dtype": (WORD, "auto is the checkpoint's own"),
-    "--experts": (WORD, "Round experts to"),
+    "--experts": (WORD, "mxfp4, int4 or fp8"),
     "--explain": (SWITCH, "Add which rule"),
     "--file": (FILE, "Read the prompt from this UTF-8 file"),
     "--host": (TEXT, "Address to listen on"),
