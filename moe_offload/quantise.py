@@ -120,19 +120,18 @@ class _Plan:
 
     layout: Layout
     matrices: Mapping[str, ExpertMatrix]
-    dtype: torch.dtype
     shards: tuple[Shard, ...]
 
     def entries(self, key: str, range_: TensorRange) -> list[Entry]:
         if key in self.matrices:
-            return self.layout.entries(self.matrices[key], self.dtype)
+            return self.layout.entries(self.matrices[key])
         return [Entry.of(key, range_)]
 
 
 def _plan(source: Source, kind: str, limit_bytes: int) -> _Plan:
     matrices = find_matrices(source.moe_layers, source.index, source.headers)
     layout = choose_layout(kind, matrices, str(source.folder))
-    plan = _Plan(layout, matrices, source.meta.dtype, ())
+    plan = _Plan(layout, matrices, ())
     in_order = sorted(source.headers.items(), key=lambda item: (item[1].file, item[1].offset))
     runs = split([entry for key, range_ in in_order for entry in plan.entries(key, range_)], limit_bytes)
     shards = []
@@ -177,10 +176,10 @@ def _tensors(source: Source, plan: _Plan, ranges: Headers) -> Iterator[tuple[Ten
 def _quantised(
     plan: _Plan, matrix: ExpertMatrix, ranges: Headers, file: DataFile
 ) -> Iterator[tuple[TensorRange, memoryview]]:
-    targets = [ranges[entry.key] for entry in plan.layout.entries(matrix, plan.dtype)]
+    targets = [ranges[entry.key] for entry in plan.layout.entries(matrix)]
     for e in range(matrix.range.shape[0] if matrix.stacked else 1):
         w = _read(file, matrix.range[e] if matrix.stacked else matrix.range, matrix.key)
-        tensors = plan.layout.quantise(w.t() if matrix.stacked else w, plan.dtype)
+        tensors = plan.layout.quantise(w.t() if matrix.stacked else w)
         for target, tensor in zip(targets, tensors, strict=True):
             data = tensor.contiguous().view(torch.uint8).flatten().numpy().data
             yield (target[e] if matrix.stacked else target), data

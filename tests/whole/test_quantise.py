@@ -135,11 +135,11 @@ def test_nothing_is_left_of_what_was_stopped(stop, tmp_path, monkeypatch):
     was = original(tmp_path / "was", hidden_size=64, moe_intermediate_size=96)
     matrices = []
 
-    def some(self, w_OI, dtype):
+    def some(self, w_OI):
         matrices.append(w_OI)
         if len(matrices) > 5:
             raise stop
-        return quantise_one(self, w_OI, dtype)
+        return quantise_one(self, w_OI)
 
     quantise_one = quantise.Layout.quantise
     monkeypatch.setattr(quantise.Layout, "quantise", some)

@@ -15,9 +15,9 @@ WANTED = 0.02
 EXPONENT = 120  # 2^(120 - 127) times 2.93 is about the size that is wanted
 
 
-def random_codes(layout: Layout, matrix: ExpertMatrix, dtype: torch.dtype) -> dict[str, Tensor]:
+def random_codes(layout: Layout, matrix: ExpertMatrix) -> dict[str, Tensor]:
     """The tensors of a matrix in a checkpoint; no two matrices alike."""
-    codes, scales, *shape = layout.entries(matrix, dtype)
+    codes, scales, *shape = layout.entries(matrix)
     generator = torch.Generator().manual_seed(zlib.crc32(matrix.key.encode()))
     raw = torch.randint(-(2**63), 2**63 - 1, (codes.nbytes // 8,), generator=generator).view(torch.uint8)
     if layout.kind == "fp8":

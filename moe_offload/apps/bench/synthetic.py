@@ -87,7 +87,7 @@ def _write(model: Any, folder: Path, experts: str | None) -> None:
     }
     layout = choose_layout(experts, matrices, str(folder.parent)) if experts else None
     if layout is not None:
-        need += sum(entry.nbytes for found in matrices.values() for entry in layout.entries(found, model.dtype))
+        need += sum(entry.nbytes for found in matrices.values() for entry in layout.entries(found))
         model.config.quantization_config = layout.configuration(model, moe_layers)
     free = shutil.disk_usage(folder).free
     if need > free:
@@ -102,7 +102,7 @@ def _write(model: Any, folder: Path, experts: str | None) -> None:
         tensors = {k: t.contiguous() for k, t in revert_weight_conversion(model, filled).items()}
         if layout is not None:
             for key in quantised:
-                tensors |= random_codes(layout, matrices[key], model.dtype)
+                tensors |= random_codes(layout, matrices[key])
         file = f"model-{i:05}-of-{len(groups):05}.safetensors"
         save_file(tensors, folder / file, metadata={"format": "pt"})
         with (folder / file).open("rb") as stream:

@@ -4,7 +4,7 @@
     mxfp4   stacked [E, I, O]        gpt-oss: gate_up_proj_blocks [E, O, G, 16], gate_up_proj_scales [E, O, G]
     mxfp4   one tensor each [O, I]   compressed-tensors: weight_packed U8 [O, I/2], weight_scale U8 [O, G]
     int4    one tensor each          compressed-tensors: weight_packed I32 [O, I/8], weight_scale [O, G], weight_shape
-    fp8     one tensor each          weight F8_E4M3 [O, I], weight_scale_inv F32 [O / rows, I / columns of a block]
+    fp8     one tensor each          weight F8_E4M3 [O, I], weight_scale_inv F32 [O / block, I / block]
 
 Only experts are quantised. The configuration lists every other nn.Linear as left alone.
 """
@@ -12,7 +12,7 @@ Only experts are quantised. The configuration lists every other nn.Linear as lef
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ...errors import UnsupportedModelError
 from ...experts import MoELayer
+from ...packed.formats import AT_ONCE
 from ...packed.mxfp4 import GROUP
 from ...packed.quantise import quantise_fp8, quantise_int4, quantise_mxfp4
 from ..headers import Headers, TensorRange
@@ -52,38 +53,47 @@ class ExpertMatrix:
 
 @dataclass(frozen=True)
 class Layout:
-    """A format, and for FP8 the rows and columns of a block."""
+    """A format, and for FP8 how many rows and columns a block has."""
 
     kind: str
     stacked: bool
-    block: tuple[int, int] = (1, GROUP)
+    block: int = LARGEST_BLOCK
 
-    def entries(self, matrix: ExpertMatrix, dtype: torch.dtype) -> list[Entry]:
-        """What is written in place of a matrix; `dtype` is that of the model, and of int4 scales."""
+    def entries(self, matrix: ExpertMatrix) -> list[Entry]:
+        """What is written in place of a matrix."""
         (outputs, inputs), stem = matrix.shape, matrix.key.removesuffix(".weight")
         groups = inputs // GROUP
         if self.stacked:
             of = matrix.range.shape[0], outputs, groups
             return [_entry(f"{stem}_blocks", torch.uint8, *of, 16), _entry(f"{stem}_scales", torch.uint8, *of)]
         if self.kind == "fp8":
-            grid = outputs // self.block[0], inputs // self.block[1]
+            grid = outputs // self.block, inputs // self.block
             codes = _entry(f"{stem}.weight", torch.float8_e4m3fn, outputs, inputs)
             return [codes, _entry(f"{stem}.weight_scale_inv", torch.float32, *grid)]
         if self.kind == "mxfp4":
             codes = _entry(f"{stem}.weight_packed", torch.uint8, outputs, inputs // 2)
             return [codes, _entry(f"{stem}.weight_scale", torch.uint8, outputs, groups)]
         codes = _entry(f"{stem}.weight_packed", torch.int32, outputs, inputs // 8)
-        scales = _entry(f"{stem}.weight_scale", dtype, outputs, groups)
+        scales = _entry(f"{stem}.weight_scale", torch.bfloat16, outputs, groups)
         return [codes, scales, _entry(f"{stem}.weight_shape", torch.int64, 2)]
 
-    def quantise(self, w_OI: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    def quantise(self, w_OI: Tensor) -> list[Tensor]:
         """The tensors of one matrix, in the order of `entries`."""
+        strips = [self._quantise_strip(strip) for strip in w_OI.split(max(AT_ONCE // w_OI.shape[1], 1) * self._unit)]
+        codes, scales = (torch.cat(parts) for parts in zip(*strips, strict=True))
+        if self.kind == "int4":
+            return [codes, scales, torch.tensor(w_OI.shape)]
+        return [codes.flatten(1) if self.kind == "mxfp4" and not self.stacked else codes, scales]
+
+    @property
+    def _unit(self) -> int:
+        """Rows that belong together."""
+        return self.block if self.kind == "fp8" else 1
+
+    def _quantise_strip(self, w_OI: Tensor) -> tuple[Tensor, Tensor]:
         if self.kind == "fp8":
-            return list(quantise_fp8(w_OI, self.block))
-        if self.kind == "mxfp4":
-            codes, scales = quantise_mxfp4(w_OI)
-            return [codes if self.stacked else codes.flatten(1), scales]
-        return [*quantise_int4(w_OI.to(dtype)), torch.tensor(w_OI.shape)]
+            return quantise_fp8(w_OI, self.block)
+        return quantise_mxfp4(w_OI) if self.kind == "mxfp4" else quantise_int4(w_OI)
 
     def configuration(self, model: nn.Module, moe_layers: Sequence[MoELayer]) -> dict[str, Any]:
         """The quantization_config."""
@@ -92,7 +102,7 @@ class Layout:
             return {"quant_method": "mxfp4", "modules_to_not_convert": left_alone}
         if self.kind == "fp8":
             said = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"}
-            return {**said, "weight_block_size": list(self.block), "modules_to_not_convert": left_alone}
+            return {**said, "weight_block_size": [self.block, self.block], "modules_to_not_convert": left_alone}
         weights: dict[str, Any] = {
             "num_bits": 4, "type": "int" if self.kind == "int4" else "float", "strategy": "group", "group_size": GROUP,
             "symmetric": True, "dynamic": False, "actorder": None, "block_structure": None, "observer": "minmax",
@@ -131,21 +141,21 @@ def choose_layout(kind: str, matrices: Mapping[str, ExpertMatrix], where: str) -
             f"has no {kind} layout for that: fp8 and int4 need a tensor NAME.weight for each expert and projection, "
             "and mxfp4 that or stacked ones alone. Use another format, or the checkpoint as it is"
         )
-    block = (1, GROUP)
     if kind == "fp8":
-        block = _common(matrix.shape[0] for matrix in found), _common(matrix.shape[1] for matrix in found)
-    uneven = next((matrix for matrix in found if matrix.shape[1] % block[1]), None)
+        block = math.gcd(LARGEST_BLOCK, *(size for matrix in found for size in matrix.shape))
+        if block < SMALLEST_BLOCK:
+            raise UnsupportedModelError(
+                f"{where}: the sizes of its experts have no block in common but {block} by {block}, too small to be "
+                f"worth a scale (at least {SMALLEST_BLOCK}). Use mxfp4 or int4, or the checkpoint as it is"
+            )
+        return Layout(kind, stacked, block)
+    uneven = next((matrix for matrix in found if matrix.shape[1] % GROUP), None)
     if uneven is not None:
         raise UnsupportedModelError(
             f"{where}: {uneven.key!r} has {uneven.shape[1]} inputs, which are no whole groups of {GROUP}, as {kind} "
             "has them. Use fp8, or the checkpoint as it is"
         )
-    if kind == "fp8" and min(block) < SMALLEST_BLOCK:
-        raise UnsupportedModelError(
-            f"{where}: the sizes of its experts have no block in common but {list(block)}, too small to be worth a "
-            f"scale (at least {SMALLEST_BLOCK} by {SMALLEST_BLOCK}). Use mxfp4 or int4, or the checkpoint as it is"
-        )
-    return Layout(kind, stacked, block)
+    return Layout(kind, stacked)
 
 
 def dense_linears(model: nn.Module, moe_layers: Sequence[MoELayer]) -> list[str]:
@@ -153,10 +163,6 @@ def dense_linears(model: nn.Module, moe_layers: Sequence[MoELayer]) -> list[str]
     inside = tuple(f"{name}." for moe in moe_layers for name in moe.names)
     modules = model.named_modules()
     return [name for name, module in modules if isinstance(module, nn.Linear) and not name.startswith(inside)]
-
-
-def _common(sizes: Iterable[int]) -> int:
-    return math.gcd(LARGEST_BLOCK, *sizes)
 
 
 def _entry(key: str, dtype: torch.dtype, *shape: int) -> Entry:
