@@ -1,4 +1,4 @@
-"""The words a rewritten graph may use, and how they find what serves them.
+"""The operators (torch.library) that a rewritten graph calls, and how each finds the runtime that serves it.
 
 Shapes: T tokens, K experts per token, P = T*K token-expert pairs, S slots, H hidden.
 
@@ -239,13 +239,14 @@ for _name, _kernel in {
     "stream": _run_stream,
     "prefetch": _run_prefetch,
     "observe": _run_observe,
-    "packed_mm": _run_packed_mm,
-    "unpack": _run_unpack,
     "unserved": _run_unserved,
     "experts": _run_experts,
 }.items():
     LIB.impl(_name, _kernel, "CompositeExplicitAutograd")
 serve_grouped_mm(run_groups, "CompositeExplicitAutograd")
+_untraced: Any = torch._disable_dynamo  # type: ignore[attr-defined]
+LIB.impl("packed_mm", _untraced(_run_packed_mm), "CompositeExplicitAutograd")  # loops, as that of grouped_mm
+LIB.impl("unpack", _untraced(_run_unpack), "CompositeExplicitAutograd")
 LIB._register_fake("fetch", lambda ids, bank: torch.empty_like(ids))
 LIB._register_fake("place", lambda ids, bank: torch.empty_like(ids))
 LIB._register_fake("wait", lambda slots, bank: torch.empty_like(slots))
