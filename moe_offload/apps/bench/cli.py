@@ -11,10 +11,11 @@ import typer
 
 from ...config.settings import FILE_VARIABLE
 from ...errors import ConfigError
-from ..options.checks import check_model, check_output, residency_share, settings
+from ..options.checks import check_cuda, check_model, check_output, residency_share, settings
 from ..options.flags import Budget, ConfigFile, Json
 from ..options.numbers import one_of, whole
 from .architectures import PREFIX, sizes_of
+from .sides.names import NAMES, check_sides
 
 DEFAULT_RESIDENCY = 0.25
 
@@ -45,6 +46,14 @@ def bench(
         ),
     ] = "cpu",
     layers: Annotated[int | None, typer.Option("--layers", help="Layers of a synthetic model.", **whole(1))] = None,
+    experts: Annotated[
+        str | None,
+        typer.Option(
+            "--experts",
+            help="Experts of a synthetic model in mxfp4, int4 or fp8, instead of bfloat16.",
+            **one_of("mxfp4", "int4", "fp8"),
+        ),
+    ] = None,
     routing: Annotated[
         Path | None, typer.Option("--routing", help="Replay the expert ids of this trace (.npz) for every side.")
     ] = None,
@@ -78,6 +87,8 @@ def bench(
         sizes_of(model.removeprefix(PREFIX), layers)
     elif layers is not None:
         raise ConfigError(f"--layers is for {PREFIX}NAME; {model} has the layers it has")
+    elif experts is not None:
+        raise ConfigError(f"--experts is for {PREFIX}NAME; to quantise those of {model}, moe-offload pack --experts")
     else:
         check_model(model)
     for flag, read in (("--routing", routing), ("--file", file)):
@@ -90,9 +101,12 @@ def bench(
     if budget is None and not shares:
         shares = [DEFAULT_RESIDENCY]
     check_output("--out", out)
+    named = NAMES[device] if sides is None else tuple(side.strip() for side in sides.split(",") if side.strip())
+    check_sides(named, device, [budget] if budget is not None else [f"{share * 100:g}%" for share in shares])
+    if device == "cuda":
+        check_cuda()
     from .command import scratch_folder, workload, write_json
     from .run import bench as run_bench
-    from .sides.side import SIDES
     from .table import table
 
     if config_file is not None:
@@ -107,13 +121,13 @@ def bench(
         prompt=file,
         cache=cache,
         packed=packed,
+        experts=experts,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         requests=requests,
     )
     for plan in work.plans.values():
         typer.echo(str(plan), err=True)
-    named = list(SIDES[device]) if sides is None else [side.strip() for side in sides.split(",") if side.strip()]
 
     def keep(result: dict[str, Any]) -> None:
         if out is not None:
