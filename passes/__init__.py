@@ -6,6 +6,7 @@ Imports torch and nothing else: what serves the rewritten graph is bound to it a
     sentinels   drop_sentinels    the guards against ids that mean "not mine" go
     lookahead   insert_prefetch   the next layer's router is asked early
     slots       rename_to_slots   decode: W[ids] becomes bank[slots]
+    fast        speed_up_products few pairs, where asked for: kernels that may round otherwise
     waves       stream_in_waves   prefill: the experts code becomes one `stream` op
     instrument  insert_observe    count ids, change nothing else
     pipeline    which of them run, in which order
@@ -17,6 +18,7 @@ changed in place. Its module shows the graph before and after.
 from .bank import Bank
 from .core import Core
 from .erase import erase_unserved
+from .fast import speed_up_products
 from .find import PATTERNS, Site, UnknownUse, Weight, find_sites
 from .instrument import insert_observe
 from .lookahead import insert_prefetch
@@ -41,5 +43,6 @@ __all__ = [
     "offload_pipeline",
     "rename_to_slots",
     "run_passes",
+    "speed_up_products",
     "stream_in_waves",
 ]

@@ -20,6 +20,7 @@ import math
 import operator
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from . import ops
 from .bank import Bank
 from .core import Core
 from .erase import erase_orphans
+from .fast import speed_up_core
 from .find import Site, UnknownUse
 from .slots import group_by_slot
 
@@ -42,10 +44,12 @@ def stream_in_waves(
     sites: Sequence[Site],
     banks: Mapping[Hashable, Bank],
     compile_core: Callable[[GraphModule], Callable[..., Tensor]] = lambda core: core.forward,
+    few_pairs: Mapping[Hashable, int] = MappingProxyType({}),
 ) -> list[Site]:
     """Replace the core of every site that still reads its weights; return those sites.
 
-    `compile_core` turns a core's graph into what runs it; by default the graph runs as it is.
+    `compile_core` turns a core's graph into what runs it; by default the graph runs as it is. `few_pairs` are those of
+    each layer up to which its products may round otherwise.
     """
     done = [site for site in sites if site.reads_weights]
     for site in done:
@@ -56,9 +60,12 @@ def stream_in_waves(
         whole, scalars = _extract_core(site, nodes, fixed, exit_node, x, ids, others)
         part, _ = _extract_core(site, nodes, fixed, exit_node, x, ids, others, of_wave=True)
         alone = _fills_vectors(site, nodes)
-        core = Core(whole, part, site.grouped, tuple(site.weights), scalars, alone, banks[site.layer], compile_core)
+        bank, few = banks[site.layer], few_pairs.get(site.layer, 0) if site.grouped else 0
+        core = Core(whole, part, site.grouped, tuple(site.weights), scalars, alone, bank, compile_core, few)
         if not ops.knows_core(core):
             core.run_whole, core.run_part = compile_core(whole), compile_core(part)
+            if few:
+                core.run_few = compile_core(speed_up_core(whole)), compile_core(speed_up_core(part))
         number = ops.register_core(core)
         value = exit_node.meta["example_value"]
         with graph.inserting_before(exit_node):
