@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from .checkpoint.outline import outline_folder
 from .checkpoint.pretrained.arguments import sort_arguments
 from .checkpoint.pretrained.dense import find_adapter, load_adapter, load_dense
 from .checkpoint.pretrained.download import get_folder
+from .checkpoint.quantised.verify import verify_unpacking
 from .checkpoint.row_index import RowIndex
 from .config.device_map import DeviceMap
 from .config.settings import Config
@@ -28,7 +30,7 @@ from .errors import OffloadError
 from .experts import MoELayer, find_experts
 from .forward.advise import at_start
 from .memory.process_memory import bound_kernel_caches, trim_heap
-from .memory.stores.open import open_stores
+from .memory.stores.open import open_stores, read_first
 from .observe.profile import Profile
 from .patch.attach import attach
 from .patch.dense_weights import keep_where_it_is, place_dense
@@ -168,7 +170,7 @@ def from_pretrained(
     prepared = prepare(found.model, found.moe_layers, settings, profile)
     model: nn.Module = load_dense(found, said, path_or_id)
     trim_heap()  # for each of the loader's threads it keeps tens of MB
-    moe_layers = find_experts(model)
+    moe_layers = found.pack(find_experts(model))
     keep_where_it_is(model, moe_layers, settings)
     prepared.check_rows(moe_layers)
     model = _offload(model, moe_layers, prepared, found.index)
@@ -229,6 +231,8 @@ def _offload(model: Model, moe_layers: Sequence[MoELayer], prepared: Prepared, i
     with contextlib.ExitStack() as undo:
         for store in set(stores):
             undo.callback(store.close)
+        if index is not None:
+            moe_layers = verify_unpacking(moe_layers, index.packings, model, partial(read_first, stores))
         runtime = build_runtime(moe_layers, arrangement.plan, stores, settings, prepared.prior, device, device_decides)
         undo.pop_all()
         undo.callback(runtime.close)

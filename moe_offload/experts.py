@@ -8,14 +8,18 @@ bytes so that a kernel sees the alignment it would see in an ordinary tensor:
 
     row of qwen3_moe   | gate_up_proj [2I, H] | down_proj [H, I] | padding to 4 KiB |
     row of gpt_oss     | gate_up_proj [H, 2I] | gate_up_proj_bias [2I] | down_proj [I, H] | down_proj_bias [H] | ... |
+
+Of a quantised checkpoint a row holds what the files hold, *packed*, and its weights are unpacked where they are used:
+
+    row of qwen3_moe, FP8   | gate_proj F8 [I, H] | its scales | up_proj F8 [I, H] | its scales | down_proj ... |
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -51,6 +55,10 @@ class Field:
     offset: int
     nbytes: int
 
+    def view_in(self, row: torch.Tensor) -> torch.Tensor:
+        """The field itself, of a row uint8 [row_bytes]."""
+        return row[self.offset : self.offset + self.nbytes].view(self.dtype).view(self.shape)
+
 
 @dataclass(frozen=True)
 class RowLayout:
@@ -68,21 +76,54 @@ class RowLayout:
     @classmethod
     def of(cls, params: dict[str, torch.Tensor]) -> RowLayout:
         """Lay out stacked parameters `{name: [E, ...]}`, in the order given."""
+        return cls.in_order((name, tuple(param.shape[1:]), param.dtype) for name, param in params.items())
+
+    @classmethod
+    def in_order(cls, parts: Iterable[tuple[str, tuple[int, ...], torch.dtype]]) -> RowLayout:
+        """Lay out tensors of one expert, given as (name, shape, dtype), one after the other."""
         fields, end = [], 0
-        for name, param in params.items():
-            shape = tuple(param.shape[1:])
-            nbytes = math.prod(shape) * param.element_size()
+        for name, shape, dtype in parts:
+            nbytes = math.prod(shape) * dtype.itemsize
             offset = round_up(end, FIELD_ALIGN)
-            fields.append(Field(name, shape, param.dtype, offset, nbytes))
+            fields.append(Field(name, shape, dtype, offset, nbytes))
             end = offset + nbytes
         return cls(tuple(fields), round_up(end, ROW_ALIGN))
+
+
+class PackedWeight(Protocol):
+    """One parameter of an expert that lies packed in its row, and is unpacked where it is used.
+
+    Shapes: M token-expert pairs, I inputs, O outputs of the product. Rows are uint8 [row_bytes], contiguous.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def recipe(self) -> str:
+        """What is unpacked and how, in words that change when the result may."""
+
+    @property
+    def workspace_bytes(self) -> int:
+        """What unpacking takes at a time."""
+
+    def unpack(self, row: torch.Tensor, out: torch.Tensor) -> None:
+        """Write the parameter into `out`, of its shape and dtype."""
+
+    def multiply(self, x_MI: torch.Tensor, row: torch.Tensor, out_MO: torch.Tensor, transposed: bool) -> None:
+        """`out = x @ W`, or `x @ W.T` if `transposed`: the bits of that product with the unpacked parameter."""
 
 
 @dataclass(frozen=True)
 class MoELayer:
     """The experts of one layer: the module(s) that hold them and the layout of one row.
 
-    `modules` has more than one entry only where a model ties the same parameters into several modules.
+    `modules` has more than one entry only where a model ties the same parameters into several modules. `layout` is how
+    a row rests and moves, `unpacked` how the module's parameters would lie in one; they differ where `packed` names the
+    weights that rest packed.
     """
 
     index: int
@@ -91,15 +132,33 @@ class MoELayer:
     num_experts: int
     top_k: int
     layout: RowLayout
+    unpacked: RowLayout
+    packed: tuple[PackedWeight, ...] = ()
 
     @property
     def name(self) -> str:
         return self.names[0]
 
+    def as_unpacked(self) -> MoELayer:
+        """The same, with rows that hold the parameters themselves."""
+        return replace(self, layout=self.unpacked, packed=())
+
+    def unpack_row(self, row: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """A row as it rests [row_bytes] -> `out`, the parameters as `unpacked` lays them out; returns that."""
+        plain = {field.name: field for field in self.layout.fields}
+        packed = {weight.name: weight for weight in self.packed}
+        for field in self.unpacked.fields:
+            into = field.view_in(out)
+            if field.name in packed:
+                packed[field.name].unpack(row, into)
+            else:
+                into.copy_(plain[field.name].view_in(row))
+        return out
+
     @property
     def params(self) -> dict[str, nn.Parameter]:
         """The stacked parameters `{field name: [E, ...]}` as the module holds them now."""
-        return {field.name: getattr(self.modules[0], field.name) for field in self.layout.fields}
+        return {field.name: getattr(self.modules[0], field.name) for field in self.unpacked.fields}
 
     @property
     def nbytes(self) -> int:
@@ -136,6 +195,7 @@ def find_experts(model: nn.Module) -> list[MoELayer]:
         params = stacked_params(name, module)
         num_experts = next(iter(params.values())).shape[0]
         top_k = min(_top_k(name, module, model), num_experts)
+        layout = RowLayout.of(params)
         moe_layers.append(
             MoELayer(
                 len(moe_layers),
@@ -143,7 +203,8 @@ def find_experts(model: nn.Module) -> list[MoELayer]:
                 tuple(m for _, m in members),
                 num_experts,
                 top_k,
-                RowLayout.of(params),
+                layout,
+                layout,
             )
         )
     return moe_layers

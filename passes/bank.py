@@ -6,6 +6,8 @@ A bank is `[S, N]` of one dtype; a weight is a range of columns, seen as `[S, *s
 
     before   gate_up_proj [E, 2I, H]      down_proj [E, H, I]            two placeholders
     after    bank[:, 0:a].view(S, 2I, H)  bank[:, a:b].view(S, H, I)     one placeholder, retyped to the bank
+
+A weight that lies packed in the rows is no view of them: what reads it is handed the bank itself (see `packed`).
 """
 
 from __future__ import annotations
@@ -38,15 +40,18 @@ class RowField(Protocol):
 @dataclass(frozen=True)
 class Bank:
     """`slots` rows, each laid out as `fields` say. `dtype` is that of the bank tensor: the weights' own where they
-    share one, else bytes."""
+    share one, else bytes. `packed` are the weights that lie packed in a row, with the numbers that ops know them by."""
 
     fields: tuple[RowField, ...]
     slots: int
     dtype: torch.dtype
+    packed: tuple[tuple[str, int], ...] = ()
 
     def views(self, bank_SN: Tensor) -> dict[str, Tensor]:
-        """The stacked weights `{field: [S, *shape]}` of a bank tensor."""
-        return {field.name: self._view(bank_SN, field) for field in self.fields}
+        """The stacked weights `{field: [S, *shape]}` of a bank tensor; of one that is packed, the bank."""
+        return {field.name: self._view(bank_SN, field) for field in self.fields} | {
+            name: bank_SN for name, _ in self.packed
+        }
 
     def _view(self, bank_SN: Tensor, field: RowField) -> Tensor:
         start, stop = self._columns(field)

@@ -8,17 +8,24 @@ and rows among more rows came out the same on one processor; on another (with AM
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
+
+
+def find_runs(slots: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Each run of equal slots, as (slot, begin, end)."""
+    begin = 0
+    for end in range(1, len(slots) + 1):
+        if end == len(slots) or slots[end] != slots[begin]:
+            yield slots[begin], begin, end
+            begin = end
 
 
 def grouped_mm(x_PI: Tensor, weight_SIO: Tensor, slots_P: Tensor) -> Tensor:
     """`[P, O]`, what torch's own grouped_mm gives to the bit; but groups need not lie in slot order."""
     out_PO = x_PI.new_empty((x_PI.shape[0], weight_SIO.shape[2]))
-    slots = slots_P.tolist()
-    begin = 0
-    for end in range(1, len(slots) + 1):
-        if end == len(slots) or slots[end] != slots[begin]:
-            torch.mm(x_PI[begin:end], weight_SIO[slots[begin]], out=out_PO[begin:end])
-            begin = end
+    for slot, begin, end in find_runs(slots_P.tolist()):
+        torch.mm(x_PI[begin:end], weight_SIO[slot], out=out_PO[begin:end])
     return out_PO

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .core import Core
+from .grouped import find_runs
 from .grouped import grouped_mm as run_groups
 
 LIB = torch.library.Library("moe_offload", "DEF")
@@ -41,6 +42,8 @@ LIB.define(
 LIB.define("prefetch(Tensor ids, Tensor(a!) bank) -> ()", tags=_TAGS)
 LIB.define("grouped_mm(Tensor x, Tensor weight, Tensor slots) -> Tensor", tags=(torch.Tag.needs_exact_strides,))
 LIB.define("fast_grouped_mm(Tensor x, Tensor weight, Tensor slots) -> Tensor", tags=(torch.Tag.needs_exact_strides,))
+LIB.define("packed_mm(Tensor x, Tensor bank, Tensor slots, int weight, bool transposed) -> Tensor", tags=_TAGS)
+LIB.define("unpack(Tensor bank, Tensor slots, int weight) -> Tensor", tags=_TAGS)
 LIB.define("unserved(Tensor ids) -> Tensor", tags=_TAGS)
 LIB.define("observe(Tensor ids, Tensor weight) -> Tensor", tags=_TAGS)
 LIB.define("experts(Tensor x, Tensor ids, Tensor weights, Tensor(a!) bank) -> Tensor", tags=_TAGS)
@@ -74,12 +77,28 @@ class Observer(Protocol):
     def observe(self, ids_P: Tensor) -> None: ...
 
 
+class PackedWeight(Protocol):
+    """A weight that lies packed in the rows of a bank. Rows are bytes [N]."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def unpack(self, row: Tensor, out: Tensor) -> None:
+        """Write one expert's weight into `out`, of its shape and dtype."""
+
+    def multiply(self, x_MI: Tensor, row: Tensor, out_MO: Tensor, transposed: bool) -> None:
+        """The product with one expert's weight, or with its transpose."""
+
+
 class UnservedGraph(RuntimeError):
     """A graph reads offloaded weights, and no pass has put their bank in their place."""
 
 
 _BOUND: dict[int, Any] = {}
 _CORES: list[Core] = []
+_PACKED: list[PackedWeight] = []
 
 
 def bind(tensor: Tensor, server: Layer | Observer) -> None:
@@ -98,6 +117,18 @@ def register_core(core: Core) -> int:
             return number
     _CORES.append(core)
     return len(_CORES) - 1
+
+
+def register_packed(weight: PackedWeight) -> int:
+    """Give a packed weight the number by which a graph names it. Equal ones of different layers share one."""
+    if weight not in _PACKED:
+        _PACKED.append(weight)
+    return _PACKED.index(weight)
+
+
+def outputs_of(weight: int, transposed: bool) -> int:
+    """How wide a product with that packed weight is."""
+    return _PACKED[weight].shape[0 if transposed else 1]
 
 
 def knows_core(core: Core) -> bool:
@@ -157,6 +188,22 @@ def _run_experts(x: Tensor, ids: Tensor, weights: Tensor, bank: Tensor) -> Tenso
     return out
 
 
+def _run_packed_mm(x: Tensor, bank: Tensor, slots: Tensor, weight: int, transposed: bool) -> Tensor:
+    packed, rows = _PACKED[weight], bank.view(torch.uint8)
+    out = x.new_empty((x.shape[0], outputs_of(weight, transposed)))
+    for slot, begin, end in find_runs(slots.tolist()):
+        packed.multiply(x[begin:end], rows[slot], out[begin:end], transposed)
+    return out
+
+
+def _run_unpack(bank: Tensor, slots: Tensor, weight: int) -> Tensor:
+    packed, rows = _PACKED[weight], bank.view(torch.uint8)
+    out = torch.empty((len(slots), *packed.shape), dtype=packed.dtype)
+    for i, slot in enumerate(slots.tolist()):
+        packed.unpack(rows[slot], out[i])
+    return out
+
+
 def serve_product(name: str, kernel: Callable[[Tensor, Tensor, Tensor], Tensor], dispatch_key: str) -> None:
     """Compute `grouped_mm` or `fast_grouped_mm` by `kernel` on devices of that key.
 
@@ -174,6 +221,8 @@ for _name, _kernel in {
     "stream": _run_stream,
     "prefetch": _run_prefetch,
     "observe": _run_observe,
+    "packed_mm": _run_packed_mm,
+    "unpack": _run_unpack,
     "unserved": _run_unserved,
     "experts": _run_experts,
 }.items():
@@ -187,6 +236,14 @@ LIB._register_fake("wait", lambda slots, bank: torch.empty_like(slots))
 LIB._register_fake(
     "stream", lambda x, ids, bank, others, core, shape, dtype: x.new_empty((x.shape[0], *shape), dtype=dtype)
 )
+LIB._register_fake(
+    "packed_mm",
+    lambda x, bank, slots, weight, transposed: x.new_empty((x.shape[0], outputs_of(weight, transposed))),
+)
+LIB._register_fake(
+    "unpack",
+    lambda bank, slots, weight: bank.new_empty((slots.shape[0], *_PACKED[weight].shape), dtype=_PACKED[weight].dtype),
+)
 LIB._register_fake("prefetch", lambda ids, bank: None)
 LIB._register_fake("unserved", lambda ids: torch.empty_like(ids))
 LIB._register_fake("observe", lambda ids, weight: torch.empty_like(ids))
@@ -199,6 +256,8 @@ stream = torch.ops.moe_offload.stream.default
 prefetch = torch.ops.moe_offload.prefetch.default
 grouped_mm = torch.ops.moe_offload.grouped_mm.default
 fast_grouped_mm = torch.ops.moe_offload.fast_grouped_mm.default
+packed_mm = torch.ops.moe_offload.packed_mm.default
+unpack = torch.ops.moe_offload.unpack.default
 unserved = torch.ops.moe_offload.unserved.default
 observe = torch.ops.moe_offload.observe.default
 experts = torch.ops.moe_offload.experts.default

@@ -14,7 +14,8 @@ Biases and scales follow because they are indexed by the same ids. Slots are rea
 nothing, not even Inductor's scheduler, can move a read before its load. The sort stays on the true ids: sorted by slot,
 the pairs would lie in another order, and an elementwise kernel rounds the end of a tensor otherwise than the rest.
 
-A site is left alone when its pairs are not a constant of the graph or do not fit the slots: `waves` takes those.
+A site is left alone when its pairs are not a constant of the graph or do not fit the slots, or when its weights lie
+packed in the rows: `waves` takes those.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def rename_to_slots(
     `on_device` are the layers whose slots the device can decide. It does where every site of the graph is rewritten
     here: one that goes to `waves` takes all layers back to the host, in the middle of the graph.
     """
-    done = [site for site in sites if site.pairs is not None and site.pairs <= banks[site.layer].slots]
+    fits = [site for site in sites if site.pairs is not None and site.pairs <= banks[site.layer].slots]
+    done = [site for site in fits if not banks[site.layer].packed]
     by_device = on_device if len(done) == len(sites) else ()
     for site in done:
         slots_P = _insert_fetch(graph, site, site.layer in by_device)

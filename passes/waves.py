@@ -33,6 +33,7 @@ from .core import Core
 from .erase import erase_orphans
 from .fast import speed_up_core
 from .find import Site, UnknownUse
+from .packed import unpack_at_use
 from .slots import group_by_slot
 
 VECTORS = 64  # elements that the widest elementwise loop takes at a time
@@ -59,6 +60,8 @@ def stream_in_waves(
         x, ids, others = _find_inputs(site, nodes, fixed)
         whole, scalars = _extract_core(site, nodes, fixed, exit_node, x, ids, others)
         part, _ = _extract_core(site, nodes, fixed, exit_node, x, ids, others, of_wave=True)
+        for core_graph in (whole, part):
+            unpack_at_use(core_graph, dict(banks[site.layer].packed), site.layer)
         alone = _fills_vectors(site, nodes)
         bank, few = banks[site.layer], few_pairs.get(site.layer, 0) if site.grouped else 0
         core = Core(whole, part, site.grouped, tuple(site.weights), scalars, alone, bank, compile_core, few)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, UnsupportedModelError
+from ..errors import CheckpointError
+from .quantised.methods import check_quantization
 
 INDEX = "model.safetensors.index.json"
 #: Where a packed index says the experts are. No such file is ever written; its name is what people read who look.
@@ -22,14 +23,14 @@ def is_folder(path_or_id: str | Path, subfolder: str = "") -> bool:
     """Whether this is a local checkpoint folder; if not, it is to be looked for on the Hub.
 
     Raises `CheckpointError` for what can be neither, for a folder without config.json, and `UnsupportedModelError` for
-    a quantised checkpoint.
+    a checkpoint that is quantised in a way that is not read.
     """
     path = Path(path_or_id)
     if path.is_dir():
         place = path / subfolder
         if not (place / "config.json").is_file():
             raise CheckpointError(_without_config(path, place))
-        refuse_quantized(place, _read_config(place / "config.json"))
+        check_quantization(place, _read_config(place / "config.json"))
         return True
     if path.exists() or str(path_or_id).startswith((".", "/", "~")) or str(path_or_id).count("/") > 1:
         found = "found a file" if path.exists() else "there is nothing there"
@@ -42,26 +43,6 @@ def is_folder(path_or_id: str | Path, subfolder: str = "") -> bool:
             "of a checkpoint folder, or OWNER/NAME of letters, digits, '-', '_' and '.'"
         )
     return False
-
-
-def refuse_quantized(place: Path | str, config: Mapping[str, Any]) -> None:
-    """Raise `UnsupportedModelError` where a configuration, or a part of it, says that the weights are quantised."""
-    for where, found in _quantizations(config):
-        method = found.get("quant_method") if isinstance(found, Mapping) else getattr(found, "quant_method", None)
-        name = getattr(method, "value", method) or "a format that is not named"
-        raise UnsupportedModelError(
-            f"{place}: the checkpoint is quantised ({name}; {where} in its config.json), and quantised experts are not "
-            "read yet. Give the checkpoint that it was made from, in bfloat16, float16 or float32"
-        )
-
-
-def _quantizations(config: Mapping[str, Any], inside: str = "") -> Iterator[tuple[str, Any]]:
-    """transformers looks at the whole and at the text part; a part of any other name is doubtful, so it counts, too."""
-    for key, value in config.items():
-        if key in ("quantization_config", "compression_config") and value is not None:
-            yield f"{inside}{key}", value
-        elif isinstance(value, Mapping) and str(key).endswith("_config"):
-            yield from _quantizations(value, f"{inside}{key}.")
 
 
 def _read_config(file: Path) -> Mapping[str, Any]:

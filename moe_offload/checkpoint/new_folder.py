@@ -5,15 +5,16 @@ A checkpoint may take the place of an older one, whose files have the same names
 So the new one comes in under names of its own, and config.json, which can name its weights, is what changes hands:
 
     model-3f2a9c01-00001-of-00002.safetensors, ... and an index of them       nobody looks at these yet
-    config.json: the new one, + "transformers_weights": that index            from here on the folder is the new one
+    config.json: the new one, + "transformers_weights": that index,           from here on it is the new one: all at one
+    generation_config.json, ...                                               moment (files/switch.py)
     old index, shards, model.safetensors                                      kept aside
     model-00001-of-00002.safetensors, ..., model.safetensors.index.json       the same files, by their usual names
-    config.json: without "transformers_weights"
+    config.json: without "transformers_weights", and the other small files
     model-3f2a9c01-...                                                        gone
 
 An error or Ctrl-C takes all of it back. A kill at any moment, which takes nothing back, leaves a folder that
-transformers and moe_offload load as the old checkpoint or as the new one. (What has one name and no pointer, as
-generation_config.json and a tokenizer's files, is replaced file by file, just before config.json.)
+transformers and moe_offload load as the old checkpoint or as the new one. (Where a file system has no symbolic links
+the small files beside config.json are replaced one by one, just before it.)
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ import errno
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..config.sizes import format_size
 from ..errors import OffloadError, PackError, SaveError
 from ..files.moves import Moves, NotTakenBack, all_or_nothing
 from ..files.staging import staging_folder
+from ..files.switch import NEW, Switch, settle
 from ..files.whole_file import reason, sync, sync_folder
 from .folder import INDEX
 
@@ -92,6 +94,7 @@ def new_checkpoint(out: Path, needed_bytes: int) -> Iterator[Path]:
         raise SaveError(f"{out}: cannot be made: {reason(error)}. Give a folder that may be written") from error
     try:
         with _hidden_folder(out, out, needed_bytes, SaveError) as folder:
+            settle(out)
             yield folder
             _sync_files(folder)
             with all_or_nothing(folder / ASIDE) as moves:
@@ -116,23 +119,34 @@ def _take_place(folder: Path, out: Path, moves: Moves) -> None:
     """Move what is in `folder` to `out`, the old weights of `out` out of the way; config.json last, or in its turn."""
     new = sorted(file.name for file in folder.iterdir() if file.name != ASIDE)
     weights = [name for name in new if _WEIGHTS.fullmatch(name)]
-    others = sorted({*new} - {*weights, CONFIG})
+    small = sorted({*new} - {*weights}, key=lambda name: name == CONFIG)
     old = sorted(file.name for file in out.iterdir() if _WEIGHTS.fullmatch(file.name)) if weights else []
-    replaces = bool(weights) and CONFIG in new and (out / CONFIG).exists()
-    if replaces:
+    if weights and CONFIG in new and (out / CONFIG).exists():
         _under_own_names(folder, weights, out, moves)
-    else:
+        _change_hands(folder, small, weights, old, out, moves)
+    elif weights:
         for name in old:
             moves.remove(out / name)
-        for name in weights:
+        for name in (*weights, *small):
             moves.put(folder / name, out / name)
-    for name in others:
-        moves.put(folder / name, out / name)
-    if replaces:
-        _change_hands(folder, weights, old, out, moves)
-    elif CONFIG in new:
-        moves.put(folder / CONFIG, out / CONFIG)
+    else:
+        _switch(folder, small, out, moves).finish()
     sync_folder(out)
+
+
+def _switch(folder: Path, small: list[str], out: Path, moves: Moves, config: Mapping[str, Any] | None = None) -> Switch:
+    """From here on the small files of `out` are those of `folder`; till the end, config.json says `config`."""
+    switch = Switch(folder, small, out, moves)
+    linked = switch.prepare()
+    if config is not None:
+        moves.put_text(_json(config), switch.place / NEW / CONFIG)
+    if linked:
+        switch.turn()
+    else:
+        for name in small:
+            moves.put(switch.place / NEW / name, out / name)
+    sync_folder(out)
+    return switch
 
 
 def _under_own_names(folder: Path, weights: list[str], out: Path, moves: Moves) -> None:
@@ -147,11 +161,10 @@ def _under_own_names(folder: Path, weights: list[str], out: Path, moves: Moves) 
     sync_folder(out)
 
 
-def _change_hands(folder: Path, weights: list[str], old: list[str], out: Path, moves: Moves) -> None:
+def _change_hands(folder: Path, small: list[str], weights: list[str], old: list[str], out: Path, moves: Moves) -> None:
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     pointed = {**config, POINTER: _own(INDEX if INDEX in weights else SINGLE, folder)}
-    moves.put_text(_json(pointed), out / CONFIG)
-    sync_folder(out)
+    switch = _switch(folder, small, out, moves, pointed)
     for name in old:
         moves.remove(out / name)
     for name in weights:
@@ -160,8 +173,7 @@ def _change_hands(folder: Path, weights: list[str], old: list[str], out: Path, m
     if INDEX in weights:
         moves.put(folder / INDEX, out / INDEX)
     sync_folder(out)
-    moves.put(folder / CONFIG, out / CONFIG)
-    sync_folder(out)
+    switch.finish()
     for name in weights:
         moves.remove(out / _own(name, folder))
 

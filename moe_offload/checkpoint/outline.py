@@ -10,6 +10,7 @@ Made once and handed on: planning, loading and packing all work from the same on
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from .pretrained.arguments import Arguments
 from .pretrained.download import download
 from .pretrained.skeleton import build_skeleton, read_configuration
 from .pretrained.weight_files import listed_names, weight_files
+from .quantised.blocks import check_blocks
 from .row_index import RowIndex
 
 if TYPE_CHECKING:
@@ -45,6 +47,10 @@ class Outline:
     folder: Path | None = None
     stored: Stored | None = None
     index: RowIndex | None = None
+
+    def pack(self, moe_layers: Sequence[MoELayer]) -> list[MoELayer]:
+        """The layers of the same model, with rows as they rest in this checkpoint."""
+        return list(moe_layers) if self.index is None else self.index.pack(moe_layers)
 
 
 def outline(path_or_id: str | Path, dtype: str | torch.dtype = "auto") -> Outline:
@@ -68,8 +74,9 @@ def outline_folder(folder: Path, arguments: Arguments | None = None) -> Outline:
     model = build_skeleton(config, stored, arguments)
     moe_layers = find_experts(model)
     index = index_stored(model, moe_layers, stored)
+    check_blocks(model.config, stored.headers, index.keys)
     source = f"config.json and the headers of {len(index.stamps)} shards"
-    return Outline(model, moe_layers, source, place, stored, index)
+    return Outline(model, index.pack(moe_layers), source, place, stored, index)
 
 
 def read_weights(place: Path, config: Any, variant: str | None = None) -> Stored:
@@ -84,9 +91,10 @@ def _of_repository(name: str, arguments: Arguments) -> Outline:
     stored = Stored(hub_headers(name))
     model = build_skeleton(read_configuration(name, arguments), stored, arguments)
     moe_layers = find_experts(model)
-    index_stored(model, moe_layers, stored)
+    index = index_stored(model, moe_layers, stored)
+    check_blocks(model.config, stored.headers, index.keys)
     files = {found.file for found in stored.headers.values()}
-    return Outline(model, moe_layers, f"config.json and the headers of {len(files)} shards on the Hub")
+    return Outline(model, index.pack(moe_layers), f"config.json and the headers of {len(files)} shards on the Hub")
 
 
 def hub_headers(name: str) -> Headers:

@@ -90,6 +90,7 @@ def index_stored(model: Any, moe_layers: Sequence[MoELayer], stored: Stored) -> 
         index = index_rows(model, moe_layers, stored.headers)
     except (CheckpointError, UnsupportedModelError) as error:
         raise _misfit(files[0], f"the experts that were packed are not this model's: {error}") from error
+    moe_layers = index.pack(moe_layers)
     described: dict[str, tuple[Path, Any]] = {}
     for file in files:
         model_type, layers = _facts(file, ranges)

@@ -49,7 +49,7 @@ def describe(moe: MoELayer, rows: Sequence[RowSource]) -> dict[str, Any]:
             for f in moe.layout.fields
         ],
         "row_bytes": moe.layout.row_bytes,
-        "recipe": hashlib.sha256(json.dumps(recipe).encode()).hexdigest(),
+        "recipe": hashlib.sha256(json.dumps([recipe, *(weight.recipe for weight in moe.packed)]).encode()).hexdigest(),
     }
 
 

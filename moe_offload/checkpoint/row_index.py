@@ -10,7 +10,7 @@ asked here, key by key, exactly as its own loader asks; nothing is decided by a 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,13 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError, UnsupportedModelError
-from ..experts import Field, MoELayer
+from ..experts import Field, MoELayer, RowLayout
 from ..files.file_stamp import FileStamp
 from .conversion import Conversion, Shape, joins_bytes, one_expert_conversions
-from .headers import Headers, TensorRange
+from .expert_keys import label_of, one_key_per_expert, slice_stack
+from .headers import DTYPE_NAMES, Headers, TensorRange
+from .quantised.columns import PackedColumn, Packing, Sources, is_packed_by, pack_column
+from .quantised.recognise import role_of
 
 
 @dataclass(frozen=True)
@@ -46,13 +49,23 @@ RowSource = tuple[Piece, ...]
 class RowIndex:
     """`rows[layer][expert]`, layers numbered like the MoE layers; `keys` are all checkpoint keys of experts.
 
-    `names` are the layers' module names, for messages; `stamps` say which files the index was made from.
+    `names` are the layers' module names, for messages; `stamps` say which files the index was made from; `packings`
+    tell of each layer that is quantised how its rows rest.
     """
 
     names: tuple[str, ...]
     rows: tuple[tuple[RowSource, ...], ...]
     keys: frozenset[str]
     stamps: Mapping[Path, FileStamp]
+    packings: tuple[Packing | None, ...] = ()
+
+    def pack(self, moe_layers: Sequence[MoELayer]) -> list[MoELayer]:
+        """The layers, with rows as they rest in this checkpoint."""
+        packings = self.packings or (None,) * len(moe_layers)
+        return [
+            moe if found is None else replace(moe, layout=found.layout, packed=found.weights)
+            for moe, found in zip(moe_layers, packings, strict=True)
+        ]
 
 
 def row_at(file: Path, start: int, moe: MoELayer) -> RowSource:
@@ -72,13 +85,43 @@ def index_rows(model: nn.Module, moe_layers: Sequence[MoELayer], headers: Header
     origins = _find_origins(model, headers, wanted)
     layers = []
     for moe in moe_layers:
-        columns = []
-        for f in moe.layout.fields:
-            parameter, origin = _origin_of(moe, f, origins, headers)
-            columns.append(_pieces(moe, f, parameter, origin, headers))
-        layers.append(tuple(zip(*columns, strict=True)))
+        columns = [_column(moe, f, *_origin_of(moe, f, origins, headers), headers) for f in moe.unpacked.fields]
+        layers.append(_lay_out(moe, columns))
     keys = frozenset(key for origin in origins.values() for part in origin.parts.values() for key in part)
-    return RowIndex(tuple(moe.name for moe in moe_layers), tuple(layers), keys, headers.stamps)
+    names = tuple(moe.name for moe in moe_layers)
+    rows, packings = tuple(rows for rows, _ in layers), tuple(packing for _, packing in layers)
+    return RowIndex(names, rows, keys, headers.stamps, packings)
+
+
+def _lay_out(moe: MoELayer, columns: Sequence[Column | PackedColumn]) -> tuple[tuple[RowSource, ...], Packing | None]:
+    """The rows of a layer, and how they are packed if any of its fields is."""
+    packed = [column for column in columns if isinstance(column, PackedColumn)]
+    layout = RowLayout.in_order(part for column in columns for part in column.parts) if packed else moe.unpacked
+    fields = {field.name: field for field in layout.fields}
+    pieces: list[list[Piece]] = []
+    for column in columns:
+        if isinstance(column, PackedColumn):
+            for name, ranges in column.ranges.items():
+                pieces.append([Piece(fields[name], (found,), ()) for found in ranges])
+        else:
+            pieces.append([Piece(fields[column.field.name], *expert) for expert in column.experts])
+    rows = tuple(zip(*pieces, strict=True))
+    if not packed:
+        return rows, None
+    weights = tuple(column.weight(fields) for column in packed)
+    return rows, Packing(layout, weights, {column.field.name: column.made_by for column in packed})
+
+
+@dataclass(frozen=True)
+class Column:
+    """A field that rests as itself: of each expert the sources and the conversions."""
+
+    field: Field
+    experts: Sequence[tuple[tuple[TensorRange, ...], tuple[Conversion, ...]]]
+
+    @property
+    def parts(self) -> list[tuple[str, Shape, torch.dtype]]:
+        return [(self.field.name, self.field.shape, self.field.dtype)]
 
 
 @dataclass
@@ -95,7 +138,7 @@ def _find_origins(model: nn.Module, headers: Headers, wanted: set[str]) -> dict[
     from transformers.conversion_mapping import get_model_conversion_mapping  # late, as in conversion.py
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-    mapping = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+    mapping = get_model_conversion_mapping(model, hf_quantizer=getattr(model, "hf_quantizer", None))  # type: ignore[arg-type]
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
@@ -142,99 +185,61 @@ def _origin_of(moe: MoELayer, f: Field, origins: dict[str, _Origin], headers: He
     near = [key for key in headers if key.startswith(f"{moe.name.rpartition('.')[0]}.")][:3]
     raise CheckpointError(
         f"{moe.name}: none of its {moe.num_experts} experts has {f.name} in the checkpoint; near that name it has "
-        f"{near or 'nothing'}. Use the checkpoint that belongs to this configuration; quantised experts are not read"
+        f"{near or 'nothing'}. Use the checkpoint that belongs to this configuration"
     )
 
 
-def _pieces(moe: MoELayer, f: Field, parameter: str, origin: _Origin, headers: Headers) -> list[Piece]:
+def _column(moe: MoELayer, f: Field, parameter: str, origin: _Origin, headers: Headers) -> Column | PackedColumn:
     """Field `f` of every expert of the layer."""
     from transformers.core_model_loading import ErnieFuseAndSplitTextVisionExperts, MergeModulelist
 
     ops = [] if origin.converter is None else origin.converter.operations
-    patterns = [None] if origin.converter is None else origin.converter.source_patterns
-    splits = [type(op) is ErnieFuseAndSplitTextVisionExperts for op in ops]
-    columns = []
-    for pattern in patterns:
-        keys = origin.parts.get(pattern, [])
-        label = f.name if pattern is None else _label(pattern)
-        if any(splits) or any(type(op) is MergeModulelist for op in ops):
-            shares = len(origin.converter.target_patterns) if any(splits) else 1
-            column = [headers[key] for key in _one_key_per_expert(moe, label, keys, shares, origin.share)]
+    splits = [op for op in ops if type(op) is ErnieFuseAndSplitTextVisionExperts]
+    each_has_its_own = splits or any(type(op) is MergeModulelist for op in ops)
+    shares = len(origin.converter.target_patterns) if splits else 1
+    found = []
+    for pattern in [None] if origin.converter is None else origin.converter.source_patterns:
+        keys, label = origin.parts.get(pattern, []), f.name if pattern is None else label_of(pattern)
+        if not keys and is_packed_by(ops):  # what a format may have: which of it there must be is seen below
+            continue
+        if each_has_its_own:
+            keys = one_key_per_expert(moe, label, keys, shares, origin.share)
+            found.append(Sources(pattern, label, keys, [headers[key] for key in keys]))
         else:
-            column = _slices(moe, label, keys, headers)
-        columns.append(column)
+            found.append(Sources(pattern, label, keys * moe.num_experts, slice_stack(moe, label, keys, headers)))
+    if is_packed_by(ops):
+        packed = pack_column(moe, f, parameter, origin.converter, found, stacked=not each_has_its_own)
+        if packed is not None:
+            return packed
+        found, ops = [sources for sources in found if role_of(sources.label)[1] == "codes"], ops[1:]
+    return _plain_column(moe, f, parameter, ops, found)
+
+
+def _plain_column(moe: MoELayer, f: Field, parameter: str, ops: Sequence[Any], found: Sequence[Sources]) -> Column:
     conversions: dict[tuple[Shape, ...], tuple[Conversion, ...]] = {}
-    pieces = []
-    for e, sources in enumerate(zip(*columns, strict=True)):
+    experts = []
+    for e, sources in enumerate(zip(*(part.ranges for part in found), strict=True)):
+        _refuse_codes(f, sources, [part.keys[e] for part in found])
         shapes = tuple(source.shape for source in sources)
         if shapes not in conversions:
             try:
                 conversions[shapes] = one_expert_conversions(ops, shapes, f.shape, parameter)
             except ValueError as error:
-                found = ", ".join(str(list(shape)) for shape in shapes)
+                shown = ", ".join(str(list(shape)) for shape in shapes)
                 raise CheckpointError(
-                    f"{moe.name}: expert {e} has {f.name} in the checkpoint as {found}, the model expects "
+                    f"{moe.name}: expert {e} has {f.name} in the checkpoint as {shown}, the model expects "
                     f"{list(f.shape)} ({error}). Use the checkpoint that belongs to this configuration"
                 ) from error
-        pieces.append(Piece(f, sources, conversions[shapes]))
-    return pieces
+        experts.append((sources, conversions[shapes]))
+    return Column(f, experts)
 
 
-def _one_key_per_expert(moe: MoELayer, label: str, keys: list[str], shares: int, share: int) -> list[str]:
-    """The keys of this layer's experts, in order of their number, where the checkpoint has one tensor per expert.
-
-    With several `shares`, the list is cut into that many equal runs, one per layer. The loader goes by position in the
-    list, so a hole in the numbering would silently give every later expert its neighbour's weights.
-    """
-    numbers = _numbers(keys)
-    first = share * -(-len(keys) // shares)
-    absent = sorted(set(range(first, first + moe.num_experts)) - set(numbers))
-    if absent:
-        which = f"expert {absent[0]} has" if len(absent) == 1 else f"experts {_some(absent)} have"
-        raise CheckpointError(
-            f"{moe.name}: {which} no {label} in the checkpoint, which has {len(keys)} of them for "
-            f"{shares * moe.num_experts} experts. Download the missing shard, or use the right configuration"
-        )
-    if len(keys) > shares * moe.num_experts or len(set(numbers)) != len(numbers):
-        raise CheckpointError(
-            f"{moe.name}: the checkpoint has {label} of {len(keys)} experts, the model has "
-            f"{shares * moe.num_experts}. Use the checkpoint that belongs to this configuration"
-        )
-    by_number = dict(zip(numbers, keys, strict=True))
-    return [by_number[number] for number in range(first, first + moe.num_experts)]
-
-
-def _slices(moe: MoELayer, label: str, keys: list[str], headers: Headers) -> list[TensorRange]:
-    """One slice per expert of the one tensor in which the checkpoint stacks them."""
-    found = {key: list(headers[key].shape) for key in keys}
-    if len(found) != 1 or found[keys[0]][:1] != [moe.num_experts]:
-        raise CheckpointError(
-            f"{moe.name}: expected one tensor {label} of {moe.num_experts} experts, the checkpoint has "
-            f"{found or 'none'}. Use the checkpoint that belongs to this configuration"
-        )
-    return [headers[keys[0]][e] for e in range(moe.num_experts)]
-
-
-def _numbers(keys: list[str]) -> list[int]:
-    """The experts' numbers: the one part in which the keys of a list differ (of a single key, its last number)."""
-    split = [key.split(".") for key in keys]
-    if not split:
-        return []
-    varying = [column for column in zip(*split, strict=False) if len(set(column)) > 1]
-    numeric = [column for column in zip(*split, strict=False) if all(part.isdecimal() for part in column)]
-    column = varying[0] if len(varying) == 1 else numeric[-1] if not varying and numeric else ()
-    if len(column) != len(keys) or not all(part.isdecimal() for part in column):
-        raise CheckpointError(
-            f"expected tensor names that differ only in an expert's number, found {keys[:3]}; cannot tell them apart. "
-            "Use the checkpoint that belongs to this configuration"
-        )
-    return [int(part) for part in column]
-
-
-def _label(pattern: str) -> str:
-    """What a source pattern calls the tensor: 'up_proj' of 'mlp.experts.*.up_proj.weight'."""
-    return pattern.replace("\\", "").rpartition("*.")[2].removesuffix(".weight")
-
-
-def _some(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers[:8])) + (" ..." if len(numbers) > 8 else "")
+def _refuse_codes(f: Field, sources: Sequence[TensorRange], keys: Sequence[str]) -> None:
+    """Numbers that mean something only with scales are no weights, whatever they may be cast to."""
+    for source, key in zip(sources, keys, strict=True):
+        if source.dtype.itemsize == 1 or not source.dtype.is_floating_point:
+            raise UnsupportedModelError(
+                f"{source.file}: {key!r} holds {DTYPE_NAMES[source.dtype]} codes, and config.json names no format "
+                f"(quantization_config) that says what {f.name} they stand for. Put back the config.json that belongs "
+                "to these files"
+            )

@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
 
@@ -20,6 +20,8 @@ import torch
 
 from ..experts import ROW_ALIGN, round_up
 from .headers import DTYPE_NAMES, Headers, TensorRange
+
+COPIED_BYTES = 1 << 20  # of a tensor, in memory at a time
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,15 @@ class Filling:
             self._open[where.file] = where.file.open("xb", buffering=0)
             self._put(where.file, 0, memoryview(self._shards[where.file].header))
         self._put(where.file, where.offset, data)
+
+    def copy(self, key: str, source: TensorRange) -> None:
+        """Write the bytes of tensor `key` as they lie in another file, a piece at a time."""
+        target, at = self.ranges[key], 0
+        with source.file.open("rb", buffering=0) as stream:
+            stream.seek(source.offset)
+            while data := stream.read(min(COPIED_BYTES, source.nbytes - at)):
+                self.write(replace(target, offset=target.offset + at), memoryview(data))
+                at += len(data)
 
     def check_complete(self) -> None:
         lacking = {file.name: missing for file, missing in self._missing.items() if missing}

@@ -44,7 +44,17 @@ class Moves:
     def link(self, source: Path, target: Path) -> None:
         """Let `target`, which is not there, be the file `source` as well; a copy where a file has one name only."""
         self._undo.append(lambda: target.unlink(missing_ok=True))
-        _link_or_copy(source, target)
+        link_or_copy(source, target)
+
+    def put_link(self, text: str, target: Path) -> None:
+        """Let `target` be a symbolic link that says `text`."""
+        source = self._new_name(target)
+        source.symlink_to(text)
+        self.put(source, target)
+
+    def make_folder(self, target: Path) -> None:
+        self._undo.append(lambda: shutil.rmtree(target, ignore_errors=True))
+        target.mkdir()
 
     def remove(self, target: Path) -> None:
         kept = self._new_name(target)
@@ -69,7 +79,7 @@ class Moves:
         """Note what a new `target` is undone by: the old one put back, or nothing left there."""
         if os.path.lexists(target):
             kept = self._new_name(target)
-            _link_or_copy(target, kept)
+            link_or_copy(target, kept)
             self._undo.append(lambda: kept.replace(target))
         else:
             self._undo.append(lambda: target.unlink(missing_ok=True))
@@ -90,7 +100,8 @@ def all_or_nothing(aside: Path) -> Iterator[Moves]:
         raise
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name, or where a file has one name only a copy; a link is taken as the link that it is."""
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError:  # FAT, some network and FUSE file systems: a file has one name there

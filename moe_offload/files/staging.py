@@ -14,6 +14,7 @@ from pathlib import Path
 from .opened import opened
 
 STALE_S = 24 * 3600.0  # where no lock says whether its process lives: a folder that has not changed for so long
+PARTIAL = ".partial"  # how the names of such folders end
 NEW_S = 60.0  # an empty folder younger than this may not have been locked yet
 
 
@@ -25,7 +26,7 @@ def staging_folder(parent: Path, name: str) -> Iterator[Path]:
     what nobody will come back to, and removes it. Raises OSError.
     """
     sweep(parent)
-    folder = parent / f".moe_offload-{name[:100]}-{uuid.uuid4().hex[:8]}.partial"
+    folder = parent / f".moe_offload-{name[:100]}-{uuid.uuid4().hex[:8]}{PARTIAL}"
     try:
         folder.mkdir()
         with opened(folder) as descriptor:
@@ -37,7 +38,7 @@ def staging_folder(parent: Path, name: str) -> Iterator[Path]:
 
 def sweep(parent: Path) -> None:
     """Remove the folders of `staging_folder` that killed processes of this user have left in `parent`."""
-    for folder in parent.glob(".moe_offload-*-????????.partial"):
+    for folder in parent.glob(f".moe_offload-*-????????{PARTIAL}"):
         with contextlib.suppress(OSError), opened(folder, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)) as descriptor:
             found = os.fstat(descriptor)
             if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and _is_left(folder, descriptor, found):

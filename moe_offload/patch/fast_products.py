@@ -113,6 +113,8 @@ def _kernels() -> Any:
     """The compiled kernels; None, and said, where there are none. Asked for late: numba takes a second to import."""
     try:
         from ..runtime.kernels import few_rows
+
+        few_rows.prepare()
     except (ImportError, RuntimeError) as error:
         logger.warning(
             "compute='fast' needs numba (pip install numba), which cannot be used here: %s. Products are exact", error

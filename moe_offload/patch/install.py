@@ -32,6 +32,7 @@ from ..forward.graphs.phantom import Phantom
 from ..forward.inference_only import refuse_backward
 from ..forward.out_of_memory.retry import Retry
 from ..forward.regions import Regions
+from ..memory.buffers import page_aligned
 from ..runtime.kernels import KERNELS
 from ..runtime.layer import LayerRuntime
 from ..runtime.model import Runtime
@@ -48,8 +49,8 @@ class ModuleCore:
     """
 
     def __init__(self, moe: MoELayer, implementation: str, views: Callable[[Tensor], dict[str, Tensor]]):
-        self.module, self.views = moe.modules[0], views
-        self.run = original_code(implementation)
+        self.moe, self.module, self.views = moe, moe.modules[0], views
+        self.run, self.grouped = original_code(implementation), implementation == "grouped_mm"
 
     def __call__(
         self,
@@ -61,15 +62,36 @@ class ModuleCore:
     ) -> Tensor:
         if pairs_R is not None:
             x_P = x_P[pairs_R]
-        views = self.views(bank_SN)
+        if self.moe.packed:
+            return self._run_unpacked(x_P, slots_R, bank_SN)
+        return self._run(x_P, slots_R, self.views(bank_SN))
+
+    def _run(self, x_P: Tensor, slots_P: Tensor, weights: dict[str, Tensor]) -> Tensor:
         bare = object.__new__(type(self.module))
         bare.__dict__.update(self.module.__dict__)
-        bare.__dict__["_parameters"] = {**self.module._parameters, **views}
-        bare.__dict__["num_experts"] = bank_SN.shape[0]
-        dtype = next(iter(views.values())).dtype
-        ones = torch.ones((len(x_P), 1), dtype=dtype, device=x_P.device)
-        out: Tensor = self.run(bare, x_P.to(dtype), slots_R.view(-1, 1), ones)
+        bare.__dict__["_parameters"] = {**self.module._parameters, **weights}
+        first = next(iter(weights.values()))
+        bare.__dict__["num_experts"] = first.shape[0]
+        ones = torch.ones((len(x_P), 1), dtype=first.dtype, device=x_P.device)
+        out: Tensor = self.run(bare, x_P.to(first.dtype), slots_P.view(-1, 1), ones)
         return out
+
+    def _run_unpacked(self, x_P: Tensor, slots_P: Tensor, bank_SN: Tensor) -> Tensor:
+        """One expert after the other, so that one is unpacked at a time."""
+        out_P: Tensor | None = None
+        row = page_aligned(self.moe.unpacked.row_bytes)
+        for slot in slots_P.unique().tolist():
+            pairs = (slots_P == slot).nonzero().flatten()
+            self.moe.unpack_row(bank_SN[slot].view(torch.uint8), row)
+            weights = {field.name: field.view_in(row)[None] for field in self.moe.unpacked.fields}
+            # A batched product of one pair would round otherwise.
+            ran = pairs if self.grouped else pairs.repeat(2)[: max(len(pairs), 2)]
+            part = self._run(x_P[ran], torch.zeros_like(ran), weights)[: len(pairs)]
+            out_P = part.new_empty((len(x_P), *part.shape[1:])) if out_P is None else out_P
+            out_P.index_copy_(0, pairs, part)
+        if out_P is None:
+            raise AssertionError(f"{self.moe.name}: no pair to compute")
+        return out_P
 
 
 def original_code(implementation: str) -> Callable[..., Tensor]:
@@ -155,7 +177,7 @@ def uninstall(runtime: Runtime) -> None:
 def _install_layer(layer: LayerRuntime, link: Link, implementation: str, nan_rows: dict[Hashable, Tensor]) -> None:
     moe = layer.moe
     layer.module_core = ModuleCore(moe, implementation, ops.bank_of(layer).views)
-    phantoms = {f.name: Phantom.of(layer, f, nan_rows) for f in moe.layout.fields}
+    phantoms = {f.name: Phantom.of(layer, f, nan_rows) for f in moe.unpacked.fields}
     for module in moe.modules:
         for name, phantom in phantoms.items():
             setattr(module, name, phantom)

@@ -25,7 +25,7 @@ def refuse_what_reaches_experts(model: nn.Module, runtime: Runtime) -> None:
             f"{name}.{field.name}" if name else field.name
             for name, module in part.named_modules(remove_duplicate=False)
             if id(module) in experts
-            for field in experts[id(module)].layout.fields
+            for field in experts[id(module)].unpacked.fields
         ]
         if held:
             part._apply = partial(_refuse_moves, part)  # type: ignore[method-assign]

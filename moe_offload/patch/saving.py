@@ -10,7 +10,7 @@ checkpoint that is read:
     index_rows(model, those headers)            -> for each expert: its ranges, and the steps to undo
     row of expert e from its store              -> bytes                -> written into those ranges
 
-`state_dict()` works as well, but it has to hold what it returns: all experts at once, in RAM.
+Where all of it fits in one file, the dense weights are copied into that file, model.safetensors.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from contextvars import ContextVar
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +26,19 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..checkpoint.conversion import restore_tensors
-from ..checkpoint.headers import read_headers
-from ..checkpoint.new_folder import new_checkpoint, write_index
+from ..checkpoint.headers import Headers, read_headers
+from ..checkpoint.new_folder import SINGLE, new_checkpoint, write_index
 from ..checkpoint.row_index import Piece, index_rows
 from ..checkpoint.shards import Entry, Filling, Shard, file_name, header, split
 from ..config.sizes import parse_size
 from ..errors import ConfigError, OffloadError, SaveError
 from ..experts import MoELayer
-from ..memory.buffers import page_aligned
 from ..observe.progress import bar
 from ..runtime.layer import LayerRuntime
 from ..runtime.model import Runtime
+from .state_dict import fill_state_dict, phantoms_only, refuse_phantoms
 
-#: Whether state_dict() is to leave the experts' phantoms as they are: names and shapes are wanted, not weights.
-_as_phantoms: ContextVar[bool] = ContextVar("as_phantoms", default=False)
+Layers = list[tuple[MoELayer, LayerRuntime]]
 
 _REFUSED = {
     "push_to_hub": "call model.push_to_hub(repo_id), which saves to a temporary folder and uploads that",
@@ -54,19 +51,11 @@ def save_real_rows(model: nn.Module, runtime: Runtime) -> None:
     """Make state_dict() return real weights in place of phantoms, and save_pretrained() stream them."""
     from transformers import PreTrainedModel
 
-    for layer in runtime.layers:
-        for module in layer.moe.modules:
-            module.register_state_dict_post_hook(partial(_real_rows, runtime, layer.moe.index))
+    fill_state_dict(runtime)
     experts = {id(module) for layer in runtime.layers for module in layer.moe.modules}
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and any(id(inner) in experts for inner in module.modules()):
             module.__dict__["save_pretrained"] = Saver(module, runtime).save_pretrained
-
-
-def _real_rows(runtime: Runtime, index: int, module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    if not _as_phantoms.get():
-        for name, stacked in runtime.read_stacked(index).items():
-            state[prefix + name] = stacked
 
 
 class Saver:
@@ -109,7 +98,7 @@ class Saver:
                 return
             self._refuse_source(out)
             if state_dict is not None:
-                _refuse_phantoms(state_dict)
+                refuse_phantoms(state_dict)
                 self._write_given(out, state_dict, limit_bytes, sum(t.nbytes for t in state_dict.values()), **kwargs)
             else:
                 self._stream(out, limit_bytes, **kwargs)
@@ -120,18 +109,36 @@ class Saver:
         names = {f"{name}.{field.name}" for moe in moe_layers for name in moe.names for field in moe.layout.fields}
         dense = {key: tensor for key, tensor in self._phantom_state().items() if key not in names}
         entries = self._expert_entries(moe_layers, kwargs.get("save_original_format", True))
-        needed_bytes = sum(tensor.nbytes for tensor in dense.values()) + sum(entry.nbytes for entry in entries)
-        with new_checkpoint(out, needed_bytes) as folder:
+        dense_bytes, expert_bytes = (sum(each.nbytes for each in group) for group in (dense.values(), entries))
+        twice = dense_bytes if dense_bytes + expert_bytes <= limit_bytes else 0
+        with new_checkpoint(out, dense_bytes + expert_bytes + twice) as folder:
             self._write_dense(folder, dense, limit_bytes, **kwargs)
-            dense_files, runs = sorted(folder.glob("*.safetensors")), split(entries, limit_bytes)
-            first, count = len(dense_files) + 1, len(dense_files) + len(runs)
-            for number, file in enumerate(dense_files, 1):
-                file.rename(folder / file_name("model", number, count))
             headers = read_headers(sorted(folder.glob("*.safetensors")))
-            with contextlib.closing(Filling(folder, _shards(runs, first, count))) as files:
-                self._write_rows(layers, files)
-            headers.update(files.ranges)
-            write_index(folder, headers, self.model.num_parameters())
+            if sum(found.nbytes for found in headers.values()) + expert_bytes <= limit_bytes:
+                self._write_one_file(folder, layers, headers, entries)
+            else:
+                self._write_shards(folder, layers, split(entries, limit_bytes))
+
+    def _write_one_file(self, folder: Path, layers: Layers, dense: Headers, entries: list[Entry]) -> None:
+        """As transformers does where everything fits in a file: no number in its name, and no index."""
+        run = [*(Entry.of(key, found) for key, found in dense.items()), *entries]
+        with contextlib.closing(Filling(folder, [_shard("whole.safetensors", run)])) as files:
+            for key, found in dense.items():
+                files.copy(key, found)
+            self._write_rows(layers, files)
+        (folder / "whole.safetensors").replace(folder / SINGLE)  # which had the dense weights
+
+    def _write_shards(self, folder: Path, layers: Layers, runs: Sequence[tuple[Entry, ...]]) -> None:
+        dense_files = sorted(folder.glob("*.safetensors"))
+        first, count = len(dense_files) + 1, len(dense_files) + len(runs)
+        for number, file in enumerate(dense_files, 1):
+            file.rename(folder / file_name("model", number, count))
+        headers = read_headers(sorted(folder.glob("*.safetensors")))
+        shards = [_shard(file_name("model", number, count), run) for number, run in enumerate(runs, first)]
+        with contextlib.closing(Filling(folder, shards)) as files:
+            self._write_rows(layers, files)
+        headers.update(files.ranges)
+        write_index(folder, headers, self.model.num_parameters())
 
     def _write_given(
         self, out: Path, state: Mapping[str, Tensor], limit_bytes: int, needed_bytes: int, **kwargs: Any
@@ -146,30 +153,29 @@ class Saver:
         except SafetensorError as error:  # its wrapping of what the operating system says
             raise OSError(str(error)) from error
 
-    def _write_rows(self, layers: Sequence[tuple[MoELayer, LayerRuntime]], files: Filling) -> None:
+    def _write_rows(self, layers: Layers, files: Filling) -> None:
         moe_layers = [moe for moe, _ in layers]
-        with _phantoms_only(), _layout_errors():
+        with phantoms_only(), _layout_errors():
             index = index_rows(self.model, moe_layers, files.ranges)
         with bar("Saving", sum(moe.nbytes for moe in moe_layers), what="experts") as shown:
             for moe, layer in layers:
-                row = page_aligned(moe.layout.row_bytes)
                 for e, pieces in enumerate(index.rows[moe.index]):
-                    layer.store.read(layer.moe.index, e, row.numpy().data)
+                    row = self.runtime.read_unpacked(layer.moe.index, e)
                     for piece in pieces:
                         _write_field(piece, row, files)
                     shown.update(len(row))
         files.check_complete()
 
-    def _layers(self) -> list[tuple[MoELayer, LayerRuntime]]:
+    def _layers(self) -> Layers:
         """The model's layers, each with its experts' names as seen from the model: it may be part of a larger one."""
         names: dict[int, list[str]] = {}
         for name, module in self.model.named_modules(remove_duplicate=False):
             names.setdefault(id(module), []).append(name)
-        found: list[tuple[MoELayer, LayerRuntime]] = []
+        found: Layers = []
         for layer in self.runtime.layers:
             own = tuple(name for module in layer.moe.modules for name in names.get(id(module), []))
             if own:
-                found.append((dataclasses.replace(layer.moe, index=len(found), names=own), layer))
+                found.append((dataclasses.replace(layer.moe.as_unpacked(), index=len(found), names=own), layer))
         return found
 
     def _expert_entries(self, moe_layers: Sequence[MoELayer], original_format: bool) -> list[Entry]:
@@ -189,7 +195,7 @@ class Saver:
         ]
 
     def _phantom_state(self) -> dict[str, Tensor]:
-        with _phantoms_only():
+        with phantoms_only():
             return dict(self.model.state_dict())
 
     def _refuse_source(self, out: Path) -> None:
@@ -204,36 +210,15 @@ class Saver:
 def _write_field(piece: Piece, row: Tensor, files: Filling) -> None:
     """Write one field of the expert in `row` into the tensors that it is loaded from."""
     f = piece.field
-    field = row[f.offset : f.offset + f.nbytes].view(f.dtype).view(f.shape)
+    field = f.view_in(row)
     parts = restore_tensors(piece.conversions, field, [source.shape for source in piece.sources])
     for source, part in zip(piece.sources, parts, strict=True):
         files.write(source, part.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
-def _shards(runs: Sequence[tuple[Entry, ...]], first: int, count: int) -> list[Shard]:
-    shards = []
-    for number, run in enumerate(runs, first):
-        entries = tuple(sorted(run, key=lambda entry: -entry.dtype.itemsize))  # aligned, whatever comes before
-        shards.append(Shard(file_name("model", number, count), entries, header(entries, {"format": "pt"})))
-    return shards
-
-
-def _refuse_phantoms(state: Mapping[str, Tensor]) -> None:
-    for key, tensor in state.items():
-        if hasattr(tensor, "field"):
-            raise SaveError(
-                f"state_dict: {key} is a phantom (NaN in place of offloaded experts), as model.parameters() gives it; "
-                "nothing was written. Pass what model.state_dict() returns, or no state_dict at all"
-            )
-
-
-@contextlib.contextmanager
-def _phantoms_only() -> Iterator[None]:
-    token = _as_phantoms.set(True)
-    try:
-        yield
-    finally:
-        _as_phantoms.reset(token)
+def _shard(name: str, run: Sequence[Entry]) -> Shard:
+    entries = tuple(sorted(run, key=lambda entry: -entry.dtype.itemsize))  # aligned, whatever comes before
+    return Shard(name, entries, header(entries, {"format": "pt"}))
 
 
 @contextlib.contextmanager

@@ -35,8 +35,9 @@ class LayerShape:
 class Costs:
     """What stands in the budget besides the banks.
 
-    `reserve_bytes` None means KV cache, the scores of attention that is not fused, what the device's libraries and
-    allocator hold, and a share of the budget.
+    `unpack_bytes` is what the largest weight that rests packed takes while it is unpacked. `reserve_bytes` None means
+    KV cache, the scores of attention that is not fused, what the device's libraries and allocator hold, and a share of
+    the budget.
     """
 
     dense_bytes: int
@@ -44,6 +45,7 @@ class Costs:
     scores_bytes: int = 0
     library_bytes: int = 0
     scratch_bytes: int = 0
+    unpack_bytes: int = 0
     reserve_bytes: int | None = None
 
     def reserve(self, budget: int) -> int:
@@ -54,7 +56,7 @@ class Costs:
 
     def for_banks(self, budget: int) -> int:
         """What is left of `budget` for slots; negative when nothing is."""
-        return budget - self.dense_bytes - self.scratch_bytes - self.reserve(budget)
+        return budget - self.dense_bytes - self.scratch_bytes - self.unpack_bytes - self.reserve(budget)
 
 
 @dataclass(frozen=True)
@@ -89,13 +91,15 @@ class Plan:
         return sum(self.slots) / sum(layer.num_experts for layer in self.layers)
 
     def rows(self) -> list[tuple[str, int]]:
-        return [
+        rows = [
             ("dense weights", self.costs.dense_bytes),
             ("reserve (KV cache, workspace)", self.costs.reserve(self.budget_bytes)),
             ("scratch for prefill", self.costs.scratch_bytes),
+            ("unpacking of one weight", self.costs.unpack_bytes),
             ("expert slots", self.bank_bytes),
             ("slack", self.slack_bytes),
         ]
+        return [(name, size) for name, size in rows if size or name != "unpacking of one weight"]
 
     def __str__(self) -> str:
         few, many = min(self.slots), max(self.slots)
@@ -145,7 +149,7 @@ def budget_for(residency: float, layers: Sequence[LayerShape], costs: Costs) -> 
 
 
 def _smallest_budget(need: int, costs: Costs) -> int:
-    fixed = costs.dense_bytes + costs.scratch_bytes + need
+    fixed = costs.dense_bytes + costs.scratch_bytes + costs.unpack_bytes + need
     if costs.reserve_bytes is not None:
         return fixed + costs.reserve_bytes
     fixed += costs.kv_bytes + costs.scores_bytes + costs.library_bytes
@@ -170,7 +174,8 @@ def _below_floor(budget: int, smallest: int, layers: Sequence[LayerShape], costs
     return (
         f"budget {format_size(budget)} is below the floor of {format_size(smallest)} that this model needs: dense "
         f"weights {format_size(costs.dense_bytes)}, reserve for KV cache and workspace "
-        f"{format_size(costs.reserve(smallest))}, scratch for prefill {format_size(costs.scratch_bytes)}, and the "
+        f"{format_size(costs.reserve(smallest))}, scratch for prefill {format_size(costs.scratch_bytes)}, "
+        f"{f'unpacking {format_size(costs.unpack_bytes)}, ' if costs.unpack_bytes else ''}and the "
         f"experts of one token {format_size(_cost(layers, 0))} ({experts} rows in {len(layers)} layers). Use a budget "
         f"of at least {smallest} bytes, fewer kv_tokens (--context, MOE_OFFLOAD_KV_TOKENS), or a smaller dtype"
     )

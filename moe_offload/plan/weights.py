@@ -37,6 +37,7 @@ def costs(model: Any, moe_layers: Sequence[MoELayer], settings: OffloadConfig, d
         scores_bytes=scores_bytes(model),
         library_bytes=library_bytes(len(moe_layers), device),
         scratch_bytes=scratch_rows(settings, row_bytes, device) * row_bytes,
+        unpack_bytes=max((weight.workspace_bytes for moe in moe_layers for weight in moe.packed), default=0),
         reserve_bytes=settings.reserve_bytes,
     )
 
@@ -113,7 +114,7 @@ def fingerprint(model: Any, moe_layers: Sequence[MoELayer]) -> Fingerprint:
     """What a profile must agree with to be used for `model`."""
     config: Any = model.config.get_text_config()
     hidden = int(getattr(config, "hidden_size", None) or 1)
-    down = [next(f for f in moe.layout.fields if f.name == "down_proj") for moe in moe_layers]
+    down = [next(f for f in moe.unpacked.fields if f.name == "down_proj") for moe in moe_layers]
     return Fingerprint(
         model_type=str(model.config.model_type),
         layers=len(moe_layers),

@@ -12,10 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..memory.buffers import page_aligned
 from ..memory.stores import Store
 from ..memory.transfer import Transfer
 from ..observe.timeline import Depth, Timeline
 from ..observe.trace_recorder import TraceRecorder
+from ..packed.workspace import give_back
 from .device_cache import DeviceCaches
 from .guesses import Guesses
 from .kernels import Kernels
@@ -141,14 +143,22 @@ class Runtime:
         """The real stacked parameters `{field: [E, ...]}` of one layer, read anew from its store."""
         self.check_open()
         layer = self.layers[index]
-        layout, num_experts = layer.moe.layout, layer.moe.num_experts
-        stacked = {f.name: torch.empty((num_experts, *f.shape), dtype=f.dtype) for f in layout.fields}
-        row = torch.empty(layout.row_bytes, dtype=torch.uint8)
+        fields, num_experts = layer.moe.unpacked.fields, layer.moe.num_experts
+        stacked = {f.name: torch.empty((num_experts, *f.shape), dtype=f.dtype) for f in fields}
         for e in range(num_experts):
-            layer.store.read(index, e, memoryview(row.numpy()))
-            for f in layout.fields:
-                stacked[f.name][e] = row[f.offset : f.offset + f.nbytes].view(f.dtype).view(f.shape)
+            row = self.read_unpacked(index, e)
+            for f in fields:
+                stacked[f.name][e] = f.view_in(row)
         return stacked
+
+    def read_unpacked(self, index: int, expert: int) -> Tensor:
+        """One expert's row, read anew from its store, with the parameters themselves (`unpacked` lays them out)."""
+        layer = self.layers[index]
+        row = page_aligned(layer.moe.layout.row_bytes)
+        layer.store.read(index, expert, row.numpy().data)
+        if not layer.moe.packed:
+            return row
+        return layer.moe.unpack_row(row, page_aligned(layer.moe.unpacked.row_bytes))
 
     def close(self) -> None:
         """Give back files, threads and memory. Idempotent; waits for a forward in flight."""
@@ -163,5 +173,6 @@ class Runtime:
                     last_first.callback(store.close)
                 last_first.callback(self._transfer.close)
                 last_first.callback(setattr, self, "device_caches", None)
+                last_first.callback(give_back)
                 if self._lock.is_here:
                     self.hand_back()

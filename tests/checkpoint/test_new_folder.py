@@ -38,8 +38,10 @@ def write(folder: Path, name: str, shards: int) -> None:
 
 
 def loaded(folder: Path) -> tuple[str, tuple[str, ...]]:
-    """Whose configuration and whose tensors transformers finds there."""
+    """Whose configuration and whose tensors transformers finds there; all else is of the same one."""
     config = PreTrainedConfig.from_pretrained(folder)
+    assert json.loads((folder / "generation_config.json").read_text())["name"] == config.name
+    assert (folder / "only_new.json").is_file() is (config.name == "new")
     options = {"variant": None, "gguf_file": None, "use_safetensors": None, "user_agent": None, "is_remote_code": False}
     named = getattr(config, "transformers_weights", None)
     files, _ = _get_resolved_checkpoint_files(str(folder), **options, transformers_explicit_filename=named)
@@ -139,6 +141,52 @@ def test_without_hard_links(case, monkeypatch):
     """FAT, some network and FUSE file systems."""
     monkeypatch.setattr(moves.os, "link", lambda *_, **__: full())
     test_the_new_one_is_there_and_what_is_not_of_a_checkpoint_stays(case)
+
+
+def test_without_symbolic_links(case, monkeypatch):
+    monkeypatch.setattr(Path, "symlink_to", lambda *_, **__: full())
+    test_the_new_one_is_there_and_what_is_not_of_a_checkpoint_stays(case)
+
+
+@pytest.mark.parametrize("what", ["error", "kill"])
+def test_small_files_alone_are_replaced_together(tmp_path, what):
+    """As of a model with an adapter, whose own weights stay."""
+    out, names = tmp_path / "out", ("adapter_config.json", "adapter_model.safetensors")
+
+    def save(fault: Fault) -> None:
+        with new_checkpoint(out, 10) as folder:
+            for name in names:
+                (folder / name).write_text("new")
+            fault.__enter__()
+        fault.__exit__()
+
+    def begin() -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        (out / names[1]).write_text("old")
+
+    begin()
+    counting, seen = Fault(), set()
+    save(counting)
+    for at in range(1, counting.seen + 1):
+        begin()
+        if what == "kill":
+            child = os.fork()
+            if child == 0:
+                save(Fault(at, lambda: os.kill(os.getpid(), signal.SIGKILL)))
+                os._exit(0)
+            os.waitpid(child, 0)
+        else:
+            try:
+                save(Fault(at, interrupt))
+            except KeyboardInterrupt:
+                pass
+            finally:
+                sys.setprofile(None)
+        found = tuple((out / name).read_text() if (out / name).is_file() else None for name in names)
+        assert found in ((None, "old"), ("new", "new")), at
+        seen.add(found)
+    assert len(seen) == 2
 
 
 def test_links_of_a_cache_of_the_hub_are_replaced_and_not_followed(tmp_path):

@@ -135,7 +135,7 @@ def test_other_conversions_of_stacked_tensors(ops: list[Any], tmp_path: Path, mo
         state |= {stem + source: part.contiguous() for source, part in zip(sources, parts, strict=True)}
     save_file(state, save(model, tmp_path) / "model.safetensors")
     mapping = [WeightConverter(sources, "experts.gate_up_proj", operations=ops)]
-    monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda _: mapping)
+    monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda _, **__: mapping)
     moe_layers, index = index_of(skeleton("per_expert"), tmp_path)
     assert_holds(DiskStore([moe.layout for moe in moe_layers], index), find_experts(model))
 

@@ -53,7 +53,7 @@ def make(slots=3, store=None, scratch_rows=1, poison=True, threads=1, transfer=N
     transfer, layers = transfer or ThreadTransfer(threads), []
     scratch = Scratch(torch.zeros(scratch_rows * LAYOUT.row_bytes, dtype=torch.uint8, device=device), transfer, poison)
     for index in range(LAYERS):
-        moe = MoELayer(index, (f"layer {index}",), (), E, K, LAYOUT)
+        moe = MoELayer(index, (f"layer {index}",), (), E, K, LAYOUT, LAYOUT)
         policy = POLICIES["decayed_lfu"](E, 32.0)
         options = {"slots": slots, "policy": policy, "store": store, "transfer": transfer, "scratch": scratch}
         layers.append(LayerRuntime(moe, **options, poison=poison))

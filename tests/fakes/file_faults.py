@@ -12,7 +12,17 @@ import moe_offload
 
 PACKAGE = Path(moe_offload.__path__[0])
 WATCHED = (str(PACKAGE / "files"), str(PACKAGE / "checkpoint" / "new_folder.py"))
-CHANGES = {"replace", "rename", "link", "unlink", "mkdir", "rmdir", "open", "fsync"}  # what may leave files otherwise
+CHANGES = {
+    "replace",
+    "rename",
+    "link",
+    "symlink",
+    "unlink",
+    "mkdir",
+    "rmdir",
+    "open",
+    "fsync",
+}  # what may leave files otherwise
 
 
 class Fault:

@@ -113,7 +113,7 @@ def test_whatever_the_damage_one_kind_of_error(changes, tmp_path):
     np.savez(stored, experts=IDS, request_start=np.array([0, 20]))
     rand, path = random.Random(changes), tmp_path / "t.npz"
     for original in (good.read_bytes(), stored.getvalue()):
-        for _ in range(int(os.environ.get("MOE_OFFLOAD_FUZZ", "150"))):
+        for _ in range(int(os.environ.get("FUZZ_FILES", "150"))):
             data = bytearray(original)
             for _ in range(rand.randint(1, changes)):
                 kind, at = rand.randrange(4), rand.randrange(len(data))
@@ -135,7 +135,7 @@ def test_yaml_whatever_the_damage(tmp_path):
     rand, path = random.Random(0), tmp_path / "c.yaml"
     original = b"budget: 8GB\ndevice_map: {\"\": cpu, 'model.*.experts': disk}\npolicy: lru\nkv_tokens: 0x1F\n"
     pieces = b"!!int |!!float |&a |*a|[|{|? |- |<<: |0b|_|-1:9|'|>|\t|:|#|%|@".split(b"|")
-    for _ in range(int(os.environ.get("MOE_OFFLOAD_FUZZ", "300"))):
+    for _ in range(int(os.environ.get("FUZZ_FILES", "300"))):
         data = bytearray(original)
         for _ in range(rand.randint(1, 6)):
             at = rand.randrange(len(data))

@@ -120,6 +120,24 @@ def test_it_is_what_the_resident_model_writes_and_loads_again(family, options, r
     model.moe_offload.close()
 
 
+@pytest.mark.parametrize("options", [{}, {"tie_word_embeddings": True}, {"dtype": torch.bfloat16}], ids=str)
+def test_what_fits_in_one_file_is_one_file_as_in_transformers(options, tmp_path, never_stacked):
+    """To the byte, and over a checkpoint in shards, whose index would win over nothing but is not to stay."""
+    plain = build(QWEN, num_hidden_layers=1, **options)
+    plain.save_pretrained(tmp_path / "plain")
+    total = sum(tensor.nbytes for tensor in load_file(tmp_path / "plain" / "model.safetensors").values())
+    with open_checkpoint(tmp_path / "plain").moe_offload as handle:
+        for limit in ("50GB", total - 1, total):
+            handle.model.save_pretrained(tmp_path / "ours", max_shard_size=limit)
+            plain.save_pretrained(tmp_path / f"theirs {limit}", max_shard_size=limit)
+            assert_same(tmp_path / f"theirs {limit}", tmp_path / "ours")
+            names = {file.name for file in (tmp_path / "ours").iterdir()}
+            if limit == total - 1:
+                assert INDEX in names
+            else:
+                assert names == {file.name for file in (tmp_path / f"theirs {limit}").iterdir()}
+
+
 def test_a_packed_checkpoint_is_saved_as_what_it_was_packed_from(original, tmp_path, never_stacked):
     pack_checkpoint(original, tmp_path / "packed")
     with open_checkpoint(tmp_path / "packed").moe_offload as handle:
@@ -296,10 +314,14 @@ def test_closed(original, older):
     assert_refused(model, older, ClosedError)
 
 
-@pytest.mark.parametrize("moved", [1, 4, 6, 9])
-def test_a_kill_while_files_take_their_places_leaves_the_old_or_the_new_model(original, older, moved, monkeypatch):
-    """Another family, in one file; tests/checkpoint/test_new_folder.py does so at every step, with made-up files."""
-    real, done = Path.replace, []
+def test_a_kill_while_files_take_their_places_leaves_the_old_or_the_new_model(original, older, monkeypatch):
+    """Another family, which generates otherwise; tests/checkpoint/test_new_folder.py does so at every step, with
+    made-up files. transformers and moe_offload agree on what is there."""
+    saved = json.loads((older / "generation_config.json").read_text())
+    (older / "generation_config.json").write_text(json.dumps({**saved, "top_k": 7}))
+    before, real, seen = shutil.copytree(older, older.parent / "before"), Path.replace, set()
+    want = {"mixtral": load_file(older / "model.safetensors"), QWEN: tensors(original)}
+    done: list[Path] = []
 
     def replace(self, target):
         done.append(target)
@@ -307,20 +329,31 @@ def test_a_kill_while_files_take_their_places_leaves_the_old_or_the_new_model(or
             raise KeyboardInterrupt
         return real(self, target)
 
-    want = {"mixtral": load_file(older / "model.safetensors"), QWEN: tensors(original)}
     with open_checkpoint(original).moe_offload as handle:
-        monkeypatch.setattr(Path, "replace", replace)
-        monkeypatch.setattr(Moves, "take_back", lambda _: None)  # as a kill has it
-        monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
-        with pytest.raises(KeyboardInterrupt):
-            handle.model.save_pretrained(older)
-        monkeypatch.undo()
-    found = AutoModelForCausalLM.from_pretrained(older)
-    assert found.config.model_type == ("mixtral" if moved < 6 else QWEN)
-    found.save_pretrained(older.parent / "again")
-    again = tensors(older.parent / "again")
-    assert again.keys() == want[found.config.model_type].keys()
-    assert all(torch.equal(again[key], tensor) for key, tensor in want[found.config.model_type].items())
+        for moved in (3, 5, 6, 9, 11):
+            shutil.rmtree(older)
+            shutil.copytree(before, older)
+            done.clear()
+            with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+                killed.setattr(Path, "replace", replace)
+                killed.setattr(Moves, "take_back", lambda _: None)  # as a kill has it
+                killed.setattr(shutil, "rmtree", lambda *_, **__: None)
+                handle.model.save_pretrained(older)
+            found = AutoModelForCausalLM.from_pretrained(older)
+            kind = found.config.model_type
+            seen.add(kind)
+            assert (found.generation_config.top_k == 7) is (kind == "mixtral"), moved
+            state = found.state_dict()
+            with open_checkpoint(older).moe_offload as again:
+                assert again.model.config.model_type == kind
+                assert again.model.generation_config.to_dict() == found.generation_config.to_dict()
+                ours = again.model.state_dict()
+                assert all(torch.equal(ours[key], tensor) for key, tensor in state.items()), moved
+            found.save_pretrained(older.parent / f"again {moved}")
+            written = tensors(older.parent / f"again {moved}")
+            assert written.keys() == want[kind].keys()
+            assert all(torch.equal(written[key], tensor) for key, tensor in want[kind].items())
+    assert len(seen) == 2
 
 
 # Around it.

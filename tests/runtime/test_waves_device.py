@@ -229,7 +229,7 @@ def share_of_the_bound(machine, scratch_rows, layers=8, experts=128, slots=32, p
     scratch = Scratch(torch.zeros(scratch_rows * layout.row_bytes, dtype=torch.uint8), transfer)
     made = [
         LayerRuntime(
-            MoELayer(i, (f"layer {i}",), (), experts, 8, layout), slots=slots, store=store, transfer=transfer,
+            MoELayer(i, (f"layer {i}",), (), experts, 8, layout, layout), slots=slots, store=store, transfer=transfer,
             policy=POLICIES["decayed_lfu"](experts, 32.0), scratch=scratch,
         )
         for i in range(layers)

@@ -265,7 +265,7 @@ def test_quantised_is_refused_the_same_way_everywhere(folder, tmp_path, inside, 
     part = said
     for name in inside:
         part = part.setdefault(name, {})
-    part["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    part["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (folder / "config.json").write_text(json.dumps(said))
     (folder / "model.safetensors").write_bytes(b"not read")
     second = tmp_path / "out" if open_it == "pack_checkpoint" else BUDGET
@@ -273,7 +273,7 @@ def test_quantised_is_refused_the_same_way_everywhere(folder, tmp_path, inside, 
     if open_it == "config object":  # where the configuration comes from the Hub, nobody has looked at the file
         monkeypatch.setattr("moe_offload.checkpoint.pretrained.download.is_folder", lambda *_: True)
     where = ".".join((*inside, "quantization_config")).replace(".", r"\.")
-    with pytest.raises(moe_offload.UnsupportedModelError, match=rf"quantised \(fp8; {where} in .*bfloat16"):
+    with pytest.raises(moe_offload.UnsupportedModelError, match=rf"quantised \(gptq; {where} in .*bfloat16"):
         call(folder, second)
 
 

@@ -180,7 +180,7 @@ def test_already_packed(packed: Path, tmp_path: Path) -> None:
 def test_quantised_is_refused_as_from_pretrained_refuses_it(tmp_path: Path) -> None:
     original = Path(shutil.copytree(MODEL, tmp_path / "original"))
     config = json.loads((original / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "mxfp4"}
+    config["quantization_config"] = {"quant_method": "gptq"}
     (original / "config.json").write_text(json.dumps(config))
     with pytest.raises(moe_offload.UnsupportedModelError, match="quantised"):
         pack_checkpoint(original, tmp_path / "out")
@@ -238,7 +238,7 @@ def test_transformers_that_converts_otherwise_is_noticed(packed: Path, monkeypat
 
     mapping = conversion_mapping.get_model_conversion_mapping
 
-    def swapped(model: Any) -> Any:
+    def swapped(model: Any, **_: Any) -> Any:
         return [
             WeightConverter(entry.source_patterns[::-1], entry.target_patterns, entry.operations)
             if isinstance(entry, WeightConverter) and len(entry.source_patterns) == 2

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
-from ..headers import TensorRange
+from ..headers import DTYPE_NAMES, TensorRange
 from ..outline import Outline
+from ..quantised.blocks import unpack_uneven
+from ..quantised.quantizer import unpack_dense
 from .arguments import Arguments
 
 logger = logging.getLogger("moe_offload")
@@ -36,6 +38,9 @@ class Absent:
 
     def get_shape(self) -> list[int]:
         return list(self.shape)
+
+    def get_dtype(self) -> str:
+        return DTYPE_NAMES[self.dtype]
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(self.shape, dtype=dtype or self.dtype, device="meta")
@@ -55,6 +60,7 @@ def load_dense(found: Outline, arguments: Arguments | None = None, name: str | P
         for key, range_ in headers.items()
     }
     meta: Any = found.model
+    state = unpack_uneven(meta.config, headers, state)
     config, dtype = meta.config, meta.dtype
     model, info = type(meta).from_pretrained(
         None, config=config, state_dict=state, dtype=config.dtype or dtype, output_loading_info=True, **arguments.model
@@ -69,6 +75,7 @@ def load_dense(found: Outline, arguments: Arguments | None = None, name: str | P
     if model.can_generate() and "generation_config" not in arguments.model:
         model.generation_config = read_generation_defaults(found.folder)
     model.config.name_or_path = str(name or found.folder)
+    unpack_dense(model)
     return model.eval()
 
 

@@ -1,7 +1,7 @@
 """The model of a checkpoint on the meta device: every module and shape, no weights; the class that transformers runs.
 
-config.json is refused here by name, before anything is loaded, where it asks for what is not done: quantised weights,
-and code that comes with the checkpoint.
+config.json is refused here by name, before anything is loaded, where it asks for what is not done: weights quantised in
+a way that is not read, and code that comes with the checkpoint.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...errors import CheckpointError, ConfigError, UnsupportedModelError
-from ..folder import refuse_quantized
+from ..quantised.methods import check_quantization
+from ..quantised.quantizer import prepare_quantized, quantization_of, settle_quantization
 from .arguments import Arguments
 
 if TYPE_CHECKING:  # transformers takes seconds to import: functions do it, once there is something to load
@@ -31,13 +32,13 @@ def read_configuration(place: Path | str, arguments: Arguments, **where: Any) ->
     """The configuration of the checkpoint at `place`, a folder or a repository, with the overrides that were given.
 
     Raises `CheckpointError` for one that cannot be read, `ConfigError` for an override that names no field of it, and
-    `UnsupportedModelError` for a quantised checkpoint, or one that needs code of its own.
+    `UnsupportedModelError` for one quantised in a way that is not read, or that needs code of its own.
     """
     from transformers import AutoConfig, PreTrainedConfig
 
     try:
         said, _ = PreTrainedConfig.get_config_dict(place, **where)
-        refuse_quantized(place, said)
+        check_quantization(place, said)
         _refuse_remote_code(place, said, arguments.trust_remote_code)
         config, unknown = AutoConfig.from_pretrained(
             place, trust_remote_code=False, return_unused_kwargs=True, **where, **arguments.overrides
@@ -56,7 +57,8 @@ def read_configuration(place: Path | str, arguments: Arguments, **where: Any) ->
         config._attn_implementation = arguments.overrides["attn_implementation"]
     if getattr(config, "fusion_config", None) is not None:
         raise UnsupportedModelError(f"{place}: config.json has a fusion_config; fused layers are not supported yet")
-    refuse_quantized(place, {"text_config": config.get_text_config(decoder=True).to_dict()})
+    check_quantization(place, {"text_config": config.get_text_config(decoder=True).to_dict()})
+    settle_quantization(config)
     return config
 
 
@@ -66,6 +68,7 @@ def build_skeleton(config: Any, stored: Stored | None, arguments: Arguments) -> 
     dtype = _choose_dtype(config, stored, arguments.dtype)
     with torch.device("meta"):
         model: PreTrainedModel = model_class._from_config(config, dtype=dtype)
+        prepare_quantized(model)
     _keep_in_float32(model, dtype)
     return model
 
@@ -93,7 +96,9 @@ def _choose_class(config: Any) -> tuple[Any, Any]:
         )
     text = config.sub_configs.get("text_config")
     if text is not None and type(config) is not text and getattr(found, "config_class", None) is text:
-        config = config.get_text_config()
+        said, config = quantization_of(config), config.get_text_config()
+        if said is not None:
+            config.quantization_config = said
     return found, config
 
 

@@ -14,7 +14,11 @@ from ...runtime.layer import LayerRuntime
 
 def bank_of(layer: LayerRuntime) -> passes.Bank:
     """How the passes see this layer's bank."""
-    return passes.Bank(layer.moe.layout.fields, layer.cache.slots, layer.moe.layout.dtype)
+    moe = layer.moe
+    parameters = {field.name for field in moe.unpacked.fields}
+    plain = tuple(field for field in moe.layout.fields if field.name in parameters)
+    packed = tuple((weight.name, ops.register_packed(weight)) for weight in moe.packed)
+    return passes.Bank(plain, layer.cache.slots, moe.layout.dtype, packed)
 
 
 def bind(bank_SN: Tensor, layer: Any) -> None:

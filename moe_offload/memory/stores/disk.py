@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from ...checkpoint.conversion import convert_tensors
+from ...checkpoint.quantised.weights import find_fault
 from ...checkpoint.row_index import Piece, RowIndex
 from ...errors import CheckpointChangedError, CheckpointError, ClosedError, ExpertReadError
 from ...experts import RowLayout
@@ -39,6 +40,7 @@ class DiskStore:
         self._row_bytes = [layout.row_bytes for layout in layouts]
         self._counts = [len(layer) for layer in index.rows]
         self._names, self._stamps = index.names, dict(index.stamps)
+        self._packings = index.packings or (None,) * len(index.rows)
         self._lock = threading.Lock()
         self._reading, self._pid = 0, os.getpid()
         self._closed = False
@@ -75,7 +77,7 @@ class DiskStore:
         scratch = torch.empty(plan.scratch_bytes, dtype=torch.uint8).numpy().data
         who = f"{self._names[layer]} expert {expert}"
         parts = [partial(self._fill, part, row, scratch, who) for part in plan.parts]
-        return RowRead(parts, partial(self._finish, plan, row, scratch, who))
+        return RowRead(parts, partial(self._finish, plan, row, scratch, who, layer))
 
     def read(self, layer: int, expert: int, row: memoryview) -> int:
         return self.begin(layer, expert, row).run()
@@ -104,12 +106,19 @@ class DiskStore:
             buffers = [(row if span.in_row else scratch)[span.start : span.stop] for span in part.spans]
             self._files[part.file].read(part.offset, buffers, who)
 
-    def _finish(self, plan: RowPlan, row: memoryview, scratch: memoryview, who: str) -> int:
+    def _finish(self, plan: RowPlan, row: memoryview, scratch: memoryview, who: str, layer: int) -> int:
         with self._open_for_reading():
             for file in plan.files:  # after the bytes: a change while they were read counts
                 self._check_unchanged(file, who)
         for piece, offsets in plan.convert:
             _convert(piece, offsets, scratch, row)
+        packing = self._packings[layer]
+        fault = packing and find_fault(packing.weights, torch.frombuffer(row, dtype=torch.uint8))
+        if fault:
+            raise CheckpointError(
+                f"{who}: {fault}, in {', '.join(sorted(str(file) for file in plan.files))}. The checkpoint is damaged, "
+                "or was made by something that does not keep to its format; download it again"
+            )
         return plan.nbytes
 
     @contextmanager

@@ -17,7 +17,7 @@ from ...checkpoint.outline import read_weights
 from ...checkpoint.packed import index_stored
 from ...checkpoint.row_index import RowIndex
 from ...config.settings import OffloadConfig
-from ...errors import CheckpointError
+from ...errors import CheckpointError, UnsupportedModelError
 from ...experts import MoELayer
 from ...observe.progress import bar
 from ..buffers import page_aligned
@@ -76,6 +76,13 @@ def open_stores(
         return [stores[moe.index] for moe in moe_layers]
 
 
+def read_first(stores: Sequence[Store], moe: MoELayer) -> torch.Tensor:
+    """The first expert's row of a layer."""
+    row = page_aligned(moe.layout.row_bytes)
+    stores[moe.index].read(moe.index, 0, row.numpy().data)
+    return row
+
+
 def _rows_in_ram(moe: MoELayer, store: Store | None, progress: Callable[[int], object]) -> torch.Tensor:
     if store is None:
         rows = pack_rows(moe)
@@ -97,7 +104,13 @@ def _find_rows(model: nn.Module, moe_layers: Sequence[MoELayer]) -> RowIndex:
             "folder to read them from; use moe_offload.from_pretrained(path, budget)"
         )
     _refuse_others(folder)
-    return index_stored(model, moe_layers, read_weights(folder, config))
+    index = index_stored(model, moe_layers, read_weights(folder, config))
+    if any(index.packings):
+        raise UnsupportedModelError(
+            f"{folder}: its experts are quantised, and those of a model that was loaded without them cannot be read "
+            "from it; use moe_offload.from_pretrained(path, budget)"
+        )
+    return index
 
 
 def _refuse_others(folder: Path) -> None:

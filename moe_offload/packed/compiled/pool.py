@@ -1,8 +1,8 @@
 """Run a compiled kernel on the threads that torch computes with.
 
-A pool of our own would be a second one on the same cores: the idle threads of torch's OpenMP spin for milliseconds after
-each product, and ours for theirs (a token took 142 ms instead of 75). So a kernel is started by GOMP_parallel, which is
-what torch itself calls for every parallel loop: the threads are the same ones, still awake and with the same caches.
+A pool of our own would be a second one on the same cores: the idle threads of torch's OpenMP spin for milliseconds
+after each product, and ours for theirs (a token took 142 ms instead of 75). So a kernel is started by GOMP_parallel,
+which is what torch itself calls for every parallel loop: the threads are the same ones, awake and with warm caches.
 The dynamic linker is asked for that name as it was asked for torch, so it is the library that torch runs on, whichever
 that is (libgomp, or Intel's, which has the same entry). Where there is none, a kernel runs in the thread that calls it.
 
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -75,17 +75,24 @@ def compiled(function: Callable[..., Any]) -> Any:
         return numba.njit(function, nogil=True)
 
 
-def kernel(function: Callable[[Any], None]) -> Any:
-    """`function` as a C function of the address of a job.
+class kernel:  # a decorator
+    """A function as a C function of the address of a job, compiled when it is first run.
 
     Compiled code on disk does not notice when another file changes: whoever changes `share` or `array_at` empties the
     folders `__pycache__`.
     """
-    signature = types.void(types.voidptr)
-    try:
-        return numba.cfunc(signature, nopython=True, cache=True)(function)
-    except RuntimeError:
-        return numba.cfunc(signature, nopython=True)(function)
+
+    def __init__(self, function: Callable[[Any], None]):
+        self.function = function
+
+    @cached_property
+    def address(self) -> int:
+        signature = types.void(types.voidptr)
+        try:
+            self.made = numba.cfunc(signature, nopython=True, cache=True)(self.function)
+        except RuntimeError:
+            self.made = numba.cfunc(signature, nopython=True)(self.function)
+        return int(self.made.address)
 
 
 @numba.njit(inline="always")
@@ -100,7 +107,7 @@ def share(data):  # type: ignore[no-untyped-def]
     return carray(data, (HEAD + LONGEST,), np.int64)[HEAD:], begin, min(begin + step, head[2])
 
 
-def run(function: Any, rows: int, job: Sequence[int], work: int) -> None:
+def run(function: kernel, rows: int, job: Sequence[int], work: int) -> None:
     """Have all rows done: by torch's threads, or by this one where the work (elements) is small."""
     threads = 1 if work < SMALL else torch.get_num_threads()
     entries = _openmp() if threads > 1 else None

@@ -123,6 +123,11 @@ def _multiply(data):  # type: ignore[no-untyped-def]
         first, before = last, before + tiles
 
 
+def prepare() -> None:
+    """Compile now (once for a machine, where there is a folder to keep it in) and not in the middle of a call."""
+    _multiply.address  # noqa: B018
+
+
 def can_multiply(x_PI: Tensor, weight_SOI: Tensor) -> bool:
     """Whether `multiply` takes these: bfloat16 on a CPU, rows in one piece, of an even number of inputs."""
     outputs, inputs = weight_SOI.shape[1:]

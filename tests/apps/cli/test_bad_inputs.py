@@ -39,10 +39,10 @@ def folder(tmp_path_factory):
     checkpoint(made / "listed", config, weights)
     index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
     (made / "listed" / "model.safetensors.index.json").write_text(json.dumps(index))
-    for method in ("gptq", "fp8"):
+    for method in ("gptq", "awq"):
         checkpoint(made / method, {**config, "quantization_config": {"quant_method": method, "bits": 4}}, weights)
-    inner = {**config, "text_config": {"quantization_config": {"quant_method": "mxfp4"}}}
-    checkpoint(made / "mxfp4", inner, weights)
+    inner = {**config, "text_config": {"quantization_config": {"quant_method": "hqq"}}}
+    checkpoint(made / "hqq", inner, weights)
     checkpoint(made / "alien", {**config, "model_type": "alien", "architectures": ["AlienForCausalLM"]}, weights)
     (made / "model").symlink_to(MODEL)
     for name in ("nothing", "full"):
@@ -147,8 +147,8 @@ BAD = {
     "run listed": (4, "model-00001-of-00002.safetensors: the index lists this file, and it is not there"),
     "run pointer": (4, "git lfs pull"),
     "run gptq": (5, "gptq"),
-    "plan fp8": (5, "fp8"),
-    "pack mxfp4 new": (5, "mxfp4"),
+    "plan awq": (5, "awq"),
+    "pack hqq new": (5, "hqq"),
     "plan alien": (4, "alien"),
     "plan nobody/nothing": (4, "nobody/nothing"),
 }

@@ -1,0 +1,122 @@
+"""Our formulas against transformers' own operations, on one expert of each kind of layer, when a model is loaded.
+
+A later transformers may make other weights of the same bytes. Then its own operations are called for every expert
+that is unpacked: slow, and never wrong.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...experts import MoELayer, PackedWeight
+from ...packed.workspace import borrow
+from .columns import MadeBy, Packing
+from .weights import MatrixWeight
+
+logger = logging.getLogger("moe_offload")
+
+
+@dataclass(frozen=True, eq=False)
+class ConvertedWeight:
+    """A parameter that transformers' own operations unpack. It is a `PackedWeight` (experts.py)."""
+
+    weight: MatrixWeight
+    made_by: MadeBy
+    model: Any
+
+    @property
+    def name(self) -> str:
+        return self.weight.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    @property
+    def recipe(self) -> str:
+        return self.weight.recipe
+
+    @property
+    def workspace_bytes(self) -> int:
+        return 4 * math.prod(self.shape) * self.dtype.itemsize  # what they make on the way, in float32
+
+    def unpack(self, row: Tensor, out: Tensor) -> None:
+        out.copy_(convert_one(self.made_by, self.weight, row, self.model))
+
+    def multiply(self, x_MI: Tensor, row: Tensor, out_MO: Tensor, transposed: bool) -> None:
+        whole = borrow(self.shape, self.dtype)
+        self.unpack(row, whole)
+        torch.mm(x_MI, whole.t() if transposed else whole, out=out_MO)
+
+
+def verify_unpacking(
+    moe_layers: Sequence[MoELayer],
+    packings: Sequence[Packing | None],
+    model: Any,
+    read_row: Callable[[MoELayer], Tensor],
+) -> list[MoELayer]:
+    """The layers, with weights that give transformers' bits; `read_row` reads some expert of a layer."""
+    same: dict[Any, bool] = {}
+    verified = []
+    for moe, packing in zip(moe_layers, packings, strict=True):
+        if packing is None:
+            verified.append(moe)
+            continue
+        kind = (packing.layout, packing.weights)
+        if kind not in same:
+            row = read_row(moe)
+            same[kind] = all(_agrees(weight, packing.made_by[weight.name], row, model) for weight in packing.weights)
+            if not same[kind]:
+                logger.warning(
+                    "%s: the installed transformers unpacks these experts otherwise than moe_offload does; its own "
+                    "operations are used, which are slower",
+                    moe.name,
+                )
+        weights: Sequence[PackedWeight] = packing.weights
+        if not same[kind]:
+            weights = [ConvertedWeight(weight, packing.made_by[weight.name], model) for weight in packing.weights]
+        verified.append(replace(moe, packed=tuple(weights)))
+    return verified
+
+
+def convert_one(made_by: MadeBy, weight: MatrixWeight, row: Tensor, model: Any) -> Tensor:
+    """One expert's parameter, as transformers makes it of the tensors in a row.
+
+    Its operations take lists with one tensor of each expert, or one stacked tensor; both may be of a single expert.
+    """
+    found: Any = {}
+    for matrix in weight.matrices:
+        for field, tensor in zip(matrix.fields, matrix.tensors(row), strict=True):
+            found[made_by.patterns[field.name]] = [tensor[None] if made_by.stacked else tensor]
+    for op in made_by.converter.operations:
+        found = op.convert(
+            found,
+            source_patterns=made_by.converter.source_patterns,
+            target_patterns=made_by.converter.target_patterns,
+            full_layer_name=made_by.parameter,
+            model=model,
+            config=model.config,
+            missing_keys=None,
+        )
+    [tensor] = found.values()
+    tensor = tensor[0] if isinstance(tensor, list) else tensor
+    made: Tensor = tensor[0] if tensor.dim() > len(weight.shape) else tensor
+    return made
+
+
+def _agrees(weight: MatrixWeight, made_by: MadeBy, row: Tensor, model: Any) -> bool:
+    ours = torch.empty(weight.shape, dtype=weight.dtype)
+    weight.unpack(row, ours)
+    theirs = convert_one(made_by, weight, row, model).to(weight.dtype).contiguous()
+    return theirs.shape == ours.shape and torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))

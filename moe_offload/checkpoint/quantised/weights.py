@@ -1,0 +1,121 @@
+"""A parameter that rests as the tensors of its checkpoint, and is unpacked where it is used.
+
+    gate_up_proj [2I, H]   <-  gate [I, H] = FP8(gate_proj.weight, its scales),  up [I, H] = ...;  Join(0)
+    gate_up_proj [H, 2I]   <-  MXFP4(gate_up_proj_blocks, _scales) [2I, H];                        Swap(0, 1)
+
+Shapes: M pairs, I inputs, O outputs of a product; a matrix of the file is [O, I].
+
+A product needs the matrix as the file has it, rows of outputs: one row of x goes through strips of it that stay in the
+cache of a core. Everything here gives the bits that the product with the whole, unpacked parameter has; what that
+depends on in torch's kernels is tried out once (`packed/exact.py`), and not relied on where it does not hold.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...experts import Field
+from ...packed import Format
+from ...packed.exact import STRIP_BYTES, strips_are_exact, transposed_is_exact
+from ...packed.workspace import borrow
+from ..conversion import Conversion, Swap, convert_tensors, joins_bytes
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix [O, I] of the file: its tensors are `fields` of the row."""
+
+    format: Format
+    fields: tuple[Field, ...]
+    shape: tuple[int, int]
+
+    def tensors(self, row: Tensor) -> list[Tensor]:
+        return [field.view_in(row) for field in self.fields]
+
+
+@dataclass(frozen=True)
+class MatrixWeight:
+    """A parameter that `conversions` make of `matrices`. It is a `PackedWeight` (experts.py)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    matrices: tuple[Matrix, ...]
+    conversions: tuple[Conversion, ...]
+
+    @property
+    def rows(self) -> int:
+        """O of all matrices together, where they lie below each other."""
+        return sum(matrix.shape[0] for matrix in self.matrices)
+
+    @property
+    def recipe(self) -> str:
+        formats = [f"{matrix.format!r} {matrix.shape}" for matrix in self.matrices]
+        return f"{self.name} = {', '.join(formats)}; {self.conversions!r}"
+
+    @property
+    def workspace_bytes(self) -> int:
+        """What unpacking takes at once: the matrices and, where they are reordered, the parameter beside them."""
+        whole = math.prod(self.shape) * self.dtype.itemsize
+        return whole if joins_bytes(self.conversions) else 2 * whole
+
+    def unpack(self, row: Tensor, out: Tensor) -> None:
+        if joins_bytes(self.conversions):
+            self._unpack_below(row, out)
+            return
+        parts = [torch.empty(matrix.shape, dtype=self.dtype) for matrix in self.matrices]
+        for matrix, part in zip(self.matrices, parts, strict=True):
+            matrix.format.unpack(matrix.tensors(row), part)
+        out.copy_(convert_tensors(self.conversions, parts))
+
+    def multiply(self, x_MI: Tensor, row: Tensor, out_MO: Tensor, transposed: bool) -> None:
+        if not self._as_in_file(transposed):
+            whole = borrow(self.shape, self.dtype)
+            self.unpack(row, whole)
+            torch.mm(x_MI, whole.t() if transposed else whole, out=out_MO)
+        elif len(x_MI) == 1 and strips_are_exact(self.rows, x_MI.shape[1], self.dtype):
+            self._multiply_in_strips(x_MI, row, out_MO)
+        else:
+            whole = borrow((self.rows, x_MI.shape[1]), self.dtype)
+            self._unpack_below(row, whole)
+            torch.mm(x_MI, whole.t(), out=out_MO)
+
+    def _as_in_file(self, transposed: bool) -> bool:
+        """Whether the product's outputs are rows of the file's matrices, and may be computed from them."""
+        if joins_bytes(self.conversions):
+            return transposed
+        swapped = self.conversions == (Swap(0, 1),) and not transposed
+        return swapped and transposed_is_exact(self.rows, self.matrices[0].shape[1], self.dtype)
+
+    def _unpack_below(self, row: Tensor, out_OI: Tensor) -> None:
+        first = 0
+        for matrix in self.matrices:
+            matrix.format.unpack(matrix.tensors(row), out_OI[first : first + matrix.shape[0]])
+            first += matrix.shape[0]
+
+    def _multiply_in_strips(self, x_1I: Tensor, row: Tensor, out_1O: Tensor) -> None:
+        inputs, first = x_1I.shape[1], 0
+        for matrix in self.matrices:
+            tensors, outputs, unit = matrix.tensors(row), matrix.shape[0], matrix.format.row_unit
+            height = max(unit, STRIP_BYTES // (inputs * self.dtype.itemsize) // unit * unit)
+            strip = borrow((min(height, outputs), inputs), self.dtype)
+            for begin in range(0, outputs, height):
+                end = min(begin + height, outputs)
+                matrix.format.unpack(matrix.format.rows(tensors, begin, end), strip[: end - begin])
+                torch.mm(x_1I, strip[: end - begin].t(), out=out_1O[:, first + begin : first + end])
+            first += outputs
+
+
+def find_fault(weights: Sequence[MatrixWeight], row: Tensor) -> str | None:
+    """What of a row's codes means no number, and in which tensor; None where all is well."""
+    for weight in weights:
+        for matrix in weight.matrices:
+            found = matrix.format.find_fault(matrix.tensors(row))
+            if found is not None:
+                return f"{matrix.fields[0].name}: {found}"
+    return None

@@ -1,0 +1,53 @@
+"""state_dict() of an offloaded model: the real experts in place of their phantoms.
+
+It has to hold what it returns: all experts at once, in RAM. `saving.py` writes them a row at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import SaveError
+from ..runtime.model import Runtime
+
+#: Whether state_dict() is to leave the experts' phantoms as they are: names and shapes are wanted, not weights.
+_as_phantoms: ContextVar[bool] = ContextVar("as_phantoms", default=False)
+
+
+def fill_state_dict(runtime: Runtime) -> None:
+    """Make state_dict() return real weights in place of phantoms."""
+    for layer in runtime.layers:
+        for module in layer.moe.modules:
+            module.register_state_dict_post_hook(partial(_real_rows, runtime, layer.moe.index))
+
+
+@contextlib.contextmanager
+def phantoms_only() -> Iterator[None]:
+    """state_dict() leaves phantoms as they are, in this thread."""
+    token = _as_phantoms.set(True)
+    try:
+        yield
+    finally:
+        _as_phantoms.reset(token)
+
+
+def refuse_phantoms(state: Mapping[str, Tensor]) -> None:
+    """Raise `SaveError` for a state_dict that has phantoms in it, which are NaN."""
+    for key, tensor in state.items():
+        if hasattr(tensor, "field"):
+            raise SaveError(
+                f"state_dict: {key} is a phantom (NaN in place of offloaded experts), as model.parameters() gives it; "
+                "nothing was written. Pass what model.state_dict() returns, or no state_dict at all"
+            )
+
+
+def _real_rows(runtime: Runtime, index: int, module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    if not _as_phantoms.get():
+        for name, stacked in runtime.read_stacked(index).items():
+            state[prefix + name] = stacked
