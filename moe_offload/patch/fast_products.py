@@ -44,7 +44,7 @@ def serve_fast(device: str, implementation: str) -> bool:
 
 def speed_up_linears(model: nn.Module) -> list[nn.Linear]:
     """Give every bfloat16 linear layer on a CPU, that nothing else has changed, a fast forward. Returns them."""
-    linears = [module for module in model.modules() if _is_unchanged(module)]
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear) and _is_unchanged(module)]
     for linear in linears:
         # A bound method: a copy of the module gets one of its own, where a closure would multiply with our weights.
         linear.__dict__["forward"] = types.MethodType(forward, linear)
@@ -66,7 +66,7 @@ def forward(self: nn.Linear, input: Tensor) -> Tensor:
     return out.view(*input.shape[:-1], -1)
 
 
-def _is_unchanged(module: Any) -> bool:
+def _is_unchanged(module: nn.Linear) -> bool:
     if type(module) is not nn.Linear or "forward" in vars(module):
         return False
     return _is_matrix(module.weight) and _is_plain(module.bias)

@@ -7,9 +7,11 @@ Shapes: P rows of activations, S slots, I inputs, O outputs of one matrix.
 torch.mm packs a matrix for each product, which pays with many rows; with one it reaches a third of the memory's speed.
 Here tiles of four rows of W meet two rows of x in registers, and while a tile is multiplied the next one is fetched.
 All matrices of one call are one piece of work for torch's threads. A result depends on its own row of x and matrix
-alone: not on the other rows, nor on how many threads there are. It is not torch's to the bit: its sum has another order.
+alone: not on the other rows, nor on the threads. It is not torch's to the bit: its sum has another order.
 """
 
+# What numba compiles has no types that mypy could follow.
+# mypy: disable-error-code="call-arg, no-untyped-call, unused-ignore"
 from __future__ import annotations
 
 from itertools import pairwise
@@ -17,6 +19,7 @@ from itertools import pairwise
 import numba
 import numpy as np
 import torch
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -36,7 +39,6 @@ def _fetch(typingctx, address):  # type: ignore[no-untyped-def]
     """Begin to bring the cache line at `address` into the second-level cache; any address may be asked for."""
 
     def build(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        ir = cgutils.ir
         i32, pointer = ir.IntType(32), cgutils.voidptr_t
         kind = ir.FunctionType(ir.VoidType(), [pointer, i32, i32, i32])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
