@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import cache
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,7 +42,13 @@ class Format:
 
     def unpack(self, tensors: Sequence[Tensor], out_OI: Tensor) -> None:
         """Write the matrix, in the dtype of `out_OI`, whose rows are contiguous."""
-        self.unpack_torch(tensors, out_OI)
+        kernels = compiled() if can_be_compiled(tensors, out_OI) else None
+        if kernels is None or not self.unpack_compiled(kernels, tensors, out_OI):
+            self.unpack_torch(tensors, out_OI)
+
+    def unpack_compiled(self, kernels: Kernels, tensors: Sequence[Tensor], out_OI: Tensor) -> bool:
+        """The same bits in bfloat16 by a compiled kernel. False where there is none for these dtypes."""
+        raise NotImplementedError
 
     def unpack_torch(self, tensors: Sequence[Tensor], out_OI: Tensor) -> None:
         """The same bits by torch operations, on any device and in any dtype."""
@@ -62,6 +69,39 @@ class Format:
         step = max(elements // max(inputs, 1) // self.row_unit, 1) * self.row_unit
         for begin in range(0, outputs, step):
             yield begin, min(begin + step, outputs)
+
+
+class Kernels(NamedTuple):
+    """The modules of compiled kernels."""
+
+    unpack: Any
+    scan: Any
+
+
+@cache
+def compiled() -> Kernels | None:
+    """Asked for by the first matrix: importing numba takes as long as many a command."""
+    try:
+        from .compiled import scan, unpack
+    except ImportError:  # numba was taken away, or cannot be loaded: the formulas in torch are the same, and slower
+        return None
+    return Kernels(unpack, scan)
+
+
+def can_be_compiled(tensors: Sequence[Tensor], out_OI: Tensor) -> bool:
+    """Kernels go from address to address: neighbours in memory, on a CPU, and bfloat16."""
+    at_hand = all(tensor.device.type == "cpu" for tensor in (*tensors, out_OI))
+    dense = all(tensor.is_contiguous() for tensor in tensors) and out_OI.stride(1) == 1
+    return at_hand and dense and out_OI.dtype == torch.bfloat16
+
+
+def has_byte(tensor: Tensor, *, signed: bool) -> bool:
+    """Whether a tensor of one-byte elements has one of 0xff, or, of signed codes, of 0x7f or 0xff."""
+    kernels = compiled() if tensor.device.type == "cpu" and tensor.is_contiguous() else None
+    if kernels is not None:
+        return bool(kernels.scan.has_byte(tensor, signed=signed))
+    codes = tensor.view(torch.uint8)
+    return bool(((codes | 0x80 if signed else codes) == 0xFF).any())
 
 
 def powers_of_two(exponents: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .formats import Format, place_of, powers_of_two
+from .formats import Format, Kernels, has_byte, place_of, powers_of_two
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 EXPONENTS = (torch.float8_e8m0fnu, torch.uint8)
@@ -60,11 +60,19 @@ class FP8(Format):
         blocks = values.view(so, outputs // so, si, inputs // si) * widen(scale).reshape(so, 1, si, 1)
         out_OI.copy_(blocks.view(outputs, inputs))
 
+    def unpack_compiled(self, kernels: Kernels, tensors: Sequence[Tensor], out_OI: Tensor) -> bool:
+        known = tensors[1].dtype in kernels.unpack.SCALES
+        if known:
+            kernels.unpack.unpack_fp8(*tensors, _grid(tensors[1]), out_OI)
+        return known
+
     def find_fault(self, tensors: Sequence[Tensor]) -> str | None:
         codes, scale = tensors
         place = place_of(~torch.isfinite(widen(scale)))
         if place is not None:
             return f"the scale at {list(place)} is {widen(scale)[place].item()}, which is no finite number"
+        if not has_byte(codes, signed=True):
+            return None
         place = place_of((codes.view(torch.uint8) & 0x7F) == 0x7F)
         return f"the code of row {place[0]}, column {place[1]} means no number (NaN)" if place else None
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .formats import Format, place_of
+from .formats import Format, Kernels, place_of
 
 PER_WORD = 8
 SCALES = (torch.bfloat16, torch.float16, torch.float32)
@@ -52,6 +52,12 @@ class Int4(Format):
         pairs = torch.index_select(_pairs(codes.device), 0, codes.contiguous().view(torch.uint8).reshape(-1).int())
         values_OGJ = pairs.view(torch.float32).view(*scale.shape, -1)
         out_OI.copy_((values_OGJ * scale.to(torch.float32)[..., None]).to(scale.dtype).flatten(-2))
+
+    def unpack_compiled(self, kernels: Kernels, tensors: Sequence[Tensor], out_OI: Tensor) -> bool:
+        known = tensors[1].dtype in kernels.unpack.SCALES
+        if known:
+            kernels.unpack.unpack_int4(*tensors, out_OI)
+        return known
 
     def find_fault(self, tensors: Sequence[Tensor]) -> str | None:
         place = place_of(~torch.isfinite(tensors[1]))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .formats import Format, place_of, powers_of_two
+from .formats import Format, Kernels, has_byte, place_of, powers_of_two
 
 GROUP = 32
 #: What the sixteen codes mean. Code 8 is -0.0, and keeps its sign.
@@ -51,7 +51,13 @@ class MXFP4(Format):
         values_OGJ = pairs.view(torch.float32).view(*scales.shape, GROUP)
         out_OI.copy_((values_OGJ * powers_of_two(scales)[..., None]).flatten(-2))
 
+    def unpack_compiled(self, kernels: Kernels, tensors: Sequence[Tensor], out_OI: Tensor) -> bool:
+        kernels.unpack.unpack_mxfp4(*tensors, _table(), out_OI)
+        return True
+
     def find_fault(self, tensors: Sequence[Tensor]) -> str | None:
+        if not has_byte(tensors[1], signed=False):
+            return None
         place = place_of(tensors[1].view(torch.uint8) == 255)
         return f"the scale of row {place[0]}, group {place[1]} is 255, which is no number" if place else None
 
@@ -61,3 +67,10 @@ def _pairs(device: torch.device) -> Tensor:
     """Byte -> its two values in float32, as one int64."""
     byte, values = torch.arange(256), torch.tensor(VALUES)
     return torch.stack([values[byte & 15], values[byte >> 4]], -1).view(torch.int64).reshape(256).to(device)
+
+
+@cache
+def _table() -> Tensor:
+    """The sixteen values under each scale, in bfloat16."""
+    scales = torch.arange(256).to(torch.uint8)
+    return (torch.tensor(VALUES) * powers_of_two(scales)[:, None]).to(torch.bfloat16)

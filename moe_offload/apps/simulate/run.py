@@ -122,7 +122,7 @@ def _fast() -> Any:
     """The module `fast`, or None. Asked for by the first replay: importing numba takes longer than most commands."""
     try:
         from . import fast
-    except (ImportError, RuntimeError):  # numba is an extra, and wants a folder for what it compiles
+    except (ImportError, RuntimeError):  # numba was taken away, or finds no folder for what it compiles
         return None
     return fast
 
