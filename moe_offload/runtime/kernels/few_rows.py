@@ -10,8 +10,6 @@ All matrices of one call are one piece of work for torch's threads. A result dep
 alone: not on the other rows, nor on the threads. It is not torch's to the bit: its sum has another order.
 """
 
-# What numba compiles has no types that mypy could follow.
-# mypy: disable-error-code="call-arg, no-untyped-call, unused-ignore"
 from __future__ import annotations
 
 from itertools import pairwise
