@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .api import from_pretrained, make_plan, optimize
+    from .api import from_pretrained, optimize
     from .config.settings import OffloadConfig
     from .errors import (
         BudgetError,
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
     from .observe.profile import Profile
     from .observe.trace import Trace
     from .pack import pack_checkpoint
-    from .plan.forecast import Forecast, forecast
+    from .plan.forecast import Forecast, forecast, make_plan
     from .record import record_profile
 
 
 _HOMES = {
-    "api": ["from_pretrained", "make_plan", "optimize"],
+    "api": ["from_pretrained", "optimize"],
     "config.settings": ["OffloadConfig"],
     "errors": [
         "BudgetError",
@@ -56,7 +56,7 @@ _HOMES = {
         "TraceError",
         "UnsupportedModelError",
     ],
-    "plan.forecast": ["Forecast", "forecast"],
+    "plan.forecast": ["Forecast", "forecast", "make_plan"],
     "pack": ["pack_checkpoint"],
     "observe.profile": ["Profile"],
     "record": ["record_profile"],

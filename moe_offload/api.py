@@ -1,16 +1,16 @@
 """The story in one screen: find the experts, plan, choose where rows rest, patch the model, pre-warm.
 
-optimize(model, budget)           a loaded model, or one whose experts are on "meta"
-from_pretrained(path, budget)     a checkpoint whose experts never all come into RAM
-make_plan(model_or_path, budget)  how many slots would fit, before anything is loaded (more: plan/forecast.py)
-record_profile(model, inputs)     which experts a workload uses (record.py)
+optimize(model, budget)         a loaded model, or one whose experts are on "meta"
+from_pretrained(path, budget)   a checkpoint whose experts never all come into RAM
+Before them: plan/forecast.py (what a budget would hold), record.py (which experts a workload uses), pack.py (a copy
+of a checkpoint that is faster to read). After them: handle/, `model.moe_offload`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +24,7 @@ from .checkpoint.pretrained.dense import find_adapter, load_adapter, load_dense
 from .checkpoint.pretrained.download import get_folder
 from .checkpoint.quantised.verify import verify_unpacking
 from .checkpoint.row_index import RowIndex
-from .config.device_map import DeviceMap
+from .config.device_map import DeviceMap, MaxMemory
 from .config.settings import Config
 from .errors import OffloadError
 from .experts import MoELayer, find_experts
@@ -34,16 +34,12 @@ from .memory.stores.open import open_stores, read_first
 from .observe.profile import Profile
 from .patch.attach import attach
 from .patch.dense_weights import keep_where_it_is, place_dense
-from .plan.arrange import arrange
-from .plan.budget import Plan
-from .plan.forecast import read_outline
 from .plan.prepare import Prepared, prepare, settings_of
 from .runtime.assemble import build_runtime, on_device
 from .runtime.prewarm import prewarm_from
 
 logger = logging.getLogger("moe_offload")
 Model = TypeVar("Model", bound=nn.Module)
-MaxMemory = Mapping[str | int, str | int] | None
 
 
 def optimize(
@@ -179,45 +175,6 @@ def from_pretrained(
         with _closed_on_error(model):
             load_adapter(model, adapter, said)
     return model
-
-
-def make_plan(
-    model_or_path: nn.Module | str | Path,
-    budget: int | str | None = None,
-    *,
-    device_map: DeviceMap = None,
-    max_memory: MaxMemory = None,
-    config: Config = None,
-    dtype: str | torch.dtype = "auto",
-) -> Plan:
-    """What `budget` would hold of this model. Of a path only headers are read, no weight.
-
-    Args:
-        model_or_path: A model, the folder of a checkpoint, or a repository on the Hub.
-        budget: As in `optimize`.
-        device_map: As in `optimize`; devices need not be there.
-        max_memory: As in `optimize`.
-        config: As in `optimize`.
-        dtype: The dtype that a checkpoint would be loaded in.
-
-    Returns:
-        The `Plan`: bytes of each part of the budget, and `slots[l]`, the experts of MoE layer l that stay resident.
-
-    Raises:
-        BudgetError: The budget is below the floor, which is stated.
-        ConfigError: A setting means nothing, or the model is spread over several devices (ask `forecast`).
-        CheckpointError: There is no checkpoint, or its headers do not fit its configuration.
-        UnsupportedModelError: The model cannot be run exactly.
-
-    Example:
-
-        ```python
-        print(moe_offload.make_plan("Qwen/Qwen3-30B-A3B", "8GB"))
-        ```
-    """
-    settings = settings_of(config, budget=budget, device_map=device_map, max_memory=max_memory)
-    found = read_outline(model_or_path, dtype)
-    return arrange(found.model, found.moe_layers, settings).plan
 
 
 def _offload(model: Model, moe_layers: Sequence[MoELayer], prepared: Prepared, index: RowIndex | None = None) -> Model:

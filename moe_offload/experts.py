@@ -12,6 +12,8 @@ bytes so that a kernel sees the alignment it would see in an ordinary tensor:
 Of a quantised checkpoint a row holds what the files hold, *packed*, and its weights are unpacked where they are used:
 
     row of qwen3_moe, FP8   | gate_proj F8 [I, H] | its scales | up_proj F8 [I, H] | its scales | down_proj ... |
+
+Longer than 250 lines: the layout of a row is read off the module that is found here.
 """
 
 from __future__ import annotations

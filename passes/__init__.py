@@ -8,6 +8,7 @@ Imports torch and nothing else: what serves the rewritten graph is bound to it a
     slots       rename_to_slots   decode: W[ids] becomes bank[slots]
     fast        speed_up_products few pairs, where asked for: kernels that may round otherwise
     waves       stream_in_waves   prefill: the experts code becomes one `stream` op
+    core_graph  the experts code of a site, found and copied out for `waves`; core: as it is called
     packed      unpack_at_use     weights that lie packed in a row are unpacked by what reads them
     instrument  insert_observe    count ids, change nothing else
     pipeline    which of them run, in which order

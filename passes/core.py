@@ -1,4 +1,4 @@
-"""The part of a site that needs expert weights, cut out so that it can run for any subset of the pairs.
+"""`Core`: the experts code of one MoE layer, between routing and weighting, callable for any subset of its pairs.
 
 Shapes: P token-expert pairs, R of them in one wave, S slots, N elements of one row, H hidden.
 

@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from . import ops
+from .core_graph import find_constants
 from .find import Site, name_of
-from .waves import find_constants
 
 FRESH = ("zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones", "full", "full_like", "new_full", "clone")
 STEM_NODES = 200  # at most so many nodes count as a router (a few dozen are usual); beyond it no guess is made

@@ -14,6 +14,8 @@ instead, and `grouped_mm` is an ordinary function of its arguments, as is `fast_
 `unserved` stands in traced code that is to be rewritten: our backend takes it out, and a graph that never came to our
 backend raises where it is, before it computes.
 The library is opened with "DEF": a second copy of this file fails to import, rather than silently replacing the first.
+
+Longer than 250 lines: each op is here three times, as declared, as run, and as bound, and who changes one reads all.
 """
 
 from __future__ import annotations

@@ -38,10 +38,13 @@ Pass = Callable[[Graph], list[Site]]
 
 @dataclass(frozen=True)
 class Report:
-    """What one pass did: `sites` rewritten, op-count `change`, and how long it took."""
+    """What one pass did: the `layers` of the sites it rewrote, op-count `change`, and how long it took.
+
+    No node is in it: a report is kept as long as its model, and one node would keep the whole traced graph.
+    """
 
     name: str
-    sites: list[Site]
+    layers: list[Hashable]
     change: str
     elapsed_s: float
 
@@ -89,6 +92,6 @@ def run_passes(graph: Graph, passes: Sequence[Pass]) -> list[Report]:
         before, start = op_counts(graph), time.perf_counter()
         rewritten = apply(graph)
         graph.lint()
-        name = getattr(apply, "func", apply).__name__
-        reports.append(Report(name, rewritten, describe_change(before, op_counts(graph)), time.perf_counter() - start))
+        name, layers = getattr(apply, "func", apply).__name__, [site.layer for site in rewritten]
+        reports.append(Report(name, layers, describe_change(before, op_counts(graph)), time.perf_counter() - start))
     return reports

@@ -7,36 +7,29 @@
              y = moe_offload.stream(x_g, sorted_ids, bank, [], core, [H], dtype)
              out = (y * weights[perm])[inverse].view(T, K, H).sum(1)
 
-What is cut out, the *core*, is found by dependence alone: the readers of expert weights, and every node that combines
-their results with nothing but each other, constants and other parameters. It ends where the routing weights come in, so
-the weighted sum over K stays in the graph, after all waves: the result does not depend on how experts are grouped into
-waves. The core handles any number of pairs; the runtime runs it once per wave, for the pairs whose rows
-are there. A site is left alone when `slots` has already renamed it.
+What is cut out, the *core*, is found and copied by `core_graph.py`. It ends where the routing weights come in, so the
+weighted sum over K stays in the graph, after all waves: the result does not depend on how experts are grouped into
+waves. The core handles any number of pairs; the runtime runs it once per wave, for the pairs whose rows are there. A
+site is left alone when `slots` has already renamed it.
 """
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from . import ops
 from .bank import Bank
 from .core import Core
+from .core_graph import extract_core, fills_vectors, find_constants, find_core, find_exit, find_inputs
 from .erase import erase_orphans
 from .fast import speed_up_core
-from .find import Site, UnknownUse
+from .find import Site
 from .packed import unpack_at_use
-from .slots import group_by_slot
-
-VECTORS = 64  # elements that the widest elementwise loop takes at a time
 
 
 def stream_in_waves(
@@ -55,14 +48,14 @@ def stream_in_waves(
     done = [site for site in sites if site.reads_weights]
     for site in done:
         fixed = find_constants(graph, site)
-        nodes = _find_core(graph, site, fixed)
-        exit_node = _find_exit(site, nodes)
-        x, ids, others = _find_inputs(site, nodes, fixed)
-        whole, scalars = _extract_core(site, nodes, fixed, exit_node, x, ids, others)
-        part, _ = _extract_core(site, nodes, fixed, exit_node, x, ids, others, of_wave=True)
-        for core_graph in (whole, part):
-            unpack_at_use(core_graph, dict(banks[site.layer].packed), site.layer)
-        alone = _fills_vectors(site, nodes)
+        nodes = find_core(graph, site, fixed)
+        exit_node = find_exit(site, nodes)
+        x, ids, others = find_inputs(site, nodes, fixed)
+        whole, scalars = extract_core(site, nodes, fixed, exit_node, x, ids, others)
+        part, _ = extract_core(site, nodes, fixed, exit_node, x, ids, others, of_wave=True)
+        for graph_of_core in (whole, part):
+            unpack_at_use(graph_of_core, dict(banks[site.layer].packed), site.layer)
+        alone = fills_vectors(site, nodes)
         bank, few = banks[site.layer], few_pairs.get(site.layer, 0) if site.grouped else 0
         core = Core(whole, part, site.grouped, tuple(site.weights), scalars, alone, bank, compile_core, few)
         if not ops.knows_core(core):
@@ -85,191 +78,3 @@ def stream_in_waves(
 
 def _is_outside(nodes: Mapping[Node, None], user: Node) -> bool:
     return user not in nodes
-
-
-def find_constants(graph: Graph, site: Site) -> dict[Node, None]:
-    """Nodes that depend on nothing but the model: parameters, buffers, numbers, and what is computed from them alone.
-
-    A number that a module holds (a clamp limit, say) is an input too when Dynamo traces with dynamic shapes: a tensor
-    without dimensions, turned back into a number by `item`.
-    """
-    fixed: dict[Node, None] = {}
-    for node in graph.nodes:
-        value = node.meta.get("example_value")
-        if node in site.weights.values():
-            continue
-        if node.op == "placeholder":
-            static = "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
-            number = isinstance(value, Tensor) and value.dim() == 0
-            if static or number or isinstance(value, torch.nn.Parameter):
-                fixed[node] = None
-        elif node.op == "get_attr" or (node.all_input_nodes and all(i in fixed for i in node.all_input_nodes)):
-            fixed[node] = None
-    return fixed
-
-
-def _find_core(graph: Graph, site: Site, fixed: Mapping[Node, None]) -> dict[Node, None]:
-    """The core, in running order (a dict as an ordered set).
-
-    Activations from outside may come in only where a weight does: at a grouped matmul, or at the product of a gathered
-    weight. Anywhere later they are the routing weights, and the core ends before them.
-    """
-    reads = {read.node for read in site.reads}
-    views = {view for read in site.reads for view in read.views}
-    gathered = {read.node for read in site.reads if read.offsets is None}
-    core: dict[Node, None] = {}
-    for node in graph.nodes:
-        if node.op in ("placeholder", "get_attr", "output"):
-            continue
-        inputs = node.all_input_nodes
-        derived = any(i in core and i not in views for i in inputs)
-        closed = all(i in core or i in fixed for i in inputs)
-        if node in reads or node in views or (derived and (closed or gathered & set(inputs))):
-            core[node] = None
-    return core
-
-
-def _find_exit(site: Site, nodes: Mapping[Node, None]) -> Node:
-    """The one core node that the rest of the graph uses."""
-    exits = [node for node in nodes if any(user not in nodes for user in node.users)]
-    if len(exits) != 1:
-        raise UnknownUse(
-            site.layer, ", ".join(site.weights), f"its experts code leaves through {exits}, expected one node"
-        )
-    return exits[0]
-
-
-def _find_inputs(site: Site, nodes: Mapping[Node, None], fixed: Mapping[Node, None]) -> tuple[Node, Node, list[Node]]:
-    """What the core takes from outside besides weights: the pairs' activations, their ids, constants."""
-    ids = site.reader_ids
-    known = {ids, *site.weights.values(), *(read.offsets for read in site.reads)}
-    outside = {i: None for node in nodes for i in node.all_input_nodes if i not in nodes and i not in known}
-    activations = [node for node in outside if node not in fixed]
-    if len(activations) != 1:
-        raise UnknownUse(
-            site.layer, ", ".join(site.weights), f"its experts code takes {activations}, expected one tensor"
-        )
-    needed = _constants_above(outside, fixed)
-    return activations[0], ids, [node for node in needed if node.op in ("placeholder", "get_attr")]
-
-
-def _constants_above(nodes: Iterable[Node], fixed: Mapping[Node, None]) -> list[Node]:
-    """The constants among `nodes`, with all that they are computed from, in running order."""
-    found: dict[Node, None] = {}
-
-    def visit(node: Node) -> None:
-        if node in fixed and node not in found:
-            for above in node.all_input_nodes:
-                visit(above)
-            found[node] = None
-
-    for node in nodes:
-        visit(node)
-    return list(found)
-
-
-def _extract_core(
-    site: Site,
-    nodes: Mapping[Node, None],
-    fixed: Mapping[Node, None],
-    exit_node: Node,
-    x: Node,
-    ids: Node,
-    others: Sequence[Node],
-    of_wave: bool = False,
-) -> tuple[GraphModule, tuple[int, ...]]:
-    """The core as `f(x, slots, pairs, *weights, *others)`, with nothing of this layer's left in it; and which of
-    the others are numbers.
-
-    With `of_wave`, its matrix products run for the pairs `pairs` alone and leave zeros elsewhere, while everything
-    between them still sees all pairs, each in its place: an elementwise kernel rounds the end of a tensor, which does
-    not fill a vector register, otherwise than the rest (measured on silu and sigmoid).
-
-        before   y = grouped_mm(x, W, offs)             w = W[ids];        y = bmm(w, x)
-        after    s = moe_offload.grouped_mm(x[pairs],   w = W[slots[pairs]]
-                     W, slots[pairs])                   s = bmm(w, x[pairs])
-                 y = scatter_pairs(s, pairs, len(slots))       y = scatter_pairs(s, pairs, len(slots))
-    """
-    graph = Graph()
-    inputs: dict[Node, Node] = {x: graph.placeholder("x"), ids: graph.placeholder("slots")}
-    pairs = graph.placeholder("pairs")
-    inputs |= {read.offsets: inputs[ids] for read in site.reads if read.offsets is not None}
-    inputs |= {weight: graph.placeholder(name) for name, weight in site.weights.items()}
-    inputs |= {other: graph.placeholder(f"other_{i}") for i, other in enumerate(others)}
-    matrices, products = _find_products(site) if of_wave else ({}, {})
-    grouped = {read.node for read in site.reads if read.offsets is not None}
-    scalars = set()
-    for node in [*_constants_above([i for n in nodes for i in n.all_input_nodes], fixed), *nodes]:
-        if node in inputs:
-            continue
-        if node.target == "item":
-            number = _operand_of(node, 0)
-            scalars.add(others.index(number))
-            inputs[node] = inputs[number]
-            continue
-        _refuse_pair_counts(site, node)
-        mine = dict(inputs)
-        for operand in matrices.get(node, ()) or products.get(node, ()):
-            mine[operand] = graph.call_function(operator.getitem, (inputs[operand], pairs))
-        slots_P = inputs[ids]
-        if node in grouped and of_wave:
-            slots_P = graph.call_function(operator.getitem, (slots_P, pairs))
-        inputs[node] = graph.node_copy(node, mine.__getitem__)
-        if node in grouped:
-            inputs[node] = group_by_slot(graph, inputs[node], slots_P)
-        if node in products:
-            inputs[node] = graph.call_function(scatter_pairs, (inputs[node], pairs, inputs[ids]))
-        inputs[node].meta = {}
-    graph.output(inputs[exit_node])
-    graph.lint()
-    return GraphModule(torch.nn.Module(), graph), tuple(sorted(scalars))
-
-
-def _find_products(site: Site) -> tuple[dict[Node, tuple[Node, ...]], dict[Node, tuple[Node, ...]]]:
-    """The gathers of whole matrices, and the matrix products; each with its operands that have one entry per pair."""
-    gathers: dict[Node, tuple[Node, ...]] = {}
-    products: dict[Node, tuple[Node, ...]] = {}
-    for read in site.reads:
-        if read.offsets is not None:
-            products[read.node] = (_operand_of(read.node, 0),)
-        elif read.node.meta["example_value"].dim() > 2:
-            gathers[read.node] = tuple(i for i in read.node.all_input_nodes if i not in site.weights.values())
-            for product in read.node.users:
-                products[product] = tuple(i for i in product.all_input_nodes if i is not read.node)
-    return gathers, products
-
-
-def _operand_of(node: Node, position: int) -> Node:
-    found = node.args[position]
-    if not isinstance(found, Node):
-        raise TypeError(f"expected a graph node as operand {position} of {node.format_node()}")
-    return found
-
-
-def scatter_pairs(part: Tensor, pairs: Tensor, like: Tensor) -> Tensor:
-    """`part[i]` at position `pairs[i]` of a tensor as long as `like`, zeros elsewhere."""
-    return part.new_zeros((like.shape[0], *part.shape[1:])).index_copy(0, pairs, part)
-
-
-def _fills_vectors(site: Site, nodes: Mapping[Node, None]) -> bool:
-    """Whether every pair's share of every intermediate fills whole vectors, so that no pair meets the end of a tensor.
-
-    An elementwise kernel takes two vector registers at a time (64 bfloat16 of AVX-512) and rounds what is left over
-    otherwise. Nothing is left over, however many pairs there are, when each has a multiple of that.
-    """
-    views = {view for read in site.reads for view in read.views}
-    for node in nodes:
-        value = node.meta.get("example_value")
-        if node not in views and isinstance(value, Tensor) and value.is_floating_point():
-            share = math.prod(value.shape[1:])
-            if not isinstance(share, int) or share % VECTORS:
-                return False
-    return True
-
-
-def _refuse_pair_counts(site: Site, node: Node) -> None:
-    """A literal P in the core would be wrong for a wave; only a reshape-like call can hold one."""
-    if site.pairs is not None and site.pairs > 1 and node.op == "call_method":
-        sizes: list[Any] = [a for arg in node.args[1:] for a in (arg if isinstance(arg, (tuple, list)) else (arg,))]
-        if node.target in ("view", "reshape", "expand") and site.pairs in sizes[:1]:
-            raise UnknownUse(site.layer, ", ".join(site.weights), f"{node.format_node()} fixes the number of pairs")

@@ -20,6 +20,7 @@ from ..errors import BudgetError, ConfigError, UnsupportedModelError
 from .sizes import format_size, parse_size
 
 DeviceMap = str | Mapping[str, str | int] | None
+MaxMemory = Mapping[str | int, str | int] | None
 TIERS = {"disk": "disk", "cpu": "host"}
 ACCELERATORS = ("cuda", "xpu", "mps", "npu", "hpu", "mlu", "musa", "tpu")
 AUTO = "auto"

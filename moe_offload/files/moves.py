@@ -106,4 +106,5 @@ def link_or_copy(source: Path, target: Path) -> None:
         os.link(source, target, follow_symlinks=False)
     except OSError:  # FAT, some network and FUSE file systems: a file has one name there
         shutil.copy2(source, target, follow_symlinks=False)
-        sync(target)
+        if not target.is_symlink():  # which would be followed
+            sync(target)

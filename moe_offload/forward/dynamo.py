@@ -69,8 +69,10 @@ class Settings:
 
 def with_own_code(function: Function, name: str) -> Function:
     """Give `function` a code object of its own: Dynamo keeps graphs, and counts them, per code object, and functions
-    that are made in one place share theirs."""
+    that are made in one place share theirs. The graphs go with the function."""
     warnings.filterwarnings("ignore", VERSIONS_ARE_CACHED)
     made: Any = function
     made.__code__ = made.__code__.replace(co_name=f"moe_offload_{name}_{next(_numbers)}")
+    # Dynamo's own table has the code live as long as its graphs, which it holds itself: neither would ever go.
+    weakref.finalize(made, torch._dynamo.eval_frame.remove_from_cache, made.__code__).atexit = False
     return cast(Function, made)

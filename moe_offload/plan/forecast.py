@@ -1,11 +1,10 @@
 """What a budget would give, before anything is loaded: slots, hit rate, KV cache, the floor, and what more would buy.
 
-print(moe_offload.forecast("Qwen/Qwen3-30B-A3B", "8GB"))
+`make_plan` answers with the slots alone, `forecast` with all of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 
 from ..checkpoint.outline import Outline, outline
-from ..config.device_map import DeviceMap
+from ..config.device_map import DeviceMap, MaxMemory
 from ..config.settings import Config, OffloadConfig
 from ..config.sizes import format_size
 from ..errors import OffloadError
@@ -102,7 +101,7 @@ def forecast(
     budget: int | str | None = None,
     *,
     device_map: DeviceMap = None,
-    max_memory: Mapping[str | int, str | int] | None = None,
+    max_memory: MaxMemory = None,
     profile: Profile | str | Path | None = None,
     context: int | None = None,
     config: Config = None,
@@ -141,6 +140,45 @@ def forecast(
     )
     found = read_outline(model_or_path, dtype)
     return of_outline(found, settings, profile if isinstance(profile, Profile) else None)
+
+
+def make_plan(
+    model_or_path: nn.Module | str | Path,
+    budget: int | str | None = None,
+    *,
+    device_map: DeviceMap = None,
+    max_memory: MaxMemory = None,
+    config: Config = None,
+    dtype: str | torch.dtype = "auto",
+) -> Plan:
+    """What `budget` would hold of this model. Of a path only headers are read, no weight.
+
+    Args:
+        model_or_path: A model, the folder of a checkpoint, or a repository on the Hub.
+        budget: As in `optimize`.
+        device_map: As in `optimize`; devices need not be there.
+        max_memory: As in `optimize`.
+        config: As in `optimize`.
+        dtype: The dtype that a checkpoint would be loaded in.
+
+    Returns:
+        The `Plan`: bytes of each part of the budget, and `slots[l]`, the experts of MoE layer l that stay resident.
+
+    Raises:
+        BudgetError: The budget is below the floor, which is stated.
+        ConfigError: A setting means nothing, or the model is spread over several devices (ask `forecast`).
+        CheckpointError: There is no checkpoint, or its headers do not fit its configuration.
+        UnsupportedModelError: The model cannot be run exactly.
+
+    Example:
+
+        ```python
+        print(moe_offload.make_plan("Qwen/Qwen3-30B-A3B", "8GB"))
+        ```
+    """
+    settings = settings_of(config, budget=budget, device_map=device_map, max_memory=max_memory)
+    found = read_outline(model_or_path, dtype)
+    return arrange(found.model, found.moe_layers, settings).plan
 
 
 def read_outline(model_or_path: nn.Module | str | Path, dtype: str | torch.dtype = "auto") -> Outline:

@@ -33,7 +33,7 @@ from ..memory.process_memory import trim_heap
 from ..memory.scratch import Scratch
 from ..memory.stores import Store
 from ..memory.transfer import Transfer
-from ..observe.trace_recorder import TraceRecorder
+from ..observe.trace.recorder import TraceRecorder
 from .device_cache import DeviceCache, DeviceCaches
 from .guesses import Guesses
 from .in_flight import Arrivals

@@ -16,7 +16,7 @@ from ..memory.buffers import page_aligned
 from ..memory.stores import Store
 from ..memory.transfer import Transfer
 from ..observe.timeline import Depth, Timeline
-from ..observe.trace_recorder import TraceRecorder
+from ..observe.trace.recorder import TraceRecorder
 from ..packed.workspace import give_back
 from .device_cache import DeviceCaches
 from .guesses import Guesses

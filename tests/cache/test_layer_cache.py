@@ -213,6 +213,21 @@ def test_an_expert_already_loading_is_not_loaded_twice(again):
     cache.lookup(once([0, 1]))
     cache.lookup(once(again))
     check(cache)
+    assert cache.counters.hits == 0, "what is on its way is no hit"
+
+
+def test_pre_warming_with_an_expert_named_twice_loads_it_once():
+    cache = make(slots=4)
+    assert [load.expert for load in cache.fill_free_slots([2, 2, 3])] == [2, 3]
+    check(cache)
+
+
+def test_given_up_as_a_whole_nothing_is_on_its_way():
+    cache = make(slots=3)
+    cache.lookup(once([0, 1]))
+    cache.abort_all()
+    check(cache)
+    assert not cache.pending and [load.expert for load in cache.lookup(once([0, 1]))] == [0, 1]
 
 
 def test_an_event_that_finds_no_room_changes_nothing():

@@ -211,3 +211,12 @@ def test_policies_need_no_torch():
     program = "import sys, moe_offload.cache, moe_offload.cache.layer_cache; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_prompt_says_nothing_of_what_follows_what():
+    """Nor does what was used before it: the event after a prompt is no successor of one that came before."""
+    policy = Successors(64)
+    policy.access({0: 1}, 1)
+    policy.access(dict.fromkeys(range(successors.LARGEST_CONTEXT + 1), 1), 9)
+    policy.access({1: 1}, 1)
+    assert policy.followed == [0] * 64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from dataclasses import replace
 
@@ -55,6 +56,22 @@ def test_two_graphs_serve_all_layers_and_all_kinds_of_calls(layers):
     assert model.moe_offload.stats().graphs == 2
     assert model.moe_offload.stats().events == layers * (11 + 20)
     model.moe_offload.close()
+
+
+def test_what_was_traced_goes_with_its_model():
+    """Not so where a report holds a node of a graph, or where Dynamo keeps code and graphs alive for each other."""
+
+    def use_one_more() -> int:
+        model = offloaded()
+        say(model, n=2)
+        model.moe_offload.close()
+        del model
+        gc.collect()
+        return sum(type(thing) is torch.fx.Graph for thing in gc.get_objects())
+
+    use_one_more()
+    before = use_one_more()
+    assert use_one_more() <= before
 
 
 def test_a_part_of_the_model_runs_in_the_same_graphs():
@@ -131,6 +148,6 @@ def test_the_graph_is_whole_where_a_router_is_asked_early():
     model = offloaded(QWEN, layers=2, config=replace(SETTINGS, lookahead=True))
     assert torch.equal(say(model), say(resident(layers=2)))
     assert any(
-        report.name == "insert_prefetch" and report.sites for graph in model.moe_offload.graphs for report in graph
+        report.name == "insert_prefetch" and report.layers for graph in model.moe_offload.graphs for report in graph
     )
     model.moe_offload.close()

@@ -27,8 +27,8 @@ DOORS = {name: getattr(moe_offload, name) for name in moe_offload.__all__}
 DOORS = {name: value for name, value in DOORS.items() if not is_error(value) and name != "Forecast"}
 METHODS = {
     f"Handle.{name}": value
-    for name, value in vars(Handle).items()
-    if not name.startswith("_") and inspect.isfunction(value)
+    for name, value in inspect.getmembers(Handle, inspect.isfunction)  # those of the classes that make it up, too
+    if not name.startswith("_")
 }
 DOCUMENTED = {**DOORS, "Handle": Handle, **METHODS}
 

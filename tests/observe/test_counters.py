@@ -91,6 +91,7 @@ def test_over_layers_and_between_two_looks():
     assert both == Counters(tokens=3, hits=12, misses=4, stall_s=0.75), "each token goes through every layer"
     assert both - first == Counters(hits=7, misses=4, stall_s=0.25) and (both - first) + first == both
     assert Counters.total([]) == Counters() and (both.requests, both.hit_rate) == (16, 0.75)
+    assert Counters(bytes_read=1, prewarm_bytes=2, wasted_bytes=4).moved_bytes == 7
     assert Stats(hits=3, graphs=2) - Stats(hits=1, graphs=1) == Stats(hits=2, graphs=1)
 
 

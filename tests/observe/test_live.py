@@ -288,7 +288,7 @@ def test_a_failing_answer_is_one_warning_and_the_next_look_is_tried(model, folde
 def test_who_does_not_read_is_not_waited_for(model, folder, monkeypatch):
     monkeypatch.setattr(server, "SEND_S", 0.05)
     path = model.moe_offload.serve_live()
-    monkeypatch.setattr("moe_offload.handle._line", lambda handle: b"x" * 2**24)
+    monkeypatch.setattr("moe_offload.handle.watching._live_line", lambda handle: b"x" * 2**24)
     with socket.socket(socket.AF_UNIX) as idle:
         idle.connect(str(path))
         monkeypatch.undo()

@@ -142,6 +142,7 @@ def test_merge_weighs():
     assert merge([PROFILE, other], [1, 0]).counts == PROFILE.counts
     assert merge([PROFILE, other], [0.5, 2]).counts == [[3, 40, 3, 2], [20, 5, 0]]
     assert merge([PROFILE, other], [0.5, 2]).tokens == 25
+    assert merge([PROFILE], [0.25]).tokens == 3, "rounded up: no fewer tokens than the uses allow"
 
 
 @given(st.lists(st.tuples(st.floats(0, 10), st.integers(0, 50)), min_size=1, max_size=4))

@@ -13,7 +13,7 @@ from moe_offload.apps.profile.tables import diff, inspect, start_from, with_and_
 from moe_offload.cache import POLICIES
 from moe_offload.cache.layer_cache import LayerCache
 from moe_offload.observe.profile import Fingerprint, Profile
-from moe_offload.observe.profile_stats import coverage, distances, most_wanted, skews
+from moe_offload.observe.profile_stats import coverage, distances, most_wanted, rates, skews
 
 E, K, LAYERS = 8, 2, 2
 FACTS = {"model_type": "tiny", "hidden": 4, "inner": 4, "dtype": "float32"}
@@ -34,6 +34,7 @@ def test_skew_by_hand():
     assert (one.entropy_bits, one.effective, one.used, one.top10) == (0.0, 1.0, 1, 1.0)
     assert (half.entropy_bits, half.effective, half.top10, half.top25) == (1.0, 2.0, 0.5, 1.0)
     (nothing,) = skews(profile([0] * 8))
+    assert rates(profile([0] * 8, tokens=0), 0) == [0.0] * 8
     assert (nothing.entropy_bits, nothing.used, nothing.top50) == (0.0, 0, 0.0)
 
 

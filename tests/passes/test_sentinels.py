@@ -38,7 +38,7 @@ def test_a_guarded_model_says_the_same(overlap):
     )
     model = guarded(offload(build(QWEN, num_hidden_layers=2), 0.5, config=settings))
     assert torch.equal(say(model), want)
-    by_name = [{report.name: report.sites for report in graph} for graph in model.moe_offload.graphs]
+    by_name = [{report.name: report.layers for report in graph} for graph in model.moe_offload.graphs]
     assert by_name and all(len(reports["drop_sentinels"]) == 1 for reports in by_name), (
         "a graph holds one layer's experts"
     )

@@ -50,3 +50,16 @@ def test_waves_leave_only_routing_and_weighting(block, dtype):
     assert not {"bmm", "grouped_mm", "_grouped_mm", "grouped_mm_fallback", "histc", "cumsum"} & set(counts)
     for weight in list(sites[0].weights.values())[1:]:
         assert not weight.users
+
+
+def test_code_that_fixes_the_number_of_pairs_is_refused():
+    """A wave has fewer pairs than the graph was traced with."""
+    traced = trace(make_block("plain"), hidden(7))
+    (site,), graph = traced.sites(), traced.gm.graph
+    product = next(iter(site.reads[0].node.users))
+    with graph.inserting_after(product):
+        same = graph.call_method("view", (product, *product.meta["example_value"].shape))
+    same.meta = dict(product.meta)
+    product.replace_all_uses_with(same, delete_user_cb=lambda user: user is not same)
+    with pytest.raises(passes.UnknownUse, match="fixes the number of pairs"):
+        passes.stream_in_waves(graph, sites=[site], banks={"layer": identity(traced.params).bank})

@@ -162,6 +162,7 @@ def test_a_guess_that_cannot_be_read_harms_nobody(wanted):
     settle(second)
     store.fault = None
     assert torch.equal(decode(second, wanted), expected(1, wanted))
+    assert second.cache.counters.wasted_bytes == 2 * LAYOUT.row_bytes
     assert_sound(second)
 
 

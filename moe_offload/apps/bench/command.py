@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...api import make_plan
 from ...checkpoint.outline import outline_folder
 from ...checkpoint.pretrained.download import get_folder
 from ...errors import ConfigError, ReportError
 from ...files.whole_file import save_whole
 from ...plan.budget import budget_for
+from ...plan.forecast import make_plan
 from .architectures import PREFIX
 from .devices import DEVICES
 from .sides.contenders import room_for

@@ -16,7 +16,8 @@ import torch
 from transformers import PreTrainedModel, StaticCache
 
 from ...errors import OffloadError
-from .table import FAMILIES, Family, Kind
+from .family import Family, Kind
+from .table import FAMILIES
 
 FIRST_ID = 3  # below it are the special ids: padding, begin, end
 

@@ -17,7 +17,9 @@ import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .table import DEFAULT, FAMILIES, SIZES, Family, Kind
+from .family import Family, Kind
+from .sizes import DEFAULT, SIZES
+from .table import FAMILIES
 
 # Standard deviation of every random matrix: activations neither die out nor explode over a few layers of width 64, in
 # bfloat16 too, and a router spreads tokens over most of its experts.

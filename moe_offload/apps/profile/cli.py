@@ -128,7 +128,7 @@ def _slots(profile: object, residency: str | None, model: str | None, budget: st
         return None
     settings(None, budget=budget)
     check_model(model)
-    from ...api import make_plan
+    from ...plan.forecast import make_plan
 
     plan = make_plan(model, budget)
     if [layer.num_experts for layer in plan.layers] != profile.fingerprint.experts:

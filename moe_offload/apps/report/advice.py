@@ -8,7 +8,7 @@ from itertools import takewhile, zip_longest
 from typing import TypeVar
 
 from ...config.sizes import format_size
-from ...observe.trace_recorder import ForwardRecord
+from ...observe.trace.recorder import ForwardRecord
 from ..simulate.run import FIRST_TOKENS as FIRST
 from .run_record import RunBudget, RunForward, RunRecord
 

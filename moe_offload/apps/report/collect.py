@@ -21,7 +21,7 @@ from ...handle import Handle
 from ...observe.profile import CREATED
 from ...observe.progress import DELAY_S, bar
 from ...observe.trace import Trace
-from ...observe.trace_recorder import ForwardRecord
+from ...observe.trace.recorder import ForwardRecord
 from ...plan.budget import Plan, budget_for
 from ..simulate.run import replayed, slots_of
 from ..simulate.stream import per_layer

@@ -18,7 +18,7 @@ from ...errors import ReportError
 from ...files.strict_json import parse
 from ...files.untrusted import read_bounded, refusing
 from ...files.whole_file import save_whole
-from ...observe.trace_recorder import ForwardRecord, Seconds
+from ...observe.trace.recorder import ForwardRecord, Seconds
 
 MAX_BYTES = 32 * 2**20
 MAX_FORWARDS = 20_000  # beyond, neighbours are put together

@@ -131,7 +131,9 @@ def rewrite(
             node.meta["example_value"] = fake_mode.from_tensor(layer.slots.bank_SN, static_shapes=True)
     gm.recompile()
     for report in reports:
-        logger.debug("%s: %d sites, %s, %.1f ms", report.name, len(report.sites), report.change, report.elapsed_s * 1e3)
+        logger.debug(
+            "%s: %d sites, %s, %.1f ms", report.name, len(report.layers), report.change, report.elapsed_s * 1e3
+        )
     return reports, [placeholders.index(node) for node in banked]
 
 

@@ -25,7 +25,20 @@ from moe_offload.observe.live.snapshot import Snapshot
 from tests.fakes.watched import ROOT, models, use_folder
 
 MODEL = str(ROOT / "examples" / "polyglot-tiny")
-TOP = [sys.executable, "-m", "moe_offload", "top"]
+pytestmark = pytest.mark.timeout(900)  # models are made, traced and looked at a dozen times
+PATIENT_S = 100.0  # on a busy machine a model may take longer to answer than a user would wait
+TOP = f"""
+import sys
+from moe_offload.apps.live import client
+client.ANSWER_S = {PATIENT_S}
+from moe_offload.apps.cli import app
+app(["top", *sys.argv[1:]])
+"""
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    monkeypatch.setattr("moe_offload.apps.live.client.ANSWER_S", PATIENT_S)
 
 
 @pytest.fixture
@@ -41,7 +54,7 @@ def run(*arguments: str):
 
 def watch(*arguments: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [*TOP, *arguments],
+        [sys.executable, "-c", TOP, *arguments],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
@@ -93,8 +106,7 @@ def test_two_processes_of_which_one_dies(folder):
             assert json.loads(run(str(child.pid), "--once", "--json").stdout)["pid"] == child.pid
 
         looking = watch(str(one.pid), "--interval", "0.1")
-        while "tokens/s" not in looking.stdout.readline():
-            pass
+        assert any("tokens/s" in line for line in looking.stdout), "it ended before it had two looks"
         one.kill()
         one.wait()
         _, said = looking.communicate(timeout=300)

@@ -182,3 +182,18 @@ def test_a_direct_read_cut_short_goes_on_directly(data, file, monkeypatch):
     monkeypatch.setattr(os, "preadv", short)
     assert read(data, 0, [6 * PAGE]) == file.read_bytes()[: 6 * PAGE]
     assert asked == [(data._direct.fileno(), 0), (data._direct.fileno(), 2 * PAGE)] and not data._refused
+
+
+def test_a_direct_read_cut_short_within_its_first_page_is_tried_again(data, file, monkeypatch):
+    """It cannot be gone on from where it stopped, and is no sign that the file has become shorter."""
+    if not has_direct(data):
+        pytest.skip("this file system has no O_DIRECT")
+    asked = []
+
+    def short(fd, buffers, at):
+        asked.append(at)
+        count = REAL(fd, buffers, at)
+        return 100 if len(asked) == 1 else count
+
+    monkeypatch.setattr(os, "preadv", short)
+    assert read(data, 0, [2 * PAGE]) == file.read_bytes()[: 2 * PAGE] and asked == [0, 0]

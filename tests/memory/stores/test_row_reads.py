@@ -11,7 +11,7 @@ import torch
 
 from moe_offload.checkpoint.headers import TensorRange
 from moe_offload.checkpoint.row_index import Piece, RowIndex
-from moe_offload.experts import Field, RowLayout
+from moe_offload.experts import FIELD_ALIGN, Field, RowLayout
 from moe_offload.files.file_stamp import FileStamp
 from moe_offload.memory.buffers import page_aligned
 from moe_offload.memory.stores.disk import DiskStore
@@ -61,13 +61,17 @@ def test_what_ends_where_another_file_s_bytes_begin_is_not_one_read(tmp_path: Pa
     assert sum(part.end - part.offset for part in plan.parts if part.file.name == "a") == first.nbytes
 
 
-def test_the_same_gap_in_file_and_row_is_read_along_only_where_it_is_padding(tmp_path: Path) -> None:
+@pytest.mark.parametrize("floats", [FIELD_ALIGN // 4, 64])
+def test_the_same_gap_in_file_and_row_is_read_along_only_where_it_is_padding(floats: int, tmp_path: Path) -> None:
     """Else the middle field, which another file has, would be written over by what lies there in this one."""
-    first, middle, last = LAYOUT.fields
+    sizes = {"down_proj": PAGE, "down_proj_bias": floats, "gate": 32}
+    layout = RowLayout.of({name: torch.empty(1, size) for name, size in sizes.items()})
+    first, middle, last = layout.fields
     gap = last.offset - first.offset
     plan = planned(
         {first: (tmp_path / "a", PAGE), last: (tmp_path / "a", PAGE + gap), middle: (tmp_path / "b", 0)},
         file_bytes=PAGE + gap + last.nbytes,
+        layout=layout,
     )
     into = sorted((span.start, span.stop) for part in plan.parts for span in part.spans)
     assert all(a[1] <= b[0] for a, b in itertools.pairwise(into))
@@ -81,7 +85,14 @@ def test_the_row_s_padding_is_not_read_past_the_end_of_the_file(tmp_path: Path) 
     assert max(part.end for part in planned(sizes, file_bytes=end).parts) == end
 
 
-def planned(places: dict[Field, tuple[Path, int]], file_bytes: int) -> RowPlan:
+def test_the_row_s_padding_is_read_along_up_to_the_end_of_the_file(tmp_path: Path) -> None:
+    """Then the read ends where a page does, and needs no detour."""
+    places = {field: (tmp_path / "a", PAGE + field.offset) for field in LAYOUT.fields}
+    end = PAGE + LAYOUT.row_bytes
+    assert max(part.end for part in planned(places, file_bytes=end).parts) == end
+
+
+def planned(places: dict[Field, tuple[Path, int]], file_bytes: int, layout: RowLayout = LAYOUT) -> RowPlan:
     """The reads of a row whose fields lie at these offsets of files of that many bytes."""
     stamps = {}
     for file, _ in places.values():
@@ -92,4 +103,4 @@ def planned(places: dict[Field, tuple[Path, int]], file_bytes: int) -> RowPlan:
         Piece(field, (TensorRange(file, offset, field.nbytes, field.shape, field.dtype),), ())
         for field, (file, offset) in places.items()
     ]
-    return plan_row(tuple(pieces), LAYOUT.row_bytes, stamps)
+    return plan_row(tuple(pieces), layout.row_bytes, stamps)

@@ -124,6 +124,17 @@ def test_a_row_that_fails_gives_its_staging_back(streams):
     transfer.close()
 
 
+def test_a_row_that_no_store_begins_gives_its_staging_back(streams, monkeypatch):
+    transfer, store = DeviceTransfer(streams, staging_rows=1), ScriptedStore()
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "begin", lambda *_: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            transfer.start(store, 0, 1, slots(1)[0])
+    assert [len(spare) for spare in transfer._spare.values()] == [1]
+    assert transfer.wait(transfer.start(store, 0, 2, slots(1)[0])) == ROW
+    transfer.close()
+
+
 def test_staging_that_never_comes_free_is_an_error_that_names_the_queue(streams, monkeypatch):
     monkeypatch.setattr("moe_offload.memory.transfer.staged.TIMEOUT_S", 0.2)
     gate = threading.Event()

@@ -170,6 +170,7 @@ def test_what_was_expected_and_is_demanded_goes_before_the_rest(one_thread):
     tickets = [one_thread.start(store, 0, e, row(), demanded=False) for e in range(4)]
     one_thread.hurry(tickets[3])
     one_thread.hurry(tickets[3])  # twice is once
+    assert [ticket.demanded for ticket in tickets] == [False, False, False, True]
     go.set()
     for ticket in (first, *tickets):
         one_thread.wait(ticket)

@@ -19,12 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from ..cache.counters import Counters
-from ..cache.layer_cache import LayerCache
-from ..cache.phase import is_decode
-from ..errors import TraceError
-from .progress import compiled_s
-from .trace import Trace
+from ...cache.counters import Counters
+from ...cache.layer_cache import LayerCache
+from ...cache.phase import is_decode
+from ...errors import TraceError
+from ..progress import compiled_s
+from . import Trace
 
 logger = logging.getLogger("moe_offload")
 

@@ -17,7 +17,7 @@ from moe_offload.apps.simulate import fast, plain
 from moe_offload.apps.simulate.stream import per_layer
 from moe_offload.cache import POLICIES
 from moe_offload.cache.layer_cache import LayerCache
-from moe_offload.observe.trace_recorder import TraceRecorder
+from moe_offload.observe.trace.recorder import TraceRecorder
 
 MODEL = Path(__file__).parents[2] / "examples" / "polyglot-tiny"
 POLICY = ["successors", "decayed_lfu", "lru"]

@@ -33,15 +33,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import TraceError
-from ..files import npz
-from ..files.untrusted import open_regular, read_bounded, refusing
-from ..files.whole_file import save_whole
+from ...errors import TraceError
+from ...files import npz
+from ...files.untrusted import open_regular, read_bounded, refusing
+from ...files.whole_file import save_whole
+from .checks import MAX_EXPERTS, check_arrays
 
-MAX_EXPERTS = 2**15 - 1  # ids are kept as int16
-MAX_LAYERS = 2**12
 MAX_META_BYTES = 2**16
-CHECKED_IDS = 2**20  # sorted in one go, so that a check takes less memory than what it checks
 ARRAYS = {"experts", "request_start", "event_start", "weights", "num_experts", "meta"}
 
 
@@ -97,9 +95,10 @@ class Trace:
     ) -> Trace:
         """A trace of these arrays. Raises TraceError when no router and cache can have produced them."""
         try:
-            return _checked(np.asarray(experts_TLK), request_start, event_start, weights_TLK, num_experts, meta)
+            arrays = check_arrays(np.asarray(experts_TLK), request_start, event_start, weights_TLK, num_experts)
         except ValueError as error:
             raise TraceError(f"these arrays make no trace: {error}") from None
+        return cls(*arrays, dict(meta or {}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Trace:
@@ -111,14 +110,14 @@ class Trace:
                 found = npz.read(file, size, ARRAYS)
             if "experts" not in found:
                 raise ValueError("it has no array 'experts'")
-            return _checked(
+            arrays = check_arrays(
                 found["experts"],
                 found.get("request_start", (0,)),
                 found.get("event_start"),
                 found.get("weights"),
                 found.get("num_experts", _beside(path)),
-                _parsed(found.get("meta")),
             )
+            return cls(*arrays, _parsed(found.get("meta")))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write to `path` and return it. All or nothing: on any failure (TraceError) an old file is as it was."""
@@ -165,80 +164,6 @@ class Trace:
             event_start=cut(self.event_start),
             weights_TLK=None if self.weights_TLK is None else self.weights_TLK[first:stop],
         )
-
-
-def _checked(
-    experts_TLK: NDArray[Any],
-    request_start: Any,
-    event_start: Any,
-    weights_TLK: NDArray[Any] | None,
-    num_experts: Any,
-    meta: Mapping[str, str] | None,
-) -> Trace:
-    """The only way to a Trace. Raises ValueError."""
-    if experts_TLK.ndim != 3 or not experts_TLK.size:
-        raise ValueError(f"experts has the shape {experts_TLK.shape}, not [tokens, layers, k]")
-    if experts_TLK.dtype.kind not in "iu":
-        raise ValueError(f"experts are {experts_TLK.dtype}, not integers")
-    lowest, highest = int(experts_TLK.min()), int(experts_TLK.max())
-    if lowest < -1 or not 0 <= highest < MAX_EXPERTS:
-        raise ValueError(f"expert ids are {lowest} to {highest}; they must be -1 to {MAX_EXPERTS - 1}, and not all -1")
-    tokens, layers, _ = experts_TLK.shape
-    if layers > MAX_LAYERS:
-        raise ValueError(f"experts has {layers} layers; the limit is {MAX_LAYERS}")
-    ids_TLK = np.ascontiguousarray(experts_TLK, dtype=np.int16)
-    sizes = _sizes(num_experts, layers, highest)
-    _check_ids(ids_TLK, np.array(sizes))
-    requests = _starts("request_start", request_start, tokens)
-    forwards = np.arange(tokens) if event_start is None else _starts("event_start", event_start, tokens)
-    if not np.isin(requests, forwards).all():
-        raise ValueError("a request starts inside a forward: each request_start must be an event_start too")
-    if weights_TLK is not None:
-        weights_TLK = np.asarray(weights_TLK)
-        if weights_TLK.shape != experts_TLK.shape or weights_TLK.dtype.kind != "f":
-            raise ValueError(f"weights are {weights_TLK.dtype} {weights_TLK.shape} for experts {experts_TLK.shape}")
-        if not np.isfinite(weights_TLK).all():
-            raise ValueError("weights hold NaN or infinity")
-    return Trace(ids_TLK, sizes, requests, forwards, weights_TLK, dict(meta or {}))
-
-
-def _check_ids(ids_TLK: NDArray[np.int16], sizes_L: NDArray[Any]) -> None:
-    """No token may use an expert of a layer twice, or one that the layer does not have."""
-    tokens, layers, k = ids_TLK.shape
-    rows = max(1, CHECKED_IDS // (layers * k))
-    for begin in range(0, tokens, rows):
-        sorted_TLK = np.sort(ids_TLK[begin : begin + rows], axis=2)
-        twice_TL = ((sorted_TLK[..., 1:] == sorted_TLK[..., :-1]) & (sorted_TLK[..., 1:] >= 0)).any(axis=2)
-        if twice_TL.any():
-            token, layer = np.argwhere(twice_TL)[0].tolist()
-            raise ValueError(f"token {begin + token} names an expert of layer {layer} twice")
-        beyond_TL = sorted_TLK[..., -1] >= sizes_L
-        if beyond_TL.any():
-            token, layer = np.argwhere(beyond_TL)[0].tolist()
-            highest = sorted_TLK[token, layer, -1]
-            raise ValueError(f"layer {layer} uses expert {highest}, but num_experts says it has {sizes_L[layer]}")
-
-
-def _starts(name: str, given: Any, tokens: int) -> NDArray[np.int64]:
-    """Rows that begin something: from 0, increasing, below `tokens`."""
-    given_rows = np.asarray(given)
-    if given_rows.ndim != 1 or not given_rows.size or given_rows.dtype.kind not in "iu":
-        raise ValueError(f"{name} is {given_rows.dtype} {given_rows.shape}, not a list of row numbers")
-    starts: NDArray[np.int64] = given_rows.astype(np.int64)
-    if starts[0] != 0 or starts[-1] >= tokens or (np.diff(starts) <= 0).any():
-        raise ValueError(f"{name} must begin with 0 and increase, below {tokens} tokens")
-    return starts
-
-
-def _sizes(given: Any, layers: int, highest: int) -> tuple[int, ...]:
-    if given is None:
-        return (highest + 1,) * layers
-    sizes = np.asarray(given)
-    if sizes.shape not in {(layers,), ()} or sizes.dtype.kind not in "iu":
-        raise ValueError(f"num_experts is {sizes.dtype} {sizes.shape} for {layers} layers")
-    if sizes.min() < 1 or sizes.max() > MAX_EXPERTS:
-        raise ValueError(f"num_experts is {sizes.min()} to {sizes.max()}; it must be 1 to {MAX_EXPERTS}")
-    return tuple(np.broadcast_to(sizes, (layers,)).tolist())
 
 
 def _parsed(meta: NDArray[Any] | None) -> dict[str, str]:

@@ -1,0 +1,158 @@
+"""What an offloaded model is and has done: its name, plan and counters, read at any time from any thread."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ..cache.counters import Counters, LayerStats, Stats
+from ..experts import MoELayer
+from ..observe.live.snapshot import Snapshot
+from ..observe.profile import Fingerprint
+from ..observe.summary import summary_of
+from ..observe.timeline import Depth
+from ..plan.arrange import Arrangement
+from ..plan.budget import Plan
+from ..plan.explain import explain
+from ..runtime.model import Runtime
+
+
+class State:
+    """The facts about one offloaded model that do not depend on anything being recorded or served."""
+
+    def __init__(
+        self,
+        model: Any,
+        runtime: Runtime,
+        arrangement: Arrangement,
+        fingerprint: Fingerprint,
+        *,
+        compile: str,
+        implementation: str,
+        graphs: list[Any],
+        on_close: Callable[[], None],
+    ):
+        self._arranged, self.tiers, self.fingerprint = arrangement, arrangement.tiers, fingerprint
+        self.compile, self.implementation, self.graphs = compile, implementation, graphs
+        self.model, self._runtime, self._on_close = model, runtime, on_close
+        self._begun_s = time.monotonic()
+
+    @property
+    def name(self) -> str:
+        """What the model calls itself: the name of its repository or of its folder, or else its class."""
+        name = str(getattr(getattr(self.model, "config", None), "name_or_path", "") or type(self.model).__name__)
+        name = Path(name).resolve().name if Path(name).is_absolute() or Path(name).exists() else name
+        return "".join(c for c in name if c.isprintable())[:200] or type(self.model).__name__
+
+    @property
+    def moe_layers(self) -> list[MoELayer]:
+        """The MoE layers of the model, in the order in which a forward comes to them."""
+        return [layer.moe for layer in self._runtime.layers]
+
+    @property
+    def arrangement(self) -> Arrangement:
+        """Where everything is now. Slots may have been given back since the model was optimised, for want of memory."""
+        return self._arranged.with_slots(self._runtime.slots)
+
+    @property
+    def plan(self) -> Plan:
+        """What the budget is spent on now: bytes of each part, slots of each layer.
+
+        Raises:
+            ConfigError: The model is spread over several devices, each with a plan of its own.
+        """
+        return self.arrangement.plan
+
+    @property
+    def closed(self) -> bool:
+        """Whether files and memory were given back."""
+        return self._runtime.closed
+
+    def stats(self) -> Stats:
+        """Counters as of now, over all layers and layer by layer. Any thread may ask; no forward is waited for.
+
+        Returns:
+            `Stats`: totals since the model was optimised. Times are in seconds, sizes in bytes; `layers` has one
+            `LayerStats` for each MoE layer. The difference of two is what happened in between.
+
+        Example:
+
+            ```python
+            before = model.moe_offload.stats()
+            model.generate(**inputs)
+            print((model.moe_offload.stats() - before).hit_rate)
+            ```
+        """
+        layers = [
+            LayerStats(
+                **layer.counters.snapshot().values(),
+                name=layer.moe.name,
+                experts=layer.moe.num_experts,
+                slots=layer.cache.slots,
+                resident=layer.resident,
+                row_bytes=layer.moe.layout.row_bytes,
+                decides="device" if layer.moe.index in self._runtime.device_layers else "host",
+            )
+            for layer in self._runtime.layers
+        ]
+        return Stats(**Counters.total(layers).values(), graphs=len(self.graphs), layers=layers)
+
+    def depth(self) -> Depth:
+        """How much is being read at this moment.
+
+        Returns:
+            `Depth`: rows in either queue, threads that read, bytes of all rows queued or being read.
+        """
+        return self._runtime.depth()
+
+    def snapshot(self) -> dict[str, Any]:
+        """State and counters as of now, as plain JSON values. Any thread may ask; no forward is waited for.
+
+        Returns:
+            `{name: value}`: all of `stats()`, and of the process its memory (bytes), uptime (seconds) and queues.
+
+        Example:
+
+            ```python
+            print(json.dumps(model.moe_offload.snapshot(), indent=1))
+            ```
+        """
+        return asdict(self._snapshot())
+
+    def summary(self) -> str:
+        """What has happened so far, in a line or two: tokens, hits, bytes; what was read ahead, if anything was.
+
+        Returns:
+            Text without a line break at its end.
+        """
+        return summary_of(self.stats())
+
+    def explain(self) -> str:
+        """Which rule put what where, and what was not offloaded and why.
+
+        Returns:
+            Text, a line for each part of the model.
+        """
+        return explain(self.model, self.moe_layers, self.arrangement)
+
+    def _snapshot(self) -> Snapshot:
+        stats, depth = self.stats(), self.depth()
+        return Snapshot(
+            **stats.values(),
+            graphs=stats.graphs,
+            layers=stats.layers,
+            model=self.name,
+            pid=os.getpid(),
+            uptime_s=time.monotonic() - self._begun_s,
+            budget_bytes=self.plan.budget_bytes,
+            plan=dict(self.plan.rows()),
+            rss_bytes=psutil.Process().memory_info().rss,
+            queued=depth.demanded + depth.background,
+            reading=depth.reading,
+        )
