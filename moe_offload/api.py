@@ -190,7 +190,8 @@ def _offload(model: Model, moe_layers: Sequence[MoELayer], prepared: Prepared, i
             undo.callback(store.close)
         if index is not None:
             moe_layers = verify_unpacking(moe_layers, index.packings, model, partial(read_first, stores))
-        runtime = build_runtime(moe_layers, arrangement.plan, stores, settings, prepared.prior, device, device_decides)
+        profile = prepared.profile
+        runtime = build_runtime(moe_layers, arrangement.plan, stores, settings, profile, device, device_decides)
         undo.pop_all()
         undo.callback(runtime.close)
         handle = attach(model, runtime, prepared)
@@ -200,9 +201,9 @@ def _offload(model: Model, moe_layers: Sequence[MoELayer], prepared: Prepared, i
     at_start(arrangement.plan, settings.budget)
     if settings.live:
         handle.serve_live()
-    if settings.prewarm and prepared.prior is not None:
+    if settings.prewarm and profile is not None:
         with _closed_on_error(model):
-            prewarm_from(runtime, prepared.prior)
+            prewarm_from(runtime, profile)
     return model
 
 

@@ -11,6 +11,7 @@ Imports torch and nothing else: what serves the rewritten graph is bound to it a
     core_graph  the experts code of a site, found and copied out for `waves`; core: as it is called
     packed      unpack_at_use     weights that lie packed in a row are unpacked by what reads them
     instrument  insert_observe    count ids, change nothing else
+    row_wise    whether an experts code may run in pieces
     pipeline    which of them run, in which order
 
 Each pass is a plain function `(graph, *, sites, ...) -> sites it rewrote`: what `find` has found comes in, the graph is

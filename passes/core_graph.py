@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from .find import Site, UnknownUse
+from .grouped import scatter_pairs
 from .slots import group_by_slot
 
 VECTORS = 64  # elements that the widest elementwise loop takes at a time
@@ -178,11 +179,6 @@ def _operand_of(node: Node, position: int) -> Node:
     if not isinstance(found, Node):
         raise TypeError(f"expected a graph node as operand {position} of {node.format_node()}")
     return found
-
-
-def scatter_pairs(part: Tensor, pairs: Tensor, like: Tensor) -> Tensor:
-    """`part[i]` at position `pairs[i]` of a tensor as long as `like`, zeros elsewhere."""
-    return part.new_zeros((like.shape[0], *part.shape[1:])).index_copy(0, pairs, part)
 
 
 def fills_vectors(site: Site, nodes: Mapping[Node, None]) -> bool:

@@ -1,4 +1,5 @@
-"""`x[i] @ weight[slots[i]]` on a CPU: one matrix product per run of equal slots, in any order of slots.
+"""What a core calls on a CPU: `x[i] @ weight[slots[i]]`, one matrix product per run of equal slots; and what puts the
+results of a wave where they belong.
 
 Shapes: P pairs, S slots, M pairs of one run.
 
@@ -29,3 +30,8 @@ def grouped_mm(x_PI: Tensor, weight_SIO: Tensor, slots_P: Tensor) -> Tensor:
     for slot, begin, end in find_runs(slots_P.tolist()):
         torch.mm(x_PI[begin:end], weight_SIO[slot], out=out_PO[begin:end])
     return out_PO
+
+
+def scatter_pairs(part: Tensor, pairs: Tensor, like: Tensor) -> Tensor:
+    """`part[i]` at position `pairs[i]` of a tensor as long as `like`, zeros elsewhere."""
+    return part.new_zeros((like.shape[0], *part.shape[1:])).index_copy(0, pairs, part)

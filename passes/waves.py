@@ -30,6 +30,7 @@ from .erase import erase_orphans
 from .fast import speed_up_core
 from .find import Site
 from .packed import unpack_at_use
+from .row_wise import refuse_mixed_pairs
 
 
 def stream_in_waves(
@@ -49,6 +50,7 @@ def stream_in_waves(
     for site in done:
         fixed = find_constants(graph, site)
         nodes = find_core(graph, site, fixed)
+        refuse_mixed_pairs(site, nodes)
         exit_node = find_exit(site, nodes)
         x, ids, others = find_inputs(site, nodes, fixed)
         whole, scalars = extract_core(site, nodes, fixed, exit_node, x, ids, others)

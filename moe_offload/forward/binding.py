@@ -69,7 +69,7 @@ class Scope:
         """
         with self.runtime.lock, self.runtime.current(), torch.no_grad(), progress.compiling():
             self.runtime.check_open()
-            if self._settings.find_new_hooks():
+            if self._settings.find_unguarded_change():
                 self.renew()
             before, _inside.scope = getattr(_inside, "scope", None), self
             try:

@@ -1,7 +1,8 @@
 """What we ask of Dynamo for what we compile, and for nothing else.
 
 By default it keeps 8 graphs of a function, and does not guard on hooks where there are none yet: a hook put on later is
-never called. To ask for more takes 65 us in each call, so it is asked for once it is needed.
+never called. To ask for more takes 65 us in each call, so it is asked for once it is needed. On hooks of all modules,
+and on the methods of classes, it never guards.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import contextlib
 import itertools
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar, cast
 
@@ -33,23 +34,32 @@ class Settings:
     """Dynamo's settings for what is traced of one model: `parts` are the modules that graphs hold, and `log` has an
     entry for each graph."""
 
-    def __init__(self, parts: Iterable[nn.Module], log: list[Any]):
+    def __init__(self, parts: Sequence[nn.Module], log: list[Any]):
         # Weak: the runtime reaches these settings, and what frees it when the model goes must not hold the model.
         self._parts, self._log = [weakref.ref(part) for part in parts], log
+        self._kinds: list[Any] = list(dict.fromkeys(type(one) for part in parts for one in part.modules()))
         self._last_hook = -1
         self._guards_on_hooks = False
+        self._unguarded = self._find_unguarded()
 
-    def find_new_hooks(self) -> bool:
-        """Whether hooks have appeared that no graph guards on as yet: all graphs there are must go then.
+    def find_unguarded_change(self) -> bool:
+        """Whether something has changed that no graph guards on: all graphs there are must go then."""
+        before, self._unguarded = self._unguarded, self._find_unguarded()
+        return before != self._unguarded or self._find_new_hooks()
+
+    def _find_unguarded(self) -> tuple[Any, ...]:
+        """What Dynamo never guards on: hooks on all modules, and the methods of classes."""
+        methods = [(kind.forward, getattr(kind, "_apply_gate", None)) for kind in self._kinds]
+        return (*all_modules._global_forward_hooks, None, *all_modules._global_forward_pre_hooks, *methods)
+
+    def _find_new_hooks(self) -> bool:
+        """Whether hooks have appeared that no graph guards on as yet.
 
         Every hook that is put on anywhere takes a number, so there is nothing to look at while none is.
         """
         if self._last_hook == RemovableHandle.next_id:
             return False
         self._last_hook = RemovableHandle.next_id
-        if all_modules._global_forward_hooks or all_modules._global_forward_pre_hooks:  # those Dynamo never guards on
-            self._guards_on_hooks = True
-            return True
         if self._guards_on_hooks:
             return False
         parts = [part for part in (held() for held in self._parts) if part is not None]

@@ -19,13 +19,14 @@ other graph. A region that Dynamo cannot trace in one piece runs as the op of la
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .binding import RunExperts, Scope, run_op
+from .changed_parts import is_changed, state_of_parts
 from .dynamo import MOST_GRAPHS, with_own_code
 from .graphs import ops
 
@@ -44,17 +45,31 @@ class Regions:
         self, scope: Scope, original: RunExperts, made: Callable[..., Any], log: list[Any], dynamic: bool | None
     ) -> None:
         self._scope, self._original, self._made, self._log, self._dynamic = scope, original, made, log, dynamic
-        self._untraceable: set[tuple[type, bool]] = set()
         self.renew()
 
     def renew(self) -> None:
-        """Forget all graphs."""
+        """Forget all graphs, and what could not be traced."""
+        self._untraceable: set[Hashable] = set()
         self._since = len(self._log)
-        self._compiled = torch.compile(
+        self._shared = self._compile()
+        self._own: dict[Any, RunExperts] = {}
+
+    def _compile(self) -> RunExperts:
+        compiled: RunExperts = torch.compile(
             _region(self._original),
             backend=self._made,
             dynamic=False if self._dynamic is False else None,  # which sizes vary is said by `_with_any_length`
         )
+        return compiled
+
+    def _compiled_of(self, module: Any) -> RunExperts:
+        """Code of a user's may ask which module it runs in, and Dynamo does not guard on the answer: so where there is
+        any, the module shares its graphs with no other."""
+        if not is_changed(module):
+            return self._shared
+        if module not in self._own:
+            self._own[module] = self._compile()
+        return self._own[module]
 
     def run(self, module: Any, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The output `[T, H]` of the experts `module`, in a call of the model or in one of a part of it."""
@@ -64,17 +79,17 @@ class Regions:
             return self._run(module, x_TH, ids_TK, weights_TK)
 
     def _run(self, module: Any, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        kind = type(module), torch._C._len_torch_function_stack() > 0
-        if kind in self._untraceable or torch._C._len_torch_dispatch_stack():  # in a dispatch mode nothing is traced
+        if torch._C._len_torch_dispatch_stack():  # in a dispatch mode nothing is traced
             return run_op(module, x_TH, ids_TK, weights_TK)
-        if len(self._log) - self._since >= MOST_GRAPHS:
+        if self._untraceable and _kind_of(module) in self._untraceable:
+            return run_op(module, x_TH, ids_TK, weights_TK)
+        if max(len(self._log) - self._since, len(self._untraceable)) >= MOST_GRAPHS:
             self.renew()
         given: tuple[Tensor, ...] = (x_TH, ids_TK, weights_TK)
         if self._dynamic and len(x_TH) > 1:
             given = _with_any_length(given)
         try:
-            out: Tensor = self._compiled(module, *given)
-            return out
+            return self._compiled_of(module)(module, *given)
         except torch._dynamo.exc.BackendCompilerFailed as error:
             raise error.inner_exception from None
         except torch._dynamo.exc.TorchDynamoException as error:
@@ -82,8 +97,12 @@ class Regions:
                 "%s cannot be traced in one piece, so its experts run as one op a layer, which is slower: %s",
                 type(module).__name__, str(error).partition("\n")[0],
             )  # fmt: skip
-            self._untraceable.add(kind)
+            self._untraceable.add(_kind_of(module))
         return run_op(module, x_TH, ids_TK, weights_TK)
+
+
+def _kind_of(module: Any) -> Hashable:
+    return torch._C._len_torch_function_stack() > 0, state_of_parts(module)
 
 
 def _with_any_length(given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

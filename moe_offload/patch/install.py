@@ -26,6 +26,7 @@ from ..experts import MoELayer
 from ..forward.advise import Advisor
 from ..forward.binding import Link, Scope, banks_of_this_thread, connect, disconnect, run_op
 from ..forward.call import ADAPTED, Call, whole_call
+from ..forward.changed_parts import refuse_changed_parts
 from ..forward.dynamo import Settings
 from ..forward.graphs import compiling, ops, products
 from ..forward.graphs.phantom import Phantom
@@ -36,6 +37,7 @@ from ..memory.buffers import page_aligned
 from ..runtime.kernels import KERNELS
 from ..runtime.layer import LayerRuntime
 from ..runtime.model import Runtime
+from .compiled_call import keep_compiled_call
 from .experts_config import experts_view
 from .footprint import count_what_is_held
 
@@ -62,6 +64,7 @@ class ModuleCore:
     ) -> Tensor:
         if pairs_R is not None:
             x_P = x_P[pairs_R]
+        refuse_changed_parts(self.module)
         if self.moe.packed:
             return self._run_unpacked(x_P, slots_R, bank_SN)
         return self._run(x_P, slots_R, self.views(bank_SN))
@@ -160,9 +163,8 @@ def install(
         link = Link(scope, run_op if regions is None else regions.run, whole, layer.slots.bank_SN)
         _install_layer(layer, link, implementation, nan_rows)
     model._compiled_call_impl = Call(model, runtime, scope, Retry(runtime, scope, compile), advisor)
-    # On some devices generate() compiles its decode steps itself, and would trace the op of last resort.
-    model.__dict__["get_compiled_call"] = lambda compile_config: model.__call__
-    # There it also swaps the experts implementation for its decode steps, which cannot reach ours.
+    keep_compiled_call(model)
+    # On some devices generate() swaps the experts implementation for its decode steps, which cannot reach ours.
     model.__dict__["_optimize_model_for_decode"] = contextlib.nullcontext
     count_what_is_held(model, runtime)
     return log

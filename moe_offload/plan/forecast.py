@@ -23,7 +23,7 @@ from .arrange import Arrangement, arrange
 from .budget import Plan, budget_for, floor
 from .expected_hits import HitRate, covered, typical
 from .explain import explain
-from .prepare import load_prior, settings_of
+from .prepare import load_profile, settings_of
 from .weights import costs, fingerprint, kv_bytes, layer_shapes, longest_context
 
 
@@ -194,7 +194,7 @@ def of_outline(found: Outline, settings: OffloadConfig, profile: Profile | None 
     """As `forecast`, of an outline that was read before."""
     model, moe_layers = found.model, found.moe_layers
     arrangement = arrange(model, moe_layers, settings)
-    prior = load_prior(profile or settings.profile, fingerprint(model, moe_layers))
+    loaded = load_profile(profile or settings.profile, fingerprint(model, moe_layers))
     shapes, whole = layer_shapes(moe_layers), costs(model, moe_layers, settings, next(iter(arrangement.plans)))
     experts = [moe.num_experts for moe in moe_layers]
     return Forecast(
@@ -203,7 +203,7 @@ def of_outline(found: Outline, settings: OffloadConfig, profile: Profile | None 
         model=model,
         moe_layers=moe_layers,
         arrangement=arrangement,
-        hit_rate=typical(arrangement.slots, experts) if prior is None else covered(arrangement.slots, prior),
+        hit_rate=typical(arrangement.slots, experts) if loaded is None else covered(arrangement.slots, loaded),
         context=min(settings.kv_tokens, longest_context(model) or settings.kv_tokens),
         asked_context=settings.kv_tokens,
         kv_bytes=kv_bytes(model, settings.kv_tokens),

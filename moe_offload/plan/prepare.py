@@ -24,12 +24,12 @@ logger = logging.getLogger("moe_offload")
 
 @dataclass(frozen=True)
 class Prepared:
-    """`row_bytes[l]` is the size of a row of layer l, by which the rows were planned; `prior` a profile that fits."""
+    """`row_bytes[l]` is the size of a row of layer l, by which they were planned; `profile` is one of this model."""
 
     settings: OffloadConfig
     arrangement: Arrangement
     fingerprint: Fingerprint
-    prior: Profile | None
+    profile: Profile | None
     row_bytes: tuple[int, ...]
 
     def check_rows(self, moe_layers: Sequence[MoELayer]) -> None:
@@ -57,18 +57,18 @@ def prepare(
     """
     arrangement = arrange(model, moe_layers, settings, usable=usable_kinds(settings.untested))
     arrangement.check_one_device()
-    print_of = fingerprint(model, moe_layers)
+    expected = fingerprint(model, moe_layers)
     _warn_beyond_memory(arrangement)
-    prior = load_prior(profile or settings.profile, print_of)
-    return Prepared(settings, arrangement, print_of, prior, tuple(moe.layout.row_bytes for moe in moe_layers))
+    loaded = load_profile(profile or settings.profile, expected)
+    return Prepared(settings, arrangement, expected, loaded, tuple(moe.layout.row_bytes for moe in moe_layers))
 
 
-def load_prior(profile: Profile | str | Path | None, print_of: Fingerprint) -> Profile | None:
+def load_profile(profile: Profile | str | Path | None, expected: Fingerprint) -> Profile | None:
     """The profile, read if it is a path, of the model with that fingerprint. Raises `ProfileError`."""
     if profile is None:
         return None
     loaded = profile if isinstance(profile, Profile) else Profile.load(profile)
-    loaded.check(print_of)
+    loaded.check(expected)
     return loaded
 
 

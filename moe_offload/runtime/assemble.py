@@ -70,7 +70,7 @@ def build_runtime(
     plan: Plan,
     stores: Sequence[Store],
     settings: OffloadConfig,
-    prior: Profile | None,
+    profile: Profile | None,
     device: str,
     device_decides: Sequence[bool],
 ) -> Runtime:
@@ -87,8 +87,8 @@ def build_runtime(
         for moe, slots, store in zip(moe_layers, plan.slots, stores, strict=True):
             name = DEVICE_POLICY if moe.index in rows_EN else settings.policy
             policy = POLICIES[name](moe.num_experts, settings.half_life)
-            if prior is not None and prior.tokens:
-                policy.seed(rates(prior, moe.index))
+            if profile is not None and profile.tokens:
+                policy.seed(rates(profile, moe.index))
             layers.append(
                 LayerRuntime(
                     moe,

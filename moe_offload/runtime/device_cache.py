@@ -117,8 +117,7 @@ class DeviceCache:
         return slots_P.view(ids_P.shape)
 
     def push(self) -> None:
-        if self.arrivals.under_way:  # an event that was interrupted
-            self.arrivals.abort()
+        self.arrivals.abort_interrupted()
         if self.whole:
             self._load_all()
         self.state.push(self.arrivals.cache)
@@ -128,8 +127,7 @@ class DeviceCache:
         arrivals, cache = self.arrivals, self.arrivals.cache
         for e in range(cache.num_experts):
             arrivals.start_prewarm(e)
-        while arrivals.awaited:
-            arrivals.take(demanded=False)
+        arrivals.take_all(demanded=False)
         if -1 in cache.slot_of:
             raise AssertionError(f"{arrivals.moe.name}: {cache.slots} slots do not hold {cache.num_experts} experts")
 

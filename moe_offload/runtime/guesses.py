@@ -37,7 +37,7 @@ class Guesses:
         """Demand has been queued: now the guess may follow it."""
         arrivals, self._arrivals = self._arrivals, None
         if arrivals is not None:
-            arrivals.guess(self._experts, arrivals.cache.slots - len(self._experts))
+            arrivals.guess(self._experts)
 
 
 class Trial:

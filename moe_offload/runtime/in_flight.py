@@ -131,10 +131,20 @@ class Arrivals:
         finally:
             self._waited(begun, rows=1)
 
+    def take_all(self, demanded: bool = True) -> None:
+        """Every row that was asked for, complete and, if it has a slot, resident."""
+        while self.awaited:
+            self.take(demanded)
+
     @property
     def under_way(self) -> bool:
         """Whether anything is, or was when an event was interrupted."""
         return bool(self.awaited or self.held or self.guessed or self.cache.pending)
+
+    def abort_interrupted(self) -> None:
+        """Give up what an event has left behind that was interrupted before its wait, if there was one."""
+        if self.under_way:
+            self.abort()
 
     def abort(self) -> None:
         """Give back the slot of every load that has not been committed, once nothing writes there any more.
@@ -161,10 +171,13 @@ class Arrivals:
         self.start(loads, demanded=False)
         return bool(loads)
 
-    def guess(self, experts: Sequence[int], most: int) -> None:
-        """Begin to load what is missing of `experts` in the background, at most `most`, into the coldest slots."""
+    def guess(self, experts: Sequence[int]) -> None:
+        """Begin to load what is missing of `experts` in the background, into the coldest slots.
+
+        As many slots as there are `experts` are left to the event that is going on.
+        """
         try:
-            for load in self.cache.guess(experts, most - len(self.guessed)):
+            for load in self.cache.guess(experts, self.cache.slots - len(experts) - len(self.guessed)):
                 ticket = self._read(load.expert, load, -1, demanded=False)
                 self.guessed[load.expert] = Arrival(load.expert, load, -1, ticket)
         except BaseException:  # the loads after it, too, are nobody's

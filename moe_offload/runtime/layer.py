@@ -119,8 +119,7 @@ class LayerRuntime:
         return self.device_cache.place(ids_P)
 
     def wait(self, slots_P: Tensor) -> Tensor:
-        while self.arrivals.awaited:
-            self.arrivals.take()
+        self.arrivals.take_all()
         return slots_P.clone()
 
     def stream(self, x_P: Tensor, ids_P: Tensor, core: RunCore, others: Sequence[Tensor] = ()) -> Tensor:

@@ -15,9 +15,9 @@ from .model import Runtime
 DEPTH = 4  # rows on their way at once
 
 
-def prewarm_from(runtime: Runtime, prior: Profile) -> None:
+def prewarm_from(runtime: Runtime, profile: Profile) -> None:
     """Fill the slots with what the profile expects, and show how far it is."""
-    wanted = most_wanted(prior, [layer.cache.slots for layer in runtime.layers])
+    wanted = most_wanted(profile, [layer.cache.slots for layer in runtime.layers])
     size = sum(runtime.layers[layer].moe.layout.row_bytes for layer, _ in wanted)
     with bar("Pre-warming", len(wanted), unit="row", what=format_size(size)) as shown:
         prewarm_slots(runtime, wanted, shown.update)
@@ -33,8 +33,7 @@ def prewarm_slots(
     under_way: deque[Arrivals] = deque()
     with runtime.lock:
         for layer_runtime in runtime.layers:
-            if layer_runtime.arrivals.awaited:  # of an event that was interrupted before its wait
-                layer_runtime.arrivals.abort()
+            layer_runtime.arrivals.abort_interrupted()
         try:
             for layer, expert in wanted:
                 arrivals = runtime.layers[layer].arrivals

@@ -6,16 +6,15 @@ import math
 import subprocess
 import sys
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from moe_offload.cache import POLICIES, DecayedLFU, Successors, successors
+from tests.paths import ROOT
 
 E = 8
-ROOT = Path(__file__).resolve().parents[2]
 
 experts = st.sets(st.integers(0, E - 1), min_size=1, max_size=4).map(sorted)
 sizes = st.just(1) | st.integers(1, 100)

@@ -9,7 +9,6 @@ import resource
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +16,8 @@ import pytest
 from moe_offload.config import file as config_file
 from moe_offload.errors import ConfigError, TraceError
 from moe_offload.observe.trace import Trace
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 IDS = np.random.default_rng(0).permuted(np.tile(np.arange(8), (40, 3, 1)), axis=2)[..., :2]
 
 YAML = [

@@ -16,8 +16,8 @@ import pytest
 import typer
 
 from moe_offload.apps.cli import app
+from tests.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks" / "README.md"])
 LONGEST_README = 120
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,9 +12,8 @@ import torch
 
 import moe_offload
 from moe_offload.handle import Handle
+from tests.paths import MODEL_NAME as MODEL
 
-ROOT = Path(__file__).resolve().parents[2]
-MODEL = str(ROOT / "examples" / "polyglot-tiny")
 PARTS = ("Args", "Returns", "Raises", "Example")
 
 

@@ -12,9 +12,8 @@ import pytest
 
 from moe_offload.observe.trace import Trace
 from tests.observe.test_profile import PROFILE
-
-ROOT = Path(__file__).resolve().parents[2]
-MODEL = str(ROOT / "examples" / "polyglot-tiny")
+from tests.paths import MODEL_NAME as MODEL
+from tests.paths import ROOT
 
 #: Runs commands one after the other in one process; prints each one's exit code and what has been imported by then.
 COMMANDS = """

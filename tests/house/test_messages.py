@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ast
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.paths import ROOT
+
 FILES = sorted(path for package in ("passes", "moe_offload") for path in (ROOT / package).rglob("*.py"))
 
 

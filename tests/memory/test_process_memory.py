@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from moe_offload.memory.process_memory import kept_kernels
+from tests.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import os, sys, torch, moe_offload
 from moe_offload.apps.families.tiny import build

@@ -6,14 +6,12 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from moe_offload.cache.counters import ABOUT, COUNTERS, Counters, LayerCounters, Stats
 from moe_offload.observe.summary import summary_of
-
-ROOT = Path(__file__).parents[2]
+from tests.paths import ROOT
 
 #: With one more line in the declaration, and no other change, the counter is everywhere.
 ONE_LINE = """

@@ -12,7 +12,6 @@ import socket
 import time
 import urllib.request
 import weakref
-from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -22,8 +21,7 @@ from moe_offload import ClosedError, ConfigError, OffloadError
 from moe_offload.apps.cli import app
 from moe_offload.observe.metrics import check
 from tests.fakes.offloaded import offloaded, say
-
-MODEL = str(Path(__file__).parents[2] / "examples" / "polyglot-tiny")
+from tests.paths import MODEL_NAME as MODEL
 
 
 @pytest.fixture(scope="module")

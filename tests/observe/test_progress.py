@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,9 +17,7 @@ from moe_offload.apps.families.tiny import build
 from moe_offload.errors import ExpertReadError
 from moe_offload.observe import progress
 from tests.fakes.offloaded import IDS, SETTINGS, offloaded
-
-MODEL = Path(__file__).parents[2] / "examples" / "polyglot-tiny"
-ROOT = Path(__file__).parents[2]
+from tests.paths import MODEL, ROOT
 
 
 @pytest.fixture(params=[True, False], ids=["on", "off"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +17,8 @@ from moe_offload.apps.simulate.stream import per_layer
 from moe_offload.cache import POLICIES
 from moe_offload.cache.layer_cache import LayerCache
 from moe_offload.observe.trace.recorder import TraceRecorder
+from tests.paths import MODEL
 
-MODEL = Path(__file__).parents[2] / "examples" / "polyglot-tiny"
 POLICY = ["successors", "decayed_lfu", "lru"]
 
 

@@ -6,7 +6,6 @@ import gzip
 import json
 import logging
 from collections import defaultdict
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,9 +21,9 @@ from moe_offload.observe.timeline import SHORT_S, Timeline
 from tests.fakes.fault_store import FaultStore, K, decode, make
 from tests.fakes.offloaded import IDS, offloaded, say
 from tests.fakes.scripted_store import NOTHING, PARTS, ROW, ScriptedStore, row
+from tests.paths import MODEL
 
 TOLERANCE_US = 5000  # between two clocks of one machine
-MODEL = Path(__file__).parents[2] / "examples" / "polyglot-tiny"
 
 
 def ours(path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,8 +20,8 @@ from moe_offload.experts import find_experts
 from moe_offload.observe.profile import Profile
 from moe_offload.plan.expected_hits import RECORDED, covered, typical
 from moe_offload.plan.weights import fingerprint
+from tests.paths import MODEL
 
-MODEL = Path(__file__).parents[2] / "examples" / "polyglot-tiny"
 HUB = "someone/polyglot-tiny"
 
 

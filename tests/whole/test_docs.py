@@ -11,9 +11,9 @@ import pytest
 
 from moe_offload.apps.cli import main
 from tests.house.test_docs import PAGES, blocks, commands, named
+from tests.paths import MODEL_NAME as MODEL
+from tests.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
-MODEL = str(ROOT / "examples" / "polyglot-tiny")
 #: They end when somebody ends them, look at what runs beside them, or take minutes: tests of their own run these.
 UNRUN = {"serve", "chat", "top", "bench", "families"}
 

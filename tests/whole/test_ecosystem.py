@@ -13,8 +13,8 @@ import torch
 
 from moe_offload.apps.families.tiny import build
 from tests.fakes.offloaded import IDS, QWEN, offloaded, resident, say
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 CHILD = """
 import json, os
 from pathlib import Path

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moe_offload
+from tests.paths import MODEL
 
-MODEL = Path(__file__).parents[2] / "examples" / "polyglot-tiny"
 BUDGET = "6MB"  # of 11
 PROMPTS = ("Il comando ls elenca", "The options are as follows:")
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.paths import ROOT
+
 NEEDED = ["pyproject.toml", "README.md", "LICENSE", "moe_offload", "passes"]  # to build what is installed
 WHERE = "import moe_offload; print(moe_offload.optimize and moe_offload.__file__)"
 

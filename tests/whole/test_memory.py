@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import GenerationConfig, Qwen3MoeConfig
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.paths import ROOT
+
 ALLOWANCE = 64 * 10**6  # on top of the budget and of what the imports take: allocator, interpreter, traced graphs
 BESIDE_A_SMALL_BUDGET = 140 * 10**6  # docs/budget-and-devices.md, "Beside a small budget"
 

@@ -35,8 +35,8 @@ from moe_offload.memory.stores.row_reads import PAGE, plan_row
 from moe_offload.pack import pack_checkpoint
 from tests.fakes.offloaded import SETTINGS
 from tests.fakes.tiny_checkpoints import MODELS, assert_holds, build, save
+from tests.paths import MODEL
 
-MODEL = Path(__file__).parents[2] / "examples" / "polyglot-tiny"
 FIRST = f"{ROWS}-00001-of-00001.safetensors"
 IDS = torch.arange(3, 15).view(1, -1)
 

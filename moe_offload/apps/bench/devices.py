@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any, Protocol
+from typing import Any
 
 import psutil
 import torch
@@ -12,8 +12,10 @@ from ...errors import ConfigError
 from .sides.limit import peak_bytes, reset_peak, resident_bytes
 
 
-class Device(Protocol):
-    name: str  # as torch names it
+class Cpu:
+    """What every device of the bench answers; `name` is as torch names it."""
+
+    name = "cpu"
 
     def check(self) -> None:
         """Raise `ConfigError` where there is none."""
@@ -23,50 +25,32 @@ class Device(Protocol):
 
     def room_bytes(self) -> int:
         """Memory that nothing holds."""
-
-    def held_bytes(self) -> int:
-        """What this process holds there."""
-
-    def reset_peak(self) -> None:
-        """Forget the most that it has held."""
-
-    def take_peak(self) -> int | None:
-        """The most it has held since the last call; None where asking would disturb what is measured."""
-
-    def memory(self) -> dict[str, int]:
-        """The most it has held since `reset_peak`, in bytes: `peak_bytes`, and what the device calls its own."""
-
-    def facts(self) -> dict[str, Any]:
-        """What a reader must know of it beside the processor."""
-
-
-class Cpu:
-    name = "cpu"
-
-    def check(self) -> None: ...
-
-    def settle(self) -> None: ...
-
-    def room_bytes(self) -> int:
         return int(psutil.virtual_memory().available)
 
     def held_bytes(self) -> int:
+        """What this process holds there."""
         return resident_bytes()
 
     def reset_peak(self) -> None:
+        """Forget the most that it has held."""
         reset_peak()
 
     def take_peak(self) -> int | None:
+        """The most it has held since the last call; None where asking would disturb what is measured."""
         return None
 
     def memory(self) -> dict[str, int]:
+        """The most it has held since `reset_peak`, in bytes: `peak_bytes`, and what the device calls its own."""
         return {"peak_bytes": peak_bytes()}
 
     def facts(self) -> dict[str, Any]:
+        """What a reader must know of it beside the processor."""
         return {}
 
 
 class Cuda:
+    """The same of the first GPU."""
+
     name = "cuda:0"
 
     def __init__(self) -> None:

@@ -52,8 +52,6 @@ QUICK = (
     Case("grouped_mm", "float32", 1, False, 0.0, overlap=False),
     Case("batched_mm", "bfloat16", 3, True, 0.5),
 )
-#: The other halves of those pairs, and the remaining budgets.
-SLICE = (*QUICK, Case("batched_mm", "float32", 3, True, 0.25), Case("grouped_mm", "bfloat16", 3, True, 1.0))
 MATRIX = tuple(
     itertools.starmap(
         Case,

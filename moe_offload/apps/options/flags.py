@@ -112,6 +112,3 @@ SaveTimeline = Annotated[
 SaveReport = Annotated[
     Path | None, typer.Option("--save-report", help="Save what the run was like here (.json, for report).")
 ]
-Residency = Annotated[
-    str | None, typer.Option("--residency", help="Share of the experts that is resident: 25%; several by commas.")
-]

@@ -25,6 +25,7 @@ from passes import ops
 
 from ...errors import OffloadError, UnsupportedModelError
 from ...observe import progress
+from ..changed_parts import explain_refusal
 from .cuda_graphs import can_be_recorded, copied
 from .ops import bank_of
 from .phantom import Phantom, phantoms_in
@@ -120,9 +121,8 @@ def rewrite(
         sites = passes.find_sites(gm.graph, weights)
         reports = passes.run_passes(gm.graph, pipeline(sites, banks))
     except passes.UnknownUse as error:
-        raise UnsupportedModelError(
-            f"{error}; please report this model family. Its weights were offloaded, so it cannot be run as it is"
-        ) from error
+        modules = next(one.layer.moe.modules for one in phantoms.values() if one.layer.moe.name == error.layer)
+        raise UnsupportedModelError(f"{error}; {explain_refusal(modules)}") from error
     banked = {site.bank: phantoms[placeholders.index(site.bank)].layer for site in sites}
     _check_nothing_left(weights, banked)
     fake_mode = torch._guards.TracingContext.get().fake_mode

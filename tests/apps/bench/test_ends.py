@@ -7,15 +7,14 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
 
 from moe_offload.apps.bench.run import unwound_by_signals
 from moe_offload.apps.bench.sides import lifeline, limit
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[3]
 #: Starts a process that holds the lifeline, says its number, and waits; that one is busy, and starts another.
 PARENT = """
 import os, runpy, socket, subprocess, sys

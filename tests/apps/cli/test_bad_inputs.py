@@ -13,9 +13,7 @@ import pytest
 from moe_offload import errors
 from moe_offload.apps.cli import main
 from moe_offload.apps.options.ending import exit_code
-
-ROOT = Path(__file__).parents[3]
-MODEL = ROOT / "examples" / "polyglot-tiny"
+from tests.paths import MODEL, ROOT
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from moe_offload.apps.cli import app, main
-
-MODEL = str(Path(__file__).parents[3] / "examples" / "polyglot-tiny")
+from tests.paths import MODEL_NAME as MODEL
 
 
 def run(*arguments: str):

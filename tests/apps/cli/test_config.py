@@ -6,7 +6,6 @@ import json
 import pty
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -16,8 +15,7 @@ from moe_offload.apps.cli.config import QUESTIONS, _ask
 from moe_offload.config import file as config_file
 from moe_offload.config.settings import OffloadConfig, resolve
 from tests.observe.test_profile import PROFILE
-
-MODEL = str(Path(__file__).parents[3] / "examples" / "polyglot-tiny")
+from tests.paths import MODEL_NAME as MODEL
 
 
 def run(*arguments: str):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -13,8 +12,8 @@ from moe_offload import Trace
 from moe_offload.apps.cli import app
 from moe_offload.files import whole_file
 from moe_offload.observe.profile import Profile
+from tests.paths import MODEL
 
-MODEL = Path(__file__).parents[3] / "examples" / "polyglot-tiny"
 TEXT = "ls elenca i file di una cartella. cp copia i file. " * 20
 
 

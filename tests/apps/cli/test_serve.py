@@ -24,9 +24,9 @@ from moe_offload import Profile
 from moe_offload.apps.cli import app
 from moe_offload.apps.serving.cli import Stop
 from moe_offload.apps.serving.server import listen
+from tests.paths import MODEL_NAME as MODEL
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[3]
-MODEL = str(ROOT / "examples" / "polyglot-tiny")
 TEXT = "Il comando ls elenca"
 #: The command line with answers that take long, however fast the machine, and with so much time for them to end.
 SLOW = """

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from moe_offload.apps.cli import main
 from tests.observe.test_profile import PROFILE
-
-MODEL = str(Path(__file__).parents[3] / "examples" / "polyglot-tiny")
+from tests.paths import MODEL_NAME as MODEL
 
 
 @pytest.fixture

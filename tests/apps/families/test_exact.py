@@ -13,10 +13,13 @@ import torch
 from torch._dynamo.utils import counters
 
 import moe_offload
-from moe_offload.apps.families.check import QUICK, SLICE, Case, _offloaded, _resident, check
+from moe_offload.apps.families.check import QUICK, Case, _offloaded, _resident, check
 from moe_offload.apps.families.session import run_session
 from moe_offload.apps.families.table import FAMILIES
 from moe_offload.apps.families.tiny import available, build
+
+#: The other halves of the pairs in QUICK, and the remaining budgets.
+SLICE = (*QUICK, Case("batched_mm", "float32", 3, True, 0.25), Case("grouped_mm", "bfloat16", 3, True, 1.0))
 
 DOZEN = (
     "qwen3_moe",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,8 +15,7 @@ from moe_offload.apps.generate.conversation import Conversation
 from moe_offload.apps.options.groups import SamplingFlags
 from moe_offload.errors import ExpertReadError
 from moe_offload.observe.profile import Profile
-
-MODEL = str(Path(__file__).parents[3] / "examples" / "polyglot-tiny")
+from tests.paths import MODEL_NAME as MODEL
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from itertools import count
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,8 +20,7 @@ from moe_offload.apps.generate.speed import speed_line
 from moe_offload.apps.generate.streaming import Streamer
 from moe_offload.cache.counters import Stats
 from moe_offload.errors import ConfigError, OffloadError
-
-MODEL = str(Path(__file__).parents[3] / "examples" / "polyglot-tiny")
+from tests.paths import MODEL_NAME as MODEL
 
 
 def run(*arguments: str, **how):

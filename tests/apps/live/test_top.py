@@ -23,8 +23,8 @@ from moe_offload.apps.live.rates import between
 from moe_offload.apps.live.screen import screen, sparkline
 from moe_offload.observe.live.snapshot import Snapshot
 from tests.fakes.watched import ROOT, models, use_folder
+from tests.paths import MODEL_NAME as MODEL
 
-MODEL = str(ROOT / "examples" / "polyglot-tiny")
 pytestmark = pytest.mark.timeout(900)  # models are made, traced and looked at a dozen times
 PATIENT_S = 100.0  # on a busy machine a model may take longer to answer than a user would wait
 TOP = f"""

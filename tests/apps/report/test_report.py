@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -19,8 +18,8 @@ from moe_offload.apps.report.run_record import MAX_BYTES, RunRecord
 from moe_offload.cache.counters import COUNTERS
 from moe_offload.errors import ReportError
 from moe_offload.files import whole_file
+from tests.paths import MODEL
 
-MODEL = Path(__file__).parents[3] / "examples" / "polyglot-tiny"
 STEP = {"began_s": 0.0, "ended_s": 0.0, "compile_s": 0.0, "decode": True, "tokens": 1, "hits": 3, "misses": 1}
 STEP |= {"best": 4, "bytes_read": 100, "stall_s": 0.001}
 LAYER = {"name": "layers.0", "experts": 3, "slots": 2, "resident": 2, "row_bytes": 50, "hits": 3, "misses": 1}

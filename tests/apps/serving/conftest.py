@@ -6,7 +6,6 @@ import http.client
 import socket
 import time
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,8 +18,8 @@ import moe_offload
 from moe_offload.apps.serving.app import App
 from moe_offload.apps.serving.queue import Job
 from moe_offload.apps.serving.server import Server, listen
+from tests.paths import MODEL_NAME as MODEL
 
-MODEL = str(Path(__file__).parents[3] / "examples" / "polyglot-tiny")
 NAME = "polyglot"
 
 

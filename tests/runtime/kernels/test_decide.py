@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +15,8 @@ from moe_offload.cache import DecayedLFU
 from moe_offload.cache.layer_cache import LayerCache
 from moe_offload.runtime.kernels import reference
 from moe_offload.runtime.kernels.state import MISSES, REFUSED, DeviceState, Loads, pace
+from tests.paths import TRACES
 
-TRACES = Path(__file__).parents[4] / "shared" / "traces"
 HALF_LIFE = 32.0
 
 
