@@ -9,10 +9,12 @@ and looks up what is bound to it, so a graph that Dynamo shares between layers s
     ops.unbind(bank)             when it is gone
 
 Every op that fills a bank declares that it mutates it. That is what keeps the op alive and in its place in Inductor,
-which drops an op without a used result, and reorders one without a dependence. `observe` passes its ids through
-instead, and `grouped_mm` is an ordinary function of its arguments, as is `fast_grouped_mm`, which may round otherwise.
-`unserved` stands in traced code that is to be rewritten: our backend takes it out, and a graph that never came to our
-backend raises where it is, before it computes.
+which drops an op without a used result, and reorders one without a dependence.
+`observe` passes its ids through instead. `grouped_mm` is an ordinary function of its arguments, as is
+`fast_grouped_mm`, which may round otherwise. `experts` takes a key in place of a bank, a tensor that nobody writes into: in somebody else's torch.compile a bank that is written into
+may be copied, and a copy is unknown here. `no_gradient` is its backward, which raises when it runs. `unserved` stands
+in traced code that is to be rewritten: our backend takes it out, and a graph that never came to our backend raises
+where it is, before it computes.
 The library is opened with "DEF": a second copy of this file fails to import, rather than silently replacing the first.
 
 Longer than 250 lines: each op is here three times, as declared, as run, and as bound, and who changes one reads all.
@@ -48,7 +50,8 @@ LIB.define("packed_mm(Tensor x, Tensor bank, Tensor slots, int weight, bool tran
 LIB.define("unpack(Tensor bank, Tensor slots, int weight) -> Tensor", tags=_TAGS)
 LIB.define("unserved(Tensor ids) -> Tensor", tags=_TAGS)
 LIB.define("observe(Tensor ids, Tensor weight) -> Tensor", tags=_TAGS)
-LIB.define("experts(Tensor x, Tensor ids, Tensor weights, Tensor(a!) bank) -> Tensor", tags=_TAGS)
+LIB.define("experts(Tensor x, Tensor ids, Tensor weights, Tensor key) -> Tensor", tags=_TAGS)
+LIB.define("no_gradient(Tensor grad, Tensor input) -> Tensor", tags=_TAGS)
 
 
 class Layer(Protocol):
@@ -185,8 +188,8 @@ def _run_unserved(ids: Tensor) -> Tensor:
     )
 
 
-def _run_experts(x: Tensor, ids: Tensor, weights: Tensor, bank: Tensor) -> Tensor:
-    out: Tensor = _server_of(bank).experts(x, ids, weights)
+def _run_experts(x: Tensor, ids: Tensor, weights: Tensor, key: Tensor) -> Tensor:
+    out: Tensor = _server_of(key).experts(x, ids, weights)
     return out
 
 
@@ -204,6 +207,20 @@ def _run_unpack(bank: Tensor, slots: Tensor, weight: int) -> Tensor:
     for i, slot in enumerate(slots.tolist()):
         packed.unpack(rows[slot], out[i])
     return out
+
+
+def serve_no_gradient(refuse: Callable[[], Any]) -> None:
+    """`refuse` raises for whoever asks for gradients of `experts`."""
+    LIB.impl("no_gradient", lambda grad, input: refuse(), "CompositeExplicitAutograd")
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0], inputs[2])
+
+
+def _differentiate_experts(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weights = ctx.saved_tensors
+    return no_gradient(grad, x), None, no_gradient(grad, weights), None
 
 
 def serve_product(name: str, kernel: Callable[[Tensor, Tensor, Tensor], Tensor], dispatch_key: str) -> None:
@@ -249,7 +266,10 @@ LIB._register_fake(
 LIB._register_fake("prefetch", lambda ids, bank: None)
 LIB._register_fake("unserved", lambda ids: torch.empty_like(ids))
 LIB._register_fake("observe", lambda ids, weight: torch.empty_like(ids))
-LIB._register_fake("experts", lambda x, ids, weights, bank: torch.empty_like(x))
+LIB._register_fake("experts", lambda x, ids, weights, key: torch.empty_like(x))
+
+LIB._register_fake("no_gradient", lambda grad, input: torch.empty_like(input))
+torch.library.register_autograd("moe_offload::experts", _differentiate_experts, setup_context=_keep_inputs, lib=LIB)
 
 fetch = torch.ops.moe_offload.fetch.default
 place = torch.ops.moe_offload.place.default
@@ -263,3 +283,4 @@ unpack = torch.ops.moe_offload.unpack.default
 unserved = torch.ops.moe_offload.unserved.default
 observe = torch.ops.moe_offload.observe.default
 experts = torch.ops.moe_offload.experts.default
+no_gradient = torch.ops.moe_offload.no_gradient.default

@@ -84,16 +84,16 @@ RunExperts = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 
 
 class Link:
-    """What an experts module needs to find its layer: the scope, what runs it where no trace does, and the bank that
-    the marker op is keyed by. With `whole`, the model's call is traced as one graph, experts and all."""
+    """What an experts module needs to find its layer: the scope, what runs it where no trace does, and the key of the
+    marker op. With `whole`, the model's call is traced as one graph, experts and all."""
 
-    def __init__(self, scope: Scope, run: RunExperts, whole: bool, bank_SN: Tensor):
-        self.scope, self.run, self.whole, self.bank_SN = scope, run, whole, bank_SN
+    def __init__(self, scope: Scope, run: RunExperts, whole: bool):
+        self.scope, self.run, self.whole, self.key = scope, run, whole, _CLOSED
 
 
 def run_op(module: Any, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """The op of last resort, which needs no graph."""
-    return ops.experts_op(x_TH, ids_TK, weights_TK, module._moe_offload.bank_SN)
+    return ops.experts_op(x_TH, ids_TK, weights_TK, module._moe_offload.key)
 
 
 class _Closed:
@@ -103,19 +103,23 @@ class _Closed:
         raise closed("this model")
 
 
-_CLOSED_BANK = torch.empty(1)
-ops.bind(_CLOSED_BANK, _Closed())
+_CLOSED = torch.empty(1)
+ops.bind(_CLOSED, _Closed())
 
 
 def connect(layer: LayerRuntime) -> None:
     """Let the layer's modules and graphs use the bank it has now."""
     ops.bind(layer.slots.bank_SN, layer)
+    key = torch.empty(1, device=layer.slots.bank_SN.device)
+    ops.bind(key, layer)
     for module in layer.moe.modules:
-        module._moe_offload.bank_SN = layer.slots.bank_SN
+        module._moe_offload.key = key
 
 
 def disconnect(layer: LayerRuntime) -> None:
     """Let go of the layer's bank, before its memory is given back."""
     ops.unbind(layer.slots.bank_SN)
     for module in layer.moe.modules:
-        module._moe_offload.bank_SN = _CLOSED_BANK
+        if module._moe_offload.key is not _CLOSED:
+            ops.unbind(module._moe_offload.key)
+        module._moe_offload.key = _CLOSED

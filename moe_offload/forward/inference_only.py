@@ -7,12 +7,13 @@ missing from the sum, and nobody would hear of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import OffloadError
+from .graphs.ops import refuse_backward_of_experts
 
 
 class _Refused(torch.autograd.Function):
@@ -24,10 +25,17 @@ class _Refused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        raise OffloadError(
-            "an offloaded model is for inference only: neither its experts nor what goes through them has gradients. "
-            "Train the model before optimize(), or take a plain copy for what needs gradients"
-        )
+        refuse_gradients()
+
+
+def refuse_gradients() -> NoReturn:
+    raise OffloadError(
+        "an offloaded model is for inference only: neither its experts nor what goes through them has gradients. "
+        "Train the model before optimize(), or take a plain copy for what needs gradients"
+    )
+
+
+refuse_backward_of_experts(refuse_gradients)
 
 
 def refuse_backward(run: Callable[..., Any], *args: Any) -> Any:

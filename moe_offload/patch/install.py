@@ -160,7 +160,7 @@ def install(
     nan_rows: dict[Hashable, Tensor] = {}
     _name_implementation(runtime, f"moe_offload_{implementation}")
     for layer in runtime.layers:
-        link = Link(scope, run_op if regions is None else regions.run, whole, layer.slots.bank_SN)
+        link = Link(scope, run_op if regions is None else regions.run, whole)
         _install_layer(layer, link, implementation, nan_rows)
     model._compiled_call_impl = Call(model, runtime, scope, Retry(runtime, scope, compile), advisor)
     keep_compiled_call(model)

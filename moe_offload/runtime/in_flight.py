@@ -98,8 +98,6 @@ class Arrivals:
             self.cache.counters.late += not held.ticket.done.is_set()
             self.awaited.append(Arrival(expert, load, held.scratch_row, held.ticket))
             return
-        if load is not None:
-            scratch_row = -1
         self.awaited.append(Arrival(expert, load, scratch_row, self._read(expert, load, scratch_row, demanded)))
 
     def scratch_first(self) -> int:

@@ -31,11 +31,15 @@ class Runs:
         return out
 
 
+def as_is(gm):
+    return gm.forward
+
+
 def make_core(grouped: bool, pairs_independent: bool, scalars=()) -> tuple[Core, Runs]:
     empty = Graph()
     empty.output(None)
     gm, runs = GraphModule(torch.nn.Module(), empty), Runs()
-    core = Core(gm, gm, grouped, ("weight",), scalars, pairs_independent, BANK, lambda gm: gm.forward)
+    core = Core(gm, gm, grouped, ("weight",), scalars, pairs_independent, BANK, as_is)
     core.run_whole, core.run_part = runs.whole, runs.part
     return core, runs
 
@@ -79,3 +83,9 @@ def test_a_number_is_handed_over_as_a_number():
     core(X_P, torch.zeros(5, dtype=torch.int64), BANK_SN, (torch.ones(2), torch.tensor(7.0)))
     ((tensor, number),) = seen
     assert torch.equal(tensor, torch.ones(2)) and number == 7.0 and not isinstance(number, torch.Tensor)
+
+
+def test_cores_that_take_a_number_and_a_tensor_there_are_not_one():
+    """Their code is the same: what is a number is said beside it."""
+    (one, _), (other, _) = make_core(True, True), make_core(True, True, scalars=(0,))
+    assert one.key != other.key and one.key == make_core(True, True)[0].key

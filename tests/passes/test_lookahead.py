@@ -122,3 +122,11 @@ def test_two_calls_of_one_layer_are_no_two_layers():
     first, second = traced.sites()
     second.layer = first.layer
     assert passes.insert_prefetch(traced.gm.graph, sites=[first, second]) == []
+
+
+def test_a_router_is_not_asked_with_a_residual_of_another_dtype():
+    traced, _ = traced_layers(Layers("batched_mm"), hidden(2))
+    sites = traced.sites()
+    residual = passes.lookahead._find_stem(traced.gm.graph, sites[1]).residual
+    residual.meta["example_value"] = residual.meta["example_value"].double()
+    assert passes.insert_prefetch(traced.gm.graph, sites=sites) == []

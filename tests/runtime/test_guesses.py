@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import threading
+import time
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import torch
 from moe_offload import ExpertReadError
 from moe_offload.runtime.guesses import BLOCK, BLOCKS, VERDICT, Trial
 from moe_offload.runtime.layer import LayerRuntime
-from tests.fakes.fault_store import LAYOUT, E, assert_sound, decode, expected, make, prefill
+from tests.fakes.fault_store import LAYOUT, E, FaultStore, assert_sound, decode, expected, make, prefill
 from tests.fakes.offloaded import SETTINGS, offload, offloaded, resident, say
 from tests.fakes.offloaded import build as build_tiny
 
@@ -121,6 +123,66 @@ def test_what_was_guessed_is_there_when_asked_for():
     assert counters.bytes_read == 2 * LAYOUT.row_bytes and counters.wasted_bytes == 0
     assert store.log.count((1, 4)) == store.log.count((1, 5)) == 1
     assert_sound(second)
+
+
+class Gated(FaultStore):
+    """Rows of layer 1 are read once `gate` is open."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = threading.Event()
+
+    def read(self, layer, expert, row):
+        assert layer == 0 or self.gate.wait(30)
+        return super().read(layer, expert, row)
+
+
+def open_when_waited_for(store, transfer, monkeypatch):
+    wait = transfer.wait
+    monkeypatch.setattr(transfer, "wait", lambda ticket: (store.gate.set(), wait(ticket))[1])
+
+
+def test_what_was_guessed_and_is_still_being_read_is_late(monkeypatch):
+    runtime, store = make(slots=5, store=Gated(), threads=3)
+    second = runtime.layers[1]
+    guess(runtime, [4, 5])
+    open_when_waited_for(store, second.arrivals.transfer, monkeypatch)
+    assert torch.equal(decode(second, [5, 4]), expected(1, [5, 4]))
+    assert (second.cache.counters.ahead, second.cache.counters.late) == (2, 2)
+
+
+def test_what_was_read_ahead_into_scratch_and_is_not_there_yet_is_late(monkeypatch):
+    runtime, store = make(slots=2, scratch_rows=2, store=Gated(), threads=3)
+    first, second = runtime.layers
+    prefill(first, list(range(E)) * 2)
+    open_when_waited_for(store, second.arrivals.transfer, monkeypatch)
+    assert torch.equal(prefill(second, list(range(E))), expected(1, list(range(E))))
+    assert (second.cache.counters.ahead, second.cache.counters.late) == (2, 2)
+
+
+def test_guesses_that_are_still_being_read_count_to_the_next_ones():
+    """Together they leave the room that an event of as many experts needs."""
+    runtime, store = make(slots=5, store=Gated(), threads=3)
+    second = runtime.layers[1]
+    guess(runtime, [4, 5])
+    guess(runtime, [6, 7])
+    assert list(second.arrivals.guessed) == [4, 5, 6]
+    store.gate.set()
+    settle(second)
+    assert torch.equal(decode(second, [0, 1]), expected(1, [0, 1]))
+    assert_sound(second)
+
+
+def test_of_wrong_guesses_those_being_read_go_on_while_there_is_room(monkeypatch):
+    """To stop a read would be to wait for it; one that has not begun costs nothing."""
+    runtime, store = make(slots=5, store=Gated(), threads=1)
+    second = runtime.layers[1]
+    guess(runtime, [4, 5])
+    while not second.arrivals.guessed[4].ticket.begun:
+        time.sleep(0.001)
+    open_when_waited_for(store, second.arrivals.transfer, monkeypatch)
+    assert torch.equal(decode(second, [0, 1, 2]), expected(1, [0, 1, 2]))
+    assert list(second.arrivals.guessed) == [4]
 
 
 def test_a_wrong_guess_costs_its_bytes_and_nothing_else():

@@ -8,7 +8,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_offload.errors import ClosedError, ExpertReadError, OffloadError, RoutingError
 from moe_offload.memory.transfer.staged import DeviceTransfer
+from moe_offload.runtime.layer import HEAP_TRIM_TOKENS
 from moe_offload.runtime.prewarm import prewarm_slots
+from moe_offload.runtime.scratch_feed import READ_AHEAD_USES
 from tests.fakes import fault_store
 from tests.fakes.fault_store import LAYOUT, E, FaultStore, K, assert_sound, decode, expected, prefill, run, tags
 from tests.fakes.streams import InstantStreams
@@ -340,10 +342,12 @@ def test_what_was_read_ahead_in_vain_is_counted_and_harms_nothing(make):
     first, second = runtime.layers
     prefill(first, long_prompt())
     guessed = ahead(runtime)[1]
+    assert all(held.ticket.done.wait(10) for held in second.arrivals.scratch._ahead.values())
     ids = long_prompt(guessed[0])
     assert torch.equal(prefill(second, ids), expected(1, ids))
     assert second.cache.counters.ahead == 2
     assert second.cache.counters.misses == E - 1
+    assert second.cache.counters.wasted_bytes == LAYOUT.row_bytes
 
 
 def test_another_layer_s_event_drops_what_was_read_ahead(make):
@@ -372,6 +376,26 @@ def test_a_short_prompt_reads_nothing_ahead(make):
     runtime, _ = make(slots=2, scratch_rows=3)
     prefill(runtime.layers[0], list(range(E)))
     assert ahead(runtime) == (-1, [])
+    prefill(runtime.layers[0], list(range(E)) * READ_AHEAD_USES)
+    assert ahead(runtime)[0] == 1, "two uses of each expert are enough"
+
+
+def test_what_has_been_used_most_is_read_ahead(make):
+    runtime, _ = make(slots=2, scratch_rows=3)
+    first, second = runtime.layers
+    for e in (7, 6, 6, 5, 5, 5, *[0] * 5, *[1] * 5):  # the last two are resident
+        decode(second, [e])
+    prefill(first, long_prompt())
+    assert ahead(runtime) == (1, [5, 6, 7])
+
+
+@pytest.mark.parametrize("tokens", [HEAP_TRIM_TOKENS - 1, HEAP_TRIM_TOKENS])
+def test_the_heap_is_trimmed_after_a_prompt_where_the_host_computes(make, tokens, monkeypatch):
+    trimmed = []
+    monkeypatch.setattr("moe_offload.runtime.layer.trim_heap", lambda: trimmed.append(1))
+    first = make()[0].layers[0]
+    prefill(first, [0, 1] * tokens)
+    assert len(trimmed) == (tokens == HEAP_TRIM_TOKENS and not first.arrivals.transfer.runs_ahead)
 
 
 def test_a_failed_read_ahead_is_the_next_layer_s_error_and_leaves_it_sound(make):

@@ -49,12 +49,14 @@ def top(
 
 def _find(target: str | None) -> tuple[Place, Snapshot]:
     """The one model that is meant; exit code 1 where there is none, 2 where there are several."""
-    from .client import running
+    from .client import ANSWER_S, places, running
 
     if target is not None and not re.fullmatch(r"\d+(-\d+)?", target):
         fail(f"{target!r} is no process: give its number, as in 4242, or 4242-2 for its second model", 2)
     models = running()
     if not models:
+        if silent := [place.name for place in places() if place.process_is_there]:
+            raise LiveError(f"{', '.join(silent)}: no answer within {ANSWER_S:.0f} s, the machine is busy; look again")
         raise LiveError(f"no running model found; {HOW}")
     found = [one for one in models if target in (None, one[0].name)] or [
         one for one in models if target == str(one[0].pid)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -30,10 +31,16 @@ def unbind(bank_SN: Tensor) -> None:
     ops.unbind(bank_SN)
 
 
-def experts_op(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank_SN: Tensor) -> Tensor:
-    """The marker op: one layer's experts, complete in itself, for code that the passes never see."""
-    out: Tensor = ops.experts(x_TH, ids_TK, weights_TK, bank_SN)
+def experts_op(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, key: Tensor) -> Tensor:
+    """The marker op: one layer's experts, complete in itself, for code that the passes never see. `key` is bound to the
+    layer. A backward through it raises."""
+    out: Tensor = ops.experts(x_TH, ids_TK, weights_TK, key)
     return out
+
+
+def refuse_backward_of_experts(refuse: Callable[[], Any]) -> None:
+    """Let `refuse` answer whoever asks for gradients of the marker op, in a graph that somebody else has compiled."""
+    ops.serve_no_gradient(refuse)
 
 
 def unserved(ids_TK: Tensor) -> Tensor:
