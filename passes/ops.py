@@ -11,10 +11,10 @@ and looks up what is bound to it, so a graph that Dynamo shares between layers s
 Every op that fills a bank declares that it mutates it. That is what keeps the op alive and in its place in Inductor,
 which drops an op without a used result, and reorders one without a dependence.
 `observe` passes its ids through instead. `grouped_mm` is an ordinary function of its arguments, as is
-`fast_grouped_mm`, which may round otherwise. `experts` takes a key in place of a bank, a tensor that nobody writes into: in somebody else's torch.compile a bank that is written into
-may be copied, and a copy is unknown here. `no_gradient` is its backward, which raises when it runs. `unserved` stands
-in traced code that is to be rewritten: our backend takes it out, and a graph that never came to our backend raises
-where it is, before it computes.
+`fast_grouped_mm`, which may round otherwise. `experts` takes a key in place of a bank, a tensor that nobody writes
+into: in somebody else's torch.compile a bank that is written into may be copied, and a copy is unknown here.
+`no_gradient` is its backward, which raises when it runs. `unserved` stands in traced code that is to be rewritten: our
+backend takes it out, and a graph that never came to our backend raises where it is, before it computes.
 The library is opened with "DEF": a second copy of this file fails to import, rather than silently replacing the first.
 
 Longer than 250 lines: each op is here three times, as declared, as run, and as bound, and who changes one reads all.
