@@ -105,6 +105,10 @@ class PackedWeight(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
     @property
+    def format(self) -> str:
+        """What people call the form it rests in."""
+
+    @property
     def recipe(self) -> str:
         """What is unpacked and how, in words that change when the result may."""
 

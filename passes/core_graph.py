@@ -38,9 +38,16 @@ def find_constants(graph: Graph, site: Site) -> dict[Node, None]:
             number = isinstance(value, Tensor) and value.dim() == 0
             if static or number or isinstance(value, torch.nn.Parameter):
                 fixed[node] = None
-        elif node.op == "get_attr" or (node.all_input_nodes and all(i in fixed for i in node.all_input_nodes)):
+        elif node.op == "get_attr" or _is_number(node):
+            fixed[node] = None
+        elif node.all_input_nodes and all(i in fixed for i in node.all_input_nodes):
             fixed[node] = None
     return fixed
+
+
+def _is_number(node: Node) -> bool:
+    """Whether a node computes a number from numbers: Dynamo leaves `-limit` in a graph as the call neg(7.0)."""
+    return not node.all_input_nodes and getattr(node.target, "__module__", None) in ("_operator", "math")
 
 
 def find_core(graph: Graph, site: Site, fixed: Mapping[Node, None]) -> dict[Node, None]:

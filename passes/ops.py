@@ -240,8 +240,6 @@ for _name, _kernel in {
     "stream": _run_stream,
     "prefetch": _run_prefetch,
     "observe": _run_observe,
-    "packed_mm": _run_packed_mm,
-    "unpack": _run_unpack,
     "unserved": _run_unserved,
     "experts": _run_experts,
 }.items():
@@ -249,6 +247,9 @@ for _name, _kernel in {
 for _name in ("grouped_mm", "fast_grouped_mm"):
     serve_product(_name, run_groups, "CompositeExplicitAutograd")
     LIB._register_fake(_name, lambda x, weight, slots: x.new_empty((x.shape[0], weight.shape[2])))
+_untraced: Any = torch._disable_dynamo  # type: ignore[attr-defined]
+LIB.impl("packed_mm", _untraced(_run_packed_mm), "CompositeExplicitAutograd")  # loops, as that of grouped_mm
+LIB.impl("unpack", _untraced(_run_unpack), "CompositeExplicitAutograd")
 LIB._register_fake("fetch", lambda ids, bank: torch.empty_like(ids))
 LIB._register_fake("place", lambda ids, bank: torch.empty_like(ids))
 LIB._register_fake("wait", lambda slots, bank: torch.empty_like(slots))

@@ -35,7 +35,7 @@ class FP8(Format):
                 f"FP8 codes of {codes.dtype} with a scale of {scale.dtype}: codes are float8_e4m3fn, a scale is "
                 "float32, bfloat16, float16, float8_e8m0fnu or uint8. The checkpoint is damaged, or in another format"
             )
-        grid = _grid(scale) if scale.dim() == 2 or scale.numel() == 1 else (0, 0)
+        grid = grid_of(scale) if scale.dim() == 2 or scale.numel() == 1 else (0, 0)
         if codes.dim() != 2 or 0 in grid or any(n % parts for n, parts in zip(codes.shape, grid, strict=True)):
             raise CheckpointError(
                 f"FP8 codes of shape {list(codes.shape)} with a scale of shape {list(scale.shape)}: the scale is "
@@ -49,13 +49,13 @@ class FP8(Format):
 
     def rows(self, tensors: Sequence[Tensor], begin: int, end: int) -> tuple[Tensor, ...]:
         codes, scale = tensors
-        if _grid(scale)[0] > 1:
+        if grid_of(scale)[0] > 1:
             scale = scale[begin // self.row_unit : -(-end // self.row_unit)]
         return codes[begin:end], scale
 
     def unpack_at_once(self, tensors: Sequence[Tensor], out_OI: Tensor) -> None:
         codes, scale = tensors
-        (outputs, inputs), (so, si) = codes.shape, _grid(scale)
+        (outputs, inputs), (so, si) = codes.shape, grid_of(scale)
         values = torch.index_select(_values(codes.device), 0, codes.reshape(-1).view(torch.uint8).int())
         blocks = values.view(so, outputs // so, si, inputs // si) * widen(scale).reshape(so, 1, si, 1)
         out_OI.copy_(blocks.view(outputs, inputs))
@@ -63,7 +63,7 @@ class FP8(Format):
     def unpack_compiled(self, kernels: Kernels, tensors: Sequence[Tensor], out_OI: Tensor) -> bool:
         known = tensors[1].dtype in kernels.unpack.SCALES
         if known:
-            kernels.unpack.unpack_fp8(*tensors, _grid(tensors[1]), out_OI)
+            kernels.unpack.unpack_fp8(*tensors, grid_of(tensors[1]), out_OI)
         return known
 
     def find_fault(self, tensors: Sequence[Tensor]) -> str | None:
@@ -82,7 +82,7 @@ def widen(scale: Tensor) -> Tensor:
     return powers_of_two(scale) if scale.dtype in EXPONENTS else scale.to(torch.float32)
 
 
-def _grid(scale: Tensor) -> tuple[int, int]:
+def grid_of(scale: Tensor) -> tuple[int, int]:
     """(so, si): into how many blocks rows and columns are cut."""
     return (1, 1) if math.prod(scale.shape) == 1 else (scale.shape[0], scale.shape[1])
 

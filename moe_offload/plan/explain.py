@@ -48,6 +48,13 @@ def explain(model: Any, moe_layers: Sequence[MoELayer], arrangement: Arrangement
             f"  RAM: {format_size(arrangement.host_bytes)} of rows, of "
             f"{format_size(max(arrangement.host_room_bytes, 0))} that max_memory['cpu'] leaves for them"
         )
+    packed = next((moe for moe in moe_layers if moe.packed), None)
+    if packed is not None:
+        lines.append(
+            f"  rows rest as the checkpoint has them, in {packed.packed[0].format}: "
+            f"{format_size(packed.layout.row_bytes)} for {format_size(packed.unpacked.row_bytes)} of weights, "
+            "unpacked where they are used"
+        )
     lines.append("not offloaded, held where they compute:")
     lines += [f"  {kind:<28}{format_size(size):>12}  {why}" for kind, size, why in kept(model, moe_layers)]
     return "\n".join(lines)

@@ -57,6 +57,11 @@ def prepare(
     """
     arrangement = arrange(model, moe_layers, settings, usable=usable_kinds(settings.untested))
     arrangement.check_one_device()
+    if arrangement.device != "cpu" and any(moe.packed for moe in moe_layers):
+        raise UnsupportedModelError(
+            f"asked to compute on {arrangement.device} with quantised experts; their weights are unpacked by the CPU "
+            'alone so far. Leave device_map out (or device_map="cpu"), or use a checkpoint in bfloat16'
+        )
     expected = fingerprint(model, moe_layers)
     _warn_beyond_memory(arrangement)
     loaded = load_profile(profile or settings.profile, expected)

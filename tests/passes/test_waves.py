@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import pytest
 import torch
 
@@ -37,6 +39,23 @@ def test_a_wave_runs_alone_where_pairs_fill_vectors(kind, implementation, dtype,
     stream = next(node for node in traced.gm.graph.nodes if node.target is ops.stream)
     assert ops._CORES[stream.args[4]].pairs_independent == (kind != "normed"), "a norm's mean is one number a pair"
     assert torch.equal(traced.run({sites[0].bank: layer.bank_SN}), want)
+
+
+def test_a_number_computed_in_the_graph_is_a_constant_of_the_core():
+    """Dynamo leaves `-limit` of a clamp in the graph: the core goes through it."""
+    traced = trace(make_block("plain"), hidden(7))
+    want = traced.run()
+    (site,), graph = traced.sites(), traced.gm.graph
+    product = next(iter(site.reads[0].node.users))
+    with graph.inserting_after(product):
+        limit = graph.call_function(operator.neg, (-1e30,))
+    with graph.inserting_after(limit):
+        clamped = graph.call_method("clamp", (product,), {"max": limit})
+    clamped.meta = dict(product.meta)
+    product.replace_all_uses_with(clamped, delete_user_cb=lambda user: user is not clamped)
+    layer = permuted(traced.params, wave=1)
+    passes.stream_in_waves(graph, sites=[site], banks={"layer": layer.bank})
+    assert torch.equal(traced.run({site.bank: layer.bank_SN}), want)
 
 
 def test_waves_leave_only_routing_and_weighting(block, dtype):

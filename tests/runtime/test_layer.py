@@ -8,7 +8,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_offload.errors import ClosedError, ExpertReadError, OffloadError, RoutingError
 from moe_offload.memory.transfer.staged import DeviceTransfer
-from moe_offload.runtime.layer import HEAP_TRIM_TOKENS
 from moe_offload.runtime.prewarm import prewarm_slots
 from moe_offload.runtime.scratch_feed import READ_AHEAD_USES
 from tests.fakes import fault_store
@@ -387,15 +386,6 @@ def test_what_has_been_used_most_is_read_ahead(make):
         decode(second, [e])
     prefill(first, long_prompt())
     assert ahead(runtime) == (1, [5, 6, 7])
-
-
-@pytest.mark.parametrize("tokens", [HEAP_TRIM_TOKENS - 1, HEAP_TRIM_TOKENS])
-def test_the_heap_is_trimmed_after_a_prompt_where_the_host_computes(make, tokens, monkeypatch):
-    trimmed = []
-    monkeypatch.setattr("moe_offload.runtime.layer.trim_heap", lambda: trimmed.append(1))
-    first = make()[0].layers[0]
-    prefill(first, [0, 1] * tokens)
-    assert len(trimmed) == (tokens == HEAP_TRIM_TOKENS and not first.arrivals.transfer.runs_ahead)
 
 
 def test_a_failed_read_ahead_is_the_next_layer_s_error_and_leaves_it_sound(make):

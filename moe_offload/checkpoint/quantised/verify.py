@@ -44,6 +44,10 @@ class ConvertedWeight:
         return self.weight.dtype
 
     @property
+    def format(self) -> str:
+        return self.weight.format
+
+    @property
     def recipe(self) -> str:
         return self.weight.recipe
 

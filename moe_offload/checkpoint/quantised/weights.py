@@ -54,6 +54,10 @@ class MatrixWeight:
         return sum(matrix.shape[0] for matrix in self.matrices)
 
     @property
+    def format(self) -> str:
+        return type(self.matrices[0].format).__name__
+
+    @property
     def recipe(self) -> str:
         formats = [f"{matrix.format!r} {matrix.shape}" for matrix in self.matrices]
         return f"{self.name} = {', '.join(formats)}; {self.conversions!r}"
