@@ -1,4 +1,4 @@
-"""Erase what a pass has orphaned, and nothing else.
+"""Erase the nodes of a graph that nothing uses since a pass has rewritten it, and no others.
 
 Never `graph.eliminate_dead_code()`: on a Dynamo graph it deletes in-place calls, among them the writes to a static KV
 cache (measured: logits off by 2).

@@ -1,4 +1,4 @@
-"""Find where a graph reads stacked expert weights. Touches nothing.
+"""Find where a graph reads stacked expert weights. The graph is not changed.
 
 Shapes: P token-expert pairs, E experts, H hidden, I inner.
 

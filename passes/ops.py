@@ -1,4 +1,4 @@
-"""The words a rewritten graph may use, and how they find what serves them.
+"""The operators (torch.library) that a rewritten graph calls, and how each finds the runtime that serves it.
 
 Shapes: T tokens, K experts per token, P = T*K token-expert pairs, S slots, H hidden.
 

@@ -1,4 +1,4 @@
-"""Uses in which old ones fade, kept with additions and multiplications alone.
+"""How often each expert was used, old uses counting less and less, kept with additions and multiplications alone.
 
     score(e) <- score(e) * 2 ** (-dt / half_life) + 1        on every use, dt in tokens
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, UnsupportedModelError
 from .quantised.methods import check_quantization
 
 INDEX = "model.safetensors.index.json"
@@ -43,6 +44,25 @@ def is_folder(path_or_id: str | Path, subfolder: str = "") -> bool:
             "of a checkpoint folder, or OWNER/NAME of letters, digits, '-', '_' and '.'"
         )
     return False
+
+
+def unknown_model_type(place: Path | str, model_type: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{place}: config.json names model type {model_type[:64]!r}, which the installed transformers "
+        f"({version('transformers')}) does not have. Install a version that has it"
+    )
+
+
+def without_weights(place: Path, wanted: str) -> CheckpointError:
+    """For a folder that has no weights that are read here, saying what it has instead."""
+    endings = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+    there = sorted(file.name for file in place.iterdir() if file.suffix in endings) if place.is_dir() else []
+    found = f"{', '.join(there[:4])}{' ...' if len(there) > 4 else ''}" if there else "neither"
+    return CheckpointError(
+        f"{place}: expected {wanted}, found {found if place.is_dir() else 'no such folder'}. "
+        "Point at the folder of a safetensors checkpoint; .bin files (pickle) are not read: convert them by "
+        "loading the model with transformers and calling save_pretrained. GGUF files are not read either"
+    )
 
 
 def _read_config(file: Path) -> Mapping[str, Any]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, ProfileError
 from . import file as config_file
 from .rules import RULES, plain, reserve_bytes
 
@@ -154,7 +154,8 @@ def resolve(config: Config = None, **overrides: Any) -> OffloadConfig:
     """The settings in force: `overrides`, else `config`, else the environment, else the file, else the default.
 
     An OffloadConfig is explicit in every field, so environment and file have no say; a dict only in the keys it holds.
-    A path names the file. Raises ConfigError; for a value from the environment or a file it names the variable or file.
+    A path names the file. Raises ConfigError, or ProfileError for a profile that is not there, naming the
+    variable or the file that a value is from.
     """
     if isinstance(config, OffloadConfig):
         _refuse_unknown(overrides)
@@ -246,7 +247,7 @@ def _checked(where: str, name: str, value: Any) -> Any:
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     if name == "profile" and plain_value is not None and not Path(plain_value).exists():
-        raise ConfigError(f"{where}: profile={plain_value!r}: there is no such file. Correct the path, or remove it")
+        raise ProfileError(f"{where}: profile={plain_value!r}: there is no such file. Correct the path, or remove it")
     return plain_value
 
 

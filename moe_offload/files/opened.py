@@ -1,4 +1,4 @@
-"""Descriptors that no Ctrl-C can lose.
+"""Files that are open, and whose descriptors are closed also when Ctrl-C comes while they are being opened.
 
 `fd = os.open(...)` is two steps: an interrupt between them leaves a number that nobody will close. A `FileIO` owns its
 descriptor from the first moment on and closes it when it is dropped, so what is kept for long is one of these. What

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..observe import progress
 from ..runtime.layer import LayerRuntime, closed
 from ..runtime.model import Runtime
+from .changed_parts import refuse_unseen_modes
 from .dynamo import Settings
 from .graphs import ops
 
@@ -94,6 +95,12 @@ class Link:
 def run_op(module: Any, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """The op of last resort, which needs no graph."""
     return ops.experts_op(x_TH, ids_TK, weights_TK, module._moe_offload.key)
+
+
+def run_untraced(module: Any, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """The same in eager code."""
+    refuse_unseen_modes(module)
+    return run_op(module, x_TH, ids_TK, weights_TK)
 
 
 class _Closed:

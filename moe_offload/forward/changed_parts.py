@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules import module as all_modules
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ..errors import UnsupportedModelError
 
@@ -35,6 +37,20 @@ def refuse_changed_parts(module: nn.Module) -> None:
         raise UnsupportedModelError(f"{type(module).__name__}: there is {change}, which was not traced. {ELSEWHERE}")
 
 
+def refuse_unseen_modes(module: nn.Module) -> None:
+    """Raise where a mode of somebody else's would see nothing of what runs inside an experts module.
+
+    That is one op there. torch's own modes that can be on (they count, or name a device) change nothing of it.
+    """
+    for mode in (*_get_current_dispatch_mode_stack(), *_get_current_function_mode_stack()):
+        if not type(mode).__module__.startswith("torch."):
+            raise UnsupportedModelError(
+                f"{type(module).__name__}: it is called in a {type(mode).__name__}, and is one op there, in which "
+                "a mode sees nothing. Leave the mode before you call the model; a TorchFunctionMode may stay if Dynamo "
+                "can trace it in one piece"
+            )
+
+
 def is_changed(module: Any) -> bool:
     """Whether something that is not transformers' own runs inside an experts module."""
     return next(_find_changes(module), None) is not None
@@ -53,8 +69,9 @@ def state_of_parts(module: Any) -> Hashable:
 
 def _find_changes(module: Any) -> Iterator[str]:
     """Asked at every call of every layer, so it looks at little."""
-    if all_modules._global_forward_hooks or all_modules._global_forward_pre_hooks:
-        yield "a hook on all modules"
+    for hook in (*all_modules._global_forward_hooks.values(), *all_modules._global_forward_pre_hooks.values()):
+        if not str(getattr(hook, "__module__", "")).startswith("torch."):  # torch's own look on (the counter of FLOPs)
+            yield "a hook on all modules"
     own = vars(module)
     if "_apply_gate" in own or not _is_transformers_own(type(module)._apply_gate):
         yield "another gating (_apply_gate) than transformers'"

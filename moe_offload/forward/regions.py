@@ -1,4 +1,4 @@
-"""Compile the experts of each layer instead of the whole call: two graphs, prompt and decode, serve every layer.
+"""Regional compilation: the experts of each layer, not the whole call; two graphs, prompt and decode, serve all layers.
 
     model(...)                    runs as transformers wrote it, module by module
       layer 0 ... layer L-1
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .binding import RunExperts, Scope, run_op
+from .binding import RunExperts, Scope, run_untraced
 from .changed_parts import is_changed, state_of_parts
 from .dynamo import MOST_GRAPHS, with_own_code
 from .graphs import ops
@@ -80,9 +80,9 @@ class Regions:
 
     def _run(self, module: Any, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         if torch._C._len_torch_dispatch_stack():  # in a dispatch mode nothing is traced
-            return run_op(module, x_TH, ids_TK, weights_TK)
+            return run_untraced(module, x_TH, ids_TK, weights_TK)
         if self._untraceable and _kind_of(module) in self._untraceable:
-            return run_op(module, x_TH, ids_TK, weights_TK)
+            return run_untraced(module, x_TH, ids_TK, weights_TK)
         if max(len(self._log) - self._since, len(self._untraceable)) >= MOST_GRAPHS:
             self.renew()
         given: tuple[Tensor, ...] = (x_TH, ids_TK, weights_TK)
@@ -98,7 +98,7 @@ class Regions:
                 type(module).__name__, str(error).partition("\n")[0],
             )  # fmt: skip
             self._untraceable.add(_kind_of(module))
-        return run_op(module, x_TH, ids_TK, weights_TK)
+        return run_untraced(module, x_TH, ids_TK, weights_TK)
 
 
 def _kind_of(module: Any) -> Hashable:
@@ -116,7 +116,7 @@ def _with_any_length(given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def _region(original: RunExperts) -> RunExperts:
     def region(module: Any, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         if not torch.compiler.is_dynamo_compiling():  # Dynamo is switched off, or has left this call alone
-            return run_op(module, x_TH, ids_TK, weights_TK)
+            return run_untraced(module, x_TH, ids_TK, weights_TK)
         with torch._dynamo.error_on_graph_break(True):  # a part of a region would be no use
             return original(module, x_TH, ops.unserved(ids_TK), weights_TK)
 

@@ -151,7 +151,7 @@ class State:
             pid=os.getpid(),
             uptime_s=time.monotonic() - self._begun_s,
             budget_bytes=self.plan.budget_bytes,
-            plan=dict(self.plan.rows()),
+            plan=self.plan.parts(),
             rss_bytes=psutil.Process().memory_info().rss,
             queued=depth.demanded + depth.background,
             reading=depth.reading,

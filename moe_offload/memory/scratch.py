@@ -2,7 +2,7 @@
 
 Prefill streams the rows that have no slot through scratch. Where a layer has no more use for a scratch row, a row that
 the next layer will probably ask for is read into it: in the background, so that it never delays a demand, and without
-evicting anything. The next event of that layer claims what it needs; the rest was read in vain and is counted.
+evicting anything. The next event of that layer claims what it needs; the rest was read and not used, which is counted.
 Only one layer at a time has rows ahead: an event of any other layer drops them.
 """
 

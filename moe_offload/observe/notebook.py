@@ -12,7 +12,7 @@ from ..cache.counters import LayerStats
 from ..config.sizes import format_size
 from .watched import Watched
 
-#: Colours of the parts of a budget, in the order of `Plan.rows()`; the last, slack, is left empty.
+#: Colours of the parts of a budget, in the order of `Plan.rows()`; the last, unused, is left empty.
 COLOURS = ("#4c78a8", "#9ecae9", "#f58518", "#54a24b", "transparent")
 FRAME = "border:1px solid rgba(128,128,128,.5);border-radius:3px"
 CELL = "padding:1px 10px 1px 0;text-align:right;border:none"

@@ -18,7 +18,7 @@ def summary_of(stats: Stats) -> str:
     if stats.ahead or stats.wasted_bytes:
         lines.append(
             f"read ahead: {stats.ahead} rows that were then asked for ({stats.late} of them late), "
-            f"{format_size(stats.wasted_bytes)} in vain"
+            f"{format_size(stats.wasted_bytes)} read and not used"
         )
     by_device = [layer.decides for layer in stats.layers].count("device")
     if by_device:

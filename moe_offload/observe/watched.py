@@ -1,4 +1,4 @@
-"""What this room asks of a model that is watched. The handle of an offloaded model answers it."""
+"""The protocol through which metrics and notebook see an offloaded model; its handle implements it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dense weights: all of them on the one device that the model computes on. Experts are the caches' business."""
+"""Dense weights go to the one device that the model computes on. Expert weights stay: their cache moves them."""
 
 from __future__ import annotations
 

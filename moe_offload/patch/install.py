@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..errors import OffloadError
 from ..experts import MoELayer
 from ..forward.advise import Advisor
-from ..forward.binding import Link, Scope, banks_of_this_thread, connect, disconnect, run_op
+from ..forward.binding import Link, Scope, banks_of_this_thread, connect, disconnect, run_op, run_untraced
 from ..forward.call import ADAPTED, Call, whole_call
 from ..forward.changed_parts import refuse_changed_parts
 from ..forward.dynamo import Settings
@@ -160,7 +160,7 @@ def install(
     nan_rows: dict[Hashable, Tensor] = {}
     _name_implementation(runtime, f"moe_offload_{implementation}")
     for layer in runtime.layers:
-        link = Link(scope, run_op if regions is None else regions.run, whole)
+        link = Link(scope, run_untraced if regions is None else regions.run, whole)
         _install_layer(layer, link, implementation, nan_rows)
     model._compiled_call_impl = Call(model, runtime, scope, Retry(runtime, scope, compile), advisor)
     keep_compiled_call(model)

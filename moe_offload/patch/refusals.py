@@ -38,14 +38,22 @@ def _refuse_moves(part: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool
     for p in part.parameters():
         probe = torch.empty(0, dtype=p.dtype, device=p.device)
         before = probe.dtype, probe.device, probe.is_shared()
-        moved = fn(probe)
+        try:
+            moved = fn(probe)
+        except (AssertionError, RuntimeError) as error:  # torch has no such device
+            raise OffloadError(_immovable(f"{(str(error).splitlines() or [''])[0]}")) from error
         if (moved.dtype, moved.device, moved.is_shared()) != before:
-            raise OffloadError(
-                f"asked to move or convert an offloaded model ({before[0]} on {before[1]} to {moved.dtype} on "
-                f"{moved.device}{', shared' if moved.is_shared() else ''}); its slots and rows are fixed. "
-                "Convert or move the model first, then call optimize(); model.moe_offload.close() frees its memory"
-            )
+            shared = ", shared" if moved.is_shared() else ""
+            wanted = f"{before[0]} on {before[1]} to {moved.dtype} on {moved.device}{shared}"
+            raise OffloadError(_immovable(wanted))
     return part
+
+
+def _immovable(wanted: str) -> str:
+    return (
+        f"asked to move or convert an offloaded model ({wanted}); its slots and rows are fixed. "
+        "Convert or move the model first, then call optimize(); model.moe_offload.close() frees its memory"
+    )
 
 
 def _refuse_copy(*_: Any) -> Any:

@@ -1,6 +1,6 @@
 """A budget becomes a plan: how many slots each layer gets. Pure arithmetic on byte counts.
 
-    budget = dense weights + reserve (KV cache, workspace) + scratch rows for prefill waves + banks + slack
+    budget = dense weights + reserve (KV cache, workspace) + scratch rows for prefill waves + banks + unused
     floor  = the smallest budget that works: the same with K slots in every layer
 
 Never over budget; one more slot never fits; with rows of one size more budget never means fewer slots, and with rows of
@@ -16,10 +16,19 @@ from dataclasses import dataclass
 from ..config.sizes import format_size
 from ..errors import BudgetError
 
-#: The workspace in the reserve is for tracing, allocator slack, activations and compiled kernels (up to 85 MB, see
-#: memory/process_memory.py). These grow with a model up to a point: a sixth of the budget, 340 MB at most.
+#: The workspace in the reserve is for tracing, activations, what the allocator holds, and compiled kernels (up to 85
+#: MB, see memory/process_memory.py). These grow with a model up to a point: a sixth of the budget, 340 MB at most.
 WORKSPACE_SHARE = 6
 WORKSPACE_LIMIT = 340 * 10**6
+#: The parts of a budget, as people read them.
+PARTS = {
+    "dense_weights": "dense weights",
+    "reserve": "reserve (KV cache, workspace)",
+    "prefill_scratch": "scratch for prefill",
+    "weight_unpacking": "unpacking of one weight",
+    "expert_slots": "expert slots",
+    "unused": "unused",
+}
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,7 @@ class Plan:
         return sum(layer.num_experts * layer.row_bytes for layer in self.layers)
 
     @property
-    def slack_bytes(self) -> int:
+    def unused_bytes(self) -> int:
         return self.costs.for_banks(self.budget_bytes) - self.bank_bytes
 
     @property
@@ -90,16 +99,20 @@ class Plan:
         """Slots over experts, all layers together."""
         return sum(self.slots) / sum(layer.num_experts for layer in self.layers)
 
+    def parts(self) -> dict[str, int]:
+        """Bytes by part of the budget, under the names that JSON has; all of them together are the budget."""
+        return {
+            "dense_weights": self.costs.dense_bytes,
+            "reserve": self.costs.reserve(self.budget_bytes),
+            "prefill_scratch": self.costs.scratch_bytes,
+            "weight_unpacking": self.costs.unpack_bytes,
+            "expert_slots": self.bank_bytes,
+            "unused": self.unused_bytes,
+        }
+
     def rows(self) -> list[tuple[str, int]]:
-        rows = [
-            ("dense weights", self.costs.dense_bytes),
-            ("reserve (KV cache, workspace)", self.costs.reserve(self.budget_bytes)),
-            ("scratch for prefill", self.costs.scratch_bytes),
-            ("unpacking of one weight", self.costs.unpack_bytes),
-            ("expert slots", self.bank_bytes),
-            ("slack", self.slack_bytes),
-        ]
-        return [(name, size) for name, size in rows if size or name != "unpacking of one weight"]
+        """The parts, in words for people; what only quantised weights need is left out where it is nothing."""
+        return [(PARTS[name], size) for name, size in self.parts().items() if size or name != "weight_unpacking"]
 
     def __str__(self) -> str:
         few, many = min(self.slots), max(self.slots)

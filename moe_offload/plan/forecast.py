@@ -64,7 +64,7 @@ class Forecast:
                 "budget": plan.budget_bytes,
                 "floor": plan.floor_bytes,
                 "residency": plan.residency,
-                "bytes": dict(plan.rows()),
+                "bytes": plan.parts(),
             }
             for device, plan in self.plans.items()
         }

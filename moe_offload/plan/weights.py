@@ -1,4 +1,4 @@
-"""What a model weighs: its dense bytes, its KV cache, and the fingerprint that ties a profile to it."""
+"""Bytes of a model: its dense weights, its KV cache; and the fingerprint that ties a profile to the model."""
 
 from __future__ import annotations
 

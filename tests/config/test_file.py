@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 
 import pytest
 
 from moe_offload.config import file as config_file
 from moe_offload.config.settings import OffloadConfig, active_file, origins, resolve
-from moe_offload.errors import ConfigError
+from moe_offload.errors import ConfigError, ProfileError
 
 
 @pytest.fixture
@@ -40,11 +39,13 @@ def test_precedence(file, monkeypatch, tmp_path):
 
 def test_a_profile_that_is_not_there_is_refused_by_who_named_it(file, monkeypatch):
     path = file("profile: nowhere.json\n")
-    with pytest.raises(ConfigError, match=rf"configuration file {path}: profile='nowhere.json': there is no such file"):
+    with pytest.raises(
+        ProfileError, match=rf"configuration file {path}: profile='nowhere.json': there is no such file"
+    ):
         resolve(path)
     assert resolve(path, profile="other.json").profile == "other.json", "what does not count is not looked at"
     monkeypatch.setenv("MOE_OFFLOAD_PROFILE", "nowhere.json")
-    with pytest.raises(ConfigError, match=r"environment variable MOE_OFFLOAD_PROFILE: profile='nowhere\.json'"):
+    with pytest.raises(ProfileError, match=r"environment variable MOE_OFFLOAD_PROFILE: profile='nowhere\.json'"):
         resolve()
 
 
@@ -104,11 +105,10 @@ def test_the_default_place_is_beside_accelerates(monkeypatch, tmp_path):
     ],
 )
 def test_what_is_no_configuration_is_refused(file, text, says):
-    path, began = file(text), time.monotonic()
+    path = file(text)
     with pytest.raises(ConfigError, match=says) as error:
         resolve(path)
     assert str(path) in str(error.value) and len(str(error.value)) < 600
-    assert time.monotonic() - began < 5
 
 
 def test_a_bomb_of_aliases_is_refused_at_its_first_line(file):

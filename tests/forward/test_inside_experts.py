@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_offload import OffloadError, UnsupportedModelError
 from tests.fakes.offloaded import offloaded, resident
@@ -206,3 +208,24 @@ def test_what_keeps_tokens_apart_is_exact(pair, way):
 @pytest.mark.parametrize("mix", [MIXES["mean"], APART["scaled"]], ids=["mixes", "apart"])
 def test_without_a_trace_nothing_of_another_s_runs_in_pieces(pair, way, mix):
     exact_or_refused(pair, way, mix, lambda: torch.compiler.set_stance("force_eager"))
+
+
+class Changes(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        return out * float(out.detach().numpy().max()) if func is nn.functional.silu else out
+
+
+class ChangesKernels(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        return out * 2 if func is torch.ops.aten.silu.default else out
+
+
+@pytest.mark.parametrize("mode", [Changes, ChangesKernels])
+def test_a_mode_that_would_see_nothing_of_the_experts_is_refused(pair, mode):
+    model = pair[1]
+    before = logits(model, PROMPTS[0])
+    with mode(), pytest.raises(UnsupportedModelError, match=f"called in a {mode.__name__}"):
+        logits(model, PROMPTS[0])
+    assert torch.equal(logits(model, PROMPTS[0]), before)

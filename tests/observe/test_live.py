@@ -63,7 +63,7 @@ def test_a_snapshot_says_what_stats_say(model):
     assert json.loads(json.dumps(found)) == found
     assert stats.values().items() <= found.items() and found["graphs"] == stats.graphs
     assert stats.hits and stats.misses and found["pid"] == os.getpid() and found["uptime_s"] > 0
-    assert found["plan"] == dict(handle.plan.rows()) and sum(found["plan"].values()) == found["budget_bytes"]
+    assert found["plan"] == handle.plan.parts() and sum(found["plan"].values()) == found["budget_bytes"]
     assert found["rss_bytes"] > 10**7 and (found["queued"], found["reading"]) == (0, 0)
     for row, layer in zip(found["layers"], stats.layers, strict=True):
         assert row == dataclasses.asdict(layer) and row["resident"] == row["slots"]

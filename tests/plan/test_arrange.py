@@ -76,7 +76,7 @@ def test_two_devices_each_have_a_plan_and_a_bank_a_layer(model, moe_layers, devi
     assert [spot.device for spot in found.spots] == ["cuda:0"] * 2 + ["cuda:1"] * 2
     for device, size in (("cuda:0", budget), ("cuda:1", budget - 1)):
         plan = found.plans[device]
-        assert plan.budget_bytes == size and len(plan.slots) == 2 and plan.slack_bytes >= 0
+        assert plan.budget_bytes == size and len(plan.slots) == 2 and plan.unused_bytes >= 0
         assert plan.costs.library_bytes == CUBLAS_BYTES + 2 * CUDA_BLOCK_BYTES
     assert found.slots == found.plans["cuda:0"].slots + found.plans["cuda:1"].slots
     assert sum(plan.costs.dense_bytes for plan in found.plans.values()) == dense_bytes(model, moe_layers)

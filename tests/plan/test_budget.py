@@ -52,11 +52,11 @@ def test_a_plan_is_never_over_budget_and_wastes_no_slot(layers, costs, more):
     budget = floor(layers, costs) + more
     plan = plan_slots(budget, layers, costs)
     assert len(plan.slots) == len(layers)
-    assert spent(plan) + plan.slack_bytes == budget and plan.slack_bytes >= 0
+    assert spent(plan) + plan.unused_bytes == budget and plan.unused_bytes >= 0
     assert sum(size for _, size in plan.rows()) == budget
     for layer, slots in zip(layers, plan.slots, strict=True):
         assert min(layer.top_k, layer.num_experts) <= slots <= layer.num_experts
-        assert slots == layer.num_experts or layer.row_bytes > plan.slack_bytes, "one more slot would have fitted"
+        assert slots == layer.num_experts or layer.row_bytes > plan.unused_bytes, "one more slot would have fitted"
 
 
 @given(layers=equal_rows_and_k, costs=all_costs, more=extra)

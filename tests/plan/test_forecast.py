@@ -147,6 +147,15 @@ def test_plan_json_and_explain():
     facts = json.loads(run("plan", MODEL, "--budget", "6MB", "--context", "64", "--explain", "--json").stdout)
     assert facts["budget"] == 6_000_000 and facts["context"]["tokens"] == 64 and len(facts["slots"]) == 4
     assert facts["hit_rate"]["source"].startswith("typical") and "not offloaded" in facts["explain"]
+    assert set(facts["bytes"]) == {
+        "dense_weights",
+        "reserve",
+        "prefill_scratch",
+        "weight_unpacking",
+        "expert_slots",
+        "unused",
+    }
+    assert sum(facts["bytes"].values()) == facts["budget"]
     assert facts["context"]["largest"] >= 64 and facts["resident"] > facts["floor"]
     text = run("plan", MODEL, "--budget", "6MB", "--explain").stdout
     assert "by default" in text and "embeddings and head" in text

@@ -59,8 +59,9 @@ def test_what_changes_nothing_is_no_move(model, part):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to move to")
 def test_cuda_without_a_gpu(model):
-    with pytest.raises((OffloadError, AssertionError, RuntimeError)):
-        model.cuda()
+    for move in (model.cuda, lambda: model.to("cuda"), lambda: model.to("cuda", torch.bfloat16)):
+        with pytest.raises(OffloadError, match=r"(?i)move or convert.*(cuda|nvidia).*first, then call optimize\(\)"):
+            move()
 
 
 COPIES = {

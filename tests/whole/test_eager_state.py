@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from moe_offload.apps.families.tiny import build
 from tests.fakes.offloaded import IDS, QWEN, SETTINGS, offload, offloaded, resident, say
@@ -179,11 +179,6 @@ class Doubles(TorchFunctionMode):
         return out * 2 if func is torch.nn.functional.silu else out
 
 
-class Passes(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return func(*args, **(kwargs or {}))
-
-
 class DefaultDtype:
     def __enter__(self):
         torch.set_default_dtype(torch.bfloat16)
@@ -226,7 +221,7 @@ STATES = {
     "matmul precision": Precision,
     "threads": Threads,
     "function mode": Doubles,
-    "dispatch mode": Passes,
+    "dispatch mode": lambda: FlopCounterMode(display=False),
     "default device": lambda: torch.device("cpu"),
 }
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
@@ -183,6 +184,23 @@ def test_an_override_is_planned_with(original):
     assert {layer.top_k for layer in model.moe_offload.plan.layers} == {1}
     with pytest.raises(moe_offload.ConfigError, match=r"num_expert_per_tok=.*neither a parameter nor a field"):
         moe_offload.from_pretrained(original, BUDGET, num_expert_per_tok=1)
+
+
+def test_what_transformers_cannot_build_is_refused_in_its_words(original, folder, monkeypatch):
+    """Where a package is missing, or a part that the model does not have."""
+    with pytest.raises(moe_offload.ConfigError, match="'flash_attention_2': transformers cannot build 'qwen3_moe'"):
+        moe_offload.from_pretrained(original, "1GB", attn_implementation="flash_attention_2")
+
+    def without_package(*_, **__):
+        raise ImportError("it needs mamba_ssm\nInstall it")
+
+    monkeypatch.setattr(transformers.Qwen3MoeForCausalLM, "_from_config", without_package)
+    with pytest.raises(moe_offload.UnsupportedModelError, match="cannot build a 'qwen3_moe': it needs mamba_ssm Inst"):
+        moe_offload.from_pretrained(original, "1GB")
+    monkeypatch.undo()
+    edit(folder / "config.json", model_type="alien")
+    with pytest.raises(moe_offload.UnsupportedModelError, match=r"model type 'alien', which the installed"):
+        moe_offload.from_pretrained(folder, "1GB")
 
 
 def test_experts_implementation(original):

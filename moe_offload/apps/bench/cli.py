@@ -11,10 +11,11 @@ import typer
 
 from ...config.settings import ENVIRONMENT_PREFIX, FILE_VARIABLE
 from ...errors import ConfigError
-from ..options.checks import check_model, check_output, residency_share, settings
+from ..options.checks import check_cuda, check_model, check_output, residency_share, settings
 from ..options.flags import Budget, Compute, ConfigFile, Json
 from ..options.numbers import one_of, whole
 from .architectures import PREFIX, sizes_of
+from .sides.names import NAMES, check_sides
 
 DEFAULT_RESIDENCY = 0.25
 
@@ -91,9 +92,12 @@ def bench(
     if budget is None and not shares:
         shares = [DEFAULT_RESIDENCY]
     check_output("--out", out)
+    named = NAMES[device] if sides is None else tuple(side.strip() for side in sides.split(",") if side.strip())
+    check_sides(named, device, [budget] if budget is not None else [f"{share * 100:g}%" for share in shares])
+    if device == "cuda":
+        check_cuda()
     from .command import scratch_folder, workload, write_json
     from .run import bench as run_bench
-    from .sides.side import SIDES
     from .table import table
 
     if config_file is not None:
@@ -116,7 +120,6 @@ def bench(
     )
     for plan in work.plans.values():
         typer.echo(str(plan), err=True)
-    named = list(SIDES[device]) if sides is None else [side.strip() for side in sides.split(",") if side.strip()]
 
     def keep(result: dict[str, Any]) -> None:
         if out is not None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib.util
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
@@ -30,7 +30,7 @@ from .result import result_of
 from .roofs.disk import DiskRoof
 from .roofs.link import link_roof
 from .sides.contenders import PACKED, write_mapped
-from .sides.side import SIDES
+from .sides.names import check_sides
 from .sides.turns import Roof, Running, Stage
 from .workload import OURS, Measured, Workload
 
@@ -42,7 +42,7 @@ KEPT_FREE_BYTES = {"cpu": 2 * 10**9, "cuda": 6 * 10**9}
 
 def bench(
     work: Workload,
-    sides: Iterable[str],
+    sides: Sequence[str],
     scratch: Path,
     say: Callable[[str], None],
     keep: Callable[[dict[str, Any]], None] = lambda result: None,
@@ -138,15 +138,12 @@ def _others(stage: Stage, chosen: Chosen) -> Iterator[list[Measured]]:
             yield found
 
 
-def choose(sides: Iterable[str], work: Workload) -> Chosen:
+def choose(sides: Sequence[str], work: Workload) -> Chosen:
     """Inside which of the plans each side is wanted. Raises `ConfigError` for what is not there."""
-    known, chosen = SIDES[work.device], Chosen()
+    chosen = Chosen()
+    check_sides(sides, work.device, work.plans)
     for named in sides:
         side, _, share = named.partition("@")
-        if side not in known:
-            raise ConfigError(f"--sides {side}: for --device {work.device} there are {', '.join(known)}")
-        if share and share not in work.plans:
-            raise ConfigError(f"--sides {named}: {share} is not among what is measured, {', '.join(work.plans)}")
         wanted = {*chosen.get(side, ()), share} if share else {*work.plans}
         chosen[side] = tuple(asked for asked in work.plans if asked in wanted)
     return chosen

@@ -93,9 +93,9 @@ def _value(name: str, text: str) -> Any:
 
 
 def _show(config_file: Path | None, as_json: bool) -> None:
+    settings, where = resolve(config_file), origins(config_file)
     file = active_file(config_file)
     typer.echo(f"file: {file or f'none; {files.default_path()} is not there'}", err=True)
-    settings, where = resolve(config_file), origins(config_file)
     if as_json:
         typer.echo(json.dumps({name: {"value": v, "from": where[name]} for name, v in settings.to_dict().items()}))
         return

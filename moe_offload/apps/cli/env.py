@@ -17,7 +17,7 @@ import typer
 from ... import __version__
 from ...config.settings import active_file, origins, resolve
 from ...config.sizes import format_size
-from ...errors import ConfigError
+from ...errors import ConfigError, ProfileError
 from ..options.flags import ConfigFile, Json
 
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "huggingface_hub", "numpy", "triton")
@@ -91,7 +91,7 @@ def _settings(config_file: Path | None) -> dict[str, Any]:
     """Each setting with where it comes from; if they cannot be read, why: that is what the report may be about."""
     try:
         found, where = resolve(config_file), origins(config_file)
-    except ConfigError as error:
+    except (ConfigError, ProfileError) as error:
         return {"error": str(error)}
     file = active_file(config_file)
     read = {"value": None if file is None else str(file), "from": "read" if file else "there is none"}

@@ -41,7 +41,7 @@ def estimate(
     if budget is not None and not sizes:
         raise ConfigError(f"--budget {budget!r} names no budget: write sizes by commas, as 4GB,8GB")
     for name in models:
-        check_model(name)
+        check_model(name, weights=False)
     found = [_estimate(name, sizes, wanted, dtype) for name in models]
     if as_json:
         typer.echo(json.dumps(found))

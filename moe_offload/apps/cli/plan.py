@@ -41,7 +41,7 @@ def plan(
     wanted = settings(
         config_file, budget=budget, device_map=device_map, max_memory=max_memory, profile=profile, kv_tokens=context
     )
-    check_model(model)
+    check_model(model, weights=False)
     from ...plan.forecast import of_outline, read_outline
 
     outline = read_outline(model, dtype)

@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
+from ...errors import ConfigError
 from ..options.ending import FAILED
 from ..options.flags import Json
 from ..options.numbers import one_of, whole
+from .table import FAMILIES
 
 
 def families(
@@ -33,6 +35,8 @@ def families(
     as_json: Json = False,
 ) -> None:
     """Build a tiny random model of every MoE family of the installed transformers; run it resident and offloaded."""
+    if unknown := [name for name in names or [] if name not in FAMILIES]:
+        raise ConfigError(f"{unknown[0]!r} is no MoE family that is known here; there are {', '.join(FAMILIES)}")
     from .report import check_families, line, markdown_table, rows_json, totals
 
     quiet = as_json or markdown

@@ -26,7 +26,7 @@ def chat(
     as one plain text.
     """
     wanted = flags.settings()
-    check_model(model)
+    check_model(model, revision=flags.revision)
     check_tokenizer(model)
     check_output("--save-profile", save_profile)
     from ...api import from_pretrained

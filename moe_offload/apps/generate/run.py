@@ -60,7 +60,7 @@ def run(
 
         check(metrics_port)
     wanted = flags.settings()
-    check_model(model)
+    check_model(model, revision=flags.revision)
     check_tokenizer(model)
     from ...api import from_pretrained
     from .tokenizer import load_tokenizer, read_longest_context

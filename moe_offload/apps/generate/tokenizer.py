@@ -23,11 +23,12 @@ def load_tokenizer(model: str, **hub: Any) -> Any:
 
 def read_longest_context(model: str, **hub: Any) -> int | None:
     """The most tokens that the model takes, where its configuration says. Raises CheckpointError."""
+    from huggingface_hub.errors import StrictDataclassError  # a field of another type
     from transformers import AutoConfig
 
     try:
         config: Any = AutoConfig.from_pretrained(model, **hub)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise CheckpointError(f"{model}: its configuration cannot be read: {_reason(model, error)}") from error
     return getattr(config.get_text_config(), "max_position_embeddings", None) or None
 

@@ -53,7 +53,9 @@ def _totals(now: Snapshot, rates: Rates | None, speeds: Sequence[float]) -> Tabl
     waited = f"{now.stall_s:.1f} s in all"
     lately = "" if rates is None else f"{share(rates.stall_share)} of the time, "
     table.add_row("waiting", f"{lately}{waited}", f"{now.queued} rows queued, {now.reading} reads under way")
-    parts = ", ".join(f"{_clean(name).partition(' (')[0]} {format_size(size)}" for name, size in now.plan.items())
+    parts = ", ".join(
+        f"{_clean(name).replace('_', ' ')} {format_size(size)}" for name, size in now.plan.items() if size
+    )
     table.add_row("budget", format_size(now.budget_bytes), parts)
     table.add_row("memory", f"{format_size(now.rss_bytes)} in RAM", "the process, with Python and torch (some 400 MB)")
     return table

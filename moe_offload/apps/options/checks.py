@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import sys
 import tempfile
+from collections.abc import Mapping
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ...checkpoint.folder import ABSENT, LFS_POINTER, is_folder
+from ...checkpoint.folder import ABSENT, INDEX, LFS_POINTER, is_folder, unknown_model_type, without_weights
+from ...config.device_map import AUTO, TIERS, device_name, refuse_absent
 from ...config.settings import DEFAULT, OffloadConfig, from_text, origins, resolve
 from ...config.sizes import parse_share
 from ...errors import CheckpointError, ConfigError, ProfileError
@@ -46,16 +52,24 @@ def live_or_default(live: bool | None, config_file: Path | None) -> bool | None:
     return True if live is None and origins(config_file)["live"] == DEFAULT else live
 
 
-def check_model(model: str) -> None:
-    """What can be told of a local checkpoint without torch: whether its files are whole, and not quantised.
+def check_model(model: str, *, weights: bool = True, revision: str | None = None) -> None:
+    """What can be told of a local checkpoint without torch: whether its files are whole, not quantised, and of a model
+    that transformers has. Without `weights` there need be none; a folder has no `revision`.
 
-    Raises CheckpointError or UnsupportedModelError.
+    Raises CheckpointError, UnsupportedModelError or ConfigError.
     """
     if not is_folder(model):
         return
+    if revision is not None:
+        raise ConfigError(
+            f"--revision {revision}: {model} is a folder, which has no revisions; leave it out, or name a repository"
+        )
     folder = Path(model)
-    _read_json(folder / "config.json")
-    for file in _shards(folder):
+    _check_model_type(folder, _read_json(folder / "config.json"))
+    shards = _shards(folder)
+    if weights and not shards:
+        raise without_weights(folder, f"model.safetensors or {INDEX}")
+    for file in shards:
         if file.name == ABSENT:
             continue  # a packed checkpoint: its experts lie in files of their own
         if not file.exists():
@@ -67,6 +81,42 @@ def check_model(model: str) -> None:
             if _is_lfs_pointer(file):
                 raise CheckpointError(f"{file}: it is a pointer of Git LFS, not the file; run git lfs pull") from error
             raise CheckpointError(f"{file}: it is damaged ({error}); download it again") from error
+
+
+def _check_model_type(folder: Path, said: dict[str, Any]) -> None:
+    """Whether transformers has the model, by its tables of all models, which are files that need no torch."""
+    model_type, package = said.get("model_type"), find_spec("transformers")
+    if not isinstance(model_type, str) or said.get("auto_map") or package is None or package.origin is None:
+        return  # transformers itself says what is wrong, or what it finds in the model's own code
+    tables = (Path(package.origin).parent / "models" / "auto").glob("*.py")
+    if not any(json.dumps(model_type) in table.read_text(encoding="utf-8") for table in tables):
+        raise unknown_model_type(folder, model_type)
+
+
+def check_devices(wanted: OffloadConfig) -> None:
+    """Whether the settings ask to compute where this version does not. Raises UnsupportedModelError, or ConfigError."""
+    if wanted.untested:
+        return  # what torch has is for torch to say
+    asked = wanted.device_map
+    places: list[Any] = list(asked.values()) if isinstance(asked, Mapping) else [asked or AUTO]
+    if asked in (None, AUTO):
+        places += [device for device in wanted.max_memory or {} if str(device) not in TIERS]
+    named = {device_name("", place): None for place in places}
+    refuse_absent((device for device in named if device != "cpu"), ["cpu"])
+
+
+def check_cuda() -> None:
+    """Raises ConfigError where the bench cannot measure on a GPU for want of a driver: torch says so, seconds later."""
+    built = version("torch")
+    if "+rocm" in built:
+        return
+    try:
+        ctypes.CDLL("libcuda.so.1" if sys.platform != "win32" else "nvcuda.dll")
+    except OSError:
+        raise ConfigError(
+            f"--device cuda: torch {built} finds no CUDA device here (there is no driver); leave --device out to "
+            "measure on the CPU"
+        ) from None
 
 
 def _is_lfs_pointer(file: Path) -> bool:

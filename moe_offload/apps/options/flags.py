@@ -32,7 +32,7 @@ DeviceMapOption = Annotated[
 MaxMemory = Annotated[str | None, typer.Option("--max-memory", help="Limits per device: '{0: 8GB, cpu: 60GiB}'.")]
 Context = Annotated[
     int | None,
-    typer.Option("--context", help="Tokens of prompt and answer that the KV cache has room for.", **whole(0)),
+    typer.Option("--context", help="Tokens of prompt and answer that the KV cache has room for.", **whole(1)),
 ]
 ProfileIn = Annotated[
     Path | None,
@@ -64,10 +64,13 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 Dtype = Annotated[
     str, typer.Option("--dtype", help="auto is the checkpoint's own; float32, bfloat16, float16.", **one_of(*DTYPES))
 ]
-Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub repository.")]
+Revision = Annotated[
+    str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub repository; not of a folder.")
+]
 Token = Annotated[str | None, typer.Option("--token", help="Access token for the Hub; without it hf's own.")]
 TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Let a checkpoint bring Python code of its own.")
+    bool,
+    typer.Option("--trust-remote-code", help="Refused where a checkpoint brings code of its own."),
 ]
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 Attention = Annotated[

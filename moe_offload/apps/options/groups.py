@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, get_args, get_type_hints
 
 from ...config.settings import OffloadConfig
-from .checks import live_or_default, settings
+from .checks import check_devices, live_or_default, settings
 from .flags import (
     Attention,
     Budget,
@@ -56,8 +56,8 @@ class ModelFlags:
     threads: Threads = None
 
     def settings(self) -> OffloadConfig:
-        """The settings in force. Raises ConfigError."""
-        return settings(
+        """The settings in force, for a model that is to run here. Raises ConfigError or UnsupportedModelError."""
+        found = settings(
             self.config_file,
             budget=self.budget,
             device_map=self.device_map,
@@ -69,6 +69,8 @@ class ModelFlags:
             compute=self.compute,
             live=live_or_default(self.live, self.config_file),
         )
+        check_devices(found)
+        return found
 
     def hub(self) -> dict[str, Any]:
         """What a tokenizer, a configuration and a model are all loaded with; only what was given."""

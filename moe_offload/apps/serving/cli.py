@@ -58,7 +58,7 @@ def serve(
     Ctrl-C stops: running requests have ten seconds, then the profile is saved. A second one does not wait.
     """
     wanted = flags.settings()
-    check_model(model)
+    check_model(model, revision=flags.revision)
     check_tokenizer(model)
     check_output("--save-profile", save_profile)
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):

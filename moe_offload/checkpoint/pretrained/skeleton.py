@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...errors import CheckpointError, ConfigError, UnsupportedModelError
+from ...errors import CheckpointError, ConfigError, OffloadError, UnsupportedModelError
+from ..folder import unknown_model_type
 from ..quantised.methods import check_quantization
 from ..quantised.quantizer import prepare_quantized, quantization_of, settle_quantization
 from .arguments import Arguments
@@ -34,6 +35,7 @@ def read_configuration(place: Path | str, arguments: Arguments, **where: Any) ->
     Raises `CheckpointError` for one that cannot be read, `ConfigError` for an override that names no field of it, and
     `UnsupportedModelError` for one quantised in a way that is not read, or that needs code of its own.
     """
+    from huggingface_hub.errors import StrictDataclassError  # a field of another type
     from transformers import AutoConfig, PreTrainedConfig
 
     try:
@@ -45,8 +47,10 @@ def read_configuration(place: Path | str, arguments: Arguments, **where: Any) ->
         )
     except ConfigError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise CheckpointError(f"{place}: cannot read the model's configuration: {error}") from error
+    except ImportError as error:
+        raise UnsupportedModelError(f"{place}: its configuration needs what is not installed: {error}") from error
     unknown = {name for name in unknown if name in arguments.overrides}
     if unknown:
         raise ConfigError(
@@ -66,11 +70,26 @@ def build_skeleton(config: Any, stored: Stored | None, arguments: Arguments) -> 
     """The model of `config` on the meta device; the headers in `stored` say its dtype where nothing else does."""
     model_class, config = _choose_class(config)
     dtype = _choose_dtype(config, stored, arguments.dtype)
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = model_class._from_config(config, dtype=dtype)
+    except (ImportError, ValueError) as error:
+        raise _unbuildable(error, config, arguments) from error
     with torch.device("meta"):
-        model: PreTrainedModel = model_class._from_config(config, dtype=dtype)
         prepare_quantized(model)
     _keep_in_float32(model, dtype)
     return model
+
+
+def _unbuildable(error: Exception, config: Any, arguments: Arguments) -> OffloadError:
+    """What transformers says of a package that is missing, or of a part that the model does not have."""
+    said = " ".join(str(error).split())[:400]
+    attention = arguments.overrides.get("attn_implementation")
+    if attention is not None:
+        return ConfigError(
+            f"attn_implementation={attention!r}: transformers cannot build {config.model_type!r} with it: {said}"
+        )
+    return UnsupportedModelError(f"transformers cannot build a {config.model_type!r}: {said}")
 
 
 def _choose_class(config: Any) -> tuple[Any, Any]:
@@ -173,6 +192,8 @@ def _refuse_remote_code(place: Path | str, said: Mapping[str, Any], trusted: boo
             f"({remote['AutoConfig']}), which is not run here. "  # type: ignore[index]
             "Use a model that the installed transformers has itself"
         )
+    if "model_type" in said and not known:
+        raise unknown_model_type(place, model_type)
     if trusted and isinstance(place, Path) and (place / "custom_generate" / "generate.py").is_file():
         raise UnsupportedModelError(
             f"{place}: with trust_remote_code=True transformers would replace generate() by custom_generate/generate.py"

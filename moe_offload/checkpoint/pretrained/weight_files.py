@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ...errors import CheckpointError
-from ..folder import INDEX, LFS_POINTER
+from ..folder import INDEX, LFS_POINTER, without_weights
 from ..headers import MAX_HEADER_BYTES
 
 SINGLE = "model.safetensors"
@@ -47,11 +47,7 @@ def weight_files(
     names, index, metadata = _named(folder, named) if named else _usual(folder, variant)
     if not names:
         wanted = f"{with_variant(SINGLE, variant)} or {with_variant(INDEX, variant)}"
-        raise CheckpointError(
-            f"{folder}: expected {wanted}, found {_what_is_in(folder)}. "
-            "Point at the folder of a safetensors checkpoint; .bin files (pickle) are not read: convert them by "
-            "loading the model with transformers and calling save_pretrained. GGUF files are not read either"
-        )
+        raise without_weights(folder, wanted)
     files = [folder / name for name in names if name != skip]
     files += [folder / name for name in extra if (folder / name).is_file() and folder / name not in files]
     for file in files:
@@ -153,10 +149,3 @@ def _refuse_pointer(file: Path) -> None:
         raise CheckpointError(f"{file}: cannot be read: {error}. Check that it exists and may be read") from error
     if pointer:
         raise CheckpointError(f"{file}: is a Git-LFS pointer, not the file itself. Run `git lfs pull` in the folder")
-
-
-def _what_is_in(folder: Path) -> str:
-    if not folder.is_dir():
-        return "no such folder"
-    found = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".pt", ".gguf"))
-    return f"{', '.join(found[:4])}{' ...' if len(found) > 4 else ''}" if found else "neither"

@@ -1,4 +1,4 @@
-"""A phantom: what is left in an offloaded module where a stacked weight was.
+"""`Phantom`: the placeholder parameter that an offloaded experts module has in place of its stacked expert weights.
 
 It traces like the real weight, costs one row, and is never computed with: in a traced graph the passes put the bank in
 its place (`compiling.py`), and eager code never reads it (`patch/install.py`).

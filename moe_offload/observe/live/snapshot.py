@@ -31,7 +31,7 @@ class Snapshot(Stats):
         pid: The number of its process.
         uptime_s: Seconds since the model was optimised.
         budget_bytes: What the model may hold.
-        plan: What the budget is spent on, `{part: bytes}`.
+        plan: What the budget is spent on, bytes by `Plan.parts()`.
         rss_bytes: All that the process holds in RAM: Python and torch (some 400 MB) come on top of the budget.
         queued: Rows that wait to be read.
         reading: Parts of rows that are being read at this moment.

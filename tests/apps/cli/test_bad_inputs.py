@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +49,10 @@ def folder(tmp_path_factory):
     for name in ("nothing", "full"):
         (made / name).mkdir()
     (made / "full" / "a.txt").touch()
+    checkpoint(made / "mistyped", {**config, "num_hidden_layers": "two"}, weights)
+    (made / "pickled").mkdir()
+    shutil.copy(MODEL / "config.json", made / "pickled")
+    (made / "pickled" / "pytorch_model.bin").write_bytes(b"x")
     for name in ("hollow.json", "hollow.npz", "hollow.gguf"):
         (made / name).touch()
     (made / "bad.yaml").write_text("budget: [8GB")
@@ -73,6 +80,7 @@ BAD = {
     "run model --max-new-tokens abc": (2, "from 1 on"),
     "run model --metrics-port 70000": (2, "from 1 to 65535"),
     "run model --compile foo": (2, "compile='foo'"),
+    "run model --revision main": (2, "model is a folder"),
     "run model --policy foo": (2, "policy='foo'"),
     "run model --save-trace full": (2, "that is a folder"),
     "run model --save-report no/x.json": (2, "its folder does not exist"),
@@ -84,6 +92,9 @@ BAD = {
     "bench synthetic:foo": (2, "no such architecture"),
     "bench model --residency 200%": (2, "200%"),
     "bench model --device tpu": (2, "it takes cpu, cuda"),
+    "bench synthetic:tiny --sides ,": (2, "nothing to measure"),
+    "bench synthetic:tiny --sides ours@99%": (2, "99% is not among what is measured, 25%"),
+    "bench synthetic:tiny --sides foo": (2, "there are resident, ours"),
     "bench model --layers 2": (2, "--layers is for synthetic:"),
     "bench model --budget 8GB --residency 25%": (2, "either --budget"),
     "simulate trace.npz --policies foo": (6, "trace.npz"),
@@ -106,7 +117,8 @@ BAD = {
     "plan model --device-map banana": (2, "'banana' is no device"),
     "plan model --device-map {a": (2, "cannot be read"),
     "plan model --max-memory 8GB": (2, "no mapping"),
-    "plan model --context -1": (2, "from 0 on"),
+    "plan model --context -1": (2, "from 1 on"),
+    "run model --context 0": (2, "from 1 on"),
     "plan model --budget 10": (3, "below the floor"),
     "plan model --budget 3MB": (3, "at least"),
     "run model --budget 3MB": (3, "at least"),
@@ -115,7 +127,8 @@ BAD = {
     "plan model --config-file nowhere.yaml": (2, "nowhere.yaml"),
     "plan model --config-file bad.yaml": (2, "bad.yaml"),
     "plan model --config-file unknown.yaml": (2, "did you mean 'budget'?"),
-    "plan model --config-file profiled.yaml": (2, "profiled.yaml"),
+    "plan model --config-file profiled.yaml": (6, "profiled.yaml"),
+    "config --show --config-file nowhere.yaml": (2, "nowhere.yaml"),
     "config --yes --profile nowhere.json --config-file new.yaml": (6, "nowhere.json"),
     "run model --profile nowhere.json": (6, "nowhere.json"),
     "run model --profile hollow.json": (6, "empty"),
@@ -136,8 +149,11 @@ BAD = {
     "run qwen3:30b": (4, "'qwen3:30b': there is no folder of that name, and no Hub repository can have it"),
     "run nobody/nothing": (4, "configuration cannot be read"),
     "run nothing": (4, "no config.json"),
+    "run pickled": (4, "pytorch_model.bin. Point at"),
     "run hollow.gguf": (4, "GGUF files are not read"),
     "run broken": (4, "config.json"),
+    "run mistyped": (4, "num_hidden_layers"),
+    "plan mistyped": (4, "num_hidden_layers"),
     "run truncated": (4, "model.safetensors: it is damaged"),
     "run hollow": (4, "model.safetensors: it is damaged"),
     "run random": (4, "model.safetensors: it is damaged"),
@@ -145,9 +161,14 @@ BAD = {
     "run listed": (4, "model-00001-of-00002.safetensors: the index lists this file, and it is not there"),
     "run pointer": (4, "git lfs pull"),
     "run gptq": (5, "gptq"),
+    "run model --device-map {'':0}": (5, "compute on cuda:0"),
+    "serve model --device-map cuda": (5, "compute on cuda:0"),
+    "chat model --max-memory {'0':8GB}": (5, "compute on cuda:0"),
+    "run model --attn-implementation flash_attention_2": (2, "attn_implementation='flash_attention_2'"),
+    "plan alien": (5, "'alien', which the installed transformers"),
+    "run alien": (5, "'alien', which the installed transformers"),
     "plan awq": (5, "awq"),
     "pack hqq new": (5, "hqq"),
-    "plan alien": (4, "alien"),
     "plan nobody/nothing": (4, "nobody/nothing"),
 }
 
@@ -165,6 +186,46 @@ def test_one_line_and_its_exit_code(command, folder, monkeypatch, capsys):
     assert ended.value.code == code and says in err, err
     assert out == "" and len(err.splitlines()) == 1 and "moe-offload" in err, err
     assert sorted(folder.iterdir()) == before, "nothing is left behind"
+
+
+#: Of these, all is known before torch is imported, which takes seconds. Not of a budget below the floor, nor of what
+#: transformers cannot build: for these a model is built without weights.
+NEEDS_TORCH = (
+    "mistyped",
+    "--budget 10",
+    "--budget 3MB",
+    "--attn-implementation",
+    "nobody/nothing",
+    "/proc/foo",
+    "simulate",
+    "profile record",
+)
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None  # importing it raises
+from moe_offload.apps.cli import main
+for command in sys.stdin.read().splitlines():
+    sys.argv = ["moe-offload", *command.split()]
+    try:
+        main()
+    except SystemExit as ended:
+        print(ended.code, command)
+    except ImportError as error:
+        print(error, command)
+"""
+
+
+def test_what_is_refused_before_torch_is_imported(folder):
+    commands = [command for command in BAD if not any(late in command for late in NEEDS_TORCH)]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH],
+        input="\n".join(commands),
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.splitlines() == [f"{BAD[command][0]} {command}" for command in commands], done.stderr
 
 
 def test_the_table_of_exit_codes_is_that_of_the_code():

@@ -125,7 +125,7 @@ def test_maps(told, flag, given, wrong):
             "--metrics-port': '70000' is not accepted: it takes a whole number from 1 to 65535",
         ),
         (["serve", "--port", "-1"], "--port': '-1' is not accepted: it takes a whole number from 0 to 65535"),
-        (["plan", "--context", "-5"], "--context': '-5' is not accepted: it takes a whole number from 0 on"),
+        (["plan", "--context", "-5"], "--context': '-5' is not accepted: it takes a whole number from 1 on"),
         (["families", "--jobs", "0"], "--jobs': '0' is not accepted: it takes a whole number from 1 on"),
         (["bench", "--layers", "0"], "--layers': '0' is not accepted: it takes a whole number from 1 on"),
         (["top", "--interval", "0"], "--interval': '0' is not accepted: it takes seconds from 0.05 to 3600"),

@@ -10,6 +10,7 @@ Prompts and messages are looked at in `prompts.py`: pydantic would copy them, an
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -58,7 +59,7 @@ class StreamOptions(BaseModel):
     include_obfuscation: Literal[False] | None = None
 
 
-class Common(BaseModel):
+class Common(BaseModel, ABC):
     """Fields of both APIs. `top_k`, `min_p` and `repetition_penalty` are those of vLLM and llama.cpp."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -86,9 +87,9 @@ class Common(BaseModel):
         return bool(self.stream_options and self.stream_options.include_usage)
 
     @property
+    @abstractmethod
     def alternatives(self) -> int | None:
         """How many log-probabilities to report beside each token's own; None: none at all."""
-        raise NotImplementedError
 
 
 class Completion(Common):
