@@ -70,7 +70,15 @@ def outline_folder(folder: Path, arguments: Arguments | None = None) -> Outline:
     arguments = arguments or Arguments()
     place = folder / arguments.subfolder
     config = read_configuration(place, arguments)
-    stored = read_weights(place, config, arguments.variant)
+    return _outline_stored(place, config, read_weights(place, config, arguments.variant), arguments)
+
+
+def outline_stored(place: Path, stored: Stored) -> Outline:
+    """The outline that a folder with this config.json has once its weights lie where `stored` says."""
+    return _outline_stored(place, read_configuration(place, Arguments()), stored, Arguments())
+
+
+def _outline_stored(place: Path, config: Any, stored: Stored, arguments: Arguments) -> Outline:
     model = build_skeleton(config, stored, arguments)
     moe_layers = find_experts(model)
     index = index_stored(model, moe_layers, stored)

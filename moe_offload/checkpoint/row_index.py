@@ -81,7 +81,7 @@ def index_rows(model: nn.Module, moe_layers: Sequence[MoELayer], headers: Header
     Raises `CheckpointError` naming module and experts when tensors are missing, too many or of another shape, and
     `UnsupportedModelError` when transformers converts them in a way that has no one-expert form.
     """
-    wanted = {f"{name}.{f.name}" for moe in moe_layers for name in moe.names for f in moe.layout.fields}
+    wanted = {f"{name}.{f.name}" for moe in moe_layers for name in moe.names for f in moe.unpacked.fields}
     origins = _find_origins(model, headers, wanted)
     layers = []
     for moe in moe_layers:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -386,6 +388,15 @@ def test_what_has_been_used_most_is_read_ahead(make):
         decode(second, [e])
     prefill(first, long_prompt())
     assert ahead(runtime) == (1, [5, 6, 7])
+
+
+def test_a_trace_has_every_id_of_a_prompt(make):
+    """On a device, too, where the host hears no more than the counts of a prompt unless it writes a trace."""
+    runtime, _ = make(slots=2, scratch_rows=3)
+    events = []
+    runtime.record_trace(SimpleNamespace(event=lambda layer, ids, tokens: events.append(ids)))
+    prefill(runtime.layers[0], long_prompt())
+    assert events == [long_prompt()]
 
 
 def test_a_failed_read_ahead_is_the_next_layer_s_error_and_leaves_it_sound(make):
