@@ -134,5 +134,5 @@ def find_fault(weights: Sequence[MatrixWeight], row: Tensor) -> str | None:
         for matrix in weight.matrices:
             found = matrix.format.find_fault(matrix.tensors(row))
             if found is not None:
-                return f"{matrix.fields[0].name}: {found}"
+                return f"{matrix.fields[0].name.partition('.')[2]}: {found}"
     return None
