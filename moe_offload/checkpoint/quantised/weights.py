@@ -76,10 +76,7 @@ class MatrixWeight:
         parts = [torch.empty(matrix.shape, dtype=self.dtype) for matrix in self.matrices]
         for matrix, part in zip(self.matrices, parts, strict=True):
             matrix.format.unpack(matrix.tensors(row), part)
-        if self.conversions == (Swap(0, 1),):  # without the copy between, which would be no part of the plan
-            out.copy_(parts[0].t())
-        else:
-            out.copy_(convert_tensors(self.conversions, parts))
+        out.copy_(convert_tensors(self.conversions, parts))
 
     def multiply(self, x_MI: Tensor, row: Tensor, out_MO: Tensor, transposed: bool) -> None:
         if not self._as_in_file(len(x_MI), transposed):
