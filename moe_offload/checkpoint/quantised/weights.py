@@ -79,7 +79,7 @@ class MatrixWeight:
         out.copy_(convert_tensors(self.conversions, parts))
 
     def multiply(self, x_MI: Tensor, row: Tensor, out_MO: Tensor, transposed: bool) -> None:
-        if not self._as_in_file(transposed):
+        if not self._as_in_file(len(x_MI), transposed):
             whole = borrow(self.shape, self.dtype)
             self.unpack(row, whole)
             torch.mm(x_MI, whole.t() if transposed else whole, out=out_MO)
@@ -90,12 +90,12 @@ class MatrixWeight:
             self._unpack_below(row, whole)
             torch.mm(x_MI, whole.t(), out=out_MO)
 
-    def _as_in_file(self, transposed: bool) -> bool:
-        """Whether the product's outputs are rows of the file's matrices, and may be computed from them."""
+    def _as_in_file(self, rows: int, transposed: bool) -> bool:
+        """Whether the outputs of a product of so many rows are rows of the file's matrices, and computed from them."""
         if joins_bytes(self.conversions):
             return transposed
         swapped = self.conversions == (Swap(0, 1),) and not transposed
-        return swapped and transposed_is_exact(self.rows, self.matrices[0].shape[1], self.dtype)
+        return swapped and transposed_is_exact(rows, self.rows, self.matrices[0].shape[1], self.dtype)
 
     def _unpack_below(self, row: Tensor, out_OI: Tensor) -> None:
         first = 0
