@@ -42,6 +42,7 @@ from .unquantised import as_unquantised
 Layers = list[tuple[MoELayer, LayerRuntime]]
 
 _REFUSED = {
+    "packed": "codes as they came are in the files that were loaded: copy those; here the weights themselves are saved",
     "push_to_hub": "call model.push_to_hub(repo_id), which saves to a temporary folder and uploads that",
     "variant": "save without it and rename the files",
     "distributed_checkpoint": "an offloaded model is in one process; save without it",

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3VLMoeConfig
 
 import moe_offload
 from moe_offload.apps.families.session import run_session
 from moe_offload.apps.families.tiny import build
 from moe_offload.checkpoint.outline import outline_folder
+from moe_offload.checkpoint.quantised.quantizer import settle_quantization
 from moe_offload.errors import CheckpointError, UnsupportedModelError
 from tests.fakes import quantised_checkpoints as checkpoints
 from tests.fakes.quantised_checkpoints import KINDS, configure, ct_config, fp8_config, rewrite, split
@@ -175,6 +176,18 @@ REFUSED: dict[str, dict[str, Any]] = {
 def test_formats_that_are_refused_by_what_config_json_says(copy, name: str) -> None:
     with pytest.raises(UnsupportedModelError, match=f"{name}.*Instead, use a checkpoint in MXFP4"):
         outline_folder(configure(copy("fp8"), quantization_config=REFUSED[name]))
+
+
+def test_what_the_text_part_says_counts(copy) -> None:
+    said = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    with pytest.raises(UnsupportedModelError, match=r"gptq; text_config\.quantization_config"):
+        outline_folder(configure(copy("fp8"), quantization_config=None, text_config=said))
+
+
+def test_what_the_text_part_says_is_put_where_transformers_looks() -> None:
+    config = Qwen3VLMoeConfig(text_config={"quantization_config": fp8_config()})
+    settle_quantization(config)
+    assert config.quantization_config == {**fp8_config(), "dequantize": True}
 
 
 def _bitsandbytes(tensors: dict[str, torch.Tensor]) -> None:

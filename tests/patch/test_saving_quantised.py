@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import moe_offload
 from moe_offload.apps.families.session import run_session
 from moe_offload.checkpoint.outline import outline_folder
-from moe_offload.errors import CheckpointError
+from moe_offload.errors import CheckpointError, ConfigError
 from tests.fakes.quantised_checkpoints import KINDS, tensors_of, write
 
 SETTINGS = {"compile": "graph", "poison": True}
@@ -58,6 +58,12 @@ def test_saved_is_an_ordinary_checkpoint_of_the_same_weights(kind: str, tmp_path
     assert all(torch.equal(tensor, state[name]) for name, tensor in plain.state_dict().items())
     assert_same(run(plain), want)
     assert_same(run(load_ours(tmp_path / "saved")), want)
+
+
+def test_codes_are_not_written_anew(tmp_path: Path) -> None:
+    model = load_ours(write("mxfp4", tmp_path / "quantised"))
+    with pytest.raises(ConfigError, match=r"packed=.*copy those"):
+        model.save_pretrained(tmp_path / "saved", packed=True)
 
 
 def test_one_that_plain_transformers_loaded_is_saved_so_too(tmp_path: Path) -> None:
