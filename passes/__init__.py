@@ -6,6 +6,7 @@ Imports torch and nothing else: what serves the rewritten graph is bound to it a
     sentinels   drop_sentinels    the guards against ids that mean "not mine" go
     lookahead   insert_prefetch   the next layer's router is asked early
     slots       rename_to_slots   decode: W[ids] becomes bank[slots]
+    fast        speed_up_products few pairs, where asked for: kernels that may round otherwise
     waves       stream_in_waves   prefill: the experts code becomes one `stream` op
     core_graph  the experts code of a site, found and copied out for `waves`; core: as it is called
     packed      unpack_at_use     weights that lie packed in a row are unpacked by what reads them
@@ -20,6 +21,7 @@ changed in place. Its module shows the graph before and after.
 from .bank import Bank
 from .core import Core
 from .erase import erase_unserved
+from .fast import speed_up_products
 from .find import PATTERNS, Site, UnknownUse, Weight, find_sites
 from .instrument import insert_observe
 from .lookahead import insert_prefetch
@@ -44,5 +46,6 @@ __all__ = [
     "offload_pipeline",
     "rename_to_slots",
     "run_passes",
+    "speed_up_products",
     "stream_in_waves",
 ]

@@ -28,7 +28,8 @@ class Core:
     them, the graphs themselves or compiled forms. `fields` names the weights they take, in order; `scalars` are the
     positions among the others of tensors that stand for plain numbers. With `pairs_independent` a pair's result does
     not depend on which other pairs run with it, so a wave runs `whole` on its own pairs. Layers whose cores have the
-    same `key` can share one.
+    same `key` can share one. An event of up to `few_pairs` is run by `run_few`, in all of its waves: the two with
+    products that may round otherwise (see `fast`).
     """
 
     whole: GraphModule
@@ -39,8 +40,10 @@ class Core:
     pairs_independent: bool
     bank: Bank
     compiler: Callable[[GraphModule], Callable[..., Tensor]]
+    few_pairs: int = 0
     run_whole: Callable[..., Tensor] = field(init=False)
     run_part: Callable[..., Tensor] = field(init=False)
+    run_few: tuple[Callable[..., Tensor], Callable[..., Tensor]] = field(init=False)
 
     @property
     def key(self) -> tuple[Hashable, ...]:
@@ -55,6 +58,7 @@ class Core:
             self.bank.fields,
             self.bank.dtype,
             self.compiler,
+            self.few_pairs,
         )
 
     def __call__(
@@ -72,17 +76,18 @@ class Core:
         views = self.bank.views(bank_SN)
         others = [other.item() if i in self.scalars else other for i, other in enumerate(others)]
         weights = (*(views[name] for name in self.fields), *others)
+        run_whole, run_part = self.run_few if len(x_P) <= self.few_pairs else (self.run_whole, self.run_part)
         if pairs_R is None:
-            return self.run_whole(x_P, slots_R, None, *weights)
+            return run_whole(x_P, slots_R, None, *weights)
         if isinstance(pairs_R, slice):
             if self.pairs_independent and self.grouped:
-                return self.run_whole(x_P[pairs_R], slots_R, None, *weights)
+                return run_whole(x_P[pairs_R], slots_R, None, *weights)
             pairs_R = torch.arange(pairs_R.start, pairs_R.stop, device=slots_R.device)
         count = len(pairs_R)
         if count == 1 and not self.grouped:
             # A batched matmul of one takes another kernel, which rounds differently: never run a pair alone.
             pairs_R, slots_R = pairs_R.expand(2), slots_R.expand(2)
         if self.pairs_independent:
-            return self.run_whole(x_P[pairs_R], slots_R, None, *weights)[:count]
+            return run_whole(x_P[pairs_R], slots_R, None, *weights)[:count]
         slots_P = slots_R.new_zeros(len(x_P)).index_copy(0, pairs_R, slots_R)
-        return self.run_part(x_P, slots_P, pairs_R, *weights)[pairs_R[:count]]
+        return run_part(x_P, slots_P, pairs_R, *weights)[pairs_R[:count]]

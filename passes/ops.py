@@ -10,11 +10,11 @@ and looks up what is bound to it, so a graph that Dynamo shares between layers s
 
 Every op that fills a bank declares that it mutates it. That is what keeps the op alive and in its place in Inductor,
 which drops an op without a used result, and reorders one without a dependence.
-`observe` passes its ids through instead, and `grouped_mm` is an ordinary function of its arguments. `experts` takes a
-key in place of a bank, a tensor that nobody writes into: in somebody else's torch.compile a bank that is written into
-may be copied, and a copy is unknown here. `no_gradient` is its backward, which raises when it runs. `unserved` stands
-in traced code that is to be rewritten: our backend takes it out, and a graph that never came to our backend raises
-where it is, before it computes.
+`observe` passes its ids through instead. `grouped_mm` is an ordinary function of its arguments, as is
+`fast_grouped_mm`, which may round otherwise. `experts` takes a key in place of a bank, a tensor that nobody writes
+into: in somebody else's torch.compile a bank that is written into may be copied, and a copy is unknown here.
+`no_gradient` is its backward, which raises when it runs. `unserved` stands in traced code that is to be rewritten: our
+backend takes it out, and a graph that never came to our backend raises where it is, before it computes.
 The library is opened with "DEF": a second copy of this file fails to import, rather than silently replacing the first.
 
 Longer than 250 lines: each op is here three times, as declared, as run, and as bound, and who changes one reads all.
@@ -45,6 +45,7 @@ LIB.define(
 )
 LIB.define("prefetch(Tensor ids, Tensor(a!) bank) -> ()", tags=_TAGS)
 LIB.define("grouped_mm(Tensor x, Tensor weight, Tensor slots) -> Tensor", tags=(torch.Tag.needs_exact_strides,))
+LIB.define("fast_grouped_mm(Tensor x, Tensor weight, Tensor slots) -> Tensor", tags=(torch.Tag.needs_exact_strides,))
 LIB.define("packed_mm(Tensor x, Tensor bank, Tensor slots, int weight, bool transposed) -> Tensor", tags=_TAGS)
 LIB.define("unpack(Tensor bank, Tensor slots, int weight) -> Tensor", tags=_TAGS)
 LIB.define("unserved(Tensor ids) -> Tensor", tags=_TAGS)
@@ -222,14 +223,14 @@ def _differentiate_experts(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return no_gradient(grad, x), None, no_gradient(grad, weights), None
 
 
-def serve_grouped_mm(kernel: Callable[[Tensor, Tensor, Tensor], Tensor], dispatch_key: str) -> None:
-    """Compute `grouped_mm` by `kernel` on devices of that key.
+def serve_product(name: str, kernel: Callable[[Tensor, Tensor, Tensor], Tensor], dispatch_key: str) -> None:
+    """Compute `grouped_mm` or `fast_grouped_mm` by `kernel` on devices of that key.
 
     Dynamo would trace its body where a compiled core is run by hand, and fail on its loop over groups. (Not so that of
     `stream`: it calls compiled cores.)
     """
     disable: Any = torch._disable_dynamo  # type: ignore[attr-defined]  # lazy, unlike torch.compiler.disable
-    LIB.impl("grouped_mm", disable(kernel), dispatch_key)
+    LIB.impl(name, disable(kernel), dispatch_key)
 
 
 for _name, _kernel in {
@@ -243,7 +244,9 @@ for _name, _kernel in {
     "experts": _run_experts,
 }.items():
     LIB.impl(_name, _kernel, "CompositeExplicitAutograd")
-serve_grouped_mm(run_groups, "CompositeExplicitAutograd")
+for _name in ("grouped_mm", "fast_grouped_mm"):
+    serve_product(_name, run_groups, "CompositeExplicitAutograd")
+    LIB._register_fake(_name, lambda x, weight, slots: x.new_empty((x.shape[0], weight.shape[2])))
 _untraced: Any = torch._disable_dynamo  # type: ignore[attr-defined]
 LIB.impl("packed_mm", _untraced(_run_packed_mm), "CompositeExplicitAutograd")  # loops, as that of grouped_mm
 LIB.impl("unpack", _untraced(_run_unpack), "CompositeExplicitAutograd")
@@ -262,7 +265,6 @@ LIB._register_fake(
     lambda bank, slots, weight: bank.new_empty((slots.shape[0], *_PACKED[weight].shape), dtype=_PACKED[weight].dtype),
 )
 LIB._register_fake("prefetch", lambda ids, bank: None)
-LIB._register_fake("grouped_mm", lambda x, weight, slots: x.new_empty((x.shape[0], weight.shape[2])))
 LIB._register_fake("unserved", lambda ids: torch.empty_like(ids))
 LIB._register_fake("observe", lambda ids, weight: torch.empty_like(ids))
 LIB._register_fake("experts", lambda x, ids, weights, key: torch.empty_like(x))
@@ -276,6 +278,7 @@ wait = torch.ops.moe_offload.wait.default
 stream = torch.ops.moe_offload.stream.default
 prefetch = torch.ops.moe_offload.prefetch.default
 grouped_mm = torch.ops.moe_offload.grouped_mm.default
+fast_grouped_mm = torch.ops.moe_offload.fast_grouped_mm.default
 packed_mm = torch.ops.moe_offload.packed_mm.default
 unpack = torch.ops.moe_offload.unpack.default
 unserved = torch.ops.moe_offload.unserved.default

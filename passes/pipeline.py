@@ -1,6 +1,7 @@
 """Which passes run, in which order, and the one place that runs them.
 
-drop_sentinels -> [insert_prefetch] -> [rename_to_slots] -> stream_in_waves     offloaded; in brackets: on request
+drop_sentinels -> [insert_prefetch] -> [rename_to_slots] -> [speed_up_products] -> stream_in_waves
+                                                                                offloaded; in brackets: on request
 insert_observe                                                                  only counted
 
 before   w = W[ids];  y = bmm(w, x)          ids a constant number of pairs that fit the slots
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule
 
 from .bank import Bank
+from .fast import speed_up_products
 from .find import Site
 from .inspect import describe_change, op_counts
 from .instrument import insert_observe
@@ -54,19 +56,24 @@ def offload_pipeline(
     overlap: bool = False,
     guess: bool = False,
     on_device: Collection[Hashable] = (),
+    few_pairs: Mapping[Hashable, int] | None = None,
 ) -> list[Pass]:
     """Serve every site from its bank: decode sites by slot, the rest in waves.
 
     With `overlap` decode sites become waves as well: a wave computes what is resident while the rest loads, which a
     renamed index cannot. With `guess` each layer's router is asked a layer earlier, too. In the layers `on_device` it
-    is the device that decides which slots a decode step gets.
+    is the device that decides which slots a decode step gets. `few_pairs` are the pairs of each layer up to which its
+    products may round otherwise; None: at no number.
     """
     core: dict[str, Any] = {} if compile_core is None else {"compile_core": compile_core}
-    in_waves = partial(stream_in_waves, sites=sites, banks=banks, **core)
+    few: dict[str, Any] = {} if few_pairs is None else {"few_pairs": few_pairs}
+    in_waves = partial(stream_in_waves, sites=sites, banks=banks, **core, **few)
     by_slot = partial(rename_to_slots, sites=sites, banks=banks, on_device=on_device)
     early: list[Pass] = [partial(drop_sentinels, sites=sites)]
     early += [partial(insert_prefetch, sites=sites)] if guess else []
-    return [*early, in_waves] if overlap else [*early, by_slot, in_waves]
+    decode: list[Pass] = [] if overlap else [by_slot]
+    decode += [partial(speed_up_products, sites=sites, **few)] if few and decode else []
+    return [*early, *decode, in_waves]
 
 
 def observe_pipeline(sites: Sequence[Site]) -> list[Pass]:

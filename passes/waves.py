@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
@@ -26,6 +27,7 @@ from .bank import Bank
 from .core import Core
 from .core_graph import extract_core, fills_vectors, find_constants, find_core, find_exit, find_inputs
 from .erase import erase_orphans
+from .fast import speed_up_core
 from .find import Site
 from .packed import unpack_at_use
 from .row_wise import refuse_mixed_pairs
@@ -37,10 +39,12 @@ def stream_in_waves(
     sites: Sequence[Site],
     banks: Mapping[Hashable, Bank],
     compile_core: Callable[[GraphModule], Callable[..., Tensor]] = lambda core: core.forward,
+    few_pairs: Mapping[Hashable, int] = MappingProxyType({}),
 ) -> list[Site]:
     """Replace the core of every site that still reads its weights; return those sites.
 
-    `compile_core` turns a core's graph into what runs it; by default the graph runs as it is.
+    `compile_core` turns a core's graph into what runs it; by default the graph runs as it is. `few_pairs` are those of
+    each layer up to which its products may round otherwise.
     """
     done = [site for site in sites if site.reads_weights]
     for site in done:
@@ -54,9 +58,12 @@ def stream_in_waves(
         for graph_of_core in (whole, part):
             unpack_at_use(graph_of_core, dict(banks[site.layer].packed), site.layer)
         alone = fills_vectors(site, nodes)
-        core = Core(whole, part, site.grouped, tuple(site.weights), scalars, alone, banks[site.layer], compile_core)
+        bank, few = banks[site.layer], few_pairs.get(site.layer, 0) if site.grouped else 0
+        core = Core(whole, part, site.grouped, tuple(site.weights), scalars, alone, bank, compile_core, few)
         if not ops.knows_core(core):
             core.run_whole, core.run_part = compile_core(whole), compile_core(part)
+            if few:
+                core.run_few = compile_core(speed_up_core(whole)), compile_core(speed_up_core(part))
         number = ops.register_core(core)
         value = exit_node.meta["example_value"]
         with graph.inserting_before(exit_node):

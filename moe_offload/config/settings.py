@@ -31,7 +31,7 @@ DEFAULT = "default"
 
 @dataclass(frozen=True)
 class OffloadConfig:
-    """How a model is offloaded. No setting changes what the model computes.
+    """How a model is offloaded. No setting but `compute` changes what the model computes.
 
     Args:
         budget: Bytes the model may hold on the device it computes on (dense weights, expert slots, KV cache,
@@ -46,6 +46,8 @@ class OffloadConfig:
             model's own if it is one of these two, else "grouped_mm".
         compile: What runs the rewritten graph: "inductor", "graph" (as it is, nothing generated), or "auto": "graph" on
             a CPU, "inductor" elsewhere.
+        compute: "exact": each product as plain transformers computes it, to the bit. "fast": on a CPU, bfloat16
+            products of up to 4 tokens at memory speed, in another order of sums (`docs/fast.md`: what may differ).
         decide: Who says which expert gives way while decoding: "host"; "device", without the host having to wait for
             ids, in the layers whose rows rest in RAM, by "decayed_lfu" (the host in the others, by `policy`); or
             "auto": the device where it is a GPU.
@@ -87,6 +89,7 @@ class OffloadConfig:
     half_life: float = 32.0
     experts_implementation: str = "auto"
     compile: str = "auto"
+    compute: str = "exact"
     decide: str = "auto"
     overlap: bool | None = None
     lookahead: bool = False

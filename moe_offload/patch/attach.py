@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -12,6 +13,7 @@ from ..handle import Handle
 from ..plan.prepare import Prepared
 from ..runtime.model import Runtime
 from . import install as patch
+from .fast_products import FEW_TOKENS, restore_linears, serve_fast, speed_up_linears
 from .refusals import refuse_what_reaches_experts
 from .saving import save_real_rows
 
@@ -19,9 +21,11 @@ from .saving import save_real_rows
 def attach(model: nn.Module, runtime: Runtime, prepared: Prepared) -> Handle:
     """Let `model` run on `runtime` from now on. Returns the handle, whose `close` takes the runtime off again."""
     settings, arrangement = prepared.settings, prepared.arrangement
-    implementation = patch.choose_implementation(
-        [layer.moe for layer in runtime.layers], settings.experts_implementation
-    )
+    wanted = settings.experts_implementation
+    if settings.compute == "fast" and wanted == "auto":
+        wanted = "grouped_mm"  # the one that has fast products
+    implementation = patch.choose_implementation([layer.moe for layer in runtime.layers], wanted)
+    fast = settings.compute == "fast" and serve_fast(arrangement.device, implementation)
     if arrangement.device != "cpu":
         patch.serve_products(arrangement.device)
     inner = _inner_compiler(settings, arrangement.device)
@@ -34,10 +38,12 @@ def attach(model: nn.Module, runtime: Runtime, prepared: Prepared) -> Handle:
         guess=settings.lookahead,
         dynamic=_dynamic(settings, arrangement.device, runtime),
         fullgraph=settings.fullgraph,
+        few_tokens=FEW_TOKENS if fast else 0,
         advisor=Advisor(runtime, arrangement.plan),
     )
     refuse_what_reaches_experts(model, runtime)
     save_real_rows(model, runtime)
+    linears = speed_up_linears(model) if fast else []
     weakref.finalize(model, _detach, runtime)
     return Handle(
         model,
@@ -47,12 +53,13 @@ def attach(model: nn.Module, runtime: Runtime, prepared: Prepared) -> Handle:
         compile=inner,
         implementation=implementation,
         graphs=graphs,
-        on_close=lambda: _detach(runtime),
+        on_close=lambda: _detach(runtime, linears),
     )
 
 
-def _detach(runtime: Runtime) -> None:
+def _detach(runtime: Runtime, linears: Iterable[nn.Linear] = ()) -> None:
     with runtime.alone():
+        restore_linears(linears)
         if not runtime.closed:
             try:
                 patch.uninstall(runtime)

@@ -129,9 +129,13 @@ def install(
     guess: bool,
     dynamic: bool | None,
     fullgraph: bool,
+    few_tokens: int,
     advisor: Advisor,
 ) -> list[Any]:
-    """Patch `model` to run on `runtime`. Returns the list to which each compiled graph's pass reports are added."""
+    """Patch `model` to run on `runtime`. Returns the list to which each compiled graph's pass reports are added.
+
+    Products of up to `few_tokens` may round otherwise than the model's own.
+    """
     _register_implementations()
     log: list[Any] = []
     run, core = (
@@ -139,7 +143,7 @@ def install(
         if inner == "inductor"
         else (compiling.run_graph, compiling.core_as_is)
     )
-    made = compiling.make_backend(run, core, log, overlap, guess)
+    made = compiling.make_backend(run, core, log, overlap, guess, few_tokens)
 
     whole = inner == "inductor" or guess or fullgraph or runtime.device_caches is not None
     traced = [model] if whole else [module for layer in runtime.layers for module in layer.moe.modules]

@@ -9,10 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from ...config.settings import FILE_VARIABLE
+from ...config.settings import ENVIRONMENT_PREFIX, FILE_VARIABLE
 from ...errors import ConfigError
 from ..options.checks import check_cuda, check_model, check_output, residency_share, settings
-from ..options.flags import Budget, ConfigFile, Json
+from ..options.flags import Budget, Compute, ConfigFile, Json
 from ..options.numbers import one_of, whole
 from .architectures import PREFIX, sizes_of
 from .sides.names import NAMES, check_sides
@@ -66,6 +66,7 @@ def bench(
         ),
     ] = None,
     packed: Annotated[bool, typer.Option("--packed", help="Ours reads a copy that moe-offload pack has made.")] = False,
+    compute: Compute = None,
     cache: Annotated[
         Path | None, typer.Option("--cache", help="Where synthetic checkpoints and temporary files go.")
     ] = None,
@@ -74,7 +75,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure offloading beside the resident model, accelerate's offload, plain mmap, and the disk or link itself."""
-    settings(config_file, budget=budget)
+    settings(config_file, budget=budget, compute=compute)
     if model.startswith(PREFIX):
         sizes_of(model.removeprefix(PREFIX), layers)
     elif layers is not None:
@@ -101,6 +102,8 @@ def bench(
 
     if config_file is not None:
         os.environ[FILE_VARIABLE] = str(config_file.resolve())  # for the process of each side, too
+    if compute is not None:
+        os.environ[ENVIRONMENT_PREFIX + "COMPUTE"] = compute
     work = workload(
         model,
         device=device,

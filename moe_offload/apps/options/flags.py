@@ -43,6 +43,12 @@ Compile = Annotated[
     str | None,
     typer.Option("--compile", help="graph: the model's own kernels; inductor: compile them; without it auto."),
 ]
+Compute = Annotated[
+    str | None,
+    typer.Option(
+        "--compute", help="exact: the bits of plain transformers; fast: few tokens at memory speed, rounded anew."
+    ),
+]
 ConfigFile = Annotated[
     Path | None,
     typer.Option(

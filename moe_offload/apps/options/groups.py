@@ -13,6 +13,7 @@ from .flags import (
     Attention,
     Budget,
     Compile,
+    Compute,
     ConfigFile,
     Context,
     DeviceMapOption,
@@ -44,6 +45,7 @@ class ModelFlags:
     profile: ProfileIn = None
     policy: Policy = None
     compile: Compile = None
+    compute: Compute = None
     config_file: ConfigFile = None
     live: Live = None
     dtype: Dtype = "auto"
@@ -64,6 +66,7 @@ class ModelFlags:
             profile=self.profile,
             policy=self.policy,
             compile=self.compile,
+            compute=self.compute,
             live=live_or_default(self.live, self.config_file),
         )
         check_devices(found)

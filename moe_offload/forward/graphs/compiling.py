@@ -46,10 +46,11 @@ def make_backend(
     log: list[Any],
     overlap: bool = False,
     guess: bool = False,
+    few_tokens: int = 0,
 ) -> Compiled:
     """A backend for torch.compile; each graph's pass reports are appended to `log`.
 
-    `overlap` and `guess` are those of `passes.offload_pipeline`.
+    `overlap` and `guess` are those of `passes.offload_pipeline`. Products of up to `few_tokens` may round otherwise.
     """
 
     pipeline = partial(passes.offload_pipeline, compile_core=compile_core, overlap=overlap, guess=guess)
@@ -61,7 +62,9 @@ def make_backend(
             log.append([])
             return inner(gm, list(example_inputs))
         on_device = {one.layer.moe.name for one in phantoms.values() if one.layer.device_cache is not None}
-        reports, banked = rewrite(gm, phantoms, partial(pipeline, on_device=on_device))
+        moe_layers = {one.layer.moe.name: one.layer.moe for one in phantoms.values()}
+        few_pairs = {name: few_tokens * moe.top_k for name, moe in moe_layers.items()} if few_tokens else None
+        reports, banked = rewrite(gm, phantoms, partial(pipeline, on_device=on_device, few_pairs=few_pairs))
         log.append(reports)
         inputs = list(example_inputs)
         for position in banked:

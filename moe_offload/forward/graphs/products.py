@@ -1,4 +1,4 @@
-"""Matrix products of rewritten graphs on CUDA, by kernels that ask the host nothing.
+"""Matrix products of rewritten graphs by kernels of ours: on CUDA such as ask the host nothing, on a CPU fast ones.
 
 Shapes: P token-expert pairs, S slots, H hidden, O outputs of the product.
 """
@@ -27,4 +27,19 @@ def serve_products(few: Product, many: Product) -> None:
         return many(x_P, weight_S, slots_P)
 
     if not torch._C._dispatch_has_kernel_for_dispatch_key("moe_offload::grouped_mm", "CUDA"):
-        ops.serve_grouped_mm(grouped_mm, "CUDA")
+        ops.serve_product("grouped_mm", grouped_mm, "CUDA")
+
+
+def serve_fast_products(takes: Callable[[Tensor, Tensor], bool], multiply: Product) -> None:
+    """On a CPU, let `fast_grouped_mm` go through `multiply` (x [P, H], weight [S, O, H], slots [P]) where it `takes`
+    such tensors; elsewhere it is the exact product."""
+
+    def fast_grouped_mm(x_P: Tensor, weight_S: Tensor, slots_P: Tensor) -> Tensor:
+        weight_SOH = weight_S.transpose(1, 2)
+        if takes(x_P, weight_SOH):
+            return multiply(x_P, weight_SOH, slots_P)
+        exact: Tensor = ops.grouped_mm(x_P, weight_S, slots_P)
+        return exact
+
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("moe_offload::fast_grouped_mm", "CPU"):
+        ops.serve_product("fast_grouped_mm", fast_grouped_mm, "CPU")

@@ -19,6 +19,7 @@ FLAGS: dict[str, tuple[str, str]] = {
     "--cache": (FILE, "Where synthetic"),
     "--chat": (SWITCH, "The prompt is a message"),
     "--compile": (TEXT, "graph: the model's own kernels; inductor: compile them"),
+    "--compute": (TEXT, "exact: the bits of plain transformers; fast"),
     "--config-file": (FILE, "Settings (YAML or JSON)"),
     "--context": (NUMBER, "Tokens of prompt and answer that the KV cache has room for"),
     "--device": (WORD, "Where models compute"),
