@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .observe.trace import Trace
     from .pack import pack_checkpoint
     from .plan.forecast import Forecast, forecast, make_plan
+    from .quantise import quantise_checkpoint
     from .record import record_profile
 
 
@@ -58,6 +59,7 @@ _HOMES = {
     ],
     "plan.forecast": ["Forecast", "forecast", "make_plan"],
     "pack": ["pack_checkpoint"],
+    "quantise": ["quantise_checkpoint"],
     "observe.profile": ["Profile"],
     "record": ["record_profile"],
     "observe.trace": ["Trace"],
@@ -86,6 +88,7 @@ __all__ = [
     "make_plan",
     "optimize",
     "pack_checkpoint",
+    "quantise_checkpoint",
     "record_profile",
 ]
 

@@ -89,7 +89,7 @@ def pack_checkpoint(
     limit_bytes, out = parse_size(max_shard_size), Path(out)
     check_new(out)
     arguments = sort_arguments(None, hub)
-    source = _open_source(get_folder(path_or_id, arguments), arguments)
+    source = open_source(get_folder(path_or_id, arguments), arguments)
     dense, experts = _dense_shards(source, limit_bytes), _expert_shards(source, limit_bytes)
     others = [file for file in source.folder.iterdir() if file.is_file() and not file.name.endswith(WEIGHTS)]
     size = sum(shard.nbytes for shard in (*dense, *experts))
@@ -109,7 +109,8 @@ def pack_checkpoint(
     return out
 
 
-def _open_source(folder: Path, arguments: Arguments) -> Source:
+def open_source(folder: Path, arguments: Arguments) -> Source:
+    """What is to be written anew. Raises `CheckpointError` for what is packed already, or cannot be copied."""
     place = folder / arguments.subfolder
     if is_packed(place):
         raise CheckpointError(f"{place}: is a packed checkpoint already. Copy it, or give the original one")

@@ -48,7 +48,7 @@ LIB.define("grouped_mm(Tensor x, Tensor weight, Tensor slots) -> Tensor", tags=(
 LIB.define("fast_grouped_mm(Tensor x, Tensor weight, Tensor slots) -> Tensor", tags=(torch.Tag.needs_exact_strides,))
 LIB.define("packed_mm(Tensor x, Tensor bank, Tensor slots, int weight, bool transposed) -> Tensor", tags=_TAGS)
 LIB.define("unpack(Tensor bank, Tensor slots, int weight) -> Tensor", tags=_TAGS)
-LIB.define("unserved(Tensor ids) -> Tensor", tags=_TAGS)
+LIB.define("unserved(Tensor ids, str rows) -> Tensor", tags=_TAGS)
 LIB.define("observe(Tensor ids, Tensor weight) -> Tensor", tags=_TAGS)
 LIB.define("experts(Tensor x, Tensor ids, Tensor weights, Tensor key) -> Tensor", tags=_TAGS)
 LIB.define("no_gradient(Tensor grad, Tensor input) -> Tensor", tags=_TAGS)
@@ -181,7 +181,7 @@ def _run_observe(ids: Tensor, weight: Tensor) -> Tensor:
     return ids.clone()
 
 
-def _run_unserved(ids: Tensor) -> Tensor:
+def _run_unserved(ids: Tensor, rows: str) -> Tensor:
     raise UnservedGraph(
         "moe_offload: a graph that our passes have not seen was about to compute with the phantoms of offloaded "
         "experts. Call the model itself, and not a graph that was taken out of it; please report how it was made."
@@ -265,7 +265,7 @@ LIB._register_fake(
     lambda bank, slots, weight: bank.new_empty((slots.shape[0], *_PACKED[weight].shape), dtype=_PACKED[weight].dtype),
 )
 LIB._register_fake("prefetch", lambda ids, bank: None)
-LIB._register_fake("unserved", lambda ids: torch.empty_like(ids))
+LIB._register_fake("unserved", lambda ids, rows: torch.empty_like(ids))
 LIB._register_fake("observe", lambda ids, weight: torch.empty_like(ids))
 LIB._register_fake("experts", lambda x, ids, weights, key: torch.empty_like(x))
 

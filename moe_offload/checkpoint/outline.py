@@ -27,6 +27,7 @@ from .pretrained.download import download
 from .pretrained.skeleton import build_skeleton, read_configuration
 from .pretrained.weight_files import listed_names, weight_files
 from .quantised.blocks import check_blocks
+from .quantised.misfits import check_dense
 from .row_index import RowIndex
 
 if TYPE_CHECKING:
@@ -70,10 +71,19 @@ def outline_folder(folder: Path, arguments: Arguments | None = None) -> Outline:
     arguments = arguments or Arguments()
     place = folder / arguments.subfolder
     config = read_configuration(place, arguments)
-    stored = read_weights(place, config, arguments.variant)
+    return _outline_stored(place, config, read_weights(place, config, arguments.variant), arguments)
+
+
+def outline_stored(place: Path, stored: Stored) -> Outline:
+    """The outline that a folder with this config.json has once its weights lie where `stored` says."""
+    return _outline_stored(place, read_configuration(place, Arguments()), stored, Arguments())
+
+
+def _outline_stored(place: Path, config: Any, stored: Stored, arguments: Arguments) -> Outline:
     model = build_skeleton(config, stored, arguments)
     moe_layers = find_experts(model)
     index = index_stored(model, moe_layers, stored)
+    check_dense(model.config, stored.headers, index.keys)
     check_blocks(model.config, stored.headers, index.keys)
     source = f"config.json and the headers of {len(index.stamps)} shards"
     return Outline(model, index.pack(moe_layers), source, place, stored, index)
@@ -92,6 +102,7 @@ def _of_repository(name: str, arguments: Arguments) -> Outline:
     model = build_skeleton(read_configuration(name, arguments), stored, arguments)
     moe_layers = find_experts(model)
     index = index_stored(model, moe_layers, stored)
+    check_dense(model.config, stored.headers, index.keys)
     check_blocks(model.config, stored.headers, index.keys)
     files = {found.file for found in stored.headers.values()}
     return Outline(model, index.pack(moe_layers), f"config.json and the headers of {len(files)} shards on the Hub")

@@ -22,8 +22,9 @@ from ..experts import Field, MoELayer, RowLayout
 from ..files.file_stamp import FileStamp
 from .conversion import Conversion, Shape, joins_bytes, one_expert_conversions
 from .expert_keys import label_of, one_key_per_expert, slice_stack
-from .headers import DTYPE_NAMES, Headers, TensorRange
+from .headers import Headers, TensorRange
 from .quantised.columns import PackedColumn, Packing, Sources, is_packed_by, pack_column
+from .quantised.misfits import refuse_codes, refuse_foreign
 from .quantised.recognise import role_of
 
 
@@ -81,11 +82,13 @@ def index_rows(model: nn.Module, moe_layers: Sequence[MoELayer], headers: Header
     Raises `CheckpointError` naming module and experts when tensors are missing, too many or of another shape, and
     `UnsupportedModelError` when transformers converts them in a way that has no one-expert form.
     """
-    wanted = {f"{name}.{f.name}" for moe in moe_layers for name in moe.names for f in moe.layout.fields}
+    wanted = {f"{name}.{f.name}" for moe in moe_layers for name in moe.names for f in moe.unpacked.fields}
     origins = _find_origins(model, headers, wanted)
     layers = []
     for moe in moe_layers:
-        columns = [_column(moe, f, *_origin_of(moe, f, origins, headers), headers) for f in moe.unpacked.fields]
+        columns = [
+            _column(model, moe, f, *_origin_of(model, moe, f, origins, headers), headers) for f in moe.unpacked.fields
+        ]
         layers.append(_lay_out(moe, columns))
     keys = frozenset(key for origin in origins.values() for part in origin.parts.values() for key in part)
     names = tuple(moe.name for moe in moe_layers)
@@ -177,11 +180,14 @@ def _targets(target: str, converter: Any) -> Iterator[str]:
         yield target if pattern == patterns[0] else target.replace(patterns[0], pattern, 1)
 
 
-def _origin_of(moe: MoELayer, f: Field, origins: dict[str, _Origin], headers: Headers) -> tuple[str, _Origin]:
+def _origin_of(
+    model: Any, moe: MoELayer, f: Field, origins: dict[str, _Origin], headers: Headers
+) -> tuple[str, _Origin]:
     """Parameters tied between modules are stored under one of their names, not always the first."""
     for name in moe.names:
         if f"{name}.{f.name}" in origins:
             return f"{name}.{f.name}", origins[f"{name}.{f.name}"]
+    refuse_foreign(model.config, headers, f"{moe.name}.{f.name}")
     near = [key for key in headers if key.startswith(f"{moe.name.rpartition('.')[0]}.")][:3]
     raise CheckpointError(
         f"{moe.name}: none of its {moe.num_experts} experts has {f.name} in the checkpoint; near that name it has "
@@ -189,7 +195,9 @@ def _origin_of(moe: MoELayer, f: Field, origins: dict[str, _Origin], headers: He
     )
 
 
-def _column(moe: MoELayer, f: Field, parameter: str, origin: _Origin, headers: Headers) -> Column | PackedColumn:
+def _column(
+    model: Any, moe: MoELayer, f: Field, parameter: str, origin: _Origin, headers: Headers
+) -> Column | PackedColumn:
     """Field `f` of every expert of the layer."""
     from transformers.core_model_loading import ErnieFuseAndSplitTextVisionExperts, MergeModulelist
 
@@ -212,6 +220,8 @@ def _column(moe: MoELayer, f: Field, parameter: str, origin: _Origin, headers: H
         if packed is not None:
             return packed
         found, ops = [sources for sources in found if role_of(sources.label)[1] == "codes"], ops[1:]
+    for sources in found:
+        refuse_codes(model.config, headers, f.name, sources.ranges, sources.keys)
     return _plain_column(moe, f, parameter, ops, found)
 
 
@@ -219,7 +229,6 @@ def _plain_column(moe: MoELayer, f: Field, parameter: str, ops: Sequence[Any], f
     conversions: dict[tuple[Shape, ...], tuple[Conversion, ...]] = {}
     experts = []
     for e, sources in enumerate(zip(*(part.ranges for part in found), strict=True)):
-        _refuse_codes(f, sources, [part.keys[e] for part in found])
         shapes = tuple(source.shape for source in sources)
         if shapes not in conversions:
             try:
@@ -232,14 +241,3 @@ def _plain_column(moe: MoELayer, f: Field, parameter: str, ops: Sequence[Any], f
                 ) from error
         experts.append((sources, conversions[shapes]))
     return Column(f, experts)
-
-
-def _refuse_codes(f: Field, sources: Sequence[TensorRange], keys: Sequence[str]) -> None:
-    """Numbers that mean something only with scales are no weights, whatever they may be cast to."""
-    for source, key in zip(sources, keys, strict=True):
-        if source.dtype.itemsize == 1 or not source.dtype.is_floating_point:
-            raise UnsupportedModelError(
-                f"{source.file}: {key!r} holds {DTYPE_NAMES[source.dtype]} codes, and config.json names no format "
-                f"(quantization_config) that says what {f.name} they stand for. Put back the config.json that belongs "
-                "to these files"
-            )

@@ -89,10 +89,11 @@ RunExperts = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 
 class Link:
     """What an experts module needs to find its layer: the scope, what runs it where no trace does, and the key of the
-    marker op. With `whole`, the model's call is traced as one graph, experts and all."""
+    marker op. With `whole`, the model's call is traced as one graph, experts and all. `rows` is what a graph takes for
+    granted of the rows: traced code hands it on, so that Dynamo guards on it."""
 
-    def __init__(self, scope: Scope, run: RunExperts, whole: bool):
-        self.scope, self.run, self.whole, self.key = scope, run, whole, _CLOSED
+    def __init__(self, scope: Scope, run: RunExperts, whole: bool, rows: str):
+        self.scope, self.run, self.whole, self.key, self.rows = scope, run, whole, _CLOSED, rows
 
 
 def run_op(module: Any, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:

@@ -118,6 +118,6 @@ def _region(original: RunExperts) -> RunExperts:
         if not torch.compiler.is_dynamo_compiling():  # Dynamo is switched off, or has left this call alone
             return run_untraced(module, x_TH, ids_TK, weights_TK)
         with torch._dynamo.error_on_graph_break(True):  # a part of a region would be no use
-            return original(module, x_TH, ops.unserved(ids_TK), weights_TK)
+            return original(module, x_TH, ops.unserved(ids_TK, module._moe_offload.rows), weights_TK)
 
     return with_own_code(region, "region")

@@ -6,6 +6,7 @@
     Pre-warming   slots, from a profile
     Compiling     a graph: Dynamo traces every layer in Python, a minute for a deep model
     Packing       a checkpoint
+    Quantising    its experts
     Replaying     the trace of a run, for its report
 """
 
@@ -19,7 +20,7 @@ from typing import Any, Literal
 
 DELAY_S = 1.0  # what compiles faster needs no bar
 
-Stage = Literal["Loading", "Spilling", "Pre-warming", "Compiling", "Packing", "Saving", "Replaying"]
+Stage = Literal["Loading", "Spilling", "Pre-warming", "Compiling", "Packing", "Quantising", "Saving", "Replaying"]
 
 
 def bar(stage: Stage, total: int, unit: str = "B", what: str = "", delay_s: float = 0.0) -> Any:

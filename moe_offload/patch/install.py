@@ -160,7 +160,7 @@ def install(
     nan_rows: dict[Hashable, Tensor] = {}
     _name_implementation(runtime, f"moe_offload_{implementation}")
     for layer in runtime.layers:
-        link = Link(scope, run_untraced if regions is None else regions.run, whole)
+        link = Link(scope, run_untraced if regions is None else regions.run, whole, ops.rows_of(layer))
         _install_layer(layer, link, implementation, nan_rows)
     model._compiled_call_impl = Call(model, runtime, scope, Retry(runtime, scope, compile), advisor)
     keep_compiled_call(model)
@@ -212,7 +212,7 @@ def _implementation(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         link = self._moe_offload
         if torch.compiler.is_dynamo_compiling():  # by this thread: whatever is running here is not run, but traced
             if link.whole and link.scope.banks == banks_of_this_thread():
-                return original(self, hidden_states, ops.unserved(top_k_index), top_k_weights)
+                return original(self, hidden_states, ops.unserved(top_k_index, link.rows), top_k_weights)
             return run_op(self, hidden_states, top_k_index, top_k_weights)
         if torch.is_grad_enabled():
             return cast(Tensor, refuse_backward(link.run, self, hidden_states, top_k_index, top_k_weights))

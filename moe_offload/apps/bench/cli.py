@@ -46,6 +46,14 @@ def bench(
         ),
     ] = "cpu",
     layers: Annotated[int | None, typer.Option("--layers", help="Layers of a synthetic model.", **whole(1))] = None,
+    experts: Annotated[
+        str | None,
+        typer.Option(
+            "--experts",
+            help="Experts of a synthetic model in mxfp4, int4 or fp8, instead of bfloat16.",
+            **one_of("mxfp4", "int4", "fp8"),
+        ),
+    ] = None,
     routing: Annotated[
         Path | None, typer.Option("--routing", help="Replay the expert ids of this trace (.npz) for every side.")
     ] = None,
@@ -80,6 +88,8 @@ def bench(
         sizes_of(model.removeprefix(PREFIX), layers)
     elif layers is not None:
         raise ConfigError(f"--layers is for {PREFIX}NAME; {model} has the layers it has")
+    elif experts is not None:
+        raise ConfigError(f"--experts is for {PREFIX}NAME; to quantise those of {model}, moe-offload pack --experts")
     else:
         check_model(model)
     for flag, read in (("--routing", routing), ("--file", file)):
@@ -114,6 +124,7 @@ def bench(
         prompt=file,
         cache=cache,
         packed=packed,
+        experts=experts,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         requests=requests,

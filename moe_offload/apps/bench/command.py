@@ -32,13 +32,15 @@ def workload(
     prompt: Path | None,
     cache: Path | None,
     packed: bool,
+    experts: str | None = None,
     **amounts: int,
 ) -> Workload:
     """Raises `ConfigError` for settings that contradict each other, and what loading and planning raise."""
     DEVICES[device]().check()
     if packed and device != "cpu":
         raise ConfigError("--packed is for rows that are read from disk; on a GPU they rest in RAM")
-    folder = synthetic(model.removeprefix(PREFIX), layers, cache) if model.startswith(PREFIX) else get_folder(model)
+    of_its_own = model.startswith(PREFIX)
+    folder = synthetic(model.removeprefix(PREFIX), layers, cache, experts) if of_its_own else get_folder(model)
     outline = outline_folder(folder)
     ids = _prompt_ids(folder, prompt, amounts["prompt_tokens"]) if prompt is not None else None
     tokens = (len(ids) if ids else amounts["prompt_tokens"]) + amounts["new_tokens"]

@@ -1,7 +1,8 @@
 """Checkpoints of real architectures with random weights, for machines that no model can be downloaded to.
 
 They have the file layout, the shapes and the dtypes of the real thing, in as many layers as asked for; only the numbers
-mean nothing. A router of random numbers chooses evenly, so measure them with recorded routing (`routing.py`).
+mean nothing. Experts may be quantised: their codes are random, their scales such that weights are as large as usual.
+A router of random numbers chooses evenly, so measure them with recorded routing (`routing.py`).
 """
 
 from __future__ import annotations
@@ -17,10 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...checkpoint.headers import TensorRange
+from ...checkpoint.quantised.layouts import ExpertMatrix, choose_layout
 from ...config.sizes import format_size
 from ...errors import CheckpointError
+from ...experts import find_experts
 from ...files.staging import staging_folder
 from .architectures import sizes_of
+from .codes import random_codes
 
 BLOCK = 16_777_213  # random numbers, repeated; a prime, so that no two experts begin at the same one
 SCALE = 0.02
@@ -31,19 +36,23 @@ def default_cache() -> Path:
     return Path(root) / "moe_offload" / "synthetic"
 
 
-def synthetic(name: str, layers: int | None = None, cache: Path | None = None) -> Path:
+def synthetic(name: str, layers: int | None = None, cache: Path | None = None, experts: str | None = None) -> Path:
     """The folder of a checkpoint of architecture `name` with `layers` of its layers (all by default), bf16, random.
 
-    It is written once, into `cache` (`~/.cache/moe_offload/synthetic`), and found there afterwards. Raises
-    `ConfigError` for an architecture that is not in `ARCHITECTURES`, `CheckpointError` when the disk is too full.
+    With `experts`, a format, those are quantised. It is written once, into `cache`
+    (`~/.cache/moe_offload/synthetic`), and found there afterwards. Raises `ConfigError` for an architecture that is not
+    in `ARCHITECTURES`, `UnsupportedModelError` for one that the format has no layout for, `CheckpointError` when the
+    disk is too full.
     """
     class_name, sizes = sizes_of(name, layers)
-    folder = (cache or default_cache()) / f"{name}_{sizes['num_hidden_layers']}-layers"
+    folder = (
+        cache or default_cache()
+    ) / f"{name}_{sizes['num_hidden_layers']}-layers{'_' + experts if experts else ''}"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         try:
             with staging_folder(folder.parent, folder.name) as partial:
-                _write(_skeleton(class_name, sizes), partial)
+                _write(_skeleton(class_name, sizes), partial, experts)
                 partial.rename(folder)
         except OSError as error:
             raise CheckpointError(f"{folder}: cannot write the synthetic checkpoint: {error}") from error
@@ -58,12 +67,28 @@ def _skeleton(class_name: str, sizes: dict[str, Any]) -> Any:
         return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
 
-def _write(model: Any, folder: Path) -> None:
+def _write(model: Any, folder: Path, experts: str | None) -> None:
     """One shard of dense weights and one per layer, never more than a layer in memory."""
     from safetensors.torch import save_file
     from transformers.core_model_loading import revert_weight_conversion
 
-    need = sum(p.numel() * p.element_size() for p in model.parameters())
+    moe_layers = find_experts(model)
+    codes = {f"{moe.name}.{f.name}" for moe in moe_layers for f in moe.layout.fields if len(f.shape) == 2 and experts}
+    need = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if name not in codes)
+    groups = list(_groups(model))
+    shapes = [
+        revert_weight_conversion(model, {name: model.get_parameter(name) for name in names if name in codes})
+        for names in groups
+    ]
+    matrices = {
+        key: ExpertMatrix(key, TensorRange(folder, 0, t.nbytes, tuple(t.shape), t.dtype))
+        for found in shapes
+        for key, t in found.items()
+    }
+    layout = choose_layout(experts, matrices, str(folder.parent)) if experts else None
+    if layout is not None:
+        need += sum(entry.nbytes for found in matrices.values() for entry in layout.entries(found))
+        model.config.quantization_config = layout.configuration(model, moe_layers)
     free = shutil.disk_usage(folder).free
     if need > free:
         raise CheckpointError(
@@ -71,11 +96,13 @@ def _write(model: Any, folder: Path) -> None:
             "ask for fewer --layers, or name another folder with --cache"
         )
     numbers = torch.randn(BLOCK, generator=torch.Generator().manual_seed(0)).mul_(SCALE).bfloat16()
-    groups = list(_groups(model))
     weight_map: dict[str, str] = {}
-    for i, names in enumerate(groups, start=1):
-        filled = {name: _fill(model.get_parameter(name), name, numbers) for name in names}
+    for i, (names, quantised) in enumerate(zip(groups, shapes, strict=True), start=1):
+        filled = {name: _fill(model.get_parameter(name), name, numbers) for name in names if name not in codes}
         tensors = {k: t.contiguous() for k, t in revert_weight_conversion(model, filled).items()}
+        if layout is not None:
+            for key in quantised:
+                tensors |= random_codes(layout, matrices[key])
         file = f"model-{i:05}-of-{len(groups):05}.safetensors"
         save_file(tensors, folder / file, metadata={"format": "pt"})
         with (folder / file).open("rb") as stream:

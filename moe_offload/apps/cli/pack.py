@@ -10,10 +10,12 @@ import typer
 from ...checkpoint.new_folder import check_new
 from ...config.sizes import size_problem
 from ...errors import ConfigError
-from ..options.checks import check_model
+from ..options.checks import check_model, settings
 from ..options.ending import INTERRUPTED, fail
-from ..options.flags import Model
+from ..options.flags import Budget, Model
 from ..options.numbers import one_of
+
+KINDS = ("mxfp4", "int4", "fp8")
 
 
 def pack(
@@ -28,16 +30,55 @@ def pack(
             **one_of("sample", "all", "none"),
         ),
     ] = "sample",
+    experts: Annotated[
+        str | None,
+        typer.Option(
+            "--experts",
+            help="Round experts to mxfp4, int4 or fp8, which is lossy; the copy is an ordinary quantised checkpoint.",
+            **one_of(*KINDS),
+        ),
+    ] = None,
+    measure: Annotated[
+        Path | None, typer.Option("--measure", help="With --experts: perplexity before and after, on this UTF-8 text.")
+    ] = None,
+    budget: Budget = None,
 ) -> None:
-    """Write a copy of a checkpoint whose experts are read in one piece and without conversion."""
+    """Write a copy of a checkpoint whose experts are read in one piece, or (--experts) are quantised and smaller."""
     check_model(model)
     if wrong := size_problem(max_shard_size):
         raise ConfigError(f"--max-shard-size: size {max_shard_size!r} is not usable: {wrong}; write it as 5GB or 5GiB")
+    _check_together(experts, verify, measure, budget)
+    config = settings(None, budget=budget)
     check_new(out)
-    from ...pack import pack_checkpoint
+    if experts is not None:
+        from .perplexity import measure_text, read_text, tokenise
 
+        pieces = tokenise(model, read_text(measure)) if measure is not None else []
     try:
-        written = pack_checkpoint(model, out, max_shard_size=max_shard_size, verify=verify)
+        if experts is None:
+            from ...pack import pack_checkpoint
+
+            written = pack_checkpoint(model, out, max_shard_size=max_shard_size, verify=verify)
+        else:
+            from ...quantise import quantise_checkpoint
+
+            written = quantise_checkpoint(model, out, experts, max_shard_size=max_shard_size)
     except KeyboardInterrupt:
         fail(f"interrupted; {out} was not written, and nothing was left behind", INTERRUPTED)
     typer.echo(str(written))
+    if measure is not None:
+        for name, folder in (("before", model), (f"{experts}", written)):
+            typer.echo(f"{name}: {measure_text(folder, pieces, config)}")
+
+
+def _check_together(experts: str | None, verify: str, measure: Path | None, budget: str | None) -> None:
+    if experts is not None and verify != "sample":
+        raise ConfigError("--verify is for packing without --experts; with it three rows a layer are always read back")
+    if measure is not None and experts is None:
+        raise ConfigError(
+            "--measure needs --experts: otherwise the copy computes the same, and has the same perplexity"
+        )
+    if budget is not None and measure is None:
+        raise ConfigError("--budget is what a model may hold while --measure runs it; nothing runs here without that")
+    if measure is not None and not measure.is_file():
+        raise ConfigError(f"--measure {measure}: no such file")

@@ -21,7 +21,7 @@ from ...errors import CheckpointError
 from ..headers import DTYPE_NAMES, TensorRange
 from ..outline import Outline
 from ..quantised.blocks import unpack_uneven
-from ..quantised.quantizer import unpack_dense
+from ..quantised.quantizer import quantization_of, unpack_dense
 from .arguments import Arguments
 
 logger = logging.getLogger("moe_offload")
@@ -62,9 +62,23 @@ def load_dense(found: Outline, arguments: Arguments | None = None, name: str | P
     meta: Any = found.model
     state = unpack_uneven(meta.config, headers, state)
     config, dtype = meta.config, meta.dtype
-    model, info = type(meta).from_pretrained(
-        None, config=config, state_dict=state, dtype=config.dtype or dtype, output_loading_info=True, **arguments.model
-    )
+    try:
+        model, info = type(meta).from_pretrained(
+            None,
+            config=config,
+            state_dict=state,
+            dtype=config.dtype or dtype,
+            output_loading_info=True,
+            **arguments.model,
+        )
+    except (RuntimeError, ValueError, AttributeError, AssertionError, KeyError, TypeError) as error:  # of any format
+        if quantization_of(config) is None:
+            raise
+        raise CheckpointError(
+            f"{found.folder}: transformers cannot load the dense weights by its config.json's quantization_config "
+            f"({type(error).__name__}: {str(error).splitlines()[0][:300]}); the files may be of another format. "
+            "Download the checkpoint again, or use one in bfloat16"
+        ) from error
     missing = sorted(set(info["missing_keys"]) | {key for key, *_ in info.get("mismatched_keys", [])})
     if missing:
         raise CheckpointError(

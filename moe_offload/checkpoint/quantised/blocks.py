@@ -5,10 +5,11 @@ divides the matrix by the number of scales:
 
     rows  scales   transformers
     768   6        blocks of 128: as the format says
+    32    1        one block of 32: the same weights as the format says
     576   5        an error: no such checkpoint can be loaded without a GPU (DeepSeek-V3 and R1, Kimi-K2: kv_a_proj)
     192   2        blocks of 96: other weights than were saved, without a word
 
-The second kind is unpacked here by the format's meaning, and said aloud; the third is refused: there is nothing right
+The third kind is unpacked here by the format's meaning, and said aloud; the fourth is refused: there is nothing right
 to be equal to. Both concern dense weights; experts of either kind are refused.
 """
 
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import UnsupportedModelError
+from ...errors import CheckpointError, UnsupportedModelError
 from ..headers import DTYPE_NAMES, Headers, TensorRange
 from .quantizer import quantization_of
 
@@ -42,6 +43,14 @@ def block_of(config: Any) -> Block | None:
 def check_blocks(config: Any, headers: Headers, experts: Collection[str]) -> None:
     """Raise `UnsupportedModelError` for weights that transformers would load wrongly, and for uneven experts."""
     block = block_of(config)
+    for key, weight, scales in _in_blocks(block, headers):
+        grid = _grid(block, weight)
+        if scales.shape != grid:
+            raise CheckpointError(
+                f"{scales.file}: {key + SCALES!r} are {list(scales.shape)} scales for {list(weight.shape)} weights; "
+                f"config.json says blocks of {list(block or ())}, of which there would be {list(grid)}. One of the two "
+                "is another checkpoint's: put back what belongs together"
+            )
     for key, weight, scales in _uneven(block, headers):
         divides = all(n % parts == 0 for n, parts in zip(weight.shape, scales.shape, strict=True))
         if divides or key in experts:
@@ -96,12 +105,21 @@ class Unpacked:
 
 def _uneven(block: Block | None, headers: Headers) -> Iterator[tuple[str, TensorRange, TensorRange]]:
     """Each FP8 matrix whose scales are those of blocks with a short last one, with its name."""
-    if block is None:
-        return
-    for key, weight in headers.items():
-        scales = headers.get(key + SCALES)
-        if scales is None or weight.dtype != torch.float8_e4m3fn or len(weight.shape) != 2:
-            continue
-        grid = tuple(-(-n // size) for n, size in zip(weight.shape, block, strict=True))
-        if scales.shape == grid and any(n % size for n, size in zip(weight.shape, block, strict=True)):
+    for key, weight, scales in _in_blocks(block, headers):
+        grid = _grid(block, weight)
+        short = (parts > 1 and n % size for n, size, parts in zip(weight.shape, block or (), grid, strict=True))
+        if scales.shape == grid and any(short):
             yield key, weight, scales
+
+
+def _in_blocks(block: Block | None, headers: Headers) -> Iterator[tuple[str, TensorRange, TensorRange]]:
+    """Each FP8 matrix that has scales in two dimensions, where the configuration says that there are blocks."""
+    for key, weight in headers.items() if block is not None else ():
+        scales = headers.get(key + SCALES)
+        if weight.dtype == torch.float8_e4m3fn and len(weight.shape) == 2 and scales and len(scales.shape) == 2:
+            yield key, weight, scales
+
+
+def _grid(block: Block | None, weight: TensorRange) -> tuple[int, ...]:
+    """How many blocks there are, the short ones too."""
+    return tuple(-(-n // size) for n, size in zip(weight.shape, block or (), strict=True))

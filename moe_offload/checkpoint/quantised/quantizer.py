@@ -9,6 +9,8 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import torch
+
 from ...errors import UnsupportedModelError
 
 #: The methods that take `dequantize`; experts of the others are dequantised in any case.
@@ -44,7 +46,8 @@ def prepare_quantized(model: Any) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            quantizer = AutoHfQuantizer.from_config(said, pre_quantized=True)
+            with torch.device("cpu"):  # a package that is imported now makes tables of its own, and not on meta
+                quantizer = AutoHfQuantizer.from_config(said, pre_quantized=True)
             if hasattr(quantizer.quantization_config, "dequantize"):  # dense weights too: so they will be held
                 quantizer.quantization_config.dequantize = True
             quantizer.validate_environment(device_map=None, weights_only=True)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ class MatrixWeight:
             whole = borrow(self.shape, self.dtype)
             self.unpack(row, whole)
             torch.mm(x_MI, whole.t() if transposed else whole, out=out_MO)
-        elif len(x_MI) == 1 and strips_are_exact(self.rows, x_MI.shape[1], self.dtype):
+        elif len(x_MI) == 1 and strips_are_exact(self._heights, x_MI.shape[1], self.dtype):
             self._multiply_in_strips(x_MI, row, out_MO)
         else:
             whole = borrow((self.rows, x_MI.shape[1]), self.dtype)
@@ -102,17 +103,29 @@ class MatrixWeight:
             matrix.format.unpack(matrix.tensors(row), out_OI[first : first + matrix.shape[0]])
             first += matrix.shape[0]
 
-    def _multiply_in_strips(self, x_1I: Tensor, row: Tensor, out_1O: Tensor) -> None:
-        inputs, first = x_1I.shape[1], 0
+    @cached_property
+    def _strips(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """Rows [begin, end) of the strips of each matrix: whole blocks of scales."""
+        found = []
         for matrix in self.matrices:
-            tensors, outputs, unit = matrix.tensors(row), matrix.shape[0], matrix.format.row_unit
+            (outputs, inputs), unit = matrix.shape, matrix.format.row_unit
             height = max(unit, STRIP_BYTES // (inputs * self.dtype.itemsize) // unit * unit)
-            strip = borrow((min(height, outputs), inputs), self.dtype)
-            for begin in range(0, outputs, height):
-                end = min(begin + height, outputs)
-                matrix.format.unpack(matrix.format.rows(tensors, begin, end), strip[: end - begin])
-                torch.mm(x_1I, strip[: end - begin].t(), out=out_1O[:, first + begin : first + end])
-            first += outputs
+            found.append(tuple((begin, min(begin + height, outputs)) for begin in range(0, outputs, height)))
+        return tuple(found)
+
+    @cached_property
+    def _heights(self) -> tuple[int, ...]:
+        return tuple(end - begin for strips in self._strips for begin, end in strips)
+
+    def _multiply_in_strips(self, x_1I: Tensor, row: Tensor, out_1O: Tensor) -> None:
+        space, first = borrow((max(self._heights), x_1I.shape[1]), self.dtype), 0
+        for matrix, strips in zip(self.matrices, self._strips, strict=True):
+            tensors = matrix.tensors(row)
+            for begin, end in strips:
+                strip = space[: end - begin]
+                matrix.format.unpack(matrix.format.rows(tensors, begin, end), strip)
+                torch.mm(x_1I, strip.t(), out=out_1O[:, first : first + end - begin])
+                first += end - begin
 
 
 def find_fault(weights: Sequence[MatrixWeight], row: Tensor) -> str | None:
@@ -121,5 +134,5 @@ def find_fault(weights: Sequence[MatrixWeight], row: Tensor) -> str | None:
         for matrix in weight.matrices:
             found = matrix.format.find_fault(matrix.tensors(row))
             if found is not None:
-                return f"{matrix.fields[0].name}: {found}"
+                return f"{matrix.fields[0].name.partition('.')[2]}: {found}"
     return None

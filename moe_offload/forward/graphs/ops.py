@@ -22,6 +22,13 @@ def bank_of(layer: LayerRuntime) -> passes.Bank:
     return passes.Bank(plain, layer.cache.slots, moe.layout.dtype, packed)
 
 
+def rows_of(layer: LayerRuntime) -> str:
+    """What a graph takes for granted of a layer's rows, beside shapes and dtypes of its parameters; empty where those
+    say it all. Layers may share a graph only if it is the same of both."""
+    bank = bank_of(layer)
+    return repr((bank.fields, bank.packed)) if bank.packed else ""
+
+
 def bind(bank_SN: Tensor, layer: Any) -> None:
     """Let rewritten graphs that are handed this bank reach `layer`."""
     ops.bind(bank_SN, layer)
@@ -43,7 +50,10 @@ def refuse_backward_of_experts(refuse: Callable[[], Any]) -> None:
     ops.serve_no_gradient(refuse)
 
 
-def unserved(ids_TK: Tensor) -> Tensor:
-    """`ids_TK`, in code that is traced for our backend; a graph that never came to it raises there."""
-    marked: Tensor = ops.unserved(ids_TK)
+def unserved(ids_TK: Tensor, rows: str) -> Tensor:
+    """`ids_TK`, in code that is traced for our backend; a graph that never came to it raises there.
+
+    `rows` (see `rows_of`) becomes a constant of the graph, so Dynamo makes another graph where it is another.
+    """
+    marked: Tensor = ops.unserved(ids_TK, rows)
     return marked

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+import moe_offload
 from moe_offload.apps.bench.roofs import disk as roofs
 from moe_offload.apps.bench.routing import load_recorded
 from moe_offload.apps.bench.sides.contenders import CPU_SIDES, PACKED, Job, write_mapped
@@ -112,6 +113,7 @@ def test_wrong_requests_are_one_line(cache, tmp_path):
         (["synthetic:nothing"], "no such architecture"),
         (["synthetic:tiny", "--layers", "9", "--budget", "1GB"], "1 to 3 layers"),
         ([str(tmp_path), "--layers", "2", "--budget", "1GB"], "--layers is for synthetic:"),
+        ([str(tmp_path), "--experts", "fp8", "--budget", "1GB"], "--experts is for synthetic:"),
         (["synthetic:tiny", "--residency", "0%"], "--residency '0%'"),
         (["synthetic:tiny", "--residency", "much"], "--residency 'much'"),
         (["synthetic:tiny", "--residency", "50%", "--routing", "absent.npz"], "no such file"),
@@ -139,6 +141,32 @@ def test_a_synthetic_checkpoint_is_an_ordinary_one(cache):
     rows = model.model.layers[1].mlp.experts.down_proj.flatten(1)
     assert len(torch.unique(rows, dim=0)) == len(rows)
     assert not torch.equal(rows, model.model.layers[0].mlp.experts.down_proj.flatten(1))
+
+
+@pytest.mark.parametrize("experts", ["fp8", "mxfp4", "int4"])
+def test_experts_may_be_quantised(experts, tmp_path):
+    if experts != "fp8":
+        pytest.importorskip("compressed_tensors")
+    folder = synthetic("tiny", 1, tmp_path, experts)
+    assert folder.name == f"tiny_1-layers_{experts}"
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    weights = plain.model.layers[0].mlp.experts.down_proj.float()
+    assert 0.01 < weights.square().mean().sqrt() < 0.04 and len(weights.flatten(1).unique(dim=0)) == len(weights)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    ours = moe_offload.from_pretrained(folder, "8GB")
+    with torch.no_grad(), ours.moe_offload:
+        assert torch.equal(ours(ids).logits, plain(ids).logits)
+
+
+def test_the_bench_takes_a_quantised_synthetic_model(trace, tmp_path, monkeypatch):
+    monkeypatch.setattr(roofs, "SECONDS", 0.1)
+    amounts = ["--layers", "1", "--prompt-tokens", "8", "--new-tokens", "4", "--requests", "1", "--residency", "50%"]
+    done = run(
+        *("synthetic:tiny", "--experts", "fp8", "--sides", "resident,ours", "--routing", str(trace), "--json"),
+        *("--cache", str(tmp_path), *amounts),
+    )
+    assert done.exit_code == 0, done.output
+    assert [row["side"] for row in json.loads(done.stdout)["rows"]] == ["resident", "ours"]
 
 
 def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):

@@ -1,0 +1,77 @@
+"""Files that hold something else than config.json says: refused by name, before anything is loaded.
+
+transformers would fill what it does not recognise with random numbers, or take codes for weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ...errors import CheckpointError, UnsupportedModelError
+from ..headers import DTYPE_NAMES, Headers, TensorRange
+from .quantizer import quantization_of
+
+#: What the names of tensors end in that one method alone writes -> the method.
+MARKS = {
+    "_blocks": "MXFP4", ".weight_packed": "compressed-tensors", ".qweight": "GPTQ or AWQ", ".absmax": "bitsandbytes",
+    "_qdata": "torchao", ".weight_scale_inv": "FP8",
+}  # fmt: skip
+
+
+def refuse_foreign(config: Any, headers: Headers, parameter: str) -> None:
+    """Raise for a checkpoint without `parameter`, where experts of a quantised form are what it has instead."""
+    for key, found in headers.items():
+        method = _mark(key)
+        if method is not None and "expert" in key:
+            raise UnsupportedModelError(
+                f"{found.file}: {key!r} is a part of quantised experts ({method}), and config.json {_said(config)}, "
+                f"with which transformers has nothing for {parameter}. Put back the config.json that belongs to these "
+                "files; if it is theirs, use a checkpoint in MXFP4, block FP8, compressed-tensors int4, or bfloat16"
+            )
+
+
+def refuse_codes(config: Any, headers: Headers, what: str, sources: Sequence[TensorRange], keys: Sequence[str]) -> None:
+    """Numbers that mean something only with scales are no weights, whatever they may be cast to."""
+    for source, key in zip(sources, keys, strict=True):
+        if source.dtype.itemsize == 1 or not source.dtype.is_floating_point:
+            method = next((_mark(other) for other in headers if other.startswith(f"{key}.") and _mark(other)), None)
+            by = f" of {method}" if method else ""
+            raise UnsupportedModelError(
+                f"{source.file}: {key!r} holds {DTYPE_NAMES[source.dtype]} codes{by}, and config.json {_said(config)}, "
+                f"by which transformers cannot tell what {what} they stand for. Put back the config.json that belongs "
+                "to these files; if it is theirs, use a checkpoint in a format that is read, or in bfloat16"
+            )
+
+
+def check_dense(config: Any, headers: Headers, experts: Collection[str]) -> None:
+    """Raise for dense FP8 codes of which nothing says what they are worth: transformers would compute with them."""
+    said = quantization_of(config)
+    for key, found in headers.items():
+        if key in experts or found.dtype != torch.float8_e4m3fn or not key.endswith(".weight"):
+            continue
+        if said is None:
+            raise UnsupportedModelError(
+                f"{found.file}: {key!r} holds {DTYPE_NAMES[found.dtype]} codes, and config.json {_said(config)}. Put "
+                "back the config.json that belongs to these files"
+            )
+        stem = key.removesuffix("weight")
+        if not any(f"{stem}{end}" in headers for end in ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")):
+            raise CheckpointError(
+                f"{found.file}: {key!r} is {DTYPE_NAMES[found.dtype]} {list(found.shape)}, and the checkpoint has no "
+                "scales for it. Download the missing shard, or the whole checkpoint again"
+            )
+
+
+def _said(config: Any) -> str:
+    said = quantization_of(config)
+    if said is None:
+        return "names no format (quantization_config)"
+    method = said.get("quant_method") if isinstance(said, Mapping) else getattr(said, "quant_method", None)
+    return f"says {getattr(method, 'value', method)} (quantization_config)"
+
+
+def _mark(key: str) -> str | None:
+    return next((method for end, method in MARKS.items() if key.endswith(end)), None)

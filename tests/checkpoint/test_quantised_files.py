@@ -1,0 +1,252 @@
+"""Quantised checkpoints that are damaged, mixed, or of another format than config.json says: refused by name."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import moe_offload
+from moe_offload.apps.families.session import run_session
+from moe_offload.checkpoint.outline import outline_folder
+from moe_offload.errors import CheckpointError, UnsupportedModelError
+from tests.fakes import quantised_checkpoints as checkpoints
+from tests.fakes.quantised_checkpoints import KINDS, configure, ct_config, fp8_config, rewrite, split
+
+FP8 = "model.layers.1.mlp.experts.3.up_proj.weight"  # one matrix of many
+MX = "model.layers.1.mlp.experts.gate_up_proj"  # one of every expert of a layer
+Q = "model.layers.0.self_attn.q_proj.weight"
+Change = Callable[[dict[str, torch.Tensor]], object]
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    made: dict[str, Path] = {}
+
+    def get(kind: str, **sizes: Any) -> Path:
+        key = f"{kind} {sizes}"
+        if key not in made:
+            made[key] = checkpoints.write(kind, tmp_path_factory.mktemp("original") / "model", **sizes)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture
+def copy(originals, tmp_path):
+    return lambda kind, **sizes: Path(shutil.copytree(originals(kind, **sizes), tmp_path / "model"))
+
+
+def replaced(key: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Change:
+    return lambda tensors: tensors.update({key: change(tensors[key])})
+
+
+def with_byte(tensor: torch.Tensor, byte: int) -> torch.Tensor:
+    """The same, its first element in every row of rows another byte."""
+    changed = tensor.view(torch.uint8).clone()
+    changed.view(len(changed), -1)[:, 0] = byte
+    return changed.view(tensor.dtype)
+
+
+def plain_experts(tensors: dict[str, torch.Tensor], which: str) -> None:
+    """FP8 experts whose names have `which` in them, as bfloat16 without scales."""
+    for key in [key for key in tensors if ".experts." in key and which in key and key.endswith("weight")]:
+        scales = tensors.pop(f"{key}_scale_inv").repeat_interleave(128, 0).repeat_interleave(128, 1)
+        tensors[key] = (tensors[key].float() * scales).bfloat16()
+
+
+def halve_scales(tensors: dict[str, torch.Tensor], which: str) -> None:
+    """Scales of experts whose names have `which` in them, as bfloat16."""
+    for key in [key for key in tensors if ".experts." in key and which in key and key.endswith("_scale_inv")]:
+        tensors[key] = tensors[key].bfloat16()
+
+
+DAMAGED: dict[str, tuple[str, Change, str]] = {
+    "scales missing": ("fp8", lambda t: t.pop(f"{FP8}_scale_inv"), "expert 3 has no up_proj.weight_scale_inv"),
+    "codes missing": ("fp8", lambda t: t.pop(FP8), "expert 3 has no up_proj"),
+    "stacked scales missing": ("mxfp4", lambda t: t.pop(f"{MX}_scales"), "safetensors.*gate_up_proj_blocks.*no scales"),
+    "stacked codes missing": ("mxfp4", lambda t: t.pop(f"{MX}_blocks"), "safetensors.*gate_up_proj_scales.*no weights"),
+    "scales of too many blocks": (
+        "fp8", replaced(f"{FP8}_scale_inv", lambda s: torch.ones(3, 2)), "safetensors.*3.up_proj.weight_scale.*3, 2",
+    ),
+    "scales of one block": (
+        "fp8", replaced(f"{FP8}_scale_inv", lambda s: torch.ones(1, 1)), "safetensors.*3.up_proj.weight_scale.*1, 1",
+    ),
+    "scales of another dtype": (
+        "fp8", replaced(f"{FP8}_scale_inv", lambda s: s.bfloat16()), "safetensors.*3.up_proj.*another dtype",
+    ),
+    "scales of no such dtype": (
+        "fp8", replaced(f"{FP8}_scale_inv", lambda s: s.int()), "safetensors.*3.up_proj.weight_scale.*int32",
+    ),
+    "stacked scales of fewer rows": (
+        "mxfp4", replaced(f"{MX}_scales", lambda s: s[:, :-1]), r"safetensors.*gate_up_proj_scales.*\[191, 2\]",
+    ),
+    "stacked scales of fewer experts": (
+        "mxfp4", replaced(f"{MX}_scales", lambda s: s[:-1]), r"gate_up_proj_scales.*\[7, 192, 2\]",
+    ),
+    "stacked scales of another dtype": (
+        "mxfp4", replaced(f"{MX}_scales", lambda s: s.float()), "safetensors.*gate_up_proj_scales.*float32",
+    ),
+    "dense scales missing": ("fp8", lambda t: t.pop(f"{Q}_scale_inv"), "safetensors.*q_proj.weight.*no scales"),
+    "one expert in bfloat16": ("fp8", lambda t: plain_experts(t, "1.mlp.experts.3."), "expert 3 has no gate_proj"),
+    "one matrix in bfloat16": ("fp8", lambda t: plain_experts(t, "up_proj"), "up_proj unquantised and gate_"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "change", "says"), DAMAGED.values(), ids=DAMAGED)
+def test_damage_that_headers_show(copy, kind: str, change: Change, says: str) -> None:
+    with pytest.raises(CheckpointError, match=says):
+        outline_folder(rewrite(copy(kind), change))
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "byte", "says"),
+    [
+        ("fp8", FP8, 0x7F, "experts expert 3: up_proj: the code of row 0, column 0 means no number"),
+        ("fp8", FP8, 0xFF, "experts expert 3: up_proj: the code of row 0, column 0 means no number"),
+        ("mxfp4", f"{MX}_scales", 255, "experts expert 0: gate_up_proj_blocks: the scale of row 0, group 0 is 255"),
+        ("mxfp8", f"{FP8}_scale_inv", 255, "experts expert 3: up_proj: the scale at"),
+    ],
+)
+def test_codes_that_mean_no_number_are_named(copy, kind: str, key: str, byte: int, says: str) -> None:
+    folder = rewrite(copy(kind), replaced(key, lambda tensor: with_byte(tensor, byte)))
+    with pytest.raises(CheckpointError, match=f"{says}.*model.safetensors"):
+        moe_offload.from_pretrained(folder, "2GB").state_dict()
+
+
+@pytest.mark.parametrize("worth", [float("nan"), float("inf")])
+def test_scales_that_are_no_number_are_named(copy, worth: float) -> None:
+    folder = rewrite(copy("fp8"), replaced(f"{FP8}_scale_inv", lambda scales: scales * worth))
+    with pytest.raises(CheckpointError, match=r"expert 3: up_proj: the scale at \[0, 0\] is .*model.safetensors"):
+        moe_offload.from_pretrained(folder, "2GB").state_dict()
+
+
+def test_a_truncated_file(copy) -> None:
+    file = copy("mxfp4") / "model.safetensors"
+    os.truncate(file, file.stat().st_size - 1000)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        outline_folder(file.parent)
+
+
+OTHER: dict[str, tuple[str, dict[str, Any] | None, str]] = {
+    "FP8 said to be MXFP4": ("fp8", {"quant_method": "mxfp4"}, "F8_E4M3 codes.*config.json says mxfp4"),
+    "MXFP4 said to be FP8": ("mxfp4", fp8_config(), "quantised experts .MXFP4.*config.json says fp8"),
+    "int4 said to be FP8": ("ct-int4", fp8_config(), "compressed-tensors.*config.json says fp8"),
+    "groups of 32 said to be blocks": ("mxfp8", fp8_config(), r"weight_scale_inv.*blocks of \[128, 128\]"),
+    "blocks said to be groups of 32": ("fp8", dict(KINDS["mxfp8"].config), r"weight_scale_inv.*blocks of \[1, 32\]"),
+    "FP8 said to be nothing": ("fp8", None, "F8_E4M3 codes.*names no format"),
+    "MXFP4 said to be nothing": ("mxfp4", None, "MXFP4.*names no format"),
+    "int4 said to be nothing": ("ct-int4", None, "compressed-tensors.*names no format"),
+    "FP4 said to be nothing": ("fp4-experts", None, "I8 codes.*names no format"),
+}
+
+
+@pytest.mark.parametrize(("kind", "said", "says"), OTHER.values(), ids=OTHER)
+def test_files_of_another_format_than_config_json_says(copy, kind: str, said: Any, says: str) -> None:
+    with pytest.raises((CheckpointError, UnsupportedModelError), match=f"model.safetensors.*{says}"):
+        outline_folder(configure(copy(kind), quantization_config=said))
+
+
+def test_dense_codes_without_a_format_are_no_weights(copy) -> None:
+    folder = configure(rewrite(copy("fp8"), lambda t: plain_experts(t, "")), quantization_config=None)
+    with pytest.raises(UnsupportedModelError, match=r"self_attn.*F8_E4M3.*names no format"):
+        outline_folder(folder)
+
+
+REFUSED: dict[str, dict[str, Any]] = {
+    **{method: {"quant_method": method} for method in ("gptq", "awq", "nvfp4", "hqq", "quanto", "brand-new")},
+    "NVFP4": ct_config("nvfp4-pack-quantized", type="float", strategy="tensor_group", group_size=16),
+    "asymmetric": ct_config("pack-quantized", symmetric=False, group_size=32),
+    "by block": ct_config("float-quantized", num_bits=8, type="float", strategy="block"),
+    "8-bit int": ct_config("int-quantized", num_bits=8, strategy="channel"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_formats_that_are_refused_by_what_config_json_says(copy, name: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"{name}.*Instead, use a checkpoint in MXFP4"):
+        outline_folder(configure(copy("fp8"), quantization_config=REFUSED[name]))
+
+
+def _bitsandbytes(tensors: dict[str, torch.Tensor]) -> None:
+    for key in [key for key in tensors if ".experts." in key]:
+        tensors |= {f"{key}.absmax": torch.ones(4), key: torch.zeros(16, 1, dtype=torch.uint8)}
+
+
+def _gptq(tensors: dict[str, torch.Tensor]) -> None:
+    for key in [key for key in tensors if ".experts." in key]:
+        tensors[key.removesuffix("weight") + "qweight"] = tensors.pop(key).int()
+
+
+def _torchao(tensors: dict[str, torch.Tensor]) -> None:
+    for key in [key for key in tensors if ".experts." in key]:
+        tensors[key.removesuffix("weight") + "_weight_qdata"] = tensors.pop(key).to(torch.int8)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [(_bitsandbytes, "U8 codes of bitsandbytes"), (_gptq, "GPTQ or AWQ"), (_torchao, "torchao")],
+    ids=["bitsandbytes", "gptq", "torchao"],
+)
+def test_experts_that_carry_the_marks_of_a_method_of_dense_layers(copy, change: Change, says: str) -> None:
+    folder = rewrite(copy("fp8"), lambda tensors: plain_experts(tensors, ""))
+    rewrite(folder, lambda tensors: [tensors.pop(key) for key in list(tensors) if key.endswith("_scale_inv")])
+    rewrite(folder, change)
+    with pytest.raises(UnsupportedModelError, match=f"model.safetensors.*experts.*{says}"):
+        outline_folder(configure(folder, quantization_config=None))
+
+
+@pytest.mark.parametrize("inner", [192, 200])
+def test_experts_in_uneven_blocks(copy, inner: int) -> None:
+    with pytest.raises(UnsupportedModelError, match=rf"model.safetensors.*experts.*{inner}\].*the last of them short"):
+        outline_folder(copy("fp8", moe_intermediate_size=inner))
+
+
+def test_dense_weights_that_transformers_would_cut_into_other_blocks(copy) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"o_proj.*loads other weights than were saved"):
+        outline_folder(copy("fp8", num_attention_heads=12, head_dim=16))
+
+
+def test_dense_weights_in_uneven_blocks_are_what_the_format_says(copy, caplog) -> None:
+    """576 rows of kv_a_proj_with_mqa, as in DeepSeek-V3: transformers cannot load them without a GPU."""
+    folder = copy("fp8-deepseek", kv_lora_rank=512, qk_rope_head_dim=64)
+    with pytest.raises(RuntimeError):
+        AutoModelForCausalLM.from_pretrained(folder)
+    key, tensors = "model.layers.0.self_attn.kv_a_proj_with_mqa.weight", checkpoints.tensors_of(folder)
+    scales = tensors[f"{key}_scale_inv"].repeat_interleave(128, 0).repeat_interleave(128, 1)[:576]
+    found = moe_offload.from_pretrained(folder, "2GB").state_dict()
+    assert torch.equal(found[key], (tensors[key].float() * scales).bfloat16())
+    assert "short last block" in caplog.text
+
+
+def assert_as_plain(folder: Path) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="grouped_mm")
+    ours = moe_offload.from_pretrained(folder, "2GB", config={"compile": "graph", "poison": True})
+    for theirs, found in zip(
+        run_session(plain, "lm", new_tokens=3), run_session(ours, "lm", new_tokens=3), strict=True
+    ):
+        assert torch.equal(found, theirs)
+    ours.moe_offload.close()
+
+
+SOUND: dict[str, Callable[[Path], object]] = {
+    "scales in another shard": lambda folder: split(folder, lambda key: key.endswith("_scale_inv")),
+    # Two layers whose rows are of different kinds may not share a graph: one would be read as the other.
+    "second layer in bfloat16": lambda folder: rewrite(folder, lambda t: plain_experts(t, "layers.1.")),
+    "first layer in bfloat16": lambda folder: rewrite(folder, lambda t: plain_experts(t, "layers.0.")),
+    "scales of another dtype in one layer": lambda folder: rewrite(folder, lambda t: halve_scales(t, "layers.1.")),
+    "all experts in bfloat16": lambda folder: rewrite(folder, lambda t: plain_experts(t, "")),
+}
+
+
+@pytest.mark.parametrize("change", SOUND.values(), ids=SOUND)
+def test_what_looks_odd_and_is_sound(copy, change: Callable[[Path], object]) -> None:
+    folder = copy("fp8")
+    change(folder)
+    assert_as_plain(folder)

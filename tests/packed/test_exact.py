@@ -1,0 +1,58 @@
+"""What is tried out about a product is what is then done: the very strips, the last one too."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from moe_offload.checkpoint.quantised import weights
+from moe_offload.checkpoint.quantised.weights import Matrix, MatrixWeight
+from moe_offload.packed import FORMATS, exact
+from tests.packed.matrices import fp8, int4, same_bits
+
+PAIRS = {  # two matrices below each other, as gate and up are
+    "int4": [int4(100, 256, 8, torch.bfloat16)] * 2,
+    "fp8": [fp8(384, 256, torch.full((4, 2), 1e-2)), fp8(288, 256, torch.full((3, 2), 2e-2))],
+}
+
+
+def test_strips_are_exact_only_if_the_last_one_is(monkeypatch):
+    """With a product that rounds otherwise where a strip has few rows."""
+    mm = torch.mm
+
+    def other_by_shape(x, weight, *, out=None):
+        found = mm(x, weight) + (weight.shape[1] < 16) * 0.5
+        return found if out is None else out.copy_(found)
+
+    monkeypatch.setattr(torch, "mm", other_by_shape)
+    exact._strips_are_exact.cache_clear()
+    assert not exact.strips_are_exact((64, 64, 8), 48, torch.float32)
+    exact._strips_are_exact.cache_clear()
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_the_strips_that_are_tried_are_those_that_are_multiplied(kind, monkeypatch):
+    tried, multiplied, mm = [], [], torch.mm
+    monkeypatch.setattr(weights, "STRIP_BYTES", 48 * 256 * 2)
+    monkeypatch.setattr(weights, "strips_are_exact", lambda heights, *_: tried.extend(heights) or True)
+    pair = PAIRS[kind]
+    formats = [FORMATS[kind].fit(tensors) for tensors in pair]
+    matrices = []
+    for format, tensors in zip(formats, pair, strict=True):
+        fields = tuple(SimpleNamespace(view_in=lambda row, tensor=tensor: tensor) for tensor in tensors)
+        matrices.append(Matrix(format, fields, format.shape(tensors)))
+    rows = sum(matrix.shape[0] for matrix in matrices)
+    weight = MatrixWeight("w", (rows, 256), torch.bfloat16, tuple(matrices), ())
+    monkeypatch.setattr(weights, "joins_bytes", lambda conversions: True)
+    whole = torch.empty(rows, 256, dtype=torch.bfloat16)
+    weight.unpack(torch.empty(0), whole)
+
+    def recorded(x, other, *, out=None):
+        multiplied.append(other.shape[1])
+        return mm(x, other, out=out)
+
+    monkeypatch.setattr(torch, "mm", recorded)
+    x, out = torch.ones(1, 256, dtype=torch.bfloat16), torch.empty(1, rows, dtype=torch.bfloat16)
+    weight.multiply(x, torch.empty(0), out, transposed=True)
+    assert tried == multiplied and sum(tried) == rows
+    assert same_bits(out, torch.cat([mm(x, part.t()) for part in whole.split(tried)], 1))
