@@ -37,6 +37,7 @@ from ..observe.progress import bar
 from ..runtime.layer import LayerRuntime
 from ..runtime.model import Runtime
 from .state_dict import fill_state_dict, phantoms_only, refuse_phantoms
+from .unquantised import as_unquantised
 
 Layers = list[tuple[MoELayer, LayerRuntime]]
 
@@ -76,6 +77,7 @@ class Saver:
         """Write the model to a folder, as transformers' own `save_pretrained` does, one expert in memory at a time.
 
         The result has the same tensors as that of the model that is not offloaded, and loads with plain transformers.
+        Of a quantised checkpoint it has the weights themselves, in the model's dtype, and no quantization_config.
         It is written beside what is in the folder and takes its place at the end: after an error or Ctrl-C the folder
         is as it was, and after a kill it has the old checkpoint or the new one. Forwards in other threads wait
         meanwhile. With `state_dict`, exactly those tensors are written, by transformers; of a model with an adapter,
@@ -91,7 +93,7 @@ class Saver:
         if not is_main_process:
             return
         limit_bytes, out = parse_size(max_shard_size), Path(save_directory)
-        with self.runtime.lock:
+        with self.runtime.lock, as_unquantised(self.model):
             self.runtime.check_open()
             if getattr(self.model, "_hf_peft_config_loaded", False):  # only the adapter is written
                 self._write_given(out, self._phantom_state(), limit_bytes, 0, **kwargs)

@@ -77,3 +77,17 @@ def test_the_strips_that_are_tried_are_those_that_are_multiplied(kind, monkeypat
     weight.multiply(x, torch.empty(0), out, transposed=True)
     assert tried == multiplied and sum(tried) == rows
     assert same_bits(out, torch.cat([mm(x, part.t()) for part in whole.split(tried)], 1))
+
+
+def test_decoding_does_not_depend_on_prompts(monkeypatch):
+    """A library whose products of 8 rows and more have other bits from the side, as with AMX."""
+
+    def other_bits_from_8_rows_on(x, matrix):
+        found = (x.double() @ matrix.double()).to(x.dtype)
+        return found if len(x) < 8 or matrix.is_contiguous() else found + 1
+
+    monkeypatch.setattr(torch, "mm", other_bits_from_8_rows_on)
+    exact._transposed_is_exact.cache_clear()
+    found = {rows: exact.transposed_is_exact(rows, 48, 32, torch.bfloat16) for rows in (1, 4, 5, 8, 300)}
+    exact._transposed_is_exact.cache_clear()
+    assert found == {1: True, 4: True, 5: False, 8: False, 300: False}

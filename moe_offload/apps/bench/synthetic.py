@@ -19,16 +19,18 @@ import torch
 from torch import Tensor
 
 from ...checkpoint.headers import TensorRange
-from ...checkpoint.quantised.layouts import ExpertMatrix, choose_layout
+from ...checkpoint.quantised.layouts import ExpertMatrix, Layout, choose_layout
 from ...config.sizes import format_size
 from ...errors import CheckpointError
 from ...experts import find_experts
 from ...files.staging import staging_folder
 from .architectures import sizes_of
-from .codes import random_codes
 
 BLOCK = 16_777_213  # random numbers, repeated; a prime, so that no two experts begin at the same one
 SCALE = 0.02
+#: Root mean square of the weights that random codes stand for, with a scale of one.
+SIZES = {"mxfp4": 2.93, "int4": 4.64, "fp8": 128.0}
+EXPONENT = 120  # 2^(120 - 127) times 2.93 is about the size that is wanted
 
 
 def default_cache() -> Path:
@@ -102,7 +104,7 @@ def _write(model: Any, folder: Path, experts: str | None) -> None:
         tensors = {k: t.contiguous() for k, t in revert_weight_conversion(model, filled).items()}
         if layout is not None:
             for key in quantised:
-                tensors |= random_codes(layout, matrices[key])
+                tensors |= _random_codes(layout, matrices[key])
         file = f"model-{i:05}-of-{len(groups):05}.safetensors"
         save_file(tensors, folder / file, metadata={"format": "pt"})
         with (folder / file).open("rb") as stream:
@@ -133,3 +135,18 @@ def _fill(param: Tensor, name: str, numbers: Tensor) -> Tensor:
         part.copy_(numbers.roll(-(begin % BLOCK))[: len(part)])
         begin += 1
     return filled.view(param.shape)
+
+
+def _random_codes(layout: Layout, matrix: ExpertMatrix) -> dict[str, Tensor]:
+    """The tensors of a matrix in a checkpoint; no two matrices alike."""
+    codes, scales, *shape = layout.entries(matrix)
+    generator = torch.Generator().manual_seed(zlib.crc32(matrix.key.encode()))
+    raw = torch.randint(-(2**63), 2**63 - 1, (codes.nbytes // 8,), generator=generator).view(torch.uint8)
+    if layout.kind == "fp8":
+        raw[(raw & 0x7F) == 0x7F] = 0  # which means no number
+    fill = EXPONENT if layout.kind == "mxfp4" else SCALE / SIZES[layout.kind]
+    found = {
+        codes.key: raw.view(codes.dtype).view(codes.shape),
+        scales.key: torch.full(scales.shape, fill, dtype=scales.dtype),
+    }
+    return found | {entry.key: torch.tensor(matrix.shape) for entry in shape}

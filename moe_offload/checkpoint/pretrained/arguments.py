@@ -33,7 +33,10 @@ class Argument(NamedTuple):
 
 _READ_IN_PLACE = "experts are read from the checkpoint's own files, and dense weights are held"
 _ONE_PROCESS = "moe_offload runs a model in one process: leave it out"
-_NO_QUANTIZATION = "moe_offload does not quantise, and reads no quantised experts yet: leave it out, or choose a dtype"
+_NO_QUANTIZATION = (
+    "nothing is quantised while it is loaded, and of a checkpoint that is quantised its config.json says how: leave it "
+    "out, and give a checkpoint in a format that is read (docs/quantised.md)"
+)
 _KERNELS = "kernels that replace a model's layers are not what the passes know: leave it out"
 _RETIRED = "transformers takes it and ignores it"
 

@@ -98,8 +98,12 @@ class MatrixWeight:
     def try_products(self) -> None:
         """Find out now what may be computed in another way: it takes memory that is not there once slots are full."""
         inputs, turned = self.matrices[0].shape[1], not joins_bytes(self.conversions)
-        if not turned or [self._as_in_file(False, rows) for rows in range(1, FEW + 1)][0]:
+        if not turned or self._tries_few_rows():
             strips_are_exact(self._heights, inputs, self.dtype)
+
+    def _tries_few_rows(self) -> bool:
+        tried = [self._as_in_file(False, rows) for rows in range(1, FEW + 1)]
+        return tried[0]
 
     def _as_in_file(self, transposed: bool, rows: int) -> bool:
         """Whether the product's outputs are rows of the file's matrices, and may be computed from them."""

@@ -1,0 +1,96 @@
+"""A quantised model saved: the weights it computes with, as an ordinary checkpoint; and packed anew."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import moe_offload
+from moe_offload.apps.families.session import run_session
+from moe_offload.checkpoint.outline import outline_folder
+from moe_offload.errors import CheckpointError
+from tests.fakes.quantised_checkpoints import KINDS, tensors_of, write
+
+SETTINGS = {"compile": "graph", "poison": True}
+KINDS_SAVED = [
+    pytest.param(
+        kind,
+        marks=pytest.mark.skipif(
+            bool(KINDS[kind].needs) and importlib.util.find_spec(KINDS[kind].needs) is None, reason="needs a package"
+        ),
+    )
+    for kind in ("mxfp4", "fp8", "ct-fp8")
+]
+
+
+def load_ours(folder: Path):
+    return moe_offload.from_pretrained(folder, "2GB", config=SETTINGS)
+
+
+def run(model) -> list[torch.Tensor]:
+    return run_session(model, "lm", new_tokens=3)
+
+
+def assert_same(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS_SAVED)
+def test_saved_is_an_ordinary_checkpoint_of_the_same_weights(kind: str, tmp_path: Path) -> None:
+    """transformers itself writes one that cannot be loaded, or fails."""
+    model = load_ours(write(kind, tmp_path / "quantised"))
+    want, state = run(model), model.state_dict()
+    before = model.config.to_dict()
+    model.save_pretrained(tmp_path / "saved")
+    assert model.config.to_dict() == before
+    assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert {tensor.dtype for tensor in tensors_of(tmp_path / "saved").values()} <= {torch.bfloat16, torch.float32}
+    plain, found = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "saved", experts_implementation="grouped_mm", output_loading_info=True
+    )
+    assert not found["missing_keys"] and not found["unexpected_keys"]
+    assert all(torch.equal(tensor, state[name]) for name, tensor in plain.state_dict().items())
+    assert_same(run(plain), want)
+    assert_same(run(load_ours(tmp_path / "saved")), want)
+
+
+def test_one_that_plain_transformers_loaded_is_saved_so_too(tmp_path: Path) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(write("fp8", tmp_path / "quantised"))
+    want = run(load_ours(tmp_path / "quantised"))
+    moe_offload.optimize(plain, "2GB", config=SETTINGS).save_pretrained(tmp_path / "saved")
+    assert_same(run(load_ours(tmp_path / "saved")), want)
+
+
+@pytest.mark.parametrize("kind", KINDS_SAVED)
+def test_packed_anew_rows_keep_their_size(kind: str, tmp_path: Path) -> None:
+    folder = write(kind, tmp_path / "quantised")
+    moe_offload.pack_checkpoint(folder, tmp_path / "packed", verify="all")
+    found, before = outline_folder(tmp_path / "packed"), outline_folder(folder)
+    assert [moe.layout for moe in found.moe_layers] == [moe.layout for moe in before.moe_layers]
+    assert [moe.packed for moe in found.moe_layers] == [moe.packed for moe in before.moe_layers]
+    for moe, rows in zip(found.moe_layers, found.index.rows, strict=True):
+        starts = [row[0].sources[0].offset for row in rows]
+        assert [b - a for a, b in itertools.pairwise(starts)] == [moe.layout.row_bytes] * (len(rows) - 1)
+    assert_same(run(load_ours(tmp_path / "packed")), run(load_ours(folder)))
+
+
+def test_a_damaged_file_of_packed_rows(tmp_path: Path) -> None:
+    moe_offload.pack_checkpoint(write("mxfp4", tmp_path / "quantised"), tmp_path / "packed")
+    [file] = (tmp_path / "packed").glob("moe_offload_rows-*.safetensors")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-100])
+    with pytest.raises(CheckpointError, match=file.name):
+        load_ours(tmp_path / "packed")
+    moe, header = outline_folder(tmp_path / "quantised").moe_layers[0], 8 + int.from_bytes(whole[:8], "little")
+    scales = next(field for field in moe.layout.fields if field.name.endswith("_scales"))
+    damaged = bytearray(whole)
+    damaged[header + scales.offset] = 255  # in the first expert of the first layer
+    file.write_bytes(damaged)
+    with pytest.raises(CheckpointError, match=rf"expert 0: .* is 255.*{file.name}"):
+        load_ours(tmp_path / "packed").state_dict()
