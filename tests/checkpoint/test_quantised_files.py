@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import moe_offload
 from moe_offload.apps.families.session import run_session
+from moe_offload.apps.families.tiny import build
 from moe_offload.checkpoint.outline import outline_folder
 from moe_offload.errors import CheckpointError, UnsupportedModelError
 from tests.fakes import quantised_checkpoints as checkpoints
@@ -160,7 +161,9 @@ def test_dense_codes_without_a_format_are_no_weights(copy) -> None:
 
 
 REFUSED: dict[str, dict[str, Any]] = {
-    **{method: {"quant_method": method} for method in ("gptq", "awq", "nvfp4", "hqq", "quanto", "brand-new")},
+    **{
+        method: {"quant_method": method} for method in ("gptq", "awq", "nvfp4", "hqq", "quanto", "torchao", "brand-new")
+    },
     "NVFP4": ct_config("nvfp4-pack-quantized", type="float", strategy="tensor_group", group_size=16),
     "asymmetric": ct_config("pack-quantized", symmetric=False, group_size=32),
     "by block": ct_config("float-quantized", num_bits=8, type="float", strategy="block"),
@@ -243,6 +246,17 @@ SOUND: dict[str, Callable[[Path], object]] = {
     "scales of another dtype in one layer": lambda folder: rewrite(folder, lambda t: halve_scales(t, "layers.1.")),
     "all experts in bfloat16": lambda folder: rewrite(folder, lambda t: plain_experts(t, "")),
 }
+
+
+def test_bitsandbytes_of_dense_layers_is_plain_transformers_business(tmp_path) -> None:
+    pytest.importorskip("bitsandbytes")
+    sizes = {"hidden_size": 256, "moe_intermediate_size": 128, "num_hidden_layers": 2}
+    build("qwen3_moe", dtype=torch.bfloat16, **sizes).save_pretrained(tmp_path / "plain")
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=four_bits)
+    model.save_pretrained(tmp_path / "quantised")
+    assert any(key.endswith(".absmax") for key in checkpoints.tensors_of(tmp_path / "quantised"))
+    assert_as_plain(tmp_path / "quantised")
 
 
 @pytest.mark.parametrize("change", SOUND.values(), ids=SOUND)

@@ -15,7 +15,7 @@ from ...errors import UnsupportedModelError
 #: Methods whose experts are read packed.
 PACKED = ("mxfp4", "fp8", "mxfp8", "compressed-tensors")
 #: Methods that quantise dense layers alone; an expert that carries their marks is refused when the headers are read.
-DENSE_ONLY = ("bitsandbytes", "torchao")
+DENSE_ONLY = ("bitsandbytes",)
 
 _RANDOM = "transformers would fill the experts with random numbers: it quantises nn.Linear, and they are none"
 _NEWER = "use a checkpoint in MXFP4, block FP8, compressed-tensors int4 or FP8, or the bfloat16 original"
@@ -26,6 +26,7 @@ REFUSED = {
     "auto-round": _RANDOM,
     "hqq": "transformers 5 has not brought it back yet",
     "quanto": "it quantises while loading, and has no form on disk",
+    "torchao": "what its tensors mean stands in the files' metadata, which transformers reads by their path alone",
     "nvfp4": "transformers does not load experts that were quantised to it before",
     "fbgemm_fp8": "it computes on CUDA alone, with kernels of its own",
     "eetq": "it computes on CUDA alone, with kernels of its own",
