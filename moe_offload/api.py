@@ -22,6 +22,7 @@ from .checkpoint.outline import outline_folder
 from .checkpoint.pretrained.arguments import sort_arguments
 from .checkpoint.pretrained.dense import find_adapter, load_adapter, load_dense
 from .checkpoint.pretrained.download import get_folder
+from .checkpoint.quantised.fused_weight import fuse_weights
 from .checkpoint.quantised.verify import verify_unpacking
 from .checkpoint.row_index import RowIndex
 from .config.device_map import DeviceMap, MaxMemory
@@ -190,6 +191,7 @@ def _offload(model: Model, moe_layers: Sequence[MoELayer], prepared: Prepared, i
             undo.callback(store.close)
         if index is not None:
             moe_layers = verify_unpacking(moe_layers, index.packings, model, partial(read_first, stores))
+            moe_layers = fuse_weights(moe_layers) if settings.compute == "packed" else moe_layers
         profile = prepared.profile
         runtime = build_runtime(moe_layers, arrangement.plan, stores, settings, profile, device, device_decides)
         undo.pop_all()

@@ -15,8 +15,6 @@ from ..errors import ConfigError
 from .device_map import device_name
 from .sizes import parse_size, size_problem
 
-COMPUTES = ("exact", "fast")
-
 
 class Rule(NamedTuple):
     """What a field accepts: `holds` as a test, `accepted` in words. `wrong` may say what is wrong with a value."""
@@ -150,11 +148,7 @@ RULES: dict[str, Rule] = {
     "half_life": Rule(_is_half_life, lambda: "tokens: a finite number above 0"),
     "experts_implementation": _choice("auto", "grouped_mm", "batched_mm"),
     "compile": _choice("auto", "inductor", "graph"),
-    "compute": Rule(
-        lambda value: isinstance(value, str) and value in COMPUTES,
-        lambda: _any_of(COMPUTES),
-        lambda value: "this version does not multiply packed weights" if value == "packed" else None,
-    ),
+    "compute": _choice("exact", "fast", "packed"),
     "decide": _choice("auto", "host", "device"),
     "overlap": _flag_or_none(),
     "lookahead": _flag(),

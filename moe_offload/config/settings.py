@@ -48,6 +48,7 @@ class OffloadConfig:
             a CPU, "inductor" elsewhere.
         compute: "exact": each product as plain transformers computes it, to the bit. "fast": on a CPU, bfloat16
             products of up to 4 tokens at memory speed, in another order of sums (`docs/fast.md`: what may differ).
+            "packed": products of up to 8 tokens by quantised experts straight from their codes, in float32.
         decide: Who says which expert gives way while decoding: "host"; "device", without the host having to wait for
             ids, in the layers whose rows rest in RAM, by "decayed_lfu" (the host in the others, by `policy`); or
             "auto": the device where it is a GPU.

@@ -23,7 +23,6 @@ _sets = itertools.count()
 _inside = threading.local()  # .scope: that of the offloaded model whose call this thread is in
 
 
-@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def banks_of_this_thread() -> str:
     """The name of the set of banks of the offloaded model whose call this thread is in; empty in no call.
 
@@ -32,6 +31,10 @@ def banks_of_this_thread() -> str:
     """
     scope: Scope | None = getattr(_inside, "scope", None)
     return "" if scope is None else scope.banks
+
+
+#: What torch._dynamo.assume_constant_result does; but to import Dynamo takes seconds, and only compiling needs it.
+banks_of_this_thread._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class Scope:

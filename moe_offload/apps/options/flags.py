@@ -46,7 +46,8 @@ Compile = Annotated[
 Compute = Annotated[
     str | None,
     typer.Option(
-        "--compute", help="exact: the bits of plain transformers; fast: few tokens at memory speed, rounded anew."
+        "--compute",
+        help="exact: the bits of plain transformers; fast, packed: few tokens sooner, rounded anew (docs/fast.md).",
     ),
 ]
 ConfigFile = Annotated[

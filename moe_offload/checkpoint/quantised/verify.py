@@ -81,6 +81,8 @@ def verify_unpacking(
         if kind not in same:
             row = read_row(moe)
             same[kind] = all(_agrees(weight, packing.made_by[weight.name], row, model) for weight in packing.weights)
+            for weight in packing.weights:
+                weight.try_products()
             if not same[kind]:
                 logger.warning(
                     "%s: the installed transformers unpacks these experts otherwise than moe_offload does; its own "

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...experts import Field
 from ...packed import Format
-from ...packed.exact import STRIP_BYTES, strips_are_exact, transposed_is_exact
+from ...packed.exact import FEW, STRIP_BYTES, strips_are_exact, transposed_is_exact
 from ...packed.workspace import borrow
 from ..conversion import Conversion, Swap, convert_tensors, joins_bytes
 
@@ -67,11 +67,16 @@ class MatrixWeight:
     def workspace_bytes(self) -> int:
         """What unpacking takes at once: the matrices and, where they are reordered, the parameter beside them."""
         whole = math.prod(self.shape) * self.dtype.itemsize
-        return whole if joins_bytes(self.conversions) else 2 * whole
+        if joins_bytes(self.conversions):
+            return whole
+        return whole + STRIP_BYTES if self.conversions == (Swap(0, 1),) else 2 * whole
 
     def unpack(self, row: Tensor, out: Tensor) -> None:
         if joins_bytes(self.conversions):
             self._unpack_below(row, out)
+            return
+        if self.conversions == (Swap(0, 1),):
+            self._unpack_turned(row, out)
             return
         parts = [torch.empty(matrix.shape, dtype=self.dtype) for matrix in self.matrices]
         for matrix, part in zip(self.matrices, parts, strict=True):
@@ -79,7 +84,7 @@ class MatrixWeight:
         out.copy_(convert_tensors(self.conversions, parts))
 
     def multiply(self, x_MI: Tensor, row: Tensor, out_MO: Tensor, transposed: bool) -> None:
-        if not self._as_in_file(len(x_MI), transposed):
+        if not self._as_in_file(transposed, len(x_MI)):
             whole = borrow(self.shape, self.dtype)
             self.unpack(row, whole)
             torch.mm(x_MI, whole.t() if transposed else whole, out=out_MO)
@@ -90,8 +95,18 @@ class MatrixWeight:
             self._unpack_below(row, whole)
             torch.mm(x_MI, whole.t(), out=out_MO)
 
-    def _as_in_file(self, rows: int, transposed: bool) -> bool:
-        """Whether the outputs of a product of so many rows are rows of the file's matrices, and computed from them."""
+    def try_products(self) -> None:
+        """Find out now what may be computed in another way: it takes memory that is not there once slots are full."""
+        inputs, turned = self.matrices[0].shape[1], not joins_bytes(self.conversions)
+        if not turned or self._tries_few_rows():
+            strips_are_exact(self._heights, inputs, self.dtype)
+
+    def _tries_few_rows(self) -> bool:
+        tried = [self._as_in_file(False, rows) for rows in range(1, FEW + 1)]
+        return tried[0]
+
+    def _as_in_file(self, transposed: bool, rows: int) -> bool:
+        """Whether the product's outputs are rows of the file's matrices, and may be computed from them."""
         if joins_bytes(self.conversions):
             return transposed
         swapped = self.conversions == (Swap(0, 1),) and not transposed
@@ -102,6 +117,16 @@ class MatrixWeight:
         for matrix in self.matrices:
             matrix.format.unpack(matrix.tensors(row), out_OI[first : first + matrix.shape[0]])
             first += matrix.shape[0]
+
+    def _unpack_turned(self, row: Tensor, out_IO: Tensor) -> None:
+        """Strip by strip: each is turned while it is in the cache."""
+        [matrix], [strips] = self.matrices, self._strips
+        tensors = matrix.tensors(row)
+        space = torch.empty((max(self._heights), matrix.shape[1]), dtype=self.dtype)
+        for begin, end in strips:
+            strip = space[: end - begin]
+            matrix.format.unpack(matrix.format.rows(tensors, begin, end), strip)
+            out_IO[:, begin:end] = strip.t()
 
     @cached_property
     def _strips(self) -> tuple[tuple[tuple[int, int], ...], ...]:
