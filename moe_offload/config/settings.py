@@ -181,6 +181,11 @@ def active_file(named: str | Path | None = None) -> Path | None:
     return default if default.exists() else None
 
 
+def given_key() -> str | None:
+    """What MOE_OFFLOAD_API_KEY says; empty, where a secret was not found, is no reason to go without one."""
+    return os.environ.get(KEY_VARIABLE)
+
+
 def _gather(config: Config, overrides: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     """`{field: (value, where it is from)}` of all fields that somebody has set."""
     if not isinstance(config, (Mapping, str, os.PathLike, type(None))):

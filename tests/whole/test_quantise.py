@@ -177,11 +177,19 @@ def test_the_command_measures_before_and_after(tmp_path, monkeypatch, capsys):
     assert "tokens, " in before and before != after
 
 
+def test_a_budget_too_small_to_measure_with_is_refused_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    (tmp_path / "text.txt").write_text("The ls command lists the files of a folder.")
+    asked = ("--experts", "fp8", "--measure", tmp_path / "text.txt", "--budget", "1MB")
+    code, told = run(monkeypatch, capsys, "examples/polyglot-tiny", tmp_path / "made", *asked)
+    assert code == 3 and "below the floor" in told.err and not (tmp_path / "made").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["--measure", "text.txt"], "--measure needs --experts"),
         (["--experts", "fp8", "--measure", "absent.txt"], "no such file"),
+        (["--experts", "fp8", "--measure", "tests"], "not a file"),
         (["--experts", "fp8", "--budget", "8GB"], "--budget is what"),
         (["--experts", "fp8", "--verify", "all"], "--verify is for"),
         (["--experts", "fp3"], "fp3"),

@@ -50,10 +50,12 @@ def pack(
     _check_together(experts, verify, measure, budget)
     config = settings(None, budget=budget)
     check_new(out)
-    if experts is not None:
+    if measure is not None:
+        from ...plan.forecast import of_outline, read_outline
         from .perplexity import measure_text, read_text, tokenise
 
-        pieces = tokenise(model, read_text(measure)) if measure is not None else []
+        pieces = tokenise(model, read_text(measure))
+        of_outline(read_outline(model), config)  # raises for a budget that is too small, which must not cost a copy
     try:
         if experts is None:
             from ...pack import pack_checkpoint
@@ -81,4 +83,6 @@ def _check_together(experts: str | None, verify: str, measure: Path | None, budg
     if budget is not None and measure is None:
         raise ConfigError("--budget is what a model may hold while --measure runs it; nothing runs here without that")
     if measure is not None and not measure.is_file():
-        raise ConfigError(f"--measure {measure}: no such file")
+        raise ConfigError(
+            f"--measure {measure}: {'not a file' if measure.exists() else 'no such file'}; give a UTF-8 text"
+        )

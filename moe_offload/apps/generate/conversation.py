@@ -31,7 +31,10 @@ Type a message. Ctrl-C ends an answer.
 class Conversation:
     """Turns between a person and `model`. Answers go to standard output, all else to standard error."""
 
-    def __init__(self, model: Any, tokenizer: Any, sampling: SamplingFlags, system: str | None):
+    def __init__(
+        self, model: Any, tokenizer: Any, sampling: SamplingFlags, system: str | None, context: int | None = None
+    ):
+        self._context = context  # what --context says
         self._model, self._tokenizer, self._sampling, self._system = model, tokenizer, sampling, system
         self.messages: Messages = []
         self._last = "nothing was said yet"
@@ -99,7 +102,8 @@ class Conversation:
 
     def _generate(self, streamer: Streamer) -> None:
         inputs, sampling = self._inputs(), self._sampling
-        room = room_for_answer(inputs["input_ids"].shape[-1], longest_context(self._model), sampling.max_new_tokens)
+        tokens, longest = inputs["input_ids"].shape[-1], longest_context(self._model)
+        room = room_for_answer(tokens, longest, sampling.max_new_tokens, self._context)
         if sampling.seed is not None:
             set_seed(sampling.seed)
         self._model.generate(**inputs, **_own_or_asked(sampling), max_new_tokens=room, streamer=streamer)

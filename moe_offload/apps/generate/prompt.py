@@ -56,15 +56,19 @@ def encode_chat(tokenizer: Any, messages: Messages) -> Any:
         raise ConfigError(f"the model's chat template refuses the conversation: {error}") from error
 
 
-def room_for_answer(prompt_tokens: int, longest: int | None, max_new_tokens: int) -> int:
-    """How many of `max_new_tokens` the model has room for. Raises ConfigError if the prompt alone is too long.
+def room_for_answer(prompt_tokens: int, longest: int | None, max_new_tokens: int, context: int | None = None) -> int:
+    """How many of `max_new_tokens` there is room for. Raises ConfigError if the prompt alone is too long.
 
-    `longest` is the most tokens that the model takes; None where it does not say.
+    `longest` is the most tokens that the model takes; None where it does not say. `context` is what --context or
+    kv_tokens says: the budget has room for no more, so that longer texts would not stay inside it.
     """
-    if longest is None:
-        return max_new_tokens
-    if prompt_tokens >= longest:
+    if longest is not None and prompt_tokens >= longest:
         raise ConfigError(
             f"the prompt has {prompt_tokens} tokens, and the model takes {longest} at most, with its answer; shorten it"
         )
-    return min(max_new_tokens, longest - prompt_tokens)
+    if context is not None and prompt_tokens >= context:
+        raise ConfigError(
+            f"the prompt has {prompt_tokens} tokens, and the context was given as {context}, with its answer; raise "
+            "--context (MOE_OFFLOAD_KV_TOKENS), or shorten the prompt"
+        )
+    return min([max_new_tokens] + [most - prompt_tokens for most in (longest, context) if most is not None])

@@ -74,10 +74,12 @@ def run(
         encode_chat(tokenizer, [*told, {"role": "user", "content": text}]) if talks else encode_text(tokenizer, text)
     )
     prompt_tokens = inputs["input_ids"].shape[-1]
-    new_tokens = room_for_answer(prompt_tokens, longest, sampling.max_new_tokens)
+    context = given_context(wanted, flags)
+    new_tokens = room_for_answer(prompt_tokens, longest, sampling.max_new_tokens, context)
     if new_tokens < sampling.max_new_tokens:
-        typer.echo(f"moe-offload: {new_tokens} tokens are generated at most: the model's context ends there", err=True)
-    wanted = with_room(wanted, flags, prompt_tokens + new_tokens)
+        typer.echo(f"moe-offload: {new_tokens} tokens are generated at most: the context ends there", err=True)
+    if context is None:
+        wanted = dataclasses.replace(wanted, kv_tokens=max(prompt_tokens + new_tokens, wanted.kv_tokens))
     loaded: Any = from_pretrained(model, config=wanted, **flags.loading())
     with loaded.moe_offload as handle:
         typer.echo(str(handle.plan), err=True)
@@ -137,10 +139,10 @@ def write_now(text: str) -> None:
     sys.stdout.flush()
 
 
-def with_room(wanted: OffloadConfig, flags: ModelFlags, tokens: int) -> OffloadConfig:
-    """The budget's KV cache has room for this prompt and answer, where nobody has said how much room there is to be."""
+def given_context(wanted: OffloadConfig, flags: ModelFlags) -> int | None:
+    """For how many tokens of prompt and answer the budget was told to keep room; None where nobody has said."""
     said = flags.context is not None or origins(flags.config_file)["kv_tokens"] != DEFAULT
-    return wanted if said else dataclasses.replace(wanted, kv_tokens=max(tokens, wanted.kv_tokens))
+    return wanted.kv_tokens or None if said else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ...config.settings import KEY_VARIABLE, OffloadConfig
+from ...config.settings import KEY_VARIABLE, OffloadConfig, given_key
 from ..options.checks import check_model, check_output, check_tokenizer
 from ..options.ending import INTERRUPTED, USAGE, fail
 from ..options.flags import Model, SaveProfile
@@ -61,8 +61,9 @@ def serve(
     check_model(model, revision=flags.revision)
     check_tokenizer(model)
     check_output("--save-profile", save_profile)
+    api_key = given_key() if api_key is None else api_key  # typer takes an empty variable for an absent one
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
-        fail("--api-key: a key is printable ASCII, without spaces around it", USAGE)
+        fail(f"--api-key, {KEY_VARIABLE}: a key is printable ASCII, not empty, without spaces around it", USAGE)
     stop = Stop()
     _log_requests()
     try:

@@ -220,6 +220,13 @@ def test_open_to_other_machines_is_said(monkeypatch) -> None:
     assert result.exit_code == 0 and "--api-key" in result.stderr, result.output
 
 
+@pytest.mark.parametrize("given", [["--api-key", ""], ["--api-key", " key"], []])
+def test_a_key_that_is_empty_does_not_open_the_server(given, no_model, monkeypatch) -> None:
+    monkeypatch.setenv("MOE_OFFLOAD_API_KEY", "")
+    result = CliRunner().invoke(app, ["serve", MODEL, "--port", "0", *given])
+    assert result.exit_code == 2 and "MOE_OFFLOAD_API_KEY: a key is" in result.stderr, result.output
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_the_model_loads(monkeypatch, number) -> None:
     monkeypatch.setattr("moe_offload.api.from_pretrained", lambda *_, **__: signal.raise_signal(number))

@@ -90,6 +90,13 @@ def test_a_conversation_that_is_too_long_says_what_to_do(talk, capsys):
     assert "the model takes 64 at most" in err and "!clear" in err
 
 
+def test_a_conversation_beyond_the_given_context_says_what_to_do(talk, tokenizer, capsys):
+    short = Conversation(talk.model, tokenizer, SamplingFlags(), None, context=16)
+    assert short.take("ls " * 20) and short.messages == []
+    err = capsys.readouterr().err
+    assert "the context was given as 16" in err and "!clear" in err
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [

@@ -166,12 +166,22 @@ def test_no_more_is_generated_than_the_context_has_room_for(monkeypatch):
     result = run("--prompt", "ls", "--max-new-tokens", "5000")
     first, last = result.stderr.strip().splitlines()
     assert "tokens are generated at most" in first and "room for 2048" in last, "the KV cache has room for all of it"
-    result = run("--prompt", "ls", "--context", "64")
+    result = run("--prompt", "ls", "--context", "64", "--max-new-tokens", "99")
+    assert "tokens are generated at most: the context ends there" in result.stderr
     assert "room for 64" in result.stderr and result.exit_code == 1, "what was said counts"
+
+
+def test_a_given_context_bounds_prompt_and_answer(no_model, monkeypatch):
+    """Room for it is kept in the budget: what is longer would not stay inside."""
+    result = run("--prompt", "ls " * 100, "--context", "16")
+    assert result.exit_code == 2 and "the context was given as 16" in result.stderr and "--context" in result.stderr
+    monkeypatch.setenv("MOE_OFFLOAD_KV_TOKENS", "16")
+    assert "the context was given as 16" in run("--prompt", "ls " * 100).stderr
 
 
 def test_room_for_an_answer():
     assert room_for_answer(10, None, 99) == 99 and room_for_answer(10, 20, 99) == 10
+    assert room_for_answer(10, None, 99, 15) == 5 and room_for_answer(10, 20, 99, 90) == 10
     with pytest.raises(ConfigError, match="20 tokens, and the model takes 20 at most"):
         room_for_answer(20, 20, 1)
 
