@@ -34,4 +34,4 @@ def grouped_mm(x_PI: Tensor, weight_SIO: Tensor, slots_P: Tensor) -> Tensor:
 
 def scatter_pairs(part: Tensor, pairs: Tensor, like: Tensor) -> Tensor:
     """`part[i]` at position `pairs[i]` of a tensor as long as `like`, zeros elsewhere."""
-    return part.new_zeros((like.shape[0], *part.shape[1:])).index_copy(0, pairs, part)
+    return part.new_zeros((like.shape[0], *part.shape[1:])).index_copy_(0, pairs, part)  # autocast leaves it alone

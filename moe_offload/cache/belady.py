@@ -12,8 +12,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from heapq import heapify, heappop, heappush
 
-from .phase import fits_slots
-
 NEVER = 1 << 62
 
 
@@ -35,7 +33,7 @@ def belady_hits(events: Sequence[Mapping[int, int]], slots: int, bypass: bool = 
         for e, at in zip(used, upcoming, strict=True):
             next_use[e] = at
             heappush(heap, (-at, e))
-        may_pass = bypass or not fits_slots(sum(used.values()), slots)
+        may_pass = bypass or sum(used.values()) > slots  # as LayerCache.fits says
         kept: list[tuple[int, int]] = []
         while len(next_use) > slots:
             latest = heappop(heap)

@@ -58,6 +58,13 @@ class LayerCache:
                 f"0..{self.num_experts - 1}; the model's routing code or its configuration is damaged"
             )
 
+    def fits(self, pairs: int) -> bool:
+        """Whether an event of so many token-expert `pairs` may be resident together: it evicts as a decode step does.
+
+        Pairs are counted, not distinct experts: a graph knows their number before it knows the ids.
+        """
+        return pairs <= self.slots
+
     def lookup(self, used: Mapping[int, int], tokens: int = 1) -> list[Load]:
         """Make room for one event, at most S distinct experts; return the loads that are missing.
 

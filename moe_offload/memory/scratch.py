@@ -35,7 +35,7 @@ class Scratch:
         self.raw, self.transfer, self.poison = raw, transfer, poison
         self._seen_as: dict[tuple[int, torch.dtype], Rows] = {}
         self._layer = -1  # the layer whose rows are being read ahead; -1 for none
-        self._ahead: dict[int, Held] = {}
+        self.ahead: dict[int, Held] = {}  # by expert; empty where nothing is read ahead
         self._wasted: Callable[[int], None] = lambda nbytes: None
 
     def rows(self, layout: RowLayout) -> Rows:
@@ -58,17 +58,17 @@ class Scratch:
         rows = self.rows(layout)
         if self.poison:
             rows.bytes[scratch_row].fill_(POISON)
-        self._ahead[expert] = Held(
+        self.ahead[expert] = Held(
             scratch_row, self.transfer.start(store, layer, expert, rows.rows[scratch_row], demanded=False)
         )
 
     def claim(self, layer: int, used: Container[int]) -> dict[int, Held]:
         """What was read ahead for `layer` and is `used`, now demanded. All else that was read ahead is dropped."""
-        if not self._ahead:
+        if not self.ahead:
             return {}
         claimed = {}
         if layer == self._layer:
-            claimed = {e: self._ahead.pop(e) for e in list(self._ahead) if e in used}
+            claimed = {e: self.ahead.pop(e) for e in list(self.ahead) if e in used}
         self.drop()
         for held in claimed.values():
             self.transfer.hurry(held.ticket)
@@ -76,14 +76,14 @@ class Scratch:
 
     def release(self) -> None:
         """Give the memory back. Nothing may be on its way any more."""
-        self.raw, self._ahead = NOTHING.bytes, {}
+        self.raw, self.ahead = NOTHING.bytes, {}
         self._seen_as.clear()
 
     def drop(self) -> None:
         """Give up what is ahead; when this returns nothing writes into scratch any more."""
-        tickets = [held.ticket for held in self._ahead.values()]
-        self._layer = -1  # `_ahead` keeps the rows until their reads have ended, as Ctrl-C may interrupt `cancel`
+        tickets = [held.ticket for held in self.ahead.values()]
+        self._layer = -1  # `ahead` keeps the rows until their reads have ended, as Ctrl-C may interrupt `cancel`
         self.transfer.cancel(tickets)
-        self._ahead = {}
+        self.ahead = {}
         for ticket in tickets:
             self._wasted(ticket.moved)

@@ -4,12 +4,12 @@ Shapes: M rows, I inputs, O outputs.
 
 A matrix is packed as the file has it, rows of outputs. Whether the product with some of its rows has the bits of the
 product with all of them, and the product with [O, I] seen from the side those of the product with a copy [I, O], is
-up to the kernels that torch chooses for the processor, the shape and the number of threads.
+up to the kernels that torch chooses: for the processor, the shape, and what a program may switch at any time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from functools import cache
 
 import torch
@@ -24,33 +24,45 @@ def strips_are_exact(heights: tuple[int, ...], inputs: int, dtype: torch.dtype) 
 
     The last strip counts as much as the others: a library may take another kernel for its few rows.
     """
-    return _strips_are_exact(heights, inputs, dtype, torch.get_num_threads())
+    return _strips_are_exact(heights, inputs, dtype, _switches())
 
 
 def transposed_is_exact(rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> bool:
     """Whether x [M, I], of so many rows, times a matrix [O, I] seen as [I, O] has the bits of x times a copy [I, O]."""
-    return rows <= FEW and _transposed_is_exact(rows, outputs, inputs, dtype, torch.get_num_threads())
+    return rows <= FEW and _transposed_is_exact(rows, outputs, inputs, dtype, _switches())
+
+
+def _switches() -> Hashable:
+    """What torch chooses its kernels by that a program may switch between two calls. Without oneDNN, those of bfloat16
+    sum in another order where the matrix is seen from the side (seen with 5760 x 2880)."""
+    onednn = torch.backends.mkldnn
+    return torch.get_num_threads(), onednn.enabled, onednn.matmul.fp32_precision  # type: ignore[attr-defined]
 
 
 @cache
-def _strips_are_exact(heights: tuple[int, ...], inputs: int, dtype: torch.dtype, threads: int) -> bool:
+def _strips_are_exact(heights: tuple[int, ...], inputs: int, dtype: torch.dtype, switches: Hashable) -> bool:
     for x_1I, matrix_OI in _trials(1, sum(heights), inputs, dtype):
         out_1O, begin = torch.empty((1, len(matrix_OI)), dtype=dtype), 0
         for height in heights:
             end = begin + height
             torch.mm(x_1I, matrix_OI[begin:end].t(), out=out_1O[:, begin:end])
             begin = end
-        if not torch.equal(out_1O, torch.mm(x_1I, matrix_OI.t())):
+        if not torch.equal(out_1O, _multiply(x_1I, matrix_OI.t())):
             return False
     return True
 
 
 @cache
-def _transposed_is_exact(rows: int, outputs: int, inputs: int, dtype: torch.dtype, threads: int) -> bool:
+def _transposed_is_exact(rows: int, outputs: int, inputs: int, dtype: torch.dtype, switches: Hashable) -> bool:
     return all(
-        torch.equal(torch.mm(x_MI, matrix_OI.t()), torch.mm(x_MI, matrix_OI.t().contiguous()))
+        torch.equal(_multiply(x_MI, matrix_OI.t()), _multiply(x_MI, matrix_OI.t().contiguous()))
         for x_MI, matrix_OI in _trials(rows, outputs, inputs, dtype)
     )
+
+
+def _multiply(x_MI: Tensor, matrix_IO: Tensor) -> Tensor:
+    """Into memory that is there, as products are computed: autocast would convert what torch.mm is to return."""
+    return torch.mm(x_MI, matrix_IO, out=x_MI.new_empty((len(x_MI), matrix_IO.shape[1])))
 
 
 def _trials(rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:

@@ -26,16 +26,19 @@ class Guesses:
 
     def __init__(self) -> None:
         self.trial = Trial()
+        self.waiting = False  # whether one is held back
         self._arrivals: Arrivals | None = None
         self._experts: Sequence[int] = ()
 
     def hold_back(self, arrivals: Arrivals, experts: Sequence[int]) -> None:
         """A guess at what the layer of `arrivals` will be asked for. Nothing is read until `start`."""
         self._arrivals, self._experts = arrivals, experts
+        self.waiting = True
 
     def start(self) -> None:
         """Demand has been queued: now the guess may follow it."""
         arrivals, self._arrivals = self._arrivals, None
+        self.waiting = False
         if arrivals is not None:
             arrivals.guess(self._experts)
 

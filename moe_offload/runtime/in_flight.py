@@ -63,7 +63,7 @@ class Arrivals:
             self.abort()  # an event that was interrupted before its wait left loads behind; a new one starts clean
         begun = time.perf_counter()
         try:
-            self.held = self.scratch.claim(self.moe.index, used)
+            self.held = self.scratch.claim(self.moe.index, used) if self.scratch.ahead else {}
             self._settle_guesses(used)
             self._waited(begun, rows=0)
         except BaseException:

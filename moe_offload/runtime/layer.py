@@ -25,7 +25,6 @@ from torch import Tensor
 from ..cache import Policy
 from ..cache.counters import LayerCounters
 from ..cache.layer_cache import LayerCache
-from ..cache.phase import fits_slots
 from ..errors import ClosedError, RoutingError
 from ..experts import MoELayer
 from ..memory.buffers import NOTHING, Rows
@@ -103,7 +102,8 @@ class LayerRuntime:
             loads = cache.lookup(used, self.moe.tokens_of(len(ids)))
             arrivals.claim_guesses(used)
             arrivals.start(loads)
-            self.guesses.start()
+            if self.guesses.waiting:
+                self.guesses.start()
         except BaseException:
             arrivals.abort()
             raise
@@ -131,13 +131,14 @@ class LayerRuntime:
         tokens = self.moe.tokens_of(pairs)
         without_slot: list[int] = []
         try:
-            if fits_slots(pairs, cache.slots):
+            if cache.fits(pairs):
                 loads = cache.lookup(used, tokens)
             else:
                 loads, without_slot = cache.fill(used, tokens)
             arrivals.claim_guesses(used)
             arrivals.start(loads)
-            self.guesses.start()
+            if self.guesses.waiting:
+                self.guesses.start()
             if not arrivals.awaited and not without_slot:
                 return core(x_P, self._slots_of(ids_P, ids), self.slots.bank_SN, others)
             if runs_ahead:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from moe_offload.cache.phase import fits_slots, is_decode
+from moe_offload.cache import POLICIES
+from moe_offload.cache.layer_cache import LayerCache
+from moe_offload.cache.phase import is_decode
 
 
 @pytest.mark.parametrize(("tokens", "decodes"), [(0, True), (1, True), (2, False), (512, False)])
@@ -13,4 +15,5 @@ def test_a_forward_of_one_token_a_sequence_decodes(tokens, decodes):
 
 
 def test_an_event_fits_where_each_of_its_pairs_could_have_a_slot():
-    assert fits_slots(4, 4) and not fits_slots(5, 4)
+    cache = LayerCache(8, 4, POLICIES["lru"](8, 100.0))
+    assert cache.fits(4) and not cache.fits(5)

@@ -1,5 +1,6 @@
 """What is tried out about a product is what is then done: the very strips, the last one too."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -82,12 +83,46 @@ def test_the_strips_that_are_tried_are_those_that_are_multiplied(kind, monkeypat
 def test_decoding_does_not_depend_on_prompts(monkeypatch):
     """A library whose products of 8 rows and more have other bits from the side, as with AMX."""
 
-    def other_bits_from_8_rows_on(x, matrix):
+    def other_bits_from_8_rows_on(x, matrix, *, out):
         found = (x.double() @ matrix.double()).to(x.dtype)
-        return found if len(x) < 8 or matrix.is_contiguous() else found + 1
+        return out.copy_(found if len(x) < 8 or matrix.is_contiguous() else found + 1)
 
     monkeypatch.setattr(torch, "mm", other_bits_from_8_rows_on)
     exact._transposed_is_exact.cache_clear()
     found = {rows: exact.transposed_is_exact(rows, 48, 32, torch.bfloat16) for rows in (1, 4, 5, 8, 300)}
     exact._transposed_is_exact.cache_clear()
     assert found == {1: True, 4: True, 5: False, 8: False, 300: False}
+
+
+def _other_bits_without_onednn(x, matrix, *, out):
+    found = (x.double() @ matrix.double()).to(x.dtype)
+    return out.copy_(found if torch.backends.mkldnn.enabled or matrix.is_contiguous() else found + 1)
+
+
+def test_what_a_program_switches_is_tried_anew(monkeypatch):
+    monkeypatch.setattr(torch, "mm", _other_bits_without_onednn)
+    exact._transposed_is_exact.cache_clear()
+    ask = partial(exact.transposed_is_exact, 1, 48, 32, torch.bfloat16)
+    found = [ask()]
+    with torch.backends.mkldnn.flags(enabled=False):
+        found.append(ask())
+    found.append(ask())
+    exact._transposed_is_exact.cache_clear()
+    assert found == [True, False, True]
+
+
+def test_autocast_does_not_answer_for_another_dtype(monkeypatch):
+    """A first call within autocast: the products themselves are not converted by it, so those of the trial are not."""
+    dtypes, mm = set(), torch.mm
+
+    def recorded(x, matrix, *, out=None):
+        found = mm(x, matrix) if out is None else mm(x, matrix, out=out)
+        dtypes.add(found.dtype)
+        return found
+
+    monkeypatch.setattr(torch, "mm", recorded)
+    exact._transposed_is_exact.cache_clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        exact.transposed_is_exact(1, 48, 32, torch.float32)
+    exact._transposed_is_exact.cache_clear()
+    assert dtypes == {torch.float32}

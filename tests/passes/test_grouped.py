@@ -41,3 +41,11 @@ def test_every_run_is_multiplied_with_exactly_its_rows(monkeypatch):
     weight, x = torch.randn(2, 64, 96).bfloat16(), torch.randn(24, 64).bfloat16()
     grouped.grouped_mm(x, weight, torch.tensor([0] * 9 + [1] * 2 + [0] * 13))
     assert asked == [9, 2, 13]
+
+
+def test_results_are_scattered_within_autocast_of_another_dtype():
+    """index_copy is one of the operations that autocast promotes, and it refuses two half-precision dtypes."""
+    part, pairs, like = torch.ones(2, 3, dtype=torch.bfloat16), torch.tensor([3, 1]), torch.zeros(4)
+    with torch.autocast("cpu", torch.float16):
+        found = grouped.scatter_pairs(part, pairs, like)
+    assert found.dtype == torch.bfloat16 and found.sum(1).tolist() == [0, 3, 0, 3]

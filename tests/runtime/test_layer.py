@@ -317,7 +317,7 @@ def test_every_error_here_is_one_of_ours():
 def ahead(runtime):
     """The experts read ahead, and for which layer."""
     scratch = runtime.layers[0].arrivals.scratch
-    return scratch._layer, sorted(scratch._ahead)
+    return scratch._layer, sorted(scratch.ahead)
 
 
 def long_prompt(*without):
@@ -343,7 +343,7 @@ def test_what_was_read_ahead_in_vain_is_counted_and_harms_nothing(make):
     first, second = runtime.layers
     prefill(first, long_prompt())
     guessed = ahead(runtime)[1]
-    assert all(held.ticket.done.wait(10) for held in second.arrivals.scratch._ahead.values())
+    assert all(held.ticket.done.wait(10) for held in second.arrivals.scratch.ahead.values())
     ids = long_prompt(guessed[0])
     assert torch.equal(prefill(second, ids), expected(1, ids))
     assert second.cache.counters.ahead == 2

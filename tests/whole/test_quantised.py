@@ -38,6 +38,7 @@ MATRIX = [
     for kind in KINDS
     for residency in RESIDENCIES
 ]
+ANY_DTYPE = ("mxfp4", "ct-int4", "ct-fp8", "ct-mxfp4")  # transformers cannot run the others so
 EACH = [pytest.param(kind, marks=_marks(kind, kind in FAST)) for kind in KINDS]
 
 
@@ -129,3 +130,13 @@ def test_a_model_that_plain_transformers_loaded_is_optimized(reference, kind: st
     with model.moe_offload as handle:
         for session, logits in zip(SESSIONS, want.sessions, strict=True):
             assert_same(run(handle.model, **session), logits)
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=_marks(kind, kind == "mxfp4")) for kind in ANY_DTYPE])
+def test_another_dtype_is_loaded_as_transformers_loads_it(reference, kind: str) -> None:
+    """compressed-tensors unpacks int4 and MXFP4 into bfloat16 whatever was asked for; others are converted."""
+    folder = reference(kind).folder
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="grouped_mm")
+    wanted = run(plain.eval(), **SESSIONS[0])
+    with moe_offload.from_pretrained(folder, "1GB", config=SETTINGS, dtype=torch.float32).moe_offload as handle:
+        assert_same(run(handle.model, **SESSIONS[0]), wanted)

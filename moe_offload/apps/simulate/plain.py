@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from ...cache import Policy
 from ...cache.belady import belady_hits
 from ...cache.layer_cache import LayerCache
-from ...cache.phase import fits_slots
 from ...observe.trace import Event
 from .stream import Stream
 
@@ -19,7 +18,7 @@ def ask(cache: LayerCache, event: Event, row_bytes: int = 0) -> int:
     """What `LayerRuntime` does with one event; returns the hits. Every load arrives."""
     before = cache.counters.hits
     without_slot: list[int] = []
-    if fits_slots(event.used.total(), cache.slots):
+    if cache.fits(event.used.total()):
         loads = cache.lookup(event.used, event.tokens)
     else:
         loads, without_slot = cache.fill(event.used, event.tokens)

@@ -77,11 +77,12 @@ def verify_unpacking(
         if packing is None:
             verified.append(moe)
             continue
-        kind = (packing.layout, packing.weights)
+        as_loaded = _as_loaded(packing.weights, moe)
+        kind = (packing.layout, as_loaded)
         if kind not in same:
             row = read_row(moe)
-            same[kind] = all(_agrees(weight, packing.made_by[weight.name], row, model) for weight in packing.weights)
-            for weight in packing.weights:
+            same[kind] = all(_agrees(weight, packing.made_by[weight.name], row, model) for weight in as_loaded)
+            for weight in as_loaded:
                 weight.try_products()
             if not same[kind]:
                 logger.warning(
@@ -89,11 +90,18 @@ def verify_unpacking(
                     "operations are used, which are slower",
                     moe.name,
                 )
-        weights: Sequence[PackedWeight] = packing.weights
+        weights: Sequence[PackedWeight] = as_loaded
         if not same[kind]:
-            weights = [ConvertedWeight(weight, packing.made_by[weight.name], model) for weight in packing.weights]
+            weights = [ConvertedWeight(weight, packing.made_by[weight.name], model) for weight in as_loaded]
         verified.append(replace(moe, packed=tuple(weights)))
     return verified
+
+
+def _as_loaded(weights: Sequence[MatrixWeight], moe: MoELayer) -> tuple[MatrixWeight, ...]:
+    """The weights, each of the dtype that transformers' loading gave its parameter: that is not always the dtype which
+    was asked for. compressed-tensors unpacks into the dtype of the scales, and nothing converts it afterwards."""
+    loaded = {field.name: field.dtype for field in moe.unpacked.fields}
+    return tuple(replace(weight, dtype=loaded[weight.name]) for weight in weights)
 
 
 def convert_one(made_by: MadeBy, weight: MatrixWeight, row: Tensor, model: Any) -> Tensor:
