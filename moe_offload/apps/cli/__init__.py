@@ -84,6 +84,18 @@ def _wrong(error: Any, context: Any) -> str:
     return said if elsewhere is None else f"{said.split(' (')[0].rstrip('.')}; {elsewhere}"
 
 
+def _asked_command(words: list[str]) -> str:
+    """The command that a command line begins with; the error of an option without its value does not say."""
+    command: Any = typer.main.get_command(app)
+    path = ["moe-offload"]
+    for word in words:
+        if word not in getattr(command, "commands", {}):
+            break
+        command = command.commands[word]
+        path.append(word)
+    return " ".join(path)
+
+
 def main() -> None:
     """What the console script runs. A wrong flag is one line and exit code 2."""
     try:
@@ -96,7 +108,7 @@ def main() -> None:
         if not hasattr(error, "format_message"):
             raise
         context = getattr(error, "ctx", None)
-        command = context.command_path if context is not None else "moe-offload"
+        command = context.command_path if context is not None else _asked_command(sys.argv[1:])
         if type(error).__name__ == "NoArgsIsHelpError":
             typer.echo(context.get_help() if context is not None else "", err=True)
         else:

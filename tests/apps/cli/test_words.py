@@ -136,3 +136,17 @@ def test_maps(told, flag, given, wrong):
 def test_numbers(told, arguments, wrong):
     code, line = told(arguments[0], "x", *arguments[1:])
     assert code == 2 and wrong in line
+
+
+@pytest.mark.parametrize(
+    ("words", "command"),
+    [
+        ("serve model --api-key", "moe-offload serve"),
+        ("run model --chat=yes", "moe-offload run"),
+        ("profile merge a.json --out", "moe-offload profile merge"),
+        ("--version=1", "moe-offload"),
+    ],
+)
+def test_an_option_with_too_few_or_too_many_words_names_its_command(told, words, command):
+    code, line = told(*words.split())
+    assert code == 2 and line.startswith(f"{command}: ") and f"(see {command} --help)" in line
