@@ -6,6 +6,7 @@ Two formats at two budgets run always; the rest of the matrix is `long`.
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +141,25 @@ def test_another_dtype_is_loaded_as_transformers_loads_it(reference, kind: str) 
     wanted = run(plain.eval(), **SESSIONS[0])
     with moe_offload.from_pretrained(folder, "1GB", config=SETTINGS, dtype=torch.float32).moe_offload as handle:
         assert_same(run(handle.model, **SESSIONS[0]), wanted)
+
+
+@pytest.mark.parametrize("kind", FAST)
+def test_packed_products_are_nearer_to_float32_or_as_near(reference, kind: str) -> None:
+    """compute="packed": other bits for few rows of an expert, those of plain transformers for many."""
+    want, ids = reference(kind), torch.arange(3, 7)[None]
+    plain = load_plain(want.folder)
+    exact = plain(ids).logits
+    with moe_offload.from_pretrained(
+        want.folder, "1GB", config=replace(SETTINGS, compute="packed")
+    ).moe_offload as handle:
+        found = handle.model(ids).logits
+        error = (found.float() - exact.float()).norm() / exact.float().norm()
+        assert error < 0.02 and (kind == "mxfp4" or not torch.equal(found, exact))  # MXFP4 is no more exact in float32
+        assert torch.equal(handle.model(ids).logits, found)  # the same bits again
+        weight = handle.moe_layers[0].packed[0]
+        row = torch.zeros(handle.moe_layers[0].layout.row_bytes, dtype=torch.uint8)
+        few, many = (torch.ones((rows, plain.config.hidden_size), dtype=weight.dtype) for rows in (2, 9))
+        for x in (few, many):
+            out = torch.full((len(x), 2 * handle.moe_layers[0].unpacked.fields[-1].shape[-1]), 7.0, dtype=weight.dtype)
+            weight.multiply(x, row, out, transposed=weight.shape[-1] == x.shape[1])
+            assert not out.any()
