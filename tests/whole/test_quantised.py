@@ -159,7 +159,8 @@ def test_packed_products_are_nearer_to_float32_or_as_near(reference, kind: str) 
         weight = handle.moe_layers[0].packed[0]
         row = torch.zeros(handle.moe_layers[0].layout.row_bytes, dtype=torch.uint8)
         few, many = (torch.ones((rows, plain.config.hidden_size), dtype=weight.dtype) for rows in (2, 9))
+        transposed = weight.shape[-1] == plain.config.hidden_size
         for x in (few, many):
-            out = torch.full((len(x), 2 * handle.moe_layers[0].unpacked.fields[-1].shape[-1]), 7.0, dtype=weight.dtype)
-            weight.multiply(x, row, out, transposed=weight.shape[-1] == x.shape[1])
+            out = torch.full((len(x), weight.shape[0 if transposed else 1]), 7.0, dtype=weight.dtype)
+            weight.multiply(x, row, out, transposed)
             assert not out.any()
