@@ -204,12 +204,12 @@ def test_while_what_is_claimed_waits_for_what_is_dropped(runtime, monkeypatch):
     first, second = runtime.layers
     prefill(first, long_prompt())
     scratch, transfer = second.arrivals.scratch, second.arrivals.transfer
-    while not all(held.ticket.done.is_set() for held in scratch._ahead.values()):
+    while not all(held.ticket.done.is_set() for held in scratch.ahead.values()):
         time.sleep(LATE_S)
-    claimed = next(e for e in range(E) if e not in second.cache.resident() and e not in scratch._ahead)
+    claimed = next(e for e in range(E) if e not in second.cache.resident() and e not in scratch.ahead)
     second.store.late_s = {claimed: 0.2}
     scratch.read_ahead(1, second.store, second.moe.layout, claimed, 0, lambda nbytes: None)
-    ticket, real, calls = scratch._ahead[claimed].ticket, transfer.cancel, []
+    ticket, real, calls = scratch.ahead[claimed].ticket, transfer.cancel, []
 
     def cancel(given):
         real(given)

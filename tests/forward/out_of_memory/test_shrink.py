@@ -62,10 +62,10 @@ def test_what_is_under_way_is_waited_for_and_dropped():
     first, second = runtime.layers
     first.fetch(torch.tensor([3, 4]))  # and no wait
     prefill(first, [*range(E)] * 3)
-    assert second.arrivals.scratch._ahead
+    assert second.arrivals.scratch.ahead
     second.fetch(torch.tensor([7]))
     shrink(runtime)
-    assert not second.arrivals.scratch._ahead and not any(layer.arrivals.under_way for layer in runtime.layers)
+    assert not second.arrivals.scratch.ahead and not any(layer.arrivals.under_way for layer in runtime.layers)
     assert runtime.depth().nbytes == 0
     for index, layer in enumerate(runtime.layers):
         assert torch.equal(decode(layer, [3, 4]), expected(index, [3, 4]))
