@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -17,7 +18,7 @@ F = TypeVar("F", bound="Format")
 
 
 @dataclass(frozen=True)
-class Format:
+class Format(ABC):
     """One way to pack a matrix [O, I]. The codes are the first of its tensors, the scales the second.
 
     Raises CheckpointError, by `fit`, where shapes or dtypes of the two do not belong together.
@@ -27,13 +28,13 @@ class Format:
     row_unit: int = 1
 
     @classmethod
+    @abstractmethod
     def fit(cls: type[F], tensors: Sequence[Tensor]) -> F:
         """The format of a matrix whose tensors look like these (meta tensors will do)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def shape(self, tensors: Sequence[Tensor]) -> tuple[int, int]:
         """(O, I) of the matrix."""
-        raise NotImplementedError
 
     def rows(self, tensors: Sequence[Tensor], begin: int, end: int) -> tuple[Tensor, ...]:
         """The tensors of output rows [begin, end), as views; both are multiples of `row_unit`, or O."""
@@ -46,22 +47,22 @@ class Format:
         if kernels is None or not self.unpack_compiled(kernels, tensors, out_OI):
             self.unpack_torch(tensors, out_OI)
 
+    @abstractmethod
     def unpack_compiled(self, kernels: Kernels, tensors: Sequence[Tensor], out_OI: Tensor) -> bool:
         """The same bits in bfloat16 by a compiled kernel. False where there is none for these dtypes."""
-        raise NotImplementedError
 
     def unpack_torch(self, tensors: Sequence[Tensor], out_OI: Tensor) -> None:
         """The same bits by torch operations, on any device and in any dtype."""
         for begin, end in self.strips(self.shape(tensors), AT_ONCE):
             self.unpack_at_once(self.rows(tensors, begin, end), out_OI[begin:end])
 
+    @abstractmethod
     def unpack_at_once(self, tensors: Sequence[Tensor], out_OI: Tensor) -> None:
         """The formula itself."""
-        raise NotImplementedError
 
+    @abstractmethod
     def find_fault(self, tensors: Sequence[Tensor]) -> str | None:
         """The first code or scale that is no number, in words; None where there is none."""
-        raise NotImplementedError
 
     def strips(self, shape: tuple[int, int], elements: int) -> Iterator[tuple[int, int]]:
         """Rows [begin, end) of about so many elements each, cut where a slice may be cut."""

@@ -16,35 +16,14 @@ from ...experts import MoELayer
 from ...packed.fused import multiply_fused
 from ..conversion import Swap, joins_bytes
 from .weights import MatrixWeight
+from .wrapped import WrappedWeight
 
 FEW = 8  # rows; more of them share a matrix that is unpacked once
 
 
 @dataclass(frozen=True)
-class FusedWeight:
+class FusedWeight(WrappedWeight):
     """`weight`, multiplied without unpacking it. It is a `PackedWeight` (experts.py)."""
-
-    weight: MatrixWeight
-
-    @property
-    def name(self) -> str:
-        return self.weight.name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.weight.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.weight.dtype
-
-    @property
-    def format(self) -> str:
-        return self.weight.format
-
-    @property
-    def recipe(self) -> str:
-        return self.weight.recipe
 
     @property
     def workspace_bytes(self) -> int:

@@ -19,37 +19,17 @@ from ...experts import MoELayer, PackedWeight
 from ...packed.workspace import borrow
 from .columns import MadeBy, Packing
 from .weights import MatrixWeight
+from .wrapped import WrappedWeight
 
 logger = logging.getLogger("moe_offload")
 
 
 @dataclass(frozen=True, eq=False)
-class ConvertedWeight:
+class ConvertedWeight(WrappedWeight):
     """A parameter that transformers' own operations unpack. It is a `PackedWeight` (experts.py)."""
 
-    weight: MatrixWeight
     made_by: MadeBy
     model: Any
-
-    @property
-    def name(self) -> str:
-        return self.weight.name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.weight.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.weight.dtype
-
-    @property
-    def format(self) -> str:
-        return self.weight.format
-
-    @property
-    def recipe(self) -> str:
-        return self.weight.recipe
 
     @property
     def workspace_bytes(self) -> int:
