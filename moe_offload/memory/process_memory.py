@@ -9,6 +9,7 @@ import os
 KERNEL_BYTES = 650_000
 KERNEL_SHARE = 8  # compiled kernels may take this part of a budget, but they are never fewer or more than
 FEWEST_KERNELS, MOST_KERNELS = 16, 128
+SET_BY = "_MOE_OFFLOAD_KERNELS"  # "<process>:<kernels>"
 
 
 def trim_heap() -> None:
@@ -37,6 +38,15 @@ def bound_kernel_caches(budget: int) -> None:
 
     The variables are read when the first kernel is compiled: where something else in the process came first, nothing
     changes, and of several models the first one's budget counts.
+
+    A process that this one starts inherits the variables. Its own model has its own budget, so `SET_BY` says which
+    process chose them: a value that another process chose is chosen anew, one that a user chose has no such mark.
     """
+    chosen_by, _, chosen = os.environ.get(SET_BY, "").partition(":")
+    if chosen_by == str(os.getpid()):
+        return
+    count = str(kept_kernels(budget))
     for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(variable, str(kept_kernels(budget)))
+        if os.environ.get(variable, chosen) == chosen:
+            os.environ[variable] = count
+    os.environ[SET_BY] = f"{os.getpid()}:{count}"

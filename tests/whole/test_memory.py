@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import GenerationConfig, Qwen3MoeConfig
 
+from moe_offload.memory.process_memory import SET_BY
 from tests.paths import ROOT
 
 ALLOWANCE = 64 * 10**6  # on top of the budget and of what the imports take: allocator, interpreter, traced graphs
@@ -36,20 +37,19 @@ def test_peak_memory_of_a_small_model_stays_inside_the_budget(tmp_path: Path) ->
     assert report["tokens"] == run(tmp_path, "--tokens", "16")["tokens"]
 
 
-def test_peak_memory_of_a_prompt_in_a_budget_of_40_mb(tmp_path: Path) -> None:
+def test_peak_memory_of_a_prompt_in_a_budget_of_40_mb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What tracing, its imports and the kernels of a prompt take beside a small budget, as the docs promise."""
     config = config_of(hidden=192, inner=64, layers=6, experts=64, vocab=4096)
     write_checkpoint(config, tmp_path, experts_per_shard=64)
     activations = 16 * 512 * 8 * 192
 
-    def beside() -> int:
-        report = run(tmp_path, "--budget", "40MB", "--prompt", "512", "--tokens", "4")
-        return report["peak"] - report["budget"] - report["rss_after_imports"]
-
-    found = [beside()]  # 115 MB; beside a whole suite, on a machine that was full, one run had 180
-    if found[0] > BESIDE_A_SMALL_BUDGET + activations:
-        found += [beside(), beside()]
-    assert sorted(found)[len(found) // 2] <= BESIDE_A_SMALL_BUDGET + activations, found
+    # As in a suite where another test's process chose for its own, larger, model: that once took 65 MB more here.
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        monkeypatch.setenv(name, "128")
+    monkeypatch.setenv(SET_BY, f"{os.getpid()}:128")
+    report = run(tmp_path, "--budget", "40MB", "--prompt", "512", "--tokens", "4")
+    beside = report["peak"] - report["budget"] - report["rss_after_imports"]
+    assert beside <= BESIDE_A_SMALL_BUDGET + activations
 
 
 @pytest.mark.long
