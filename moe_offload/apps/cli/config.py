@@ -12,16 +12,17 @@ import typer
 
 from ...config import file as files
 from ...config.settings import OffloadConfig, active_file, from_text, origins, resolve
+from ...config.usage import profile_path
 from ...errors import ConfigError, ProfileError
 from ..options.checks import check_profile
-from ..options.flags import Budget, Compile, ConfigFile, DeviceMapOption, Json, MaxMemory, Policy
+from ..options.flags import Budget, Compile, ConfigFile, DeviceMapOption, Json, MaxMemory, Policy, ProfileIn
 
 #: What is asked, in this order: what most people want to say once for a machine. The rest can be written by hand.
 QUESTIONS = {
     "budget": "How much memory may a model hold on the device it computes on (8GB, 8GiB, 50%, auto)?",
     "max_memory": "Limits per device, as {cpu: 60GiB}?",
     "device_map": "Where do experts rest (auto, disk, cpu, or a mapping)?",
-    "profile": "An activation profile to start from (path)?",
+    "profile": "Which experts to expect (auto: those used before; off; a workload's name; the path of a profile)?",
     "kv_tokens": "Tokens of KV cache to make room for?",
     "compile": "What runs the rewritten graph (auto, graph, inductor)?",
     "offload_folder": "A folder for the experts of models that are already loaded?",
@@ -33,7 +34,7 @@ def config(
     budget: Budget = None,
     max_memory: MaxMemory = None,
     device_map: DeviceMapOption = None,
-    profile: Annotated[str | None, typer.Option("--profile", help="Activation profile to pre-warm from.")] = None,
+    profile: ProfileIn = None,
     policy: Policy = None,
     compile: Compile = None,
     context: Annotated[
@@ -55,8 +56,8 @@ def config(
     typed |= {"policy": policy, "compile": compile, "kv_tokens": context, "offload_folder": offload_folder}
     flags = {name: _value(name, text) for name, text in typed.items() if text is not None}
     values = OffloadConfig.from_dict({**old.to_dict(), **flags})
-    if flags.get("profile") is not None:
-        check_profile(flags["profile"])
+    if "profile" in flags:
+        _check_profile(values)
     if not yes:
         if not sys.stdin.isatty():
             raise ConfigError(
@@ -79,13 +80,18 @@ def _ask(values: OffloadConfig, skip: set[str], prompt: Callable[..., str]) -> O
             try:
                 answer = _value(name, str(prompt(question, default=str(shown))))
                 asked = OffloadConfig.from_dict({**values.to_dict(), name: answer})
-                if name == "profile" and asked.profile not in (None, values.profile):
-                    check_profile(asked.profile)
+                if name == "profile" and asked.profile != values.profile:
+                    _check_profile(asked)
                 values = asked
                 break
             except (ConfigError, ProfileError) as error:
                 typer.echo(f"  {error}", err=True)
     return values
+
+
+def _check_profile(values: OffloadConfig) -> None:
+    if (path := profile_path(values.profile)) is not None:
+        check_profile(path)
 
 
 def _value(name: str, text: str) -> Any:

@@ -57,7 +57,7 @@ FLAGS: dict[str, tuple[str, str]] = {
     "--pooled": (SWITCH, "One cache for all layers"),
     "--port": (NUMBER, "Port"),
     "--prefill-chunk-size": (NUMBER, "Read the prompt in pieces"),
-    "--profile": (FILE, "Activation profile"),
+    "--profile": (TEXT, "Which experts to expect"),
     "--prompt": (TEXT, "Text to continue"),
     "--prompt-tokens": (NUMBER, "Tokens of each prompt"),
     "--requests": (NUMBER, "Requests measured"),
@@ -89,7 +89,6 @@ FLAGS: dict[str, tuple[str, str]] = {
 }
 #: What a command says in other words, because there it is a setting that is written to a file.
 DIFFERENT = {
-    ("config", "--profile"): TEXT,
     ("config", "--context"): TEXT,
     ("bench", "--residency"): MANY,
     ("families", "--compile"): WORD,

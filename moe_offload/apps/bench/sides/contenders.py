@@ -22,6 +22,7 @@ from ....checkpoint.outline import outline_folder
 from ....checkpoint.pretrained.dense import load_dense
 from ....checkpoint.row_index import RowIndex
 from ....config.settings import resolve
+from ....config.usage import measured_with
 from ....experts import MoELayer, find_experts
 from ....memory.stores.disk import DiskStore
 
@@ -45,8 +46,10 @@ class Contender:
 
 
 def room_for(tokens: int) -> dict[str, Any]:
-    """What ours is told, so that its budget has room for a KV cache of so many tokens; never less than by default."""
-    return {"kv_tokens": max(resolve().kv_tokens, tokens)}
+    """What ours is told, so that its budget has room for a KV cache of so many tokens, never less than by default; and
+    so that no run depends on those before it."""
+    wanted = resolve()
+    return {"kv_tokens": max(wanted.kv_tokens, tokens), "profile": measured_with(wanted.profile)}
 
 
 def resident(job: Job) -> Any:
