@@ -30,6 +30,7 @@ from .config.settings import Config
 from .errors import OffloadError
 from .experts import MoELayer, find_experts
 from .forward.advise import at_start, say_what_is_remembered
+from .forward.tested_versions import warn_of_untested_versions
 from .memory.process_memory import bound_kernel_caches, trim_heap
 from .memory.stores.open import open_stores, read_first
 from .observe.profile import Profile
@@ -205,6 +206,7 @@ def _offload(model: Model, moe_layers: Sequence[MoELayer], prepared: Prepared, i
     model.moe_offload = handle  # type: ignore[assignment]
     logger.info("%s", handle)
     at_start(arrangement.plan, settings.budget)
+    warn_of_untested_versions()
     if settings.live:
         handle.serve_live()
     if prepared.usage is not None:
