@@ -59,7 +59,8 @@ class Handle(Recording, Remembering, Watching):
         tiers, graphs = ", ".join(sorted(set(self.tiers))), len(self.graphs)
         state = "closed" if self.closed else f"{self.implementation}, {self.compile}, {graphs} graphs compiled"
         locked = [f"locked in memory: {format_size(self.locked_bytes)} of slots and scratch"] * (self.locked_bytes > 0)
-        rows = f"rows below the slots rest in: {tiers};  {state}"
+        read = f" (read {', '.join(how)})" if (how := self._runtime.how_read()) else ""
+        rows = f"rows below the slots rest in: {tiers}{read};  {state}"
         return "\n".join([str(self.plan), *locked, rows, self.summary()])
 
     def __repr__(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from ..config.sizes import format_size
 from ..config.usage import profile_path, usage_folder, workload_of
 from ..errors import UnsupportedModelError
 from ..experts import MoELayer
+from ..files.system import missing_call
 from ..memory.devices import usable_kinds
 from ..memory.locking import bytes_to_lock
 from ..memory.machine import main_memory
@@ -66,6 +68,7 @@ def prepare(
     Its usage is remembered under the name that `asked_for`, what it was loaded by, gives it.
     Raises `ConfigError`, `BudgetError`, `UnsupportedModelError`, or `ProfileError` for the profile of another model.
     """
+    _check_system()
     arrangement = arrange(model, moe_layers, settings, usable=usable_kinds(settings.untested))
     arrangement.check_one_device()
     if arrangement.device != "cpu" and any(moe.packed for moe in moe_layers):
@@ -79,6 +82,15 @@ def prepare(
     loaded = load_profile(profile, settings, expected) if usage is None else usage.read()
     rows = tuple(moe.layout.row_bytes for moe in moe_layers)
     return Prepared(settings, arrangement, expected, loaded, usage, rows, _bytes_to_lock(arrangement, settings))
+
+
+def _check_system() -> None:
+    missing = missing_call()
+    if missing is not None:
+        raise UnsupportedModelError(
+            f"this system ({sys.platform}) has no {missing}, through which experts are read and written; run it on "
+            "Linux (on Windows: in WSL 2) or macOS"
+        )
 
 
 def name_of(model: Any, asked_for: str | Path = "") -> str:

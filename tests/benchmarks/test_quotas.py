@@ -1,4 +1,4 @@
-"""benchmarks/quotas.py: what hindsight deals out is never worse than equal slots, and sees where one layer needs more."""
+"""benchmarks/quotas.py: what hindsight deals out is no worse than equal slots, and sees where a layer needs more."""
 
 from __future__ import annotations
 

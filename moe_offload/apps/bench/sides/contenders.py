@@ -24,6 +24,7 @@ from ....checkpoint.row_index import RowIndex
 from ....config.settings import resolve
 from ....config.usage import measured_with
 from ....experts import MoELayer, find_experts
+from ....files.system import forget_cached
 from ....memory.stores.disk import DiskStore
 
 
@@ -122,7 +123,7 @@ def drop_cache(*folders: Path) -> None:
     """Forget what the system has cached of these files: pages read by one side must not serve another."""
     for file in (file for folder in folders for file in folder.rglob("*") if file.is_file()):
         with file.open("rb") as opened:
-            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            forget_cached(opened.fileno())
 
 
 def _fields(moe: MoELayer, folder: Path) -> list[tuple[str, tuple[int, ...], torch.dtype, Path]]:
