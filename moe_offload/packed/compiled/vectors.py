@@ -86,11 +86,7 @@ def nibbles(b: Any, address: Any) -> Any:
 
 @intrinsic
 def expand_mxfp4(typingctx, codes, scale, table, out):  # type: ignore[no-untyped-def]
-    """A group of 32 codes under a scale of 2 to 251; `table` has the sixteen values under that scale.
-
-    Computed: magnitudes 2 to 7 have the bits (scale - 1) * 128 + magnitude * 64, magnitude 1 has those of the power
-    alone, and 0 has none.
-    """
+    """A group of 32 codes under a scale of 2 to 251; `table` has the sixteen values under that scale."""
 
     def build(context, b, signature, args):  # type: ignore[no-untyped-def]
         codes, scale, table, out = args
@@ -98,14 +94,20 @@ def expand_mxfp4(typingctx, codes, scale, table, out):  # type: ignore[no-untype
         if can_look_up(context):
             store(b, look_up(b, twice(b, load(b, HALVES_16, table)), code), out)
             return
-        power = spread(b, HALVES, b.shl(b.sub(b.trunc(scale, I16), ir.Constant(I16, 1)), ir.Constant(I16, 7)))
-        magnitude, none = b.and_(code, lanes(HALVES, 7)), lanes(HALVES, 0)
-        large = b.icmp_unsigned(">", magnitude, lanes(HALVES, 1))
-        bits = b.add(power, b.select(large, b.shl(magnitude, lanes(HALVES, 6)), none))
-        bits = b.select(b.icmp_unsigned("!=", magnitude, none), bits, none)
-        store(b, b.or_(bits, b.shl(b.and_(code, lanes(HALVES, 8)), lanes(HALVES, 12))), out)
+        power = b.shl(b.sub(b.trunc(scale, I16), ir.Constant(I16, 1)), ir.Constant(I16, 7))
+        store(b, mxfp4_value(b, code, spread(b, HALVES, power)), out)
 
     return types.void(types.int64, types.int64, types.int64, types.int64), build
+
+
+def mxfp4_value(b: Any, code: Any, power: Any) -> Any:
+    """Of 32 codes; `power` is (scale - 1) * 128, of a scale of 2 to 251 for each. Magnitudes 2 to 7 have the bits
+    power + magnitude * 64, magnitude 1 has those of the power alone, and 0 has none."""
+    magnitude, none = b.and_(code, lanes(HALVES, 7)), lanes(HALVES, 0)
+    large = b.icmp_unsigned(">", magnitude, lanes(HALVES, 1))
+    bits = b.add(power, b.select(large, b.shl(magnitude, lanes(HALVES, 6)), none))
+    bits = b.select(b.icmp_unsigned("!=", magnitude, none), bits, none)
+    return b.or_(bits, b.shl(b.and_(code, lanes(HALVES, 8)), lanes(HALVES, 12)))
 
 
 @intrinsic
