@@ -98,11 +98,11 @@ from numba.core import caching
 caching.CacheImpl._locator_classes = []
 import torch
 from tests.packed.matrices import case, same_bits
-found = case("int4 groups")
+found = case("mxfp4 many groups")
 out = torch.empty(found.format.shape(found.tensors), dtype=torch.bfloat16)
 found.format.unpack(found.tensors, out)
 from moe_offload.packed.compiled import unpack
-print(type(unpack._int4.made._cache).__name__)
+print(type(unpack._mxfp4.made._cache).__name__)
 assert same_bits(out, found.plain(found.tensors, torch.bfloat16))
 """
     )

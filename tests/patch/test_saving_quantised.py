@@ -101,7 +101,7 @@ def test_saved_packed_over_an_older_checkpoint(tmp_path: Path) -> None:
 
 def test_saved_packed_keeps_what_was_said_of_the_configuration(tmp_path: Path) -> None:
     folder, out = write("fp8", tmp_path / "quantised"), tmp_path / "saved"
-    model = moe_offload.from_pretrained(folder, "2GB", config=SETTINGS, num_experts_per_tok=1, rope_theta=77.0)
+    model = moe_offload.from_pretrained(folder, "2GB", config=SETTINGS, num_experts_per_tok=1, rms_norm_eps=0.5)
     model.save_pretrained(out, packed=True)
     assert_same(run(load_ours(out)), run(model))
 

@@ -28,6 +28,7 @@ from ...checkpoint.outline import Outline, outline_stored
 from ...checkpoint.packed import Stored
 from ...checkpoint.pretrained.dense import load_tensors
 from ...checkpoint.quantised.methods import quantizations
+from ...checkpoint.quantised.quantizer import settle_quantization
 from ...checkpoint.shards import Entry, Filling, Shard, file_name, split
 from ...errors import CheckpointChangedError, ConfigError, SaveError
 from ...files.file_stamp import FileStamp
@@ -101,7 +102,10 @@ class Original:
                 )
 
     def _refuse_changed(self, model: Any, headers: Headers) -> None:
-        came = load_tensors(model, copy.deepcopy(model.config), headers, self.experts, self.folder).state_dict()
+        config = copy.deepcopy(model.config)
+        config.quantization_config = copy.deepcopy(self.quantization)  # as a loader expects it, and not as it leaves it
+        settle_quantization(config)
+        came = load_tensors(model, config, headers, self.experts, self.folder).state_dict()
         with phantoms_only():
             state = model.state_dict()
         changed = [key for key in {**state, **came} if not _same(state.get(key), came.get(key))]
