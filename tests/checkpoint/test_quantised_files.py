@@ -82,7 +82,7 @@ DAMAGED: dict[str, tuple[str, Change, str]] = {
     ),
     "codes missing": ("fp8", lambda t: t.pop(FP8), r"expert 3 has no up_proj.*model\.safetensors"),
     "an expert too many": (
-        "fp8", lambda t: t.update({FP8.replace(".3.", ".8."): t[FP8]}), r"up_proj of 9 experts.*model\.safetensors",
+        "fp8", lambda t: t.update({FP8.replace(".3.", ".8."): t[FP8].clone()}), r"of 9 experts.*model\.safetensors",
     ),
     "codes of another width": (
         "fp8", lambda t: wider(t, "down_proj"), r"down_proj quantised, as \[256, 256\].*model\.safetensors",

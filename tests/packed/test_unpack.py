@@ -36,11 +36,13 @@ def test_rows_are_rows_of_the_whole(name, way):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_turned_it_is_the_transpose(name, dtype):
-    """Into a matrix with a margin that stays as it was."""
+@pytest.mark.parametrize("aligned", [False, True])
+def test_turned_it_is_the_transpose(name, dtype, aligned):
+    """Into a matrix with a margin that stays as it was, its rows whole cache lines or not."""
     found = case(name)
     whole = found.plain(found.tensors, dtype)
-    wide = torch.full((whole.shape[1], whole.shape[0] + 24), 7.0, dtype=dtype)
+    margin = 32 - whole.shape[0] % 32 + (0 if aligned else 3)
+    wide = torch.full((whole.shape[1], whole.shape[0] + margin), 7.0, dtype=dtype)
     found.format.unpack_turned(found.tensors, wide[:, : whole.shape[0]])
     assert same_bits(wide[:, : whole.shape[0]], whole.t()) and bool((wide[:, whole.shape[0] :] == 7.0).all())
 
