@@ -95,9 +95,9 @@ def merge(
     from ...observe.profile import merge as merged
 
     check_output("--out", out)
+    listed = [] if weights is None else split_list("--weights", weights, "1,0.5")
     try:
-        listed = None if weights is None else split_list("--weights", weights, "1,0.5")
-        numbers = None if listed is None else [float(weight) for weight in listed]
+        numbers = [float(weight) for weight in listed] or None
     except ValueError:
         raise ConfigError(f"--weights {weights!r}: write one number a profile, by commas") from None
     made = merged([Profile.load(path) for path in profiles], numbers)
