@@ -59,12 +59,12 @@ class MemoryLock:
                 f"and scratch, and refused the rest; {RAISE}, or use lock_memory='auto' for as much as may be"
             )
 
-    def unlock(self, buffer: Tensor) -> None:
-        """Before `buffer` is given back: the heap may give its pages to somebody else."""
-        size = self._held.pop(buffer.data_ptr(), 0)
-        if size:
-            _unlock_pages(buffer.data_ptr(), size)
-            self.nbytes -= size
+    def unlock(self, *buffers: Tensor) -> None:
+        """Before they are given back: the heap may give their pages to somebody else."""
+        for address in (buffer.data_ptr() for buffer in buffers):
+            if size := self._held.pop(address, 0):
+                _unlock_pages(address, size)
+                self.nbytes -= size
 
 
 def bytes_to_lock(asked: str | bool, needed: int, budget: int, machine: int) -> int:

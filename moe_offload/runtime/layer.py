@@ -198,8 +198,7 @@ class LayerRuntime:
     def release(self) -> None:
         """Give the memory back. Nothing may be on its way any more."""
         self.module_core = self.device_cache = self.device_caches = None
-        for buffer in (self.slots.bytes, self.arrivals.scratch.raw):
-            self.locked.unlock(buffer)
+        self.locked.unlock(self.slots.bytes, self.arrivals.scratch.raw)
         self.arrivals.slots = self.arrivals.scratch_rows = NOTHING
         self.arrivals.scratch.release()
 
