@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 STRIP_BYTES = 1 << 20  # of an unpacked strip, which is to stay in a core's own cache beside the codes
+#: Elements of a bfloat16 matrix from which on our kernel pays: a smaller one lies in a cache, and numba takes 100 MB.
+LARGE = 1 << 20
 STEP, TILE = 32, 16  # inputs and outputs that the kernels take at once
 DIFFERENT = 64  # rows of a matrix that is tried; then they repeat
 EDGE = 2.0**-64  # the product of two such numbers is 2^-128, and float32 is denormal below 2^-126

@@ -24,7 +24,7 @@ def turn_words(b: Any, rows: Sequence[Any]) -> list[Any]:
     for c in range(4):
         low, high = [quads[0][c], quads[1][c]], [quads[2][c], quads[3][c]]
         for odd in (0, 1):
-            one, two = (_pick_quads(b, *pair, (odd, odd + 2)) for pair in (low, high))
+            one, two = (_pick_quads(b, upper, lower, (odd, odd + 2)) for upper, lower in (low, high))
             columns[4 * odd + c] = _pick_quads(b, one, two, (0, 2))
             columns[4 * odd + 8 + c] = _pick_quads(b, one, two, (1, 3))
     return columns
@@ -41,8 +41,8 @@ def _turn_within_quads(b: Any, rows: Sequence[Any]) -> list[Any]:
     low = [_shuffle(b, rows[i], rows[i + 1], _each_quad((0, 16, 1, 17))) for i in (0, 2)]
     high = [_shuffle(b, rows[i], rows[i + 1], _each_quad((2, 18, 3, 19))) for i in (0, 2)]
     columns = []
-    for pair in (low, high):
-        columns += [_shuffle(b, *pair, _each_quad(order)) for order in ((0, 1, 16, 17), (2, 3, 18, 19))]
+    for one, two in (low, high):
+        columns += [_shuffle(b, one, two, _each_quad(order)) for order in ((0, 1, 16, 17), (2, 3, 18, 19))]
     return columns
 
 
