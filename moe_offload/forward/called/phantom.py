@@ -17,7 +17,7 @@ from ...experts import Field, Place
 
 #: What says nothing of values. `detach` is what state_dict() calls; the real weights are put in afterwards.
 LOOKS = ("shape", "dtype", "device", "layout", "requires_grad", "is_leaf", "is_meta", "ndim", "nbytes", "itemsize")
-LOOKS += ("grad", "grad_fn", "is_cpu", "is_cuda", "is_sparse", "is_quantized", "is_nested", "names", "_version")
+LOOKS += ("grad", "grad_fn", "is_cpu", "is_cuda", "is_sparse", "is_quantized", "is_nested", "_version")
 ASKED = ("size", "dim", "numel", "nelement", "stride", "element_size", "is_floating_point", "is_complex", "is_shared")
 ASKED += ("is_contiguous", "data_ptr", "storage_offset", "untyped_storage", "get_device", "__len__", "ndimension")
 _ALLOWED = {getattr(Tensor, name).__get__ for name in LOOKS} | {getattr(Tensor, name) for name in ASKED}
@@ -27,7 +27,7 @@ _ALLOWED |= {torch.numel, torch.is_floating_point, torch.is_complex}
 class CalledPhantom(nn.Parameter):
     """Has the shape of a weight and the memory of one number."""
 
-    name: str
+    called: str  # by its name in the model
     field: Field
 
     @staticmethod
@@ -35,7 +35,7 @@ class CalledPhantom(nn.Parameter):
         """The phantom of `place`, in the layer called `name`."""
         one = torch.full((), float("nan") if field.dtype.is_floating_point else 0, dtype=field.dtype, device=device)
         phantom = torch.Tensor._make_subclass(CalledPhantom, one.expand(place.tensor.shape), False)
-        phantom.name, phantom.field = f"{name}.{place.key}", field
+        phantom.called, phantom.field = f"{name}.{place.key}", field
         return phantom
 
     @classmethod
@@ -52,14 +52,14 @@ class CalledPhantom(nn.Parameter):
         found = _phantom_in((args, kwargs or {}))
         if func is Tensor.detach or func is Tensor.requires_grad_:
             return found
+        whose, what = "an expert" if found is None else found.called, getattr(func, "__name__", str(func))
         raise UnsupportedModelError(
-            f"{found.name if found is not None else 'an expert'}: {getattr(func, '__name__', func)} reads the weights "
-            "of an offloaded expert outside of its call; they are in memory only while the expert itself is called. "
-            "Call the expert, or read them from model.state_dict()"
+            f"{whose}: {what} reads the weights of an offloaded expert outside of its call; they are in memory only "
+            "while the expert itself is called. Call the expert, or read them from model.state_dict()"
         )
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"CalledPhantom({self.name}, shape={tuple(self.shape)}, dtype={self.dtype})"
+        return f"CalledPhantom({self.called}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
 
 def _phantom_in(values: Any) -> CalledPhantom | None:
