@@ -9,14 +9,13 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from .find import Site, UnknownUse
 from .grouped import scatter_pairs
+from .sites import Site, UnknownUse
 from .slots import group_by_slot
 
 VECTORS = 64  # elements that the widest elementwise loop takes at a time
@@ -82,9 +81,10 @@ def find_exit(site: Site, nodes: Mapping[Node, None]) -> Node:
 
 
 def find_inputs(site: Site, nodes: Mapping[Node, None], fixed: Mapping[Node, None]) -> tuple[Node, Node, list[Node]]:
-    """What the core takes from outside besides weights: the pairs' activations, their ids, constants."""
+    """What the core takes from outside besides weights: the pairs' activations, their ids, constants. (Of a masked site
+    the activations are what stands for ids.)"""
     ids = site.reader_ids
-    known = {ids, *site.weights.values(), *(read.offsets for read in site.reads)}
+    known = {*site.weights.values(), *(read.offsets for read in site.reads)} | (set() if site.masked else {ids})
     outside = {i: None for node in nodes for i in node.all_input_nodes if i not in nodes and i not in known}
     activations = [node for node in outside if node not in fixed]
     if len(activations) != 1:
@@ -149,7 +149,6 @@ def extract_core(
             scalars.add(others.index(number))
             inputs[node] = inputs[number]
             continue
-        _refuse_pair_counts(site, node)
         mine = dict(inputs)
         for operand in matrices.get(node, ()) or products.get(node, ()):
             mine[operand] = graph.call_function(operator.getitem, (inputs[operand], pairs))
@@ -192,21 +191,15 @@ def fills_vectors(site: Site, nodes: Mapping[Node, None]) -> bool:
     """Whether every pair's share of every intermediate fills whole vectors, so that no pair meets the end of a tensor.
 
     An elementwise kernel takes two vector registers at a time (64 bfloat16 of AVX-512) and rounds what is left over
-    otherwise. Nothing is left over, however many pairs there are, when each has a multiple of that.
+    otherwise. Nothing is left over, however many pairs there are, when each has a multiple of that: of a masked site,
+    each of an expert's tokens.
     """
+    kept = 2 if site.masked else 1
     views = {view for read in site.reads for view in read.views}
     for node in nodes:
         value = node.meta.get("example_value")
         if node not in views and isinstance(value, Tensor) and value.is_floating_point():
-            share = math.prod(value.shape[1:])
+            share = math.prod(value.shape[kept:])
             if not isinstance(share, int) or share % VECTORS:
                 return False
     return True
-
-
-def _refuse_pair_counts(site: Site, node: Node) -> None:
-    """A literal P in the core would be wrong for a wave; only a reshape-like call can hold one."""
-    if site.pairs is not None and site.pairs > 1 and node.op == "call_method":
-        sizes: list[Any] = [a for arg in node.args[1:] for a in (arg if isinstance(arg, (tuple, list)) else (arg,))]
-        if node.target in ("view", "reshape", "expand") and site.pairs in sizes[:1]:
-            raise UnknownUse(site.layer, ", ".join(site.weights), f"{node.format_node()} fixes the number of pairs")

@@ -15,7 +15,8 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from . import ops
-from .find import UnknownUse, name_of
+from .find import name_of
+from .sites import UnknownUse
 
 TRANSPOSES = ("transpose", "mT", "swapaxes", "permute")
 COPIES = ("contiguous", "detach")  # of a stack that is not there
