@@ -34,8 +34,9 @@ from ..memory.scratch import Scratch
 from ..memory.stores import Store
 from ..memory.transfer import Transfer
 from ..observe.trace.recorder import TraceRecorder
+from .ahead.guesses import Guesses
+from .calls import Calls
 from .device_cache import DeviceCache, DeviceCaches
-from .guesses import Guesses
 from .in_flight import Arrivals
 from .lock import ModelLock
 from .waves_cpu import RunCore, compute_while_loading
@@ -65,6 +66,7 @@ class LayerRuntime:
         self.device, self.poison, self.locked = scratch.raw.device, poison, locked or MemoryLock()
         cache = LayerCache(moe.num_experts, slots, policy, moe.name)
         self.arrivals = Arrivals(moe, cache, self._rows(slots), scratch, store, transfer, poison)
+        self.calls = Calls(self.arrivals) if moe.called else None  # where experts are asked for one by one
         self.following: Arrivals | None = None  # for which rows are read ahead; set by `Runtime`
         self.guesses = Guesses()  # of the model; set by `Runtime`
         self.recorder: TraceRecorder | None = None  # of the model, while its trace is recorded
