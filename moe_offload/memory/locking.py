@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..config.sizes import format_size
 from ..errors import ConfigError
+from .buffers import Rows
 
 logger = logging.getLogger("moe_offload")
 
@@ -50,6 +51,11 @@ class MemoryLock:
             return
         self._held[buffer.data_ptr()] = size
         self.nbytes += size
+
+    def keep(self, rows: Rows) -> Rows:
+        """The same rows, locked if they may be."""
+        self.lock(rows.bytes)
+        return rows
 
     def check(self, nbytes: int) -> None:
         """Raise ConfigError where fewer are locked: the system has refused what its limit allows."""

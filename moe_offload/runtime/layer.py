@@ -206,9 +206,7 @@ class LayerRuntime:
 
     def _rows(self, slots: int) -> Rows:
         layout = self.moe.layout
-        rows = Rows(slots, layout.row_bytes, layout.dtype, self.poison, device=self.device)
-        self.locked.lock(rows.bytes)
-        return rows
+        return self.locked.keep(Rows(slots, layout.row_bytes, layout.dtype, self.poison, device=self.device))
 
     def _event(self, ids_P: Tensor) -> tuple[list[int], Counter[int]]:
         """The ids of one event, checked, and how often each is there; what is on its way for it has been claimed.

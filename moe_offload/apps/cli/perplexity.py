@@ -64,12 +64,8 @@ def measure_text(
 
     from ...api import from_pretrained
 
-<<<<<<< HEAD
     config = replace(config, profile=measured_with(config.profile))
-    offloaded: Any = from_pretrained(model, config=config)
-=======
     offloaded: Any = from_pretrained(model, config=config, trust_remote_code=trust_remote_code)
->>>>>>> main
     begun, loss, tokens = time.perf_counter(), 0.0, 0
     with offloaded.moe_offload, torch.no_grad():
         for piece in pieces:
