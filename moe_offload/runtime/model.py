@@ -65,6 +65,9 @@ class Runtime:
         return self.lock if self._lock.is_here else contextlib.nullcontext()
 
     def check_open(self) -> None:
+        """Raise `ClosedError` after `close`, and in a forked process: there torch's own threads, with which rows are
+        unpacked and copied, are waited for in vain."""
+        self._lock.here()
         if self.closed:
             raise closed("this model")
 
