@@ -88,14 +88,13 @@ def _runs_on_slots(
 
     def run_on(slot: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         views = weights.views(slot)
-        for (parameters, name), view in zip(swaps, views):  # noqa: B905 as many by construction
-            parameters[name] = view
+        for i, (parameters, name) in enumerate(swaps):  # no variable holds a view when it is done
+            parameters[name] = views[i]
         try:
             output = forward(*args, **kwargs)
         finally:
             for (parameters, name), phantom in zip(swaps, phantoms):  # noqa: B905
                 parameters[name] = phantom
-            view = None
         if not weights.are_untouched(views):
             output = weights.release(output)
             weights.refuse_changes(views)
