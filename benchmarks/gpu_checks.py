@@ -28,7 +28,7 @@ from gpu_timing import copy_batch, graph, replaced
 from torch import Tensor
 
 from moe_offload.apps.bench.roofs.link import copy_rows, microseconds, registered
-from moe_offload.runtime.kernels import KERNELS, DeviceState, Loads, pace
+from moe_offload.runtime.kernels import KERNELS, DeviceState, Loads, make_pace
 
 LINK_ROWS_MB = (4.7, 9.4, 26.0)  # Qwen3-30B-A3B in 8 bits and in bf16, gpt-oss-20b in 8 bits
 PROGRAMS = (16, 32, 64, 96, 132, 264)
@@ -140,7 +140,7 @@ def decide(options: argparse.Namespace) -> None:
             if what == "all misses" and experts <= slots:
                 continue
             state, loads = DeviceState.empty(experts, slots, device), Loads.empty(pairs, device)
-            one = partial(kernels.decide, state=state, loads=loads, pace_2=pace(1, 32.0, device))
+            one = partial(kernels.decide, state=state, loads=loads, pace_2=make_pace(1, 32.0, device))
             run = graph([partial(one, ids_P) for ids_P in events], device)
             taken = microseconds(run, device) / len(events)
             say("decide", f"E={experts} S={slots} P={pairs}, {what}", taken, "us", misses=int(loads.count_1))

@@ -1,4 +1,4 @@
-"""The story in one screen: find the experts, plan, choose where rows rest, patch the model, pre-warm.
+"""`optimize` and `from_pretrained`: find the experts, plan, choose where rows rest, patch the model, pre-warm.
 
 optimize(model, budget)         a loaded model, or one whose experts are on "meta"
 from_pretrained(path, budget)   a checkpoint whose experts never all come into RAM
@@ -29,13 +29,13 @@ from .config.device_map import DeviceMap, MaxMemory
 from .config.settings import Config
 from .errors import OffloadError
 from .experts import MoELayer, find_experts
-from .forward.advise import at_start
+from .forward.advise import advise_at_start
 from .memory.process_memory import bound_kernel_caches, trim_heap
 from .memory.stores.open import open_stores, read_first
 from .observe.profile import Profile
-from .patch.attach import attach
+from .patch.attach import attach_runtime
 from .patch.dense_weights import keep_where_it_is, place_dense
-from .plan.prepare import Prepared, prepare, settings_of
+from .plan.prepare import Prepared, prepare_model, settings_of
 from .runtime.assemble import build_runtime, on_device
 from .runtime.prewarm import prewarm_from
 
@@ -104,7 +104,7 @@ def optimize(
         )
     moe_layers = find_experts(model)
     settings = keep_where_it_is(model, moe_layers, settings)
-    return _offload(model, moe_layers, prepare(model, moe_layers, settings, profile))
+    return _offload(model, moe_layers, prepare_model(model, moe_layers, settings, profile))
 
 
 def from_pretrained(
@@ -164,7 +164,7 @@ def from_pretrained(
     )
     folder = get_folder(path_or_id, said)
     found = outline_folder(folder, said)
-    prepared = prepare(found.model, found.moe_layers, settings, profile)
+    prepared = prepare_model(found.model, found.moe_layers, settings, profile)
     model: nn.Module = load_dense(found, said, path_or_id)
     trim_heap()  # for each of the loader's threads it keeps tens of MB
     moe_layers = found.pack(find_experts(model))
@@ -179,7 +179,7 @@ def from_pretrained(
 
 
 def _offload(model: Model, moe_layers: Sequence[MoELayer], prepared: Prepared, index: RowIndex | None = None) -> Model:
-    """Do what was prepared. `index` says where the experts' rows lie, where that is known already."""
+    """Offload `model` as `prepared` says. `index` says where the experts' rows lie, if that is known already."""
     settings, arrangement = prepared.settings, prepared.arrangement
     tiers, device = arrangement.tiers, arrangement.device
     device_decides = on_device(settings, moe_layers, arrangement.slots, tiers, device)
@@ -196,11 +196,11 @@ def _offload(model: Model, moe_layers: Sequence[MoELayer], prepared: Prepared, i
         runtime = build_runtime(moe_layers, arrangement.plan, stores, settings, profile, device, device_decides)
         undo.pop_all()
         undo.callback(runtime.close)
-        handle = attach(model, runtime, prepared)
+        handle = attach_runtime(model, runtime, prepared)
         undo.pop_all()
     model.moe_offload = handle  # type: ignore[assignment]
     logger.info("%s", handle)
-    at_start(arrangement.plan, settings.budget)
+    advise_at_start(arrangement.plan, settings.budget)
     if settings.live:
         handle.serve_live()
     if settings.prewarm and profile is not None:

@@ -106,11 +106,11 @@ class PackedWeight(Protocol):
     def dtype(self) -> torch.dtype: ...
     @property
     def format(self) -> str:
-        """What people call the form it rests in."""
+        """The name of the format it rests in, for people."""
 
     @property
     def recipe(self) -> str:
-        """What is unpacked and how, in words that change when the result may."""
+        """What is unpacked and how, as text: two weights with the same text unpack the same bytes alike."""
 
     @property
     def workspace_bytes(self) -> int:
@@ -134,7 +134,7 @@ class MoELayer:
 
     index: int
     names: tuple[str, ...]
-    modules: tuple[Any, ...]  # nn.Modules, seen as what transformers made of them
+    modules: tuple[Any, ...]  # nn.Modules; Any, because mypy does not know the attributes that transformers gives them
     num_experts: int
     top_k: int
     layout: RowLayout
@@ -217,7 +217,7 @@ def find_experts(model: nn.Module) -> list[MoELayer]:
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether `module` was decorated with transformers' `use_experts_implementation`."""
+    """Whether the class of `module` was decorated with transformers' `use_experts_implementation`."""
     return all(hasattr(module, a) for a in ("has_gate", "has_bias", "is_transposed"))
 
 

@@ -17,10 +17,10 @@ from .cache.counters import LayerCounters
 from .errors import ProfileError
 from .experts import MoELayer, find_experts
 from .forward.call import whole_call
-from .forward.graphs.observing import observe, observing_backend, unobserve
+from .forward.graphs.observing import bind_counter, observing_backend, unbind_counter
 from .observe.profile import Profile
 from .patch.install import IMPLEMENTATIONS, choose_implementation
-from .plan.weights import fingerprint
+from .plan.weights import take_fingerprint
 
 
 class Count:
@@ -63,7 +63,7 @@ def record_profile(model: Any, inputs: Any, **meta: str) -> Profile:
     batches = [inputs] if isinstance(inputs, (Tensor, Mapping)) else inputs
     if hasattr(model, "moe_offload"):
         before = model.moe_offload.profile()
-        _run(model, batches)
+        _run_batches(model, batches)
         after = model.moe_offload.profile()
         counts = [[a - b for a, b in zip(x, y, strict=True)] for x, y in zip(after.counts, before.counts, strict=True)]
         return Profile.of(after.fingerprint, tokens=after.tokens - before.tokens, counts=counts, meta=meta)
@@ -74,23 +74,23 @@ def record_profile(model: Any, inputs: Any, **meta: str) -> Profile:
     was = [(module.config, module.config._experts_implementation) for moe in moe_layers for module in moe.modules]
     try:
         for moe, counter in zip(moe_layers, counters, strict=True):
-            observe(moe, counter)
+            bind_counter(moe, counter)
         for config, chosen in was:
             if chosen not in IMPLEMENTATIONS:  # 'eager' experts never enter a graph
                 config._experts_implementation_internal = implementation
-        _run(model, batches, torch.compile(whole_call(model), backend=observing_backend(weights), dynamic=True))
+        _run_batches(model, batches, torch.compile(whole_call(model), backend=observing_backend(weights), dynamic=True))
     finally:
         for moe in moe_layers:
-            unobserve(moe)
+            unbind_counter(moe)
         for config, chosen in was:
             config._experts_implementation_internal = chosen
     if not any(counter.tokens for counter in counters):
         raise ProfileError("record_profile counted nothing: the inputs hold no token, or never reach an experts module")
-    return Profile.of_layers(fingerprint(model, moe_layers), [counter.counters() for counter in counters], meta)
+    return Profile.of_layers(take_fingerprint(model, moe_layers), [counter.counters() for counter in counters], meta)
 
 
 @torch.no_grad()
-def _run(model: Any, batches: Iterable[Any], call: Callable[..., Any] | None = None) -> None:
+def _run_batches(model: Any, batches: Iterable[Any], call: Callable[..., Any] | None = None) -> None:
     call = call or model
     device = next(model.parameters()).device
     for batch in batches:

@@ -23,7 +23,7 @@ from .folder import is_folder
 from .headers import DTYPES, Headers, TensorRange
 from .packed import Stored, index_stored, is_packed, read_stored
 from .pretrained.arguments import Arguments
-from .pretrained.download import download
+from .pretrained.download import download_checkpoint
 from .pretrained.skeleton import build_skeleton, read_configuration
 from .pretrained.weight_files import listed_names, weight_files
 from .quantised.blocks import check_blocks
@@ -54,7 +54,7 @@ class Outline:
         return list(moe_layers) if self.index is None else self.index.pack(moe_layers)
 
 
-def outline(path_or_id: str | Path, dtype: str | torch.dtype = "auto") -> Outline:
+def outline_checkpoint(path_or_id: str | Path, dtype: str | torch.dtype = "auto") -> Outline:
     """Read headers only. Raises `CheckpointError` when they cannot be had or do not fit the model's configuration."""
     arguments = Arguments(dtype=dtype)
     folder = Path(path_or_id) if is_folder(path_or_id) else _cached(str(path_or_id))
@@ -67,7 +67,7 @@ def outline(path_or_id: str | Path, dtype: str | torch.dtype = "auto") -> Outlin
 
 
 def outline_folder(folder: Path, arguments: Arguments | None = None) -> Outline:
-    """The outline of a folder that holds all files of a checkpoint. Each header is read once, here."""
+    """The outline of a folder that holds all files of a checkpoint. Nothing later reads a header again."""
     arguments = arguments or Arguments()
     place = folder / arguments.subfolder
     config = read_configuration(place, arguments)
@@ -143,7 +143,7 @@ def _range(name: str, file: str, key: str, tensor: Any) -> TensorRange:
 def _cached(name: str) -> Path | None:
     """The folder of a repository that was downloaded before, weights and all."""
     try:
-        folder = download(name, Arguments(), local_files_only=True)
+        folder = download_checkpoint(name, Arguments(), local_files_only=True)
     except CheckpointError:
         return None
     return folder if _has_shards(folder) and all((folder / file).exists() for file in listed_names(folder)) else None

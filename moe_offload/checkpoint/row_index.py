@@ -117,7 +117,7 @@ def _lay_out(moe: MoELayer, columns: Sequence[Column | PackedColumn]) -> tuple[t
 
 @dataclass(frozen=True)
 class Column:
-    """A field that rests as itself: of each expert the sources and the conversions."""
+    """A field that is not quantised: for each expert, its source tensors and the conversions that make the field."""
 
     field: Field
     experts: Sequence[tuple[tuple[TensorRange, ...], tuple[Conversion, ...]]]
@@ -138,7 +138,9 @@ class _Origin:
 
 def _find_origins(model: nn.Module, headers: Headers, wanted: set[str]) -> dict[str, _Origin]:
     """Group checkpoint keys by the wanted parameter they load into: transformers' own loop, without its tensors."""
-    from transformers.conversion_mapping import get_model_conversion_mapping  # late, as in conversion.py
+    from transformers.conversion_mapping import (
+        get_model_conversion_mapping,  # here, as in conversion.py: its import takes seconds
+    )
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
     mapping = get_model_conversion_mapping(model, hf_quantizer=getattr(model, "hf_quantizer", None))  # type: ignore[arg-type]
@@ -183,7 +185,7 @@ def _targets(target: str, converter: Any) -> Iterator[str]:
 def _origin_of(
     model: Any, moe: MoELayer, f: Field, origins: dict[str, _Origin], headers: Headers
 ) -> tuple[str, _Origin]:
-    """Parameters tied between modules are stored under one of their names, not always the first."""
+    """Where field `f` of a layer comes from, with the parameter's name: of tied parameters any one may be stored."""
     for name in moe.names:
         if f"{name}.{f.name}" in origins:
             return f"{name}.{f.name}", origins[f"{name}.{f.name}"]
@@ -208,7 +210,7 @@ def _column(
     found = []
     for pattern in [None] if origin.converter is None else origin.converter.source_patterns:
         keys, label = origin.parts.get(pattern, []), f.name if pattern is None else label_of(pattern)
-        if not keys and is_packed_by(ops):  # what a format may have: which of it there must be is seen below
+        if not keys and is_packed_by(ops):  # some tensors a format may leave out; `pack_column` checks the others
             continue
         if each_has_its_own:
             keys = one_key_per_expert(moe, label, keys, shares, origin.share)

@@ -1,4 +1,4 @@
-"""What each setting accepts: one rule a field of `OffloadConfig`, as a test and in words.
+"""What each setting accepts: for each field of `OffloadConfig` one rule, which is a test and says in words what passes.
 
 A value that is accepted is also brought into its plain form: a path becomes text, a device "0" the number 0.
 """
@@ -29,7 +29,7 @@ class Rule(NamedTuple):
         return f"{wrong}; it takes {self.accepted()}" if wrong else f"it takes {self.accepted()}"
 
 
-def plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     """`value` as JSON and YAML can hold it, with device numbers as numbers (JSON makes every key a string)."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)

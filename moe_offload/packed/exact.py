@@ -1,4 +1,4 @@
-"""What torch may be asked in another way, with the same bits of a product: tried out once for each kind of product.
+"""Whether torch gives a product the same bits when it is computed in another way: tried once for each kind of product.
 
 Shapes: M rows, I inputs, O outputs.
 
@@ -33,8 +33,10 @@ def transposed_is_exact(rows: int, outputs: int, inputs: int, dtype: torch.dtype
 
 
 def _switches() -> Hashable:
-    """What torch chooses its kernels by that a program may switch between two calls. Without oneDNN, those of bfloat16
-    sum in another order where the matrix is seen from the side (seen with 5760 x 2880)."""
+    """What a program may switch between two calls and torch chooses its kernels by: a trial holds for these alone.
+
+    Without oneDNN, for example, bfloat16 kernels sum in another order where the matrix is seen from the side (found
+    with 5760 x 2880)."""
     onednn = torch.backends.mkldnn
     return torch.get_num_threads(), onednn.enabled, onednn.matmul.fp32_precision  # type: ignore[attr-defined]
 
@@ -61,7 +63,7 @@ def _transposed_is_exact(rows: int, outputs: int, inputs: int, dtype: torch.dtyp
 
 
 def _multiply(x_MI: Tensor, matrix_IO: Tensor) -> Tensor:
-    """Into memory that is there, as products are computed: autocast would convert what torch.mm is to return."""
+    """The product by torch.mm(out=...), as products are computed: autocast would convert one that is returned."""
     return torch.mm(x_MI, matrix_IO, out=x_MI.new_empty((len(x_MI), matrix_IO.shape[1])))
 
 

@@ -1,8 +1,8 @@
-"""The arithmetic of compute="packed": products with the packed weights themselves, opt-in.
+"""The arithmetic of compute="packed": products straight from the codes of a packed matrix, where a user asks for it.
 
-Weights are not rounded to bfloat16 and activations not at all: products and sums are in float32, so a result is nearer
-to that of exact arithmetic than the bfloat16 product's, and not equal to it. It is for a few tokens; more of them share
-the unpacked matrix. The same tensors give the same bits for any number of threads.
+Weights are not rounded to bfloat16, nor activations to anything: products and sums are in float32, so a result is
+nearer to that of exact arithmetic than the bfloat16 product's, and not equal to it. It is for a few tokens; more of
+them share the unpacked matrix. The same tensors give the same bits for any number of threads.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STEP = 32  # columns that a kernel takes at once
 
 def multiply_fused(format: Format, tensors: Sequence[Tensor], x_MI: Tensor, out_MO: Tensor) -> None:
     """Write x @ W.T, computed in float32 and then rounded to the dtype of `out_MO`."""
-    kernels = _compiled()
+    kernels = _load_kernels()
     (_, inputs), blocks = format.shape(tensors), _grid(format, tensors)
     x, out = x_MI.to(torch.float32), torch.empty(out_MO.shape, dtype=torch.float32)
     whole_steps = inputs % (STEP * blocks[1]) == 0
@@ -37,7 +37,7 @@ def multiply_fused(format: Format, tensors: Sequence[Tensor], x_MI: Tensor, out_
             torch.mm(x, weight_OI.t(), out=out[:, begin:end])
     else:
         form = [MXFP4, FP8, Int4].index(type(format))
-        kernels.multiply(form, tuple(tensors), blocks, x, out)
+        kernels.multiply_packed(form, tuple(tensors), blocks, x, out)
     out_MO.copy_(out)
 
 
@@ -55,9 +55,10 @@ def _grid(format: Format, tensors: Sequence[Tensor]) -> tuple[int, int]:
 
 
 @cache
-def _compiled() -> Any:
+def _load_kernels() -> Any:
+    """The module of compiled kernels, or None; imported late, as in formats.py."""
     try:
         from .compiled import fused
-    except ImportError:  # as in formats.py
+    except ImportError:
         return None
     return fused

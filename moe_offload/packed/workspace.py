@@ -1,6 +1,6 @@
-"""Where a weight is unpacked that is used at once and not kept: one piece of memory of each thread, used again.
+"""The memory that a weight is unpacked into for one product: one piece for each thread, which the next weight reuses.
 
-Fresh memory would have to be given out by the system page by page, which takes longer than to fill it.
+Fresh memory would take longer to get from the system, page by page, than to fill.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class _Workspace(threading.local):
 _own = _Workspace()
 
 
-def borrow(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Uninitialised memory of that shape, until this thread borrows again."""
+def borrow_workspace(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory of that shape, valid until this thread borrows again."""
     nbytes = math.prod(shape) * dtype.itemsize
     if _own.memory.numel() < nbytes:
         _own.memory = torch.empty(0, dtype=torch.uint8)  # before the larger piece is asked for
@@ -29,6 +29,6 @@ def borrow(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return _own.memory[:nbytes].view(dtype).view(*shape)
 
 
-def give_back() -> None:
+def free_workspace() -> None:
     """Free what this thread has borrowed so far."""
     _own.memory = torch.empty(0, dtype=torch.uint8)

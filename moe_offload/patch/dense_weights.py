@@ -1,4 +1,4 @@
-"""Dense weights go to the one device that the model computes on. Expert weights stay: their cache moves them."""
+"""Move dense weights to the one device that the model computes on. Rows of experts are moved by their cache."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def keep_where_it_is(model: Any, moe_layers: Sequence[MoELayer], settings: Offlo
 
 
 def _refuse_accelerate(model: Any) -> None:
-    """accelerate's hooks move weights when a module is called: behind the cache's back."""
+    """Refuse a model that accelerate has dispatched: its hooks move weights whenever a module is called."""
     hooked = next((name or "the model" for name, part in model.named_modules() if hasattr(part, "_hf_hook")), None)
     spread = len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
     if hooked is not None or spread:

@@ -1,6 +1,6 @@
 """state_dict() of an offloaded model: the real experts in place of their phantoms.
 
-It has to hold what it returns: all experts at once, in RAM. `saving.py` writes them a row at a time.
+All experts are in RAM at once then, as they must be in what it returns. `saving.py` writes them a row at a time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import SaveError
 from ..runtime.model import Runtime
 
-#: Whether state_dict() is to leave the experts' phantoms as they are: names and shapes are wanted, not weights.
+#: Whether state_dict() leaves the experts' phantoms as they are, for callers that want names and shapes only.
 _as_phantoms: ContextVar[bool] = ContextVar("as_phantoms", default=False)
 
 

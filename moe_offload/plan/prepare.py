@@ -10,14 +10,14 @@ from typing import Any
 
 import psutil
 
-from ..config.settings import Config, OffloadConfig, resolve
+from ..config.settings import Config, OffloadConfig, resolve_settings
 from ..config.sizes import format_size
 from ..errors import UnsupportedModelError
 from ..experts import MoELayer
 from ..memory.devices import usable_kinds
 from ..observe.profile import Fingerprint, Profile
-from .arrange import Arrangement, arrange
-from .weights import fingerprint
+from .arrange import Arrangement, arrange_layers
+from .weights import take_fingerprint
 
 logger = logging.getLogger("moe_offload")
 
@@ -28,7 +28,7 @@ class Prepared:
 
     settings: OffloadConfig
     arrangement: Arrangement
-    fingerprint: Fingerprint
+    take_fingerprint: Fingerprint
     profile: Profile | None
     row_bytes: tuple[int, ...]
 
@@ -43,26 +43,26 @@ class Prepared:
 
 
 def settings_of(config: Config, **given: Any) -> OffloadConfig:
-    """The settings in force: an argument that is None was not given, and a profile in memory is no setting."""
+    """The settings in force. An argument that is None was not given; a `Profile` object is no setting, its path is."""
     said = {name: value for name, value in given.items() if value is not None and not isinstance(value, Profile)}
-    return resolve(config, **said)
+    return resolve_settings(config, **said)
 
 
-def prepare(
+def prepare_model(
     model: Any, moe_layers: Sequence[MoELayer], settings: OffloadConfig, profile: Profile | str | Path | None = None
 ) -> Prepared:
     """Plan `model`, which may be on the meta device, for the devices of this process, and read its profile.
 
     Raises `ConfigError`, `BudgetError`, `UnsupportedModelError`, or `ProfileError` for the profile of another model.
     """
-    arrangement = arrange(model, moe_layers, settings, usable=usable_kinds(settings.untested))
+    arrangement = arrange_layers(model, moe_layers, settings, usable=usable_kinds(settings.untested))
     arrangement.check_one_device()
     if arrangement.device != "cpu" and any(moe.packed for moe in moe_layers):
         raise UnsupportedModelError(
             f"asked to compute on {arrangement.device} with quantised experts; their weights are unpacked by the CPU "
             'alone so far. Leave device_map out (or device_map="cpu"), or use a checkpoint in bfloat16'
         )
-    expected = fingerprint(model, moe_layers)
+    expected = take_fingerprint(model, moe_layers)
     _warn_beyond_memory(arrangement)
     loaded = load_profile(profile or settings.profile, expected)
     return Prepared(settings, arrangement, expected, loaded, tuple(moe.layout.row_bytes for moe in moe_layers))

@@ -198,5 +198,5 @@ def test_a_write_that_fails_leaves_the_old_trace(path):
 def test_ids_beyond_the_arrays_wanted_are_not_read(path):
     trace().save(path)
     with path.open("rb") as file:
-        assert set(npz.read(file, path.stat().st_size, {"experts", "absent"})) == {"experts"}
+        assert set(npz.read_arrays(file, path.stat().st_size, {"experts", "absent"})) == {"experts"}
     assert json.loads(Trace.load(path).meta["a"].join('""')) == "b"

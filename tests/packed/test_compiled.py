@@ -49,11 +49,11 @@ torch.set_num_threads(2)
 torch.randn(512, 512) @ torch.randn(512, 512)
 before = set(os.listdir("/proc/self/task"))
 rows = torch.zeros(1000, dtype=torch.int64)
-pool.run(threads.say_thread, 1000, [rows.data_ptr(), 1000], work=1 << 20)
+pool.run_kernel(threads.say_thread, 1000, [rows.data_ptr(), 1000], work=1 << 20)
 assert set(os.listdir("/proc/self/task")) == before
 assert rows[:500].eq(1).all() and rows[500:].eq(2).all(), rows
 rows.zero_()
-pool.run(threads.say_thread, 1000, [rows.data_ptr(), 1000], work=1)
+pool.run_kernel(threads.say_thread, 1000, [rows.data_ptr(), 1000], work=1)
 assert rows.eq(1).all(), "small work is done by one thread"
 """,
         OMP_NUM_THREADS="2",

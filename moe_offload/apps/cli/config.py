@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ...config import file as files
-from ...config.settings import OffloadConfig, active_file, from_text, origins, resolve
+from ...config.settings import OffloadConfig, active_file, find_origins, from_text, resolve_settings
 from ...errors import ConfigError, ProfileError
 from ..options.checks import check_profile
 from ..options.flags import Budget, Compile, ConfigFile, DeviceMapOption, Json, MaxMemory, Policy
@@ -50,7 +50,7 @@ def config(
         _show(config_file, as_json)
         return
     path = config_file or files.default_path()
-    old = OffloadConfig.from_dict(files.read(path)) if path.exists() else OffloadConfig()
+    old = OffloadConfig.from_dict(files.read_settings(path)) if path.exists() else OffloadConfig()
     typed = {"budget": budget, "max_memory": max_memory, "device_map": device_map, "profile": profile}
     typed |= {"policy": policy, "compile": compile, "kv_tokens": context, "offload_folder": offload_folder}
     flags = {name: _value(name, text) for name, text in typed.items() if text is not None}
@@ -63,7 +63,7 @@ def config(
                 "standard input is no terminal to ask questions on: give --yes, with flags for what to write"
             )
         values = _ask(values, skip=set(flags), prompt=typer.prompt)
-    files.write(path, values.changed())
+    files.write_settings(path, values.changed())
     typer.echo(f"settings written to {path}", err=True)
     typer.echo(path.read_text(), nl=False)
     if active_file() != path:
@@ -93,7 +93,7 @@ def _value(name: str, text: str) -> Any:
 
 
 def _show(config_file: Path | None, as_json: bool) -> None:
-    settings, where = resolve(config_file), origins(config_file)
+    settings, where = resolve_settings(config_file), find_origins(config_file)
     file = active_file(config_file)
     typer.echo(f"file: {file or f'none; {files.default_path()} is not there'}", err=True)
     if as_json:

@@ -19,7 +19,7 @@ from ...config.settings import OffloadConfig
 from ...errors import UnsupportedModelError
 from ...experts import find_experts, is_experts
 from ...plan.budget import budget_for
-from ...plan.weights import costs, layer_shapes
+from ...plan.weights import layer_shapes, sum_costs
 from .session import NotSupported, run_session, tokens
 from .table import FAMILIES
 from .tiny import build
@@ -152,7 +152,7 @@ def _offloaded(family: str, case: Case, compile: str, options: dict[str, Any]) -
         wave_rows=1,
     )
     moe_layers = find_experts(model)
-    budget = budget_for(case.residency, layer_shapes(moe_layers), costs(model, moe_layers, settings))
+    budget = budget_for(case.residency, layer_shapes(moe_layers), sum_costs(model, moe_layers, settings))
     optimize(model, budget, device_map="cpu", config=settings)
     try:
         return run_session(model, FAMILIES[family].kind, **options)

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 
 from ...errors import LiveError
-from ...observe.live.folder import SUFFIX, check, folders
+from ...observe.live.folder import SUFFIX, check_private, list_folders
 from ...observe.live.snapshot import MAX_BYTES, Snapshot
 
 ANSWER_S = 3.0  # a process that compiles or computes may need a moment to come to its live view
@@ -96,9 +96,9 @@ def running() -> list[tuple[Place, Snapshot]]:
 def places() -> list[Place]:
     """Every socket of this user, by process, whether or not anybody answers there."""
     found = []
-    for folder in folders():
+    for folder in list_folders():
         try:
-            check(folder)
+            check_private(folder)
         except FileNotFoundError:
             continue
         except (OSError, ValueError) as error:

@@ -91,7 +91,7 @@ def merge(
 ) -> None:
     """One profile of several workloads: counts are added, times their weights."""
     from ...observe.profile import Profile
-    from ...observe.profile import merge as merged
+    from ...observe.profile import merge_profiles as merged
 
     check_output("--out", out)
     try:

@@ -19,7 +19,7 @@ import psutil
 from ...cache.counters import Counters
 from ...handle import Handle
 from ...observe.profile import CREATED
-from ...observe.progress import DELAY_S, bar
+from ...observe.progress import DELAY_S, show_bar
 from ...observe.trace import Trace
 from ...observe.trace.recorder import ForwardRecord
 from ...plan.budget import Plan, budget_for
@@ -50,7 +50,7 @@ def collect_run(handle: Handle, *, model: str, profile: str | None = None, ended
     trace, stats, plan = handle.trace(), handle.stats(), handle.plan
     forwards = [forward for forward in handle.forwards() if forward.tokens]
     replays = len(plan.layers) * (1 + len(_shares(plan)) + (profile is not None))
-    with bar("Replaying", replays, unit="layer", what="the run", delay_s=DELAY_S) as shown:
+    with show_bar("Replaying", replays, unit="layer", what="the run", delay_s=DELAY_S) as shown:
 
         def replay(*asked: Any) -> tuple[Any, Any]:
             found = replayed(*asked)

@@ -172,7 +172,7 @@ def _keep_in_float32(model: Any, dtype: torch.dtype) -> None:
 
 
 def _refuse_remote_code(place: Path | str, said: Mapping[str, Any], trusted: bool) -> None:
-    """Never another class than plain transformers would run."""
+    """Raise `UnsupportedModelError` where plain transformers would run the checkpoint's own code."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     remote = said.get("auto_map") if isinstance(said.get("auto_map"), Mapping) else {}

@@ -9,8 +9,9 @@ divides the matrix by the number of scales:
     576   5        an error: no such checkpoint can be loaded without a GPU (DeepSeek-V3 and R1, Kimi-K2: kv_a_proj)
     192   2        blocks of 96: other weights than were saved, without a word
 
-The third kind is unpacked here by the format's meaning, and said aloud; the fourth is refused: there is nothing right
-to be equal to. Both concern dense weights; experts of either kind are refused.
+The third kind is unpacked here by the format's meaning, and a warning says so; the fourth is refused, because what
+plain transformers computes with such weights is not what was saved. Both concern dense weights; experts of either kind
+are refused.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def unpack_uneven(config: Any, headers: Headers, state: Mapping[str, Any]) -> di
 
 
 class Unpacked:
-    """Stands in a state dict for the codes of a matrix: its weights, unpacked when they are asked for."""
+    """An entry of a state dict, in place of the codes of a matrix: its weights, unpacked when they are asked for."""
 
     def __init__(self, codes: Any, scales: Any, shape: tuple[int, ...], block: Block):
         self._codes, self._scales, self.shape, self._block = codes, scales, shape, block

@@ -24,25 +24,29 @@ MARKS = {
 def refuse_foreign(config: Any, headers: Headers, parameter: str) -> None:
     """Raise for a checkpoint without `parameter`, where experts of a quantised form are what it has instead."""
     for key, found in headers.items():
-        method = _mark(key)
+        method = _find_method(key)
         if method is not None and "expert" in key:
             raise UnsupportedModelError(
-                f"{found.file}: {key!r} is a part of quantised experts ({method}), and config.json {_said(config)}, "
-                f"with which transformers has nothing for {parameter}. Put back the config.json that belongs to these "
-                "files; if it is theirs, use a checkpoint in MXFP4, block FP8, compressed-tensors int4, or bfloat16"
+                f"{found.file}: {key!r} is a part of quantised experts ({method}), and config.json "
+                f"{_quote_config(config)}, with which transformers has nothing for {parameter}. Put back the "
+                "config.json that belongs to these files; if it is theirs, use a checkpoint in MXFP4, block FP8, "
+                "compressed-tensors int4, or bfloat16"
             )
 
 
 def refuse_codes(config: Any, headers: Headers, what: str, sources: Sequence[TensorRange], keys: Sequence[str]) -> None:
-    """Numbers that mean something only with scales are no weights, whatever they may be cast to."""
+    """Raise for integers or one-byte floats where weights are expected: without scales they mean nothing."""
     for source, key in zip(sources, keys, strict=True):
         if source.dtype.itemsize == 1 or not source.dtype.is_floating_point:
-            method = next((_mark(other) for other in headers if other.startswith(f"{key}.") and _mark(other)), None)
+            method = next(
+                (_find_method(other) for other in headers if other.startswith(f"{key}.") and _find_method(other)), None
+            )
             by = f" of {method}" if method else ""
             raise UnsupportedModelError(
-                f"{source.file}: {key!r} holds {DTYPE_NAMES[source.dtype]} codes{by}, and config.json {_said(config)}, "
-                f"by which transformers cannot tell what {what} they stand for. Put back the config.json that belongs "
-                "to these files; if it is theirs, use a checkpoint in a format that is read, or in bfloat16"
+                f"{source.file}: {key!r} holds {DTYPE_NAMES[source.dtype]} codes{by}, and config.json "
+                f"{_quote_config(config)}, by which transformers cannot tell what {what} they stand for. Put back the "
+                "config.json that belongs to these files; if it is theirs, use a checkpoint in a format that is read, "
+                "or in bfloat16"
             )
 
 
@@ -54,8 +58,8 @@ def check_dense(config: Any, headers: Headers, experts: Collection[str]) -> None
             continue
         if said is None:
             raise UnsupportedModelError(
-                f"{found.file}: {key!r} holds {DTYPE_NAMES[found.dtype]} codes, and config.json {_said(config)}. Put "
-                "back the config.json that belongs to these files"
+                f"{found.file}: {key!r} holds {DTYPE_NAMES[found.dtype]} codes, and config.json "
+                f"{_quote_config(config)}. Put back the config.json that belongs to these files"
             )
         stem = key.removesuffix("weight")
         if not any(f"{stem}{end}" in headers for end in ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")):
@@ -65,7 +69,7 @@ def check_dense(config: Any, headers: Headers, experts: Collection[str]) -> None
             )
 
 
-def _said(config: Any) -> str:
+def _quote_config(config: Any) -> str:
     said = quantization_of(config)
     if said is None:
         return "names no format (quantization_config)"
@@ -73,5 +77,5 @@ def _said(config: Any) -> str:
     return f"says {getattr(method, 'value', method)} (quantization_config)"
 
 
-def _mark(key: str) -> str | None:
+def _find_method(key: str) -> str | None:
     return next((method for end, method in MARKS.items() if key.endswith(end)), None)

@@ -26,7 +26,7 @@ class Store(Protocol):
         """The files that rows are read from, by the names they were opened under; none for a medium without files."""
 
     def begin(self, layer: int, expert: int, row: memoryview) -> RowRead:
-        """The work of filling `row`, in parts for several threads; nothing is read yet. See `read`."""
+        """The work of filling `row` as `read` does, in parts that several threads may do; nothing is read yet."""
 
     def read(self, layer: int, expert: int, row: memoryview) -> int:
         """Fill `row` with that expert's fields at their layout's offsets; return the bytes read from the medium.

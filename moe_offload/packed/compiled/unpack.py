@@ -1,7 +1,7 @@
-"""Codes to bfloat16, for each format: torch's threads share the rows, and each run under one scale is a vector step.
+"""Codes to bfloat16, for each format: torch's threads share the rows; codes under one scale go through vector steps.
 
-What the steps do not take (a run's last columns, scales so small or large that a result may be denormal or infinite)
-goes one by one, by the same formula in float32. Denormals are kept.
+The rest goes one by one, by the same formula in float32: columns that do not fill a step, and codes under a scale so
+small or large that a result may be denormal or infinite. Denormals are kept.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .pool import array_at, compiled, kernel, run, share
+from .pool import array_at, compile_function, kernel, run_kernel, take_share
 from .vectors import expand_fp8, expand_int4, expand_mxfp4
 
 #: dtype of a scale -> how the kernels read it.
@@ -29,23 +29,23 @@ def unpack_mxfp4(codes: Tensor, scales: Tensor, table: Tensor, out_OI: Tensor) -
     """`table` [256, 16]: the values of the sixteen codes under each scale, in bfloat16."""
     outputs, groups = scales.shape
     job = (codes.data_ptr(), scales.data_ptr(), out_OI.data_ptr(), outputs, groups, out_OI.stride(0), table.data_ptr())
-    run(_mxfp4, outputs, job, out_OI.numel())
+    run_kernel(_mxfp4, outputs, job, out_OI.numel())
 
 
 def unpack_fp8(codes: Tensor, scale: Tensor, grid: tuple[int, int], out_OI: Tensor) -> None:
     """`grid`: into how many blocks rows and columns are cut."""
     outputs, inputs = codes.shape
     where = (codes.data_ptr(), scale.data_ptr(), out_OI.data_ptr(), outputs, inputs, out_OI.stride(0))
-    run(_fp8, outputs, (*where, SCALES[scale.dtype], outputs // grid[0], grid[1]), out_OI.numel())
+    run_kernel(_fp8, outputs, (*where, SCALES[scale.dtype], outputs // grid[0], grid[1]), out_OI.numel())
 
 
 def unpack_int4(codes: Tensor, scale: Tensor, out_OI: Tensor) -> None:
     outputs, groups = scale.shape
     where = (codes.data_ptr(), scale.data_ptr(), out_OI.data_ptr(), outputs, out_OI.shape[1], out_OI.stride(0))
-    run(_int4, outputs, (*where, SCALES[scale.dtype], groups), out_OI.numel())
+    run_kernel(_int4, outputs, (*where, SCALES[scale.dtype], groups), out_OI.numel())
 
 
-@compiled
+@compile_function
 def scale_at(address, kind, index):  # type: ignore[no-untyped-def]
     """One scale as float32."""
     if kind == FLOAT32:
@@ -55,14 +55,14 @@ def scale_at(address, kind, index):  # type: ignore[no-untyped-def]
     return power_of_two(array_at(address + index, (1,), np.uint8)[0])
 
 
-@compiled
+@compile_function
 def power_of_two(exponent):  # type: ignore[no-untyped-def]
     """e8m0 as float32: 2^(exponent - 127), of which the first is denormal."""
     return np.uint32(np.uint32(exponent) << np.uint32(23) if exponent else np.uint32(1 << 22)).view(np.float32)
 
 
-@compiled
-def rounded(value):  # type: ignore[no-untyped-def]
+@compile_function
+def nearest_bfloat16(value):  # type: ignore[no-untyped-def]
     """The bits of the bfloat16 nearest to a float32 that is a number."""
     bits = np.float32(value).view(np.uint32)
     return np.uint16((bits + HALF + ((bits >> SIXTEEN) & ONE)) >> SIXTEEN)
@@ -70,8 +70,8 @@ def rounded(value):  # type: ignore[no-untyped-def]
 
 @kernel
 def _mxfp4(data):  # type: ignore[no-untyped-def]
-    """For very small and very large scales a result may be denormal or infinite: those go one by one."""
-    job, begin, end = share(data)
+    """Groups whose scale is very small or very large go one by one: a result may be denormal or infinite."""
+    job, begin, end = take_share(data)
     groups, stride, table = job[4], job[5], job[6]
     for row in range(begin, end):
         codes, scales, out = job[0] + row * groups * 16, job[1] + row * groups, job[2] + row * stride * 2
@@ -84,7 +84,7 @@ def _mxfp4(data):  # type: ignore[no-untyped-def]
                 _mxfp4_singly(codes + group * 16, table + scale * 32, out + group * 64)
 
 
-@compiled
+@compile_function
 def _mxfp4_singly(codes, table, out):  # type: ignore[no-untyped-def]
     codes_J, table_16 = array_at(codes, (16,), np.uint8), array_at(table, (16,), np.uint16)
     out_J = array_at(out, (32,), np.uint16)
@@ -94,7 +94,7 @@ def _mxfp4_singly(codes, table, out):  # type: ignore[no-untyped-def]
 
 @kernel
 def _fp8(data):  # type: ignore[no-untyped-def]
-    job, begin, end = share(data)
+    job, begin, end = take_share(data)
     columns, stride, kind, block_rows, blocks = job[4], job[5], job[6], job[7], job[8]
     width = columns // blocks
     for row in range(begin, end):
@@ -107,19 +107,19 @@ def _fp8(data):  # type: ignore[no-untyped-def]
                 array_at(out + j * 2, (1,), np.uint16)[0] = _fp8_one(array_at(codes + j, (1,), np.uint8)[0], scale)
 
 
-@compiled
+@compile_function
 def _fp8_one(code, scale):  # type: ignore[no-untyped-def]
     magnitude = np.uint32(code & np.uint8(0x7F))
     if magnitude < 8:
         value = np.float32(magnitude) * np.float32(2.0**-9)
     else:
         value = np.uint32((magnitude << np.uint32(20)) + np.uint32(120 << 23)).view(np.float32)
-    return rounded(value * scale) ^ np.uint16((np.uint16(code) & 0x80) << 8)
+    return nearest_bfloat16(value * scale) ^ np.uint16((np.uint16(code) & 0x80) << 8)
 
 
 @kernel
 def _int4(data):  # type: ignore[no-untyped-def]
-    job, begin, end = share(data)
+    job, begin, end = take_share(data)
     columns, stride, kind, groups = job[4], job[5], job[6], job[7]
     width = columns // 2 // groups  # bytes
     for row in range(begin, end):
@@ -129,5 +129,5 @@ def _int4(data):  # type: ignore[no-untyped-def]
             expand_int4(codes, width // 16, scale, out)
             for j in range(width // 16 * 16, width):
                 byte, pair = array_at(codes + j, (1,), np.uint8)[0], array_at(out + j * 4, (2,), np.uint16)
-                pair[0] = rounded(np.float32(np.int32(byte & 15) - 8) * scale)
-                pair[1] = rounded(np.float32(np.int32(byte >> 4) - 8) * scale)
+                pair[0] = nearest_bfloat16(np.float32(np.int32(byte & 15) - 8) * scale)
+                pair[1] = nearest_bfloat16(np.float32(np.int32(byte >> 4) - 8) * scale)

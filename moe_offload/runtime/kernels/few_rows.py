@@ -23,7 +23,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-from ...packed.compiled.pool import array_at, compiled, kernel, run, share
+from ...packed.compiled.pool import array_at, compile_function, kernel, run_kernel, take_share
 
 TILE = 4  # outputs at a time: so many streams from memory, and 16 accumulators of registers in flight
 LINE = 64  # bytes of a cache line
@@ -47,19 +47,19 @@ def _fetch(typingctx, address):  # type: ignore[no-untyped-def]
     return types.void(address), build
 
 
-@compiled
+@compile_function
 def _low(pair):  # type: ignore[no-untyped-def]
     """The first of two bfloat16 that lie in 32 bits, as float32."""
     return np.uint32(pair << np.uint32(16)).view(np.float32)
 
 
-@compiled
+@compile_function
 def _high(pair):  # type: ignore[no-untyped-def]
     """The second one."""
     return np.uint32(pair & np.uint32(0xFFFF0000)).view(np.float32)
 
 
-@compiled
+@compile_function
 def _rounded(number):  # type: ignore[no-untyped-def]
     """The bits of the bfloat16 that is nearest to a float32, the even one of two."""
     bits = np.float32(number).view(np.uint32)
@@ -100,7 +100,7 @@ def _multiply_tile(w, w_row, ahead, first, second, pairs):  # type: ignore[no-un
 @kernel
 def _multiply(data):  # type: ignore[no-untyped-def]
     """The rows of this job are tiles: those of the first run of equal slots, then those of the next."""
-    job, begin, end = share(data)
+    job, begin, end = take_share(data)
     x, weight, slots_at, bias_at, out_at, slot_bytes, pairs, inputs, outputs = job[:9]
     slots_P, out_PO = array_at(slots_at, (pairs,), np.int64), array_at(out_at, (pairs, outputs), np.uint16)
     bias_O = array_at(bias_at, (outputs,), np.uint16)
@@ -123,8 +123,8 @@ def _multiply(data):  # type: ignore[no-untyped-def]
         first, before = last, before + tiles
 
 
-def prepare() -> None:
-    """Compile now (once for a machine, where there is a folder to keep it in) and not in the middle of a call."""
+def compile_kernels() -> None:
+    """Compile the kernel now and not in the middle of a call. It is kept on disk where there is a folder for it."""
     _multiply.address  # noqa: B018
 
 
@@ -153,7 +153,7 @@ def multiply_grouped(x_PI: Tensor, weight_SOI: Tensor, slots_P: Tensor) -> Tenso
     return _run(x_PI, weight_SOI, weight_SOI.shape[1], torch.tensor(slots), runs, slot_bytes, None)
 
 
-def multiply(x_PI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+def multiply_rows(x_PI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """`[P, O]`: rows of x times one matrix, as `nn.Linear` has it; all in one piece, I even and O at least TILE."""
     return _run(x_PI, weight_OI, weight_OI.shape[0], x_PI.new_zeros(len(x_PI), dtype=torch.int64), 1, 0, bias_O)
 
@@ -165,7 +165,7 @@ def _run(
     out_PO = x_PI.new_empty((pairs, outputs))
     bias_at = 0 if bias_O is None else bias_O.data_ptr()
     addresses = [x_PI.data_ptr(), weight.data_ptr(), slots_P.data_ptr(), bias_at, out_PO.data_ptr()]
-    run(
+    run_kernel(
         _multiply, runs * -(-outputs // TILE), [*addresses, slot_bytes, pairs, inputs, outputs], runs * outputs * inputs
     )
     return out_PO

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from moe_offload.apps.cli import app
 from moe_offload.apps.cli.config import QUESTIONS, _ask
 from moe_offload.config import file as config_file
-from moe_offload.config.settings import OffloadConfig, resolve
+from moe_offload.config.settings import OffloadConfig, resolve_settings
 from tests.observe.test_profile import PROFILE
 from tests.paths import MODEL_NAME as MODEL
 
@@ -32,10 +32,10 @@ def default(tmp_path, monkeypatch):
 def test_it_writes_the_default_file_from_flags(default):
     result = run("config", "--budget", "6MB", "--max-memory", "{cpu: 1GB}", "--context", "64", "--yes")
     assert result.exit_code == 0 and str(default) in result.stderr, result.output
-    assert config_file.read(default) == {"budget": "6MB", "max_memory": {"cpu": "1GB"}, "kv_tokens": 64}
-    assert resolve() == OffloadConfig(budget="6MB", max_memory={"cpu": "1GB"}, kv_tokens=64)
+    assert config_file.read_settings(default) == {"budget": "6MB", "max_memory": {"cpu": "1GB"}, "kv_tokens": 64}
+    assert resolve_settings() == OffloadConfig(budget="6MB", max_memory={"cpu": "1GB"}, kv_tokens=64)
     assert run("config", "--budget", "7MB", "--max-memory", "none", "-y").exit_code == 0
-    assert config_file.read(default) == {"budget": "7MB", "kv_tokens": 64}, "what no flag says stays as it was"
+    assert config_file.read_settings(default) == {"budget": "7MB", "kv_tokens": 64}, "what no flag says stays as it was"
 
 
 def test_without_a_terminal_it_asks_for_flags(default):
@@ -96,7 +96,7 @@ def test_on_a_terminal(tmp_path):
         keyboard.write("8GB\n" + "\n" * (len(QUESTIONS) - 1))
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and f"--config-file {path}" in err, err
-    assert config_file.read(path) == {"budget": "8GB", "policy": "lru"} and "budget: 8GB" in out
+    assert config_file.read_settings(path) == {"budget": "8GB", "policy": "lru"} and "budget: 8GB" in out
 
 
 def test_show_tells_where_each_value_is_from(default, monkeypatch):

@@ -22,7 +22,7 @@ from moe_offload.apps.cli import app
 from moe_offload.apps.live.client import running
 from moe_offload.apps.live.rates import between
 from moe_offload.apps.live.screen import screen, sparkline
-from moe_offload.observe.live.folder import make
+from moe_offload.observe.live.folder import make_private
 from moe_offload.observe.live.snapshot import Snapshot
 from tests.fakes.watched import ROOT, models, use_folder
 from tests.paths import MODEL_NAME as MODEL
@@ -76,7 +76,7 @@ def test_no_running_model_is_one_line_that_says_how(folder):
 
 def test_one_that_is_too_busy_to_answer_is_not_said_to_be_absent(folder, monkeypatch):
     monkeypatch.setattr("moe_offload.apps.live.client.ANSWER_S", 0.2)
-    make(folder)
+    make_private(folder)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as silent:
         silent.bind(str(folder / f"{os.getpid()}.sock"))
         silent.listen()

@@ -83,7 +83,7 @@ class Bar:
 
 
 def test_a_run_from_the_command_line_to_the_page(tmp_path, monkeypatch):
-    monkeypatch.setattr(collect, "bar", Bar)
+    monkeypatch.setattr(collect, "show_bar", Bar)
     run, html = tmp_path / "run.json", tmp_path / "report.html"
     command = ["run", str(MODEL), "--budget", "6MB", "--prompt", "Il comando ls", "--max-new-tokens", "40"]
     done = CliRunner().invoke(app, [*command, "--save-report", str(run)])
@@ -113,7 +113,7 @@ def test_a_run_from_the_command_line_to_the_page(tmp_path, monkeypatch):
 
 
 def test_with_a_profile_the_page_says_what_it_brought(tmp_path, monkeypatch):
-    monkeypatch.setattr(collect, "bar", Bar)
+    monkeypatch.setattr(collect, "show_bar", Bar)
     profile, run = tmp_path / "it.json", tmp_path / "run.json"
     command = ["run", str(MODEL), "--budget", "6MB", "--prompt", "Il comando ls", "--max-new-tokens", "40"]
     assert CliRunner().invoke(app, [*command, "--save-profile", str(profile)]).exit_code == 0

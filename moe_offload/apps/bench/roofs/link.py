@@ -76,14 +76,14 @@ def registered(nbytes: int, device: str) -> Iterator[tuple[Tensor, Tensor]]:
         yield host, host
         return
     rows = host.view(1, nbytes)
-    error = pinned.pin(rows)
+    error = pinned.pin_rows(rows)
     if error:
         raise OffloadError(f"{nbytes} bytes of host memory cannot be pinned ({error}); raise the memlock limit")
     try:
         yield host, pinned.device_view(host, device)
     finally:
         torch.cuda.synchronize()
-        pinned.unpin(rows)
+        pinned.unpin_rows(rows)
 
 
 def copy_rows(bank_SN: Tensor, host_EN: Tensor, experts: list[int]) -> None:

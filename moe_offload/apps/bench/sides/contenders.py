@@ -21,7 +21,7 @@ from torch import nn
 from ....checkpoint.outline import outline_folder
 from ....checkpoint.pretrained.dense import load_dense
 from ....checkpoint.row_index import RowIndex
-from ....config.settings import resolve
+from ....config.settings import resolve_settings
 from ....experts import MoELayer, find_experts
 from ....memory.stores.disk import DiskStore
 
@@ -46,7 +46,7 @@ class Contender:
 
 def room_for(tokens: int) -> dict[str, Any]:
     """What ours is told, so that its budget has room for a KV cache of so many tokens; never less than by default."""
-    return {"kv_tokens": max(resolve().kv_tokens, tokens)}
+    return {"kv_tokens": max(resolve_settings().kv_tokens, tokens)}
 
 
 def resident(job: Job) -> Any:
