@@ -44,7 +44,7 @@ class Shard:
 
     name: str
     entries: tuple[Entry, ...]
-    make_header: bytes
+    header: bytes
 
     @property
     def nbytes(self) -> int:

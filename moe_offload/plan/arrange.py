@@ -37,7 +37,7 @@ class Arrangement:
     """
 
     names: tuple[str, ...]
-    find_spots: tuple[Spot, ...]
+    spots: tuple[Spot, ...]
     plans: dict[str, Plan]
     host_bytes: int
     host_room_bytes: int | None

@@ -28,7 +28,7 @@ class Prepared:
 
     settings: OffloadConfig
     arrangement: Arrangement
-    take_fingerprint: Fingerprint
+    fingerprint: Fingerprint
     profile: Profile | None
     row_bytes: tuple[int, ...]
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_offload import ProfileError, Trace, TraceError
-from moe_offload.apps.profile.tables import diff, inspect, start_from, with_and_without
+from moe_offload.apps.profile.tables import compare_profiles, inspect_profile, start_from, with_and_without
 from moe_offload.cache import POLICIES
 from moe_offload.cache.layer_cache import LayerCache
 from moe_offload.observe.profile import Fingerprint, Profile
@@ -63,7 +63,9 @@ def test_distance_by_hand():
 def test_experts_that_nothing_used_are_not_shared():
     a, b = [0] * 32, [0] * 32
     a[20] = b[30] = 5
-    assert diff(profile(a), profile(b))["layers"] == [{"layer": 0, "distance": 1.0, "hottest_quarter_shared": 0.0}]
+    assert compare_profiles(profile(a), profile(b))["layers"] == [
+        {"layer": 0, "distance": 1.0, "hottest_quarter_shared": 0.0}
+    ]
 
 
 def test_most_wanted_goes_across_layers():
@@ -88,7 +90,7 @@ def test_a_replay_shows_what_a_profile_brings_and_that_a_wrong_one_fades():
     assert good["profile"]["all"] > good["cold"]["all"]
     bad = with_and_without(profile(wrong), [3], trace)
     assert bad["cold"] == good["cold"] and abs(bad["profile"]["all"] - bad["cold"]["all"]) < 0.05
-    found = inspect(profile(right), [3], trace)
+    found = inspect_profile(profile(right), [3], trace)
     assert found["pinned"] == 1.0 and found["replay"] == good
     with pytest.raises(TraceError, match="different models"):
         with_and_without(profile([1] * 4), [2], trace)

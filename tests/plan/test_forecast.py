@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import moe_offload
 from moe_offload.apps.cli import app
-from moe_offload.apps.cli.estimate import ladder
+from moe_offload.apps.cli.estimate import choose_budgets
 from moe_offload.apps.families.tiny import build
 from moe_offload.checkpoint.pretrained.skeleton import read_configuration
 from moe_offload.experts import find_experts
@@ -206,5 +206,12 @@ def test_nothing_that_fits_is_exit_code_3():
 
 
 def test_the_ladder_goes_from_the_floor_to_all_resident():
-    assert ladder(5 * 10**9, 20 * 10**9) == [5 * 10**9, 6 * 10**9, 8 * 10**9, 12 * 10**9, 16 * 10**9, 20 * 10**9]
-    assert ladder(100, 500) == [100, 200, 300, 400, 500]
+    assert choose_budgets(5 * 10**9, 20 * 10**9) == [
+        5 * 10**9,
+        6 * 10**9,
+        8 * 10**9,
+        12 * 10**9,
+        16 * 10**9,
+        20 * 10**9,
+    ]
+    assert choose_budgets(100, 500) == [100, 200, 300, 400, 500]

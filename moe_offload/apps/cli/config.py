@@ -16,7 +16,7 @@ from ...errors import ConfigError, ProfileError
 from ..options.checks import check_profile
 from ..options.flags import Budget, Compile, ConfigFile, DeviceMapOption, Json, MaxMemory, Policy
 
-#: What is asked, in this order: what most people want to say once for a machine. The rest can be written by hand.
+#: The questions, in this order: the settings that most people choose once for a machine. Others are written by hand.
 QUESTIONS = {
     "budget": "How much memory may a model hold on the device it computes on (8GB, 8GiB, 50%, auto)?",
     "max_memory": "Limits per device, as {cpu: 60GiB}?",

@@ -37,7 +37,7 @@ def families(
     """Build a tiny random model of every MoE family of the installed transformers; run it resident and offloaded."""
     if unknown := [name for name in names or [] if name not in FAMILIES]:
         raise ConfigError(f"{unknown[0]!r} is no MoE family that is known here; there are {', '.join(FAMILIES)}")
-    from .report import check_families, line, markdown_table, rows_json, totals
+    from .report import check_families, format_line, format_totals, markdown_table, rows_json
 
     quiet = as_json or markdown
     rows = check_families(
@@ -45,13 +45,13 @@ def families(
         compile=compile,
         matrix=matrix,
         jobs=jobs,
-        done=lambda row: None if quiet else typer.echo(line(row)),
+        done=lambda row: None if quiet else typer.echo(format_line(row)),
     )
     if as_json:
         typer.echo(rows_json(rows))
     elif markdown:
         typer.echo(markdown_table(rows))
     else:
-        typer.echo(totals(rows))
+        typer.echo(format_totals(rows))
     if not all(row.status in ("exact", "refused") for row in rows):
         raise typer.Exit(FAILED)

@@ -15,26 +15,26 @@ from rich.progress import Progress
 from transformers.utils import logging as hf_logging
 
 from ...errors import ConfigError
-from .check import MATRIX, QUICK, FamilyResult, check
-from .tiny import available, unlisted
+from .check import MATRIX, QUICK, FamilyResult, check_family
+from .tiny import available_families, unlisted_families
 
 
 def check_families(
     names: Sequence[str], *, compile: str, matrix: bool, jobs: int, done: Callable[[FamilyResult], object]
 ) -> list[FamilyResult]:
-    """Check `names` (all families when empty): a row each, in the order of the names; `done` has each as it comes.
+    """Check `names` (all families when empty): a row each, in the order of the names; `done` is called with each row.
 
     Dynamo traces in Python, so the work is spread over `jobs` processes of one thread each. Raises ConfigError for a
     name that is no family.
     """
-    known = available()
+    known = available_families()
     if unknown := [name for name in names if name not in known]:
         raise ConfigError(
             f"{unknown[0]!r} is no MoE family of the installed transformers; there are {', '.join(known)}"
         )
     wanted = list(names or known)
     rows: dict[str, FamilyResult] = {}
-    for name in [] if names else unlisted():
+    for name in [] if names else unlisted_families():
         rows[name] = FamilyResult(name, "refused", "not in the table of tiny models yet", "")
         done(rows[name])
     spawn = multiprocessing.get_context("spawn")  # a forked child would inherit torch's threads, dead
@@ -51,14 +51,14 @@ def check_families(
     return [rows[name] for name in sorted(rows, key=lambda name: (name not in wanted, [*wanted, name].index(name)))]
 
 
-def line(row: FamilyResult) -> str:
+def format_line(row: FamilyResult) -> str:
     """One family as a line of text."""
     experts = f"{row.experts} experts, top-{row.top_k}" if row.experts else ""
     runs = f"{row.cases} runs" if row.cases else ""
     return f"{row.family:<22}{row.status:<10}{runs:<9}{experts:<22}{row.reason}".rstrip()
 
 
-def totals(rows: Sequence[FamilyResult]) -> str:
+def format_totals(rows: Sequence[FamilyResult]) -> str:
     exact, refused = (sum(row.status == status for row in rows) for status in ("exact", "refused"))
     return f"{exact} exact, {refused} refused, {len(rows) - exact - refused} different or failed"
 
@@ -70,7 +70,7 @@ def markdown_table(rows: Sequence[FamilyResult]) -> str:
     heads = ("family", "model", "status", "reason")
     lines = [heads, ["---"] * len(heads), *((f"`{r.family}`", r.model, r.status, r.reason) for r in rows)]
     table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in lines)
-    return f"{table}\n\n{totals(rows)}, with transformers {transformers.__version__}."
+    return f"{table}\n\n{format_totals(rows)}, with transformers {transformers.__version__}."
 
 
 def rows_json(rows: Sequence[FamilyResult]) -> str:
@@ -86,8 +86,8 @@ def _quiet() -> None:
 
 def _checked(name: str, matrix: bool, compile: str) -> FamilyResult:
     try:
-        return check(name, MATRIX if matrix else QUICK, compile=compile)
-    except Exception as error:  # one family that breaks must not hide the others
+        return check_family(name, MATRIX if matrix else QUICK, compile=compile)
+    except Exception as error:  # one family that fails must not end the check of the others
         return FamilyResult(name, "failed", f"{type(error).__name__}: {str(error).splitlines()[0]}", "")
     finally:
         torch._dynamo.reset()

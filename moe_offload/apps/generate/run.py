@@ -14,14 +14,14 @@ from ...config.settings import DEFAULT, OffloadConfig, find_origins
 from ..options.checks import check_model, check_output, check_tokenizer
 from ..options.ending import INTERRUPTED
 from ..options.flags import Model, SaveProfile, SaveReport, SaveTimeline, SaveTrace, System
-from ..options.groups import ModelFlags, SamplingFlags, flatten
+from ..options.groups import ModelFlags, SamplingFlags, flatten_groups
 from ..options.numbers import whole
 from .prompt import encode_chat, encode_text, read_prompt, room_for_answer
 
 DEFAULT_PROMPT = "The "
 
 
-@flatten
+@flatten_groups
 def run(
     model: Model,
     flags: ModelFlags,

@@ -1,4 +1,4 @@
-"""What is looked at before torch is imported, which takes seconds: settings, inputs, and the files to be written."""
+"""Checks before torch is imported, which takes seconds: settings, inputs, and files to be written."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MAX_JSON_BYTES = 100_000_000  # an index of a thousand shards has a tenth of tha
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken", "tekken.json", "spiece.*")
 
 
-def settings(config_file: Path | None, **flags: Any) -> OffloadConfig:
+def settings_of_flags(config_file: Path | None, **flags: Any) -> OffloadConfig:
     """The settings in force: flags (None is not given), environment, file. Raises ConfigError, or ProfileError for a
     profile that cannot be used, naming the file or variable that asks for it."""
     given = {name: flag for name, flag in flags.items() if flag is not None}
@@ -38,7 +38,7 @@ def settings(config_file: Path | None, **flags: Any) -> OffloadConfig:
 
 
 def check_profile(path: str | Path, asked_by: str = "") -> None:
-    """Raises ProfileError, which begins with `asked_by`."""
+    """Read a profile to see that it can be used. Raises ProfileError, whose message begins with `asked_by`."""
     from ...observe.profile import Profile
 
     try:

@@ -14,12 +14,12 @@ from ...errors import TraceError
 from ...observe.profile import Profile
 from ...observe.profile_stats import measure_distances, measure_skews, most_wanted, pinned_hit_rate, uses_per_token
 from ...observe.trace import Trace
-from ..simulate.plain import replay
+from ..simulate.plain import replay_events
 from ..simulate.stream import per_layer
 
 
-def inspect(profile: Profile, slots: Sequence[int] | None, trace: Trace | None) -> dict[str, Any]:
-    """All there is to say: `layers`, and with slots a `pinned` hit rate, and with a trace those of a `replay`."""
+def inspect_profile(profile: Profile, slots: Sequence[int] | None, trace: Trace | None) -> dict[str, Any]:
+    """All facts of a profile: its `layers`; with slots, a `pinned` hit rate; with a trace, those of a `replay`."""
     found: dict[str, Any] = {
         "model_type": profile.fingerprint.model_type,
         "created": profile.created,
@@ -53,7 +53,7 @@ def with_and_without(profile: Profile, slots: Sequence[int], trace: Trace) -> di
             if name == "profile":
                 start_from(cache, profile, layer, slots)
             events = list(stream.events())
-            hits_V = replay(events, cache).tolist()
+            hits_V = replay_events(events, cache).tolist()
             asked_V = [len(event.used) for event in events]
             for part, span in (("first forward", slice(1)), ("next 32", slice(1, 33)), ("all", slice(None))):
                 asked[part] += sum(asked_V[span])
@@ -90,7 +90,7 @@ def inspect_table(found: dict[str, Any]) -> str:
     return "\n".join(text)
 
 
-def diff(a: Profile, b: Profile) -> dict[str, Any]:
+def compare_profiles(a: Profile, b: Profile) -> dict[str, Any]:
     """`layers`: distance of each; the share that the hottest quarters of both have in common."""
     rows = []
     for layer, distance in enumerate(measure_distances(a, b)):

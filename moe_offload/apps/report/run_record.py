@@ -1,4 +1,5 @@
-"""What is kept of a run: bounded JSON, read as hostile input, with nothing in it that only this machine could read.
+"""The record of a run: bounded JSON, read as hostile input. It makes sense on any machine, so a report can be made
+there.
 
 Every failure is a ReportError that names the file, what was found in it, and what to do.
 """
