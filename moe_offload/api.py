@@ -34,7 +34,7 @@ from .memory.process_memory import bound_kernel_caches, trim_heap
 from .memory.stores.open import open_stores, read_first
 from .observe.profile import Profile
 from .patch.attach import attach_runtime
-from .patch.dense_weights import keep_where_it_is, place_dense
+from .patch.dense_weights import find_dense_device, place_dense
 from .plan.prepare import Prepared, prepare_model, settings_of
 from .runtime.assemble import build_runtime, on_device
 from .runtime.prewarm import prewarm_from
@@ -103,8 +103,8 @@ def optimize(
             "its weights are in the cache's files"
         )
     moe_layers = find_experts(model)
-    settings = keep_where_it_is(model, moe_layers, settings)
-    return _offload(model, moe_layers, prepare_model(model, moe_layers, settings, profile))
+    device = find_dense_device(model, moe_layers, settings.untested)
+    return _offload(model, moe_layers, prepare_model(model, moe_layers, settings, profile, device))
 
 
 def from_pretrained(
@@ -168,7 +168,7 @@ def from_pretrained(
     model: nn.Module = load_dense(found, said, path_or_id)
     trim_heap()  # for each of the loader's threads it keeps tens of MB
     moe_layers = found.pack(find_experts(model))
-    keep_where_it_is(model, moe_layers, settings)
+    find_dense_device(model, moe_layers, settings.untested)  # raises where transformers put it elsewhere
     prepared.check_rows(moe_layers)
     model = _offload(model, moe_layers, prepared, found.index)
     adapter = find_adapter(folder, said.subfolder)

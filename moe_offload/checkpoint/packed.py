@@ -32,7 +32,7 @@ from ..experts import MoELayer
 from .folder import ABSENT
 from .headers import Headers, TensorRange, read_headers
 from .packed_format import VERSION, describe_layer, parse_sources
-from .pretrained.weight_files import WeightFiles, listed_names, weight_files
+from .pretrained.weight_files import listed_names, weight_files
 from .row_index import RowIndex, index_rows, row_at
 
 ROWS = "moe_offload_rows"
@@ -59,13 +59,17 @@ class Stored:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read_stored(folder: Path, files: WeightFiles | None = None) -> Stored:
-    """Read the headers of `files` (those of `weight_files` if None), and those of packed rows.
+def read_stored(folder: Path, config: Any = None, variant: str | None = None) -> Stored:
+    """Read the headers of the files that transformers would load for `config`, and those of packed rows.
 
     Raises `CheckpointError` naming the file that is missing, damaged or of another version.
     """
-    packed = is_packed(folder)
-    files = files if files is not None and not packed else weight_files(folder, skip=ABSENT)
+    packed = variant is None and is_packed(folder)  # packed rows come in one variant only
+    named, extra = getattr(config, "transformers_weights", None), getattr(type(config), "extra_files", ())
+    if packed:
+        files = weight_files(folder, skip=ABSENT)
+    else:
+        files = weight_files(folder, variant=variant, named=named, extra=extra)
     headers = read_headers(files.files)
     if not packed:
         return Stored(headers, None, files.metadata)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +49,20 @@ def settings_of(config: Config, **given: Any) -> OffloadConfig:
 
 
 def prepare_model(
-    model: Any, moe_layers: Sequence[MoELayer], settings: OffloadConfig, profile: Profile | str | Path | None = None
+    model: Any,
+    moe_layers: Sequence[MoELayer],
+    settings: OffloadConfig,
+    profile: Profile | str | Path | None = None,
+    found_on: str = "cpu",
 ) -> Prepared:
     """Plan `model`, which may be on the meta device, for the devices of this process, and read its profile.
 
+    A model that was `found_on` an accelerator stays there, unless the settings have a device map.
+
     Raises `ConfigError`, `BudgetError`, `UnsupportedModelError`, or `ProfileError` for the profile of another model.
     """
+    if found_on != "cpu" and settings.device_map is None:
+        settings = replace(settings, device_map={"": found_on})
     arrangement = arrange_layers(model, moe_layers, settings, usable=usable_kinds(settings.untested))
     arrangement.check_one_device()
     if arrangement.device != "cpu" and any(moe.packed for moe in moe_layers):

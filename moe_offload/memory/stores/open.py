@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...checkpoint.outline import read_weights
-from ...checkpoint.packed import index_stored
+from ...checkpoint.packed import index_stored, read_stored
 from ...checkpoint.row_index import RowIndex
 from ...config.settings import OffloadConfig
 from ...errors import CheckpointError, UnsupportedModelError
@@ -104,7 +103,7 @@ def _find_rows(model: nn.Module, moe_layers: Sequence[MoELayer]) -> RowIndex:
             "folder to read them from; use moe_offload.from_pretrained(path, budget)"
         )
     _refuse_others(folder)
-    index = index_stored(model, moe_layers, read_weights(folder, config))
+    index = index_stored(model, moe_layers, read_stored(folder, config))
     if any(index.packings):
         raise UnsupportedModelError(
             f"{folder}: its experts are quantised, and those of a model that was loaded without them cannot be read "
