@@ -8,6 +8,7 @@ Imports torch and nothing else: what serves the rewritten graph is bound to it a
     slots       rename_to_slots   decode: W[ids] becomes bank[slots]
     fast        speed_up_products few pairs, where asked for: kernels that may round otherwise
     waves       stream_in_waves   prefill: the experts code becomes one `stream` op
+    masked      one product over all experts, most of them handed zeros: a core of those that are not
     core_graph  the experts code of a site, found and copied out for `waves`; core: as it is called
     packed      unpack_at_use     weights that lie packed in a row are unpacked by what reads them
     instrument  insert_observe    count ids, change nothing else
@@ -22,10 +23,11 @@ from .bank import Bank
 from .core import Core
 from .erase import erase_unserved
 from .fast import speed_up_products
-from .find import PATTERNS, Site, UnknownUse, Weight, find_sites
+from .find import PATTERNS, find_sites
 from .instrument import insert_observe
 from .lookahead import insert_prefetch
 from .pipeline import Pass, Report, observe_pipeline, offload_pipeline, run_passes
+from .sites import Site, UnknownUse, Weight
 from .slots import rename_to_slots
 from .waves import stream_in_waves
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from .find import Site, UnknownUse
 from .grouped import scatter_pairs
+from .sites import Site, UnknownUse
 from .slots import group_by_slot
 
 VECTORS = 64  # elements that the widest elementwise loop takes at a time
@@ -82,9 +82,10 @@ def find_exit(site: Site, nodes: Mapping[Node, None]) -> Node:
 
 
 def find_inputs(site: Site, nodes: Mapping[Node, None], fixed: Mapping[Node, None]) -> tuple[Node, Node, list[Node]]:
-    """What the core takes from outside besides weights: the pairs' activations, their ids, constants."""
+    """What the core takes from outside besides weights: the pairs' activations, their ids, constants. (Of a masked site
+    the activations are what stands for ids.)"""
     ids = site.reader_ids
-    known = {ids, *site.weights.values(), *(read.offsets for read in site.reads)}
+    known = {*site.weights.values(), *(read.offsets for read in site.reads)} | (set() if site.masked else {ids})
     outside = {i: None for node in nodes for i in node.all_input_nodes if i not in nodes and i not in known}
     activations = [node for node in outside if node not in fixed]
     if len(activations) != 1:
@@ -192,13 +193,15 @@ def fills_vectors(site: Site, nodes: Mapping[Node, None]) -> bool:
     """Whether every pair's share of every intermediate fills whole vectors, so that no pair meets the end of a tensor.
 
     An elementwise kernel takes two vector registers at a time (64 bfloat16 of AVX-512) and rounds what is left over
-    otherwise. Nothing is left over, however many pairs there are, when each has a multiple of that.
+    otherwise. Nothing is left over, however many pairs there are, when each has a multiple of that: of a masked site,
+    each of an expert's tokens.
     """
+    kept = 2 if site.masked else 1
     views = {view for read in site.reads for view in read.views}
     for node in nodes:
         value = node.meta.get("example_value")
         if node not in views and isinstance(value, Tensor) and value.is_floating_point():
-            share = math.prod(value.shape[1:])
+            share = math.prod(value.shape[kept:])
             if not isinstance(share, int) or share % VECTORS:
                 return False
     return True

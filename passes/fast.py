@@ -14,7 +14,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from torch.fx import Graph, GraphModule, Node
 
 from . import ops
-from .find import Site
+from .sites import Site
 
 
 def speed_up_products(graph: Graph, *, sites: Sequence[Site], few_pairs: Mapping[Hashable, int]) -> list[Site]:

@@ -11,108 +11,27 @@ after choosing them, so the ids must be renamed where the experts code reads the
                offs = cumsum(histc(ids_g, bins=E, min=0, max=E-1))
                y = grouped_mm(x_g, W or W.transpose(-2, -1), offs)
                b = B[ids_g]                      a bias of the grouped form follows the sorted ids
+    masked     y = bmm(x, W)                     x [E, T, H]: all tokens for each expert, zeros where it did not get one
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
+
+from .sites import Site, UnknownUse, Weight, WeightRead
 
 #: Methods and functions that only re-view or re-type a tensor: a weight is followed through them.
 VIEWS = {"transpose", "permute", "t", "mT", "contiguous", "to", "type", "float", "bfloat16", "half", "detach"}
 #: The same, for the way back from offsets to the sort: these keep the order of the ids.
 ID_VIEWS = VIEWS | {"reshape", "view", "flatten", "int", "long", "clone"}
 GROUPED_MM = {"grouped_mm", "_grouped_mm", "grouped_mm_fallback"}
-
-
-class UnknownUse(RuntimeError):
-    """A graph uses an expert weight in a way no pattern knows."""
-
-    def __init__(self, layer: Hashable, weight: str, use: str):
-        super().__init__(f"{layer}: the graph uses {weight!r} in a way no pattern knows: {use}")
-        self.layer = layer
-
-
-@dataclass(frozen=True)
-class Weight:
-    """What a placeholder holds: the stacked parameter `field` of `layer`, `[num_experts, ...]`."""
-
-    layer: Hashable
-    field: str
-    num_experts: int
-
-
-@dataclass(frozen=True)
-class WeightRead:
-    """One reader of one weight.
-
-    `node` reads; `ids` is where true expert ids enter (the index, or what is sorted). For the grouped form `sort` is
-    the sort node and `offsets` the operand that ends each group. `views` are the nodes that re-view the weight on its
-    way to the reader, first to last.
-    """
-
-    node: Node
-    ids: Node
-    views: tuple[Node, ...] = ()
-    sort: Node | None = None
-    offsets: Node | None = None
-
-    @property
-    def entry(self) -> Node:
-        """The node through which the weight is reached: its first view, or the reader itself."""
-        return self.views[0] if self.views else self.node
-
-
-@dataclass
-class Site:
-    """All readers of one layer's weights that share one tensor of expert ids: one call of one experts module."""
-
-    layer: Hashable
-    num_experts: int
-    ids: Node
-    weights: dict[str, Node] = field(default_factory=dict)
-    reads: list[WeightRead] = field(default_factory=list)
-
-    @property
-    def reads_weights(self) -> bool:
-        """Whether the stacked weights are still read, that is, no pass has served this site yet."""
-        weights = set(self.weights.values())
-        return any(weights & set(read.entry.all_input_nodes) for read in self.reads)
-
-    @property
-    def grouped(self) -> bool:
-        return any(read.offsets is not None for read in self.reads)
-
-    @property
-    def sort(self) -> Node | None:
-        return next((read.sort for read in self.reads if read.sort is not None), None)
-
-    @property
-    def reader_ids(self) -> Node:
-        """The ids as the readers see them: sorted, for the grouped form."""
-        return self.ids if self.sort is None else _get_item(self.sort, 0)
-
-    @property
-    def order(self) -> Node | None:
-        """The permutation that sorts the ids; None where they are not sorted."""
-        return None if self.sort is None else _get_item(self.sort, 1)
-
-    @property
-    def bank(self) -> Node:
-        """The placeholder through which the bank enters a rewritten graph: that of the first weight."""
-        return next(iter(self.weights.values()))
-
-    @property
-    def pairs(self) -> int | None:
-        """P if it is a constant of this graph, else None."""
-        ids = self.ids.meta.get("example_value")
-        count = ids.numel() if isinstance(ids, torch.Tensor) else None
-        return count if type(count) is int else None
+BATCHED_MM = {"bmm", "matmul"}
 
 
 def find_sites(graph: Graph, weights: Mapping[Node, Weight]) -> list[Site]:
@@ -121,18 +40,37 @@ def find_sites(graph: Graph, weights: Mapping[Node, Weight]) -> list[Site]:
     Raises `UnknownUse` when a weight is read in a way no entry of `PATTERNS` matches: a graph that was only half
     understood must not be rewritten.
     """
+    position = {node: i for i, node in enumerate(graph.nodes)}
     sites: dict[tuple[Hashable, Node], Site] = {}
+    masked: list[tuple[Weight, Node, WeightRead]] = []
     for placeholder, weight in weights.items():
         for views, use in _find_uses(placeholder):
             read = next((r for match in PATTERNS.values() if (r := match(use)) is not None), None)
-            if read is None:
+            if read is None or (read.masked and use.args[1] is not (views or (placeholder,))[-1]):
                 raise UnknownUse(weight.layer, weight.field, use.format_node() or str(use))
             read = replace(read, views=views)
+            if read.masked:
+                masked.append((weight, placeholder, read))
+                continue
             site = sites.setdefault((weight.layer, read.ids), Site(weight.layer, weight.num_experts, read.ids))
             site.weights[weight.field] = placeholder
             site.reads.append(read)
-    position = {node: i for i, node in enumerate(graph.nodes)}
-    return sorted(sites.values(), key=lambda site: position[site.ids])
+    masked.sort(key=lambda one: position[one[2].node])
+    return sorted([*sites.values(), *_group_masked(masked)], key=lambda site: position[site.ids])
+
+
+def _group_masked(reads: Sequence[tuple[Weight, Node, WeightRead]]) -> list[Site]:
+    """The sites of masked reads, given in running order: a call of a layer reads each of its weights once."""
+    sites: list[Site] = []
+    last: dict[Hashable, Site] = {}
+    for weight, placeholder, read in reads:
+        site = last.get(weight.layer)
+        if site is None or weight.field in site.weights:
+            site = last[weight.layer] = Site(weight.layer, weight.num_experts, read.ids)
+            sites.append(site)
+        site.weights[weight.field] = placeholder
+        site.reads.append(read)
+    return sites
 
 
 def match_indexed(use: Node) -> WeightRead | None:
@@ -164,8 +102,22 @@ def match_grouped(use: Node) -> WeightRead | None:
     return None if sort is None else WeightRead(use, _expect_node(sort.args[0]), sort=sort, offsets=offsets)
 
 
+def match_masked(use: Node) -> WeightRead | None:
+    """`bmm(x, W)`, x [E, T, H]."""
+    if name_of(use) not in BATCHED_MM or len(use.args) != 2 or not isinstance(use.args[0], Node):
+        return None
+    value = use.args[0].meta.get("example_value")
+    if isinstance(value, torch.Tensor) and value.dim() != 3:  # broadcast over the experts: nothing is masked
+        return None
+    return WeightRead(use, use.args[0], masked=True)
+
+
 #: Adding a form = one function above and one line here; `tests/passes/test_find.py` runs over every entry.
-PATTERNS: dict[str, Callable[[Node], WeightRead | None]] = {"indexed": match_indexed, "grouped": match_grouped}
+PATTERNS: dict[str, Callable[[Node], WeightRead | None]] = {
+    "indexed": match_indexed,
+    "grouped": match_grouped,
+    "masked": match_masked,
+}
 
 
 def name_of(node: Node) -> str:
@@ -212,10 +164,6 @@ def _sort_above(node: Node) -> Node | None:
     if node.target is not operator.getitem or node.args[1] != 0 or not isinstance(node.args[0], Node):
         return None
     return node.args[0] if name_of(node.args[0]) == "sort" else None
-
-
-def _get_item(pair: Node, index: int) -> Node:
-    return next(user for user in pair.users if user.target is operator.getitem and user.args[1] == index)
 
 
 def _expect_node(value: Any) -> Node:

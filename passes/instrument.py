@@ -4,6 +4,7 @@
     after    ids = topk(...)[1].reshape(-1)
              seen = moe_offload.observe(ids, W)        w = W[seen]
 
+Of a masked site the ids are where its input is not zero (`observe_masked`).
 `observe` returns a copy of its ids and the experts read the copy, so no compiler can drop or move the count. It needs
 no offload: `W` is only the key that finds the counter. A site whose weights are already served by a bank is left alone:
 there the lookup itself counts.
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 from torch.fx import Graph
 
 from . import ops
-from .find import Site
+from .sites import Site
 
 
 def insert_observe(graph: Graph, *, sites: Sequence[Site]) -> list[Site]:
@@ -25,7 +26,8 @@ def insert_observe(graph: Graph, *, sites: Sequence[Site]) -> list[Site]:
     for site in done:
         readers = {read.sort or read.node for read in site.reads}
         with graph.inserting_after(site.ids):
-            seen = graph.call_function(ops.observe, (site.ids, site.bank))
+            observe = ops.observe_masked if site.masked else ops.observe
+            seen = graph.call_function(observe, (site.ids, site.bank))
         seen.meta = dict(site.ids.meta)
         for reader in readers:
             reader.replace_input_with(site.ids, seen)

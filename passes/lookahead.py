@@ -26,7 +26,8 @@ from torch.fx import Graph, Node
 
 from . import ops
 from .core_graph import find_constants
-from .find import Site, name_of
+from .find import name_of
+from .sites import Site
 
 FRESH = ("zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones", "full", "full_like", "new_full", "clone")
 STEM_NODES = 200  # at most so many nodes count as a router (a few dozen are usual); beyond it no guess is made
@@ -56,6 +57,8 @@ def insert_prefetch(graph: Graph, *, sites: Sequence[Site]) -> list[Site]:
 
 
 def _find_stem(graph: Graph, site: Site) -> Stem | None:
+    if site.masked:  # no node of its graph says which experts
+        return None
     fixed = find_constants(graph, site)
     position = {node: i for i, node in enumerate(graph.nodes)}
     results = _nodes_below([read.node for read in site.reads])

@@ -31,6 +31,7 @@ from torch import Tensor
 from .core import Core
 from .grouped import find_runs
 from .grouped import grouped_mm as run_groups
+from .masked_rows import find_rows, stream_rows
 
 LIB = torch.library.Library("moe_offload", "DEF")
 _TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.cudagraph_unsafe)
@@ -43,6 +44,7 @@ LIB.define(
     "dtype) -> Tensor",
     tags=_TAGS,
 )
+LIB.define("stream_masked(Tensor x, Tensor(a!) bank, int core, int outputs, ScalarType dtype) -> Tensor", tags=_TAGS)
 LIB.define("prefetch(Tensor ids, Tensor(a!) bank) -> ()", tags=_TAGS)
 LIB.define("grouped_mm(Tensor x, Tensor weight, Tensor slots) -> Tensor", tags=(torch.Tag.needs_exact_strides,))
 LIB.define("fast_grouped_mm(Tensor x, Tensor weight, Tensor slots) -> Tensor", tags=(torch.Tag.needs_exact_strides,))
@@ -50,6 +52,8 @@ LIB.define("packed_mm(Tensor x, Tensor bank, Tensor slots, int weight, bool tran
 LIB.define("unpack(Tensor bank, Tensor slots, int weight) -> Tensor", tags=_TAGS)
 LIB.define("unserved(Tensor ids, str rows) -> Tensor", tags=_TAGS)
 LIB.define("observe(Tensor ids, Tensor weight) -> Tensor", tags=_TAGS)
+LIB.define("observe_masked(Tensor x, Tensor weight) -> Tensor", tags=_TAGS)
+LIB.define("masked_experts(Tensor x, Tensor key) -> Tensor", tags=_TAGS)
 LIB.define("experts(Tensor x, Tensor ids, Tensor weights, Tensor key) -> Tensor", tags=_TAGS)
 LIB.define("no_gradient(Tensor grad, Tensor input) -> Tensor", tags=_TAGS)
 
@@ -68,6 +72,9 @@ class Layer(Protocol):
 
     def stream(self, x_P: Tensor, ids_P: Tensor, core: Core, others: Sequence[Tensor]) -> Tensor:
         """Run `core` for every pair, in waves when they need more experts than there are slots."""
+
+    def masked_experts(self, x_MH: Tensor) -> Tensor:
+        """`experts`, of a module that is handed every token for each expert, zeros where the router did not send it."""
 
     def prefetch(self, ids_P: Tensor) -> None:
         """These experts will probably be asked for soon. Never an error, never a result."""
@@ -172,6 +179,10 @@ def _run_stream(
     return out
 
 
+def _run_stream_masked(x: Tensor, bank: Tensor, core: int, outputs: int, dtype: torch.dtype) -> Tensor:
+    return stream_rows(x, outputs, dtype, _CORES[core], _server_of(bank).stream)
+
+
 def _run_prefetch(ids: Tensor, bank: Tensor) -> None:
     _server_of(bank).prefetch(ids)
 
@@ -179,6 +190,11 @@ def _run_prefetch(ids: Tensor, bank: Tensor) -> None:
 def _run_observe(ids: Tensor, weight: Tensor) -> Tensor:
     _server_of(weight).observe(ids)
     return ids.clone()
+
+
+def _run_observe_masked(x: Tensor, weight: Tensor) -> Tensor:
+    _server_of(weight).observe(find_rows(x) // max(x.shape[1], 1))
+    return x.clone()
 
 
 def _run_unserved(ids: Tensor, rows: str) -> Tensor:
@@ -190,6 +206,11 @@ def _run_unserved(ids: Tensor, rows: str) -> Tensor:
 
 def _run_experts(x: Tensor, ids: Tensor, weights: Tensor, key: Tensor) -> Tensor:
     out: Tensor = _server_of(key).experts(x, ids, weights)
+    return out
+
+
+def _run_masked_experts(x: Tensor, key: Tensor) -> Tensor:
+    out: Tensor = _server_of(key).masked_experts(x)
     return out
 
 
@@ -223,6 +244,14 @@ def _differentiate_experts(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return no_gradient(grad, x), None, no_gradient(grad, weights), None
 
 
+def _keep_input(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0])
+
+
+def _differentiate_masked(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return no_gradient(grad, *ctx.saved_tensors), None
+
+
 def serve_product(name: str, kernel: Callable[[Tensor, Tensor, Tensor], Tensor], dispatch_key: str) -> None:
     """Compute `grouped_mm` or `fast_grouped_mm` by `kernel` on devices of that key.
 
@@ -238,10 +267,13 @@ for _name, _kernel in {
     "place": _run_place,
     "wait": _run_wait,
     "stream": _run_stream,
+    "stream_masked": _run_stream_masked,
     "prefetch": _run_prefetch,
     "observe": _run_observe,
+    "observe_masked": _run_observe_masked,
     "unserved": _run_unserved,
     "experts": _run_experts,
+    "masked_experts": _run_masked_experts,
 }.items():
     LIB.impl(_name, _kernel, "CompositeExplicitAutograd")
 for _name in ("grouped_mm", "fast_grouped_mm"):
@@ -257,6 +289,10 @@ LIB._register_fake(
     "stream", lambda x, ids, bank, others, core, shape, dtype: x.new_empty((x.shape[0], *shape), dtype=dtype)
 )
 LIB._register_fake(
+    "stream_masked",
+    lambda x, bank, core, outputs, dtype: x.new_empty((*x.shape[:2], outputs), dtype=dtype),
+)
+LIB._register_fake(
     "packed_mm",
     lambda x, bank, slots, weight, transposed: x.new_empty((x.shape[0], outputs_of(weight, transposed))),
 )
@@ -267,15 +303,21 @@ LIB._register_fake(
 LIB._register_fake("prefetch", lambda ids, bank: None)
 LIB._register_fake("unserved", lambda ids, rows: torch.empty_like(ids))
 LIB._register_fake("observe", lambda ids, weight: torch.empty_like(ids))
+LIB._register_fake("observe_masked", lambda x, weight: torch.empty_like(x))
+LIB._register_fake("masked_experts", lambda x, key: torch.empty_like(x))
 LIB._register_fake("experts", lambda x, ids, weights, key: torch.empty_like(x))
 
 LIB._register_fake("no_gradient", lambda grad, input: torch.empty_like(input))
+torch.library.register_autograd(
+    "moe_offload::masked_experts", _differentiate_masked, setup_context=_keep_input, lib=LIB
+)
 torch.library.register_autograd("moe_offload::experts", _differentiate_experts, setup_context=_keep_inputs, lib=LIB)
 
 fetch = torch.ops.moe_offload.fetch.default
 place = torch.ops.moe_offload.place.default
 wait = torch.ops.moe_offload.wait.default
 stream = torch.ops.moe_offload.stream.default
+stream_masked = torch.ops.moe_offload.stream_masked.default
 prefetch = torch.ops.moe_offload.prefetch.default
 grouped_mm = torch.ops.moe_offload.grouped_mm.default
 fast_grouped_mm = torch.ops.moe_offload.fast_grouped_mm.default
@@ -283,5 +325,7 @@ packed_mm = torch.ops.moe_offload.packed_mm.default
 unpack = torch.ops.moe_offload.unpack.default
 unserved = torch.ops.moe_offload.unserved.default
 observe = torch.ops.moe_offload.observe.default
+observe_masked = torch.ops.moe_offload.observe_masked.default
+masked_experts = torch.ops.moe_offload.masked_experts.default
 experts = torch.ops.moe_offload.experts.default
 no_gradient = torch.ops.moe_offload.no_gradient.default

@@ -15,7 +15,8 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from . import ops
-from .find import UnknownUse, name_of
+from .find import name_of
+from .sites import UnknownUse
 
 TRANSPOSES = ("transpose", "mT", "swapaxes", "permute")
 COPIES = ("contiguous", "detach")  # views of the stacked weight that need nothing: there is no such stack to copy

@@ -24,11 +24,11 @@ from torch.fx import Graph, GraphModule
 
 from .bank import Bank
 from .fast import speed_up_products
-from .find import Site
 from .inspect import describe_change, op_counts
 from .instrument import insert_observe
 from .lookahead import insert_prefetch
 from .sentinels import drop_sentinels
+from .sites import Site
 from .slots import rename_to_slots
 from .waves import stream_in_waves
 

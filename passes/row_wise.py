@@ -7,7 +7,8 @@ transformers' own experts code does. What a user puts into it (a hook on the act
 need not be, and a core is run in pieces. So only operations that are known to keep pairs apart, to the bit, are let
 through: an operation that is not in these lists is refused, whoever wrote it.
 
-Shapes: P token-expert pairs. Every value of a core has P as its first size, and nothing let through here moves it.
+Shapes: P token-expert pairs. Every value of a core has P as its first size, and nothing let through here moves it. Of a
+masked site every value begins with experts and tokens [E, T], and those two stay: it `keeps` two dimensions.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .find import Site, UnknownUse, name_of
+from .find import name_of
+from .sites import Site, UnknownUse
 
 #: An element of the result comes from the elements at the same place.
 ELEMENTWISE = frozenset(
@@ -37,10 +39,11 @@ MODULES = frozenset({None, "torch", "_operator", "torch.nn.functional", "torch._
 def refuse_mixed_pairs(site: Site, core: Collection[Node]) -> None:
     """Raise `UnknownUse` naming a node of the site's core that is not known to keep pairs apart."""
     reads = {read.node for read in site.reads} | {view for read in site.reads for view in read.views}
-    gathered = {read.node for read in site.reads if read.offsets is None}
+    gathered = {read.node for read in site.reads if read.offsets is None and not read.masked}
+    kept = 2 if site.masked else 1
     for node in core:
         apart = node in reads or (name_of(node) == "bmm" and gathered & set(node.all_input_nodes))
-        if not apart and not (_is_of_torch(node) and _keeps_pairs_first(node, core) and _is_known(node)):
+        if not apart and not (_is_of_torch(node) and _keeps_pairs_first(node, core) and _is_known(node, kept)):
             said = f"{node.format_node() or node} is not known to treat each token by itself"
             raise UnknownUse(site.layer, ", ".join(site.weights), said)
 
@@ -52,11 +55,11 @@ def _is_of_torch(node: Node) -> bool:
     return node.op == "call_method" or getattr(target, "__module__", "") in MODULES
 
 
-def _is_known(node: Node) -> bool:
+def _is_known(node: Node, kept: int) -> bool:
     name = name_of(node)
     if name in ALONG_ONE:
-        return _runs_along_a_later_dim(node)
-    return name in ELEMENTWISE or (name == "getitem" and _takes_all_pairs(node))
+        return _runs_along_a_later_dim(node, kept)
+    return name in ELEMENTWISE or (name == "getitem" and _takes_all_pairs(node, kept))
 
 
 def _keeps_pairs_first(node: Node, core: Collection[Node]) -> bool:
@@ -71,16 +74,16 @@ def _keeps_pairs_first(node: Node, core: Collection[Node]) -> bool:
     return all(c.dim() < rank or (c.dim() == rank and type(c.shape[0]) is int and c.shape[0] == 1) for c in tensors)
 
 
-def _runs_along_a_later_dim(node: Node) -> bool:
+def _runs_along_a_later_dim(node: Node, kept: int) -> bool:
     position = 2 if name_of(node) in SPLITS else 1
     dim: Any = node.kwargs.get("dim", node.args[position] if len(node.args) > position else 0)
     rank = _rank_of(node.args[0]) + (name_of(node) == "unsqueeze")
     if isinstance(dim, (tuple, list)) and len(dim) == 1:
         dim = dim[0]
-    return isinstance(dim, int) and rank > 1 and dim % rank > 0
+    return isinstance(dim, int) and rank > kept and dim % rank >= kept
 
 
-def _takes_all_pairs(node: Node) -> bool:
+def _takes_all_pairs(node: Node, kept: int) -> bool:
     """`y[:, a:b]`, `y[..., ::2]`; and one of the pieces that a split has made."""
     source, index = node.args
     if not isinstance(source, Node):
@@ -95,7 +98,9 @@ def _takes_all_pairs(node: Node) -> bool:
     if not indices or not all(i is Ellipsis or isinstance(i, (int, slice)) for i in indices):
         return False
     taken = sum(i is not Ellipsis for i in indices)
-    return indices[0] == slice(None) or (indices[0] is Ellipsis and taken < _rank_of(source))
+    if indices[0] is Ellipsis:
+        return taken <= _rank_of(source) - kept
+    return all(i == slice(None) for i in indices[:kept])
 
 
 def _rank_of(value: Any) -> int:

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 
 from torch.fx import Graph, Node
 
-from .find import ID_VIEWS, Site, name_of
+from .find import ID_VIEWS, name_of
+from .sites import Site
 
 FILLS = ("masked_fill", "masked_fill_")
 

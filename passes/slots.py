@@ -28,7 +28,7 @@ from torch.fx import Graph, Node
 from . import ops
 from .bank import Bank
 from .erase import erase_orphans
-from .find import Site
+from .sites import Site
 
 
 def rename_to_slots(

@@ -10,7 +10,7 @@
 What is cut out, the *core*, is found and copied by `core_graph.py`. It ends where the routing weights come in, so the
 weighted sum over K stays in the graph, after all waves: the result does not depend on how experts are grouped into
 waves. The core handles any number of pairs; the runtime runs it once per wave, for the pairs whose rows are there. A
-site is left alone when `slots` has already renamed it.
+site is left alone when `slots` has already renamed it. A masked site (see `masked`) has an op of its own.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from .core import Core
 from .core_graph import extract_core, fills_vectors, find_constants, find_core, find_exit, find_inputs
 from .erase import erase_orphans
 from .fast import speed_up_core
-from .find import Site
+from .masked import extract_masked_core, find_masked_core, refuse_unmasked
 from .packed import unpack_at_use
 from .row_wise import refuse_mixed_pairs
+from .sites import Site
 
 
 def stream_in_waves(
@@ -49,12 +50,17 @@ def stream_in_waves(
     done = [site for site in sites if site.reads_weights]
     for site in done:
         fixed = find_constants(graph, site)
-        nodes = find_core(graph, site, fixed)
+        nodes = find_masked_core(graph, site) if site.masked else find_core(graph, site, fixed)
         refuse_mixed_pairs(site, nodes)
         exit_node = find_exit(site, nodes)
         x, ids, others = find_inputs(site, nodes, fixed)
-        whole, scalars = extract_core(site, nodes, fixed, exit_node, x, ids, others)
-        part, _ = extract_core(site, nodes, fixed, exit_node, x, ids, others, of_wave=True)
+        if site.masked:
+            refuse_unmasked(site, nodes, others)
+            whole, part = (extract_masked_core(site, nodes, exit_node, of_wave) for of_wave in (False, True))
+            scalars: tuple[int, ...] = ()
+        else:
+            whole, scalars = extract_core(site, nodes, fixed, exit_node, x, ids, others)
+            part, _ = extract_core(site, nodes, fixed, exit_node, x, ids, others, of_wave=True)
         for graph_of_core in (whole, part):
             unpack_at_use(graph_of_core, dict(banks[site.layer].packed), site.layer)
         alone = fills_vectors(site, nodes)
@@ -67,8 +73,11 @@ def stream_in_waves(
         number = ops.register_core(core)
         value = exit_node.meta["example_value"]
         with graph.inserting_before(exit_node):
-            shape = list(value.shape[1:])  # of one pair's result
-            out = graph.call_function(ops.stream, (x, ids, site.bank, others, number, shape, value.dtype))
+            if site.masked:
+                out = graph.call_function(ops.stream_masked, (x, site.bank, number, value.shape[-1], value.dtype))
+            else:
+                shape = list(value.shape[1:])  # of one pair's result
+                out = graph.call_function(ops.stream, (x, ids, site.bank, others, number, shape, value.dtype))
         out.meta = dict(exit_node.meta)
         exit_node.replace_all_uses_with(out, delete_user_cb=partial(_is_outside, nodes))
         feeding = [i for node in nodes for i in node.all_input_nodes if i not in nodes]

@@ -153,7 +153,7 @@ class FakeLayer:
             mine = torch.isin(ids_P, torch.tensor(wave)).nonzero().flatten()
             slots = self._slots(ids_P)[mine] if self.wave else self._slots(ids_P)
             part = core(x_P, slots, self.bank_SN, others, mine if self.wave else None)
-            out = part.new_empty((len(x_P), *part.shape[1:])) if out is None else out
+            out = part.new_empty((len(ids_P), *part.shape[1:])) if out is None else out
             out[mine] = part
         return out
 

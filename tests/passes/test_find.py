@@ -8,7 +8,8 @@ from torch import nn
 from torch.fx import Graph, Node
 
 import passes
-from passes.find import PATTERNS, WeightRead, match_grouped, match_indexed
+from passes.find import PATTERNS, match_grouped, match_indexed
+from passes.sites import WeightRead
 
 E, H = 4, 8
 
@@ -55,7 +56,11 @@ def read_by_groups(reader: Reader) -> Node:
     return reader.call(nn.functional.grouped_mm, reader.x, reader.weight, offs=reader.offsets(ids))
 
 
-READERS = {"indexed": read_by_index, "grouped": read_by_groups}
+def read_all_at_once(reader: Reader) -> Node:
+    return reader.call(torch.bmm, reader.x, reader.weight)
+
+
+READERS = {"indexed": read_by_index, "grouped": read_by_groups, "masked": read_all_at_once}
 
 
 @pytest.mark.parametrize("name", PATTERNS)
@@ -71,10 +76,12 @@ def test_a_site_says_who_reads_what(name):
     reader = Reader()
     node = READERS[name](reader)
     (site,) = reader.sites()
-    assert (site.layer, site.num_experts, site.ids) == ("layer 0", E, reader.ids)
+    ids = reader.x if name == "masked" else reader.ids
+    assert (site.layer, site.num_experts, site.ids) == ("layer 0", E, ids)
     assert site.weights == {"weight": reader.weight} and site.bank is reader.weight
     assert [read.node for read in site.reads] == [node]
-    assert site.grouped == (name == "grouped") and (site.order is None) == (name == "indexed")
+    assert site.grouped == (name == "grouped") and (site.order is not None) == (name == "grouped")
+    assert site.masked == (name == "masked")
     assert site.reads_weights
 
 
@@ -111,6 +118,28 @@ def test_a_weight_is_followed_through_its_views():
     node = reader.item(second, reader.ids)
     (site,) = reader.sites()
     assert site.reads == [WeightRead(node, reader.ids, (first, second))] and site.reads[0].entry is first
+
+
+@pytest.mark.parametrize("way", ["weight first", "one matrix for all"])
+def test_a_product_over_all_experts_has_their_inputs_first(way):
+    reader = Reader()
+    reader.x.meta["example_value"] = torch.empty(E, 3, H) if way == "weight first" else torch.empty(3, H)
+    reader.weight.meta["example_value"] = torch.empty(E, H, H)
+    reader.call(torch.matmul, *((reader.weight, reader.x) if way == "weight first" else (reader.x, reader.weight)))
+    with pytest.raises(passes.UnknownUse, match=r"layer 0: .*matmul"):
+        reader.sites()
+
+
+def test_a_masked_layer_that_is_called_twice_has_two_sites():
+    reader = Reader()
+    other = reader.graph.placeholder("other")
+    first = reader.call(torch.bmm, reader.x, reader.weight)
+    second = reader.call(torch.bmm, first, other)
+    third = reader.call(torch.bmm, second, reader.weight)
+    fourth = reader.call(torch.bmm, third, other)
+    one, two = reader.sites(other=other)
+    assert (one.ids, two.ids) == (reader.x, second)
+    assert [[read.node for read in site.reads] for site in (one, two)] == [[first, second], [third, fourth]]
 
 
 VIEWS_ACROSS = {
@@ -176,9 +205,9 @@ def test_two_calls_of_one_module_are_two_sites_in_running_order():
     assert [site.ids for site in reader.sites()] == [reader.ids, later]
 
 
-def test_a_matmul_of_the_whole_stack_is_refused_by_the_name_of_module_and_weight():
+def test_a_use_of_the_whole_stack_is_refused_by_the_name_of_module_and_weight():
     reader = Reader()
-    reader.call(torch.bmm, reader.x, reader.weight)
+    reader.call(torch.mul, reader.x, reader.weight)
     with pytest.raises(passes.UnknownUse, match="layer 0: the graph uses 'weight'") as refused:
         reader.sites()
     assert refused.value.layer == "layer 0"
