@@ -109,7 +109,7 @@ def guess(runtime, ids):
 def settle(layer):
     """Until nothing of a guess is on its way any more."""
     for arrival in layer.arrivals.guessed.values():
-        assert arrival.ticket.done.wait(10)
+        assert arrival.ticket.done.wait(120)
 
 
 def test_what_was_guessed_is_there_when_asked_for():
@@ -133,7 +133,7 @@ class Gated(FaultStore):
         self.gate = threading.Event()
 
     def read(self, layer, expert, row):
-        assert layer == 0 or self.gate.wait(30)
+        assert layer == 0 or self.gate.wait(120)
         return super().read(layer, expert, row)
 
 
