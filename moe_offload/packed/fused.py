@@ -37,7 +37,7 @@ def multiply_fused(format: Format, tensors: Sequence[Tensor], x_MI: Tensor, out_
             torch.mm(x, weight_OI.t(), out=out[:, begin:end])
     else:
         form = [MXFP4, FP8, Int4].index(type(format))
-        kernels.multiply_packed(form, tuple(tensors), blocks, x, out)
+        kernels.multiply(form, tuple(tensors), blocks, x, out)
     out_MO.copy_(out)
 
 

@@ -2,7 +2,7 @@
 
 The model keeps its class, its `forward` and its `generate`. What changes:
 
-    module.gate_up_proj ...         a Phantom; state_dict() still returns the real rows (saving.py)
+    module.gate_up_proj ...         a Phantom; state_dict() still returns the real rows (saving/)
     module.config                   a view that names our experts implementation (experts_config.py)
     model(...)                      under the model's lock, inference only (call.py); its experts compiled, or all of it
     model.to(...), copies ...       refused where they would reach the experts (refusals.py)

@@ -10,7 +10,7 @@ has been read. What transformers would do because of the folder is done afterwar
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
-from ..headers import DTYPE_NAMES, TensorRange
+from ..headers import DTYPE_NAMES, Headers, TensorRange
 from ..outline import Outline
 from ..quantised.blocks import unpack_uneven
+from ..quantised.misfits import refuse_dense_faults
 from ..quantised.quantizer import quantization_of, unpack_dense
 from .arguments import Arguments
 
@@ -54,43 +55,51 @@ def load_dense(found: Outline, arguments: Arguments | None = None, name: str | P
     arguments = arguments or Arguments()
     if found.stored is None or found.index is None or found.folder is None:
         raise CheckpointError(f"{found.source}: there are no weights to load; download the checkpoint's shards")
-    headers, expert_keys = found.stored.headers, found.index.keys
+    model = load_tensors(
+        found.model, found.model.config, found.stored.headers, found.index.keys, found.folder, **arguments.model
+    )
+    if model.can_generate() and "generation_config" not in arguments.model:
+        model.generation_config = read_generation_defaults(found.folder)
+    model.config.name_or_path = str(name or found.folder)
+    return model.eval()
+
+
+def load_tensors(
+    like: Any, config: Any, headers: Headers, absent: Collection[str], folder: Path, **options: Any
+) -> Any:
+    """A model of the class and dtype of `like`, with the tensors of `headers`; those in `absent` stay on meta.
+
+    `config` may be written to; `options` are for transformers' from_pretrained, `folder` is for messages. Raises
+    `CheckpointError` for tensors that are missing, that transformers cannot load by the configuration, or whose codes
+    mean no number.
+    """
     state: Mapping[str, Any] = {
-        key: Absent(range_) if key in expert_keys else headers.opened[range_.file].get_slice(key)
+        key: Absent(range_) if key in absent else headers.opened[range_.file].get_slice(key)
         for key, range_ in headers.items()
     }
-    meta: Any = found.model
-    state = unpack_uneven(meta.config, headers, state)
-    config, dtype = meta.config, meta.dtype
+    state = unpack_uneven(config, headers, state)
     try:
-        model, info = type(meta).from_pretrained(
-            None,
-            config=config,
-            state_dict=state,
-            dtype=config.dtype or dtype,
-            output_loading_info=True,
-            **arguments.model,
+        model, info = type(like).from_pretrained(
+            None, config=config, state_dict=state, dtype=config.dtype or like.dtype, output_loading_info=True, **options
         )
     except (RuntimeError, ValueError, AttributeError, AssertionError, KeyError, TypeError) as error:  # of any format
         if quantization_of(config) is None:
             raise
         raise CheckpointError(
-            f"{found.folder}: transformers cannot load the dense weights by its config.json's quantization_config "
+            f"{folder}: transformers cannot load the dense weights by its config.json's quantization_config "
             f"({type(error).__name__}: {str(error).splitlines()[0][:300]}); the files may be of another format. "
             "Download the checkpoint again, or use one in bfloat16"
         ) from error
     missing = sorted(set(info["missing_keys"]) | {key for key, *_ in info.get("mismatched_keys", [])})
     if missing:
         raise CheckpointError(
-            f"{found.folder}: the checkpoint lacks {len(missing)} tensors that the model needs (or has them in another "
+            f"{folder}: the checkpoint lacks {len(missing)} tensors that the model needs (or has them in another "
             f"shape): {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}; it is incomplete, or of another "
             "model"
         )
-    if model.can_generate() and "generation_config" not in arguments.model:
-        model.generation_config = read_generation_defaults(found.folder)
-    model.config.name_or_path = str(name or found.folder)
     unpack_dense(model)
-    return model.eval()
+    refuse_dense_faults(model, headers, absent)
+    return model
 
 
 def read_generation_defaults(folder: Path) -> Any:

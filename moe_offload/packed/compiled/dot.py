@@ -1,4 +1,4 @@
-"""`dot_row`: one row of a packed matrix times a few vectors, straight from the codes; products and sums in float32.
+"""One row of a packed matrix times a few vectors, straight from the codes: products and sums in float32.
 
 A step is 32 columns: two vectors of sixteen weights, with the sixteen elements of x that belong to each. Codes of four
 bits come as low and high nibbles, so there x lies as the even and the odd columns of each step (`fused.py`). The sum of
@@ -14,27 +14,12 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from ..mxfp4 import VALUES
-from .unpack import BFLOAT16, FLOAT32
-from .vectors import (
-    BYTES,
-    F32,
-    FLOATS,
-    I8,
-    I16,
-    I32,
-    I64,
-    WORDS,
-    element_address,
-    load_at,
-    splat_constant,
-    splat_value,
-    store_at,
-)
+from .vectors import BYTES, F32, FLOATS, I64, WORDS, lanes, load, load_scale, moved, spread, store
 
 MXFP4, FP8, INT4 = range(3)
 STEP_BYTES = {MXFP4: 16, FP8: 32, INT4: 16}
 FUSED = ("contract",)  # a product and a sum may be one instruction
+VALUES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
 
 
 @intrinsic(prefer_literal=True)
@@ -49,24 +34,24 @@ def dot_row(typingctx, form, kind, tokens, codes, scales, blocks, steps, x, x_st
         codes, scales, blocks, steps, x, x_stride, sums = args[3:]
         form, kind, tokens = constants
         wide = "+avx512f" in str(context.codegen().magic_tuple())
-        totals = [cgutils.alloca_once_value(b, splat_constant(FLOATS, 0.0)) for _ in range(tokens)]
-        parts = [cgutils.alloca_once_value(b, splat_constant(FLOATS, 0.0)) for _ in range(tokens)]
+        totals = [cgutils.alloca_once_value(b, lanes(FLOATS, 0.0)) for _ in range(tokens)]
+        parts = [cgutils.alloca_once_value(b, lanes(FLOATS, 0.0)) for _ in range(tokens)]
         with cgutils.for_range(b, blocks) as block:
             for part in parts:
-                b.store(splat_constant(FLOATS, 0.0), part)
+                b.store(lanes(FLOATS, 0.0), part)
             with cgutils.for_range(b, steps) as step:
                 index = b.add(b.mul(block.index, steps), step.index)
-                pair = _weights(b, form, element_address(b, codes, index, STEP_BYTES[form]), wide)
+                pair = _weights(b, form, moved(b, codes, index, STEP_BYTES[form]), wide)
                 for token, part in enumerate(parts):
-                    place = b.add(element_address(b, x, index, 128), b.mul(x_stride, I64(token)))
+                    place = b.add(moved(b, x, index, 128), b.mul(x_stride, I64(token)))
                     for half, weight in enumerate(pair):
-                        element = load_at(b, FLOATS, b.add(place, I64(64 * half)))
+                        element = load(b, FLOATS, b.add(place, I64(64 * half)))
                         b.store(_multiply_add(b, weight, element, b.load(part)), part)
-            scale = splat_value(b, FLOATS, _scale(b, kind, scales, block.index))
+            scale = spread(b, FLOATS, load_scale(b, kind, scales, block.index))
             for total, part in zip(totals, parts, strict=True):
                 b.store(_multiply_add(b, b.load(part), scale, b.load(total)), total)
         for token, total in enumerate(totals):
-            store_at(b, b.load(total), b.add(sums, I64(64 * token)))
+            store(b, b.load(total), b.add(sums, I64(64 * token)))
 
     return types.void(form, kind, tokens, *[types.int64] * 7), build
 
@@ -75,47 +60,36 @@ def _multiply_add(b: Any, left: Any, right: Any, total: Any) -> Any:
     return b.fadd(b.fmul(left, right, flags=FUSED), total, flags=FUSED)
 
 
-def _scale(b: Any, kind: int, scales: Any, index: Any) -> Any:
-    """One scale as float32; of the powers of two, the first is denormal."""
-    if kind == FLOAT32:
-        return load_at(b, F32, element_address(b, scales, index, 4))
-    if kind == BFLOAT16:
-        return b.bitcast(b.shl(b.zext(load_at(b, I16, element_address(b, scales, index, 2)), I32), I32(16)), F32)
-    exponent = b.zext(load_at(b, I8, b.add(scales, index)), I32)
-    bits = b.select(b.icmp_unsigned("==", exponent, I32(0)), I32(1 << 22), b.shl(exponent, I32(23)))
-    return b.bitcast(bits, F32)
-
-
 def _weights(b: Any, form: int, address: Any, wide: bool) -> tuple[Any, Any]:
     """The two vectors of a step, without their scale."""
     if form == FP8:
-        first, second = (load_at(b, BYTES, b.add(address, I64(half))) for half in (0, 16))
+        first, second = (load(b, BYTES, b.add(address, I64(half))) for half in (0, 16))
         return _fp8(b, b.zext(first, WORDS)), _fp8(b, b.zext(second, WORDS))
-    code = b.zext(load_at(b, BYTES, address), WORDS)
-    low, high = b.and_(code, splat_constant(WORDS, 15)), b.lshr(code, splat_constant(WORDS, 4))
+    code = b.zext(load(b, BYTES, address), WORDS)
+    low, high = b.and_(code, lanes(WORDS, 15)), b.lshr(code, lanes(WORDS, 4))
     value = _int4 if form == INT4 else _mxfp4_looked_up if wide else _mxfp4
     return value(b, low), value(b, high)
 
 
 def _fp8(b: Any, code: Any) -> Any:
-    magnitude = b.and_(code, splat_constant(WORDS, 0x7F))
-    small = b.bitcast(b.fmul(b.sitofp(magnitude, FLOATS), splat_constant(FLOATS, 2.0**-9)), WORDS)
-    normal = b.add(b.shl(magnitude, splat_constant(WORDS, 20)), splat_constant(WORDS, 120 << 23))
-    bits = b.select(b.icmp_unsigned("<", magnitude, splat_constant(WORDS, 8)), small, normal)
-    return b.bitcast(b.or_(bits, b.shl(b.and_(code, splat_constant(WORDS, 0x80)), splat_constant(WORDS, 24))), FLOATS)
+    magnitude = b.and_(code, lanes(WORDS, 0x7F))
+    small = b.bitcast(b.fmul(b.sitofp(magnitude, FLOATS), lanes(FLOATS, 2.0**-9)), WORDS)
+    normal = b.add(b.shl(magnitude, lanes(WORDS, 20)), lanes(WORDS, 120 << 23))
+    bits = b.select(b.icmp_unsigned("<", magnitude, lanes(WORDS, 8)), small, normal)
+    return b.bitcast(b.or_(bits, b.shl(b.and_(code, lanes(WORDS, 0x80)), lanes(WORDS, 24))), FLOATS)
 
 
 def _int4(b: Any, code: Any) -> Any:
-    return b.sitofp(b.sub(code, splat_constant(WORDS, 8)), FLOATS)
+    return b.sitofp(b.sub(code, lanes(WORDS, 8)), FLOATS)
 
 
 def _mxfp4(b: Any, code: Any) -> Any:
     """Magnitudes 2 to 7 have an exponent as float32 has it; 0 and 1 are halves."""
-    magnitude = b.and_(code, splat_constant(WORDS, 7))
-    small = b.bitcast(b.fmul(b.sitofp(magnitude, FLOATS), splat_constant(FLOATS, 0.5)), WORDS)
-    normal = b.add(b.shl(magnitude, splat_constant(WORDS, 22)), splat_constant(WORDS, 126 << 23))
-    bits = b.select(b.icmp_unsigned("<", magnitude, splat_constant(WORDS, 2)), small, normal)
-    return b.bitcast(b.or_(bits, b.shl(b.and_(code, splat_constant(WORDS, 8)), splat_constant(WORDS, 28))), FLOATS)
+    magnitude = b.and_(code, lanes(WORDS, 7))
+    small = b.bitcast(b.fmul(b.sitofp(magnitude, FLOATS), lanes(FLOATS, 0.5)), WORDS)
+    normal = b.add(b.shl(magnitude, lanes(WORDS, 22)), lanes(WORDS, 126 << 23))
+    bits = b.select(b.icmp_unsigned("<", magnitude, lanes(WORDS, 2)), small, normal)
+    return b.bitcast(b.or_(bits, b.shl(b.and_(code, lanes(WORDS, 8)), lanes(WORDS, 28))), FLOATS)
 
 
 def _mxfp4_looked_up(b: Any, code: Any) -> Any:

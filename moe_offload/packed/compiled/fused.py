@@ -1,4 +1,4 @@
-"""x @ W.T straight from the codes. Threads share rows of outputs: each sum is one thread's, however many there are."""
+"""x @ W.T straight from the codes, on torch's threads: rows of outputs are shared, so sums never depend on how many."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ import numpy as np
 from torch import Tensor
 
 from .dot import FP8, dot_row
-from .pool import array_at, kernel, run_kernel, take_share
+from .pool import array_at, kernel, run, share
 from .unpack import SCALES
 
-MOST = 8  # tokens at a time: the sums of more do not fit into registers
+MOST = 8  # tokens: above, the sums of a row fit into no registers
 
 
-def multiply_packed(
-    form: int, tensors: tuple[Tensor, ...], grid: tuple[int, int], x_MI: Tensor, out_MO: Tensor
-) -> None:
+def multiply(form: int, tensors: tuple[Tensor, ...], grid: tuple[int, int], x_MI: Tensor, out_MO: Tensor) -> None:
     """`form` is one of `dot.py`; scales lie in a grid of (rows, blocks of one row). `x_MI`, `out_MO`: float32."""
     codes, scale = tensors
     (tokens, inputs), outputs = x_MI.shape, out_MO.shape[1]
@@ -27,16 +25,16 @@ def multiply_packed(
     where = (codes.data_ptr(), scale.data_ptr(), x_MI.data_ptr(), out_MO.data_ptr())
     shape = (outputs, inputs, codes[0].numel() * codes.element_size(), outputs // grid[0], grid[1])
     job = (*where, *shape, scale.element_size() * grid[1])
-    run_kernel(_kernel(form, SCALES[scale.dtype], tokens), outputs, job, outputs * inputs)
+    run(_kernel(form, SCALES[scale.dtype], tokens), outputs, job, outputs * inputs)
 
 
 @cache
 def _kernel(form: int, kind: int, tokens: int) -> Any:
-    """The kernel for a number of tokens: it is compiled for each, because their sums are registers."""
+    """Compiled for each number of tokens: their sums are registers."""
 
     @kernel
     def multiply(data):  # type: ignore[no-untyped-def]
-        job, begin, end = take_share(data)
+        job, begin, end = share(data)
         outputs, inputs, row_bytes, block_rows, blocks, scale_bytes = job[4], job[5], job[6], job[7], job[8], job[9]
         sums = np.empty((tokens, 16), np.float32)
         out_MO = array_at(job[3], (tokens, outputs), np.float32)

@@ -10,10 +10,10 @@ A kernel is a C function of one address, that of its job: the numbers it works w
 
     @kernel
     def add_one(data):
-        job, begin, end = take_share(data)
+        job, begin, end = share(data)
         rows_OI = array_at(job[0], (job[1], job[2]), np.int64)
         ...
-    run_kernel(add_one, rows=outputs, job=[tensor.data_ptr(), outputs, inputs], work=tensor.numel())
+    run(add_one, rows=outputs, job=[tensor.data_ptr(), outputs, inputs], work=tensor.numel())
 
 Shares are the contiguous ones of `at::parallel_for`: what a thread writes is what it reads in torch's next product.
 """
@@ -67,16 +67,16 @@ def array_at(address, shape, dtype):  # type: ignore[no-untyped-def]
     return carray(_pointer(address), shape, dtype)
 
 
-def compile_function(function: Callable[..., Any]) -> Any:
-    """A decorator: a function that kernels call, compiled without Python objects, and kept on disk if it can be."""
+def compiled(function: Callable[..., Any]) -> Any:
+    """`function` compiled without Python objects, kept on disk where there is a folder for it."""
     try:
         return numba.njit(function, nogil=True, cache=True)
     except RuntimeError:  # neither this folder nor the user's cache can be written: compiled anew in each process
         return numba.njit(function, nogil=True)
 
 
-class kernel:  # lower case, because it is used as a decorator
-    """A decorator: a function becomes a C function of the address of a job, compiled when it is first run.
+class kernel:  # a decorator
+    """A function as a C function of the address of a job, compiled when it is first run.
 
     Compiled code on disk does not notice when another file changes: whoever changes `share` or `array_at` empties the
     folders `__pycache__`.
@@ -96,7 +96,7 @@ class kernel:  # lower case, because it is used as a decorator
 
 
 @numba.njit(inline="always")
-def take_share(data):  # type: ignore[no-untyped-def]
+def share(data):  # type: ignore[no-untyped-def]
     """The numbers of a job, and the rows [begin, end) that are this thread's."""
     head = carray(data, (HEAD,), np.int64)
     thread, threads = 0, 1
@@ -107,8 +107,8 @@ def take_share(data):  # type: ignore[no-untyped-def]
     return carray(data, (HEAD + LONGEST,), np.int64)[HEAD:], begin, min(begin + step, head[2])
 
 
-def run_kernel(function: kernel, rows: int, job: Sequence[int], work: int) -> None:
-    """Run `function` over all rows: on torch's threads, or in this one where the `work` (elements) is small."""
+def run(function: kernel, rows: int, job: Sequence[int], work: int) -> None:
+    """Have all rows done: by torch's threads, or by this one where the work (elements) is small."""
     threads = 1 if work < SMALL else torch.get_num_threads()
     entries = _openmp() if threads > 1 else None
     values = (*(entries[1:] if entries else (0, 0)), rows, *job)

@@ -1,4 +1,4 @@
-"""Whether bytes hold a code that means no number (NaN), looked at eight at a time."""
+"""Whether bytes hold a code that means no number, eight bytes at a time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .pool import array_at, kernel, run_kernel, take_share
+from .pool import array_at, kernel, run, share
 
 LOW, ONES, HIGH = (np.uint64(byte * 0x0101010101010101) for byte in (0x7F, 0x01, 0x80))
 CHUNK = 4096  # bytes: a row of work
@@ -17,7 +17,7 @@ def has_byte(tensor: Tensor, *, signed: bool) -> bool:
     size, address = tensor.numel(), tensor.data_ptr()
     first = min(-address % 8, size)  # words are read where they are aligned
     chunks, found = (size - first) // CHUNK, torch.zeros(1, dtype=torch.int64)
-    run_kernel(_scan, chunks, (address + first, int(signed), found.data_ptr()), chunks * CHUNK)
+    run(_scan, chunks, (address + first, int(signed), found.data_ptr()), chunks * CHUNK)
     flat = tensor.view(torch.uint8).view(-1)
     ends = torch.cat([flat[:first], flat[first + chunks * CHUNK :]])
     return bool(found) or bool(((ends | 0x80 if signed else ends) == 0xFF).any())
@@ -25,9 +25,8 @@ def has_byte(tensor: Tensor, *, signed: bool) -> bool:
 
 @kernel
 def _scan(data):  # type: ignore[no-untyped-def]
-    """Whether any word has such a byte. Of bytes without their upper bit, 0x7f is the only one that adding 1 makes
-    0x80, and none carries into the next byte."""
-    job, begin, end = take_share(data)
+    """Without its upper bit, 0x7f is the only byte that one makes to 0x80: nothing is carried into the next."""
+    job, begin, end = share(data)
     words = array_at(job[0], (end * (CHUNK // 8),), np.uint64)
     either, both = np.uint64(0), np.uint64(0)
     for i in range(begin * (CHUNK // 8), end * (CHUNK // 8)):

@@ -23,7 +23,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-from ...packed.compiled.pool import array_at, compile_function, kernel, run_kernel, take_share
+from ...packed.compiled.pool import array_at, compiled, kernel, run, share
 
 TILE = 4  # outputs at a time: so many streams from memory, and 16 accumulators of registers in flight
 LINE = 64  # bytes of a cache line
@@ -47,19 +47,19 @@ def _fetch(typingctx, address):  # type: ignore[no-untyped-def]
     return types.void(address), build
 
 
-@compile_function
+@compiled
 def _low(pair):  # type: ignore[no-untyped-def]
     """The first of two bfloat16 that lie in 32 bits, as float32."""
     return np.uint32(pair << np.uint32(16)).view(np.float32)
 
 
-@compile_function
+@compiled
 def _high(pair):  # type: ignore[no-untyped-def]
     """The second one."""
     return np.uint32(pair & np.uint32(0xFFFF0000)).view(np.float32)
 
 
-@compile_function
+@compiled
 def _rounded(number):  # type: ignore[no-untyped-def]
     """The bits of the bfloat16 that is nearest to a float32, the even one of two."""
     bits = np.float32(number).view(np.uint32)
@@ -100,7 +100,7 @@ def _multiply_tile(w, w_row, ahead, first, second, pairs):  # type: ignore[no-un
 @kernel
 def _multiply(data):  # type: ignore[no-untyped-def]
     """The rows of this job are tiles: those of the first run of equal slots, then those of the next."""
-    job, begin, end = take_share(data)
+    job, begin, end = share(data)
     x, weight, slots_at, bias_at, out_at, slot_bytes, pairs, inputs, outputs = job[:9]
     slots_P, out_PO = array_at(slots_at, (pairs,), np.int64), array_at(out_at, (pairs, outputs), np.uint16)
     bias_O = array_at(bias_at, (outputs,), np.uint16)
@@ -165,7 +165,7 @@ def _run(
     out_PO = x_PI.new_empty((pairs, outputs))
     bias_at = 0 if bias_O is None else bias_O.data_ptr()
     addresses = [x_PI.data_ptr(), weight.data_ptr(), slots_P.data_ptr(), bias_at, out_PO.data_ptr()]
-    run_kernel(
+    run(
         _multiply, runs * -(-outputs // TILE), [*addresses, slot_bytes, pairs, inputs, outputs], runs * outputs * inputs
     )
     return out_PO

@@ -1,6 +1,6 @@
 """state_dict() of an offloaded model: the real experts in place of their phantoms.
 
-All experts are in RAM at once then, as they must be in what it returns. `saving.py` writes them a row at a time.
+It has to hold what it returns: all experts at once, in RAM. `saver.py` writes them a row at a time.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import SaveError
-from ..runtime.model import Runtime
+from ...errors import SaveError
+from ...runtime.model import Runtime
 
 #: Whether state_dict() leaves the experts' phantoms as they are, for callers that want names and shapes only.
 _as_phantoms: ContextVar[bool] = ContextVar("as_phantoms", default=False)
