@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ..errors import CheckpointError
 from ..experts import MoELayer, find_experts
 from .folder import is_folder
@@ -54,15 +52,14 @@ class Outline:
         return list(moe_layers) if self.index is None else self.index.pack(moe_layers)
 
 
-def outline_checkpoint(path_or_id: str | Path, dtype: str | torch.dtype = "auto") -> Outline:
+def outline_checkpoint(path_or_id: str | Path, arguments: Arguments) -> Outline:
     """Read headers only. Raises `CheckpointError` when they cannot be had or do not fit the model's configuration."""
-    arguments = Arguments(dtype=dtype)
-    folder = Path(path_or_id) if is_folder(path_or_id) else _cached(str(path_or_id))
+    folder = Path(path_or_id) if is_folder(path_or_id) else _cached(str(path_or_id), arguments)
     if folder is None:
         return _outline_repository(str(path_or_id), arguments)
     if _has_shards(folder):
         return outline_folder(folder, arguments)
-    model = build_skeleton(read_configuration(folder, arguments), None, arguments)
+    model = build_skeleton(folder, read_configuration(folder, arguments), None, arguments)
     return Outline(model, find_experts(model), "config.json alone (there are no weights in the folder)")
 
 
@@ -80,21 +77,23 @@ def outline_stored(place: Path, stored: Stored) -> Outline:
 
 
 def _outline_stored(place: Path, config: Any, stored: Stored, arguments: Arguments) -> Outline:
-    model, moe_layers, index = _index_model(config, stored, arguments)
+    model, moe_layers, index = _index_model(place, config, stored, arguments)
     source = f"config.json and the headers of {len(index.stamps)} shards"
     return Outline(model, moe_layers, source, place, stored, index)
 
 
 def _outline_repository(name: str, arguments: Arguments) -> Outline:
     stored = Stored(hub_headers(name))
-    model, moe_layers, _ = _index_model(read_configuration(name, arguments), stored, arguments)
+    model, moe_layers, _ = _index_model(name, read_configuration(name, arguments), stored, arguments)
     files = {found.file for found in stored.headers.values()}
     return Outline(model, moe_layers, f"config.json and the headers of {len(files)} shards on the Hub")
 
 
-def _index_model(config: Any, stored: Stored, arguments: Arguments) -> tuple[PreTrainedModel, list[MoELayer], RowIndex]:
+def _index_model(
+    place: Path | str, config: Any, stored: Stored, arguments: Arguments
+) -> tuple[PreTrainedModel, list[MoELayer], RowIndex]:
     """The model of `config` on the meta device, its MoE layers as they rest in the files, and where their rows are."""
-    model = build_skeleton(config, stored, arguments)
+    model = build_skeleton(place, config, stored, arguments)
     moe_layers = find_experts(model)
     index = index_stored(model, moe_layers, stored)
     check_dense(model.config, stored.headers, index.keys)
@@ -134,10 +133,10 @@ def _range(name: str, file: str, key: str, tensor: Any) -> TensorRange:
     return TensorRange(Path(file), begin, end - begin, tuple(tensor.shape), dtype)
 
 
-def _cached(name: str) -> Path | None:
+def _cached(name: str, arguments: Arguments) -> Path | None:
     """The folder of a repository that was downloaded before, weights and all."""
     try:
-        folder = download_checkpoint(name, Arguments(), local_files_only=True)
+        folder = download_checkpoint(name, arguments, local_files_only=True)
     except CheckpointError:
         return None
     return folder if _has_shards(folder) and all((folder / file).exists() for file in listed_names(folder)) else None

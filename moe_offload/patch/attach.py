@@ -14,6 +14,7 @@ from ..handle import Handle
 from ..plan.prepare import Prepared
 from ..runtime.model import Runtime
 from . import install as patch
+from .exact_products import serve_exact
 from .fast_products import FEW_TOKENS, restore_linears, serve_fast, speed_up_linears
 from .refusals import refuse_what_reaches_experts
 from .saving.original import Original
@@ -29,8 +30,11 @@ def attach_runtime(model: nn.Module, runtime: Runtime, prepared: Prepared, found
     wanted = settings.experts_implementation
     if settings.compute == "fast" and wanted == "auto":
         wanted = "grouped_mm"  # the one that has fast products
-    implementation = patch.choose_implementation([layer.moe for layer in runtime.layers], wanted)
+    moe_layers = [layer.moe for layer in runtime.layers]
+    implementation = patch.choose_implementation(moe_layers, wanted)
     fast = settings.compute == "fast" and serve_fast(arrangement.device, implementation)
+    if arrangement.device == "cpu" and settings.compute == "exact":
+        serve_exact([layer.moe for layer in runtime.layers])
     if arrangement.device != "cpu":
         patch.serve_products(arrangement.device)
     inner = _inner_compiler(settings, arrangement.device)
@@ -56,7 +60,7 @@ def attach_runtime(model: nn.Module, runtime: Runtime, prepared: Prepared, found
         arrangement,
         prepared.fingerprint,
         compile=inner,
-        implementation=implementation,
+        implementation="called" if all(moe.called for moe in moe_layers) else implementation,
         graphs=graphs,
         on_close=lambda: _detach_runtime(runtime, linears),
     )

@@ -64,7 +64,7 @@ def explain_arrangement(model: Any, moe_layers: Sequence[MoELayer], arrangement:
 
 def list_dense_weights(model: nn.Module, moe_layers: Sequence[MoELayer]) -> list[tuple[str, int, str]]:
     """What is not offloaded: `(kind, bytes, why)`, the largest first. Tied weights count once."""
-    seen = {id(param) for moe in moe_layers for param in moe.params.values()}
+    seen = {id(param) for moe in moe_layers for param in moe.tensors}
     found: dict[str, int] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if id(tensor) not in seen:

@@ -47,7 +47,7 @@ def _module_at(root: nn.Module, name: str) -> nn.Module:
 
 @dataclass(frozen=True, eq=False)
 class ConvertedWeight(WrappedWeight):
-    """A parameter that transformers' own operations unpack. It is a `PackedWeight` (experts.py)."""
+    """A parameter that transformers' own operations unpack. It is a `PackedWeight` (experts/layout.py)."""
 
     made_by: MadeBy
     model: StandIn
