@@ -8,6 +8,7 @@ import multiprocessing
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -27,7 +28,7 @@ Row = TypeVar("Row", FamilyResult, QuantisedResult)
 def check_families(
     names: Sequence[str], *, compile: str, matrix: bool, jobs: int, done: Callable[[FamilyResult], object]
 ) -> list[FamilyResult]:
-    """Check `names` (all families when empty): a row each, in the order of the names; `done` is called with each row.
+    """Check `names` (all families when empty): a row each, in the order of the names; `done` has each as it comes.
 
     Dynamo traces in Python, so the work is spread over `jobs` processes of one thread each. Raises ConfigError for a
     name that is no family.
@@ -64,6 +65,21 @@ def _spread(check: Callable[..., Row], tasks: Sequence[Any], jobs: int, done: Ca
             done(future.result())
             progress.advance(bar)
     return [future.result() for future in futures]
+
+
+def check_foreign_folders(folders: Sequence[Path], *, done: Callable[[FamilyResult], object]) -> list[FamilyResult]:
+    """A row for each folder with code of its own, in their order; `done` has each as it comes."""
+    from .foreign import check_foreign
+
+    rows = []
+    for folder in folders:
+        try:
+            row = check_foreign(folder)
+        except Exception as error:  # one folder that breaks must not hide the others
+            row = FamilyResult(folder.name, "failed", f"{type(error).__name__}: {str(error).splitlines()[0]}", "")
+        rows.append(row)
+        done(row)
+    return rows
 
 
 def format_line(row: FamilyResult) -> str:
@@ -107,7 +123,7 @@ def _quiet() -> None:
 def _checked(name: str, matrix: bool, compile: str) -> FamilyResult:
     try:
         return check_family(name, MATRIX if matrix else QUICK, compile=compile)
-    except Exception as error:  # one family that fails must not end the check of the others
+    except Exception as error:  # one family that breaks must not hide the others
         return FamilyResult(name, "failed", f"{type(error).__name__}: {str(error).splitlines()[0]}", "")
     finally:
         torch._dynamo.reset()
