@@ -25,7 +25,7 @@ import moe_offload
 from moe_offload.cache import POLICIES
 from moe_offload.cache.layer_cache import LayerCache
 from moe_offload.observe.profile import Profile
-from moe_offload.observe.profile_stats import most_wanted, rates
+from moe_offload.observe.profile_stats import most_wanted, uses_per_token
 from moe_offload.plan.budget import budget_for
 from moe_offload.runtime.prewarm import prewarm_slots
 
@@ -53,7 +53,8 @@ def main() -> None:
     windows = windows_of(ids_of(options.language, "evaluate"))
     oracles = [moe_offload.record_profile(resident, window) for window in windows]
     plan = moe_offload.make_plan(resident, "1GB")
-    model: Any = moe_offload.from_pretrained(options.model, budget_for(options.residency, plan.layers, plan.costs))
+    budget = budget_for(options.residency, plan.layers, plan.costs)
+    model: Any = moe_offload.from_pretrained(options.model, budget, profile="off")
     run(model, windows[0], None)  # compiles
 
     print(f"{options.model}, {options.residency:.0%} resident, {len(windows)} windows of {PROMPT} + {DECODED} tokens\n")
@@ -99,7 +100,7 @@ def run(model: Any, window_1T: Tensor, profile: Profile | None) -> dict[str, Any
         old = layer.arrivals.cache
         policy = POLICIES["successors"](old.num_experts, 32.0)
         if profile is not None:
-            policy.seed(rates(profile, layer.moe.index))
+            policy.seed(uses_per_token(profile, layer.moe.index))
         layer.arrivals.cache = LayerCache(old.num_experts, old.slots, policy, old.name)
     begun = time.perf_counter()
     if profile is not None:

@@ -1,26 +1,32 @@
 """Record which experts a workload uses, with or without offload.
 
 On an offloaded model the cache counts anyway. On an ordinary one the `instrument` pass puts counters into the compiled
-graph: the model runs with its own weights and its own results, and each layer's ids pass through an `observe` op.
+graph: the model runs with its own weights and its own results, and each layer's ids pass through an `observe` op. Where
+the model's own code calls its experts one by one, hooks on them count, and nothing is compiled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import optree
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from .cache.counters import LayerCounters
-from .errors import ProfileError
-from .experts import MoELayer, find_experts
+from .errors import ProfileError, UnsupportedModelError
+from .experts import MoELayer, find_experts, members_of
 from .forward.call import whole_call
-from .forward.graphs.observing import observe, observing_backend, unobserve
+from .forward.called.modules import rows_of
+from .forward.graphs.observing import bind_counter, observing_backend, unbind_counter
 from .observe.profile import Profile
 from .patch.install import IMPLEMENTATIONS, choose_implementation
-from .plan.weights import fingerprint
+from .plan.weights import take_fingerprint
 
 
 class Count:
@@ -28,10 +34,27 @@ class Count:
 
     def __init__(self, moe: MoELayer):
         self.moe, self.tokens, self.counts = moe, 0, torch.zeros(moe.num_experts, dtype=torch.int64)
+        self.used: Counter[int] = Counter()  # of the forward that is going on, where experts are called one by one
 
     def observe(self, ids_P: Tensor) -> None:
         self.tokens += self.moe.tokens_of(ids_P.numel())
         self.counts += torch.bincount(ids_P.reshape(-1), minlength=len(self.counts))
+
+    def observe_calls(self) -> Iterator[RemovableHandle]:
+        """Count the calls of experts until the handles are removed; `end_forward` says where a forward ends."""
+        for e, expert in members_of(self.moe):
+            yield expert.register_forward_pre_hook(partial(self._called, e), with_kwargs=True)
+
+    def end_forward(self) -> None:
+        if self.used:
+            self.tokens += max(self.moe.tokens_of(sum(self.used.values())), *self.used.values(), 0)
+            self.used.clear()
+
+    def _called(self, e: int, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rows = rows_of(args, kwargs)
+        if rows:
+            self.counts[e] += rows
+            self.used[e] += rows
 
     def counters(self) -> LayerCounters:
         return LayerCounters(tokens=self.tokens, counts=self.counts.tolist())
@@ -63,34 +86,61 @@ def record_profile(model: Any, inputs: Any, **meta: str) -> Profile:
     batches = [inputs] if isinstance(inputs, (Tensor, Mapping)) else inputs
     if hasattr(model, "moe_offload"):
         before = model.moe_offload.profile()
-        _run(model, batches)
+        _run_batches(model, batches)
         after = model.moe_offload.profile()
         counts = [[a - b for a, b in zip(x, y, strict=True)] for x, y in zip(after.counts, before.counts, strict=True)]
         return Profile.of(after.fingerprint, tokens=after.tokens - before.tokens, counts=counts, meta=meta)
     moe_layers = find_experts(model)
+    if any(moe.called for moe in moe_layers):
+        return _record_calls(model, batches, moe_layers, meta)
     implementation = choose_implementation(moe_layers, "auto")
     weights = {id(p): (moe, field) for moe in moe_layers for field, p in moe.params.items()}
     counters = [Count(moe) for moe in moe_layers]
     was = [(module.config, module.config._experts_implementation) for moe in moe_layers for module in moe.modules]
     try:
         for moe, counter in zip(moe_layers, counters, strict=True):
-            observe(moe, counter)
+            bind_counter(moe, counter)
         for config, chosen in was:
             if chosen not in IMPLEMENTATIONS:  # 'eager' experts never enter a graph
                 config._experts_implementation_internal = implementation
-        _run(model, batches, torch.compile(whole_call(model), backend=observing_backend(weights), dynamic=True))
+        _run_batches(model, batches, torch.compile(whole_call(model), backend=observing_backend(weights), dynamic=True))
     finally:
         for moe in moe_layers:
-            unobserve(moe)
+            unbind_counter(moe)
         for config, chosen in was:
             config._experts_implementation_internal = chosen
+    return _profile(model, moe_layers, counters, meta)
+
+
+def _record_calls(model: Any, batches: Iterable[Any], moe_layers: Sequence[MoELayer], meta: dict[str, str]) -> Profile:
+    others = [moe.name for moe in moe_layers if not moe.called]
+    if others:
+        raise UnsupportedModelError(
+            f"{others[0]}: the experts of other layers are called one by one, and of these nobody hears as they are; "
+            "optimize() the model, and take model.moe_offload.profile()"
+        )
+    counters = [Count(moe) for moe in moe_layers]
+
+    def call(*args: Any, **kwargs: Any) -> None:
+        model(*args, **kwargs)
+        for counter in counters:
+            counter.end_forward()
+
+    with contextlib.ExitStack() as undo:
+        for handle in (handle for counter in counters for handle in counter.observe_calls()):
+            undo.callback(handle.remove)
+        _run_batches(model, batches, call)
+    return _profile(model, moe_layers, counters, meta)
+
+
+def _profile(model: Any, moe_layers: Sequence[MoELayer], counters: Sequence[Count], meta: dict[str, str]) -> Profile:
     if not any(counter.tokens for counter in counters):
         raise ProfileError("record_profile counted nothing: the inputs hold no token, or never reach an experts module")
-    return Profile.of_layers(fingerprint(model, moe_layers), [counter.counters() for counter in counters], meta)
+    return Profile.of_layers(take_fingerprint(model, moe_layers), [counter.counters() for counter in counters], meta)
 
 
 @torch.no_grad()
-def _run(model: Any, batches: Iterable[Any], call: Callable[..., Any] | None = None) -> None:
+def _run_batches(model: Any, batches: Iterable[Any], call: Callable[..., Any] | None = None) -> None:
     call = call or model
     device = next(model.parameters()).device
     for batch in batches:

@@ -21,7 +21,8 @@ from typing import Any
 
 from ..errors import ConfigError, ProfileError
 from . import file as config_file
-from .rules import RULES, plain, reserve_bytes
+from .rules import RULES, reserve_bytes
+from .usage import AUTO, profile_path
 
 ENVIRONMENT_PREFIX = "MOE_OFFLOAD_"
 FILE_VARIABLE = "MOE_OFFLOAD_CONFIG_FILE"
@@ -39,7 +40,9 @@ class OffloadConfig:
             "auto".
         device_map: Where weights and expert rows go, in accelerate's grammar (`device_map.py`); None: "auto".
         max_memory: Limits per device, as {"cpu": "60GiB"} (`device_map.py`).
-        profile: Path of the profile that says which experts to load before the first token.
+        profile: Which experts to expect, and to load before anything asks for them. "auto": those that earlier runs of
+            this model have used, which every run remembers (`docs/remembering-usage.md`); "auto:italian" or "italian":
+            the same for a workload of that name; "off"; or the path of a profile, and nothing is remembered.
         policy: Which resident expert gives way; a name in `moe_offload.cache.POLICIES`.
         half_life: Tokens after which a past use of an expert counts half ("decayed_lfu"; the others have their own).
         experts_implementation: The transformers experts code to rewrite: "grouped_mm", "batched_mm", or "auto": the
@@ -64,6 +67,9 @@ class OffloadConfig:
         reserve: What the budget keeps free of experts for KV cache and workspace: "auto", or a size (bytes or "1GB").
         offload_folder: Where the experts of an already loaded model are spilled; None: the temporary folder of the
             system.
+        lock_memory: Whether slots and scratch are locked in main memory, so that they are neither swapped out nor
+            compressed: True, or an error where the system's limit does not allow it; False; or "auto": as far as it
+            allows, where the budget is more than half of the machine's memory.
         untested: Compute on a GPU, which no version has done yet. Compare its tokens with those of the resident model.
         poison: Fill free slots with NaN, so that reading one shows. For tests; costs a fill per eviction.
         prewarm: Load the expected hottest experts before the first token.
@@ -85,7 +91,7 @@ class OffloadConfig:
     budget: str | int | None = None
     device_map: str | dict[str, str | int] | None = None
     max_memory: dict[str | int, str | int] | None = None
-    profile: str | None = None
+    profile: str = AUTO
     policy: str = "successors"
     half_life: float = 32.0
     experts_implementation: str = "auto"
@@ -99,6 +105,7 @@ class OffloadConfig:
     kv_tokens: int = 2048
     reserve: str | int = "auto"
     offload_folder: str | None = None
+    lock_memory: str | bool = "auto"
     untested: bool = False
     poison: bool = False
     prewarm: bool = True
@@ -107,7 +114,7 @@ class OffloadConfig:
 
     def __post_init__(self) -> None:
         for name, rule in RULES.items():
-            value = plain(getattr(self, name))
+            value = rule.plain(getattr(self, name))
             if not rule.holds(value):
                 raise ConfigError(f"{name}={value!r} is not accepted: {rule.refused(value)}")
             object.__setattr__(self, name, value)
@@ -136,7 +143,7 @@ class OffloadConfig:
 
     @classmethod
     def from_yaml(cls, text: str) -> OffloadConfig:
-        """As `from_dict`; YAML of plain values only, see `config_file.parse_yaml`."""
+        """As `from_dict`; YAML of plain values only, see `parse_yaml` in file.py."""
         return cls.from_dict(config_file.from_yaml(text))
 
     def to_yaml(self) -> str:
@@ -151,7 +158,7 @@ class OffloadConfig:
 Config = OffloadConfig | Mapping[str, Any] | str | Path | None
 
 
-def resolve(config: Config = None, **overrides: Any) -> OffloadConfig:
+def resolve_settings(config: Config = None, **overrides: Any) -> OffloadConfig:
     """The settings in force: `overrides`, else `config`, else the environment, else the file, else the default.
 
     An OffloadConfig is explicit in every field, so environment and file have no say; a dict only in the keys it holds.
@@ -164,8 +171,8 @@ def resolve(config: Config = None, **overrides: Any) -> OffloadConfig:
     return OffloadConfig(**{name: value for name, (value, _) in _gather(config, overrides).items()})
 
 
-def origins(config: Config = None, **overrides: Any) -> dict[str, str]:
-    """Where `resolve` of the same arguments takes each field from: "argument", a variable, a file, or "default"."""
+def find_origins(config: Config = None, **overrides: Any) -> dict[str, str]:
+    """Where `resolve_settings` would take each field from: "argument", a variable, a file, or "default"."""
     found = dict.fromkeys(RULES, "argument" if isinstance(config, OffloadConfig) else DEFAULT)
     if not isinstance(config, OffloadConfig):
         found |= {name: origin for name, (_, origin) in _gather(config, overrides).items()}
@@ -182,7 +189,7 @@ def active_file(named: str | Path | None = None) -> Path | None:
 
 
 def given_key() -> str | None:
-    """What MOE_OFFLOAD_API_KEY says; empty, where a secret was not found, is no reason to go without one."""
+    """What MOE_OFFLOAD_API_KEY says; None if it is not set. `serve` refuses an empty one: it would need no key."""
     return os.environ.get(KEY_VARIABLE)
 
 
@@ -224,7 +231,7 @@ def _refuse_unknown(values: Mapping[str, Any]) -> None:
 
 def _from_file(path: Path, *, skip: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     """The fields that the file sets; those in `skip` are settled and their values are not looked at."""
-    values = config_file.read(path)
+    values = config_file.read_settings(path)
     where = f"configuration file {path}"
     try:
         _refuse_unknown(values)
@@ -252,8 +259,8 @@ def _checked(where: str, name: str, value: Any) -> Any:
         plain_value = getattr(OffloadConfig(**{name: value}), name)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
-    if name == "profile" and plain_value is not None and not Path(plain_value).exists():
-        raise ProfileError(f"{where}: profile={plain_value!r}: there is no such file. Correct the path, or remove it")
+    if name == "profile" and (path := profile_path(plain_value)) is not None and not Path(path).exists():
+        raise ProfileError(f"{where}: profile={path!r}: there is no such file. Correct the path, or remove it")
     return plain_value
 
 
@@ -285,6 +292,7 @@ PARSERS: dict[str, Callable[[str], Any]] = {
     "int": int,
     "float": float,
     "bool": lambda text: _BOOLEANS[text.lower()],
+    "str | bool": lambda text: _BOOLEANS.get(text.lower(), text),
     "bool | None": lambda text: None if text.lower() == "none" else _BOOLEANS[text.lower()],
     "str | dict[str, str | int] | None": _mapping_or_text,
     "dict[str | int, str | int] | None": _mapping_or_text,

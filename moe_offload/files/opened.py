@@ -1,8 +1,8 @@
 """Files that are open, and whose descriptors are closed also when Ctrl-C comes while they are being opened.
 
 `fd = os.open(...)` is two steps: an interrupt between them leaves a number that nobody will close. A `FileIO` owns its
-descriptor from the first moment on and closes it when it is dropped, so what is kept for long is one of these. What
-cannot be one, a folder or flags of its own, is opened here.
+descriptor from the first moment on and closes it when it is dropped, so a file that is kept open is a `FileIO`. A
+folder, or a file that is opened with other flags, cannot be one: `open_descriptor` closes those at the end of a block.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from functools import partial
 from io import FileIO
 from pathlib import Path
 
+from .system import CACHED, bypass_cache
+
 
 @contextlib.contextmanager
-def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
+def open_descriptor(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
     """The descriptor of `path`, for the time of a block. Raises OSError."""
     held: list[int] = []
     try:
@@ -32,16 +34,10 @@ def create_private(path: Path) -> FileIO:
     return FileIO(path, "x+", opener=partial(os.open, mode=0o600))
 
 
-def open_uncached(path: Path | str) -> FileIO:
-    """A file for reading past the page cache, or through it where that is refused. Raises OSError."""
+def open_uncached(path: Path | str) -> tuple[FileIO, str]:
+    """A file for reading past the page cache, or through it where that is refused; and which it is. Raises OSError."""
     file = FileIO(path)
-    with contextlib.suppress(OSError, AttributeError, ImportError):  # refused by the file system, or not Linux
-        set_direct(file)
-    return file
-
-
-def set_direct(file: FileIO) -> None:
-    """Read `file` past the page cache from now on. Raises OSError or, where there is no such thing, another error."""
-    import fcntl
-
-    fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) | os.O_DIRECT)
+    try:
+        return file, bypass_cache(file)
+    except OSError:
+        return file, CACHED

@@ -1,4 +1,4 @@
-"""Memory that no tensor holds: what the C heap and the kernel library keep for themselves, outside every budget."""
+"""Memory that no tensor holds and no budget counts: what the C heap and oneDNN's cache of kernels keep."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import ctypes
 import os
 
 KERNEL_BYTES = 650_000
-KERNEL_SHARE = 8  # compiled kernels may take this part of a budget, but they are never fewer or more than
+KERNEL_SHARE = 8  # oneDNN's kernels may take an eighth of a budget, but are never fewer or more than these two
 FEWEST_KERNELS, MOST_KERNELS = 16, 128
 SET_BY = "_MOE_OFFLOAD_KERNELS"  # "<process>:<kernels>"
 
@@ -18,7 +18,7 @@ def trim_heap() -> None:
     The activations of a prompt are tens of MB each, of a new size every time. The heap keeps what they leave behind in
     pieces: measured, 100 to 180 MB that no budget knows of, for 512 tokens of gpt-oss. It takes a few ms.
     """
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 

@@ -1,6 +1,7 @@
-"""`model.get_memory_footprint()` of an offloaded model: what it holds, not what its parameters look like.
+"""`model.get_memory_footprint()` of an offloaded model: the bytes that it holds, not those of its parameters' shapes.
 
-The parameters of experts are phantoms: the shape of all experts, the memory of one row. In their place count the slots.
+The parameters of experts are phantoms, with the shape of all experts and the memory of one row: slots are counted
+instead.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ def count_what_is_held(model: nn.Module, runtime: Runtime) -> None:
 
 
 def _held_bytes(model: nn.Module, runtime: Runtime, return_buffers: bool = True) -> int:
-    phantoms = {id(phantom) for layer in runtime.layers for phantom in layer.moe.params.values()}
+    phantoms = {id(phantom) for layer in runtime.layers for phantom in layer.moe.tensors}
     tensors = [*model.parameters(), *(model.buffers() if return_buffers else ())]
     dense_bytes = sum(t.numel() * t.element_size() for t in tensors if id(t) not in phantoms)
     slot_bytes = sum(layer.slots.bytes.numel() for layer in runtime.layers)

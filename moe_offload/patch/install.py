@@ -3,18 +3,21 @@
 The model keeps its class, its `forward` and its `generate`. What changes:
 
     module.gate_up_proj ...         a Phantom; state_dict() still returns the real rows (saving/)
+    experts[3](x)                   where the model's code calls its experts one by one: served by forward/called/, and
+                                    nothing is compiled around them
     module.config                   a view that names our experts implementation (experts_config.py)
     model(...)                      under the model's lock, inference only (call.py); its experts compiled, or all of it
     model.to(...), copies ...       refused where they would reach the experts (refusals.py)
 
 Traced by our backend, the experts implementation is transformers' own code, for the passes to rewrite. Anywhere else
-(an eager call to a submodule, somebody else's torch.compile, the far side of a graph break) it is one op that streams
-and computes by itself: what the passes never see is slower, never wrong.
+(an eager call to a submodule, a torch.compile of the user's own, code after a graph break) it is one op that streams
+and computes by itself: slower, never wrong.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, cast
 
@@ -24,8 +27,10 @@ from torch import Tensor, nn
 from ..errors import OffloadError
 from ..experts import MoELayer
 from ..forward.advise import Advisor
-from ..forward.binding import Link, Scope, banks_of_this_thread, connect, disconnect, run_op, run_untraced
+from ..forward.binding import Link, Scope, banks_of_this_thread, connect_bank, disconnect_bank, run_op, run_untraced
 from ..forward.call import ADAPTED, Call, whole_call
+from ..forward.called.hints import hint_from_routers
+from ..forward.called.table import SERVED
 from ..forward.changed_parts import refuse_changed_parts
 from ..forward.dynamo import Settings
 from ..forward.graphs import compiling, ops, products
@@ -41,6 +46,7 @@ from .compiled_call import keep_compiled_call
 from .experts_config import experts_view
 from .footprint import count_what_is_held
 
+logger = logging.getLogger("moe_offload")
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
 
 
@@ -115,11 +121,11 @@ def choose_implementation(moe_layers: Sequence[MoELayer], wanted: str) -> str:
     """'auto' keeps the model's own choice where the passes can see it, else grouped_mm."""
     if wanted in IMPLEMENTATIONS:
         return wanted
-    own: set[str] = {moe.modules[0].config._experts_implementation for moe in moe_layers}
+    own: set[str] = {moe.modules[0].config._experts_implementation for moe in moe_layers if not moe.called}
     return own.pop() if len(own) == 1 and own <= set(IMPLEMENTATIONS) else "grouped_mm"
 
 
-def install(
+def patch_model(
     model: nn.Module,
     runtime: Runtime,
     *,
@@ -145,21 +151,35 @@ def install(
     )
     made = compiling.make_backend(run, core, log, overlap, guess, few_tokens)
 
-    whole = inner == "inductor" or guess or fullgraph or runtime.device_caches is not None
-    traced = [model] if whole else [module for layer in runtime.layers for module in layer.moe.modules]
+    called = [layer for layer in runtime.layers if layer.moe.called]
+    graphed = [layer for layer in runtime.layers if not layer.moe.called]
+    whole = not called and (inner == "inductor" or guess or fullgraph or runtime.device_caches is not None)
+    if called and (inner == "inductor" or fullgraph):
+        logger.warning(
+            "%s: the model's own code calls its experts one by one, where nothing can be compiled: compile='inductor' "
+            "and fullgraph have no effect",
+            called[0].moe.name,
+        )  # fmt: skip
+    traced = [model] if whole else [module for layer in graphed for module in layer.moe.modules]
     scope = Scope(runtime, Settings(traced, log))
-    regions = None if whole else Regions(scope, original_code(implementation), made, log, dynamic)
+    regions = Regions(scope, original_code(implementation), made, log, dynamic) if graphed and not whole else None
 
     def compile() -> Callable[..., Any]:
         if regions is not None:
             regions.renew()
+        if not whole:
             return model._call_impl
         run: Callable[..., Any] = torch.compile(whole_call(model), backend=made, dynamic=dynamic, fullgraph=fullgraph)
         return run
 
     nan_rows: dict[Hashable, Tensor] = {}
-    _name_implementation(runtime, f"moe_offload_{implementation}")
-    for layer in runtime.layers:
+    _name_implementation(graphed, f"moe_offload_{implementation}")
+    for layer in called:
+        weights = SERVED[layer.moe.form](layer, scope)
+        for module in layer.moe.modules:
+            module._moe_offload = weights
+        hint_from_routers(layer, scope, model)
+    for layer in graphed:
         link = Link(scope, run_untraced if regions is None else regions.run, whole, ops.rows_of(layer))
         _install_layer(layer, link, implementation, nan_rows)
     model._compiled_call_impl = Call(model, runtime, scope, Retry(runtime, scope, compile), advisor)
@@ -170,10 +190,10 @@ def install(
     return log
 
 
-def uninstall(runtime: Runtime) -> None:
-    """Let go of the banks; the model stays refused (its weights are gone), but holds no memory."""
+def unpatch_model(runtime: Runtime) -> None:
+    """Free the banks. The model holds no memory then; calling it raises `ClosedError`, since its weights are gone."""
     for layer in runtime.layers:
-        disconnect(layer)
+        disconnect_bank(layer)
 
 
 def _install_layer(layer: LayerRuntime, link: Link, implementation: str, nan_rows: dict[Hashable, Tensor]) -> None:
@@ -184,13 +204,13 @@ def _install_layer(layer: LayerRuntime, link: Link, implementation: str, nan_row
         for name, phantom in phantoms.items():
             setattr(module, name, phantom)
         module._moe_offload = link
-    connect(layer)
+    connect_bank(layer)
 
 
-def _name_implementation(runtime: Runtime, name: str) -> None:
+def _name_implementation(layers: Sequence[LayerRuntime], name: str) -> None:
     """Each experts module gets a view of its own config: that may be a copy, which the model's never reaches."""
     views: dict[int, Any] = {}
-    for module in (module for layer in runtime.layers for module in layer.moe.modules):
+    for module in (module for layer in layers for module in layer.moe.modules):
         known = id(module.config)
         if known not in views:
             views[known] = experts_view(module.config, name)
@@ -210,9 +230,9 @@ def _implementation(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if hasattr(self, "parametrizations"):
             raise OffloadError(ADAPTED)
         link = self._moe_offload
-        if torch.compiler.is_dynamo_compiling():  # by this thread: whatever is running here is not run, but traced
+        if torch.compiler.is_dynamo_compiling():  # this thread traces: the code here is not run
             if link.whole and link.scope.banks == banks_of_this_thread():
-                return original(self, hidden_states, ops.unserved(top_k_index, link.rows), top_k_weights)
+                return original(self, hidden_states, ops.mark_unserved(top_k_index, link.rows), top_k_weights)
             return run_op(self, hidden_states, top_k_index, top_k_weights)
         if torch.is_grad_enabled():
             return cast(Tensor, refuse_backward(link.run, self, hidden_states, top_k_index, top_k_weights))

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..config.settings import OffloadConfig
-from ..experts import MoELayer
+from ..experts import Field, MoELayer
 from ..observe.profile import Fingerprint
 from .budget import Costs, LayerShape
 
@@ -20,15 +20,16 @@ RESERVED_PROMPT_TOKENS = 512  # the automatic reserve has room for the attention
 CUBLAS_BYTES, CUDA_BLOCK_BYTES = 2 * 32 << 20, 2 << 20
 
 AUTO_SCRATCH = 128 * 10**6, 16  # bytes and rows at most, on a CPU
-#: On a device: what its link brings in 5 to 6 ms, so that it is busy from one layer's last row to the next one's ids.
+#: The same on a device with its own memory: what its link brings in 5 to 6 ms, so that the link is busy from one
+#: layer's last row until the ids of the next layer are known.
 AUTO_SCRATCH_BESIDE = 320 * 10**6, 32
 
 
 def layer_shapes(moe_layers: Sequence[MoELayer]) -> list[LayerShape]:
-    return [LayerShape(moe.num_experts, moe.top_k, moe.layout.row_bytes) for moe in moe_layers]
+    return [LayerShape(moe.num_experts, moe.floor, moe.layout.row_bytes) for moe in moe_layers]
 
 
-def costs(model: Any, moe_layers: Sequence[MoELayer], settings: OffloadConfig, device: str = "cpu") -> Costs:
+def sum_costs(model: Any, moe_layers: Sequence[MoELayer], settings: OffloadConfig, device: str = "cpu") -> Costs:
     """What stands in the budget of `device` besides the banks."""
     row_bytes = max(moe.layout.row_bytes for moe in moe_layers)
     return Costs(
@@ -57,14 +58,14 @@ def library_bytes(moe_layers: int, device: str) -> int:
 
 def dense_bytes(model: nn.Module, moe_layers: Sequence[MoELayer]) -> int:
     """Bytes of every parameter and buffer that is no expert's; tied ones count once."""
-    experts = {id(param) for moe in moe_layers for param in moe.params.values()}
+    experts = {id(param) for moe in moe_layers for param in moe.tensors}
     tensors = [*model.parameters(), *model.buffers()]
     return sum(t.numel() * t.element_size() for t in tensors if id(t) not in experts)
 
 
 def dense_bytes_on(model: nn.Module, moe_layers: Sequence[MoELayer], device: Callable[[str], str]) -> dict[str, int]:
     """`dense_bytes`, shared out: `device` says where the module of that name computes. Tied tensors count once."""
-    seen = {id(param) for moe in moe_layers for param in moe.params.values()}
+    seen = {id(param) for moe in moe_layers for param in moe.tensors}
     found: dict[str, int] = {}
     for name, module in model.named_modules():
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
@@ -110,11 +111,11 @@ def scores_bytes(model: Any, tokens: int = RESERVED_PROMPT_TOKENS) -> int:
     return int(heads * min(tokens, longest) ** 2 * (4 + 2 * dtype.itemsize))
 
 
-def fingerprint(model: Any, moe_layers: Sequence[MoELayer]) -> Fingerprint:
+def take_fingerprint(model: Any, moe_layers: Sequence[MoELayer]) -> Fingerprint:
     """What a profile must agree with to be used for `model`."""
     config: Any = model.config.get_text_config()
     hidden = int(getattr(config, "hidden_size", None) or 1)
-    down = [next(f for f in moe.unpacked.fields if f.name == "down_proj") for moe in moe_layers]
+    down = [_down(moe) for moe in moe_layers]
     return Fingerprint(
         model_type=str(model.config.model_type),
         layers=len(moe_layers),
@@ -124,3 +125,11 @@ def fingerprint(model: Any, moe_layers: Sequence[MoELayer]) -> Fingerprint:
         inner=[math.prod(f.shape) // hidden for f in down],
         dtype=str(down[0].dtype).removeprefix("torch."),
     )
+
+
+def _down(moe: MoELayer) -> Field:
+    """The field whose elements over H are I: the projection down; of experts with names of their own the last matrix,
+    which has as many."""
+    fields = moe.unpacked.fields
+    matrices = [f for f in fields if len(f.shape) > 1] or list(fields)
+    return next((f for f in fields if f.name == "down_proj"), matrices[-1])

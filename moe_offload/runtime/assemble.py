@@ -18,13 +18,14 @@ from ..config.settings import OffloadConfig
 from ..config.sizes import format_size
 from ..errors import BudgetError, ConfigError
 from ..experts import MoELayer
-from ..memory.buffers import unfilled
+from ..memory.buffers import allocate_unfilled
+from ..memory.locking import MemoryLock
 from ..memory.scratch import Scratch
 from ..memory.stores import Store
 from ..memory.stores.host import HostStore
 from ..memory.transfer import TRANSFERS, pinned
 from ..observe.profile import Profile
-from ..observe.profile_stats import rates
+from ..observe.profile_stats import uses_per_token
 from ..plan.budget import Plan
 from .kernels import KERNELS
 from .layer import LayerRuntime
@@ -32,7 +33,7 @@ from .lock import ModelLock
 from .model import Runtime
 
 logger = logging.getLogger("moe_offload")
-DEVICE_POLICY = "decayed_lfu"  # what the kernels know
+DEVICE_POLICY = "decayed_lfu"  # the one policy that the kernels have
 DEFAULT_POLICY = OffloadConfig().policy
 
 
@@ -73,22 +74,27 @@ def build_runtime(
     profile: Profile | None,
     device: str,
     device_decides: Sequence[bool],
+    lock_bytes: int = 0,
 ) -> Runtime:
     """One `LayerRuntime` for each MoE layer, in their order, that computes on `device`.
 
     `device_decides[l]`: whether the device is to decide for layer l; it will, unless its rows could not be pinned.
-    Raises `BudgetError` where the device has no memory for what was planned.
+    `lock_bytes` of slots and scratch are locked in memory.
+    Raises `BudgetError` where the device has no memory for what was planned, `ConfigError` where the system refuses to
+    lock what was asked to be.
     """
     with _or_budget_error(plan, device):
         transfer, lock = TRANSFERS[device.partition(":")[0]](device), ModelLock()
-        scratch = Scratch(unfilled(plan.costs.scratch_bytes, device), transfer, settings.poison)
+        scratch = Scratch(allocate_unfilled(plan.costs.scratch_bytes, device), transfer, settings.poison)
+        locked = MemoryLock(lock_bytes)
+        locked.lock(scratch.raw)
         rows_EN = readable_rows(moe_layers, plan.slots, stores, device_decides, device)
         layers = []
         for moe, slots, store in zip(moe_layers, plan.slots, stores, strict=True):
             name = DEVICE_POLICY if moe.index in rows_EN else settings.policy
             policy = POLICIES[name](moe.num_experts, settings.half_life)
             if profile is not None and profile.tokens:
-                policy.seed(rates(profile, moe.index))
+                policy.seed(uses_per_token(profile, moe.index))
             layers.append(
                 LayerRuntime(
                     moe,
@@ -99,8 +105,11 @@ def build_runtime(
                     scratch=scratch,
                     lock=lock,
                     poison=settings.poison,
+                    locked=locked,
                 )
             )
+        if settings.lock_memory is True:
+            locked.check(lock_bytes)
         runtime = Runtime(layers, list({id(store): store for store in stores}.values()), transfer, lock)
         if rows_EN:
             runtime.decide_on_device(rows_EN, settings.half_life, KERNELS[device.partition(":")[0]]())

@@ -28,19 +28,21 @@ from ..cache.layer_cache import LayerCache
 from ..errors import ClosedError, RoutingError
 from ..experts import MoELayer
 from ..memory.buffers import NOTHING, Rows
+from ..memory.locking import MemoryLock
 from ..memory.process_memory import trim_heap
 from ..memory.scratch import Scratch
 from ..memory.stores import Store
 from ..memory.transfer import Transfer
 from ..observe.trace.recorder import TraceRecorder
+from .ahead.guesses import Guesses
+from .calls import Calls
 from .device_cache import DeviceCache, DeviceCaches
-from .guesses import Guesses
 from .in_flight import Arrivals
 from .lock import ModelLock
 from .waves_cpu import RunCore, compute_while_loading
-from .waves_device import compute_in_groups, uses
+from .waves_device import compute_in_groups, count_uses
 
-HEAP_TRIM_TOKENS = 64  # from so many on, activations leave enough behind for the heap to be trimmed: it takes ms
+HEAP_TRIM_TOKENS = 64  # the heap is trimmed after events of as many tokens: it takes ms, fewer leave little behind
 
 
 class LayerRuntime:
@@ -57,12 +59,14 @@ class LayerRuntime:
         scratch: Scratch,
         lock: ModelLock | None = None,
         poison: bool = False,
+        locked: MemoryLock | None = None,
     ):
         self.moe, self.store = moe, store
         self.lock = lock or ModelLock()  # that of the model: its layers share the scratch rows
-        self.device, self.poison = scratch.raw.device, poison
+        self.device, self.poison, self.locked = scratch.raw.device, poison, locked or MemoryLock()
         cache = LayerCache(moe.num_experts, slots, policy, moe.name)
         self.arrivals = Arrivals(moe, cache, self._rows(slots), scratch, store, transfer, poison)
+        self.calls = Calls(self.arrivals) if moe.called else None  # where experts are asked for one by one
         self.following: Arrivals | None = None  # for which rows are read ahead; set by `Runtime`
         self.guesses = Guesses()  # of the model; set by `Runtime`
         self.recorder: TraceRecorder | None = None  # of the model, while its trace is recorded
@@ -152,11 +156,11 @@ class LayerRuntime:
                 trim_heap()
 
     def experts(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """The whole module, for callers that no pass has rewritten: slower, never wrong."""
+        """The output of the whole experts module, for code that no pass has rewritten: slower, never wrong."""
         tokens, k = ids_TK.shape
         with self.lock.here(), self.arrivals.transfer.current(), torch.autocast(x_TH.device.type, enabled=False):
             if self.module_core is None:
-                raise closed(self.moe.name)
+                raise closed_error(self.moe.name)
             out_PH = self.stream(x_TH.repeat_interleave(k, dim=0), ids_TK.reshape(-1), self.module_core)
             weighted_PH = out_PH * weights_TK.reshape(-1, 1)
             return weighted_PH.view(tokens, k, -1).sum(dim=1).to(x_TH.dtype)
@@ -183,6 +187,7 @@ class LayerRuntime:
     def empty(self) -> None:
         """Wait for what is under way, and give the slots back with all that is in them. Then `hold`, or `release`."""
         self.arrivals.abort()
+        self.locked.unlock(self.slots.bytes)
         self.arrivals.slots = NOTHING
 
     def hold(self, slots: int) -> None:
@@ -195,12 +200,13 @@ class LayerRuntime:
     def release(self) -> None:
         """Give the memory back. Nothing may be on its way any more."""
         self.module_core = self.device_cache = self.device_caches = None
+        self.locked.unlock(self.slots.bytes, self.arrivals.scratch.raw)
         self.arrivals.slots = self.arrivals.scratch_rows = NOTHING
         self.arrivals.scratch.release()
 
     def _rows(self, slots: int) -> Rows:
         layout = self.moe.layout
-        return Rows(slots, layout.row_bytes, layout.dtype, self.poison, device=self.device)
+        return self.locked.keep(Rows(slots, layout.row_bytes, layout.dtype, self.poison, device=self.device))
 
     def _event(self, ids_P: Tensor) -> tuple[list[int], Counter[int]]:
         """The ids of one event, checked, and how often each is there; what is on its way for it has been claimed.
@@ -209,7 +215,7 @@ class LayerRuntime:
         """
         ids_P, pairs, ids = ids_P.reshape(-1), ids_P.numel(), []
         if self.arrivals.transfer.runs_ahead and pairs > self.moe.num_experts and self.recorder is None:
-            used = uses(ids_P, self.moe.num_experts)
+            used = count_uses(ids_P, self.moe.num_experts)
         else:
             ids = ids_P.tolist()
             used = Counter(ids)
@@ -238,7 +244,7 @@ class LayerRuntime:
         return torch.tensor([slot_of[e] for e in ids], dtype=ids_P.dtype)
 
 
-def closed(name: str) -> ClosedError:
+def closed_error(name: str) -> ClosedError:
     return ClosedError(
         f"{name}: its expert cache was closed (close(), or leaving its `with` block); load the model again to use it"
     )

@@ -5,15 +5,15 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-import psutil
 import torch
 
 from ...errors import ConfigError
+from ...memory.machine import main_memory
 from .sides.limit import peak_bytes, reset_peak, resident_bytes
 
 
 class Cpu:
-    """What every device of the bench answers; `name` is as torch names it."""
+    """The CPU, and the methods that every device of the bench has; `name` is torch's."""
 
     name = "cpu"
 
@@ -21,11 +21,11 @@ class Cpu:
         """Raise `ConfigError` where there is none."""
 
     def settle(self) -> None:
-        """Wait for what has been launched: at the edges of a clock, and nowhere else."""
+        """Wait for what has been launched. Called where the clock starts and stops, and nowhere else."""
 
     def room_bytes(self) -> int:
         """Memory that nothing holds."""
-        return int(psutil.virtual_memory().available)
+        return main_memory().free
 
     def held_bytes(self) -> int:
         """What this process holds there."""

@@ -12,11 +12,12 @@ from typing import Annotated, Any
 import typer
 
 from ...config import file as files
-from ...config.settings import OffloadConfig, active_file, from_text, origins, resolve
+from ...config.settings import OffloadConfig, active_file, find_origins, from_text, resolve_settings
+from ...config.usage import profile_path
 from ...errors import ConfigError, ProfileError
 from ..options.checks import check_profile
 from ..options.flags import ConfigFile, Json
-from ..options.groups import flatten
+from ..options.groups import flatten_groups
 from .setting_flags import SettingFlags
 
 #: What is asked, in this order: what most people want to say once for a machine. The rest have flags.
@@ -24,7 +25,7 @@ QUESTIONS = {
     "budget": "How much memory may a model hold on the device it computes on (8GB, 8GiB, 50%, auto)?",
     "max_memory": "Limits per device, as {cpu: 60GiB}?",
     "device_map": "Where do experts rest (auto, disk, cpu, or a mapping)?",
-    "profile": "An activation profile to start from (path)?",
+    "profile": "Which experts to expect (auto: those used before; off; a workload's name; the path of a profile)?",
     "kv_tokens": "Tokens of KV cache to make room for?",
     "compile": "What runs the rewritten graph (auto, graph, inductor)?",
     "offload_folder": "A folder for the experts of models that are already loaded?",
@@ -32,7 +33,7 @@ QUESTIONS = {
 NOTHING = "none"
 
 
-@flatten
+@flatten_groups
 def config(
     flags: SettingFlags,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing: flags, else what is there already.")] = False,
@@ -45,18 +46,18 @@ def config(
         _show(config_file, as_json)
         return
     path = config_file or files.default_path()
-    old = OffloadConfig.from_dict(files.read(path)) if path.exists() else OffloadConfig()
+    old = OffloadConfig.from_dict(files.read_settings(path)) if path.exists() else OffloadConfig()
     typed = {name: _value(name, text) for name, text in dataclasses.asdict(flags).items() if text is not None}
     values = OffloadConfig.from_dict({**old.to_dict(), **typed})
-    if typed.get("profile") is not None:
-        check_profile(typed["profile"])
+    if "profile" in typed:
+        _check_profile(values)
     if not yes:
         if not sys.stdin.isatty():
             raise ConfigError(
                 "standard input is no terminal to ask questions on: give --yes, with flags for what to write"
             )
         values = _ask(values, skip=set(typed), prompt=typer.prompt)
-    files.write(path, values.changed())
+    files.write_settings(path, values.changed())
     typer.echo(f"settings written to {path}", err=True)
     typer.echo(path.read_text(), nl=False)
     if active_file() != path:
@@ -72,8 +73,8 @@ def _ask(values: OffloadConfig, skip: set[str], prompt: Callable[..., str]) -> O
             try:
                 answer = _value(name, str(prompt(question, default=str(shown))))
                 asked = OffloadConfig.from_dict({**values.to_dict(), name: answer})
-                if name == "profile" and asked.profile not in (None, values.profile):
-                    check_profile(asked.profile)
+                if name == "profile" and asked.profile != values.profile:
+                    _check_profile(asked)
                 values = asked
                 break
             except (ConfigError, ProfileError) as error:
@@ -81,12 +82,17 @@ def _ask(values: OffloadConfig, skip: set[str], prompt: Callable[..., str]) -> O
     return values
 
 
+def _check_profile(values: OffloadConfig) -> None:
+    if (path := profile_path(values.profile)) is not None:
+        check_profile(path)
+
+
 def _value(name: str, text: str) -> Any:
     return None if text.strip().lower() == NOTHING else from_text(name, text.strip())
 
 
 def _show(config_file: Path | None, as_json: bool) -> None:
-    settings, where = resolve(config_file), origins(config_file)
+    settings, where = resolve_settings(config_file), find_origins(config_file)
     file = active_file(config_file)
     typer.echo(f"file: {file or f'none; {files.default_path()} is not there'}", err=True)
     if as_json:

@@ -11,9 +11,20 @@ import typer
 from ...config.settings import OffloadConfig
 from ...config.sizes import parse_size
 from ...errors import BudgetError, ConfigError
-from ..options.checks import check_model, settings
-from ..options.ending import error_json, exit_code, fail
-from ..options.flags import Budget, ConfigFile, Context, DeviceMapOption, Dtype, Json, MaxMemory, Model, ProfileIn
+from ..options.checks import check_model, settings_of_flags
+from ..options.ending import error_json, exit_code, fail_with
+from ..options.flags import (
+    Budget,
+    ConfigFile,
+    Context,
+    DeviceMapOption,
+    Dtype,
+    Json,
+    MaxMemory,
+    Model,
+    ProfileIn,
+    TrustRemoteCode,
+)
 
 if TYPE_CHECKING:
     from ...checkpoint.outline import Outline
@@ -27,6 +38,7 @@ def plan(
     profile: ProfileIn = None,
     context: Context = None,
     dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     explain: Annotated[
         bool, typer.Option("--explain", help="Add which rule puts what where, and what is not offloaded and why.")
     ] = False,
@@ -38,20 +50,20 @@ def plan(
     Devices need not be there: --device-map '{"": 0}' --max-memory '{0: 8GB, cpu: 60GiB}' plans for a GPU.
     Exit code 3 if it does not fit; --json then prints the smallest budget that would.
     """
-    wanted = settings(
+    wanted = settings_of_flags(
         config_file, budget=budget, device_map=device_map, max_memory=max_memory, profile=profile, kv_tokens=context
     )
     check_model(model, weights=False)
     from ...plan.forecast import of_outline, read_outline
 
-    outline = read_outline(model, dtype)
+    outline = read_outline(model, dtype, trust_remote_code)
     try:
         found = of_outline(outline, wanted)
     except BudgetError as error:
         if not as_json:
             raise
         typer.echo(json.dumps({**_what_would_fit(model, outline, wanted), **error_json(error)}))
-        fail(str(error), exit_code(error))
+        fail_with(str(error), exit_code(error))
     if as_json:
         facts = {"fits": True, **found.to_dict()}
         typer.echo(json.dumps({**facts, **({"explain": found.explain()} if explain else {})}))

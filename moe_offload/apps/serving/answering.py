@@ -18,17 +18,19 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from ...config.usage import is_workload
 from ...plan.weights import longest_context
-from .generation import Piece, Sampling, generate
+from .generation import Piece, Sampling, generate_answer
 from .guards import Bodies
 from .protocol import fields, prompts
 from .protocol.answers import DONE, Choice, Form
-from .protocol.failures import RequestError, error_event, error_response, log_failure, stopping
+from .protocol.failures import RequestError, error_event, error_response, log_failure, stopping_error
 from .queue import Job, Queue
 
 LEAST_BODY_BYTES, BYTES_PER_TOKEN = 1 << 20, 16  # a body that fills the context has fewer, escaped or as token ids
 PARSED_AT_ONCE = 2
 MOST_ANSWERS = 128
+MOST_WORKLOADS = 32  # each is a file
 WARM_UP_ANSWER = 3  # tokens
 WARM_UP_TOKENS = (8, 1)  # of the prompts that compile a graph each: several tokens, one token (and what follows them)
 
@@ -53,25 +55,30 @@ class Answering:
         self._bounds = prompts.Bounds.of(model.config.get_text_config().vocab_size, context, tokenizer)
         self._bodies = Bodies(max(LEAST_BODY_BYTES, BYTES_PER_TOKEN * (context or 0)))
         self._parsing = asyncio.Semaphore(PARSED_AT_ONCE)
+        self._workload: str | None = model.moe_offload.workload
+        self._workloads: set[str] = set()  # that requests have named
 
     def warm_up(self) -> None:
         """Compile what requests will run, so that none waits for it."""
         asked = fields.Completion(model=self._name, temperature=0)
-        sampling = fields.sampling(asked, self._model.generation_config, WARM_UP_ANSWER, self._bounds.vocabulary)
+        sampling = fields.choose_sampling(asked, self._model.generation_config, WARM_UP_ANSWER, self._bounds.vocabulary)
         sampling.config.min_new_tokens = WARM_UP_ANSWER  # the end of the text must not come before a step of one token
         some = list(self._tokenizer("The first of many requests, and some more")["input_ids"]) or [0]
         chunk = sampling.config.prefill_chunk_size
         longer = [] if chunk is None else [chunk + max(WARM_UP_TOKENS)]  # its second piece has a graph of its own
         for tokens in (*WARM_UP_TOKENS, *longer):
             ids = (some * tokens)[: min(tokens, (self._bounds.context or tokens) - WARM_UP_ANSWER)]
-            generate(self._model, self._tokenizer, ids, sampling, lambda: None, lambda _: None, lambda: False)
+            generate_answer(self._model, self._tokenizer, ids, sampling, lambda: None, lambda _: None, lambda: False)
 
     async def answer(self, request: Request, kind: type[fields.Common]) -> Response:
         """The response to a request whose body is a `kind`. Nothing is raised but that the client has left."""
         try:
             async with self._bodies.read(request) as body, self._parsing:
                 asked, work = await asyncio.to_thread(self._understand, body, kind)
-            job = Job(functools.partial(self._generate, work, asked.n or 1), sum(len(one.ids) for one, _ in work))
+            workload = self._workload_of(asked.model)
+            job = Job(
+                functools.partial(self._generate, work, asked.n or 1, workload), sum(len(one.ids) for one, _ in work)
+            )
             request.scope["moe_offload.job"] = job
             self._queue.put(job)
             return await self._respond(request, asked, job, len(work) * (asked.n or 1))
@@ -81,11 +88,27 @@ class Answering:
             log_failure(error)
             return error_response(error)
 
+    def _workload_of(self, asked: str) -> str | None:
+        """What the experts that a request uses are counted for: that of the server, or with "MODEL:italian" as the
+        request's model, italian. None where usage is not remembered. Raises RequestError for another model."""
+        if asked == self._name:
+            return self._workload
+        named = asked.removeprefix(self._name + ":")
+        if self._workload is None or named == asked or not is_workload(named):
+            raise unknown_model(asked, self._name)
+        if named not in self._workloads and len(self._workloads) >= MOST_WORKLOADS:
+            raise RequestError(
+                400,
+                f"the model {asked!r}: usage is remembered for {MOST_WORKLOADS} names at most, and as many are in use",
+                param="model",
+            )
+        self._workloads.add(named)
+        return named
+
     def _understand(self, body: bytes, kind: type[fields.Common]) -> tuple[Any, Work]:
         """The fields of a request, and what is to be generated for it: one entry per prompt."""
-        asked = fields.parse(body, kind)
-        if asked.model != self._name:
-            raise unknown_model(asked.model, self._name)
+        asked = fields.parse_fields(body, kind)
+        self._workload_of(asked.model)
         if isinstance(asked, fields.Chat):
             found = [prompts.chat_prompt(asked, self._tokenizer, self._bounds)]
         else:
@@ -95,10 +118,14 @@ class Answering:
         own = self._model.generation_config
         most = [prompts.most_tokens(asked, one, own.max_new_tokens, self._bounds.context) for one in found]
         vocabulary = self._bounds.vocabulary
-        return asked, [(one, fields.sampling(asked, own, m, vocabulary)) for one, m in zip(found, most, strict=True)]
+        return asked, [
+            (one, fields.choose_sampling(asked, own, m, vocabulary)) for one, m in zip(found, most, strict=True)
+        ]
 
-    def _generate(self, work: Work, n: int, job: Job) -> None:
+    def _generate(self, work: Work, n: int, workload: str | None, job: Job) -> None:
         """The work of `job`, on the queue's thread: each prompt `n` times, one after the other."""
+        if workload is not None:
+            self._model.moe_offload.count_for(workload)
         for i, (prompt, sampling) in enumerate(work):
             for k in range(n):
                 if job.gone():
@@ -108,7 +135,7 @@ class Answering:
                     tell(Piece(prompt.text, []))
                 if sampling.seed is not None and k:  # the choices differ, and are the same again next time
                     sampling = dataclasses.replace(sampling, seed=sampling.seed + 1)
-                generate(self._model, self._tokenizer, prompt.ids, sampling, job.count_token, tell, job.gone)
+                generate_answer(self._model, self._tokenizer, prompt.ids, sampling, job.count_token, tell, job.gone)
 
     async def _respond(self, request: Request, asked: fields.Common, job: Job, choices: int) -> Response:
         """Nothing is sent before the first piece is there: what fails until then has its own status."""
@@ -126,7 +153,7 @@ class Answering:
                 event = await _next(job)
         except asyncio.CancelledError:  # by uvicorn, when a server that stops has waited long enough
             self._queue.drop(job)
-            raise stopping() from None
+            raise stopping_error() from None
         except Exception:
             watching.cancel()
             raise

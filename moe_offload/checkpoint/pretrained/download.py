@@ -29,10 +29,10 @@ def get_folder(path_or_id: str | Path, arguments: Arguments | None = None) -> Pa
     arguments = arguments or Arguments()
     if is_folder(path_or_id, arguments.subfolder):
         return Path(path_or_id)
-    return download(str(path_or_id), arguments)
+    return download_checkpoint(str(path_or_id), arguments)
 
 
-def download(name: str, arguments: Arguments, **hub: Any) -> Path:
+def download_checkpoint(name: str, arguments: Arguments, **hub: Any) -> Path:
     """The snapshot of a repository on the Hub, with the files that are read of it. `hub` goes to huggingface_hub."""
     from huggingface_hub import snapshot_download
 
@@ -45,8 +45,9 @@ def download(name: str, arguments: Arguments, **hub: Any) -> Path:
         ignored = [glob.escape(inside) + "*/*"] if only_at_top else None
         return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=ignored, **said))
 
+    small = (*SMALL, "*.py") if arguments.trust_remote_code else SMALL
     try:
-        folder = fetch(*SMALL, only_at_top=True)
+        folder = fetch(*small, only_at_top=True)
         commit, place = folder.name, folder / arguments.subfolder  # the second download is of the same commit
         named = _named_in(place / "config.json")
         single = named if named and named.endswith(".safetensors") else with_variant(SINGLE, arguments.variant)

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from ...experts import Field
 from ...packed import Format
-from ...packed.exact import FEW, STRIP_BYTES, strips_are_exact, transposed_is_exact
-from ...packed.workspace import borrow
+from ...packed.exact import FEW, STRIP_BYTES, Order, find_order, strips_are_exact, transposed_is_exact
+from ...packed.ordered import multiply_in_order
+from ...packed.workspace import borrow_workspace
 from ..conversion import Conversion, Swap, convert_tensors, joins_bytes
 
 
@@ -41,7 +42,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class MatrixWeight:
-    """A parameter that `conversions` make of `matrices`. It is a `PackedWeight` (experts.py)."""
+    """A parameter that `conversions` make of `matrices`. It is a `PackedWeight` (experts/layout.py)."""
 
     name: str
     shape: tuple[int, ...]
@@ -51,7 +52,7 @@ class MatrixWeight:
 
     @property
     def rows(self) -> int:
-        """O of all matrices together, where they lie below each other."""
+        """O of all matrices together, one below the other."""
         return sum(matrix.shape[0] for matrix in self.matrices)
 
     @property
@@ -85,26 +86,43 @@ class MatrixWeight:
         out.copy_(convert_tensors(self.conversions, parts))
 
     def multiply(self, x_MI: Tensor, row: Tensor, out_MO: Tensor, transposed: bool) -> None:
+        order = self._find_order(transposed, len(x_MI))
+        if order is not None and self._multiply_in_order(x_MI, row, out_MO, order):
+            return
         if not self._as_in_file(transposed, len(x_MI)):
-            whole = borrow(self.shape, self.dtype)
+            whole = borrow_workspace(self.shape, self.dtype)
             self.unpack(row, whole)
             torch.mm(x_MI, whole.t() if transposed else whole, out=out_MO)
         elif len(x_MI) == 1 and strips_are_exact(self._heights, x_MI.shape[1], self.dtype):
             self._multiply_in_strips(x_MI, row, out_MO)
         else:
-            whole = borrow((self.rows, x_MI.shape[1]), self.dtype)
+            whole = borrow_workspace((self.rows, x_MI.shape[1]), self.dtype)
             self._unpack_below(row, whole)
             torch.mm(x_MI, whole.t(), out=out_MO)
 
     def try_products(self) -> None:
         """Find out now what may be computed in another way: it takes memory that is not there once slots are full."""
-        inputs, turned = self.matrices[0].shape[1], not joins_bytes(self.conversions)
-        if not turned or self._tries_few_rows():
-            strips_are_exact(self._heights, inputs, self.dtype)
+        transposed = joins_bytes(self.conversions)
+        ordered = [self._find_order(transposed, rows) is not None for rows in range(1, FEW + 1)]
+        as_in_file = [self._as_in_file(transposed, rows) for rows in range(1, FEW + 1)]
+        if as_in_file[0] and not ordered[0]:
+            strips_are_exact(self._heights, self.matrices[0].shape[1], self.dtype)
 
-    def _tries_few_rows(self) -> bool:
-        tried = [self._as_in_file(False, rows) for rows in range(1, FEW + 1)]
-        return tried[0]
+    def _find_order(self, transposed: bool, rows: int) -> Order | None:
+        """In which order the product is added up, if its outputs are rows of the file's matrices."""
+        below, turned = joins_bytes(self.conversions), self.conversions == (Swap(0, 1),)
+        if not (transposed if below else turned and not transposed):
+            return None
+        return find_order(rows, self.rows, self.matrices[0].shape[1], self.dtype, turned=turned)
+
+    def _multiply_in_order(self, x_MI: Tensor, row: Tensor, out_MO: Tensor, order: Order) -> bool:
+        first = 0
+        for matrix in self.matrices:
+            out = out_MO[:, first : first + matrix.shape[0]]
+            if not multiply_in_order(matrix.format, matrix.tensors(row), x_MI, out, order):
+                return False
+            first += matrix.shape[0]
+        return True
 
     def _as_in_file(self, transposed: bool, rows: int) -> bool:
         """Whether the product's outputs are rows of the file's matrices, and may be computed from them."""
@@ -134,7 +152,7 @@ class MatrixWeight:
         return tuple(end - begin for strips in self._strips for begin, end in strips)
 
     def _multiply_in_strips(self, x_1I: Tensor, row: Tensor, out_1O: Tensor) -> None:
-        space, first = borrow((max(self._heights), x_1I.shape[1]), self.dtype), 0
+        space, first = borrow_workspace((max(self._heights), x_1I.shape[1]), self.dtype), 0
         for matrix, strips in zip(self.matrices, self._strips, strict=True):
             tensors = matrix.tensors(row)
             for begin, end in strips:

@@ -1,6 +1,6 @@
 """Stores: where experts' rows rest while they are not in a slot.
 
-Adding one is one class with `files`, `begin`, `read` and `close`, and one line in `STORES`.
+Adding one is one class with `files`, `how`, `begin`, `read` and `close`, and one line in `STORES`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,12 @@ class Store(Protocol):
     def files(self) -> list[Path]:
         """The files that rows are read from, by the names they were opened under; none for a medium without files."""
 
+    @property
+    def how(self) -> set[str]:
+        """How those files are read: past the page cache or through it (`files/system.py`)."""
+
     def begin(self, layer: int, expert: int, row: memoryview) -> RowRead:
-        """The work of filling `row`, in parts for several threads; nothing is read yet. See `read`."""
+        """The work of filling `row` as `read` does, in parts that several threads may do; nothing is read yet."""
 
     def read(self, layer: int, expert: int, row: memoryview) -> int:
         """Fill `row` with that expert's fields at their layout's offsets; return the bytes read from the medium.

@@ -30,11 +30,11 @@ from ...checkpoint.conversion import restore_tensors
 from ...checkpoint.headers import Headers, read_headers
 from ...checkpoint.new_folder import SINGLE, new_checkpoint, write_index
 from ...checkpoint.row_index import Piece, index_rows
-from ...checkpoint.shards import Entry, Filling, Shard, file_name, split
+from ...checkpoint.shards import Entry, Filling, Shard, file_name, split_entries
 from ...config.sizes import parse_size
 from ...errors import ConfigError, OffloadError, SaveError
 from ...experts import MoELayer
-from ...observe.progress import bar
+from ...observe.progress import show_bar
 from ...runtime.layer import LayerRuntime
 from ...runtime.model import Runtime
 from .original import Original, packed_original
@@ -126,7 +126,7 @@ class Saver:
     def _stream(self, out: Path, limit_bytes: int, **kwargs: Any) -> None:
         layers = self._layers()
         moe_layers = [moe for moe, _ in layers]
-        names = {f"{name}.{field.name}" for moe in moe_layers for name in moe.names for field in moe.layout.fields}
+        names = {f"{name}.{place.key}" for moe in moe_layers for name in moe.names for place in moe.own_places}
         dense = {key: tensor for key, tensor in self._phantom_state().items() if key not in names}
         entries = self._expert_entries(moe_layers, kwargs.get("save_original_format", True))
         dense_bytes, expert_bytes = (sum(each.nbytes for each in group) for group in (dense.values(), entries))
@@ -137,7 +137,7 @@ class Saver:
             if sum(found.nbytes for found in headers.values()) + expert_bytes <= limit_bytes:
                 self._write_one_file(folder, layers, headers, entries)
             else:
-                self._write_shards(folder, layers, split(entries, limit_bytes))
+                self._write_shards(folder, layers, split_entries(entries, limit_bytes))
 
     def _write_one_file(self, folder: Path, layers: Layers, dense: Headers, entries: list[Entry]) -> None:
         """As transformers does where everything fits in a file: no number in its name, and no index."""
@@ -177,7 +177,7 @@ class Saver:
         moe_layers = [moe for moe, _ in layers]
         with phantoms_only(), _layout_errors():
             index = index_rows(self.model, moe_layers, files.ranges)
-        with bar("Saving", sum(moe.nbytes for moe in moe_layers), what="experts") as shown:
+        with show_bar("Saving", sum(moe.nbytes for moe in moe_layers), what="experts") as shown:
             for moe, layer in layers:
                 for e, pieces in enumerate(index.rows[moe.index]):
                     row = self.runtime.read_unpacked(layer.moe.index, e)
@@ -203,9 +203,9 @@ class Saver:
         from transformers.core_model_loading import dot_natural_key, revert_weight_conversion
 
         stacked = {
-            f"{moe.name}.{field.name}": torch.empty((moe.num_experts, *field.shape), dtype=field.dtype, device="meta")
+            f"{moe.name}.{place.key}": torch.empty(place.tensor.shape, dtype=place.tensor.dtype, device="meta")
             for moe in moe_layers
-            for field in moe.layout.fields
+            for place in moe.own_places
         }
         with _layout_errors():
             stored = revert_weight_conversion(self.model, stacked) if original_format else stacked
@@ -238,7 +238,7 @@ def _write_field(piece: Piece, row: Tensor, files: Filling) -> None:
 
 @contextlib.contextmanager
 def _layout_errors() -> Iterator[None]:
-    """What is said about a checkpoint that does not fit is here about one that is yet to be written."""
+    """Turn errors about a checkpoint that does not fit into a `SaveError`: here it is the one that is to be written."""
     try:
         yield
     except (OffloadError, ValueError) as error:
