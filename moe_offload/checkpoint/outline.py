@@ -83,7 +83,7 @@ def _outline_stored(place: Path, config: Any, stored: Stored, arguments: Argumen
     model = build_skeleton(config, stored, arguments)
     moe_layers = find_experts(model)
     index = index_stored(model, moe_layers, stored)
-    check_dense(model.config, stored.headers, index.keys)
+    check_dense(model, stored.headers, index.keys)
     check_blocks(model.config, stored.headers, index.keys)
     source = f"config.json and the headers of {len(index.stamps)} shards"
     return Outline(model, index.pack(moe_layers), source, place, stored, index)
@@ -102,7 +102,7 @@ def _of_repository(name: str, arguments: Arguments) -> Outline:
     model = build_skeleton(read_configuration(name, arguments), stored, arguments)
     moe_layers = find_experts(model)
     index = index_stored(model, moe_layers, stored)
-    check_dense(model.config, stored.headers, index.keys)
+    check_dense(model, stored.headers, index.keys)
     check_blocks(model.config, stored.headers, index.keys)
     files = {found.file for found in stored.headers.values()}
     return Outline(model, index.pack(moe_layers), f"config.json and the headers of {len(files)} shards on the Hub")

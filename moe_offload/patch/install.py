@@ -24,7 +24,16 @@ from torch import Tensor, nn
 from ..errors import OffloadError
 from ..experts import MoELayer
 from ..forward.advise import Advisor
-from ..forward.binding import Link, Scope, banks_of_this_thread, connect, disconnect, run_op, run_untraced
+from ..forward.binding import (
+    Link,
+    Scope,
+    banks_of_this_thread,
+    connect,
+    disconnect,
+    is_cast,
+    run_op,
+    run_untraced,
+)
 from ..forward.call import ADAPTED, Call, whole_call
 from ..forward.changed_parts import refuse_changed_parts
 from ..forward.dynamo import Settings
@@ -62,12 +71,21 @@ class ModuleCore:
         others: Sequence[Tensor],
         pairs_R: Tensor | slice | None = None,
     ) -> Tensor:
+        # A batched product of one pair rounds otherwise than that of many, among which it is in the whole call.
+        least = 1 if self.grouped else min(len(x_P), 2)
         if pairs_R is not None:
             x_P = x_P[pairs_R]
         refuse_changed_parts(self.module)
         if self.moe.packed:
-            return self._run_unpacked(x_P, slots_R, bank_SN)
-        return self._run(x_P, slots_R, self.views(bank_SN))
+            return self._run_unpacked(x_P, slots_R, bank_SN, least)
+        return self._run_many(x_P, slots_R, self.views(bank_SN), least)
+
+    def _run_many(self, x_P: Tensor, slots_P: Tensor, weights: dict[str, Tensor], least: int) -> Tensor:
+        """Of `least` pairs or more; where there are fewer, one of them more often."""
+        pairs = len(x_P)
+        if 0 < pairs < least:
+            x_P, slots_P = x_P.repeat(least, 1), slots_P.repeat(least)
+        return self._run(x_P, slots_P, weights)[:pairs]
 
     def _run(self, x_P: Tensor, slots_P: Tensor, weights: dict[str, Tensor]) -> Tensor:
         bare = object.__new__(type(self.module))
@@ -79,7 +97,7 @@ class ModuleCore:
         out: Tensor = self.run(bare, x_P.to(first.dtype), slots_P.view(-1, 1), ones)
         return out
 
-    def _run_unpacked(self, x_P: Tensor, slots_P: Tensor, bank_SN: Tensor) -> Tensor:
+    def _run_unpacked(self, x_P: Tensor, slots_P: Tensor, bank_SN: Tensor, least: int) -> Tensor:
         """One expert after the other, so that one is unpacked at a time."""
         out_P: Tensor | None = None
         row = page_aligned(self.moe.unpacked.row_bytes)
@@ -87,9 +105,7 @@ class ModuleCore:
             pairs = (slots_P == slot).nonzero().flatten()
             self.moe.unpack_row(bank_SN[slot].view(torch.uint8), row)
             weights = {field.name: field.view_in(row)[None] for field in self.moe.unpacked.fields}
-            # A batched product of one pair would round otherwise.
-            ran = pairs if self.grouped else pairs.repeat(2)[: max(len(pairs), 2)]
-            part = self._run(x_P[ran], torch.zeros_like(ran), weights)[: len(pairs)]
+            part = self._run_many(x_P[pairs], torch.zeros_like(pairs), weights, least)
             out_P = part.new_empty((len(x_P), *part.shape[1:])) if out_P is None else out_P
             out_P.index_copy_(0, pairs, part)
         if out_P is None:
@@ -160,7 +176,9 @@ def install(
     nan_rows: dict[Hashable, Tensor] = {}
     _name_implementation(runtime, f"moe_offload_{implementation}")
     for layer in runtime.layers:
-        link = Link(scope, run_untraced if regions is None else regions.run, whole, ops.rows_of(layer))
+        run_eager = run_untraced if regions is None else regions.run
+        casts = implementation != "grouped_mm" or layer.device.type != "cpu"  # a CPU's autocast knows no grouped_mm
+        link = Link(scope, run_eager, whole, ops.rows_of(layer), layer.moe.name, casts, inner == "inductor")
         _install_layer(layer, link, implementation, nan_rows)
     model._compiled_call_impl = Call(model, runtime, scope, Retry(runtime, scope, compile), advisor)
     keep_compiled_call(model)
@@ -212,6 +230,8 @@ def _implementation(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         link = self._moe_offload
         if torch.compiler.is_dynamo_compiling():  # by this thread: whatever is running here is not run, but traced
             if link.whole and link.scope.banks == banks_of_this_thread():
+                if link.compiled and is_cast(link, hidden_states):
+                    return run_op(self, hidden_states, top_k_index, top_k_weights)
                 return original(self, hidden_states, ops.unserved(top_k_index, link.rows), top_k_weights)
             return run_op(self, hidden_states, top_k_index, top_k_weights)
         if torch.is_grad_enabled():
