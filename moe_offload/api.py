@@ -18,18 +18,18 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .checkpoint.outline import outline_folder
+from .checkpoint.outline import Outline, outline_folder
 from .checkpoint.pretrained.arguments import sort_arguments
 from .checkpoint.pretrained.dense import find_adapter, load_adapter, load_dense
 from .checkpoint.pretrained.download import get_folder
 from .checkpoint.quantised.fused_weight import fuse_weights
 from .checkpoint.quantised.verify import verify_unpacking
-from .checkpoint.row_index import RowIndex
 from .config.device_map import DeviceMap, MaxMemory
 from .config.settings import Config
 from .errors import OffloadError
 from .experts import MoELayer, find_experts
-from .forward.advise import at_start
+from .forward.advise import at_start, say_what_is_remembered
+from .forward.tested_versions import warn_of_untested_versions
 from .memory.process_memory import bound_kernel_caches, trim_heap
 from .memory.stores.open import open_stores, read_first
 from .observe.profile import Profile
@@ -37,7 +37,7 @@ from .patch.attach import attach
 from .patch.dense_weights import keep_where_it_is, place_dense
 from .plan.prepare import Prepared, prepare, settings_of
 from .runtime.assemble import build_runtime, on_device
-from .runtime.prewarm import prewarm_from
+from .runtime.prewarm import prewarm_from, prewarm_when_idle
 
 logger = logging.getLogger("moe_offload")
 Model = TypeVar("Model", bound=nn.Module)
@@ -67,6 +67,8 @@ def optimize(
         device_map: Where layers compute and rows rest, in accelerate's grammar: {"model.layers.*.mlp.experts": "cpu"}.
         max_memory: Bytes or sizes by device: {"cpu": "60GiB"}. With a budget too, rows rest in RAM in what is between.
         profile: A `Profile` or its path: fills the slots before the first token. Ctrl-C leaves the model colder.
+            "auto" (None: the default): usage that earlier runs have left, and this one adds to; slots are filled from
+            it while nothing else runs. "auto:italian" or "italian": the same for a workload of that name. "off".
         offload_folder: Where the spill file is written; None: the system's folder for temporary files.
         config: All other settings: an `OffloadConfig`, a dict of its fields, or a configuration file.
 
@@ -164,13 +166,13 @@ def from_pretrained(
     )
     folder = get_folder(path_or_id, said)
     found = outline_folder(folder, said)
-    prepared = prepare(found.model, found.moe_layers, settings, profile)
+    prepared = prepare(found.model, found.moe_layers, settings, profile, path_or_id)
     model: nn.Module = load_dense(found, said, path_or_id)
     trim_heap()  # for each of the loader's threads it keeps tens of MB
     moe_layers = found.pack(find_experts(model))
     keep_where_it_is(model, moe_layers, settings)
     prepared.check_rows(moe_layers)
-    model = _offload(model, moe_layers, prepared, found.index)
+    model = _offload(model, moe_layers, prepared, found)
     adapter = find_adapter(folder, said.subfolder)
     if adapter is not None:
         with _closed_on_error(model):
@@ -178,9 +180,9 @@ def from_pretrained(
     return model
 
 
-def _offload(model: Model, moe_layers: Sequence[MoELayer], prepared: Prepared, index: RowIndex | None = None) -> Model:
-    """Do what was prepared. `index` says where the experts' rows lie, where that is known already."""
-    settings, arrangement = prepared.settings, prepared.arrangement
+def _offload(model: Model, moe_layers: Sequence[MoELayer], prepared: Prepared, found: Outline | None = None) -> Model:
+    """Do what was prepared. `found` says which files the model was loaded from, and where the experts' rows lie."""
+    settings, arrangement, index = prepared.settings, prepared.arrangement, found.index if found else None
     tiers, device = arrangement.tiers, arrangement.device
     device_decides = on_device(settings, moe_layers, arrangement.slots, tiers, device)
     bound_kernel_caches(arrangement.plan.budget_bytes)
@@ -193,19 +195,28 @@ def _offload(model: Model, moe_layers: Sequence[MoELayer], prepared: Prepared, i
             moe_layers = verify_unpacking(moe_layers, index.packings, model, partial(read_first, stores))
             moe_layers = fuse_weights(moe_layers) if settings.compute == "packed" else moe_layers
         profile = prepared.profile
-        runtime = build_runtime(moe_layers, arrangement.plan, stores, settings, profile, device, device_decides)
+        runtime = build_runtime(
+            moe_layers, arrangement.plan, stores, settings, profile, device, device_decides, prepared.lock_bytes
+        )
         undo.pop_all()
         undo.callback(runtime.close)
-        handle = attach(model, runtime, prepared)
+        handle = attach(model, runtime, prepared, found)
         undo.pop_all()
     model.moe_offload = handle  # type: ignore[assignment]
     logger.info("%s", handle)
     at_start(arrangement.plan, settings.budget)
+    warn_of_untested_versions()
     if settings.live:
         handle.serve_live()
+    if prepared.usage is not None:
+        handle.remember(prepared.usage, profile)
+        say_what_is_remembered(prepared.usage.path, profile)
     if settings.prewarm and profile is not None:
-        with _closed_on_error(model):
-            prewarm_from(runtime, profile)
+        if prepared.usage is None:
+            with _closed_on_error(model):
+                prewarm_from(runtime, profile)
+        else:
+            prewarm_when_idle(runtime, profile)
     return model
 
 

@@ -32,9 +32,9 @@ from .checkpoint.pretrained.arguments import sort_arguments
 from .checkpoint.pretrained.download import get_folder
 from .checkpoint.quantised.layouts import KINDS, ExpertMatrix, Layout, choose_layout, find_matrices
 from .checkpoint.quantised.quantizer import quantization_of
-from .checkpoint.shards import Entry, Filling, Shard, file_name, header, split
+from .checkpoint.shards import Entry, Filling, Shard, file_name, split
 from .config.sizes import parse_size
-from .errors import CheckpointChangedError, CheckpointError, ConfigError, PackError
+from .errors import CheckpointChangedError, CheckpointError, ConfigError, PackError, UnsupportedModelError
 from .memory.buffers import page_aligned
 from .memory.stores.direct_io import DataFile
 from .memory.stores.disk import DiskStore
@@ -90,6 +90,12 @@ def quantise_checkpoint(
     source = open_source(get_folder(path_or_id, arguments), arguments)
     if quantization_of(source.meta.config) is not None or any(source.index.packings):
         raise CheckpointError(f"{source.folder}: is quantised already. Give the checkpoint that it was made of")
+    called = next((moe.name for moe in source.moe_layers if moe.called), None)
+    if called is not None:
+        raise UnsupportedModelError(
+            f"{called}: its experts are called one by one by the model's own code, which reads no quantised weights. "
+            "Keep the checkpoint as it is, or pack it without --experts"
+        )
     plan = _plan(source, experts, limit_bytes)
     others = [file for file in source.folder.iterdir() if file.is_file() and not file.name.endswith(WEIGHTS)]
     size = sum(shard.nbytes for shard in plan.shards)
@@ -136,9 +142,7 @@ def _plan(source: Source, kind: str, limit_bytes: int) -> _Plan:
     runs = split([entry for key, range_ in in_order for entry in plan.entries(key, range_)], limit_bytes)
     shards = []
     for number, run in enumerate(runs, 1):
-        entries = tuple(sorted(run, key=lambda entry: -entry.dtype.itemsize))  # each is aligned so
-        name = SINGLE if len(runs) == 1 else file_name("model", number, len(runs))
-        shards.append(Shard(name, entries, header(entries, {"format": "pt"})))
+        shards.append(Shard.of(SINGLE if len(runs) == 1 else file_name("model", number, len(runs)), run))
     return replace(plan, shards=tuple(shards))
 
 

@@ -7,25 +7,35 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from ..checkpoint.outline import Outline
 from ..config.settings import OffloadConfig
 from ..forward.advise import Advisor
 from ..handle import Handle
 from ..plan.prepare import Prepared
 from ..runtime.model import Runtime
 from . import install as patch
+from .exact_products import serve_exact, sharpen_linears
 from .fast_products import FEW_TOKENS, restore_linears, serve_fast, speed_up_linears
 from .refusals import refuse_what_reaches_experts
-from .saving import save_real_rows
+from .saving.original import Original
+from .saving.saver import save_real_rows
 
 
-def attach(model: nn.Module, runtime: Runtime, prepared: Prepared) -> Handle:
-    """Let `model` run on `runtime` from now on. Returns the handle, whose `close` takes the runtime off again."""
+def attach(model: nn.Module, runtime: Runtime, prepared: Prepared, found: Outline | None = None) -> Handle:
+    """Let `model` run on `runtime` from now on. Returns the handle, whose `close` takes the runtime off again.
+
+    `found` is what the model was loaded from, where it came from files.
+    """
     settings, arrangement = prepared.settings, prepared.arrangement
     wanted = settings.experts_implementation
     if settings.compute == "fast" and wanted == "auto":
         wanted = "grouped_mm"  # the one that has fast products
-    implementation = patch.choose_implementation([layer.moe for layer in runtime.layers], wanted)
+    moe_layers = [layer.moe for layer in runtime.layers]
+    implementation = patch.choose_implementation(moe_layers, wanted)
     fast = settings.compute == "fast" and serve_fast(arrangement.device, implementation)
+    exact = arrangement.device == "cpu" and settings.compute == "exact"
+    if exact:
+        serve_exact([layer.moe for layer in runtime.layers])
     if arrangement.device != "cpu":
         patch.serve_products(arrangement.device)
     inner = _inner_compiler(settings, arrangement.device)
@@ -42,8 +52,8 @@ def attach(model: nn.Module, runtime: Runtime, prepared: Prepared) -> Handle:
         advisor=Advisor(runtime, arrangement.plan),
     )
     refuse_what_reaches_experts(model, runtime)
-    save_real_rows(model, runtime)
-    linears = speed_up_linears(model) if fast else []
+    save_real_rows(model, runtime, Original.of(found))
+    linears = speed_up_linears(model) if fast else sharpen_linears(model) if exact else []
     weakref.finalize(model, _detach, runtime)
     return Handle(
         model,
@@ -51,7 +61,7 @@ def attach(model: nn.Module, runtime: Runtime, prepared: Prepared) -> Handle:
         arrangement,
         prepared.fingerprint,
         compile=inner,
-        implementation=implementation,
+        implementation="called" if all(moe.called for moe in moe_layers) else implementation,
         graphs=graphs,
         on_close=lambda: _detach(runtime, linears),
     )

@@ -2,7 +2,9 @@
 
 The model keeps its class, its `forward` and its `generate`. What changes:
 
-    module.gate_up_proj ...         a Phantom; state_dict() still returns the real rows (saving.py)
+    module.gate_up_proj ...         a Phantom; state_dict() still returns the real rows (saving/)
+    experts[3](x)                   where the model's code calls its experts one by one: served by forward/called/, and
+                                    nothing is compiled around them
     module.config                   a view that names our experts implementation (experts_config.py)
     model(...)                      under the model's lock, inference only (call.py); its experts compiled, or all of it
     model.to(...), copies ...       refused where they would reach the experts (refusals.py)
@@ -15,6 +17,7 @@ and computes by itself: what the passes never see is slower, never wrong.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, cast
 
@@ -35,90 +38,24 @@ from ..forward.binding import (
     run_untraced,
 )
 from ..forward.call import ADAPTED, Call, whole_call
-from ..forward.changed_parts import refuse_changed_parts
+from ..forward.called.hints import hint_from_routers
+from ..forward.called.table import SERVED
 from ..forward.dynamo import Settings
 from ..forward.graphs import compiling, ops, products
 from ..forward.graphs.phantom import Phantom
 from ..forward.inference_only import refuse_backward
 from ..forward.out_of_memory.retry import Retry
 from ..forward.regions import Regions
-from ..memory.buffers import page_aligned
 from ..runtime.kernels import KERNELS
 from ..runtime.layer import LayerRuntime
 from ..runtime.model import Runtime
 from .compiled_call import keep_compiled_call
 from .experts_config import experts_view
 from .footprint import count_what_is_held
+from .module_core import ModuleCore, original_code
 
+logger = logging.getLogger("moe_offload")
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
-
-
-class ModuleCore:
-    """transformers' own experts code, run for single pairs (K = 1) on the rows of a bank.
-
-    Routing weights of one leave the pairs unweighted: the weighted sum over K is taken after all waves.
-    """
-
-    def __init__(self, moe: MoELayer, implementation: str, views: Callable[[Tensor], dict[str, Tensor]]):
-        self.moe, self.module, self.views = moe, moe.modules[0], views
-        self.run, self.grouped = original_code(implementation), implementation == "grouped_mm"
-
-    def __call__(
-        self,
-        x_P: Tensor,
-        slots_R: Tensor,
-        bank_SN: Tensor,
-        others: Sequence[Tensor],
-        pairs_R: Tensor | slice | None = None,
-    ) -> Tensor:
-        # A batched product of one pair rounds otherwise than that of many, among which it is in the whole call.
-        least = 1 if self.grouped else min(len(x_P), 2)
-        if pairs_R is not None:
-            x_P = x_P[pairs_R]
-        refuse_changed_parts(self.module)
-        if self.moe.packed:
-            return self._run_unpacked(x_P, slots_R, bank_SN, least)
-        return self._run_many(x_P, slots_R, self.views(bank_SN), least)
-
-    def _run_many(self, x_P: Tensor, slots_P: Tensor, weights: dict[str, Tensor], least: int) -> Tensor:
-        """Of `least` pairs or more; where there are fewer, one of them more often."""
-        pairs = len(x_P)
-        if 0 < pairs < least:
-            x_P, slots_P = x_P.repeat(least, 1), slots_P.repeat(least)
-        return self._run(x_P, slots_P, weights)[:pairs]
-
-    def _run(self, x_P: Tensor, slots_P: Tensor, weights: dict[str, Tensor]) -> Tensor:
-        bare = object.__new__(type(self.module))
-        bare.__dict__.update(self.module.__dict__)
-        bare.__dict__["_parameters"] = {**self.module._parameters, **weights}
-        first = next(iter(weights.values()))
-        bare.__dict__["num_experts"] = first.shape[0]
-        ones = torch.ones((len(x_P), 1), dtype=first.dtype, device=x_P.device)
-        out: Tensor = self.run(bare, x_P.to(first.dtype), slots_P.view(-1, 1), ones)
-        return out
-
-    def _run_unpacked(self, x_P: Tensor, slots_P: Tensor, bank_SN: Tensor, least: int) -> Tensor:
-        """One expert after the other, so that one is unpacked at a time."""
-        out_P: Tensor | None = None
-        row = page_aligned(self.moe.unpacked.row_bytes)
-        for slot in slots_P.unique().tolist():
-            pairs = (slots_P == slot).nonzero().flatten()
-            self.moe.unpack_row(bank_SN[slot].view(torch.uint8), row)
-            weights = {field.name: field.view_in(row)[None] for field in self.moe.unpacked.fields}
-            part = self._run_many(x_P[pairs], torch.zeros_like(pairs), weights, least)
-            out_P = part.new_empty((len(x_P), *part.shape[1:])) if out_P is None else out_P
-            out_P.index_copy_(0, pairs, part)
-        if out_P is None:
-            raise AssertionError(f"{self.moe.name}: no pair to compute")
-        return out_P
-
-
-def original_code(implementation: str) -> Callable[..., Tensor]:
-    """transformers' own experts code of that name: (module, x [T, H], ids [T, K], weights [T, K]) -> [T, H]."""
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    code: Callable[..., Tensor] = ALL_EXPERTS_FUNCTIONS[implementation]
-    return code
 
 
 def serve_products(device: str) -> None:
@@ -131,7 +68,7 @@ def choose_implementation(moe_layers: Sequence[MoELayer], wanted: str) -> str:
     """'auto' keeps the model's own choice where the passes can see it, else grouped_mm."""
     if wanted in IMPLEMENTATIONS:
         return wanted
-    own: set[str] = {moe.modules[0].config._experts_implementation for moe in moe_layers}
+    own: set[str] = {moe.modules[0].config._experts_implementation for moe in moe_layers if not moe.called}
     return own.pop() if len(own) == 1 and own <= set(IMPLEMENTATIONS) else "grouped_mm"
 
 
@@ -161,21 +98,35 @@ def install(
     )
     made = compiling.make_backend(run, core, log, overlap, guess, few_tokens)
 
-    whole = inner == "inductor" or guess or fullgraph or runtime.device_caches is not None
-    traced = [model] if whole else [module for layer in runtime.layers for module in layer.moe.modules]
+    called = [layer for layer in runtime.layers if layer.moe.called]
+    graphed = [layer for layer in runtime.layers if not layer.moe.called]
+    whole = not called and (inner == "inductor" or guess or fullgraph or runtime.device_caches is not None)
+    if called and (inner == "inductor" or fullgraph):
+        logger.warning(
+            "%s: the model's own code calls its experts one by one, where nothing can be compiled: compile='inductor' "
+            "and fullgraph have no effect",
+            called[0].moe.name,
+        )  # fmt: skip
+    traced = [model] if whole else [module for layer in graphed for module in layer.moe.modules]
     scope = Scope(runtime, Settings(traced, log))
-    regions = None if whole else Regions(scope, original_code(implementation), made, log, dynamic)
+    regions = Regions(scope, original_code(implementation), made, log, dynamic) if graphed and not whole else None
 
     def compile() -> Callable[..., Any]:
         if regions is not None:
             regions.renew()
+        if not whole:
             return model._call_impl
         run: Callable[..., Any] = torch.compile(whole_call(model), backend=made, dynamic=dynamic, fullgraph=fullgraph)
         return run
 
     nan_rows: dict[Hashable, Tensor] = {}
-    _name_implementation(runtime, f"moe_offload_{implementation}")
-    for layer in runtime.layers:
+    _name_implementation(graphed, f"moe_offload_{implementation}")
+    for layer in called:
+        weights = SERVED[layer.moe.form](layer, scope)
+        for module in layer.moe.modules:
+            module._moe_offload = weights
+        hint_from_routers(layer, scope, model)
+    for layer in graphed:
         run_eager = run_untraced if regions is None else regions.run
         casts = implementation != "grouped_mm" or layer.device.type != "cpu"  # a CPU's autocast knows no grouped_mm
         link = Link(scope, run_eager, whole, ops.rows_of(layer), layer.moe.name, casts, inner == "inductor")
@@ -205,10 +156,10 @@ def _install_layer(layer: LayerRuntime, link: Link, implementation: str, nan_row
     connect(layer)
 
 
-def _name_implementation(runtime: Runtime, name: str) -> None:
+def _name_implementation(layers: Sequence[LayerRuntime], name: str) -> None:
     """Each experts module gets a view of its own config: that may be a copy, which the model's never reaches."""
     views: dict[int, Any] = {}
-    for module in (module for layer in runtime.layers for module in layer.moe.modules):
+    for module in (module for layer in layers for module in layer.moe.modules):
         known = id(module.config)
         if known not in views:
             views[known] = experts_view(module.config, name)

@@ -127,7 +127,8 @@ class Arrivals:
             self.abort()
             raise
         finally:
-            self._waited(begun, rows=1)
+            if demanded:  # nothing computes while slots are pre-warmed, so nothing waits
+                self._waited(begun, rows=1)
 
     def take_all(self, demanded: bool = True) -> None:
         """Every row that was asked for, complete and, if it has a slot, resident."""
@@ -174,8 +175,12 @@ class Arrivals:
 
         As many slots as there are `experts` are left to the event that is going on.
         """
+        self.read_ahead(self.cache.guess(experts, self.cache.slots - len(experts) - len(self.guessed)))
+
+    def read_ahead(self, loads: Iterable[Load]) -> None:
+        """Begin to read in the background what nobody has asked for."""
         try:
-            for load in self.cache.guess(experts, self.cache.slots - len(experts) - len(self.guessed)):
+            for load in loads:
                 ticket = self._read(load.expert, load, -1, demanded=False)
                 self.guessed[load.expert] = Arrival(load.expert, load, -1, ticket)
         except BaseException:  # the loads after it, too, are nobody's

@@ -14,7 +14,7 @@ from moe_offload.pack import pack_checkpoint
 from moe_offload.plan.budget import Costs, LayerShape, budget_for, plan_slots
 from tests.fakes.offloaded import IDS, SETTINGS, offloaded, say
 
-LAYERS = [LayerShape(num_experts=64, top_k=4, row_bytes=10**6)] * 2
+LAYERS = [LayerShape(num_experts=64, least=4, row_bytes=10**6)] * 2
 COSTS = Costs(dense_bytes=10**6, reserve_bytes=0)
 GB = 10**9
 
@@ -106,7 +106,7 @@ def test_the_counters_are_looked_at_now_and_then(monkeypatch):
 
 def test_the_knob_is_the_one_that_is_there(monkeypatch, tmp_path):
     def available(n):
-        monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=n))
+        monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=n, total=64 * GB))
 
     plan, whole = plan_at(0.25), SimpleNamespace(packed=True)
     available(1 * GB)

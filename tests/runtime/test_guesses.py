@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moe_offload import ExpertReadError
-from moe_offload.runtime.guesses import BLOCK, BLOCKS, VERDICT, Trial
+from moe_offload.runtime.ahead.guesses import BLOCK, BLOCKS, VERDICT, Trial
 from moe_offload.runtime.layer import LayerRuntime
 from tests.fakes.fault_store import LAYOUT, E, FaultStore, assert_sound, decode, expected, make, prefill
 from tests.fakes.offloaded import SETTINGS, offload, offloaded, resident, say

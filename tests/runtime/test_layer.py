@@ -10,8 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_offload.errors import ClosedError, ExpertReadError, OffloadError, RoutingError
 from moe_offload.memory.transfer.staged import DeviceTransfer
+from moe_offload.runtime.ahead.scratch_feed import READ_AHEAD_USES
 from moe_offload.runtime.prewarm import prewarm_slots
-from moe_offload.runtime.scratch_feed import READ_AHEAD_USES
 from tests.fakes import fault_store
 from tests.fakes.fault_store import LAYOUT, E, FaultStore, K, assert_sound, decode, expected, prefill, run, tags
 from tests.fakes.streams import InstantStreams

@@ -13,7 +13,7 @@ from ...config.sizes import format_size, parse_size
 from ...errors import BudgetError, ConfigError
 from ..options.checks import check_model, settings
 from ..options.ending import EXIT_CODES
-from ..options.flags import ConfigFile, Context, Dtype, Json, ProfileIn
+from ..options.flags import ConfigFile, Context, Dtype, Json, ProfileIn, TrustRemoteCode
 from ..options.lists import split_list
 
 LADDER = (4, 6, 8, 12, 16, 24, 32, 48, 64, 80, 96, 128, 192, 256, 384, 512, 768, 1024)  # GB that machines have
@@ -33,6 +33,7 @@ def estimate(
     profile: ProfileIn = None,
     context: Context = None,
     dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     config_file: ConfigFile = None,
     as_json: Json = False,
 ) -> None:
@@ -41,7 +42,7 @@ def estimate(
     sizes = [] if budget is None else [_budget(text) for text in split_list("--budget", budget, "4GB,8GB")]
     for name in models:
         check_model(name, weights=False)
-    found = [_estimate(name, sizes, wanted, dtype) for name in models]
+    found = [_estimate(name, sizes, wanted, dtype, trust_remote_code) for name in models]
     if as_json:
         typer.echo(json.dumps(found))
     else:
@@ -60,10 +61,10 @@ def _budget(text: str) -> int:
         raise ConfigError(f"--budget: {error}") from None
 
 
-def _estimate(name: str, sizes: list[int], wanted: OffloadConfig, dtype: str) -> dict[str, Any]:
+def _estimate(name: str, sizes: list[int], wanted: OffloadConfig, dtype: str, trusted: bool) -> dict[str, Any]:
     from ...plan.forecast import of_outline, read_outline
 
-    found = read_outline(name, dtype)
+    found = read_outline(name, dtype, trusted)
     # One device, whatever the file says of several: each row is about one budget on it.
     wanted = dataclasses.replace(wanted, device_map="disk", max_memory=None)
     most = of_outline(found, dataclasses.replace(wanted, budget=2**60))

@@ -35,8 +35,12 @@ Context = Annotated[
     typer.Option("--context", help="Tokens of prompt and answer that the KV cache has room for.", **whole(1)),
 ]
 ProfileIn = Annotated[
-    Path | None,
-    typer.Option("--profile", help="Activation profile: which experts to expect, and to load first."),
+    str | None,
+    typer.Option(
+        "--profile",
+        metavar="NAME|FILE",
+        help="Which experts to expect: a workload that is remembered by this name, or a profile (x.json); off: none.",
+    ),
 ]
 Policy = Annotated[str | None, typer.Option("--policy", help="Which resident expert is evicted: lru, lfu, ...")]
 Compile = Annotated[
@@ -71,7 +75,7 @@ Revision = Annotated[
 Token = Annotated[str | None, typer.Option("--token", help="Access token for the Hub; without it hf's own.")]
 TrustRemoteCode = Annotated[
     bool,
-    typer.Option("--trust-remote-code", help="Refused where a checkpoint brings code of its own."),
+    typer.Option("--trust-remote-code", help="Run the code that a checkpoint brings along, where it brings any."),
 ]
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 Attention = Annotated[

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from ...experts import Field
 from ...packed import Format
-from ...packed.exact import FEW, STRIP_BYTES, strips_are_exact, transposed_is_exact
+from ...packed.exact import FEW, STRIP_BYTES, Order, find_order, strips_are_exact, transposed_is_exact
+from ...packed.ordered import multiply_in_order
 from ...packed.workspace import borrow
 from ..conversion import Conversion, Swap, convert_tensors, joins_bytes
 
@@ -41,7 +42,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class MatrixWeight:
-    """A parameter that `conversions` make of `matrices`. It is a `PackedWeight` (experts.py)."""
+    """A parameter that `conversions` make of `matrices`. It is a `PackedWeight` (experts/layout.py)."""
 
     name: str
     shape: tuple[int, ...]
@@ -76,7 +77,8 @@ class MatrixWeight:
             self._unpack_below(row, out)
             return
         if self.conversions == (Swap(0, 1),):
-            self._unpack_turned(row, out)
+            [matrix] = self.matrices
+            matrix.format.unpack_turned(matrix.tensors(row), out)
             return
         parts = [torch.empty(matrix.shape, dtype=self.dtype) for matrix in self.matrices]
         for matrix, part in zip(self.matrices, parts, strict=True):
@@ -84,6 +86,9 @@ class MatrixWeight:
         out.copy_(convert_tensors(self.conversions, parts))
 
     def multiply(self, x_MI: Tensor, row: Tensor, out_MO: Tensor, transposed: bool) -> None:
+        order = self._find_order(transposed, len(x_MI))
+        if order is not None and self._multiply_in_order(x_MI, row, out_MO, order):
+            return
         if not self._as_in_file(transposed, len(x_MI)):
             whole = borrow(self.shape, self.dtype)
             self.unpack(row, whole)
@@ -97,13 +102,27 @@ class MatrixWeight:
 
     def try_products(self) -> None:
         """Find out now what may be computed in another way: it takes memory that is not there once slots are full."""
-        inputs, turned = self.matrices[0].shape[1], not joins_bytes(self.conversions)
-        if not turned or self._tries_few_rows():
-            strips_are_exact(self._heights, inputs, self.dtype)
+        transposed = joins_bytes(self.conversions)
+        ordered = [self._find_order(transposed, rows) is not None for rows in range(1, FEW + 1)]
+        as_in_file = [self._as_in_file(transposed, rows) for rows in range(1, FEW + 1)]
+        if as_in_file[0] and not ordered[0]:
+            strips_are_exact(self._heights, self.matrices[0].shape[1], self.dtype)
 
-    def _tries_few_rows(self) -> bool:
-        tried = [self._as_in_file(False, rows) for rows in range(1, FEW + 1)]
-        return tried[0]
+    def _find_order(self, transposed: bool, rows: int) -> Order | None:
+        """In which order the product is added up, if its outputs are rows of the file's matrices."""
+        below, turned = joins_bytes(self.conversions), self.conversions == (Swap(0, 1),)
+        if not (transposed if below else turned and not transposed):
+            return None
+        return find_order(rows, self.rows, self.matrices[0].shape[1], self.dtype, turned=turned)
+
+    def _multiply_in_order(self, x_MI: Tensor, row: Tensor, out_MO: Tensor, order: Order) -> bool:
+        first = 0
+        for matrix in self.matrices:
+            out = out_MO[:, first : first + matrix.shape[0]]
+            if not multiply_in_order(matrix.format, matrix.tensors(row), x_MI, out, order):
+                return False
+            first += matrix.shape[0]
+        return True
 
     def _as_in_file(self, transposed: bool, rows: int) -> bool:
         """Whether the product's outputs are rows of the file's matrices, and may be computed from them."""
@@ -117,16 +136,6 @@ class MatrixWeight:
         for matrix in self.matrices:
             matrix.format.unpack(matrix.tensors(row), out_OI[first : first + matrix.shape[0]])
             first += matrix.shape[0]
-
-    def _unpack_turned(self, row: Tensor, out_IO: Tensor) -> None:
-        """Strip by strip: each is turned while it is in the cache."""
-        [matrix], [strips] = self.matrices, self._strips
-        tensors = matrix.tensors(row)
-        space = torch.empty((max(self._heights), matrix.shape[1]), dtype=self.dtype)
-        for begin, end in strips:
-            strip = space[: end - begin]
-            matrix.format.unpack(matrix.format.rows(tensors, begin, end), strip)
-            out_IO[:, begin:end] = strip.t()
 
     @cached_property
     def _strips(self) -> tuple[tuple[tuple[int, int], ...], ...]:

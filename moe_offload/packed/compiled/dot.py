@@ -7,6 +7,7 @@ a block of one scale is multiplied by it once. The sums stay in registers for th
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from llvmlite import ir
@@ -14,8 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .unpack import BFLOAT16, FLOAT32
-from .vectors import BYTES, F32, FLOATS, I8, I16, I32, I64, WORDS, lanes, load, moved, spread, store
+from .vectors import BYTES, F32, FLOATS, I64, WORDS, lanes, load, load_scale, moved, spread, store
 
 MXFP4, FP8, INT4 = range(3)
 STEP_BYTES = {MXFP4: 16, FP8: 32, INT4: 16}
@@ -48,7 +48,7 @@ def dot_row(typingctx, form, kind, tokens, codes, scales, blocks, steps, x, x_st
                     for half, weight in enumerate(pair):
                         element = load(b, FLOATS, b.add(place, I64(64 * half)))
                         b.store(_multiply_add(b, weight, element, b.load(part)), part)
-            scale = spread(b, FLOATS, _scale(b, kind, scales, block.index))
+            scale = spread(b, FLOATS, load_scale(b, kind, scales, block.index))
             for total, part in zip(totals, parts, strict=True):
                 b.store(_multiply_add(b, b.load(part), scale, b.load(total)), total)
         for token, total in enumerate(totals):
@@ -61,29 +61,20 @@ def _multiply_add(b: Any, left: Any, right: Any, total: Any) -> Any:
     return b.fadd(b.fmul(left, right, flags=FUSED), total, flags=FUSED)
 
 
-def _scale(b: Any, kind: int, scales: Any, index: Any) -> Any:
-    """One scale as float32; of the powers of two, the first is denormal."""
-    if kind == FLOAT32:
-        return load(b, F32, moved(b, scales, index, 4))
-    if kind == BFLOAT16:
-        return b.bitcast(b.shl(b.zext(load(b, I16, moved(b, scales, index, 2)), I32), I32(16)), F32)
-    exponent = b.zext(load(b, I8, b.add(scales, index)), I32)
-    bits = b.select(b.icmp_unsigned("==", exponent, I32(0)), I32(1 << 22), b.shl(exponent, I32(23)))
-    return b.bitcast(bits, F32)
-
-
 def _weights(b: Any, form: int, address: Any, wide: bool) -> tuple[Any, Any]:
     """The two vectors of a step, without their scale."""
     if form == FP8:
         first, second = (load(b, BYTES, b.add(address, I64(half))) for half in (0, 16))
-        return _fp8(b, b.zext(first, WORDS)), _fp8(b, b.zext(second, WORDS))
+        return fp8_value(b, b.zext(first, WORDS)), fp8_value(b, b.zext(second, WORDS))
     code = b.zext(load(b, BYTES, address), WORDS)
     low, high = b.and_(code, lanes(WORDS, 15)), b.lshr(code, lanes(WORDS, 4))
-    value = _int4 if form == INT4 else _mxfp4_looked_up if wide else _mxfp4
-    return value(b, low), value(b, high)
+    if form == INT4:
+        return int4_value(b, low, wide), int4_value(b, high, wide)
+    return mxfp4_value(b, low, wide), mxfp4_value(b, high, wide)
 
 
-def _fp8(b: Any, code: Any) -> Any:
+def fp8_value(b: Any, code: Any) -> Any:
+    """Of codes as words."""
     magnitude = b.and_(code, lanes(WORDS, 0x7F))
     small = b.bitcast(b.fmul(b.sitofp(magnitude, FLOATS), lanes(FLOATS, 2.0**-9)), WORDS)
     normal = b.add(b.shl(magnitude, lanes(WORDS, 20)), lanes(WORDS, 120 << 23))
@@ -91,12 +82,17 @@ def _fp8(b: Any, code: Any) -> Any:
     return b.bitcast(b.or_(bits, b.shl(b.and_(code, lanes(WORDS, 0x80)), lanes(WORDS, 24))), FLOATS)
 
 
-def _int4(b: Any, code: Any) -> Any:
-    return b.sitofp(b.sub(code, lanes(WORDS, 8)), FLOATS)
+def int4_value(b: Any, code: Any, wide: bool) -> Any:
+    """Of codes in the lowest four bits."""
+    if wide:
+        return _look_up(b, code, range(-8, 8))
+    return b.sitofp(b.sub(b.and_(code, lanes(WORDS, 15)), lanes(WORDS, 8)), FLOATS)
 
 
-def _mxfp4(b: Any, code: Any) -> Any:
-    """Magnitudes 2 to 7 have an exponent as float32 has it; 0 and 1 are halves."""
+def mxfp4_value(b: Any, code: Any, wide: bool) -> Any:
+    """Of codes in the lowest four bits. Magnitudes 2 to 7 have an exponent as float32 has it; 0 and 1 are halves."""
+    if wide:
+        return _look_up(b, code, VALUES)
     magnitude = b.and_(code, lanes(WORDS, 7))
     small = b.bitcast(b.fmul(b.sitofp(magnitude, FLOATS), lanes(FLOATS, 0.5)), WORDS)
     normal = b.add(b.shl(magnitude, lanes(WORDS, 22)), lanes(WORDS, 126 << 23))
@@ -104,7 +100,8 @@ def _mxfp4(b: Any, code: Any) -> Any:
     return b.bitcast(b.or_(bits, b.shl(b.and_(code, lanes(WORDS, 8)), lanes(WORDS, 28))), FLOATS)
 
 
-def _mxfp4_looked_up(b: Any, code: Any) -> Any:
-    table = ir.Constant(FLOATS, [ir.Constant(F32, value) for value in VALUES])
+def _look_up(b: Any, code: Any, values: Iterable[float]) -> Any:
+    """The instruction looks at the lowest four bits of an index."""
+    table = ir.Constant(FLOATS, [ir.Constant(F32, float(value)) for value in values])
     kind = ir.FunctionType(FLOATS, [FLOATS, WORDS])
     return b.call(cgutils.get_or_insert_function(b.module, kind, "llvm.x86.avx512.permvar.sf.512"), [table, code])
