@@ -10,8 +10,8 @@ The model keeps its class, its `forward` and its `generate`. What changes:
     model.to(...), copies ...       refused where they would reach the experts (refusals.py)
 
 Traced by our backend, the experts implementation is transformers' own code, for the passes to rewrite. Anywhere else
-(an eager call to a submodule, somebody else's torch.compile, the far side of a graph break) it is one op that streams
-and computes by itself: what the passes never see is slower, never wrong.
+(an eager call to a submodule, a torch.compile of the user's own, code after a graph break) it is one op that streams
+and computes by itself: slower, never wrong.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from ..forward.binding import (
     Link,
     Scope,
     banks_of_this_thread,
-    connect,
-    disconnect,
+    connect_bank,
+    disconnect_bank,
     is_cast,
     run_op,
     run_untraced,
@@ -72,7 +72,7 @@ def choose_implementation(moe_layers: Sequence[MoELayer], wanted: str) -> str:
     return own.pop() if len(own) == 1 and own <= set(IMPLEMENTATIONS) else "grouped_mm"
 
 
-def install(
+def patch_model(
     model: nn.Module,
     runtime: Runtime,
     *,
@@ -139,10 +139,10 @@ def install(
     return log
 
 
-def uninstall(runtime: Runtime) -> None:
-    """Let go of the banks; the model stays refused (its weights are gone), but holds no memory."""
+def unpatch_model(runtime: Runtime) -> None:
+    """Free the banks. The model holds no memory then; calling it raises `ClosedError`, since its weights are gone."""
     for layer in runtime.layers:
-        disconnect(layer)
+        disconnect_bank(layer)
 
 
 def _install_layer(layer: LayerRuntime, link: Link, implementation: str, nan_rows: dict[Hashable, Tensor]) -> None:
@@ -153,7 +153,7 @@ def _install_layer(layer: LayerRuntime, link: Link, implementation: str, nan_row
         for name, phantom in phantoms.items():
             setattr(module, name, phantom)
         module._moe_offload = link
-    connect(layer)
+    connect_bank(layer)
 
 
 def _name_implementation(layers: Sequence[LayerRuntime], name: str) -> None:
@@ -179,11 +179,11 @@ def _implementation(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if hasattr(self, "parametrizations"):
             raise OffloadError(ADAPTED)
         link = self._moe_offload
-        if torch.compiler.is_dynamo_compiling():  # by this thread: whatever is running here is not run, but traced
+        if torch.compiler.is_dynamo_compiling():  # this thread traces: the code here is not run
             if link.whole and link.scope.banks == banks_of_this_thread():
                 if link.compiled and is_cast(link, hidden_states):
                     return run_op(self, hidden_states, top_k_index, top_k_weights)
-                return original(self, hidden_states, ops.unserved(top_k_index, link.rows), top_k_weights)
+                return original(self, hidden_states, ops.mark_unserved(top_k_index, link.rows), top_k_weights)
             return run_op(self, hidden_states, top_k_index, top_k_weights)
         if torch.is_grad_enabled():
             return cast(Tensor, refuse_backward(link.run, self, hidden_states, top_k_index, top_k_weights))

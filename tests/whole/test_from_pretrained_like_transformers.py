@@ -379,7 +379,9 @@ def test_each_header_is_read_once(folder, other, monkeypatch, tmp_path):
     read, opened, arranged = [], [], []
     monkeypatch.setattr(headers, "_read_header", counted(read, headers._read_header))
     monkeypatch.setattr(headers, "safe_open", counted(opened, headers.safe_open))
-    monkeypatch.setattr("moe_offload.plan.prepare.arrange", counted(arranged, moe_offload.plan.prepare.arrange))
+    monkeypatch.setattr(
+        "moe_offload.plan.prepare.arrange_layers", counted(arranged, moe_offload.plan.prepare.arrange_layers)
+    )
     for place in (sharded, packed):
         moe_offload.from_pretrained(place, BUDGET).moe_offload.close()
         files = sorted(place.glob("*.safetensors"))

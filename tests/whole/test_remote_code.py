@@ -41,11 +41,11 @@ def folder(tmp_path):
 
 def budget_of(folder, residency=0.0):
     from moe_offload.plan.budget import budget_for
-    from moe_offload.plan.weights import costs, layer_shapes
+    from moe_offload.plan.weights import layer_shapes, sum_costs
 
     found = read_outline(folder, trust_remote_code=True)
     shapes = layer_shapes(found.moe_layers)
-    return budget_for(residency, shapes, costs(found.model, found.moe_layers, SETTINGS))
+    return budget_for(residency, shapes, sum_costs(found.model, found.moe_layers, SETTINGS))
 
 
 def load(folder, residency=0.0, **options):

@@ -120,7 +120,7 @@ def test_a_graph_that_our_passes_never_saw_raises_before_it_computes():
     with torch.no_grad(), pytest.raises(RuntimeError, match="passes have not seen"):
         region(experts, x, ids, weights)
     with pytest.raises(RuntimeError, match="passes have not seen"):
-        ops.unserved(ids, "")
+        ops.mark_unserved(ids, "")
     model.moe_offload.close()
 
 
