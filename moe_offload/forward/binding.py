@@ -97,9 +97,9 @@ class Link:
 
     `run` runs it where it is not being traced; `key` is the tensor by which the op `experts` finds the layer. With
     `whole`, the model's call is traced as one graph, experts included. `rows` is what a graph assumes of the rows
-    (`graphs/ops.py: rows_of`): traced code hands it on, so that Dynamo guards on it. `name` is the layer's; `casts` says
-    whether autocast converts what its experts compute with, `compiled` whether graphs go through Inductor. `refusing`
-    is a key that leads to nothing but an error, for a trace must not raise.
+    (`graphs/ops.py: rows_of`): traced code hands it on, so that Dynamo guards on it. `name` is the layer's;
+    `casts` says whether autocast converts what its experts compute with, `compiled` whether graphs go through Inductor.
+    `refusing` is a key that leads to nothing but an error, for a trace must not raise.
     """
 
     def __init__(self, scope: Scope, run: RunExperts, whole: bool, rows: str, name: str, casts: bool, compiled: bool):
