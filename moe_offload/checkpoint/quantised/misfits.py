@@ -85,8 +85,8 @@ def _refuse_plain(model: Any, headers: Headers) -> None:
         if mark is not None and found is not None and f"{name}.{mark}" not in headers:
             raise CheckpointError(
                 f"{found.file}: '{name}.weight' is {DTYPE_NAMES[found.dtype]} {list(found.shape)} without "
-                f"'{name}.{mark}', and config.json {_quote_config(model.config)}: these files were not saved by it. Remove "
-                "quantization_config from config.json if they are plain weights, or download the checkpoint again"
+                f"'{name}.{mark}', and config.json {_quote_config(model.config)}: these files were not saved by it. "
+                "Remove quantization_config if they are plain weights, or download the checkpoint again"
             )
 
 
