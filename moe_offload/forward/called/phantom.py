@@ -22,6 +22,7 @@ ASKED = """size dim numel nelement stride element_size is_floating_point is_comp
     storage_offset untyped_storage get_device __len__ ndimension""".split()
 _ALLOWED = {getattr(Tensor, name).__get__ for name in LOOKS} | {getattr(Tensor, name) for name in ASKED}
 _ALLOWED |= {torch.numel, torch.is_floating_point, torch.is_complex}
+_ALLOWED |= {Tensor.requires_grad.__set__, Tensor.grad.__set__, Tensor.requires_grad_}  # as adapters and zero_grad do
 
 
 class CalledPhantom(nn.Parameter):
@@ -50,7 +51,7 @@ class CalledPhantom(nn.Parameter):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         found = _phantom_in((args, kwargs or {}))
-        if func is Tensor.detach or func is Tensor.requires_grad_:
+        if func is Tensor.detach:
             return found
         whose, what = "an expert" if found is None else found.called, getattr(func, "__name__", str(func))
         raise UnsupportedModelError(
