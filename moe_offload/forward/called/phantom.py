@@ -21,8 +21,8 @@ LOOKS = """shape dtype device layout requires_grad is_leaf is_meta ndim nbytes i
 ASKED = """size dim numel nelement stride element_size is_floating_point is_complex is_shared is_contiguous data_ptr
     storage_offset untyped_storage get_device __len__ ndimension""".split()
 _ALLOWED = {getattr(Tensor, name).__get__ for name in LOOKS} | {getattr(Tensor, name) for name in ASKED}
-_ALLOWED |= {torch.numel, torch.is_floating_point, torch.is_complex}
-_ALLOWED |= {Tensor.requires_grad.__set__, Tensor.grad.__set__, Tensor.requires_grad_}  # as adapters and zero_grad do
+_ALLOWED |= {torch.numel, torch.is_floating_point, torch.is_complex, Tensor.requires_grad_}
+_ALLOWED |= {getattr(Tensor, name).__set__ for name in ("requires_grad", "grad")}  # as adapters and zero_grad do
 
 
 class CalledPhantom(nn.Parameter):
