@@ -1,4 +1,4 @@
-"""Who writes usage down, and when: every few minutes, where a model ends, and where the process does.
+"""`Keeper`, the thread that writes usage to files: every few minutes, when a model ends, and when the process does.
 
 The models of a process share one thread for it. A model that is collected only puts its usage into a queue for that
 thread, because the collector may run in the middle of anything, and nothing but `SimpleQueue.put` is safe there.
@@ -16,7 +16,7 @@ from queue import Empty, SimpleQueue
 
 from ..cache.counters import LayerCounters
 from ..errors import ProfileError
-from .profile import Profile, merge
+from .profile import Profile, merge_profiles
 from .usage import UsageFile
 
 logger = logging.getLogger("moe_offload")
@@ -73,7 +73,7 @@ class Usage:
         found = Profile.of_layers(self.file.fingerprint, new, meta)
         before = self._unwritten.get(self.file.workload)
         if before is not None:
-            found = merge([before, found]).model_copy(update={"meta": {**before.meta, **meta}})
+            found = merge_profiles([before, found]).model_copy(update={"meta": {**before.meta, **meta}})
         self._unwritten[self.file.workload] = found
 
 

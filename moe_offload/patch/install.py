@@ -10,8 +10,8 @@ The model keeps its class, its `forward` and its `generate`. What changes:
     model.to(...), copies ...       refused where they would reach the experts (refusals.py)
 
 Traced by our backend, the experts implementation is transformers' own code, for the passes to rewrite. Anywhere else
-(an eager call to a submodule, somebody else's torch.compile, the far side of a graph break) it is one op that streams
-and computes by itself: what the passes never see is slower, never wrong.
+(an eager call to a submodule, a torch.compile of the user's own, code after a graph break) it is one op that streams
+and computes by itself: slower, never wrong.
 """
 
 from __future__ import annotations
@@ -27,88 +27,35 @@ from torch import Tensor, nn
 from ..errors import OffloadError
 from ..experts import MoELayer
 from ..forward.advise import Advisor
-from ..forward.binding import Link, Scope, banks_of_this_thread, connect, disconnect, run_op, run_untraced
+from ..forward.binding import (
+    Link,
+    Scope,
+    banks_of_this_thread,
+    connect_bank,
+    disconnect_bank,
+    is_cast,
+    run_op,
+    run_untraced,
+)
 from ..forward.call import ADAPTED, Call, whole_call
 from ..forward.called.hints import hint_from_routers
 from ..forward.called.table import SERVED
-from ..forward.changed_parts import refuse_changed_parts
 from ..forward.dynamo import Settings
 from ..forward.graphs import compiling, ops, products
 from ..forward.graphs.phantom import Phantom
 from ..forward.inference_only import refuse_backward
 from ..forward.out_of_memory.retry import Retry
 from ..forward.regions import Regions
-from ..memory.buffers import page_aligned
 from ..runtime.kernels import KERNELS
 from ..runtime.layer import LayerRuntime
 from ..runtime.model import Runtime
 from .compiled_call import keep_compiled_call
 from .experts_config import experts_view
 from .footprint import count_what_is_held
+from .module_core import ModuleCore, original_code
 
 logger = logging.getLogger("moe_offload")
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
-
-
-class ModuleCore:
-    """transformers' own experts code, run for single pairs (K = 1) on the rows of a bank.
-
-    Routing weights of one leave the pairs unweighted: the weighted sum over K is taken after all waves.
-    """
-
-    def __init__(self, moe: MoELayer, implementation: str, views: Callable[[Tensor], dict[str, Tensor]]):
-        self.moe, self.module, self.views = moe, moe.modules[0], views
-        self.run, self.grouped = original_code(implementation), implementation == "grouped_mm"
-
-    def __call__(
-        self,
-        x_P: Tensor,
-        slots_R: Tensor,
-        bank_SN: Tensor,
-        others: Sequence[Tensor],
-        pairs_R: Tensor | slice | None = None,
-    ) -> Tensor:
-        if pairs_R is not None:
-            x_P = x_P[pairs_R]
-        refuse_changed_parts(self.module)
-        if self.moe.packed:
-            return self._run_unpacked(x_P, slots_R, bank_SN)
-        return self._run(x_P, slots_R, self.views(bank_SN))
-
-    def _run(self, x_P: Tensor, slots_P: Tensor, weights: dict[str, Tensor]) -> Tensor:
-        bare = object.__new__(type(self.module))
-        bare.__dict__.update(self.module.__dict__)
-        bare.__dict__["_parameters"] = {**self.module._parameters, **weights}
-        first = next(iter(weights.values()))
-        bare.__dict__["num_experts"] = first.shape[0]
-        ones = torch.ones((len(x_P), 1), dtype=first.dtype, device=x_P.device)
-        out: Tensor = self.run(bare, x_P.to(first.dtype), slots_P.view(-1, 1), ones)
-        return out
-
-    def _run_unpacked(self, x_P: Tensor, slots_P: Tensor, bank_SN: Tensor) -> Tensor:
-        """One expert after the other, so that one is unpacked at a time."""
-        out_P: Tensor | None = None
-        row = page_aligned(self.moe.unpacked.row_bytes)
-        for slot in slots_P.unique().tolist():
-            pairs = (slots_P == slot).nonzero().flatten()
-            self.moe.unpack_row(bank_SN[slot].view(torch.uint8), row)
-            weights = {field.name: field.view_in(row)[None] for field in self.moe.unpacked.fields}
-            # A batched product of one pair would round otherwise.
-            ran = pairs if self.grouped else pairs.repeat(2)[: max(len(pairs), 2)]
-            part = self._run(x_P[ran], torch.zeros_like(ran), weights)[: len(pairs)]
-            out_P = part.new_empty((len(x_P), *part.shape[1:])) if out_P is None else out_P
-            out_P.index_copy_(0, pairs, part)
-        if out_P is None:
-            raise AssertionError(f"{self.moe.name}: no pair to compute")
-        return out_P
-
-
-def original_code(implementation: str) -> Callable[..., Tensor]:
-    """transformers' own experts code of that name: (module, x [T, H], ids [T, K], weights [T, K]) -> [T, H]."""
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    code: Callable[..., Tensor] = ALL_EXPERTS_FUNCTIONS[implementation]
-    return code
 
 
 def serve_products(device: str) -> None:
@@ -125,7 +72,7 @@ def choose_implementation(moe_layers: Sequence[MoELayer], wanted: str) -> str:
     return own.pop() if len(own) == 1 and own <= set(IMPLEMENTATIONS) else "grouped_mm"
 
 
-def install(
+def patch_model(
     model: nn.Module,
     runtime: Runtime,
     *,
@@ -180,7 +127,9 @@ def install(
             module._moe_offload = weights
         hint_from_routers(layer, scope, model)
     for layer in graphed:
-        link = Link(scope, run_untraced if regions is None else regions.run, whole, ops.rows_of(layer))
+        run_eager = run_untraced if regions is None else regions.run
+        casts = implementation != "grouped_mm" or layer.device.type != "cpu"  # a CPU's autocast knows no grouped_mm
+        link = Link(scope, run_eager, whole, ops.rows_of(layer), layer.moe.name, casts, inner == "inductor")
         _install_layer(layer, link, implementation, nan_rows)
     model._compiled_call_impl = Call(model, runtime, scope, Retry(runtime, scope, compile), advisor)
     keep_compiled_call(model)
@@ -190,10 +139,10 @@ def install(
     return log
 
 
-def uninstall(runtime: Runtime) -> None:
-    """Let go of the banks; the model stays refused (its weights are gone), but holds no memory."""
+def unpatch_model(runtime: Runtime) -> None:
+    """Free the banks. The model holds no memory then; calling it raises `ClosedError`, since its weights are gone."""
     for layer in runtime.layers:
-        disconnect(layer)
+        disconnect_bank(layer)
 
 
 def _install_layer(layer: LayerRuntime, link: Link, implementation: str, nan_rows: dict[Hashable, Tensor]) -> None:
@@ -204,7 +153,7 @@ def _install_layer(layer: LayerRuntime, link: Link, implementation: str, nan_row
         for name, phantom in phantoms.items():
             setattr(module, name, phantom)
         module._moe_offload = link
-    connect(layer)
+    connect_bank(layer)
 
 
 def _name_implementation(layers: Sequence[LayerRuntime], name: str) -> None:
@@ -230,9 +179,11 @@ def _implementation(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if hasattr(self, "parametrizations"):
             raise OffloadError(ADAPTED)
         link = self._moe_offload
-        if torch.compiler.is_dynamo_compiling():  # by this thread: whatever is running here is not run, but traced
+        if torch.compiler.is_dynamo_compiling():  # this thread traces: the code here is not run
             if link.whole and link.scope.banks == banks_of_this_thread():
-                return original(self, hidden_states, ops.unserved(top_k_index, link.rows), top_k_weights)
+                if link.compiled and is_cast(link, hidden_states):
+                    return run_op(self, hidden_states, top_k_index, top_k_weights)
+                return original(self, hidden_states, ops.mark_unserved(top_k_index, link.rows), top_k_weights)
             return run_op(self, hidden_states, top_k_index, top_k_weights)
         if torch.is_grad_enabled():
             return cast(Tensor, refuse_backward(link.run, self, hidden_states, top_k_index, top_k_weights))

@@ -61,6 +61,7 @@ FLAGS: dict[str, tuple[str, str]] = {
     "--api-key": (TEXT, "What clients must send"),
     "--max-waiting": (NUMBER, "Requests that may wait"),
     "--new-tokens": (NUMBER, "Tokens decoded after the first"),
+    "--foreign": (FILE, "Instead: run the code"),
     "--offload-folder": (TEXT, "Where experts are spilled"),
     "--once": (SWITCH, "Look once"),
     "--out": (FILE, "The "),
