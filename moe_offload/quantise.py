@@ -90,6 +90,12 @@ def quantise_checkpoint(
     source = open_source(get_folder(path_or_id, arguments), arguments)
     if quantization_of(source.meta.config) is not None or any(source.index.packings):
         raise CheckpointError(f"{source.folder}: is quantised already. Give the checkpoint that it was made of")
+    called = next((moe.name for moe in source.moe_layers if moe.called), None)
+    if called is not None:
+        raise UnsupportedModelError(
+            f"{called}: its experts are called one by one by the model's own code, which reads no quantised weights. "
+            "Keep the checkpoint as it is, or pack it without --experts"
+        )
     plan = _plan(source, experts, limit_bytes)
     others = [file for file in source.folder.iterdir() if file.is_file() and not file.name.endswith(WEIGHTS)]
     size = sum(shard.nbytes for shard in plan.shards)

@@ -1,22 +1,28 @@
 """Record which experts a workload uses, with or without offload.
 
 On an offloaded model the cache counts anyway. On an ordinary one the `instrument` pass puts counters into the compiled
-graph: the model runs with its own weights and its own results, and each layer's ids pass through an `observe` op.
+graph: the model runs with its own weights and its own results, and each layer's ids pass through an `observe` op. Where
+the model's own code calls its experts one by one, hooks on them count, and nothing is compiled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import optree
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from .cache.counters import LayerCounters
-from .errors import ProfileError
-from .experts import MoELayer, find_experts
+from .errors import ProfileError, UnsupportedModelError
+from .experts import MoELayer, find_experts, members_of
 from .forward.call import whole_call
+from .forward.called.modules import rows_of
 from .forward.graphs.observing import observe, observing_backend, unobserve
 from .observe.profile import Profile
 from .patch.install import IMPLEMENTATIONS, choose_implementation
@@ -28,10 +34,27 @@ class Count:
 
     def __init__(self, moe: MoELayer):
         self.moe, self.tokens, self.counts = moe, 0, torch.zeros(moe.num_experts, dtype=torch.int64)
+        self.used: Counter[int] = Counter()  # of the forward that is going on, where experts are called one by one
 
     def observe(self, ids_P: Tensor) -> None:
         self.tokens += self.moe.tokens_of(ids_P.numel())
         self.counts += torch.bincount(ids_P.reshape(-1), minlength=len(self.counts))
+
+    def observe_calls(self) -> Iterator[RemovableHandle]:
+        """Count the calls of experts until the handles are removed; `end_forward` says where a forward ends."""
+        for e, expert in members_of(self.moe):
+            yield expert.register_forward_pre_hook(partial(self._called, e), with_kwargs=True)
+
+    def end_forward(self) -> None:
+        if self.used:
+            self.tokens += max(self.moe.tokens_of(sum(self.used.values())), *self.used.values(), 0)
+            self.used.clear()
+
+    def _called(self, e: int, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rows = rows_of(args, kwargs)
+        if rows:
+            self.counts[e] += rows
+            self.used[e] += rows
 
     def counters(self) -> LayerCounters:
         return LayerCounters(tokens=self.tokens, counts=self.counts.tolist())
@@ -68,6 +91,8 @@ def record_profile(model: Any, inputs: Any, **meta: str) -> Profile:
         counts = [[a - b for a, b in zip(x, y, strict=True)] for x, y in zip(after.counts, before.counts, strict=True)]
         return Profile.of(after.fingerprint, tokens=after.tokens - before.tokens, counts=counts, meta=meta)
     moe_layers = find_experts(model)
+    if any(moe.called for moe in moe_layers):
+        return _record_calls(model, batches, moe_layers, meta)
     implementation = choose_implementation(moe_layers, "auto")
     weights = {id(p): (moe, field) for moe in moe_layers for field, p in moe.params.items()}
     counters = [Count(moe) for moe in moe_layers]
@@ -84,6 +109,31 @@ def record_profile(model: Any, inputs: Any, **meta: str) -> Profile:
             unobserve(moe)
         for config, chosen in was:
             config._experts_implementation_internal = chosen
+    return _profile(model, moe_layers, counters, meta)
+
+
+def _record_calls(model: Any, batches: Iterable[Any], moe_layers: Sequence[MoELayer], meta: dict[str, str]) -> Profile:
+    others = [moe.name for moe in moe_layers if not moe.called]
+    if others:
+        raise UnsupportedModelError(
+            f"{others[0]}: the experts of other layers are called one by one, and of these nobody hears as they are; "
+            "optimize() the model, and take model.moe_offload.profile()"
+        )
+    counters = [Count(moe) for moe in moe_layers]
+
+    def call(*args: Any, **kwargs: Any) -> None:
+        model(*args, **kwargs)
+        for counter in counters:
+            counter.end_forward()
+
+    with contextlib.ExitStack() as undo:
+        for handle in (handle for counter in counters for handle in counter.observe_calls()):
+            undo.callback(handle.remove)
+        _run(model, batches, call)
+    return _profile(model, moe_layers, counters, meta)
+
+
+def _profile(model: Any, moe_layers: Sequence[MoELayer], counters: Sequence[Count], meta: dict[str, str]) -> Profile:
     if not any(counter.tokens for counter in counters):
         raise ProfileError("record_profile counted nothing: the inputs hold no token, or never reach an experts module")
     return Profile.of_layers(fingerprint(model, moe_layers), [counter.counters() for counter in counters], meta)

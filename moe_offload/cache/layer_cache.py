@@ -8,6 +8,7 @@ be larger than the slots: it is not resident together, and leaves in the slots w
 
     lookup(used)  hits keep their slot; each miss takes a free slot, or a victim's, and becomes a pending `Load`
     fill(used)    a prompt: loads for those worth a slot, and the experts whose rows pass through scratch
+    demand(e)     one expert, where a model's own code asks for one after the other
     guess(ids)    the same for what will probably be asked for, as far as there is room; it is no access
     commit(load)  its bytes have arrived: only now is it resident, and a miss counted
     abort(load)   they did not: the slot is free again, nothing points to it
@@ -113,8 +114,18 @@ class LayerCache:
         missing = [e for e in dict.fromkeys(experts) if self.slot_of[e] < 0 and e not in self.pending]
         return self._admit(missing[: len(self.free)], [])
 
-    def guess(self, experts: Sequence[int], most: int) -> list[Load]:
-        """Loads of at most `most` experts that will probably be asked for next, likeliest first.
+    def demand(self, expert: int, keep: Collection[int]) -> Load | None:
+        """The load of one missing expert, asked for alone; none of `keep` gives way. None where no slot can be had.
+
+        What is asked for one by one is told by whoever asks: it counts no event.
+        """
+        candidates = [] if self.free else self._evictable(keep)
+        if not self.free and not candidates:
+            return None
+        return self._admit([expert], candidates)[0]
+
+    def guess(self, experts: Sequence[int], most: int, keep: Collection[int] = ()) -> list[Load]:
+        """Loads of at most `most` experts that will probably be asked for next, likeliest first; `keep` stays, too.
 
         Each takes a free slot or that of the coldest row that is not itself expected. It is no access: the policy
         hears of what is asked for, not of what was expected.
@@ -122,7 +133,7 @@ class LayerCache:
         missing = [e for e in dict.fromkeys(experts) if self.slot_of[e] < 0 and e not in self.pending]
         if most <= 0 or not missing:
             return []
-        candidates = self._evictable(experts)
+        candidates = self._evictable([*experts, *keep])
         return self._admit(missing[: min(most, len(self.free) + len(candidates))], candidates)
 
     def commit(self, load: Load, nbytes: int, demanded: bool = True) -> None:

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ..errors import CheckpointError
 from ..experts import MoELayer, find_experts
 from .folder import is_folder
@@ -54,15 +52,14 @@ class Outline:
         return list(moe_layers) if self.index is None else self.index.pack(moe_layers)
 
 
-def outline(path_or_id: str | Path, dtype: str | torch.dtype = "auto") -> Outline:
+def outline(path_or_id: str | Path, arguments: Arguments) -> Outline:
     """Read headers only. Raises `CheckpointError` when they cannot be had or do not fit the model's configuration."""
-    arguments = Arguments(dtype=dtype)
-    folder = Path(path_or_id) if is_folder(path_or_id) else _cached(str(path_or_id))
+    folder = Path(path_or_id) if is_folder(path_or_id) else _cached(str(path_or_id), arguments)
     if folder is None:
         return _of_repository(str(path_or_id), arguments)
     if _has_shards(folder):
         return outline_folder(folder, arguments)
-    model = build_skeleton(read_configuration(folder, arguments), None, arguments)
+    model = build_skeleton(folder, read_configuration(folder, arguments), None, arguments)
     return Outline(model, find_experts(model), "config.json alone (there are no weights in the folder)")
 
 
@@ -80,7 +77,7 @@ def outline_stored(place: Path, stored: Stored) -> Outline:
 
 
 def _outline_stored(place: Path, config: Any, stored: Stored, arguments: Arguments) -> Outline:
-    model = build_skeleton(config, stored, arguments)
+    model = build_skeleton(place, config, stored, arguments)
     moe_layers = find_experts(model)
     index = index_stored(model, moe_layers, stored)
     check_dense(model.config, stored.headers, index.keys)
@@ -99,7 +96,7 @@ def read_weights(place: Path, config: Any, variant: str | None = None) -> Stored
 
 def _of_repository(name: str, arguments: Arguments) -> Outline:
     stored = Stored(hub_headers(name))
-    model = build_skeleton(read_configuration(name, arguments), stored, arguments)
+    model = build_skeleton(name, read_configuration(name, arguments), stored, arguments)
     moe_layers = find_experts(model)
     index = index_stored(model, moe_layers, stored)
     check_dense(model.config, stored.headers, index.keys)
@@ -140,10 +137,10 @@ def _range(name: str, file: str, key: str, tensor: Any) -> TensorRange:
     return TensorRange(Path(file), begin, end - begin, tuple(tensor.shape), dtype)
 
 
-def _cached(name: str) -> Path | None:
+def _cached(name: str, arguments: Arguments) -> Path | None:
     """The folder of a repository that was downloaded before, weights and all."""
     try:
-        folder = download(name, Arguments(), local_files_only=True)
+        folder = download(name, arguments, local_files_only=True)
     except CheckpointError:
         return None
     return folder if _has_shards(folder) and all((folder / file).exists() for file in listed_names(folder)) else None

@@ -9,22 +9,23 @@ asked here, key by key, exactly as its own loader asks; nothing is decided by a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import CheckpointError, UnsupportedModelError
+from ..errors import CheckpointError
 from ..experts import Field, MoELayer, RowLayout
 from ..files.file_stamp import FileStamp
 from .conversion import Conversion, Shape, joins_bytes, one_expert_conversions
 from .expert_keys import label_of, one_key_per_expert, slice_stack
 from .headers import Headers, TensorRange
+from .origins import Origin, find_origins, origin_of, own_key
 from .quantised.columns import PackedColumn, Packing, Sources, is_packed_by, pack_column
-from .quantised.misfits import refuse_codes, refuse_foreign
+from .quantised.misfits import refuse_codes
 from .quantised.recognise import role_of
 
 
@@ -82,14 +83,11 @@ def index_rows(model: nn.Module, moe_layers: Sequence[MoELayer], headers: Header
     Raises `CheckpointError` naming module and experts when tensors are missing, too many or of another shape, and
     `UnsupportedModelError` when transformers converts them in a way that has no one-expert form.
     """
-    wanted = {f"{name}.{f.name}" for moe in moe_layers for name in moe.names for f in moe.unpacked.fields}
-    origins = _find_origins(model, headers, wanted)
+    wanted = {f"{name}.{place.key}" for moe in moe_layers for name in moe.names for place in moe.own_places}
+    origins = find_origins(model, headers, wanted)
     layers = []
     for moe in moe_layers:
-        columns = [
-            _column(model, moe, f, *_origin_of(model, moe, f, origins, headers), headers) for f in moe.unpacked.fields
-        ]
-        layers.append(_lay_out(moe, columns))
+        layers.append(_lay_out(moe, [_column_of(model, moe, f, origins, headers) for f in moe.unpacked.fields]))
     keys = frozenset(key for origin in origins.values() for part in origin.parts.values() for key in part)
     names = tuple(moe.name for moe in moe_layers)
     rows, packings = tuple(rows for rows, _ in layers), tuple(packing for _, packing in layers)
@@ -127,76 +125,22 @@ class Column:
         return [(self.field.name, self.field.shape, self.field.dtype)]
 
 
-@dataclass
-class _Origin:
-    """Where one stacked parameter comes from: `{source pattern: its keys, in loading order}` and their converter."""
-
-    converter: Any = None  # a WeightConverter, or None: the one key is the parameter itself
-    share: int = 0  # which of the converter's targets the parameter is
-    parts: dict[str | None, list[str]] = field(default_factory=dict)
-
-
-def _find_origins(model: nn.Module, headers: Headers, wanted: set[str]) -> dict[str, _Origin]:
-    """Group checkpoint keys by the wanted parameter they load into: transformers' own loop, without its tensors."""
-    from transformers.conversion_mapping import get_model_conversion_mapping  # late, as in conversion.py
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-
-    mapping = get_model_conversion_mapping(model, hf_quantizer=getattr(model, "hf_quantizer", None))  # type: ignore[arg-type]
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    prefix, names = getattr(model, "base_model_prefix", ""), model.state_dict()
-    origins: dict[str, _Origin] = {}
-    for key in sorted([*headers, *headers.unreadable], key=dot_natural_key):
-        target, pattern = rename_source_key(key, renamings, converters, prefix, names)
-        if target not in names and key in names:  # named as in the model already: not to be renamed after all
-            target, pattern = rename_source_key(key, [], [], prefix, names)
-        if target not in names:
-            continue
-        if key in headers.unreadable:
-            dtype, file = headers.unreadable[key]
-            raise UnsupportedModelError(
-                f"{file}: {key!r}, which the model needs, is of dtype {dtype}, which torch {torch.__version__} does "
-                "not have. Use a checkpoint in another dtype, or a later torch"
-            )
-        converter = None if pattern is None else by_pattern[pattern]
-        for share, parameter in enumerate(_targets(target, converter)):
-            if parameter in wanted:
-                origin = origins.setdefault(parameter, _Origin(converter, share))
-                if origin.converter is not converter:
-                    other = next(iter(origin.parts.values()))[0]
-                    raise CheckpointError(
-                        f"{parameter}: the checkpoint has it in two forms, {other!r} and {key!r}; which one counts "
-                        "cannot be told. Remove the shard that does not belong"
-                    )
-                origin.parts.setdefault(pattern, []).append(key)
-    return origins
-
-
-def _targets(target: str, converter: Any) -> Iterator[str]:
-    """The parameters a key contributes to; renaming gives only the first of them."""
-    patterns = [""] if converter is None else converter.target_patterns
-    for pattern in patterns:
-        yield target if pattern == patterns[0] else target.replace(patterns[0], pattern, 1)
-
-
-def _origin_of(
-    model: Any, moe: MoELayer, f: Field, origins: dict[str, _Origin], headers: Headers
-) -> tuple[str, _Origin]:
-    """Parameters tied between modules are stored under one of their names, not always the first."""
-    for name in moe.names:
-        if f"{name}.{f.name}" in origins:
-            return f"{name}.{f.name}", origins[f"{name}.{f.name}"]
-    refuse_foreign(model.config, headers, f"{moe.name}.{f.name}")
-    near = [key for key in headers if key.startswith(f"{moe.name.rpartition('.')[0]}.")][:3]
-    raise CheckpointError(
-        f"{moe.name}: none of its {moe.num_experts} experts has {f.name} in the checkpoint; near that name it has "
-        f"{near or 'nothing'}. Use the checkpoint that belongs to this configuration"
-    )
+def _column_of(
+    model: Any, moe: MoELayer, f: Field, origins: dict[str, Origin], headers: Headers
+) -> Column | PackedColumn:
+    """Field `f` of every expert: of the stack in which the model has it, or of one parameter each."""
+    places = [place for place in moe.own_places if place.field == f.name]
+    found = [origin_of(model, moe, place, origins, headers) for place in places]
+    if places[0].expert is None:
+        return _column(model, moe, f, *found[0], headers)
+    keys = [own_key(parameter, origin) for parameter, origin in found]
+    ranges = [headers[key] for key in keys]
+    refuse_codes(model.config, headers, f.name, ranges, keys)
+    return _plain_column(moe, f, f"{moe.name}.{f.name}", [], [Sources(None, f.name, keys, ranges)])
 
 
 def _column(
-    model: Any, moe: MoELayer, f: Field, parameter: str, origin: _Origin, headers: Headers
+    model: Any, moe: MoELayer, f: Field, parameter: str, origin: Origin, headers: Headers
 ) -> Column | PackedColumn:
     """Field `f` of every expert of the layer."""
     from transformers.core_model_loading import ErnieFuseAndSplitTextVisionExperts, MergeModulelist

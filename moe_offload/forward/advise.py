@@ -36,12 +36,12 @@ def at_start(plan: Plan, budget: Any) -> None:
     """Say what an automatic `budget` has become, and warn of a plan without a slot to spare."""
     if budget in (None, "auto"):
         logger.info("budget: %s, taken from the memory available now", format_size(plan.budget_bytes, both=True))
-    if plan.residency == 1 or any(s > layer.top_k for s, layer in zip(plan.slots, plan.layers, strict=True)):
+    if plan.residency == 1 or any(s > layer.least for s, layer in zip(plan.slots, plan.layers, strict=True)):
         return
     share = min(1.0, 2 * plan.residency)
     budget_bytes = budget_for(share, plan.layers, plan.costs)
     _advise(
-        "this budget (%s) is the least that works: slots for the experts of one token, so nearly every token reads "
+        "this budget (%s) is the least that works: slots for the experts in use at once, so nearly every token reads "
         "most of its experts anew. %s holds %.0f %% of the experts; `moe-offload estimate` shows what is between.",
         format_size(plan.budget_bytes), format_size(budget_bytes), 100 * share,
     )  # fmt: skip

@@ -79,7 +79,11 @@ class Scope:
             try:
                 with self._settings.entered():
                     yield
+            except BaseException:
+                self.runtime.give_up_calls()
+                raise
             finally:
+                self.runtime.end_events()
                 _inside.scope = before
 
 
@@ -119,7 +123,9 @@ ops.bind(_CLOSED, _Closed())
 
 
 def connect(layer: LayerRuntime) -> None:
-    """Let the layer's modules and graphs use the bank it has now."""
+    """Let the layer's modules and graphs use the bank it has now. Experts that are called see it by themselves."""
+    if layer.moe.called:
+        return
     ops.bind(layer.slots.bank_SN, layer)
     key = torch.empty(1, device=layer.slots.bank_SN.device)
     ops.bind(key, layer)
@@ -129,6 +135,10 @@ def connect(layer: LayerRuntime) -> None:
 
 def disconnect(layer: LayerRuntime) -> None:
     """Let go of the layer's bank, before its memory is given back."""
+    if layer.moe.called:
+        for module in layer.moe.modules:
+            module._moe_offload.forget()
+        return
     ops.unbind(layer.slots.bank_SN)
     for module in layer.moe.modules:
         if module._moe_offload.key is not _CLOSED:

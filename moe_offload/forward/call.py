@@ -45,8 +45,10 @@ class Call:
             (model.get_submodule(name.rpartition(".")[0])._modules, name.rpartition(".")[2], module)
             for layer in runtime.layers
             for name, module in zip(layer.moe.names, layer.moe.modules, strict=True)
+            if not layer.moe.called  # there an adapter in an expert sees the real weights
         ]
-        modules = [(module, layer.moe.name) for layer in runtime.layers for module in layer.moe.modules]
+        graphed = [layer for layer in runtime.layers if not layer.moe.called]
+        modules = [(module, layer.moe.name) for layer in graphed for module in layer.moe.modules]
         self.configs = {
             id(vars(module.config)): (vars(module.config), module.config._experts_implementation_internal, name)
             for module, name in modules
@@ -88,6 +90,7 @@ class Call:
                     raise error.inner_exception from None
                 raise
             finally:
+                self.runtime.end_events()
                 if self.runtime.recorder is not None:
                     self.runtime.recorder.end_forward()
                 if self.runtime.timeline is not None:

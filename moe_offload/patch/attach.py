@@ -24,7 +24,8 @@ def attach(model: nn.Module, runtime: Runtime, prepared: Prepared) -> Handle:
     wanted = settings.experts_implementation
     if settings.compute == "fast" and wanted == "auto":
         wanted = "grouped_mm"  # the one that has fast products
-    implementation = patch.choose_implementation([layer.moe for layer in runtime.layers], wanted)
+    moe_layers = [layer.moe for layer in runtime.layers]
+    implementation = patch.choose_implementation(moe_layers, wanted)
     fast = settings.compute == "fast" and serve_fast(arrangement.device, implementation)
     if arrangement.device != "cpu":
         patch.serve_products(arrangement.device)
@@ -51,7 +52,7 @@ def attach(model: nn.Module, runtime: Runtime, prepared: Prepared) -> Handle:
         arrangement,
         prepared.fingerprint,
         compile=inner,
-        implementation=implementation,
+        implementation="called" if all(moe.called for moe in moe_layers) else implementation,
         graphs=graphs,
         on_close=lambda: _detach(runtime, linears),
     )

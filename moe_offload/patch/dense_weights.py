@@ -59,7 +59,7 @@ def place_dense(model: Any, moe_layers: Sequence[MoELayer], device: str) -> None
 
 
 def _dense(model: Any, moe_layers: Sequence[MoELayer]) -> Iterator[tuple[str, Tensor]]:
-    experts = {id(param) for moe in moe_layers for param in moe.params.values()}
+    experts = {id(param) for moe in moe_layers for param in moe.tensors}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if id(tensor) not in experts:
             yield name, tensor

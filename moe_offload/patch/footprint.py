@@ -19,7 +19,7 @@ def count_what_is_held(model: nn.Module, runtime: Runtime) -> None:
 
 
 def _held_bytes(model: nn.Module, runtime: Runtime, return_buffers: bool = True) -> int:
-    phantoms = {id(phantom) for layer in runtime.layers for phantom in layer.moe.params.values()}
+    phantoms = {id(phantom) for layer in runtime.layers for phantom in layer.moe.tensors}
     tensors = [*model.parameters(), *(model.buffers() if return_buffers else ())]
     dense_bytes = sum(t.numel() * t.element_size() for t in tensors if id(t) not in phantoms)
     slot_bytes = sum(layer.slots.bytes.numel() for layer in runtime.layers)

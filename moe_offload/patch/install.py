@@ -3,6 +3,8 @@
 The model keeps its class, its `forward` and its `generate`. What changes:
 
     module.gate_up_proj ...         a Phantom; state_dict() still returns the real rows (saving.py)
+    experts[3](x)                   where the model's code calls its experts one by one: served by forward/called/, and
+                                    nothing is compiled around them
     module.config                   a view that names our experts implementation (experts_config.py)
     model(...)                      under the model's lock, inference only (call.py); its experts compiled, or all of it
     model.to(...), copies ...       refused where they would reach the experts (refusals.py)
@@ -15,6 +17,7 @@ and computes by itself: what the passes never see is slower, never wrong.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, cast
 
@@ -26,6 +29,8 @@ from ..experts import MoELayer
 from ..forward.advise import Advisor
 from ..forward.binding import Link, Scope, banks_of_this_thread, connect, disconnect, run_op, run_untraced
 from ..forward.call import ADAPTED, Call, whole_call
+from ..forward.called.hints import hint_from_routers
+from ..forward.called.table import SERVED
 from ..forward.changed_parts import refuse_changed_parts
 from ..forward.dynamo import Settings
 from ..forward.graphs import compiling, ops, products
@@ -41,6 +46,7 @@ from .compiled_call import keep_compiled_call
 from .experts_config import experts_view
 from .footprint import count_what_is_held
 
+logger = logging.getLogger("moe_offload")
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
 
 
@@ -115,7 +121,7 @@ def choose_implementation(moe_layers: Sequence[MoELayer], wanted: str) -> str:
     """'auto' keeps the model's own choice where the passes can see it, else grouped_mm."""
     if wanted in IMPLEMENTATIONS:
         return wanted
-    own: set[str] = {moe.modules[0].config._experts_implementation for moe in moe_layers}
+    own: set[str] = {moe.modules[0].config._experts_implementation for moe in moe_layers if not moe.called}
     return own.pop() if len(own) == 1 and own <= set(IMPLEMENTATIONS) else "grouped_mm"
 
 
@@ -145,21 +151,35 @@ def install(
     )
     made = compiling.make_backend(run, core, log, overlap, guess, few_tokens)
 
-    whole = inner == "inductor" or guess or fullgraph or runtime.device_caches is not None
-    traced = [model] if whole else [module for layer in runtime.layers for module in layer.moe.modules]
+    called = [layer for layer in runtime.layers if layer.moe.called]
+    graphed = [layer for layer in runtime.layers if not layer.moe.called]
+    whole = not called and (inner == "inductor" or guess or fullgraph or runtime.device_caches is not None)
+    if called and (inner == "inductor" or fullgraph):
+        logger.warning(
+            "%s: the model's own code calls its experts one by one, where nothing can be compiled: compile='inductor' "
+            "and fullgraph have no effect",
+            called[0].moe.name,
+        )  # fmt: skip
+    traced = [model] if whole else [module for layer in graphed for module in layer.moe.modules]
     scope = Scope(runtime, Settings(traced, log))
-    regions = None if whole else Regions(scope, original_code(implementation), made, log, dynamic)
+    regions = Regions(scope, original_code(implementation), made, log, dynamic) if graphed and not whole else None
 
     def compile() -> Callable[..., Any]:
         if regions is not None:
             regions.renew()
+        if not whole:
             return model._call_impl
         run: Callable[..., Any] = torch.compile(whole_call(model), backend=made, dynamic=dynamic, fullgraph=fullgraph)
         return run
 
     nan_rows: dict[Hashable, Tensor] = {}
-    _name_implementation(runtime, f"moe_offload_{implementation}")
-    for layer in runtime.layers:
+    _name_implementation(graphed, f"moe_offload_{implementation}")
+    for layer in called:
+        weights = SERVED[layer.moe.form](layer, scope)
+        for module in layer.moe.modules:
+            module._moe_offload = weights
+        hint_from_routers(layer, scope, model)
+    for layer in graphed:
         link = Link(scope, run_untraced if regions is None else regions.run, whole, ops.rows_of(layer))
         _install_layer(layer, link, implementation, nan_rows)
     model._compiled_call_impl = Call(model, runtime, scope, Retry(runtime, scope, compile), advisor)
@@ -187,10 +207,10 @@ def _install_layer(layer: LayerRuntime, link: Link, implementation: str, nan_row
     connect(layer)
 
 
-def _name_implementation(runtime: Runtime, name: str) -> None:
+def _name_implementation(layers: Sequence[LayerRuntime], name: str) -> None:
     """Each experts module gets a view of its own config: that may be a copy, which the model's never reaches."""
     views: dict[int, Any] = {}
-    for module in (module for layer in runtime.layers for module in layer.moe.modules):
+    for module in (module for layer in layers for module in layer.moe.modules):
         known = id(module.config)
         if known not in views:
             views[known] = experts_view(module.config, name)

@@ -19,13 +19,15 @@ from ..runtime.model import Runtime
 
 
 def refuse_what_reaches_experts(model: nn.Module, runtime: Runtime) -> None:
-    experts = {id(module): layer.moe for layer in runtime.layers for module in layer.moe.modules}
+    held_by: dict[int, list[str]] = {}
+    for place in (place for layer in runtime.layers for places in layer.moe.places for place in places):
+        held_by.setdefault(id(place.module), []).append(place.attribute)
+    experts = {id(module) for layer in runtime.layers for module in layer.moe.modules} | set(held_by)
     for part in model.modules():
         held = [
-            f"{name}.{field.name}" if name else field.name
+            f"{name}.{attribute}" if name else attribute
             for name, module in part.named_modules(remove_duplicate=False)
-            if id(module) in experts
-            for field in experts[id(module)].unpacked.fields
+            for attribute in dict.fromkeys(held_by.get(id(module), ()))
         ]
         if held:
             part._apply = partial(_refuse_moves, part)  # type: ignore[method-assign]

@@ -109,7 +109,7 @@ class Saver:
     def _stream(self, out: Path, limit_bytes: int, **kwargs: Any) -> None:
         layers = self._layers()
         moe_layers = [moe for moe, _ in layers]
-        names = {f"{name}.{field.name}" for moe in moe_layers for name in moe.names for field in moe.layout.fields}
+        names = {f"{name}.{place.key}" for moe in moe_layers for name in moe.names for place in moe.own_places}
         dense = {key: tensor for key, tensor in self._phantom_state().items() if key not in names}
         entries = self._expert_entries(moe_layers, kwargs.get("save_original_format", True))
         dense_bytes, expert_bytes = (sum(each.nbytes for each in group) for group in (dense.values(), entries))
@@ -186,9 +186,9 @@ class Saver:
         from transformers.core_model_loading import dot_natural_key, revert_weight_conversion
 
         stacked = {
-            f"{moe.name}.{field.name}": torch.empty((moe.num_experts, *field.shape), dtype=field.dtype, device="meta")
+            f"{moe.name}.{place.key}": torch.empty(place.tensor.shape, dtype=place.tensor.dtype, device="meta")
             for moe in moe_layers
-            for field in moe.layout.fields
+            for place in moe.own_places
         }
         with _layout_errors():
             stored = revert_weight_conversion(self.model, stacked) if original_format else stacked

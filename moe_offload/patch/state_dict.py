@@ -6,14 +6,16 @@ It has to hold what it returns: all experts at once, in RAM. `saving.py` writes 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from ..errors import SaveError
+from ..experts import Place
 from ..runtime.model import Runtime
 
 #: Whether state_dict() is to leave the experts' phantoms as they are: names and shapes are wanted, not weights.
@@ -23,8 +25,8 @@ _as_phantoms: ContextVar[bool] = ContextVar("as_phantoms", default=False)
 def fill_state_dict(runtime: Runtime) -> None:
     """Make state_dict() return real weights in place of phantoms."""
     for layer in runtime.layers:
-        for module in layer.moe.modules:
-            module.register_state_dict_post_hook(partial(_real_rows, runtime, layer.moe.index))
+        for module, places in zip(layer.moe.modules, layer.moe.places, strict=True):
+            module.register_state_dict_post_hook(partial(_real_rows, runtime, layer.moe.index, places))
 
 
 @contextlib.contextmanager
@@ -47,7 +49,23 @@ def refuse_phantoms(state: Mapping[str, Tensor]) -> None:
             )
 
 
-def _real_rows(runtime: Runtime, index: int, module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    if not _as_phantoms.get():
-        for name, stacked in runtime.read_stacked(index).items():
-            state[prefix + name] = stacked
+def _real_rows(
+    runtime: Runtime,
+    index: int,
+    places: Sequence[Place],
+    module: nn.Module,
+    state: dict[str, Any],
+    prefix: str,
+    _: Any,
+) -> None:
+    if _as_phantoms.get():
+        return
+    runtime.check_open()
+    if any(place.expert is None for place in places):
+        stacked = runtime.read_stacked(index)
+        state.update({prefix + place.key: stacked[place.field] for place in places})
+        return
+    fields = {field.name: field for field in runtime.layers[index].moe.unpacked.fields}
+    for e, own in itertools.groupby(places, key=lambda place: place.expert):
+        row = runtime.read_unpacked(index, cast(int, e))
+        state.update({prefix + place.key: fields[place.field].view_in(row).clone() for place in own})

@@ -1,7 +1,7 @@
 """A budget becomes a plan: how many slots each layer gets. Pure arithmetic on byte counts.
 
     budget = dense weights + reserve (KV cache, workspace) + scratch rows for prefill waves + banks + unused
-    floor  = the smallest budget that works: the same with K slots in every layer
+    floor  = the smallest budget that works: the same with the fewest slots that work in each layer (`MoELayer.floor`)
 
 Never over budget; one more slot never fits; with rows of one size more budget never means fewer slots, and with rows of
 several sizes the smallest share of a layer never drops (property-tested). All sizes in bytes.
@@ -36,7 +36,7 @@ class LayerShape:
     """What the plan needs to know of one MoE layer."""
 
     num_experts: int
-    top_k: int
+    least: int  # slots: the experts of one token, or a single one where they are called one by one
     row_bytes: int
 
 
@@ -129,9 +129,9 @@ class Plan:
 
 
 def plan_slots(budget: int, layers: Sequence[LayerShape], costs: Costs) -> Plan:
-    """Share `budget` bytes out evenly over the layers, at least K slots each; what is left goes to single slots.
+    """Share `budget` bytes out evenly over the layers, at least the fewest each; what is left goes to single slots.
 
-    Raises `BudgetError`, stating the floor and what makes it up, when K slots a layer do not fit.
+    Raises `BudgetError`, stating the floor and what makes it up, when those do not fit.
     """
     smallest = floor(layers, costs)
     if budget < smallest:
@@ -151,7 +151,7 @@ def plan_slots(budget: int, layers: Sequence[LayerShape], costs: Costs) -> Plan:
 
 
 def floor(layers: Sequence[LayerShape], costs: Costs) -> int:
-    """The smallest budget that holds K slots in every layer."""
+    """The smallest budget that holds the fewest slots that work in every layer."""
     return _smallest_budget(_cost(layers, 0), costs)
 
 
@@ -175,7 +175,7 @@ def _smallest_budget(need: int, costs: Costs) -> int:
 
 
 def _share(layer: LayerShape, even: int) -> int:
-    return min(layer.num_experts, max(layer.top_k, even))
+    return min(layer.num_experts, max(layer.least, even))
 
 
 def _cost(layers: Sequence[LayerShape], even: int) -> int:
@@ -183,12 +183,12 @@ def _cost(layers: Sequence[LayerShape], even: int) -> int:
 
 
 def _below_floor(budget: int, smallest: int, layers: Sequence[LayerShape], costs: Costs) -> str:
-    experts = sum(min(layer.top_k, layer.num_experts) for layer in layers)
+    experts = sum(min(layer.least, layer.num_experts) for layer in layers)
     return (
         f"budget {format_size(budget)} is below the floor of {format_size(smallest)} that this model needs: dense "
         f"weights {format_size(costs.dense_bytes)}, reserve for KV cache and workspace "
         f"{format_size(costs.reserve(smallest))}, scratch for prefill {format_size(costs.scratch_bytes)}, "
         f"{f'unpacking {format_size(costs.unpack_bytes)}, ' if costs.unpack_bytes else ''}and the "
-        f"experts of one token {format_size(_cost(layers, 0))} ({experts} rows in {len(layers)} layers). Use a budget "
-        f"of at least {smallest} bytes, fewer kv_tokens (--context, MOE_OFFLOAD_KV_TOKENS), or a smaller dtype"
+        f"experts in use at once {format_size(_cost(layers, 0))} ({experts} rows in {len(layers)} layers). Use a "
+        f"budget of at least {smallest} bytes, fewer kv_tokens (--context, MOE_OFFLOAD_KV_TOKENS), or a smaller dtype"
     )

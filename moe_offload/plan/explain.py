@@ -62,7 +62,7 @@ def explain(model: Any, moe_layers: Sequence[MoELayer], arrangement: Arrangement
 
 def kept(model: nn.Module, moe_layers: Sequence[MoELayer]) -> list[tuple[str, int, str]]:
     """What is not offloaded: `(kind, bytes, why)`, the largest first. Tied weights count once."""
-    seen = {id(param) for moe in moe_layers for param in moe.params.values()}
+    seen = {id(param) for moe in moe_layers for param in moe.tensors}
     found: dict[str, int] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if id(tensor) not in seen:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..checkpoint.outline import Outline, outline
+from ..checkpoint.pretrained.arguments import Arguments
 from ..config.device_map import DeviceMap, MaxMemory
 from ..config.settings import Config, OffloadConfig
 from ..config.sizes import format_size
@@ -106,6 +107,8 @@ def forecast(
     context: int | None = None,
     config: Config = None,
     dtype: str | torch.dtype = "auto",
+    trust_remote_code: bool = False,
+    code_revision: str | None = None,
 ) -> Forecast:
     """What a budget would give before anything is loaded: slots, hit rate, KV cache, the floor.
 
@@ -118,6 +121,8 @@ def forecast(
         context: Tokens of KV cache to make room for; None: the setting `kv_tokens`.
         config: As in `optimize`.
         dtype: The dtype that a checkpoint would be loaded in.
+        trust_remote_code: Whether code that comes with the checkpoint may run, as in transformers.
+        code_revision: Of that code, where it lies in another repository.
 
     Returns:
         A `Forecast`: `print` it. Its sizes are bytes.
@@ -138,7 +143,7 @@ def forecast(
     settings = settings_of(
         config, budget=budget, device_map=device_map, max_memory=max_memory, profile=profile, kv_tokens=context
     )
-    found = read_outline(model_or_path, dtype)
+    found = read_outline(model_or_path, dtype, trust_remote_code, code_revision)
     return of_outline(found, settings, profile if isinstance(profile, Profile) else None)
 
 
@@ -150,6 +155,8 @@ def make_plan(
     max_memory: MaxMemory = None,
     config: Config = None,
     dtype: str | torch.dtype = "auto",
+    trust_remote_code: bool = False,
+    code_revision: str | None = None,
 ) -> Plan:
     """What `budget` would hold of this model. Of a path only headers are read, no weight.
 
@@ -160,6 +167,8 @@ def make_plan(
         max_memory: As in `optimize`.
         config: As in `optimize`.
         dtype: The dtype that a checkpoint would be loaded in.
+        trust_remote_code: Whether code that comes with the checkpoint may run, as in transformers.
+        code_revision: Of that code, where it lies in another repository.
 
     Returns:
         The `Plan`: bytes of each part of the budget, and `slots[l]`, the experts of MoE layer l that stay resident.
@@ -177,13 +186,19 @@ def make_plan(
         ```
     """
     settings = settings_of(config, budget=budget, device_map=device_map, max_memory=max_memory)
-    found = read_outline(model_or_path, dtype)
+    found = read_outline(model_or_path, dtype, trust_remote_code, code_revision)
     return arrange(found.model, found.moe_layers, settings).plan
 
 
-def read_outline(model_or_path: nn.Module | str | Path, dtype: str | torch.dtype = "auto") -> Outline:
+def read_outline(
+    model_or_path: nn.Module | str | Path,
+    dtype: str | torch.dtype = "auto",
+    trust_remote_code: bool = False,
+    code_revision: str | None = None,
+) -> Outline:
     if not isinstance(model_or_path, nn.Module):
-        return outline(model_or_path, dtype)
+        said = Arguments(dtype=dtype, trust_remote_code=trust_remote_code, code_revision=code_revision)
+        return outline(model_or_path, said)
     if hasattr(model_or_path, "moe_offload"):
         raise OffloadError("this model is already offloaded; its plan is model.moe_offload.plan")
     model: Any = model_or_path

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..config.settings import OffloadConfig
-from ..experts import MoELayer
+from ..experts import Field, MoELayer
 from ..observe.profile import Fingerprint
 from .budget import Costs, LayerShape
 
@@ -25,7 +25,7 @@ AUTO_SCRATCH_BESIDE = 320 * 10**6, 32
 
 
 def layer_shapes(moe_layers: Sequence[MoELayer]) -> list[LayerShape]:
-    return [LayerShape(moe.num_experts, moe.top_k, moe.layout.row_bytes) for moe in moe_layers]
+    return [LayerShape(moe.num_experts, moe.floor, moe.layout.row_bytes) for moe in moe_layers]
 
 
 def costs(model: Any, moe_layers: Sequence[MoELayer], settings: OffloadConfig, device: str = "cpu") -> Costs:
@@ -57,14 +57,14 @@ def library_bytes(moe_layers: int, device: str) -> int:
 
 def dense_bytes(model: nn.Module, moe_layers: Sequence[MoELayer]) -> int:
     """Bytes of every parameter and buffer that is no expert's; tied ones count once."""
-    experts = {id(param) for moe in moe_layers for param in moe.params.values()}
+    experts = {id(param) for moe in moe_layers for param in moe.tensors}
     tensors = [*model.parameters(), *model.buffers()]
     return sum(t.numel() * t.element_size() for t in tensors if id(t) not in experts)
 
 
 def dense_bytes_on(model: nn.Module, moe_layers: Sequence[MoELayer], device: Callable[[str], str]) -> dict[str, int]:
     """`dense_bytes`, shared out: `device` says where the module of that name computes. Tied tensors count once."""
-    seen = {id(param) for moe in moe_layers for param in moe.params.values()}
+    seen = {id(param) for moe in moe_layers for param in moe.tensors}
     found: dict[str, int] = {}
     for name, module in model.named_modules():
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
@@ -114,7 +114,7 @@ def fingerprint(model: Any, moe_layers: Sequence[MoELayer]) -> Fingerprint:
     """What a profile must agree with to be used for `model`."""
     config: Any = model.config.get_text_config()
     hidden = int(getattr(config, "hidden_size", None) or 1)
-    down = [next(f for f in moe.unpacked.fields if f.name == "down_proj") for moe in moe_layers]
+    down = [_down(moe) for moe in moe_layers]
     return Fingerprint(
         model_type=str(model.config.model_type),
         layers=len(moe_layers),
@@ -124,3 +124,11 @@ def fingerprint(model: Any, moe_layers: Sequence[MoELayer]) -> Fingerprint:
         inner=[math.prod(f.shape) // hidden for f in down],
         dtype=str(down[0].dtype).removeprefix("torch."),
     )
+
+
+def _down(moe: MoELayer) -> Field:
+    """The field whose elements over H are I: the projection down; of experts with names of their own the last matrix,
+    which has as many."""
+    fields = moe.unpacked.fields
+    matrices = [f for f in fields if len(f.shape) > 1] or list(fields)
+    return next((f for f in fields if f.name == "down_proj"), matrices[-1])

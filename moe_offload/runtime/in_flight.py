@@ -174,8 +174,12 @@ class Arrivals:
 
         As many slots as there are `experts` are left to the event that is going on.
         """
+        self.read_ahead(self.cache.guess(experts, self.cache.slots - len(experts) - len(self.guessed)))
+
+    def read_ahead(self, loads: Iterable[Load]) -> None:
+        """Begin to read in the background what nobody has asked for."""
         try:
-            for load in self.cache.guess(experts, self.cache.slots - len(experts) - len(self.guessed)):
+            for load in loads:
                 ticket = self._read(load.expert, load, -1, demanded=False)
                 self.guessed[load.expert] = Arrival(load.expert, load, -1, ticket)
         except BaseException:  # the loads after it, too, are nobody's

@@ -33,6 +33,7 @@ from ..memory.scratch import Scratch
 from ..memory.stores import Store
 from ..memory.transfer import Transfer
 from ..observe.trace.recorder import TraceRecorder
+from .calls import Calls
 from .device_cache import DeviceCache, DeviceCaches
 from .guesses import Guesses
 from .in_flight import Arrivals
@@ -63,6 +64,7 @@ class LayerRuntime:
         self.device, self.poison = scratch.raw.device, poison
         cache = LayerCache(moe.num_experts, slots, policy, moe.name)
         self.arrivals = Arrivals(moe, cache, self._rows(slots), scratch, store, transfer, poison)
+        self.calls = Calls(self.arrivals) if moe.called else None  # where experts are asked for one by one
         self.following: Arrivals | None = None  # for which rows are read ahead; set by `Runtime`
         self.guesses = Guesses()  # of the model; set by `Runtime`
         self.recorder: TraceRecorder | None = None  # of the model, while its trace is recorded

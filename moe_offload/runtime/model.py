@@ -42,6 +42,9 @@ class Runtime:
         for layer, following in pairwise(self.layers):
             if layer.moe.layout.row_bytes == following.moe.layout.row_bytes:  # they share scratch rows one to one
                 layer.following = following.arrivals
+        self._calls = [layer.calls for layer in self.layers if layer.calls is not None]
+        for calls in self._calls:
+            calls.end_events = self.end_events
         self._lock = lock or ModelLock()
         self.device_caches: DeviceCaches | None = None  # where the device decides
         self.device_layers: frozenset[int] = frozenset()  # the layers it decides for
@@ -64,6 +67,16 @@ class Runtime:
         taken: a thread that is not there may have held it."""
         return self.lock if self._lock.is_here else contextlib.nullcontext()
 
+    def end_events(self) -> None:
+        """Whatever experts have been asked for one by one, that was all of it."""
+        for calls in self._calls:
+            calls.end_event()
+
+    def give_up_calls(self) -> None:
+        """A forward has failed: no expert is in use any more."""
+        for calls in self._calls:
+            calls.give_up()
+
     def check_open(self) -> None:
         if self.closed:
             raise closed("this model")
@@ -75,6 +88,8 @@ class Runtime:
             self.recorder = recorder
             for layer in self.layers:
                 layer.recorder = recorder
+            for calls in self._calls:
+                calls.recorder = recorder
 
     def decide_on_device(self, rows_EN: Mapping[int, Tensor | None], half_life: float, kernels: Kernels) -> None:
         """Let the device decide for the layers that are keys of `rows_EN`, in graphs that ask it to.

@@ -14,7 +14,7 @@ from moe_offload.pack import pack_checkpoint
 from moe_offload.plan.budget import Costs, LayerShape, budget_for, plan_slots
 from tests.fakes.offloaded import IDS, SETTINGS, offloaded, say
 
-LAYERS = [LayerShape(num_experts=64, top_k=4, row_bytes=10**6)] * 2
+LAYERS = [LayerShape(num_experts=64, least=4, row_bytes=10**6)] * 2
 COSTS = Costs(dense_bytes=10**6, reserve_bytes=0)
 GB = 10**9
 

@@ -55,7 +55,7 @@ def test_a_plan_is_never_over_budget_and_wastes_no_slot(layers, costs, more):
     assert spent(plan) + plan.unused_bytes == budget and plan.unused_bytes >= 0
     assert sum(size for _, size in plan.rows()) == budget
     for layer, slots in zip(layers, plan.slots, strict=True):
-        assert min(layer.top_k, layer.num_experts) <= slots <= layer.num_experts
+        assert min(layer.least, layer.num_experts) <= slots <= layer.num_experts
         assert slots == layer.num_experts or layer.row_bytes > plan.unused_bytes, "one more slot would have fitted"
 
 
@@ -109,7 +109,7 @@ def test_a_larger_budget_takes_no_slot_from_any_layer_where_k_differs():
 def test_a_plan_exists_from_the_floor_on(layers, costs, below):
     least = floor(layers, costs)
     plan = plan_slots(least, layers, costs)
-    assert all(slots >= min(layer.top_k, layer.num_experts) for layer, slots in zip(layers, plan.slots, strict=True))
+    assert all(slots >= min(layer.least, layer.num_experts) for layer, slots in zip(layers, plan.slots, strict=True))
     assume(least > below)
     with pytest.raises(BudgetError):
         plan_slots(least - below, layers, costs)
@@ -118,7 +118,7 @@ def test_a_plan_exists_from_the_floor_on(layers, costs, below):
 @given(layers=mixed, costs=all_costs)
 def test_the_floor_is_the_smallest_budget_that_holds_k_slots_a_layer(layers, costs):
     least = floor(layers, costs)
-    need = sum(layer.top_k * layer.row_bytes for layer in layers)
+    need = sum(layer.least * layer.row_bytes for layer in layers)
     assert costs.for_banks(least) >= need
     assert costs.for_banks(least - 1) < need
 
@@ -135,15 +135,15 @@ def test_below_the_floor_the_error_states_the_floor_and_its_parts(layers, costs)
     assume(least > 1)
     with pytest.raises(BudgetError) as caught:
         plan_slots(least - 1, layers, costs)
-    rows = sum(layer.top_k for layer in layers)
-    experts = sum(layer.top_k * layer.row_bytes for layer in layers)
+    rows = sum(layer.least for layer in layers)
+    experts = sum(layer.least * layer.row_bytes for layer in layers)
     for part in (
         f"budget {format_size(least - 1)} is below the floor",
         f"floor of {format_size(least)}",
         f"dense weights {format_size(costs.dense_bytes)}",
         f"workspace {format_size(costs.reserve(least))}",
         f"scratch for prefill {format_size(costs.scratch_bytes)}",
-        f"experts of one token {format_size(experts)} ({rows} rows in {len(layers)} layers)",
+        f"experts in use at once {format_size(experts)} ({rows} rows in {len(layers)} layers)",
         f"at least {least} bytes",
     ):
         assert part in str(caught.value)
@@ -161,7 +161,7 @@ def test_the_automatic_workspace_is_bounded():
 @given(layers=alike, costs=all_costs, residency=st.floats(0, 1))
 def test_budget_for_gives_the_residency_to_the_nearest_slot(layers, costs, residency):
     budget = budget_for(residency, layers, costs)
-    experts, k = layers[0].num_experts, layers[0].top_k
+    experts, k = layers[0].num_experts, layers[0].least
     assert all(slots >= max(k, math.ceil(residency * experts)) for slots in plan_slots(budget, layers, costs).slots)
     assert budget >= floor(layers, costs)
 
@@ -169,7 +169,7 @@ def test_budget_for_gives_the_residency_to_the_nearest_slot(layers, costs, resid
 @given(layers=alike, costs=all_costs, residency=st.floats(0, 1))
 def test_budget_for_is_minimal(layers, costs, residency):
     budget = budget_for(residency, layers, costs)
-    need = sum(max(layer.top_k, math.ceil(residency * layer.num_experts)) * layer.row_bytes for layer in layers)
+    need = sum(max(layer.least, math.ceil(residency * layer.num_experts)) * layer.row_bytes for layer in layers)
     assert costs.for_banks(budget - 1) < need
 
 

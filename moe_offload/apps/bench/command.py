@@ -9,7 +9,7 @@ from typing import Any
 
 from ...checkpoint.outline import outline_folder
 from ...checkpoint.pretrained.download import get_folder
-from ...errors import ConfigError, ReportError
+from ...errors import CheckpointError, ConfigError, ReportError
 from ...files.whole_file import save_whole
 from ...plan.budget import budget_for
 from ...plan.forecast import make_plan
@@ -70,11 +70,11 @@ def scratch_folder(cache: Path | None) -> Path:
 
 
 def _prompt_ids(folder: Path, file: Path, tokens: int) -> Sequence[int]:
-    from transformers import AutoTokenizer
+    from ..generate.tokenizer import load_tokenizer
 
     try:
-        ids: list[int] = AutoTokenizer.from_pretrained(folder)(file.read_text(encoding="utf-8"))["input_ids"][:tokens]
-    except (OSError, ValueError) as error:
+        ids: list[int] = load_tokenizer(str(folder))(file.read_text(encoding="utf-8"))["input_ids"][:tokens]
+    except (OSError, ValueError, CheckpointError) as error:
         raise ConfigError(f"--file {file}: cannot be read and tokenised: {error}") from error
     if not ids:
         raise ConfigError(f"--file {file}: it is empty")

@@ -13,7 +13,7 @@ from ...config.sizes import format_size, parse_size
 from ...errors import BudgetError, ConfigError
 from ..options.checks import check_model, settings
 from ..options.ending import EXIT_CODES
-from ..options.flags import ConfigFile, Context, Dtype, Json, ProfileIn
+from ..options.flags import ConfigFile, Context, Dtype, Json, ProfileIn, TrustRemoteCode
 
 LADDER = (4, 6, 8, 12, 16, 24, 32, 48, 64, 80, 96, 128, 192, 256, 384, 512, 768, 1024)  # GB that machines have
 COLUMNS = ("budget", "fits", "slots a layer", "resident", "hit rate", "largest context")
@@ -32,6 +32,7 @@ def estimate(
     profile: ProfileIn = None,
     context: Context = None,
     dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     config_file: ConfigFile = None,
     as_json: Json = False,
 ) -> None:
@@ -42,7 +43,7 @@ def estimate(
         raise ConfigError(f"--budget {budget!r} names no budget: write sizes by commas, as 4GB,8GB")
     for name in models:
         check_model(name, weights=False)
-    found = [_estimate(name, sizes, wanted, dtype) for name in models]
+    found = [_estimate(name, sizes, wanted, dtype, trust_remote_code) for name in models]
     if as_json:
         typer.echo(json.dumps(found))
     else:
@@ -61,10 +62,10 @@ def _budget(text: str) -> int:
         raise ConfigError(f"--budget: {error}") from None
 
 
-def _estimate(name: str, sizes: list[int], wanted: OffloadConfig, dtype: str) -> dict[str, Any]:
+def _estimate(name: str, sizes: list[int], wanted: OffloadConfig, dtype: str, trusted: bool) -> dict[str, Any]:
     from ...plan.forecast import of_outline, read_outline
 
-    found = read_outline(name, dtype)
+    found = read_outline(name, dtype, trusted)
     # One device, whatever the file says of several: each row is about one budget on it.
     wanted = dataclasses.replace(wanted, device_map="disk", max_memory=None)
     most = of_outline(found, dataclasses.replace(wanted, budget=2**60))

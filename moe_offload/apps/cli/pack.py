@@ -12,7 +12,7 @@ from ...config.sizes import size_problem
 from ...errors import ConfigError
 from ..options.checks import check_model, settings
 from ..options.ending import INTERRUPTED, fail
-from ..options.flags import Budget, Model
+from ..options.flags import Budget, Model, TrustRemoteCode
 from ..options.numbers import one_of
 
 KINDS = ("mxfp4", "int4", "fp8")
@@ -42,35 +42,38 @@ def pack(
         Path | None, typer.Option("--measure", help="With --experts: perplexity before and after, on this UTF-8 text.")
     ] = None,
     budget: Budget = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write a copy of a checkpoint whose experts are read in one piece, or (--experts) are quantised and smaller."""
     check_model(model)
     if wrong := size_problem(max_shard_size):
         raise ConfigError(f"--max-shard-size: size {max_shard_size!r} is not usable: {wrong}; write it as 5GB or 5GiB")
     _check_together(experts, verify, measure, budget)
-    config = settings(None, budget=budget)
+    config, code = settings(None, budget=budget), {"trust_remote_code": trust_remote_code}
     check_new(out)
     if measure is not None:
         from ...plan.forecast import of_outline, read_outline
         from .perplexity import measure_text, read_text, tokenise
 
-        pieces = tokenise(model, read_text(measure))
-        of_outline(read_outline(model), config)  # raises for a budget that is too small, which must not cost a copy
+        pieces = tokenise(model, read_text(measure), **code)
+        of_outline(
+            read_outline(model, **code), config
+        )  # raises for a budget that is too small, which must not cost a copy
     try:
         if experts is None:
             from ...pack import pack_checkpoint
 
-            written = pack_checkpoint(model, out, max_shard_size=max_shard_size, verify=verify)
+            written = pack_checkpoint(model, out, max_shard_size=max_shard_size, verify=verify, **code)
         else:
             from ...quantise import quantise_checkpoint
 
-            written = quantise_checkpoint(model, out, experts, max_shard_size=max_shard_size)
+            written = quantise_checkpoint(model, out, experts, max_shard_size=max_shard_size, **code)
     except KeyboardInterrupt:
         fail(f"interrupted; {out} was not written, and nothing was left behind", INTERRUPTED)
     typer.echo(str(written))
     if measure is not None:
         for name, folder in (("before", model), (f"{experts}", written)):
-            typer.echo(f"{name}: {measure_text(folder, pieces, config)}")
+            typer.echo(f"{name}: {measure_text(folder, pieces, config, **code)}")
 
 
 def _check_together(experts: str | None, verify: str, measure: Path | None, budget: str | None) -> None:

@@ -39,14 +39,14 @@ def read_text(file: Path) -> str:
         raise ConfigError(f"--measure {file}: cannot be read as text: {error}. Give a UTF-8 text file") from error
 
 
-def tokenise(model: str | Path, text: str) -> list[Tensor]:
+def tokenise(model: str | Path, text: str, trust_remote_code: bool = False) -> list[Tensor]:
     """The text as ids [1, T], in pieces of what a prompt has room for. Raises `ConfigError` for too short a text."""
     import torch
 
     from ...plan.weights import RESERVED_PROMPT_TOKENS
     from ..generate.tokenizer import load_tokenizer
 
-    ids = load_tokenizer(str(model))(text, verbose=False)["input_ids"]
+    ids = load_tokenizer(str(model), trust_remote_code=trust_remote_code)(text, verbose=False)["input_ids"]
     cuts = range(0, len(ids), RESERVED_PROMPT_TOKENS)
     pieces = [torch.tensor([ids[begin : begin + RESERVED_PROMPT_TOKENS]]) for begin in cuts]
     pieces = [piece for piece in pieces if piece.shape[1] > 1]
@@ -55,13 +55,15 @@ def tokenise(model: str | Path, text: str) -> list[Tensor]:
     return pieces
 
 
-def measure_text(model: str | Path, pieces: Sequence[Tensor], config: OffloadConfig) -> Perplexity:
+def measure_text(
+    model: str | Path, pieces: Sequence[Tensor], config: OffloadConfig, trust_remote_code: bool = False
+) -> Perplexity:
     """Run `model` over the pieces within the budget of `config`. Raises what loading and running raise."""
     import torch
 
     from ...api import from_pretrained
 
-    offloaded: Any = from_pretrained(model, config=config)
+    offloaded: Any = from_pretrained(model, config=config, trust_remote_code=trust_remote_code)
     begun, loss, tokens = time.perf_counter(), 0.0, 0
     with offloaded.moe_offload, torch.no_grad():
         for piece in pieces:

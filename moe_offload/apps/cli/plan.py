@@ -13,7 +13,18 @@ from ...config.sizes import parse_size
 from ...errors import BudgetError, ConfigError
 from ..options.checks import check_model, settings
 from ..options.ending import error_json, exit_code, fail
-from ..options.flags import Budget, ConfigFile, Context, DeviceMapOption, Dtype, Json, MaxMemory, Model, ProfileIn
+from ..options.flags import (
+    Budget,
+    ConfigFile,
+    Context,
+    DeviceMapOption,
+    Dtype,
+    Json,
+    MaxMemory,
+    Model,
+    ProfileIn,
+    TrustRemoteCode,
+)
 
 if TYPE_CHECKING:
     from ...checkpoint.outline import Outline
@@ -27,6 +38,7 @@ def plan(
     profile: ProfileIn = None,
     context: Context = None,
     dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     explain: Annotated[
         bool, typer.Option("--explain", help="Add which rule puts what where, and what is not offloaded and why.")
     ] = False,
@@ -44,7 +56,7 @@ def plan(
     check_model(model, weights=False)
     from ...plan.forecast import of_outline, read_outline
 
-    outline = read_outline(model, dtype)
+    outline = read_outline(model, dtype, trust_remote_code)
     try:
         found = of_outline(outline, wanted)
     except BudgetError as error:

@@ -8,26 +8,26 @@ from ...checkpoint.folder import is_folder
 from ...errors import CheckpointError
 
 
-def load_tokenizer(model: str, **hub: Any) -> Any:
-    """The tokenizer of a folder or Hub repository; `hub` are `revision`, `token` and `trust_remote_code`.
+def load_tokenizer(model: str, *, trust_remote_code: bool = False, **hub: Any) -> Any:
+    """The tokenizer of a folder or Hub repository; `hub` are `revision` and `token`.
 
     Raises CheckpointError, saying why it cannot be loaded.
     """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model, **hub)
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code, **hub)
     except Exception as error:  # a damaged tokenizer.json raises whatever its parser raises
         raise CheckpointError(f"{model}: its tokenizer cannot be loaded: {_reason(model, error)}") from error
 
 
-def read_longest_context(model: str, **hub: Any) -> int | None:
+def read_longest_context(model: str, *, trust_remote_code: bool = False, **hub: Any) -> int | None:
     """The most tokens that the model takes, where its configuration says. Raises CheckpointError."""
     from huggingface_hub.errors import StrictDataclassError  # a field of another type
     from transformers import AutoConfig
 
     try:
-        config: Any = AutoConfig.from_pretrained(model, **hub)
+        config: Any = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code, **hub)
     except (OSError, ValueError, StrictDataclassError) as error:
         raise CheckpointError(f"{model}: its configuration cannot be read: {_reason(model, error)}") from error
     return getattr(config.get_text_config(), "max_position_embeddings", None) or None

@@ -71,7 +71,7 @@ Revision = Annotated[
 Token = Annotated[str | None, typer.Option("--token", help="Access token for the Hub; without it hf's own.")]
 TrustRemoteCode = Annotated[
     bool,
-    typer.Option("--trust-remote-code", help="Refused where a checkpoint brings code of its own."),
+    typer.Option("--trust-remote-code", help="Run the code that a checkpoint brings along, where it brings any."),
 ]
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 Attention = Annotated[

@@ -11,7 +11,7 @@ import typer
 from ...errors import ConfigError, ProfileError
 from ..options.checks import check_model, check_output, residency_share, settings
 from ..options.ending import Command
-from ..options.flags import ConfigFile, Json, Model
+from ..options.flags import ConfigFile, Json, Model, TrustRemoteCode
 from ..options.groups import summary
 from ..options.numbers import whole
 
@@ -39,6 +39,7 @@ def record(
     ] = None,
     meta: Annotated[list[str] | None, typer.Option("--meta", help="key=value, kept in the profile.")] = None,
     config_file: ConfigFile = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Run a model over texts and save which experts they use."""
     from .texts import profile_texts
@@ -50,7 +51,9 @@ def record(
     facts = {key: value for key, _, value in pairs}
     wanted = settings(config_file, budget=budget)
     check_model(model)
-    made = profile_texts(model, texts, max_tokens=max_tokens, meta=facts, config=wanted)
+    made = profile_texts(
+        model, texts, max_tokens=max_tokens, meta=facts, config=wanted, trust_remote_code=trust_remote_code
+    )
     made.save(out)
     typer.echo(f"{made.tokens} tokens, {made.fingerprint.layers} layers: saved to {out}")
 

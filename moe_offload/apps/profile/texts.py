@@ -22,10 +22,12 @@ def profile_texts(
     max_tokens: int | None,
     meta: dict[str, str],
     config: OffloadConfig,
+    trust_remote_code: bool = False,
 ) -> Profile:
     """Run `model` over the texts ("-" is standard input), in pieces of 512 tokens, and count.
 
-    Within the budget of `config`, or without one as plain transformers with counters in the compiled graph. Raises
+    Within the budget of `config`, or without one as plain transformers with counters in the compiled graph (code that
+    comes with a checkpoint always within a budget: transformers leaves buffers of such models undefined). Raises
     ProfileError for a file that is no UTF-8 text, and what loading raises.
     """
     contents = [_read(path) for path in texts]
@@ -34,16 +36,18 @@ def profile_texts(
     from ...record import record_profile
     from ..generate.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     pieces = list(_pieces(tokenizer, contents, max_tokens))
     if not pieces:
         raise ProfileError(f"{', '.join(map(str, texts))}: no text in it; a profile needs some")
-    if config.budget is None and not config.max_memory:
+    if config.budget is None and not config.max_memory and not trust_remote_code:
         from transformers import AutoModelForCausalLM
 
-        loaded: Any = AutoModelForCausalLM.from_pretrained(get_folder(model), dtype="auto").eval()
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            get_folder(model), dtype="auto", trust_remote_code=False
+        ).eval()
         return record_profile(loaded, pieces, **meta)
-    offloaded: Any = from_pretrained(model, config=config)
+    offloaded: Any = from_pretrained(model, config=config, trust_remote_code=trust_remote_code)
     with offloaded.moe_offload as handle:
         return record_profile(handle.model, pieces, **meta)
 

@@ -57,7 +57,7 @@ ARGUMENTS: dict[str, Argument] = {
     "subfolder": Argument(FILES),
     "variant": Argument(FILES),
     "trust_remote_code": Argument(CODE),
-    "code_revision": Argument(REFUSED, "no code of a repository is run: leave it out"),
+    "code_revision": Argument(CODE),
     "attn_implementation": Argument(CONFIGURATION),
     "experts_implementation": Argument(OWN, "a setting: 'grouped_mm' or 'batched_mm', the two that the passes rewrite"),
     "generation_config": Argument(MODEL),
@@ -111,6 +111,7 @@ class Arguments:
     subfolder: str = ""
     variant: str | None = None
     trust_remote_code: bool = False
+    code_revision: str | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
     adapter: Mapping[str, Any] = field(default_factory=dict)
@@ -128,14 +129,15 @@ def sort_arguments(dtype: Any, said: Mapping[str, Any]) -> Arguments:
         fate = ARGUMENTS[name].fate if name in ARGUMENTS else CONFIGURATION
         if value is not None or fate == CONFIGURATION:
             by_fate.setdefault(fate, {})[name] = value
-    own, files = by_fate.get(OWN, {}), by_fate.get(FILES, {})
+    own, files, code = by_fate.get(OWN, {}), by_fate.get(FILES, {}), by_fate.get(CODE, {})
     dtype = own.get("torch_dtype") if dtype is None else dtype
     return Arguments(
         dtype="auto" if dtype is None else dtype,
         hub=by_fate.get(HUB, {}),
         subfolder=str(files.get("subfolder", "")).strip("/"),
         variant=files.get("variant"),
-        trust_remote_code=bool(by_fate.get(CODE, {}).get("trust_remote_code", False)),
+        trust_remote_code=bool(code.get("trust_remote_code", False)),
+        code_revision=code.get("code_revision"),
         overrides=by_fate.get(CONFIGURATION, {}),
         model=by_fate.get(MODEL, {}),
         adapter=by_fate.get(ADAPTER, {}),

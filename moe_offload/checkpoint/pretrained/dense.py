@@ -10,7 +10,7 @@ has been read. What transformers would do because of the folder is done afterwar
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
-from ..headers import DTYPE_NAMES, TensorRange
+from ..headers import DTYPE_NAMES, Headers, TensorRange
+from ..origins import find_origins, own_key
 from ..outline import Outline
 from ..quantised.blocks import unpack_uneven
 from ..quantised.quantizer import quantization_of, unpack_dense
 from .arguments import Arguments
+from .own_class import is_own, load_own
 
 logger = logging.getLogger("moe_offload")
 
@@ -60,6 +62,8 @@ def load_dense(found: Outline, arguments: Arguments | None = None, name: str | P
         for key, range_ in headers.items()
     }
     meta: Any = found.model
+    if is_own(meta):
+        return _finish(_load_own_class(found, headers, state), found.folder, arguments, name)
     state = unpack_uneven(meta.config, headers, state)
     config, dtype = meta.config, meta.dtype
     try:
@@ -80,15 +84,43 @@ def load_dense(found: Outline, arguments: Arguments | None = None, name: str | P
             "Download the checkpoint again, or use one in bfloat16"
         ) from error
     missing = sorted(set(info["missing_keys"]) | {key for key, *_ in info.get("mismatched_keys", [])})
+    _refuse_missing(found, missing)
+    return _finish(model, found.folder, arguments, name)
+
+
+def _load_own_class(found: Outline, headers: Headers, state: Mapping[str, Any]) -> Any:
+    """The model of a class that comes with the checkpoint: `found.model` itself, which has real buffers."""
+    model: Any = found.model
+    experts = {f"{name}.{place.key}" for moe in found.moe_layers for name in moe.names for place in moe.own_places}
+    dense = [name for name in model.state_dict(keep_vars=True) if name not in experts]
+    origins = find_origins(model, headers, set(dense))
+    load_own(model, ((name, state[own_key(name, origin)][:]) for name, origin in origins.items()))
+    absent = [name for name, param in model.named_parameters() if param.is_meta and name not in experts]
+    _refuse_missing(found, absent + [name for name, _ in _persistent_buffers(model) if name not in origins])
+    return model
+
+
+def _persistent_buffers(model: Any) -> Iterator[tuple[str, Tensor]]:
+    saved = model.state_dict(keep_vars=True)
+    return ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
+
+
+def _refuse_missing(found: Outline, missing: Sequence[str]) -> None:
     if missing:
         raise CheckpointError(
             f"{found.folder}: the checkpoint lacks {len(missing)} tensors that the model needs (or has them in another "
             f"shape): {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}; it is incomplete, or of another "
             "model"
         )
+
+
+def _finish(model: Any, folder: Path, arguments: Arguments, name: str | Path) -> Any:
+    """What transformers does because of the folder: generation defaults, and the name that the checkpoint goes by."""
+    if model.can_generate() and "generation_config" in arguments.model and is_own(model):
+        model.generation_config = arguments.model["generation_config"]
     if model.can_generate() and "generation_config" not in arguments.model:
-        model.generation_config = read_generation_defaults(found.folder)
-    model.config.name_or_path = str(name or found.folder)
+        model.generation_config = read_generation_defaults(folder)
+    model.config.name_or_path = str(name or folder)
     unpack_dense(model)
     return model.eval()
 

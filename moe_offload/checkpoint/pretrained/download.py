@@ -45,8 +45,9 @@ def download(name: str, arguments: Arguments, **hub: Any) -> Path:
         ignored = [glob.escape(inside) + "*/*"] if only_at_top else None
         return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=ignored, **said))
 
+    small = (*SMALL, "*.py") if arguments.trust_remote_code else SMALL
     try:
-        folder = fetch(*SMALL, only_at_top=True)
+        folder = fetch(*small, only_at_top=True)
         commit, place = folder.name, folder / arguments.subfolder  # the second download is of the same commit
         named = _named_in(place / "config.json")
         single = named if named and named.endswith(".safetensors") else with_variant(SINGLE, arguments.variant)

@@ -1,7 +1,7 @@
 """The model of a checkpoint on the meta device: every module and shape, no weights; the class that transformers runs.
 
 config.json is refused here by name, before anything is loaded, where it asks for what is not done: weights quantised in
-a way that is not read, and code that comes with the checkpoint.
+a way that is not read, and code that comes with the checkpoint and is not trusted.
 """
 
 from __future__ import annotations
@@ -15,18 +15,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...errors import CheckpointError, ConfigError, OffloadError, UnsupportedModelError
-from ..folder import unknown_model_type
 from ..quantised.methods import check_quantization
 from ..quantised.quantizer import prepare_quantized, quantization_of, settle_quantization
 from .arguments import Arguments
+from .own_class import build_own
+from .remote_code import check_remote_code, code_source, find_remote_class
 
 if TYPE_CHECKING:  # transformers takes seconds to import: functions do it, once there is something to load
     from transformers import PreTrainedModel
 
     from ..packed import Stored
-
-#: The entries of config.json's auto_map whose code AutoModelForCausalLM would run.
-REMOTE = ("AutoConfig", "AutoModelForCausalLM")
 
 
 def read_configuration(place: Path | str, arguments: Arguments, **where: Any) -> Any:
@@ -41,9 +39,14 @@ def read_configuration(place: Path | str, arguments: Arguments, **where: Any) ->
     try:
         said, _ = PreTrainedConfig.get_config_dict(place, **where)
         check_quantization(place, said)
-        _refuse_remote_code(place, said, arguments.trust_remote_code)
+        check_remote_code(place, said, arguments.trust_remote_code)
         config, unknown = AutoConfig.from_pretrained(
-            place, trust_remote_code=False, return_unused_kwargs=True, **where, **arguments.overrides
+            place,
+            trust_remote_code=arguments.trust_remote_code,  # a word that was said: None would ask on the terminal
+            return_unused_kwargs=True,
+            **(code_source(arguments) if arguments.trust_remote_code else {}),
+            **where,
+            **arguments.overrides,
         )
     except ConfigError:
         raise
@@ -66,8 +69,12 @@ def read_configuration(place: Path | str, arguments: Arguments, **where: Any) ->
     return config
 
 
-def build_skeleton(config: Any, stored: Stored | None, arguments: Arguments) -> PreTrainedModel:
-    """The model of `config` on the meta device; the headers in `stored` say its dtype where nothing else does."""
+def build_skeleton(place: Path | str, config: Any, stored: Stored | None, arguments: Arguments) -> PreTrainedModel:
+    """The model of `config`, which was read at `place`, on the meta device; the headers in `stored` say its dtype where
+    nothing else does. Of a class that the checkpoint brings along only the parameters are there: see `own_class.py`."""
+    remote = find_remote_class(place, config, arguments)
+    if remote is not None:
+        return build_own(place, remote, config, _choose_dtype(config, stored, arguments.dtype))
     model_class, config = _choose_class(config)
     dtype = _choose_dtype(config, stored, arguments.dtype)
     try:
@@ -169,33 +176,3 @@ def _keep_in_float32(model: Any, dtype: torch.dtype) -> None:
         kept = next((kind for pattern, kind in plan.items() if re.search(pattern.replace("*", ".*"), name)), None)
         if kept is not None:
             tensor.data = tensor.data.to(kept)
-
-
-def _refuse_remote_code(place: Path | str, said: Mapping[str, Any], trusted: bool) -> None:
-    """Never another class than plain transformers would run."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    remote = said.get("auto_map") if isinstance(said.get("auto_map"), Mapping) else {}
-    model_type = str(said.get("model_type"))
-    known = model_type in CONFIG_MAPPING
-    own = known and not CONFIG_MAPPING[model_type].__module__.startswith("transformers.")
-    named = [entry for entry in REMOTE if entry in (remote or {})]
-    if named and trusted and not own:
-        raise UnsupportedModelError(
-            f"{place}: with trust_remote_code=True transformers would run this checkpoint's own code ("
-            f"{remote[named[0]]}), which is not supported yet."  # type: ignore[index]
-            + (f" transformers has {model_type!r} itself: leave the argument out." if known else "")
-        )
-    if "AutoConfig" in named and not known:
-        raise UnsupportedModelError(
-            f"{place}: model type {model_type!r} exists only as code that comes with the checkpoint "
-            f"({remote['AutoConfig']}), which is not run here. "  # type: ignore[index]
-            "Use a model that the installed transformers has itself"
-        )
-    if "model_type" in said and not known:
-        raise unknown_model_type(place, model_type)
-    if trusted and isinstance(place, Path) and (place / "custom_generate" / "generate.py").is_file():
-        raise UnsupportedModelError(
-            f"{place}: with trust_remote_code=True transformers would replace generate() by custom_generate/generate.py"
-            ", which is not supported yet. Leave the argument out to use the ordinary generate()"
-        )

@@ -23,7 +23,7 @@ FEW = 8  # rows; more of them share a matrix that is unpacked once
 
 @dataclass(frozen=True)
 class FusedWeight(WrappedWeight):
-    """`weight`, multiplied without unpacking it. It is a `PackedWeight` (experts.py)."""
+    """`weight`, multiplied without unpacking it. It is a `PackedWeight` (experts/layout.py)."""
 
     @property
     def workspace_bytes(self) -> int:

@@ -26,7 +26,7 @@ logger = logging.getLogger("moe_offload")
 
 @dataclass(frozen=True, eq=False)
 class ConvertedWeight(WrappedWeight):
-    """A parameter that transformers' own operations unpack. It is a `PackedWeight` (experts.py)."""
+    """A parameter that transformers' own operations unpack. It is a `PackedWeight` (experts/layout.py)."""
 
     made_by: MadeBy
     model: Any

@@ -41,7 +41,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class MatrixWeight:
-    """A parameter that `conversions` make of `matrices`. It is a `PackedWeight` (experts.py)."""
+    """A parameter that `conversions` make of `matrices`. It is a `PackedWeight` (experts/layout.py)."""
 
     name: str
     shape: tuple[int, ...]

@@ -27,14 +27,14 @@ def fewer(slots: Sequence[int], floors: Sequence[int]) -> list[int]:
 
 
 def shrink(runtime: Runtime) -> int:
-    """Give back half of the slots above the floor, K in each layer; returns the bytes: 0 where there are none.
+    """Give back half of the slots above the floor of each layer; returns the bytes: 0 where there are none.
 
     No graph that was compiled before may be run after. Whoever calls holds the lock, and has let go of those graphs and
     of what the forward that failed had computed. Raises what `Runtime.hand_back` does, and nothing is changed then;
     raises `OffloadError`, with the model closed, if the device has no memory even for less.
     """
     runtime.hand_back()
-    before, floors = runtime.slots, [min(layer.moe.top_k, layer.moe.num_experts) for layer in runtime.layers]
+    before, floors = runtime.slots, [layer.moe.floor for layer in runtime.layers]
     after = fewer(before, floors)
     if after == list(before):
         return 0

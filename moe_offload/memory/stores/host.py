@@ -66,7 +66,7 @@ class HostStore:
 
 
 def pack_rows(moe: MoELayer) -> torch.Tensor:
-    """The layer's rows `[E, row_bytes]`, uint8, on the CPU, from its module's stacked parameters. Padding is zero."""
+    """The layer's rows `[E, row_bytes]`, uint8, on the CPU, from the model's own parameters. Padding is zero."""
     rows = page_aligned(moe.nbytes).view(moe.num_experts, -1).zero_()
     for e in range(moe.num_experts):
         pack_row(moe, e, rows[e])
@@ -75,7 +75,7 @@ def pack_rows(moe: MoELayer) -> torch.Tensor:
 
 def pack_row(moe: MoELayer, e: int, row: torch.Tensor) -> None:
     """Write expert `e`'s fields into `row` [row_bytes], uint8; leaves padding as it is."""
-    params = moe.params
+    params = moe.expert(e)
     for field in moe.layout.fields:
         span = row[field.offset : field.offset + field.nbytes]
-        span.view(field.dtype).view(field.shape).copy_(params[field.name].detach()[e])
+        span.view(field.dtype).view(field.shape).copy_(params[field.name])

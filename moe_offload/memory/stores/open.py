@@ -45,7 +45,7 @@ def open_stores(
     """
     with contextlib.ExitStack() as undo:
         stores: dict[int, Store] = {}
-        absent = [moe for moe in moe_layers if next(iter(moe.params.values())).is_meta]
+        absent = [moe for moe in moe_layers if moe.is_meta]
         if absent:
             index = _find_rows(model, moe_layers) if index is None else index
             checkpoint = undo.enter_context(contextlib.closing(DiskStore([moe.layout for moe in moe_layers], index)))

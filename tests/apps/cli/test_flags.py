@@ -81,7 +81,7 @@ FLAGS: dict[str, tuple[str, str]] = {
     "--top-k": (NUMBER, "Sample from this many"),
     "--top-p": (NUMBER, "Sample from the likeliest"),
     "--trace": (FILE, "Replay this trace"),
-    "--trust-remote-code": (SWITCH, "Refused where a checkpoint brings code"),
+    "--trust-remote-code": (SWITCH, "Run the code that a checkpoint brings"),
     "--verify": (WORD, "Rows to read back"),
     "--version": (SWITCH, "Show the version"),
     "--weights": (TEXT, "One each, by commas"),

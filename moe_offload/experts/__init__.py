@@ -1,0 +1,30 @@
+"""Which modules of a model hold experts, in which form, and how one expert lies in its row.
+
+    layout.py      a row, and the fields in it
+    layer.py       `MoELayer`: the experts of one layer, whatever form they have, and where each parameter is
+    table.py       `FORMS`, a function a form: interface.py, modules.py ...
+    none.py        what is said of a model in which none of them finds anything
+
+Recognising is not serving: nothing here changes a model (that is `patch/` and `forward/`), or knows files.
+"""
+
+from .interface import is_experts
+from .layer import MoELayer, Place
+from .layout import FIELD_ALIGN, ROW_ALIGN, Field, PackedWeight, RowLayout, round_up
+from .modules import members_of
+from .table import FORMS, find_experts
+
+__all__ = [
+    "FIELD_ALIGN",
+    "FORMS",
+    "ROW_ALIGN",
+    "Field",
+    "MoELayer",
+    "PackedWeight",
+    "Place",
+    "RowLayout",
+    "find_experts",
+    "is_experts",
+    "members_of",
+    "round_up",
+]

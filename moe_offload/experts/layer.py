@@ -1,0 +1,129 @@
+"""`MoELayer`: the experts of one layer, whatever form the model holds them in, and the layout of one row.
+
+A model holds experts in one of several forms (`table.py`). What the rest of the package asks of a layer is the same for
+all: which parameters are experts' (`tensors`), what one expert's are (`expert`), and where each lies (`places`).
+
+    stacked              experts.gate_up_proj [E, 2I, H]       one place, of all experts
+    a module per expert  experts.3.w1.weight  [I, H]           a place for each expert
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from .layout import PackedWeight, RowLayout
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model has one parameter of experts: it is `module`'s own `attribute`.
+
+    `key` is its name in the state_dict of the layer's module, `field` its name in a row, and `expert` whose it is; None
+    if it is a stack of all experts.
+    """
+
+    module: Any
+    attribute: str
+    key: str
+    field: str
+    expert: int | None = None
+
+    @property
+    def tensor(self) -> Tensor:
+        """The parameter as the module holds it now: after `optimize`, a phantom."""
+        found: Tensor = getattr(self.module, self.attribute)
+        return found
+
+    def of_expert(self, e: int, shape: tuple[int, ...]) -> Tensor:
+        """The share of expert `e`, of the field's `shape`; a view."""
+        tensor = self.tensor.detach()
+        if self.expert is not None:
+            return tensor
+        return tensor[e] if tuple(tensor.shape[1:]) == shape else tensor.view(-1, *shape)[e]
+
+
+@dataclass(frozen=True)
+class MoELayer:
+    """The experts of one layer: the module(s) that hold them and the layout of one row.
+
+    `modules` has more than one entry only where a model ties the same parameters into several modules; `places` says of
+    each where its parameters are. `layout` is how a row rests and moves, `unpacked` how the module's parameters would
+    lie in one; they differ where `packed` names the weights that rest packed. `form` is the name, in `FORMS`, of how
+    the model holds and uses them. With `called` the model's own code calls or reads one expert at a time, outside of
+    any graph; else its experts are seen in a graph, and the passes rewrite that.
+    """
+
+    index: int
+    names: tuple[str, ...]
+    modules: tuple[Any, ...]  # nn.Modules, seen as what transformers made of them
+    num_experts: int
+    top_k: int
+    layout: RowLayout
+    unpacked: RowLayout
+    packed: tuple[PackedWeight, ...] = ()
+    form: str = "interface"
+    called: bool = False
+    places: tuple[tuple[Place, ...], ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def floor(self) -> int:
+        """The fewest slots that work: those of one token; where experts are called one by one, a single one."""
+        return 1 if self.called else min(self.top_k, self.num_experts)
+
+    def as_unpacked(self) -> MoELayer:
+        """The same, with rows that hold the parameters themselves."""
+        return replace(self, layout=self.unpacked, packed=())
+
+    def unpack_row(self, row: Tensor, out: Tensor) -> Tensor:
+        """A row as it rests [row_bytes] -> `out`, the parameters as `unpacked` lays them out; returns that."""
+        plain = {field.name: field for field in self.layout.fields}
+        packed = {weight.name: weight for weight in self.packed}
+        for field in self.unpacked.fields:
+            into = field.view_in(out)
+            if field.name in packed:
+                packed[field.name].unpack(row, into)
+            else:
+                into.copy_(plain[field.name].view_in(row))
+        return out
+
+    @property
+    def params(self) -> dict[str, nn.Parameter]:
+        """The stacked parameters `{field name: [E, ...]}` as the module holds them now; none without a stack."""
+        return {place.field: place.tensor for place in self.own_places if place.expert is None}  # type: ignore[misc]
+
+    @property
+    def own_places(self) -> tuple[Place, ...]:
+        """The places of the first module: each parameter once."""
+        return self.places[0] if self.places else ()
+
+    @property
+    def tensors(self) -> Iterator[Tensor]:
+        """Every parameter of experts, as the modules hold them now."""
+        return (place.tensor for places in self.places for place in places)
+
+    @property
+    def is_meta(self) -> bool:
+        """Whether the experts have no bytes yet: they are read from the checkpoint."""
+        return bool(self.own_places) and self.own_places[0].tensor.is_meta
+
+    def expert(self, e: int) -> dict[str, Tensor]:
+        """The parameters of expert `e` by field, as the model holds them now; views."""
+        shapes = {field.name: field.shape for field in self.unpacked.fields}
+        found = [place for place in self.own_places if place.expert in (None, e)]
+        return {place.field: place.of_expert(e, shapes[place.field]) for place in found}
+
+    @property
+    def nbytes(self) -> int:
+        return self.num_experts * self.layout.row_bytes
+
+    def tokens_of(self, pairs: int) -> int:
+        """How many tokens have so many token-expert pairs; an experts module may leave out those of other ranks."""
+        return -(-pairs // self.top_k)

@@ -1,0 +1,107 @@
+"""How one expert's tensors lie in its row.
+
+Shapes: E experts of a layer, H hidden, I inner.
+
+A *row* is everything one expert needs (weights, biases, scales) as one contiguous, 4 KiB-aligned block of bytes: it
+moves, and is committed, as a unit. Fields follow each other in the order the module declares them, each aligned to 64
+bytes so that a kernel sees the alignment it would see in an ordinary tensor:
+
+    row of qwen3_moe   | gate_up_proj [2I, H] | down_proj [H, I] | padding to 4 KiB |
+    row of gpt_oss     | gate_up_proj [H, 2I] | gate_up_proj_bias [2I] | down_proj [I, H] | down_proj_bias [H] | ... |
+
+Of a quantised checkpoint a row holds what the files hold, *packed*, and its weights are unpacked where they are used:
+
+    row of qwen3_moe, FP8   | gate_proj F8 [I, H] | its scales | up_proj F8 [I, H] | its scales | down_proj ... |
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+ROW_ALIGN = 4096  # the unit of O_DIRECT and of a page
+FIELD_ALIGN = 64  # a cache line, and what torch's own CPU allocator gives
+
+
+def round_up(n: int, unit: int) -> int:
+    return -(-n // unit) * unit
+
+
+@dataclass(frozen=True)
+class Field:
+    """One parameter's share of a row: `shape` and `nbytes` are those of a single expert."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
+    nbytes: int
+
+    def view_in(self, row: torch.Tensor) -> torch.Tensor:
+        """The field itself, of a row uint8 [row_bytes]."""
+        return row[self.offset : self.offset + self.nbytes].view(self.dtype).view(self.shape)
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Where each field of one expert lies in its row."""
+
+    fields: tuple[Field, ...]
+    row_bytes: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The element type in which a bank of such rows is seen: the fields' own where they share one, else bytes."""
+        kinds = {field.dtype for field in self.fields}
+        return kinds.pop() if len(kinds) == 1 else torch.uint8
+
+    @classmethod
+    def of(cls, params: dict[str, torch.Tensor]) -> RowLayout:
+        """Lay out stacked parameters `{name: [E, ...]}`, in the order given."""
+        return cls.in_order((name, tuple(param.shape[1:]), param.dtype) for name, param in params.items())
+
+    @classmethod
+    def in_order(cls, parts: Iterable[tuple[str, tuple[int, ...], torch.dtype]]) -> RowLayout:
+        """Lay out tensors of one expert, given as (name, shape, dtype), one after the other."""
+        fields, end = [], 0
+        for name, shape, dtype in parts:
+            nbytes = math.prod(shape) * dtype.itemsize
+            offset = round_up(end, FIELD_ALIGN)
+            fields.append(Field(name, shape, dtype, offset, nbytes))
+            end = offset + nbytes
+        return cls(tuple(fields), round_up(end, ROW_ALIGN))
+
+
+class PackedWeight(Protocol):
+    """One parameter of an expert that lies packed in its row, and is unpacked where it is used.
+
+    Shapes: M token-expert pairs, I inputs, O outputs of the product. Rows are uint8 [row_bytes], contiguous.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def format(self) -> str:
+        """What people call the form it rests in."""
+
+    @property
+    def recipe(self) -> str:
+        """What is unpacked and how, in words that change when the result may."""
+
+    @property
+    def workspace_bytes(self) -> int:
+        """What unpacking takes at a time."""
+
+    def unpack(self, row: torch.Tensor, out: torch.Tensor) -> None:
+        """Write the parameter into `out`, of its shape and dtype."""
+
+    def multiply(self, x_MI: torch.Tensor, row: torch.Tensor, out_MO: torch.Tensor, transposed: bool) -> None:
+        """`out = x @ W`, or `x @ W.T` if `transposed`: the bits of that product with the unpacked parameter."""

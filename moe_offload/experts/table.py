@@ -1,0 +1,48 @@
+"""The forms in which models hold their experts, and `find_experts`, which asks each of them.
+
+To add one: a function that finds its layers and touches nothing, a line in `FORMS`; and, for a form whose experts are
+`called`, what serves it, a line in `forward/called/table.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch import nn
+
+from ..errors import OffloadError, UnsupportedModelError
+from .interface import find_interface
+from .layer import MoELayer
+from .modules import find_modules
+from .none import explain_none
+
+#: `{form: the layers of a model that are of it}`. None finds what another one finds.
+FORMS: dict[str, Callable[[nn.Module], list[MoELayer]]] = {
+    "interface": find_interface,  # seen in a graph, which the passes rewrite
+    "modules": find_modules,  # called one by one
+}
+
+
+def find_experts(model: nn.Module) -> list[MoELayer]:
+    """Every layer of routed experts of `model`, in order, one `MoELayer` per distinct set of parameters.
+
+    Raises `UnsupportedModelError`, naming the module, when there is none, or when one cannot be run exactly.
+    """
+    refuse_offloaded(model)
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    found = [layer for find in FORMS.values() for layer in find(model)]
+    if not found:
+        raise UnsupportedModelError(explain_none(model))
+    found.sort(key=lambda layer: order[layer.name])
+    return [replace(layer, index=i) for i, layer in enumerate(found)]
+
+
+def refuse_offloaded(model: nn.Module) -> None:
+    """Raise `OffloadError` for a model that has experts whose weights are phantoms already."""
+    for name, module in model.named_modules():
+        if hasattr(module, "_moe_offload"):
+            raise OffloadError(
+                f"{name} is already offloaded, by optimize() of this model or of one that shares its modules; use "
+                "that model's handle (model.moe_offload), or load the model again"
+            )

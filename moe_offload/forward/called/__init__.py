@@ -1,0 +1,10 @@
+"""Experts that the model's own code calls or reads one by one, outside of any graph: what serves them.
+
+    phantom.py    the placeholder that a module has in place of an expert's weight, and that nobody can read
+    slots.py      the weights of the experts in slots, as parameters
+    modules.py    the form "modules": an expert's own forward, on its slot
+    hints.py      what a router says, before its experts are called
+    table.py      a function a form
+
+Recognised in `experts/`. Such a model is not compiled: which expert is called is decided by Python, step by step.
+"""

@@ -1,0 +1,71 @@
+"""`CalledPhantom`: the placeholder parameter of one expert that is not in use. It cannot be read.
+
+A NaN would not do: its logits would be NaN too, and greedy decoding would make of that token 0 without a word. So
+whatever computes with it raises, by name. What it looks like (shape, dtype, device, size) may be asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import UnsupportedModelError
+from ...experts import Field, Place
+
+#: What says nothing of values. `detach` is what state_dict() calls; the real weights are put in afterwards.
+LOOKS = ("shape", "dtype", "device", "layout", "requires_grad", "is_leaf", "is_meta", "ndim", "nbytes", "itemsize")
+LOOKS += ("grad", "grad_fn", "is_cpu", "is_cuda", "is_sparse", "is_quantized", "is_nested", "names", "_version")
+ASKED = ("size", "dim", "numel", "nelement", "stride", "element_size", "is_floating_point", "is_complex", "is_shared")
+ASKED += ("is_contiguous", "data_ptr", "storage_offset", "untyped_storage", "get_device", "__len__", "ndimension")
+_ALLOWED = {getattr(Tensor, name).__get__ for name in LOOKS} | {getattr(Tensor, name) for name in ASKED}
+_ALLOWED |= {torch.numel, torch.is_floating_point, torch.is_complex}
+
+
+class CalledPhantom(nn.Parameter):
+    """Has the shape of a weight and the memory of one number."""
+
+    name: str
+    field: Field
+
+    @staticmethod
+    def of(place: Place, name: str, field: Field, device: torch.device) -> CalledPhantom:
+        """The phantom of `place`, in the layer called `name`."""
+        one = torch.full((), float("nan") if field.dtype.is_floating_point else 0, dtype=field.dtype, device=device)
+        phantom = torch.Tensor._make_subclass(CalledPhantom, one.expand(place.tensor.shape), False)
+        phantom.name, phantom.field = f"{name}.{place.key}", field
+        return phantom
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func in _ALLOWED:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        found = _phantom_in((args, kwargs or {}))
+        if func is Tensor.detach or func is Tensor.requires_grad_:
+            return found
+        raise UnsupportedModelError(
+            f"{found.name if found is not None else 'an expert'}: {getattr(func, '__name__', func)} reads the weights "
+            "of an offloaded expert outside of its call; they are in memory only while the expert itself is called. "
+            "Call the expert, or read them from model.state_dict()"
+        )
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"CalledPhantom({self.name}, shape={tuple(self.shape)}, dtype={self.dtype})"
+
+
+def _phantom_in(values: Any) -> CalledPhantom | None:
+    if isinstance(values, CalledPhantom):
+        return values
+    inner: Any = values.values() if isinstance(values, Mapping) else values
+    if isinstance(values, (tuple, list, Mapping)):
+        return next((found for one in inner if (found := _phantom_in(one)) is not None), None)
+    return cast(None, None)
