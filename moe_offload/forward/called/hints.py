@@ -53,7 +53,7 @@ def ids_in(output: Any, num_experts: int, top_k: int) -> list[int]:
         if not x.is_floating_point() and not x.is_complex():
             if x.shape[-1] == num_experts and int(x.max()) <= 1:  # a mask, one column an expert
                 return _ascending(x.reshape(-1, num_experts).any(dim=0).nonzero())
-            if x.dtype != torch.bool and x.shape[-1] <= num_experts:
+            if x.dtype != torch.bool and x.dim() > 1 and x.shape[-1] <= num_experts:
                 return _ascending(x)
     for x in tensors:
         if x.is_floating_point() and x.shape[-1] == num_experts:

@@ -17,7 +17,7 @@ from ...experts import Field, Place
 
 #: What says nothing of values. `detach` is what state_dict() calls; the real weights are put in afterwards.
 LOOKS = ("shape", "dtype", "device", "layout", "requires_grad", "is_leaf", "is_meta", "ndim", "nbytes", "itemsize")
-LOOKS += ("grad", "grad_fn", "is_cpu", "is_cuda", "is_sparse", "is_quantized", "is_nested", "names", "_version")
+LOOKS += ("grad", "grad_fn", "is_cpu", "is_cuda", "is_sparse", "is_quantized", "is_nested", "_version")
 ASKED = ("size", "dim", "numel", "nelement", "stride", "element_size", "is_floating_point", "is_complex", "is_shared")
 ASKED += ("is_contiguous", "data_ptr", "storage_offset", "untyped_storage", "get_device", "__len__", "ndimension")
 _ALLOWED = {getattr(Tensor, name).__get__ for name in LOOKS} | {getattr(Tensor, name) for name in ASKED}

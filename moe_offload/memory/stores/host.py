@@ -77,5 +77,6 @@ def pack_row(moe: MoELayer, e: int, row: torch.Tensor) -> None:
     """Write expert `e`'s fields into `row` [row_bytes], uint8; leaves padding as it is."""
     params = moe.expert(e)
     for field in moe.layout.fields:
-        span = row[field.offset : field.offset + field.nbytes]
-        span.view(field.dtype).view(field.shape).copy_(params[field.name])
+        if field.name in params:
+            span = row[field.offset : field.offset + field.nbytes]
+            span.view(field.dtype).view(field.shape).copy_(params[field.name])
