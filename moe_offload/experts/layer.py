@@ -88,6 +88,11 @@ class MoELayer:
         """The fewest slots that work: those of one token; where experts are called one by one, a single one."""
         return 1 if self.called else min(self.top_k, self.num_experts)
 
+    @property
+    def must_be_finite(self) -> bool:
+        """Whether an expert that gets no token is left out because of zeros in its input (`passes/masked.py`)."""
+        return self.form == "masked"
+
     def as_unpacked(self) -> MoELayer:
         """The same, with rows that hold the parameters themselves."""
         return replace(self, layout=self.unpacked, packed=())

@@ -45,13 +45,19 @@ def experts_op(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, key: Tensor) ->
     return out
 
 
+def masked_op(x_MH: Tensor, key: Tensor) -> Tensor:
+    """The marker op of a masked layer."""
+    out: Tensor = ops.masked_experts(x_MH, key)
+    return out
+
+
 def refuse_backward_of_experts(refuse: Callable[[], Any]) -> None:
     """Let `refuse` answer whoever asks for gradients of the marker op, in a graph that somebody else has compiled."""
     ops.serve_no_gradient(refuse)
 
 
 def unserved(ids_TK: Tensor, rows: str) -> Tensor:
-    """`ids_TK`, in code that is traced for our backend; a graph that never came to it raises there.
+    """`ids_TK` (or what stands for ids), in code that is traced for our backend; a graph that never came to it raises.
 
     `rows` (see `rows_of`) becomes a constant of the graph, so Dynamo makes another graph where it is another.
     """

@@ -1,0 +1,52 @@
+"""How the module of a masked layer is run: traced as a region, like those of the experts interface, or as one op.
+
+It is called with hidden states [E*T, H] alone, and dispatches through nothing; so its `forward` is replaced.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from .binding import banks_of_this_thread
+from .changed_parts import refuse_unseen_modes
+from .dynamo import with_own_code
+from .graphs import ops
+from .inference_only import refuse_backward
+
+
+def replace_forward(module: Any) -> None:
+    """Let `module` run through its link."""
+    module.__dict__["forward"] = types.MethodType(forward, module)
+
+
+def forward(self: Any, hidden_states: Tensor) -> Tensor:
+    """What replaces the module's own."""
+    link = self._moe_offload
+    if torch.compiler.is_dynamo_compiling():  # by this thread: whatever is running here is not run, but traced
+        if link.whole and link.scope.banks == banks_of_this_thread():
+            return cast(Tensor, type(self).forward(self, ops.unserved(hidden_states, link.rows)))
+        return ops.masked_op(hidden_states, link.key)
+    if torch.is_grad_enabled():
+        return cast(Tensor, refuse_backward(link.run, self, hidden_states))
+    return cast(Tensor, link.run(self, hidden_states))
+
+
+def run_untraced(module: Any, hidden_states: Tensor) -> Tensor:
+    """The op of last resort, in eager code."""
+    refuse_unseen_modes(module)
+    return ops.masked_op(hidden_states, module._moe_offload.key)
+
+
+def make_region() -> Callable[..., Tensor]:
+    def region(module: Any, hidden_states: Tensor) -> Tensor:
+        if not torch.compiler.is_dynamo_compiling():  # Dynamo is switched off, or has left this call alone
+            return run_untraced(module, hidden_states)
+        with torch._dynamo.error_on_graph_break(True):  # a part of a region would be no use
+            return cast(Tensor, type(module).forward(module, ops.unserved(hidden_states, module._moe_offload.rows)))
+
+    return with_own_code(region, "region")
