@@ -41,7 +41,7 @@ def find_stacks(model: nn.Module) -> list[MoELayer]:
 
 def stacks_in(module: nn.Module) -> Stacks:
     """The stacks that `module` holds by itself, `{name: [E, ...] or [E*F, H]}`; nothing where there are none."""
-    own = dict(module.named_parameters(recurse=False))
+    own: Stacks = dict(module.named_parameters(recurse=False))
     matrices = {name: param for name, param in own.items() if param.dim() == 3 and len(param) > 1}
     if matrices:
         sizes = {len(param) for param in matrices.values()}

@@ -36,9 +36,10 @@ logger = logging.getLogger("moe_offload")
 class Regions:
     """Runs the experts modules of one model, each in a graph that those of its kind share.
 
-    `make_region` gives the code that is traced, `untraced` runs a module where none is, `made` is the backend that Dynamo hands it to, and `log` the list to which that
-    adds each graph. There are as many graphs as kinds of calls (dtype, autocast, number of threads ...); where they
-    become more than Dynamo keeps, all are dropped, and made anew as they are needed.
+    `make_region` gives the code that is traced, `untraced` runs a module where none is. `made` is the backend that
+    Dynamo hands it to, and `log` the list to which that adds each graph. There are as many graphs as kinds of calls
+    (dtype, autocast, number of threads ...); where they become more than Dynamo keeps, all are dropped, and made anew
+    as they are needed.
     """
 
     def __init__(

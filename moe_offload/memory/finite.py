@@ -1,7 +1,7 @@
 """Rows that must be finite: those of experts that are left out because their input is zero.
 
-Zero times a finite weight is zero, and zero times infinity is NaN. An expert that gets no token then still reaches every
-token of plain transformers, and none of ours.
+Zero times a finite weight is zero, and zero times infinity is NaN. An expert that gets no token then still reaches
+every token of plain transformers, and none of ours.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from ..errors import OffloadError
 from ..experts import MoELayer
 from ..forward import masked
 from ..forward.advise import Advisor
-from ..forward.binding import Link, Scope, banks_of_this_thread, connect, disconnect, run_op, run_untraced
+from ..forward.binding import Link, RunExperts, Scope, banks_of_this_thread, connect, disconnect, run_op, run_untraced
 from ..forward.call import ADAPTED, Call, whole_call
 from ..forward.called.hints import hint_from_routers
 from ..forward.called.table import SERVED
@@ -45,6 +45,7 @@ from ..memory.buffers import page_aligned
 from ..runtime.kernels import KERNELS
 from ..runtime.layer import LayerRuntime
 from ..runtime.model import Runtime
+from ..runtime.waves_cpu import RunCore
 from .compiled_call import keep_compiled_call
 from .experts_config import experts_view
 from .footprint import count_what_is_held
@@ -165,7 +166,7 @@ def install(
         )  # fmt: skip
     traced = [model] if whole else [module for layer in graphed for module in layer.moe.modules]
     scope = Scope(runtime, Settings(traced, log))
-    codes = {
+    codes: dict[str, tuple[Callable[[], RunExperts], RunExperts]] = {
         "interface": (partial(make_region, original_code(implementation)), run_untraced),
         "masked": (masked.make_region, masked.run_untraced),
     }
@@ -188,8 +189,8 @@ def install(
             module._moe_offload = weights
         hint_from_routers(layer, scope, model)
     for layer in graphed:
-        run = regions[layer.moe.form].run if regions else codes[layer.moe.form][1]
-        link = Link(scope, run, whole, ops.rows_of(layer))
+        form = layer.moe.form
+        link = Link(scope, regions[form].run if regions else codes[form][1], whole, ops.rows_of(layer))
         _install_layer(layer, link, implementation, nan_rows)
     model._compiled_call_impl = Call(model, runtime, scope, Retry(runtime, scope, compile), advisor)
     keep_compiled_call(model)
@@ -209,7 +210,8 @@ def _install_layer(layer: LayerRuntime, link: Link, implementation: str, nan_row
     moe = layer.moe
     views = ops.bank_of(layer).views
     is_masked = moe.form == "masked"
-    layer.module_core = MaskedModuleCore(moe, views) if is_masked else ModuleCore(moe, implementation, views)
+    core: RunCore = MaskedModuleCore(moe, views) if is_masked else ModuleCore(moe, implementation, views)
+    layer.module_core = core
     phantoms = {f.name: Phantom.of(layer, f, nan_rows) for f in moe.unpacked.fields}
     for module in moe.modules:
         for name, phantom in phantoms.items():

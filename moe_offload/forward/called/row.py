@@ -80,7 +80,7 @@ class ExpertRow(Tensor):
     @staticmethod
     def of(empty: Tensor, source: Source, field: str, expert: int, steps: tuple[Step, ...] = ()) -> ExpertRow:
         """`empty` has its shape and dtype, and no element that counts."""
-        row = cast(ExpertRow, Tensor._make_subclass(ExpertRow, empty))
+        row = Tensor._make_subclass(ExpertRow, empty)
         row.source, row.field, row.expert, row.steps = source, field, expert, steps
         return row
 
@@ -90,7 +90,7 @@ class ExpertRow(Tensor):
     ) -> Any:
         return answer(func, args, kwargs or {})
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         with torch._C.DisableTorchFunctionSubclass():
             return f"{self.field} of expert {self.expert} of {self.source.name}, {tuple(self.shape)} {self.dtype}"
 

@@ -60,6 +60,6 @@ def serve_rows(layer: LayerRuntime, scope: Scope) -> SlotWeights:
             stand_in: Tensor = Stack.of(reads, fields[place.field], place.tensor, row)
         else:
             stand_in = ExpertRow.of(row, reads, place.field, place.expert)
-            stand_in._is_param = True  # type: ignore[attr-defined]  # what torch asks to tell parameters by
+            stand_in._is_param = True  # what torch asks to tell parameters by
         place.module._parameters[place.attribute] = stand_in
     return reads.weights

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ class Stack(nn.Parameter):
             _refuse(stack or _anywhere(args, kwargs), name)
         return _read(stack, name, func, args[1:], kwargs)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         with torch._C.DisableTorchFunctionSubclass():
             return f"{self.field.name} of {self.source.name}, offloaded, {tuple(self.shape)} {self.dtype}"
 
@@ -65,7 +65,7 @@ class Stack(nn.Parameter):
 
 
 def _made(empty: Tensor, source: Source, field: Field, row: Tensor, count: int) -> Stack:
-    stack = cast(Stack, Tensor._make_subclass(Stack, empty, False))
+    stack = Tensor._make_subclass(Stack, empty, False)
     stack.source, stack.field, stack.row, stack.count = source, field, row, count
     return stack
 
@@ -77,7 +77,7 @@ def _read(stack: Stack, name: str, func: Callable[..., Any], args: tuple[Any, ..
         index, rest = (args[0][0], args[0][1:]) if isinstance(args[0], tuple) and args[0] else (args[0], ())
         expert = _number(index)
         if expert is not None:
-            row = _row(stack, expert)
+            row: Tensor = _row(stack, expert)
             row = row if _is_scalar(index) else row.unsqueeze(0)
             return row[rest if _is_scalar(index) else (slice(None), *rest)] if rest else row
     elif name in APART and per_expert:
@@ -125,7 +125,7 @@ def _rows(stack: Stack, name: str, func: Callable[..., Any], args: tuple[Any, ..
     shapes = {tuple(piece.shape) for piece in pieces}
     if len(pieces) != stack.count or shapes not in ({stack.field.shape}, {(1, *stack.field.shape)}):
         return None
-    rows = [_row(stack, e) for e in range(stack.count)]
+    rows: list[Tensor] = [_row(stack, e) for e in range(stack.count)]
     if shapes != {stack.field.shape}:
         rows = [row.unsqueeze(0) for row in rows]
     return iter(rows) if name == "__iter__" else tuple(rows)

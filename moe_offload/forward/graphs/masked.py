@@ -30,8 +30,8 @@ class MaskedLayer:
         layer, device = self.layer, x_MH.device.type
         if torch.is_autocast_enabled(device):
             raise UnsupportedModelError(
-                f"{layer.moe.name}: it is called under autocast in a graph of somebody else's, where its experts are one "
-                "op. Leave autocast, or call the model itself"
+                f"{layer.moe.name}: it is called under autocast in a graph of somebody else's, where its experts are "
+                "one op. Leave autocast, or call the model itself"
             )
         with layer.lock.here(), layer.arrivals.transfer.current():
             if layer.module_core is None:
@@ -48,10 +48,16 @@ class MaskedModuleCore:
         self.moe, self.module, self.views = moe, moe.modules[0], views
 
     def __call__(
-        self, x_ETH: Tensor, slots_U: Tensor, bank_SN: Tensor, others: Sequence[Any], experts_U: Tensor | slice | None
+        self,
+        x_P: Tensor,
+        slots_R: Tensor,
+        bank_SN: Tensor,
+        others: Sequence[Any],
+        pairs_R: Tensor | slice | None = None,
     ) -> Tensor:
+        """`x_P` is that of all experts [E, T, H], and a pair a whole expert."""
         self._refuse_unknown()
-        x_UTH = x_ETH[experts_U]
+        x_UTH, slots_U = x_P[pairs_R], slots_R
         count, tokens = x_UTH.shape[:2]
         if count == 1:  # a batched product of one would round otherwise
             x_UTH, slots_U = x_UTH.expand(2, -1, -1), slots_U.expand(2)
@@ -68,6 +74,6 @@ class MaskedModuleCore:
         refuse_changed_parts(self.module)
         if self.moe.packed or not type(self.module).forward.__module__.startswith("transformers."):
             raise UnsupportedModelError(
-                f"{self.moe.name}: {type(self.module).__name__} multiplies all experts at once, and was not traced, so it "
-                "is not known to leave zeros as they are. Call the model itself, not a torch.compile around it"
+                f"{self.moe.name}: {type(self.module).__name__} multiplies all experts at once, and was not traced, so "
+                "it is not known to leave zeros as they are. Call the model itself, not a torch.compile around it"
             )
