@@ -34,7 +34,7 @@ from .checkpoint.quantised.layouts import KINDS, ExpertMatrix, Layout, choose_la
 from .checkpoint.quantised.quantizer import quantization_of
 from .checkpoint.shards import Entry, Filling, Shard, file_name, header, split
 from .config.sizes import parse_size
-from .errors import CheckpointChangedError, CheckpointError, ConfigError, PackError
+from .errors import CheckpointChangedError, CheckpointError, ConfigError, PackError, UnsupportedModelError
 from .memory.buffers import page_aligned
 from .memory.stores.direct_io import DataFile
 from .memory.stores.disk import DiskStore

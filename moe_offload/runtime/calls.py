@@ -12,6 +12,7 @@ slot is enough, since an expert is done when its call returns.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,7 @@ class Calls:
         self.recorder: TraceRecorder | None = None  # of the model, while its trace is recorded
         self.used: dict[int, int] = {}  # {expert: rows} of the event that is going on
         self.expected: dict[int, None] = {}  # of a hint, what has not been asked for yet; empty where all of it is here
+        self.written = 0  # by how much loads have raised the version of the slots' memory
         self.in_use: list[int] = []  # innermost last: an expert may call another one
         self.end_events: Callable[[], None] = self.end_event  # of all layers of the model, in order; set by `Runtime`
 
@@ -95,6 +97,20 @@ class Calls:
         self.end_event()
 
     def _fetch(self, expert: int) -> int:
+        with self._writing():
+            return self._fetch_row(expert)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """What is written to the slots meanwhile is rows that are loaded."""
+        rows = self.slots.bytes
+        before = 0 if rows.is_inference() else rows._version
+        try:
+            yield
+        finally:
+            self.written += 0 if rows.is_inference() else rows._version - before
+
+    def _fetch_row(self, expert: int) -> int:
         arrivals, cache = self.arrivals, self.cache
         try:
             arrivals.begin({expert, *self.in_use, *self.expected})
@@ -123,7 +139,8 @@ class Calls:
         if arrivals.under_way and not arrivals.guessed:
             arrivals.abort()  # an event that was interrupted left something behind
         room = min(AHEAD, self.cache.slots - len(self.in_use)) - len(arrivals.guessed)
-        arrivals.read_ahead(self.cache.guess(list(self.expected), room, self.in_use))
+        with self._writing():
+            arrivals.read_ahead(self.cache.guess(list(self.expected), room, self.in_use))
 
 
 def _spread(used: dict[int, int]) -> Iterator[int]:

@@ -13,6 +13,7 @@ SAYS = {
     "own_policy": "second_chance",
     "profile_a_workload": "Italian profile",
     "quickstart": "tokens equal: True",
+    "remote_code": "tokens equal: True",
 }
 
 

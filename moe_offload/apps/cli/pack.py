@@ -56,9 +56,8 @@ def pack(
         from .perplexity import measure_text, read_text, tokenise
 
         pieces = tokenise(model, read_text(measure), **code)
-        of_outline(
-            read_outline(model, **code), config
-        )  # raises for a budget that is too small, which must not cost a copy
+        # It raises for a budget that is too small, which must not cost a copy.
+        of_outline(read_outline(model, **code), config)
     try:
         if experts is None:
             from ...pack import pack_checkpoint

@@ -85,7 +85,7 @@ class _Expert:
     def _run_on(self, slot: int, args: Any, kwargs: Any) -> Any:
         weights, swaps = self.weights, self.swaps
         views = weights.of(slot)
-        before = weights.state()
+        before = weights.state(views)
         for parameters, name, field, _ in swaps:
             parameters[name] = views[field]
         try:
@@ -93,9 +93,9 @@ class _Expert:
         finally:
             for parameters, name, _, phantom in swaps:
                 parameters[name] = phantom
-        if weights.state() != before:
+        if weights.state(views) != before:
             output = weights.release(output)
-            weights.refuse_changes(before, self.name)
+            weights.refuse_changes(before, views, self.name)
         return output
 
 

@@ -27,7 +27,7 @@ _ALLOWED |= {torch.numel, torch.is_floating_point, torch.is_complex}
 class CalledPhantom(nn.Parameter):
     """Has the shape of a weight and the memory of one number."""
 
-    name: str
+    called: str  # by its name in the model
     field: Field
 
     @staticmethod
@@ -35,7 +35,7 @@ class CalledPhantom(nn.Parameter):
         """The phantom of `place`, in the layer called `name`."""
         one = torch.full((), float("nan") if field.dtype.is_floating_point else 0, dtype=field.dtype, device=device)
         phantom = torch.Tensor._make_subclass(CalledPhantom, one.expand(place.tensor.shape), False)
-        phantom.name, phantom.field = f"{name}.{place.key}", field
+        phantom.called, phantom.field = f"{name}.{place.key}", field
         return phantom
 
     @classmethod
@@ -52,14 +52,14 @@ class CalledPhantom(nn.Parameter):
         found = _phantom_in((args, kwargs or {}))
         if func is Tensor.detach or func is Tensor.requires_grad_:
             return found
+        whose, what = "an expert" if found is None else found.called, getattr(func, "__name__", str(func))
         raise UnsupportedModelError(
-            f"{found.name if found is not None else 'an expert'}: {getattr(func, '__name__', func)} reads the weights "
-            "of an offloaded expert outside of its call; they are in memory only while the expert itself is called. "
-            "Call the expert, or read them from model.state_dict()"
+            f"{whose}: {what} reads the weights of an offloaded expert outside of its call; they are in memory only "
+            "while the expert itself is called. Call the expert, or read them from model.state_dict()"
         )
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"CalledPhantom({self.name}, shape={tuple(self.shape)}, dtype={self.dtype})"
+        return f"CalledPhantom({self.called}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
 
 def _phantom_in(values: Any) -> CalledPhantom | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sys import getrefcount
 from typing import Any
 
 import torch
@@ -16,12 +17,12 @@ class SlotWeights:
     """`of(slot)[field]` is that field of whatever expert is in the slot: a view of it, which costs no memory."""
 
     def __init__(self, layer: LayerRuntime):
-        self.layer, self._seen = layer, NOTHING
+        self._arrivals, self._calls, self._seen = layer.arrivals, layer.calls, NOTHING
         self._views: list[dict[str, nn.Parameter]] = []
         self._storage: Any = None
 
     def of(self, slot: int) -> dict[str, nn.Parameter]:
-        rows = self.layer.arrivals.slots
+        rows = self._arrivals.slots
         if rows is not self._seen:  # slots have become others
             self._make(rows)
         return self._views[slot]
@@ -30,20 +31,25 @@ class SlotWeights:
         """Let go of the slots' memory."""
         self._seen, self._views, self._storage = NOTHING, [], None
 
-    def state(self) -> tuple[int, int]:
-        """Changes where somebody has kept a view of a slot, or has written to one."""
-        rows = self._seen.bytes  # made in inference mode, it counts no versions
-        return torch._C._storage_Use_Count(self._storage._cdata), 0 if rows.is_inference() else rows._version
+    def state(self, views: dict[str, nn.Parameter]) -> tuple[int, int, int]:
+        """Changes where somebody has kept `views` of a slot, or a view of one, or has written to it.
 
-    def refuse_changes(self, before: tuple[int, int], name: str) -> None:
+        Two holders of one parameter are two references in Python, and of a view of it two of its storage. What loads
+        rows may write as well; then versions say nothing.
+        """
+        rows = self._seen.bytes  # made in inference mode, it counts no versions
+        version = 0 if rows.is_inference() else rows._version - self._calls.written
+        return sum(map(getrefcount, views.values())), torch._C._storage_Use_Count(self._storage._cdata), version
+
+    def refuse_changes(self, before: tuple[int, int, int], views: dict[str, nn.Parameter], name: str) -> None:
         """Raise where `state` is not what it was before an expert was called."""
-        uses, version = self.state()
-        if version != before[1]:
+        after = self.state(views)
+        if after[2] != before[2]:
             raise UnsupportedModelError(
                 f"{name}: an expert changes its own weights while it is called, which would be lost with its slot; "
                 "such experts cannot be offloaded"
             )
-        if uses > before[0]:
+        if after[:2] > before[:2]:
             raise UnsupportedModelError(
                 f"{name}: something has kept a view of an expert's weights beyond its call (the expert itself, or a "
                 "hook in it), and the slot will hold another expert's next; keep a copy (.clone()) instead"
@@ -55,7 +61,7 @@ class SlotWeights:
         return _map(output, lambda x: x.clone() if begin <= x.data_ptr() < begin + self._seen.bytes.nbytes else x)
 
     def _make(self, rows: Rows) -> None:
-        fields = self.layer.moe.layout.fields
+        fields = self._arrivals.moe.layout.fields
         with torch.inference_mode(False):
             self._views = [
                 {field.name: nn.Parameter(field.view_in(row), requires_grad=False) for field in fields}
