@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from tests.fakes.loop_models import build, offload, prompt, same, session
 from tests.fakes.loops.modeling_loops import LOOPS, Block, Gate
+from tests.fakes.masked_block import MaskedExperts
 
 __all__ = ["STACK_LOOPS", "build", "offload", "prompt", "same", "session"]
 
@@ -199,6 +200,24 @@ class CapacityExperts(Stacked):
         return (outputs * combine[..., None]).sum(0)
 
 
+class MaskedBlock(Block):
+    """Every expert is handed every token, zeros where the router did not send it: the form "masked"."""
+
+    def __init__(self, config):
+        nn.Module.__init__(self)
+        self.top_k = config.num_experts_per_tok
+        self.router = nn.Linear(config.hidden_size, config.num_local_experts, bias=False)
+        self.experts = MaskedExperts(config.num_local_experts, config.hidden_size, config.intermediate_size)
+
+    def forward(self, hidden):
+        x = hidden.reshape(-1, hidden.shape[-1])
+        logits = self.router(x)
+        values, ids = logits.topk(self.top_k)
+        scores = torch.full_like(logits, float("-inf")).scatter(1, ids, values).float().sigmoid().to(x.dtype)
+        masked = x.repeat(scores.shape[1], 1) * scores.t().reshape(-1, 1)
+        return self.experts(masked).view(scores.shape[1], *hidden.shape).sum(0)
+
+
 def _block(experts):
     return type(f"{experts.__name__}Block", (StackBlock,), {"make": staticmethod(experts)})
 
@@ -219,4 +238,4 @@ STACK_LOOPS = {
     "lists": _block(ListExperts),
     "stack_capacity": _block(CapacityExperts),
 }
-LOOPS.update(STACK_LOOPS)
+LOOPS.update(STACK_LOOPS, masked=MaskedBlock)
