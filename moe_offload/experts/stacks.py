@@ -69,13 +69,19 @@ def _layer(model: nn.Module, index: int, members: list[tuple[str, nn.Module, Sta
         tuple(n for n, *_ in members),
         tuple(m for _, m, _ in members),
         num_experts,
-        min(find_top_k(name, module, model) or num_experts, num_experts),
+        min(_top_k(name, module, model) or num_experts, num_experts),
         layout,
         layout,
         form="stacks",
         called=True,
         places=tuple(tuple(Place(m, field, field, field) for field in found) for _, m, found in members),
     )
+
+
+def _top_k(name: str, module: nn.Module, model: nn.Module) -> int | None:
+    """K may be said by what is around the module that holds the experts, or around that."""
+    parent = name.rpartition(".")[0]
+    return find_top_k(name, module, model) or find_top_k(parent, model.get_submodule(parent), model)
 
 
 def _shapes(module: nn.Module, stacks: Stacks) -> tuple[int, dict[str, tuple[int, ...]]]:

@@ -32,6 +32,7 @@ from ..forward.advise import Advisor
 from ..forward.binding import Link, RunExperts, Scope, banks_of_this_thread, connect, disconnect, run_op, run_untraced
 from ..forward.call import ADAPTED, Call, whole_call
 from ..forward.called.hints import hint_from_routers
+from ..forward.called.rows import keep_untraced
 from ..forward.called.table import SERVED
 from ..forward.changed_parts import refuse_changed_parts
 from ..forward.dynamo import Settings
@@ -188,6 +189,8 @@ def install(
         for module in layer.moe.modules:
             module._moe_offload = weights
         hint_from_routers(layer, scope, model)
+        if layer.moe.form != "modules":
+            keep_untraced(layer.moe, model)
     for layer in graphed:
         form = layer.moe.form
         link = Link(scope, regions[form].run if regions else codes[form][1], whole, ops.rows_of(layer))

@@ -1,16 +1,21 @@
 """The forms "stacks" and "lists": the model's code reads one expert's weight at a time, by a number.
 
-self.gate_up_proj        a `Stack`, which gives an `ExpertRow` for each number; the entries of a list are rows
-linear(x, row)           `Reads.take`: the expert's row becomes resident, and the product is computed with its slot
+    self.gate_up_proj        a `Stack`, which gives an `ExpertRow` for each number; the entries of a list are rows
+    linear(x, row)           `Reads.take`: the row becomes resident, and the product is computed with its slot
+
+The loop around them is not touched, nor known.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...experts import MoELayer
 from ...runtime.layer import LayerRuntime
 from ..binding import Scope
 from .row import ExpertRow
@@ -63,3 +68,26 @@ def serve_rows(layer: LayerRuntime, scope: Scope) -> SlotWeights:
             stand_in._is_param = True  # what torch asks to tell parameters by
         place.module._parameters[place.attribute] = stand_in
     return reads.weights
+
+
+def keep_untraced(moe: MoELayer, model: nn.Module) -> None:
+    """Let nobody's torch.compile look into the modules that read rows: a stack is no tensor that Dynamo can follow.
+
+    Who reads is the module that holds them, or the one around it.
+    """
+    for name, module in zip(moe.names, moe.modules, strict=True):
+        for reader in (module, model.get_submodule(name.rpartition(".")[0])):
+            if reader is not model and "forward" not in vars(reader):
+                reader.__dict__["forward"] = _untraced(reader.forward)
+
+
+def _untraced(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    disabled: Any = torch._disable_dynamo(run)  # type: ignore[attr-defined]  # lazy, as in passes/ops.py
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (disabled if torch.compiler.is_dynamo_compiling() else forward)(*args, **kwargs)
+
+    return call
