@@ -18,13 +18,12 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .checkpoint.outline import outline_folder
+from .checkpoint.outline import Outline, outline_folder
 from .checkpoint.pretrained.arguments import sort_arguments
 from .checkpoint.pretrained.dense import find_adapter, load_adapter, load_dense
 from .checkpoint.pretrained.download import get_folder
 from .checkpoint.quantised.fused_weight import fuse_weights
 from .checkpoint.quantised.verify import verify_unpacking
-from .checkpoint.row_index import RowIndex
 from .config.device_map import DeviceMap, MaxMemory
 from .config.settings import Config
 from .errors import OffloadError
@@ -170,7 +169,7 @@ def from_pretrained(
     moe_layers = found.pack(find_experts(model))
     keep_where_it_is(model, moe_layers, settings)
     prepared.check_rows(moe_layers)
-    model = _offload(model, moe_layers, prepared, found.index)
+    model = _offload(model, moe_layers, prepared, found)
     adapter = find_adapter(folder, said.subfolder)
     if adapter is not None:
         with _closed_on_error(model):
@@ -178,9 +177,9 @@ def from_pretrained(
     return model
 
 
-def _offload(model: Model, moe_layers: Sequence[MoELayer], prepared: Prepared, index: RowIndex | None = None) -> Model:
-    """Do what was prepared. `index` says where the experts' rows lie, where that is known already."""
-    settings, arrangement = prepared.settings, prepared.arrangement
+def _offload(model: Model, moe_layers: Sequence[MoELayer], prepared: Prepared, found: Outline | None = None) -> Model:
+    """Do what was prepared. `found` says which files the model was loaded from, and where the experts' rows lie."""
+    settings, arrangement, index = prepared.settings, prepared.arrangement, found.index if found else None
     tiers, device = arrangement.tiers, arrangement.device
     device_decides = on_device(settings, moe_layers, arrangement.slots, tiers, device)
     bound_kernel_caches(arrangement.plan.budget_bytes)
@@ -196,7 +195,7 @@ def _offload(model: Model, moe_layers: Sequence[MoELayer], prepared: Prepared, i
         runtime = build_runtime(moe_layers, arrangement.plan, stores, settings, profile, device, device_decides)
         undo.pop_all()
         undo.callback(runtime.close)
-        handle = attach(model, runtime, prepared)
+        handle = attach(model, runtime, prepared, found)
         undo.pop_all()
     model.moe_offload = handle  # type: ignore[assignment]
     logger.info("%s", handle)

@@ -32,7 +32,7 @@ from .checkpoint.pretrained.arguments import sort_arguments
 from .checkpoint.pretrained.download import get_folder
 from .checkpoint.quantised.layouts import KINDS, ExpertMatrix, Layout, choose_layout, find_matrices
 from .checkpoint.quantised.quantizer import quantization_of
-from .checkpoint.shards import Entry, Filling, Shard, file_name, header, split
+from .checkpoint.shards import Entry, Filling, Shard, file_name, split
 from .config.sizes import parse_size
 from .errors import CheckpointChangedError, CheckpointError, ConfigError, PackError, UnsupportedModelError
 from .memory.buffers import page_aligned
@@ -142,9 +142,7 @@ def _plan(source: Source, kind: str, limit_bytes: int) -> _Plan:
     runs = split([entry for key, range_ in in_order for entry in plan.entries(key, range_)], limit_bytes)
     shards = []
     for number, run in enumerate(runs, 1):
-        entries = tuple(sorted(run, key=lambda entry: -entry.dtype.itemsize))  # each is aligned so
-        name = SINGLE if len(runs) == 1 else file_name("model", number, len(runs))
-        shards.append(Shard(name, entries, header(entries, {"format": "pt"})))
+        shards.append(Shard.of(SINGLE if len(runs) == 1 else file_name("model", number, len(runs)), run))
     return replace(plan, shards=tuple(shards))
 
 

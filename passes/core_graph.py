@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -150,7 +149,6 @@ def extract_core(
             scalars.add(others.index(number))
             inputs[node] = inputs[number]
             continue
-        _refuse_pair_counts(site, node)
         mine = dict(inputs)
         for operand in matrices.get(node, ()) or products.get(node, ()):
             mine[operand] = graph.call_function(operator.getitem, (inputs[operand], pairs))
@@ -205,11 +203,3 @@ def fills_vectors(site: Site, nodes: Mapping[Node, None]) -> bool:
             if not isinstance(share, int) or share % VECTORS:
                 return False
     return True
-
-
-def _refuse_pair_counts(site: Site, node: Node) -> None:
-    """A literal P in the core would be wrong for a wave; only a reshape-like call can hold one."""
-    if site.pairs is not None and site.pairs > 1 and node.op == "call_method":
-        sizes: list[Any] = [a for arg in node.args[1:] for a in (arg if isinstance(arg, (tuple, list)) else (arg,))]
-        if node.target in ("view", "reshape", "expand") and site.pairs in sizes[:1]:
-            raise UnknownUse(site.layer, ", ".join(site.weights), f"{node.format_node()} fixes the number of pairs")

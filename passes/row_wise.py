@@ -36,13 +36,19 @@ ALONG_ONE = SPLITS | {"mean", "squeeze", "unsqueeze"}  # and never along the pai
 MODULES = frozenset({None, "torch", "_operator", "torch.nn.functional", "torch._C._nn", "torch._C"})
 
 
-def refuse_mixed_pairs(site: Site, core: Collection[Node]) -> None:
-    """Raise `UnknownUse` naming a node of the site's core that is not known to keep pairs apart."""
+def refuse_mixed_pairs(site: Site, core: Collection[Node], fixed: Collection[Node]) -> None:
+    """Raise `UnknownUse` naming a node of the site's core that is not known to keep pairs apart.
+
+    `fixed` are the constants. A product of one with expert weights is refused too: the constant would have an entry for
+    each pair of the traced call, and a piece has fewer.
+    """
     reads = {read.node for read in site.reads} | {view for read in site.reads for view in read.views}
     gathered = {read.node for read in site.reads if read.offsets is None and not read.masked}
     kept = 2 if site.masked else 1
     for node in core:
-        apart = node in reads or (name_of(node) == "bmm" and gathered & set(node.all_input_nodes))
+        inputs = set(node.all_input_nodes)
+        reads_weights = node in reads or (name_of(node) == "bmm" and gathered & inputs)
+        apart = reads_weights and inputs.isdisjoint(fixed)
         if not apart and not (_is_of_torch(node) and _keeps_pairs_first(node, core) and _is_known(node, kept)):
             said = f"{node.format_node() or node} is not known to treat each token by itself"
             raise UnknownUse(site.layer, ", ".join(site.weights), said)

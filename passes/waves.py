@@ -51,7 +51,7 @@ def stream_in_waves(
     for site in done:
         fixed = find_constants(graph, site)
         nodes = find_masked_core(graph, site) if site.masked else find_core(graph, site, fixed)
-        refuse_mixed_pairs(site, nodes)
+        refuse_mixed_pairs(site, nodes, fixed)
         exit_node = find_exit(site, nodes)
         x, ids, others = find_inputs(site, nodes, fixed)
         if site.masked:

@@ -87,6 +87,12 @@ def read_headers(files: Iterable[Path]) -> Headers:
     return headers
 
 
+def files_of(ranges: Iterable[TensorRange]) -> str:
+    """The files in which tensors lie, for messages."""
+    files = list(dict.fromkeys(str(found.file) for found in ranges))
+    return ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
+
+
 def _open_with_library(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt", backend="pread")

@@ -23,7 +23,7 @@ from ..experts import Field, MoELayer, RowLayout
 from ..files.file_stamp import FileStamp
 from .conversion import Conversion, Shape, joins_bytes, one_expert_conversions
 from .expert_keys import label_of, one_key_per_expert, slice_stack
-from .headers import Headers, TensorRange
+from .headers import Headers, TensorRange, files_of
 from .origins import Origin, find_origins, origin_of, own_key
 from .quantised.columns import PackedColumn, Packing, Sources, is_packed_by, pack_column
 from .quantised.misfits import refuse_codes
@@ -158,7 +158,7 @@ def _column(
         if not keys and is_packed_by(ops):  # what a format may have: which of it there must be is seen below
             continue
         if each_has_its_own:
-            keys = one_key_per_expert(moe, label, keys, shares, origin.share)
+            keys = one_key_per_expert(moe, label, keys, shares, origin.share, headers)
             found.append(Sources(pattern, label, keys, [headers[key] for key in keys]))
         else:
             ranges = slice_stack(moe, label, keys, headers, f.shape[0] if joined else None)
@@ -184,8 +184,8 @@ def _plain_column(moe: MoELayer, f: Field, parameter: str, ops: Sequence[Any], f
             except ValueError as error:
                 shown = ", ".join(str(list(shape)) for shape in shapes)
                 raise CheckpointError(
-                    f"{moe.name}: expert {e} has {f.name} in the checkpoint as {shown}, the model expects "
-                    f"{list(f.shape)} ({error}). Use the checkpoint that belongs to this configuration"
+                    f"{moe.name}: expert {e} has {f.name} in the checkpoint as {shown} (in {files_of(sources)}), the "
+                    f"model expects {list(f.shape)} ({error}). Use the checkpoint that belongs to this configuration"
                 ) from error
         experts.append((sources, conversions[shapes]))
     return Column(f, experts)

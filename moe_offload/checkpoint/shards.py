@@ -46,6 +46,12 @@ class Shard:
     entries: tuple[Entry, ...]
     header: bytes
 
+    @classmethod
+    def of(cls, name: str, run: Iterable[Entry]) -> Shard:
+        """With the largest elements first: so each tensor is aligned, whatever comes before it."""
+        entries = tuple(sorted(run, key=lambda entry: -entry.dtype.itemsize))
+        return cls(name, entries, header(entries, {"format": "pt"}))
+
     @property
     def nbytes(self) -> int:
         return len(self.header) + sum(entry.nbytes for entry in self.entries)

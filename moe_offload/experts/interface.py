@@ -25,7 +25,7 @@ def find_interface(model: nn.Module) -> list[MoELayer]:
         if is_experts(module):
             key = tuple(id(param) for param in stacked_params(name, module).values())
             found.setdefault(key, []).append((name, module))
-    layers = []
+    layers: list[MoELayer] = []
     for members in found.values():
         name, module = members[0]
         params = stacked_params(name, module)

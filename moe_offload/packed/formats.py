@@ -47,6 +47,20 @@ class Format(ABC):
         if kernels is None or not self.unpack_compiled(kernels, tensors, out_OI):
             self.unpack_torch(tensors, out_OI)
 
+    def unpack_turned(self, tensors: Sequence[Tensor], out_IO: Tensor) -> None:
+        """Write the transpose of the matrix, in the dtype of `out_IO`, whose rows are contiguous."""
+        kernels = compiled() if can_be_compiled(tensors, out_IO) else None
+        if kernels is not None and self.turn_compiled(kernels, tensors, out_IO):
+            return
+        for begin, end in self.strips(self.shape(tensors), AT_ONCE):  # each is turned while it is in the cache
+            strip = torch.empty((end - begin, len(out_IO)), dtype=out_IO.dtype, device=out_IO.device)
+            self.unpack(self.rows(tensors, begin, end), strip)
+            out_IO[:, begin:end] = strip.t()
+
+    def turn_compiled(self, kernels: Kernels, tensors: Sequence[Tensor], out_IO: Tensor) -> bool:
+        """The same in one step. False where there is no kernel for it: only MXFP4 experts rest the other way round."""
+        return False
+
     @abstractmethod
     def unpack_compiled(self, kernels: Kernels, tensors: Sequence[Tensor], out_OI: Tensor) -> bool:
         """The same bits in bfloat16 by a compiled kernel. False where there is none for these dtypes."""
@@ -76,6 +90,7 @@ class Kernels(NamedTuple):
     """The modules of compiled kernels."""
 
     unpack: Any
+    turn: Any
     scan: Any
 
 
@@ -83,10 +98,10 @@ class Kernels(NamedTuple):
 def compiled() -> Kernels | None:
     """Asked for by the first matrix: importing numba takes as long as many a command."""
     try:
-        from .compiled import scan, unpack
+        from .compiled import scan, turn, unpack
     except ImportError:  # numba was taken away, or cannot be loaded: the formulas in torch are the same, and slower
         return None
-    return Kernels(unpack, scan)
+    return Kernels(unpack, turn, scan)
 
 
 def can_be_compiled(tensors: Sequence[Tensor], out_OI: Tensor) -> bool:

@@ -55,6 +55,10 @@ class MXFP4(Format):
         kernels.unpack.unpack_mxfp4(*tensors, _table(), out_OI)
         return True
 
+    def turn_compiled(self, kernels: Kernels, tensors: Sequence[Tensor], out_IO: Tensor) -> bool:
+        kernels.turn.unpack_mxfp4_turned(*tensors, _table(), out_IO)
+        return True
+
     def find_fault(self, tensors: Sequence[Tensor]) -> str | None:
         if not has_byte(tensors[1], signed=False):
             return None

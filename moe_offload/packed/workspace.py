@@ -5,30 +5,50 @@ Fresh memory would have to be given out by the system page by page, which takes 
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
+import weakref
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
-class _Workspace(threading.local):
-    memory = torch.empty(0, dtype=torch.uint8)
+class _Piece:
+    """What one thread has borrowed so far; gone with its thread."""
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0, dtype=torch.uint8)
 
 
-_own = _Workspace()
+class _Own(threading.local):
+    """Its `__init__` runs in each thread that comes here."""
+
+    def __init__(self) -> None:
+        self.piece, number = _Piece(), next(_numbers)
+        _pieces[number] = weakref.ref(self.piece, lambda _: _pieces.pop(number, None))
+
+
+_numbers = itertools.count()
+_pieces: dict[int, weakref.ref[_Piece]] = {}  # of all threads; no lock, which a forked child might find taken
+_own = _Own()
 
 
 def borrow(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Uninitialised memory of that shape, until this thread borrows again."""
-    nbytes = math.prod(shape) * dtype.itemsize
-    if _own.memory.numel() < nbytes:
-        _own.memory = torch.empty(0, dtype=torch.uint8)  # before the larger piece is asked for
-        _own.memory = torch.empty(nbytes, dtype=torch.uint8)
-    return _own.memory[:nbytes].view(dtype).view(*shape)
+    nbytes, piece = math.prod(shape) * dtype.itemsize, _own.piece
+    memory = piece.memory  # kept here: another thread may give it back at any moment
+    if memory.numel() < nbytes:
+        del memory
+        piece.memory = torch.empty(0, dtype=torch.uint8)  # before the larger piece is asked for
+        memory = piece.memory = torch.empty(nbytes, dtype=torch.uint8)
+    return memory[:nbytes].view(dtype).view(*shape)
 
 
 def give_back() -> None:
-    """Free what this thread has borrowed so far."""
-    _own.memory = torch.empty(0, dtype=torch.uint8)
+    """Free what threads have borrowed so far, each piece as soon as its thread has done with it."""
+    for found in list(_pieces.values()):
+        piece = found()
+        if piece is not None:
+            piece.memory = torch.empty(0, dtype=torch.uint8)

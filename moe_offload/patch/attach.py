@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from ..checkpoint.outline import Outline
 from ..config.settings import OffloadConfig
 from ..forward.advise import Advisor
 from ..handle import Handle
@@ -15,11 +16,15 @@ from ..runtime.model import Runtime
 from . import install as patch
 from .fast_products import FEW_TOKENS, restore_linears, serve_fast, speed_up_linears
 from .refusals import refuse_what_reaches_experts
-from .saving import save_real_rows
+from .saving.original import Original
+from .saving.saver import save_real_rows
 
 
-def attach(model: nn.Module, runtime: Runtime, prepared: Prepared) -> Handle:
-    """Let `model` run on `runtime` from now on. Returns the handle, whose `close` takes the runtime off again."""
+def attach(model: nn.Module, runtime: Runtime, prepared: Prepared, found: Outline | None = None) -> Handle:
+    """Let `model` run on `runtime` from now on. Returns the handle, whose `close` takes the runtime off again.
+
+    `found` is what the model was loaded from, where it came from files.
+    """
     settings, arrangement = prepared.settings, prepared.arrangement
     wanted = settings.experts_implementation
     if settings.compute == "fast" and wanted == "auto":
@@ -43,7 +48,7 @@ def attach(model: nn.Module, runtime: Runtime, prepared: Prepared) -> Handle:
         advisor=Advisor(runtime, arrangement.plan),
     )
     refuse_what_reaches_experts(model, runtime)
-    save_real_rows(model, runtime)
+    save_real_rows(model, runtime, Original.of(found))
     linears = speed_up_linears(model) if fast else []
     weakref.finalize(model, _detach, runtime)
     return Handle(

@@ -2,7 +2,7 @@
 
 The model keeps its class, its `forward` and its `generate`. What changes:
 
-    module.gate_up_proj ...         a Phantom; state_dict() still returns the real rows (saving.py)
+    module.gate_up_proj ...         a Phantom; state_dict() still returns the real rows (saving/)
     experts[3](x)                   where the model's code calls its experts one by one: served by forward/called/, and
                                     nothing is compiled around them
     module.config                   a view that names our experts implementation (experts_config.py)

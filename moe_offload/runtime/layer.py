@@ -33,9 +33,9 @@ from ..memory.scratch import Scratch
 from ..memory.stores import Store
 from ..memory.transfer import Transfer
 from ..observe.trace.recorder import TraceRecorder
+from .ahead.guesses import Guesses
 from .calls import Calls
 from .device_cache import DeviceCache, DeviceCaches
-from .guesses import Guesses
 from .in_flight import Arrivals
 from .lock import ModelLock
 from .waves_cpu import RunCore, compute_while_loading

@@ -18,8 +18,8 @@ from ..memory.transfer import Transfer
 from ..observe.timeline import Depth, Timeline
 from ..observe.trace.recorder import TraceRecorder
 from ..packed.workspace import give_back
+from .ahead.guesses import Guesses
 from .device_cache import DeviceCaches
-from .guesses import Guesses
 from .kernels import Kernels
 from .layer import LayerRuntime, closed
 from .lock import ModelLock

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ..memory.buffers import Rows
+from .ahead.scratch_feed import Feed
 from .in_flight import Arrivals
-from .scratch_feed import Feed
 
 
 class RunCore(Protocol):

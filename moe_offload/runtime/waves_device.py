@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from ..memory.buffers import Rows
+from .ahead.scratch_feed import Feed
 from .in_flight import Arrival, Arrivals
-from .scratch_feed import Feed
 from .waves_cpu import RunCore
 
 PARTS = 4  # of the scratch rows: one is computed while the others load. With two, the link waits for the first one

@@ -55,8 +55,22 @@ def test_what_was_found_is_kept_when_it_is_stopped(gpu, monkeypatch, tmp_path):
     assert (out, cache, complete) == (tmp_path, tmp_path / "cache", False)
 
 
+def start_limits_with(marker, monkeypatch):
+    """The time limit of a part counts from when the file `marker` is there: to start Python may take a while."""
+    wait = subprocess.Popen.wait
+
+    def wait_from_then_on(process, timeout=None):
+        while timeout is not None and not marker.exists() and process.poll() is None:
+            time.sleep(0.01)
+        return wait(process, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", wait_from_then_on)
+
+
 def test_each_part_runs_whatever_the_others_do(gpu, monkeypatch, tmp_path, capsys):
-    hangs = "import time; print('begun'); time.sleep(600)"
+    marker = tmp_path / "begun"
+    start_limits_with(marker, monkeypatch)
+    hangs = f"import time, pathlib; print('begun'); pathlib.Path({str(marker)!r}).touch(); time.sleep(600)"
     made = [
         gpu.Part("checks", "absent", ["no-such-program"], 60),
         part(gpu, hangs, limit_s=1.0),
@@ -81,11 +95,12 @@ def test_parts_are_chosen_by_group_or_by_name(gpu, monkeypatch, tmp_path):
     assert [line for line in lines if line.startswith("this")] == ["this is b", "this is c", "this is e"]
 
 
-def test_what_a_part_started_ends_with_it(gpu, tmp_path):
+def test_what_a_part_started_ends_with_it(gpu, monkeypatch, tmp_path):
     beat = tmp_path / "beat"
+    start_limits_with(beat, monkeypatch)
     inner = f"import time, pathlib\nwhile True: pathlib.Path({str(beat)!r}).touch(); time.sleep(0.05)"
     outer = f"import subprocess, sys; subprocess.Popen([sys.executable, '-S', '-c', {inner!r}]).wait()"
-    assert not gpu.run(part(gpu, outer, limit_s=3.0), io.StringIO())
+    assert not gpu.run(part(gpu, outer, limit_s=0.2), io.StringIO())
     assert beat.exists()
     beat.unlink()
     time.sleep(0.5)

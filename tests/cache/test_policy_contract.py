@@ -208,7 +208,7 @@ def test_rates_stay_finite_for_ten_million_tokens():
 
 def test_policies_need_no_torch():
     program = "import sys, moe_offload.cache, moe_offload.cache.layer_cache; assert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
 
 

@@ -13,13 +13,14 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3VLMoeConfig
 
 import moe_offload
+from moe_offload.apps.families.quantised.kinds import KINDS, configure, ct_config, fp8_config
 from moe_offload.apps.families.session import run_session
 from moe_offload.apps.families.tiny import build
 from moe_offload.checkpoint.outline import outline_folder
 from moe_offload.checkpoint.quantised.quantizer import settle_quantization
 from moe_offload.errors import CheckpointError, UnsupportedModelError
 from tests.fakes import quantised_checkpoints as checkpoints
-from tests.fakes.quantised_checkpoints import KINDS, configure, ct_config, fp8_config, rewrite, split
+from tests.fakes.quantised_checkpoints import rewrite, split
 
 FP8 = "model.layers.1.mlp.experts.3.up_proj.weight"  # one matrix of many
 MX = "model.layers.1.mlp.experts.gate_up_proj"  # one of every expert of a layer
@@ -69,9 +70,23 @@ def halve_scales(tensors: dict[str, torch.Tensor], which: str) -> None:
         tensors[key] = tensors[key].bfloat16()
 
 
+def wider(tensors: dict[str, torch.Tensor], which: str) -> None:
+    """One matrix of every expert, with its scales, twice as wide."""
+    for key in [key for key in tensors if ".experts." in key and which in key]:
+        tensors[key] = torch.cat([tensors[key].view(torch.uint8)] * 2, 1).view(tensors[key].dtype)
+
+
 DAMAGED: dict[str, tuple[str, Change, str]] = {
-    "scales missing": ("fp8", lambda t: t.pop(f"{FP8}_scale_inv"), "expert 3 has no up_proj.weight_scale_inv"),
-    "codes missing": ("fp8", lambda t: t.pop(FP8), "expert 3 has no up_proj"),
+    "scales missing": (
+        "fp8", lambda t: t.pop(f"{FP8}_scale_inv"), r"expert 3 has no up_proj.weight_scale_inv.*model\.safetensors",
+    ),
+    "codes missing": ("fp8", lambda t: t.pop(FP8), r"expert 3 has no up_proj.*model\.safetensors"),
+    "an expert too many": (
+        "fp8", lambda t: t.update({FP8.replace(".3.", ".8."): t[FP8].clone()}), r"of 9 experts.*model\.safetensors",
+    ),
+    "codes of another width": (
+        "fp8", lambda t: wider(t, "down_proj"), r"down_proj quantised, as \[256, 256\].*model\.safetensors",
+    ),
     "stacked scales missing": ("mxfp4", lambda t: t.pop(f"{MX}_scales"), "safetensors.*gate_up_proj_blocks.*no scales"),
     "stacked codes missing": ("mxfp4", lambda t: t.pop(f"{MX}_blocks"), "safetensors.*gate_up_proj_scales.*no weights"),
     "scales of too many blocks": (
@@ -90,14 +105,18 @@ DAMAGED: dict[str, tuple[str, Change, str]] = {
         "mxfp4", replaced(f"{MX}_scales", lambda s: s[:, :-1]), r"safetensors.*gate_up_proj_scales.*\[191, 2\]",
     ),
     "stacked scales of fewer experts": (
-        "mxfp4", replaced(f"{MX}_scales", lambda s: s[:-1]), r"gate_up_proj_scales.*\[7, 192, 2\]",
+        "mxfp4", replaced(f"{MX}_scales", lambda s: s[:-1]), r"gate_up_proj_scales.*\[7, 192, 2\].*model\.safetensors",
     ),
     "stacked scales of another dtype": (
         "mxfp4", replaced(f"{MX}_scales", lambda s: s.float()), "safetensors.*gate_up_proj_scales.*float32",
     ),
     "dense scales missing": ("fp8", lambda t: t.pop(f"{Q}_scale_inv"), "safetensors.*q_proj.weight.*no scales"),
-    "one expert in bfloat16": ("fp8", lambda t: plain_experts(t, "1.mlp.experts.3."), "expert 3 has no gate_proj"),
-    "one matrix in bfloat16": ("fp8", lambda t: plain_experts(t, "up_proj"), "up_proj unquantised and gate_"),
+    "one expert in bfloat16": (
+        "fp8", lambda t: plain_experts(t, "1.mlp.experts.3."), r"expert 3 has no gate_proj.*model\.safetensors",
+    ),
+    "one matrix in bfloat16": (
+        "fp8", lambda t: plain_experts(t, "up_proj"), r"up_proj unquantised and gate_.*model\.safetensors",
+    ),
 }  # fmt: skip
 
 
@@ -120,6 +139,23 @@ def test_codes_that_mean_no_number_are_named(copy, kind: str, key: str, byte: in
     folder = rewrite(copy(kind), replaced(key, lambda tensor: with_byte(tensor, byte)))
     with pytest.raises(CheckpointError, match=f"{says}.*model.safetensors"):
         moe_offload.from_pretrained(folder, "2GB").state_dict()
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "byte"),
+    [("fp8", Q, 0x7F), ("fp8", Q, 0xFF), ("mxfp8", f"{Q}_scale_inv", 255), ("fp8-e8m0", f"{Q}_scale_inv", 255)],
+)
+def test_dense_codes_that_mean_no_number_are_named(copy, kind: str, key: str, byte: int) -> None:
+    folder = rewrite(copy(kind), replaced(key, lambda tensor: with_byte(tensor, byte)))
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors: '{key}' at \[0, 0\] means no number"):
+        moe_offload.from_pretrained(folder, "2GB")
+
+
+@pytest.mark.parametrize("worth", [float("nan"), float("inf")])
+def test_dense_scales_that_are_no_number_are_named(copy, worth: float) -> None:
+    folder = rewrite(copy("fp8"), replaced(f"{Q}_scale_inv", lambda scales: scales * worth))
+    with pytest.raises(CheckpointError, match=r"q_proj.weight_scale_inv' at \[0, 0\] means no number"):
+        moe_offload.from_pretrained(folder, "2GB")
 
 
 @pytest.mark.parametrize("worth", [float("nan"), float("inf")])

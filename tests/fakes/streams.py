@@ -84,7 +84,7 @@ class SlowStreams:
 
     def copy(self, target, source, after):
         def kernel():
-            after.wait(5)
+            after.wait(120)
             time.sleep(self.delay_s)
             target.copy_(source)
 
@@ -94,10 +94,10 @@ class SlowStreams:
         return values.clone()
 
     def order(self, event):
-        self.compute.launch(lambda: event.wait(5))
+        self.compute.launch(lambda: event.wait(120))
 
     def finish(self, event):
-        assert event.wait(5)
+        assert event.wait(120)
 
 
 class HostStreams(SlowStreams):

@@ -44,4 +44,4 @@ def models(count: int) -> Iterator[list[subprocess.Popen]]:
 
 def _end(child: subprocess.Popen) -> None:
     child.kill()
-    child.communicate(timeout=60)
+    child.communicate(timeout=240)

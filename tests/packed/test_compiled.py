@@ -35,6 +35,9 @@ for name in CASES:
     out = torch.full(found.format.shape(found.tensors), 7.0, dtype=torch.bfloat16)
     found.format.unpack(found.tensors, out)
     assert same_bits(out, found.plain(found.tensors, torch.bfloat16)), name
+    turned = torch.full((out.shape[1], out.shape[0]), 7.0, dtype=torch.bfloat16)
+    found.format.unpack_turned(found.tensors, turned)
+    assert same_bits(turned, out.t()), name
 """
 
 
@@ -95,11 +98,11 @@ from numba.core import caching
 caching.CacheImpl._locator_classes = []
 import torch
 from tests.packed.matrices import case, same_bits
-found = case("int4 groups")
+found = case("mxfp4 many groups")
 out = torch.empty(found.format.shape(found.tensors), dtype=torch.bfloat16)
 found.format.unpack(found.tensors, out)
 from moe_offload.packed.compiled import unpack
-print(type(unpack._int4.made._cache).__name__)
+print(type(unpack._mxfp4.made._cache).__name__)
 assert same_bits(out, found.plain(found.tensors, torch.bfloat16))
 """
     )
@@ -108,6 +111,13 @@ assert same_bits(out, found.plain(found.tensors, torch.bfloat16))
 
 def test_whoever_unpacks_nothing_waits_for_no_compiler():
     run_python("import sys, moe_offload, moe_offload.packed\nassert 'numba' not in sys.modules")
+
+
+def test_mxfp4_is_turned_in_one_step(monkeypatch):
+    pytest.importorskip("numba")
+    monkeypatch.setattr(formats.Format, "unpack", lambda *_: pytest.fail("it was unpacked first"))
+    found = case("mxfp4 many groups")
+    found.format.unpack_turned(found.tensors, torch.empty(288, 100, dtype=torch.bfloat16))
 
 
 def test_kernels_are_taken_where_they_can_be(monkeypatch):

@@ -34,6 +34,19 @@ def test_rows_are_rows_of_the_whole(name, way):
     assert same_bits(wide[:, :inputs], whole) and bool((wide[:, inputs:] == 7.0).all())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("aligned", [False, True])
+def test_turned_it_is_the_transpose(name, dtype, aligned):
+    """Into a matrix with a margin that stays as it was, its rows whole cache lines or not."""
+    found = case(name)
+    whole = found.plain(found.tensors, dtype)
+    margin = 32 - whole.shape[0] % 32 + (0 if aligned else 3)
+    wide = torch.full((whole.shape[1], whole.shape[0] + margin), 7.0, dtype=dtype)
+    found.format.unpack_turned(found.tensors, wide[:, : whole.shape[0]])
+    assert same_bits(wide[:, : whole.shape[0]], whole.t()) and bool((wide[:, whole.shape[0] :] == 7.0).all())
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_rows_are_views(name):
     found = case(name)

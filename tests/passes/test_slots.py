@@ -9,6 +9,7 @@ import passes
 from tests.fakes.traced_block import identity, permuted, trace
 
 from .conftest import K, hidden, make_block
+from .test_lookahead import Layers, traced_layers
 
 LAYERS = [identity, permuted]
 
@@ -39,3 +40,18 @@ def test_slots_leave_alone_an_unknown_number_of_tokens(implementation):
     assert traced.sites()[0].pairs is None
     banks = {"layer": identity(traced.params).bank}
     assert passes.rename_to_slots(traced.gm.graph, sites=traced.sites(), banks=banks) == []
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_the_device_decides_where_every_site_of_the_graph_is_renamed(fits):
+    """A site that is left to `waves` takes all layers back to the host in the middle of the graph."""
+    traced, (first, second) = traced_layers(Layers("batched_mm"), hidden(2))
+    sites = traced.sites()
+    banks = {"layer 0": first.layer.bank, "layer 1": second.layer.bank}
+    if not fits:
+        bank = banks["layer 1"]
+        banks["layer 1"] = passes.Bank(bank.fields, 2 * K - 1, bank.dtype)
+    done = passes.rename_to_slots(traced.gm.graph, sites=sites, banks=banks, on_device=list(banks))
+    counts = passes.inspect.op_counts(traced.gm.graph)
+    assert done == (sites if fits else sites[:1])
+    assert (counts.get("place", 0), counts.get("fetch", 0)) == ((2, 0) if fits else (0, 1))

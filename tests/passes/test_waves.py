@@ -71,14 +71,41 @@ def test_waves_leave_only_routing_and_weighting(block, dtype):
         assert not weight.users
 
 
+def insert_after(node, make):
+    """What `make` adds to the graph after `node` takes the place of `node`."""
+    with node.graph.inserting_after(node):
+        added = make(node)
+    added.meta = dict(node.meta)
+    node.replace_all_uses_with(added, delete_user_cb=lambda user: user is not added)
+
+
 def test_code_that_fixes_the_number_of_pairs_is_refused():
     """A wave has fewer pairs than the graph was traced with."""
     traced = trace(make_block("plain"), hidden(7))
     (site,), graph = traced.sites(), traced.gm.graph
     product = next(iter(site.reads[0].node.users))
-    with graph.inserting_after(product):
-        same = graph.call_method("view", (product, *product.meta["example_value"].shape))
-    same.meta = dict(product.meta)
-    product.replace_all_uses_with(same, delete_user_cb=lambda user: user is not same)
-    with pytest.raises(passes.UnknownUse, match=r"view.*14, 48, 1"):
+    insert_after(product, lambda node: graph.call_method("view", (node, *node.meta["example_value"].shape)))
+    with pytest.raises(passes.UnknownUse, match=r"view.*14, 48, 1.* each token by itself"):
+        passes.stream_in_waves(graph, sites=[site], banks={"layer": identity(traced.params).bank})
+
+
+@pytest.mark.parametrize(
+    "repeated", [True, False], ids=["repeated for each pair", "a parameter with an entry for each"]
+)
+def test_a_constant_in_place_of_the_activations_is_refused(repeated):
+    """It has an entry for each pair of the traced call, whoever made it: a wave has fewer."""
+    traced = trace(make_block("plain"), hidden(7))
+    (site,), graph = traced.sites(), traced.gm.graph
+    product = next(user for user in site.reads[1].node.users if passes.find.name_of(user) == "bmm")
+    (activations,) = (i for i in product.all_input_nodes if i is not site.reads[1].node)
+    value = torch.ones(activations.meta["example_value"].shape)
+    with graph.inserting_before(next(iter(graph.nodes))):
+        constant = graph.placeholder("constant")
+    constant.meta["example_value"] = torch.nn.Parameter(value[:1] if repeated else value)
+    if repeated:
+        with graph.inserting_before(product):
+            constant = graph.call_method("expand", (constant, *value.shape))
+        constant.meta["example_value"] = value
+    product.replace_input_with(activations, constant)
+    with pytest.raises(passes.UnknownUse, match=r"bmm.*constant|bmm.*expand"):
         passes.stream_in_waves(graph, sites=[site], banks={"layer": identity(traced.params).bank})

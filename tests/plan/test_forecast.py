@@ -76,7 +76,7 @@ def hub(monkeypatch):
         return SafetensorsRepoMetadata(None, False, dict.fromkeys(header, file), {file: metadata})
 
     monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", answer)
-    monkeypatch.setattr("moe_offload.checkpoint.outline._cached", lambda name: None)
+    monkeypatch.setattr("moe_offload.checkpoint.outline._cached", lambda name, said: None)
     monkeypatch.setattr(
         "moe_offload.checkpoint.outline.read_configuration", lambda name, said: read_configuration(MODEL, said)
     )
@@ -107,7 +107,7 @@ def test_without_a_connection_it_says_what_to_try(monkeypatch):
         raise ConnectionError("Name or service not known\nmore")
 
     monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", offline)
-    monkeypatch.setattr("moe_offload.checkpoint.outline._cached", lambda name: None)
+    monkeypatch.setattr("moe_offload.checkpoint.outline._cached", lambda name, said: None)
     result = run("plan", HUB, "--budget", "6MB")
     assert result.exit_code == 4 and len(result.stderr.splitlines()) == 1
     assert "Name or service not known" in result.stderr and "HF_HUB_OFFLINE" in result.stderr

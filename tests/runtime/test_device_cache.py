@@ -12,6 +12,7 @@ import moe_offload
 from moe_offload import ConfigError, OffloadConfig, RoutingError, TraceError
 from moe_offload.apps.families.tiny import build
 from moe_offload.runtime.assemble import on_device
+from moe_offload.runtime.kernels.state import REFUSED
 from passes import ops
 from tests.fakes.offloaded import IDS, QWEN, SETTINGS, offload, resident, say
 
@@ -171,10 +172,47 @@ def test_a_step_that_is_interrupted_leaves_no_slot_with_another_row(kernel):
     with pytest.raises(KeyboardInterrupt):
         say(model, IDS.flip(1))
     cache.kernels = known
-    bank_SN = cache.arrivals.slots.bank_SN
-    for expert, slot in enumerate(cache.state.slot_of_E.tolist()):
-        assert slot < 0 or torch.equal(bank_SN[slot], cache.rows_EN[expert]), f"slot {slot} is not expert {expert}"
+    assert_slots_hold_their_experts(cache)
     assert torch.equal(say(model), want)
+    model.moe_offload.close()
+
+
+def assert_slots_hold_their_experts(cache):
+    for expert, slot in enumerate(cache.state.slot_of_E.tolist()):
+        row = cache.arrivals.slots.bank_SN[slot]
+        assert slot < 0 or torch.equal(row, cache.rows_EN[expert]), f"slot {slot} is not expert {expert}"
+
+
+def test_an_event_of_the_host_that_never_waited_is_given_up_when_the_device_takes_over():
+    """Ctrl-C between fetch and wait: its rows would arrive in slots that the device has given to others."""
+    model = decided(residency=0.0)
+    want = say(model)
+    caches = model.moe_offload._runtime.device_caches
+    layer = model.moe_offload._runtime.layers[1]
+    caches.hand_back()
+    absent = [e for e in range(layer.cache.num_experts) if layer.cache.slot_of[e] < 0][: layer.moe.top_k]
+    layer.fetch(torch.tensor(absent))
+    assert layer.arrivals.under_way
+    caches.take_over([layer.moe.top_k])
+    assert not layer.arrivals.under_way and not layer.arrivals.transfer.under_way()
+    assert_slots_hold_their_experts(layer.device_cache)
+    assert torch.equal(say(model), want)
+    model.moe_offload.close()
+
+
+def test_what_the_device_refused_is_told_once(monkeypatch):
+    """Once the host decides, what was seen of it is out of date: the copy that brings news may be a forward late."""
+    model = decided()
+    say(model)
+    caches = model.moe_offload._runtime.device_caches
+    caches._totals_L4[0, REFUSED] = 3
+    with pytest.raises(RoutingError, match="asked 3 times"):
+        caches.check_ids()
+    caches.take_over([model.moe_offload._runtime.layers[0].moe.top_k])
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda self, *args, **options: self)  # nothing has arrived yet
+    caches.check_ids()
+    assert caches.in_charge, "nothing has been refused since"
+    monkeypatch.undo()
     model.moe_offload.close()
 
 

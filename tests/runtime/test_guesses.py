@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moe_offload import ExpertReadError
-from moe_offload.runtime.guesses import BLOCK, BLOCKS, VERDICT, Trial
+from moe_offload.runtime.ahead.guesses import BLOCK, BLOCKS, VERDICT, Trial
 from moe_offload.runtime.layer import LayerRuntime
 from tests.fakes.fault_store import LAYOUT, E, FaultStore, assert_sound, decode, expected, make, prefill
 from tests.fakes.offloaded import SETTINGS, offload, offloaded, resident, say
@@ -109,7 +109,7 @@ def guess(runtime, ids):
 def settle(layer):
     """Until nothing of a guess is on its way any more."""
     for arrival in layer.arrivals.guessed.values():
-        assert arrival.ticket.done.wait(10)
+        assert arrival.ticket.done.wait(120)
 
 
 def test_what_was_guessed_is_there_when_asked_for():
@@ -133,7 +133,7 @@ class Gated(FaultStore):
         self.gate = threading.Event()
 
     def read(self, layer, expert, row):
-        assert layer == 0 or self.gate.wait(30)
+        assert layer == 0 or self.gate.wait(120)
         return super().read(layer, expert, row)
 
 

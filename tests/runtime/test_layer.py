@@ -10,8 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_offload.errors import ClosedError, ExpertReadError, OffloadError, RoutingError
 from moe_offload.memory.transfer.staged import DeviceTransfer
+from moe_offload.runtime.ahead.scratch_feed import READ_AHEAD_USES
 from moe_offload.runtime.prewarm import prewarm_slots
-from moe_offload.runtime.scratch_feed import READ_AHEAD_USES
 from tests.fakes import fault_store
 from tests.fakes.fault_store import LAYOUT, E, FaultStore, K, assert_sound, decode, expected, prefill, run, tags
 from tests.fakes.streams import InstantStreams
@@ -343,7 +343,7 @@ def test_what_was_read_ahead_in_vain_is_counted_and_harms_nothing(make):
     first, second = runtime.layers
     prefill(first, long_prompt())
     guessed = ahead(runtime)[1]
-    assert all(held.ticket.done.wait(10) for held in second.arrivals.scratch.ahead.values())
+    assert all(held.ticket.done.wait(120) for held in second.arrivals.scratch.ahead.values())
     ids = long_prompt(guessed[0])
     assert torch.equal(prefill(second, ids), expected(1, ids))
     assert second.cache.counters.ahead == 2

@@ -63,7 +63,7 @@ def test_what_was_read_ahead_leaves_scratch_before_anything_else_is_computed():
     prefill(second, ids)
     prefill(first, ids)
     ahead = runtime.layers[0].arrivals.scratch.ahead
-    assert len(ahead) == 4 and all(held.ticket.done.wait(5) for held in ahead.values())
+    assert len(ahead) == 4 and all(held.ticket.done.wait(120) for held in ahead.values())
     spy, log = Spy(second), len(store.log)
     second.stream(torch.zeros(len(ids), 1), torch.tensor(ids), spy)
     assert spy.calls == [*[(3, False)] * 4, (2 * 3, True), *[(3, False)] * 2]

@@ -15,12 +15,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import moe_offload
+from moe_offload.apps.families.quantised.kinds import KINDS
 from moe_offload.apps.families.session import run_session
 from moe_offload.checkpoint.outline import outline_folder
 from moe_offload.plan.budget import budget_for
 from moe_offload.plan.weights import costs, layer_shapes
 from tests.fakes.offloaded import SETTINGS
-from tests.fakes.quantised_checkpoints import KINDS, write
+from tests.fakes.quantised_checkpoints import write
 
 SESSIONS = ({"batch": 1, "prompt": 17}, {"batch": 3, "prompt": 16})  # at the floor a prompt needs more than the slots
 FAST = ("mxfp4", "fp8")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import uuid
 
 import pytest
 import torch
@@ -26,10 +26,17 @@ def nobody_is_asked(monkeypatch):
     monkeypatch.setattr("builtins.input", asked)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def modules(tmp_path_factory):
+    """Where transformers copies code that it runs: not among what the user has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        yield
+
+
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    return write_remote(tmp_path / f"loops_{os.getpid()}")
+def folder(tmp_path):
+    return write_remote(tmp_path / f"loops_{uuid.uuid4().hex}")
 
 
 def budget_of(folder, residency=0.0):
@@ -49,7 +56,7 @@ def load(folder, residency=0.0, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("loop", [name for name in LOOP_NAMES if name != "tied"])
 def test_outputs_are_those_of_the_class_and_its_state_dict(loop, dtype, tmp_path):
-    folder = write_remote(tmp_path / f"{loop}_{str(dtype)[6:]}", loop, dtype)
+    folder = write_remote(tmp_path / f"loops_{uuid.uuid4().hex}", loop, dtype)
     for batch, length in ((1, 16), (3, 33)):
         want = session(build(loop, dtype), prompt(batch, length))
         for residency in (0.0, 0.5, 1.0):

@@ -134,11 +134,11 @@ def test_a_child_that_was_forked_in_a_forward_is_refused_at_once(tmp_path):
     def hold():
         with runtime.lock:
             held.set()
-            done.wait(60)
+            done.wait(120)
 
     thread = threading.Thread(target=hold)
     thread.start()
-    held.wait(60)
+    held.wait(120)
     ways = {
         "call": lambda: model(IDS),
         "generate": lambda: say(model),

@@ -13,6 +13,7 @@ from ...config.settings import ENVIRONMENT_PREFIX, FILE_VARIABLE
 from ...errors import ConfigError
 from ..options.checks import check_cuda, check_model, check_output, residency_share, settings
 from ..options.flags import Budget, Compute, ConfigFile, Json
+from ..options.lists import split_list
 from ..options.numbers import one_of, whole
 from .architectures import PREFIX, sizes_of
 from .sides.names import NAMES, check_sides
@@ -97,12 +98,12 @@ def bench(
             raise ConfigError(f"{flag} {read}: no such file")
     if budget is not None and residency:
         raise ConfigError("give either --budget (8GB) or --residency (25%), not both")
-    listed = [share for text in residency or [] for share in text.split(",")]
+    listed = [share for text in residency or [] for share in split_list("--residency", text, "25%,50%")]
     shares = [residency_share(share) for share in listed]
     if budget is None and not shares:
         shares = [DEFAULT_RESIDENCY]
     check_output("--out", out)
-    named = NAMES[device] if sides is None else tuple(side.strip() for side in sides.split(",") if side.strip())
+    named = NAMES[device] if sides is None else tuple(split_list("--sides", sides, "resident,ours"))
     check_sides(named, device, [budget] if budget is not None else [f"{share * 100:g}%" for share in shares])
     if device == "cuda":
         check_cuda()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -14,9 +15,11 @@ from ...config import file as files
 from ...config.settings import OffloadConfig, active_file, from_text, origins, resolve
 from ...errors import ConfigError, ProfileError
 from ..options.checks import check_profile
-from ..options.flags import Budget, Compile, ConfigFile, DeviceMapOption, Json, MaxMemory, Policy
+from ..options.flags import ConfigFile, Json
+from ..options.groups import flatten
+from .setting_flags import SettingFlags
 
-#: What is asked, in this order: what most people want to say once for a machine. The rest can be written by hand.
+#: What is asked, in this order: what most people want to say once for a machine. The rest have flags.
 QUESTIONS = {
     "budget": "How much memory may a model hold on the device it computes on (8GB, 8GiB, 50%, auto)?",
     "max_memory": "Limits per device, as {cpu: 60GiB}?",
@@ -29,17 +32,9 @@ QUESTIONS = {
 NOTHING = "none"
 
 
+@flatten
 def config(
-    budget: Budget = None,
-    max_memory: MaxMemory = None,
-    device_map: DeviceMapOption = None,
-    profile: Annotated[str | None, typer.Option("--profile", help="Activation profile to pre-warm from.")] = None,
-    policy: Policy = None,
-    compile: Compile = None,
-    context: Annotated[
-        str | None, typer.Option("--context", help="Tokens of prompt and answer that the KV cache has room for.")
-    ] = None,
-    offload_folder: Annotated[str | None, typer.Option("--offload-folder", help="Where experts are spilled.")] = None,
+    flags: SettingFlags,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing: flags, else what is there already.")] = False,
     show: Annotated[bool, typer.Option("--show", help="Write nothing; print what is in force, and why.")] = False,
     as_json: Json = False,
@@ -51,18 +46,16 @@ def config(
         return
     path = config_file or files.default_path()
     old = OffloadConfig.from_dict(files.read(path)) if path.exists() else OffloadConfig()
-    typed = {"budget": budget, "max_memory": max_memory, "device_map": device_map, "profile": profile}
-    typed |= {"policy": policy, "compile": compile, "kv_tokens": context, "offload_folder": offload_folder}
-    flags = {name: _value(name, text) for name, text in typed.items() if text is not None}
-    values = OffloadConfig.from_dict({**old.to_dict(), **flags})
-    if flags.get("profile") is not None:
-        check_profile(flags["profile"])
+    typed = {name: _value(name, text) for name, text in dataclasses.asdict(flags).items() if text is not None}
+    values = OffloadConfig.from_dict({**old.to_dict(), **typed})
+    if typed.get("profile") is not None:
+        check_profile(typed["profile"])
     if not yes:
         if not sys.stdin.isatty():
             raise ConfigError(
                 "standard input is no terminal to ask questions on: give --yes, with flags for what to write"
             )
-        values = _ask(values, skip=set(flags), prompt=typer.prompt)
+        values = _ask(values, skip=set(typed), prompt=typer.prompt)
     files.write(path, values.changed())
     typer.echo(f"settings written to {path}", err=True)
     typer.echo(path.read_text(), nl=False)

@@ -14,6 +14,7 @@ from ...errors import BudgetError, ConfigError
 from ..options.checks import check_model, settings
 from ..options.ending import EXIT_CODES
 from ..options.flags import ConfigFile, Context, Dtype, Json, ProfileIn, TrustRemoteCode
+from ..options.lists import split_list
 
 LADDER = (4, 6, 8, 12, 16, 24, 32, 48, 64, 80, 96, 128, 192, 256, 384, 512, 768, 1024)  # GB that machines have
 COLUMNS = ("budget", "fits", "slots a layer", "resident", "hit rate", "largest context")
@@ -38,9 +39,7 @@ def estimate(
 ) -> None:
     """A table like accelerate estimate-memory: what each budget gives. Reads headers only; exit code 3 if none fits."""
     wanted = settings(config_file, profile=profile, kv_tokens=context)
-    sizes = [_budget(text) for text in budget.split(",") if text.strip()] if budget else []
-    if budget is not None and not sizes:
-        raise ConfigError(f"--budget {budget!r} names no budget: write sizes by commas, as 4GB,8GB")
+    sizes = [] if budget is None else [_budget(text) for text in split_list("--budget", budget, "4GB,8GB")]
     for name in models:
         check_model(name, weights=False)
     found = [_estimate(name, sizes, wanted, dtype, trust_remote_code) for name in models]

@@ -57,7 +57,7 @@ def pack(
 
         pieces = tokenise(model, read_text(measure), **code)
         # It raises for a budget that is too small, which must not cost a copy.
-        of_outline(read_outline(model, **code), config)
+        of_outline(read_outline(model, trust_remote_code=trust_remote_code), config)
     try:
         if experts is None:
             from ...pack import pack_checkpoint

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -31,10 +32,23 @@ def families(
     jobs: Annotated[int, typer.Option("--jobs", help="Processes to spread the families over.", **whole(1))] = (
         os.cpu_count() or 1
     ),
+    quantised: Annotated[
+        bool, typer.Option("--quantised", help="Every format of quantised experts, with families it is published for.")
+    ] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as the documentation has it.")] = False,
+    into: Annotated[
+        Path | None, typer.Option("--into", help="With --quantised: write the table into this page, between its marks.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Build a tiny random model of every MoE family of the installed transformers; run it resident and offloaded."""
+    if quantised:
+        if compile != "graph" or matrix:
+            raise ConfigError("--quantised has one matrix and no compiler of its own: leave --compile and --matrix out")
+        _families_quantised(names or [], jobs, markdown, into, as_json)
+        return
+    if into is not None:
+        raise ConfigError("--into is for the table of --quantised: give that as well, or --markdown, which prints")
     if unknown := [name for name in names or [] if name not in FAMILIES]:
         raise ConfigError(f"{unknown[0]!r} is no MoE family that is known here; there are {', '.join(FAMILIES)}")
     from .report import check_families, line, markdown_table, rows_json, totals
@@ -54,4 +68,24 @@ def families(
     else:
         typer.echo(totals(rows))
     if not all(row.status in ("exact", "refused") for row in rows):
+        raise typer.Exit(FAILED)
+
+
+def _families_quantised(names: list[str], jobs: int, markdown: bool, into: Path | None, as_json: bool) -> None:
+    from .quantised.page import check_page, tables, write_tables
+    from .report import check_quantised_families, quantised_line, rows_json
+
+    if into is not None:
+        check_page(into)  # before minutes of work
+    quiet = as_json or markdown
+    rows = check_quantised_families(
+        names, jobs=jobs, done=lambda row: None if quiet else typer.echo(quantised_line(row))
+    )
+    if into is not None:
+        write_tables(into, rows)
+    if as_json:
+        typer.echo(rows_json(rows))
+    elif markdown:
+        typer.echo(tables(rows))
+    if any(row.status in ("different", "failed") for row in rows):
         raise typer.Exit(FAILED)

@@ -8,6 +8,7 @@ import multiprocessing
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -16,7 +17,11 @@ from transformers.utils import logging as hf_logging
 
 from ...errors import ConfigError
 from .check import MATRIX, QUICK, FamilyResult, check
+from .quantised.check import QuantisedResult, check_quantised
+from .quantised.page import pairs
 from .tiny import available, unlisted
+
+Row = TypeVar("Row", FamilyResult, QuantisedResult)
 
 
 def check_families(
@@ -33,22 +38,32 @@ def check_families(
             f"{unknown[0]!r} is no MoE family of the installed transformers; there are {', '.join(known)}"
         )
     wanted = list(names or known)
-    rows: dict[str, FamilyResult] = {}
-    for name in [] if names else unlisted():
-        rows[name] = FamilyResult(name, "refused", "not in the table of tiny models yet", "")
-        done(rows[name])
+    new = [FamilyResult(name, "refused", "not in the table of tiny models yet", "") for name in unlisted()]
+    for row in new if not names else ():
+        done(row)
+    return _spread(_checked, [(name, matrix, compile) for name in wanted], jobs, done) + ([] if names else new)
+
+
+def check_quantised_families(
+    names: Sequence[str], *, jobs: int, done: Callable[[QuantisedResult], object]
+) -> list[QuantisedResult]:
+    """Check every format with `names` (all families that are tried when empty), as `check_families` does."""
+    return _spread(_checked_quantised, pairs(names), jobs, done)
+
+
+def _spread(check: Callable[..., Row], tasks: Sequence[Any], jobs: int, done: Callable[[Row], object]) -> list[Row]:
+    """What `check` returns for each of `tasks`, its arguments, in their order; `done` has each as it comes."""
     spawn = multiprocessing.get_context("spawn")  # a forked child would inherit torch's threads, dead
     with (
         Progress(console=Console(stderr=True), transient=True) as progress,
-        ProcessPoolExecutor(min(jobs, len(wanted)), mp_context=spawn, initializer=_quiet) as pool,
+        ProcessPoolExecutor(min(jobs, len(tasks)), mp_context=spawn, initializer=_quiet) as pool,
     ):
-        bar = progress.add_task("Families", total=len(wanted))
-        for future in as_completed([pool.submit(_checked, name, matrix, compile) for name in wanted]):
-            row = future.result()
-            rows[row.family] = row
-            done(row)
+        bar = progress.add_task("Families", total=len(tasks))
+        futures = [pool.submit(check, *task) for task in tasks]
+        for future in as_completed(futures):
+            done(future.result())
             progress.advance(bar)
-    return [rows[name] for name in sorted(rows, key=lambda name: (name not in wanted, [*wanted, name].index(name)))]
+    return [future.result() for future in futures]
 
 
 def line(row: FamilyResult) -> str:
@@ -56,6 +71,11 @@ def line(row: FamilyResult) -> str:
     experts = f"{row.experts} experts, top-{row.top_k}" if row.experts else ""
     runs = f"{row.cases} runs" if row.cases else ""
     return f"{row.family:<22}{row.status:<10}{runs:<9}{experts:<22}{row.reason}".rstrip()
+
+
+def quantised_line(row: QuantisedResult) -> str:
+    """One pair of format and family as a line of text."""
+    return f"{row.format:<47}{row.family:<13}{row.status:<11}{row.reason}".rstrip()
 
 
 def totals(rows: Sequence[FamilyResult]) -> str:
@@ -73,7 +93,7 @@ def markdown_table(rows: Sequence[FamilyResult]) -> str:
     return f"{table}\n\n{totals(rows)}, with transformers {transformers.__version__}."
 
 
-def rows_json(rows: Sequence[FamilyResult]) -> str:
+def rows_json(rows: Sequence[FamilyResult] | Sequence[QuantisedResult]) -> str:
     return json.dumps([row.asdict() for row in rows])
 
 
@@ -89,5 +109,14 @@ def _checked(name: str, matrix: bool, compile: str) -> FamilyResult:
         return check(name, MATRIX if matrix else QUICK, compile=compile)
     except Exception as error:  # one family that breaks must not hide the others
         return FamilyResult(name, "failed", f"{type(error).__name__}: {str(error).splitlines()[0]}", "")
+    finally:
+        torch._dynamo.reset()
+
+
+def _checked_quantised(format: str, family: str) -> QuantisedResult:
+    try:
+        return check_quantised(format, family)
+    except Exception as error:  # as above
+        return QuantisedResult(format, family, "failed", f"{type(error).__name__}: {str(error).splitlines()[0]}")
     finally:
         torch._dynamo.reset()

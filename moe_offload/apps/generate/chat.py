@@ -31,7 +31,6 @@ def chat(
     check_output("--save-profile", save_profile)
     from ...api import from_pretrained
     from .conversation import HELP, Conversation
-    from .run import given_context
     from .tokenizer import load_tokenizer
 
     flags.set_threads()
@@ -39,7 +38,7 @@ def chat(
     loaded: Any = from_pretrained(model, config=wanted, **flags.loading())
     with loaded.moe_offload as handle:
         typer.echo(str(handle.plan), err=True)
-        talk = Conversation(loaded, tokenizer, sampling, system, given_context(wanted, flags))
+        talk = Conversation(loaded, tokenizer, sampling, system, wanted.kv_tokens or None)
         if tokenizer.chat_template is None:
             typer.echo("The model has no chat template: it continues what was said as one plain text.", err=True)
         typer.echo(HELP, err=True)

@@ -29,12 +29,15 @@ Type a message. Ctrl-C ends an answer.
 
 
 class Conversation:
-    """Turns between a person and `model`. Answers go to standard output, all else to standard error."""
+    """Turns between a person and `model`. Answers go to standard output, all else to standard error.
+
+    `context` is for how many tokens of all that is said the plan has a KV cache; None where it was told to have none.
+    """
 
     def __init__(
         self, model: Any, tokenizer: Any, sampling: SamplingFlags, system: str | None, context: int | None = None
     ):
-        self._context = context  # what --context says
+        self._context, self._told_of_context = context, False
         self._model, self._tokenizer, self._sampling, self._system = model, tokenizer, sampling, system
         self.messages: Messages = []
         self._last = "nothing was said yet"
@@ -104,6 +107,12 @@ class Conversation:
         inputs, sampling = self._inputs(), self._sampling
         tokens, longest = inputs["input_ids"].shape[-1], longest_context(self._model)
         room = room_for_answer(tokens, longest, sampling.max_new_tokens, self._context)
+        if room < sampling.max_new_tokens and not self._told_of_context:
+            self._told_of_context = True
+            _say(
+                f"moe-offload: this answer ends after {room} tokens at most: with {tokens + room} the context is full. "
+                "!clear forgets what was said; another time, --context keeps room for more"
+            )
         if sampling.seed is not None:
             set_seed(sampling.seed)
         self._model.generate(**inputs, **_own_or_asked(sampling), max_new_tokens=room, streamer=streamer)

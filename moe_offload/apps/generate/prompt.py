@@ -59,8 +59,8 @@ def encode_chat(tokenizer: Any, messages: Messages) -> Any:
 def room_for_answer(prompt_tokens: int, longest: int | None, max_new_tokens: int, context: int | None = None) -> int:
     """How many of `max_new_tokens` there is room for. Raises ConfigError if the prompt alone is too long.
 
-    `longest` is the most tokens that the model takes; None where it does not say. `context` is what --context or
-    kv_tokens says: the budget has room for no more, so that longer texts would not stay inside it.
+    `longest` is the most tokens that the model takes; None where it does not say. `context` is what the KV cache has
+    room for in the budget (--context, kv_tokens): longer texts would not stay inside it.
     """
     if longest is not None and prompt_tokens >= longest:
         raise ConfigError(
@@ -68,7 +68,7 @@ def room_for_answer(prompt_tokens: int, longest: int | None, max_new_tokens: int
         )
     if context is not None and prompt_tokens >= context:
         raise ConfigError(
-            f"the prompt has {prompt_tokens} tokens, and the context was given as {context}, with its answer; raise "
+            f"the prompt has {prompt_tokens} tokens, and the budget has room for {context} with its answer; raise "
             "--context (MOE_OFFLOAD_KV_TOKENS), or shorten the prompt"
         )
     return min([max_new_tokens] + [most - prompt_tokens for most in (longest, context) if most is not None])

@@ -13,6 +13,7 @@ from ..options.checks import check_model, check_output, residency_share, setting
 from ..options.ending import Command
 from ..options.flags import ConfigFile, Json, Model, TrustRemoteCode
 from ..options.groups import summary
+from ..options.lists import split_list
 from ..options.numbers import whole
 
 app = typer.Typer(
@@ -97,8 +98,9 @@ def merge(
     from ...observe.profile import merge as merged
 
     check_output("--out", out)
+    listed = [] if weights is None else split_list("--weights", weights, "1,0.5")
     try:
-        numbers = None if weights is None else [float(weight) for weight in weights.split(",")]
+        numbers = [float(weight) for weight in listed] or None
     except ValueError:
         raise ConfigError(f"--weights {weights!r}: write one number a profile, by commas") from None
     made = merged([Profile.load(path) for path in profiles], numbers)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ...errors import ConfigError, TraceError
+from ...errors import TraceError
 from ...observe.trace import Trace
 from ..options.checks import check_output
+from ..options.lists import split_list
 from .run import ALL, SimulationResult, simulate
 from .show import check_plot, write_json, write_plot
 
@@ -31,12 +32,13 @@ def run(
     check_output("--save-plot", plot)
     if plot is not None:
         check_plot()
-    names = [name for given in _split(policies) for name in (ALL if given == "all" else [given])]
+    given = split_list("--policies", policies, "lru,belady")
+    names = [name for one in given for name in (ALL if one == "all" else [one])]
     rows = simulate(
         _load(paths, note),
         list(dict.fromkeys(names)),
-        _split(capacities),
-        starts=_split(starts),
+        split_list("--residency", capacities, "25%,50%"),
+        starts=split_list("--start", starts, "warm,cold"),
         pool=pooled,
     )
     if json_file is not None:
@@ -59,10 +61,3 @@ def _load(paths: Sequence[Path], note: Callable[[str], object]) -> dict[str, Tra
     for skipped in errors:
         note(f"skipped: {skipped}")
     return traces
-
-
-def _split(text: str) -> list[str]:
-    found = [part.strip() for part in text.split(",") if part.strip()]
-    if not found:
-        raise ConfigError(f"{text!r} names nothing; write names with commas between them")
-    return found

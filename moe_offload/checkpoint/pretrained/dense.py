@@ -10,7 +10,7 @@ has been read. What transformers would do because of the folder is done afterwar
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ..headers import DTYPE_NAMES, Headers, TensorRange
 from ..origins import find_origins, own_key
 from ..outline import Outline
 from ..quantised.blocks import unpack_uneven
+from ..quantised.misfits import refuse_dense_faults
 from ..quantised.quantizer import quantization_of, unpack_dense
 from .arguments import Arguments
 from .own_class import is_own, load_own
@@ -56,73 +57,74 @@ def load_dense(found: Outline, arguments: Arguments | None = None, name: str | P
     arguments = arguments or Arguments()
     if found.stored is None or found.index is None or found.folder is None:
         raise CheckpointError(f"{found.source}: there are no weights to load; download the checkpoint's shards")
-    headers, expert_keys = found.stored.headers, found.index.keys
+    if is_own(found.model):
+        model = _fill_own_class(found, found.stored.headers, found.folder)
+        for option, value in arguments.model.items():  # there is one: generation_config
+            setattr(model, option, value)
+    else:
+        model = load_tensors(
+            found.model, found.model.config, found.stored.headers, found.index.keys, found.folder, **arguments.model
+        )
+    if model.can_generate() and "generation_config" not in arguments.model:
+        model.generation_config = read_generation_defaults(found.folder)
+    model.config.name_or_path = str(name or found.folder)
+    return model.eval()
+
+
+def load_tensors(
+    like: Any, config: Any, headers: Headers, absent: Collection[str], folder: Path, **options: Any
+) -> Any:
+    """A model of the class and dtype of `like`, with the tensors of `headers`; those in `absent` stay on meta.
+
+    `config` may be written to; `options` are for transformers' from_pretrained, `folder` is for messages. Raises
+    `CheckpointError` for tensors that are missing, that transformers cannot load by the configuration, or whose codes
+    mean no number.
+    """
     state: Mapping[str, Any] = {
-        key: Absent(range_) if key in expert_keys else headers.opened[range_.file].get_slice(key)
+        key: Absent(range_) if key in absent else headers.opened[range_.file].get_slice(key)
         for key, range_ in headers.items()
     }
-    meta: Any = found.model
-    if is_own(meta):
-        return _finish(_load_own_class(found, headers, state), found.folder, arguments, name)
-    state = unpack_uneven(meta.config, headers, state)
-    config, dtype = meta.config, meta.dtype
+    state = unpack_uneven(config, headers, state)
     try:
-        model, info = type(meta).from_pretrained(
-            None,
-            config=config,
-            state_dict=state,
-            dtype=config.dtype or dtype,
-            output_loading_info=True,
-            **arguments.model,
+        model, info = type(like).from_pretrained(
+            None, config=config, state_dict=state, dtype=config.dtype or like.dtype, output_loading_info=True, **options
         )
     except (RuntimeError, ValueError, AttributeError, AssertionError, KeyError, TypeError) as error:  # of any format
         if quantization_of(config) is None:
             raise
         raise CheckpointError(
-            f"{found.folder}: transformers cannot load the dense weights by its config.json's quantization_config "
+            f"{folder}: transformers cannot load the dense weights by its config.json's quantization_config "
             f"({type(error).__name__}: {str(error).splitlines()[0][:300]}); the files may be of another format. "
             "Download the checkpoint again, or use one in bfloat16"
         ) from error
     missing = sorted(set(info["missing_keys"]) | {key for key, *_ in info.get("mismatched_keys", [])})
-    _refuse_missing(found, missing)
-    return _finish(model, found.folder, arguments, name)
-
-
-def _load_own_class(found: Outline, headers: Headers, state: Mapping[str, Any]) -> Any:
-    """The model of a class that comes with the checkpoint: `found.model` itself, which has real buffers."""
-    model: Any = found.model
-    experts = {f"{name}.{place.key}" for moe in found.moe_layers for name in moe.names for place in moe.own_places}
-    dense = [name for name in model.state_dict(keep_vars=True) if name not in experts]
-    origins = find_origins(model, headers, set(dense))
-    load_own(model, ((name, state[own_key(name, origin)][:]) for name, origin in origins.items()))
-    absent = [name for name, param in model.named_parameters() if param.is_meta and name not in experts]
-    _refuse_missing(found, absent + [name for name, _ in _persistent_buffers(model) if name not in origins])
+    _refuse_missing(folder, missing)
+    unpack_dense(model)
+    refuse_dense_faults(model, headers, absent)
     return model
 
 
-def _persistent_buffers(model: Any) -> Iterator[tuple[str, Tensor]]:
+def _fill_own_class(found: Outline, headers: Headers, folder: Path) -> Any:
+    """The model of a class that comes with the checkpoint: `found.model` itself, which has real buffers."""
+    model: Any = found.model
+    experts = {f"{name}.{place.key}" for moe in found.moe_layers for name in moe.names for place in moe.own_places}
     saved = model.state_dict(keep_vars=True)
-    return ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
+    origins = find_origins(model, headers, set(saved) - experts)
+    keys = {name: own_key(name, origin) for name, origin in origins.items()}
+    load_own(model, ((name, headers.opened[headers[key].file].get_tensor(key)) for name, key in keys.items()))
+    absent = [name for name, param in model.named_parameters() if param.is_meta and name not in experts]
+    absent += [name for name, _ in model.named_buffers() if name in saved and name not in keys]
+    _refuse_missing(folder, absent)
+    return model
 
 
-def _refuse_missing(found: Outline, missing: Sequence[str]) -> None:
+def _refuse_missing(folder: Path, missing: Sequence[str]) -> None:
     if missing:
         raise CheckpointError(
-            f"{found.folder}: the checkpoint lacks {len(missing)} tensors that the model needs (or has them in another "
+            f"{folder}: the checkpoint lacks {len(missing)} tensors that the model needs (or has them in another "
             f"shape): {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}; it is incomplete, or of another "
             "model"
         )
-
-
-def _finish(model: Any, folder: Path, arguments: Arguments, name: str | Path) -> Any:
-    """What transformers does because of the folder: generation defaults, and the name that the checkpoint goes by."""
-    if model.can_generate() and "generation_config" in arguments.model and is_own(model):
-        model.generation_config = arguments.model["generation_config"]
-    if model.can_generate() and "generation_config" not in arguments.model:
-        model.generation_config = read_generation_defaults(folder)
-    model.config.name_or_path = str(name or folder)
-    unpack_dense(model)
-    return model.eval()
 
 
 def read_generation_defaults(folder: Path) -> Any:

@@ -12,23 +12,26 @@ import contextlib
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import CheckpointError, UnsupportedModelError
 
+if TYPE_CHECKING:  # it takes seconds to import
+    from transformers import PreTrainedModel
+
 #: The package in which transformers puts such code.
 DYNAMIC = "transformers_modules"
 _ONE_AT_A_TIME = threading.Lock()  # a method of a class is replaced meanwhile
 
 
-def build_own(place: Path | str, model_class: Any, config: Any, dtype: torch.dtype) -> Any:
+def build_own(place: Path | str, model_class: Any, config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """The model, its parameters on the meta device. Raises `UnsupportedModelError` where its code fails."""
     try:
         with _parameters_on_meta():
-            model = model_class._from_config(config, dtype=dtype)
+            model: PreTrainedModel = model_class._from_config(config, dtype=dtype)
     except Exception as error:  # the checkpoint's own code: it may raise anything
         raise UnsupportedModelError(
             f"{place}: its own code ({model_class.__module__}.{model_class.__name__}) fails under the installed "
@@ -84,6 +87,7 @@ def _tie_head(model: Any) -> None:
 def _parameters_on_meta() -> Iterator[None]:
     """Meanwhile every parameter that this thread gives to a module loses its bytes."""
     thread, register = threading.get_ident(), nn.Module.register_parameter
+    owner: Any = nn.Module
 
     def register_empty(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
         register(module, name, param)
@@ -91,8 +95,8 @@ def _parameters_on_meta() -> Iterator[None]:
             module._parameters[name] = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
 
     with _ONE_AT_A_TIME:
-        nn.Module.register_parameter = register_empty  # type: ignore[method-assign]
+        owner.register_parameter = register_empty
         try:
             yield
         finally:
-            nn.Module.register_parameter = register  # type: ignore[method-assign]
+            owner.register_parameter = register

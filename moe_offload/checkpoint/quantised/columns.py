@@ -17,8 +17,9 @@ import torch
 
 from ...errors import CheckpointError, UnsupportedModelError
 from ...experts import Field, MoELayer, RowLayout
+from ...packed import FP8, Format
 from ..conversion import Conversion, Shape, Swap, one_expert_conversions
-from ..headers import TensorRange
+from ..headers import TensorRange, files_of
 from .recognise import Recognised, recognise, role_of
 from .weights import Matrix, MatrixWeight
 
@@ -62,10 +63,11 @@ class Packing:
 
 @dataclass(frozen=True)
 class PackedColumn:
-    """A parameter as the row holds it: of each of its fields, in order, every expert's range."""
+    """A parameter as the row holds it: of each of its fields, in order, every expert's range. `dtype` is unpacked."""
 
     field: Field
     ranges: Mapping[str, Sequence[TensorRange]]
+    dtype: torch.dtype
     matrices: Sequence[tuple[Recognised, tuple[str, ...]]]
     conversions: tuple[Conversion, ...]
     made_by: MadeBy
@@ -79,7 +81,7 @@ class PackedColumn:
         matrices = tuple(
             Matrix(found.format, tuple(fields[name] for name in names), found.shape) for found, names in self.matrices
         )
-        return MatrixWeight(self.field.name, self.field.shape, self.field.dtype, matrices, self.conversions)
+        return MatrixWeight(self.field.name, self.field.shape, self.dtype, matrices, self.conversions)
 
 
 def is_packed_by(ops: Sequence[Any]) -> bool:
@@ -121,17 +123,35 @@ def pack_column(
         return None
     if plain:
         packed = next(matrix for matrix in by_matrix if matrix not in plain)
+        where = files_of(by_matrix[matrix]["codes"].ranges[0] for matrix in (plain[0], packed))
         raise CheckpointError(
-            f"{moe.name}: the checkpoint has {plain[0]} unquantised and {packed} quantised; transformers makes one "
-            f"parameter of both ({f.name}). Use a checkpoint that has both alike"
+            f"{moe.name}: the checkpoint has {plain[0]} unquantised and {packed} quantised (in {where}); transformers "
+            f"makes one parameter of both ({f.name}). Use a checkpoint that has both alike"
         )
     shapes = tuple(recognised.shape for recognised, _ in matrices)
-    conversions = _conversions(moe, f, parameter, type(dequantiser).__name__, ops, shapes)
-    return PackedColumn(f, ranges, matrices, conversions, MadeBy(parameter, converter, patterns, stacked))
+    where = files_of(found[0] for found in ranges.values())
+    conversions = _conversions(moe, f, parameter, type(dequantiser).__name__, ops, shapes, where)
+    scales = next(roles["scales"].ranges[0].dtype for roles in by_matrix.values())
+    dtype = _loaded_dtype(type(dequantiser).__name__, matrices[0][0].format, scales, f.dtype)
+    return PackedColumn(f, ranges, dtype, matrices, conversions, MadeBy(parameter, converter, patterns, stacked))
+
+
+def _loaded_dtype(dequantiser: str, format: Format, scales: torch.dtype, asked: torch.dtype) -> torch.dtype:
+    """compressed-tensors unpacks codes of four bits into the dtype of their scales (bfloat16 where these are powers of
+    two), and nothing converts them afterwards to what was asked for. (`verify.py` sees what was loaded indeed.)"""
+    if dequantiser != "CompressedTensorsDequantize" or isinstance(format, FP8):
+        return asked
+    return scales if scales.is_floating_point and scales.itemsize > 1 else torch.bfloat16
 
 
 def _conversions(
-    moe: MoELayer, f: Field, parameter: str, dequantiser: str, ops: Sequence[Any], shapes: tuple[Shape, ...]
+    moe: MoELayer,
+    f: Field,
+    parameter: str,
+    dequantiser: str,
+    ops: Sequence[Any],
+    shapes: tuple[Shape, ...],
+    where: str,
 ) -> tuple[Conversion, ...]:
     first = DEQUANTISERS[dequantiser]
     try:
@@ -142,8 +162,8 @@ def _conversions(
     except ValueError as error:
         shown = ", ".join(str(list(shape)) for shape in shapes)
         raise CheckpointError(
-            f"{moe.name}: the checkpoint has {f.name} quantised, as {shown}, the model expects {list(f.shape)} "
-            f"({error}). Use the checkpoint that belongs to this configuration"
+            f"{moe.name}: the checkpoint has {f.name} quantised, as {shown} (in {where}), the model expects "
+            f"{list(f.shape)} ({error}). Use the checkpoint that belongs to this configuration"
         ) from error
 
 

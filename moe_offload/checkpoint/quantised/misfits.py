@@ -9,8 +9,11 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...errors import CheckpointError, UnsupportedModelError
+from ...packed.formats import place_of
+from ...packed.fp8 import widen
 from ..headers import DTYPE_NAMES, Headers, TensorRange
 from .quantizer import quantization_of
 
@@ -63,6 +66,37 @@ def check_dense(config: Any, headers: Headers, experts: Collection[str]) -> None
                 f"{found.file}: {key!r} is {DTYPE_NAMES[found.dtype]} {list(found.shape)}, and the checkpoint has no "
                 "scales for it. Download the missing shard, or the whole checkpoint again"
             )
+
+
+def refuse_dense_faults(model: Any, headers: Headers, experts: Collection[str]) -> None:
+    """Raise `CheckpointError` for dense codes or scales that mean no number, as `DiskStore` does for those of experts.
+
+    `model` has been loaded: files are read again only where one of its weights is no number.
+    """
+    dense = {key: found for key, found in headers.items() if key not in experts}
+    if not any(_is_scale(key) for key in dense) or all(_is_finite(param) for param in model.parameters()):
+        return
+    for key, found in dense.items():
+        codes = found.dtype == torch.float8_e4m3fn
+        if not codes and not _is_scale(key):
+            continue
+        tensor = headers.opened[found.file].get_tensor(key)
+        wrong = ~torch.isfinite(widen(tensor)) if _is_scale(key) else (tensor.view(torch.uint8) & 0x7F) == 0x7F
+        place = place_of(wrong)
+        if place is not None:
+            raise CheckpointError(
+                f"{found.file}: {key!r} at {list(place)} means no number. The checkpoint is damaged, or was made by "
+                "something that does not keep to its format; download it again"
+            )
+
+
+def _is_scale(key: str) -> bool:
+    return key.rpartition(".")[2] in ("weight_scale_inv", "weight_scale", "scale")
+
+
+def _is_finite(param: Tensor) -> bool:
+    """The sum is no number if any element is none: nothing as large as the weights is made."""
+    return param.is_meta or not param.is_floating_point() or bool(torch.isfinite(param.sum(dtype=torch.float32)))
 
 
 def _said(config: Any) -> str:

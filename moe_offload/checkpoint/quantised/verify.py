@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...experts import MoELayer, PackedWeight
 from ...packed.workspace import borrow
@@ -24,12 +24,33 @@ from .wrapped import WrappedWeight
 logger = logging.getLogger("moe_offload")
 
 
+class StandIn(nn.Module):
+    """What transformers' operations ask of a model: its configuration, and what one layer's parameters look like. It
+    stands in for the model itself, which nobody could let go otherwise: graphs know their weights for good."""
+
+    def __init__(self, moe: MoELayer, config: Any):
+        super().__init__()
+        self.config = config
+        for field in moe.unpacked.fields:
+            param = torch.empty((moe.num_experts, *field.shape), dtype=field.dtype, device="meta")
+            for name in moe.names:
+                _module_at(self, name).register_parameter(field.name, nn.Parameter(param, requires_grad=False))
+
+
+def _module_at(root: nn.Module, name: str) -> nn.Module:
+    for part in name.split("."):
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root.get_submodule(part)
+    return root
+
+
 @dataclass(frozen=True, eq=False)
 class ConvertedWeight(WrappedWeight):
     """A parameter that transformers' own operations unpack. It is a `PackedWeight` (experts/layout.py)."""
 
     made_by: MadeBy
-    model: Any
+    model: StandIn
 
     @property
     def workspace_bytes(self) -> int:
@@ -58,10 +79,10 @@ def verify_unpacking(
             verified.append(moe)
             continue
         as_loaded = _as_loaded(packing.weights, moe)
-        kind = (packing.layout, as_loaded)
+        kind, stand_in = (packing.layout, as_loaded), StandIn(moe, model.config)
         if kind not in same:
             row = read_row(moe)
-            same[kind] = all(_agrees(weight, packing.made_by[weight.name], row, model) for weight in as_loaded)
+            same[kind] = all(_agrees(weight, packing.made_by[weight.name], row, stand_in) for weight in as_loaded)
             for weight in as_loaded:
                 weight.try_products()
             if not same[kind]:
@@ -72,7 +93,7 @@ def verify_unpacking(
                 )
         weights: Sequence[PackedWeight] = as_loaded
         if not same[kind]:
-            weights = [ConvertedWeight(weight, packing.made_by[weight.name], model) for weight in as_loaded]
+            weights = [ConvertedWeight(weight, packing.made_by[weight.name], stand_in) for weight in as_loaded]
         verified.append(replace(moe, packed=tuple(weights)))
     return verified
 
@@ -84,7 +105,7 @@ def _as_loaded(weights: Sequence[MatrixWeight], moe: MoELayer) -> tuple[MatrixWe
     return tuple(replace(weight, dtype=loaded[weight.name]) for weight in weights)
 
 
-def convert_one(made_by: MadeBy, weight: MatrixWeight, row: Tensor, model: Any) -> Tensor:
+def convert_one(made_by: MadeBy, weight: MatrixWeight, row: Tensor, model: StandIn) -> Tensor:
     """One expert's parameter, as transformers makes it of the tensors in a row.
 
     Its operations take lists with one tensor of each expert, or one stacked tensor; both may be of a single expert.
@@ -109,7 +130,7 @@ def convert_one(made_by: MadeBy, weight: MatrixWeight, row: Tensor, model: Any) 
     return made
 
 
-def _agrees(weight: MatrixWeight, made_by: MadeBy, row: Tensor, model: Any) -> bool:
+def _agrees(weight: MatrixWeight, made_by: MadeBy, row: Tensor, model: StandIn) -> bool:
     ours = torch.empty(weight.shape, dtype=weight.dtype)
     weight.unpack(row, ours)
     theirs = convert_one(made_by, weight, row, model).to(weight.dtype).contiguous()

@@ -76,7 +76,8 @@ class MatrixWeight:
             self._unpack_below(row, out)
             return
         if self.conversions == (Swap(0, 1),):
-            self._unpack_turned(row, out)
+            [matrix] = self.matrices
+            matrix.format.unpack_turned(matrix.tensors(row), out)
             return
         parts = [torch.empty(matrix.shape, dtype=self.dtype) for matrix in self.matrices]
         for matrix, part in zip(self.matrices, parts, strict=True):
@@ -117,16 +118,6 @@ class MatrixWeight:
         for matrix in self.matrices:
             matrix.format.unpack(matrix.tensors(row), out_OI[first : first + matrix.shape[0]])
             first += matrix.shape[0]
-
-    def _unpack_turned(self, row: Tensor, out_IO: Tensor) -> None:
-        """Strip by strip: each is turned while it is in the cache."""
-        [matrix], [strips] = self.matrices, self._strips
-        tensors = matrix.tensors(row)
-        space = torch.empty((max(self._heights), matrix.shape[1]), dtype=self.dtype)
-        for begin, end in strips:
-            strip = space[: end - begin]
-            matrix.format.unpack(matrix.format.rows(tensors, begin, end), strip)
-            out_IO[:, begin:end] = strip.t()
 
     @cached_property
     def _strips(self) -> tuple[tuple[tuple[int, int], ...], ...]:

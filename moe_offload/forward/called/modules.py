@@ -64,9 +64,7 @@ class _Expert:
     def __init__(
         self, e: int, layer: LayerRuntime, weights: SlotWeights, forward: Callable[..., Any], swaps: list[Swap]
     ):
-        if layer.calls is None:
-            raise AssertionError(f"{layer.moe.name}: its experts are not called")
-        self.e, self.name, self.calls, self.weights = e, layer.moe.name, layer.calls, weights
+        self.e, self.name, self.calls, self.weights = e, layer.moe.name, weights.calls, weights
         self.forward, self.swaps = forward, swaps
 
     def run(self, *args: Any, **kwargs: Any) -> Any:

@@ -7,7 +7,7 @@ whatever computes with it raises, by name. What it looks like (shape, dtype, dev
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,10 @@ from ...errors import UnsupportedModelError
 from ...experts import Field, Place
 
 #: What says nothing of values. `detach` is what state_dict() calls; the real weights are put in afterwards.
-LOOKS = ("shape", "dtype", "device", "layout", "requires_grad", "is_leaf", "is_meta", "ndim", "nbytes", "itemsize")
-LOOKS += ("grad", "grad_fn", "is_cpu", "is_cuda", "is_sparse", "is_quantized", "is_nested", "_version")
-ASKED = ("size", "dim", "numel", "nelement", "stride", "element_size", "is_floating_point", "is_complex", "is_shared")
-ASKED += ("is_contiguous", "data_ptr", "storage_offset", "untyped_storage", "get_device", "__len__", "ndimension")
+LOOKS = """shape dtype device layout requires_grad is_leaf is_meta ndim nbytes itemsize grad grad_fn is_cpu is_cuda
+    is_sparse is_quantized is_nested _version""".split()
+ASKED = """size dim numel nelement stride element_size is_floating_point is_complex is_shared is_contiguous data_ptr
+    storage_offset untyped_storage get_device __len__ ndimension""".split()
 _ALLOWED = {getattr(Tensor, name).__get__ for name in LOOKS} | {getattr(Tensor, name) for name in ASKED}
 _ALLOWED |= {torch.numel, torch.is_floating_point, torch.is_complex}
 
@@ -68,4 +68,4 @@ def _phantom_in(values: Any) -> CalledPhantom | None:
     inner: Any = values.values() if isinstance(values, Mapping) else values
     if isinstance(values, (tuple, list, Mapping)):
         return next((found for one in inner if (found := _phantom_in(one)) is not None), None)
-    return cast(None, None)
+    return None

@@ -17,7 +17,9 @@ class SlotWeights:
     """`of(slot)[field]` is that field of whatever expert is in the slot: a view of it, which costs no memory."""
 
     def __init__(self, layer: LayerRuntime):
-        self._arrivals, self._calls, self._seen = layer.arrivals, layer.calls, NOTHING
+        if layer.calls is None:
+            raise AssertionError(f"{layer.moe.name}: its experts are not called")
+        self._arrivals, self.calls, self._seen = layer.arrivals, layer.calls, NOTHING
         self._views: list[dict[str, nn.Parameter]] = []
         self._storage: Any = None
 
@@ -38,7 +40,7 @@ class SlotWeights:
         rows may write as well; then versions say nothing.
         """
         rows = self._seen.bytes  # made in inference mode, it counts no versions
-        version = 0 if rows.is_inference() else rows._version - self._calls.written
+        version = 0 if rows.is_inference() else rows._version - self.calls.written
         return sum(map(getrefcount, views.values())), torch._C._storage_Use_Count(self._storage._cdata), version
 
     def refuse_changes(self, before: tuple[int, int, int], views: dict[str, nn.Parameter], name: str) -> None:

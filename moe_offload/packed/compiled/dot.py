@@ -14,8 +14,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .unpack import BFLOAT16, FLOAT32
-from .vectors import BYTES, F32, FLOATS, I8, I16, I32, I64, WORDS, lanes, load, moved, spread, store
+from .vectors import BYTES, F32, FLOATS, I64, WORDS, lanes, load, load_scale, moved, spread, store
 
 MXFP4, FP8, INT4 = range(3)
 STEP_BYTES = {MXFP4: 16, FP8: 32, INT4: 16}
@@ -48,7 +47,7 @@ def dot_row(typingctx, form, kind, tokens, codes, scales, blocks, steps, x, x_st
                     for half, weight in enumerate(pair):
                         element = load(b, FLOATS, b.add(place, I64(64 * half)))
                         b.store(_multiply_add(b, weight, element, b.load(part)), part)
-            scale = spread(b, FLOATS, _scale(b, kind, scales, block.index))
+            scale = spread(b, FLOATS, load_scale(b, kind, scales, block.index))
             for total, part in zip(totals, parts, strict=True):
                 b.store(_multiply_add(b, b.load(part), scale, b.load(total)), total)
         for token, total in enumerate(totals):
@@ -59,17 +58,6 @@ def dot_row(typingctx, form, kind, tokens, codes, scales, blocks, steps, x, x_st
 
 def _multiply_add(b: Any, left: Any, right: Any, total: Any) -> Any:
     return b.fadd(b.fmul(left, right, flags=FUSED), total, flags=FUSED)
-
-
-def _scale(b: Any, kind: int, scales: Any, index: Any) -> Any:
-    """One scale as float32; of the powers of two, the first is denormal."""
-    if kind == FLOAT32:
-        return load(b, F32, moved(b, scales, index, 4))
-    if kind == BFLOAT16:
-        return b.bitcast(b.shl(b.zext(load(b, I16, moved(b, scales, index, 2)), I32), I32(16)), F32)
-    exponent = b.zext(load(b, I8, b.add(scales, index)), I32)
-    bits = b.select(b.icmp_unsigned("==", exponent, I32(0)), I32(1 << 22), b.shl(exponent, I32(23)))
-    return b.bitcast(bits, F32)
 
 
 def _weights(b: Any, form: int, address: Any, wide: bool) -> tuple[Any, Any]:

@@ -6,15 +6,17 @@ goes one by one, by the same formula in float32. Denormals are kept.
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from .pool import array_at, compiled, kernel, run, share
-from .vectors import expand_fp8, expand_int4, expand_mxfp4
+from .vectors import BFLOAT16, EXPONENT, FLOAT32, expand_fp8, expand_int4, expand_mxfp4
 
 #: dtype of a scale -> how the kernels read it.
-FLOAT32, BFLOAT16, EXPONENT = range(3)
 SCALES = {
     torch.float32: FLOAT32,
     torch.bfloat16: BFLOAT16,
@@ -42,7 +44,7 @@ def unpack_fp8(codes: Tensor, scale: Tensor, grid: tuple[int, int], out_OI: Tens
 def unpack_int4(codes: Tensor, scale: Tensor, out_OI: Tensor) -> None:
     outputs, groups = scale.shape
     where = (codes.data_ptr(), scale.data_ptr(), out_OI.data_ptr(), outputs, out_OI.shape[1], out_OI.stride(0))
-    run(_int4, outputs, (*where, SCALES[scale.dtype], groups), out_OI.numel())
+    run(_int4(SCALES[scale.dtype]), outputs, (*where, groups, scale.element_size()), out_OI.numel())
 
 
 @compiled
@@ -117,17 +119,27 @@ def _fp8_one(code, scale):  # type: ignore[no-untyped-def]
     return rounded(value * scale) ^ np.uint16((np.uint16(code) & 0x80) << 8)
 
 
-@kernel
-def _int4(data):  # type: ignore[no-untyped-def]
-    job, begin, end = share(data)
-    columns, stride, kind, groups = job[4], job[5], job[6], job[7]
-    width = columns // 2 // groups  # bytes
-    for row in range(begin, end):
-        for group in range(groups):
-            scale = scale_at(job[1], kind, row * groups + group)
-            codes, out = job[0] + row * columns // 2 + group * width, job[2] + row * stride * 2 + group * width * 4
-            expand_int4(codes, width // 16, scale, out)
-            for j in range(width // 16 * 16, width):
-                byte, pair = array_at(codes + j, (1,), np.uint8)[0], array_at(out + j * 4, (2,), np.uint16)
-                pair[0] = rounded(np.float32(np.int32(byte & 15) - 8) * scale)
-                pair[1] = rounded(np.float32(np.int32(byte >> 4) - 8) * scale)
+@cache
+def _int4(kind: int) -> Any:
+    @kernel
+    def unpack(data):  # type: ignore[no-untyped-def]
+        job, begin, end = share(data)
+        columns, stride, groups, scale_bytes = job[4], job[5], job[6], job[7]
+        width = columns // 2 // groups  # bytes
+        steps = width // 16
+        for row in range(begin, end):
+            codes, scales, out = (
+                job[0] + row * columns // 2,
+                job[1] + row * groups * scale_bytes,
+                job[2] + row * stride * 2,
+            )
+            expand_int4(kind, codes, scales, groups, steps, width, out)
+            if steps * 16 < width:
+                for group in range(groups):
+                    scale = scale_at(scales, kind, group)
+                    for j in range(group * width + steps * 16, group * width + width):
+                        byte, pair = array_at(codes + j, (1,), np.uint8)[0], array_at(out + j * 4, (2,), np.uint16)
+                        pair[0] = rounded(np.float32(np.int32(byte & 15) - 8) * scale)
+                        pair[1] = rounded(np.float32(np.int32(byte >> 4) - 8) * scale)
+
+    return unpack

@@ -21,6 +21,7 @@ I64 = ir.IntType(64)
 BYTES, BYTES_32 = ir.VectorType(I8, 16), ir.VectorType(I8, 32)
 WORDS, FLOATS = ir.VectorType(I32, 16), ir.VectorType(F32, 16)
 HALVES, HALVES_16 = ir.VectorType(I16, 32), ir.VectorType(I16, 16)
+FLOAT32, BFLOAT16, EXPONENT = range(3)  # kinds of scales
 STEPS = types.void(types.int64, types.int64, types.float32, types.int64)  # codes, steps, scale, out
 
 
@@ -46,6 +47,17 @@ def store(b: Any, value: Any, address: Any) -> Any:
 def moved(b: Any, address: Any, index: Any, stride: int) -> Any:
     """The address of element `index`."""
     return b.add(address, b.mul(index, ir.Constant(index.type, stride)))
+
+
+def load_scale(b: Any, kind: int, scales: Any, index: Any) -> Any:
+    """One scale as float32; of the powers of two, the first is denormal."""
+    if kind == FLOAT32:
+        return load(b, F32, moved(b, scales, index, 4))
+    if kind == BFLOAT16:
+        return b.bitcast(b.shl(b.zext(load(b, I16, moved(b, scales, index, 2)), I32), I32(16)), F32)
+    exponent = b.zext(load(b, I8, b.add(scales, index)), I32)
+    bits = b.select(b.icmp_unsigned("==", exponent, I32(0)), I32(1 << 22), b.shl(exponent, I32(23)))
+    return b.bitcast(bits, F32)
 
 
 def can_look_up(context: Any) -> bool:
@@ -86,11 +98,7 @@ def nibbles(b: Any, address: Any) -> Any:
 
 @intrinsic
 def expand_mxfp4(typingctx, codes, scale, table, out):  # type: ignore[no-untyped-def]
-    """A group of 32 codes under a scale of 2 to 251; `table` has the sixteen values under that scale.
-
-    Computed: magnitudes 2 to 7 have the bits (scale - 1) * 128 + magnitude * 64, magnitude 1 has those of the power
-    alone, and 0 has none.
-    """
+    """A group of 32 codes under a scale of 2 to 251; `table` has the sixteen values under that scale."""
 
     def build(context, b, signature, args):  # type: ignore[no-untyped-def]
         codes, scale, table, out = args
@@ -98,14 +106,20 @@ def expand_mxfp4(typingctx, codes, scale, table, out):  # type: ignore[no-untype
         if can_look_up(context):
             store(b, look_up(b, twice(b, load(b, HALVES_16, table)), code), out)
             return
-        power = spread(b, HALVES, b.shl(b.sub(b.trunc(scale, I16), ir.Constant(I16, 1)), ir.Constant(I16, 7)))
-        magnitude, none = b.and_(code, lanes(HALVES, 7)), lanes(HALVES, 0)
-        large = b.icmp_unsigned(">", magnitude, lanes(HALVES, 1))
-        bits = b.add(power, b.select(large, b.shl(magnitude, lanes(HALVES, 6)), none))
-        bits = b.select(b.icmp_unsigned("!=", magnitude, none), bits, none)
-        store(b, b.or_(bits, b.shl(b.and_(code, lanes(HALVES, 8)), lanes(HALVES, 12))), out)
+        power = b.shl(b.sub(b.trunc(scale, I16), ir.Constant(I16, 1)), ir.Constant(I16, 7))
+        store(b, mxfp4_value(b, code, spread(b, HALVES, power)), out)
 
     return types.void(types.int64, types.int64, types.int64, types.int64), build
+
+
+def mxfp4_value(b: Any, code: Any, power: Any) -> Any:
+    """Of 32 codes; `power` is (scale - 1) * 128, of a scale of 2 to 251 for each. Magnitudes 2 to 7 have the bits
+    power + magnitude * 64, magnitude 1 has those of the power alone, and 0 has none."""
+    magnitude, none = b.and_(code, lanes(HALVES, 7)), lanes(HALVES, 0)
+    large = b.icmp_unsigned(">", magnitude, lanes(HALVES, 1))
+    bits = b.add(power, b.select(large, b.shl(magnitude, lanes(HALVES, 6)), none))
+    bits = b.select(b.icmp_unsigned("!=", magnitude, none), bits, none)
+    return b.or_(bits, b.shl(b.and_(code, lanes(HALVES, 8)), lanes(HALVES, 12)))
 
 
 @intrinsic
@@ -151,24 +165,31 @@ def _fp8_computed(b: Any, code: Any, scale: Any) -> Any:
     return b.trunc(b.xor(bits, b.shl(b.and_(code, lanes(WORDS, 0x80)), lanes(WORDS, 8))), HALVES_16)
 
 
-@intrinsic
-def expand_int4(typingctx, codes, steps, scale, out):  # type: ignore[no-untyped-def]
-    """So many steps of 32 codes, each plus 8, in sixteen bytes, under one scale."""
+@intrinsic(prefer_literal=True)
+def expand_int4(typingctx, kind, codes, scales, groups, steps, group_bytes, out):  # type: ignore[no-untyped-def]
+    """A row of so many groups, each of so many steps of 32 codes, each plus 8, in sixteen bytes, under one scale.
+
+    `kind` (of a scale) is a constant; `group_bytes` are those from group to group. One loop for the whole row: with one
+    step a group, a call for each took longer than the step.
+    """
+    constant = kind.literal_value
 
     def build(context, b, signature, args):  # type: ignore[no-untyped-def]
-        codes, steps, scale, out = args
-        scale, table = spread(b, FLOATS, scale), None
-        if can_look_up(context):
-            values = ir.Constant(FLOATS, [ir.Constant(F32, float(n - 8)) for n in range(16)])
-            table = table_of(b, b.fmul(values, scale))
-        with cgutils.for_range(b, steps) as loop:
-            source, target = moved(b, codes, loop.index, 16), moved(b, out, loop.index, 64)
-            if table is not None:
-                store(b, look_up(b, table, nibbles(b, source)), target)
-            else:
-                store(b, _int4_computed(b, b.zext(load(b, BYTES, source), WORDS), scale), target)
+        codes, scales, groups, steps, group_bytes, out = args[1:]
+        values = ir.Constant(FLOATS, [ir.Constant(F32, float(n - 8)) for n in range(16)])
+        with cgutils.for_range(b, groups) as group:
+            scale = spread(b, FLOATS, load_scale(b, constant, scales, group.index))
+            table = table_of(b, b.fmul(values, scale)) if can_look_up(context) else None
+            first = b.mul(group.index, group_bytes)
+            with cgutils.for_range(b, steps) as loop:
+                place = b.add(first, b.mul(loop.index, I64(16)))
+                source, target = b.add(codes, place), b.add(out, b.mul(place, I64(4)))
+                if table is not None:
+                    store(b, look_up(b, table, nibbles(b, source)), target)
+                else:
+                    store(b, _int4_computed(b, b.zext(load(b, BYTES, source), WORDS), scale), target)
 
-    return STEPS, build
+    return types.void(kind, *[types.int64] * 6), build
 
 
 def _int4_computed(b: Any, code: Any, scale: Any) -> Any:

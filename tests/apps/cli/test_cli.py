@@ -52,7 +52,7 @@ def test_run_prints_the_text_and_saves_a_profile(tmp_path: Path) -> None:
         (["plan", MODEL, "--device-map", '{"": 0}'], 3, "how much of cuda:0"),
         (["plan", MODEL, "--profile", "nowhere.json"], 6, "nowhere.json"),
         (["estimate", MODEL, "--budget", "much"], 2, "--budget"),
-        (["estimate", MODEL, "--budget", ","], 2, "names no budget"),
+        (["estimate", MODEL, "--budget", ","], 2, "part 1 of 2 is empty"),
         (["estimate", "./nowhere"], 4, "nowhere"),
         (["run", MODEL, "--budget", "6MB", "--profile", "nowhere.json"], 6, "nowhere.json"),
         (["run", MODEL, "--budget", "6MB", "--save-profile", "no/such/folder/x.json"], 2, "folder does not exist"),

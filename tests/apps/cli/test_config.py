@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pty
 import subprocess
@@ -12,7 +13,9 @@ from typer.testing import CliRunner
 
 from moe_offload.apps.cli import app
 from moe_offload.apps.cli.config import QUESTIONS, _ask
+from moe_offload.apps.cli.setting_flags import SettingFlags
 from moe_offload.config import file as config_file
+from moe_offload.config.rules import RULES
 from moe_offload.config.settings import OffloadConfig, resolve
 from tests.observe.test_profile import PROFILE
 from tests.paths import MODEL_NAME as MODEL
@@ -36,6 +39,25 @@ def test_it_writes_the_default_file_from_flags(default):
     assert resolve() == OffloadConfig(budget="6MB", max_memory={"cpu": "1GB"}, kv_tokens=64)
     assert run("config", "--budget", "7MB", "--max-memory", "none", "-y").exit_code == 0
     assert config_file.read(default) == {"budget": "7MB", "kv_tokens": 64}, "what no flag says stays as it was"
+
+
+def test_every_setting_has_a_flag():
+    """And one that is added is missed here: what --show prints can be said without an editor."""
+    assert {field.name for field in dataclasses.fields(SettingFlags)} == set(RULES)
+
+
+def test_the_rarer_settings_are_written_too(default):
+    flags = ["--half-life", "16", "--reserve", "1GB", "--wave-rows", "8", "--lookahead", "yes", "--overlap", "none"]
+    flags += ["--prewarm", "no", "--live", "on", "--experts-implementation", "batched_mm", "--dynamic", "false"]
+    result = run("config", *flags, "-y")
+    assert result.exit_code == 0, result.output
+    wanted = {"half_life": 16.0, "reserve": "1GB", "wave_rows": 8, "lookahead": True, "prewarm": False, "live": True}
+    assert config_file.read(default) == wanted | {"experts_implementation": "batched_mm", "dynamic": False}
+    assert resolve().half_life == 16.0
+    for flag, text, says in [("--half-life", "0", "half_life=0.0"), ("--lookahead", "perhaps", "lookahead='perhaps'")]:
+        result = run("config", flag, text, "-y")
+        assert result.exit_code == 2 and says in result.stderr and len(result.stderr.splitlines()) == 1
+    assert config_file.read(default)["half_life"] == 16.0, "what was there stays"
 
 
 def test_without_a_terminal_it_asks_for_flags(default):

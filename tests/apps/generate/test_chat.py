@@ -94,7 +94,39 @@ def test_a_conversation_beyond_the_given_context_says_what_to_do(talk, tokenizer
     short = Conversation(talk.model, tokenizer, SamplingFlags(), None, context=16)
     assert short.take("ls " * 20) and short.messages == []
     err = capsys.readouterr().err
-    assert "the context was given as 16" in err and "!clear" in err
+    assert "the budget has room for 16 with its answer" in err and "!clear" in err
+
+
+def test_a_conversation_stays_within_what_the_plan_keeps_room_for(talk, tokenizer, capsys):
+    """And the first answer that is cut short for it is told so, once."""
+    asked = []
+    talk.model.generate = lambda *, max_new_tokens, streamer, input_ids, **_: (
+        asked.append(max_new_tokens), streamer.put(input_ids), streamer.end()
+    )  # fmt: skip
+    short = Conversation(talk.model, tokenizer, SamplingFlags(max_new_tokens=8), None, context=12)
+    for _ in range(4):
+        assert short.take("ls")
+    assert asked == [8, 8, 5, 2]
+    err = capsys.readouterr().err
+    assert err.count("the context is full") == 1 and "!clear" in err and "--context" in err
+
+
+def test_without_a_flag_a_chat_is_bounded_by_the_plan(monkeypatch):
+    """Not only where --context was given: the KV cache that the plan keeps room for has 2048 tokens then."""
+    contexts = []
+
+    class Stop(Exception):
+        pass
+
+    def made(*arguments):
+        contexts.append(arguments[-1])
+        raise Stop
+
+    monkeypatch.setattr("moe_offload.apps.generate.conversation.Conversation", made)
+    for flags in ([], ["--context", "64"]):
+        result = CliRunner().invoke(app, ["chat", MODEL, "--budget", "8MB", *flags])
+        assert isinstance(result.exception, Stop), result.output
+    assert contexts == [2048, 64]
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def with_queue(test, longest: int = 8):
             await test(queue)
         finally:
             queue.close()
-            assert queue.join(30)
+            assert queue.join(120)
 
     asyncio.run(run())
 

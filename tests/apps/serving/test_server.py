@@ -51,11 +51,11 @@ def test_what_runs_and_what_waits_is_ended_when_its_time_is_over(slow, monkeypat
         served.server.stop()
         with sending:
             assert read_status(sending) == 503
-        assert not served.server._thread.is_alive() and served.app.queue.join(60)
+        assert not served.server._thread.is_alive() and served.app.queue.join(120)
         with pytest.raises(openai.APIError, match="server is stopping: this request was not finished") as caught:
             list(running)
         assert (caught.value.type, caught.value.code) == ("server_error", "stopping")
-        waiting.join(30)
+        waiting.join(120)
         (error,) = failed
         assert error.status_code == 503 and "stopping" in error.message
         with pytest.raises(openai.APIConnectionError):

@@ -138,7 +138,7 @@ def test_a_row_that_no_store_begins_gives_its_staging_back(streams, monkeypatch)
 def test_staging_that_never_comes_free_is_an_error_that_names_the_queue(streams, monkeypatch):
     monkeypatch.setattr("moe_offload.memory.transfer.staged.TIMEOUT_S", 0.2)
     gate = threading.Event()
-    transfer, store = DeviceTransfer(streams, staging_rows=1), ScriptedStore(lambda expert, part: gate.wait(10))
+    transfer, store = DeviceTransfer(streams, staging_rows=1), ScriptedStore(lambda expert, part: gate.wait(120))
     ticket = transfer.start(store, 0, 1, slots(1)[0])
     with pytest.raises(ExpertReadError, match="reading: layer 0, expert 1"):
         transfer.start(store, 0, 2, slots(1)[0])

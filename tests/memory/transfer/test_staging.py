@@ -153,7 +153,7 @@ def test_a_read_that_outlasts_close_is_not_copied_any_more(cuda, monkeypatch):  
 
     def hang(expert, part):
         begun.set()
-        gate.wait(10)
+        gate.wait(120)
 
     transfer = DeviceTransfer(Streams(), reader_threads=4)
     ticket = transfer.start(ScriptedStore(hang), 0, 1, row)
@@ -161,7 +161,7 @@ def test_a_read_that_outlasts_close_is_not_copied_any_more(cuda, monkeypatch):  
         begun.wait(1)
     transfer.close()
     gate.set()
-    assert ticket.done.wait(5) and isinstance(ticket.error, ClosedError)
+    assert ticket.done.wait(120) and isinstance(ticket.error, ClosedError)
     time.sleep(0.05)  # a copy would be done by now
     assert not row.any()
 
@@ -175,16 +175,16 @@ def test_what_hung_and_was_given_up_is_unpinned_by_close(cuda, monkeypatch):  # 
 
     def hang(expert, part):
         begun.set()
-        gate.wait(10)
+        gate.wait(120)
 
     transfer = DeviceTransfer(Streams(), reader_threads=1)
     ticket = transfer.start(ScriptedStore(hang), 0, 1, slot())
-    assert begun.wait(5)
+    assert begun.wait(120)
     transfer.cancel([ticket])
     assert transfer._closed and cuda.registered
     gate.set()
     (thread,) = transfer._threads
-    thread.join(5)
+    thread.join(120)
     assert not thread.is_alive(), "a thread that can end does"
     transfer.close()
     assert cuda.registered == {}
@@ -211,14 +211,14 @@ def held(lock):
     def hold():
         with lock:
             holding.set()
-            let_go.wait(10)
+            let_go.wait(120)
 
     threading.Thread(target=hold, daemon=True).start()
-    assert holding.wait(5)
+    assert holding.wait(120)
     return let_go.set
 
 
-def forked(act, seconds=5.0):
+def forked(act, seconds=120.0):
     """Whether `act`, in a forked process, returns True, and soon."""
     child = os.fork()
     if not child:
@@ -262,7 +262,7 @@ class TestForked:
     def test_it_waits_for_no_thread_that_is_not_there(self):
         gate = threading.Event()
         transfer = ThreadTransfer(1)
-        ticket = transfer.start(ScriptedStore(lambda expert, part: gate.wait(10)), 0, 1, memoryview(bytearray(ROW)))
+        ticket = transfer.start(ScriptedStore(lambda expert, part: gate.wait(120)), 0, 1, memoryview(bytearray(ROW)))
         late = transfer.start(ScriptedStore(), 0, 2, memoryview(bytearray(ROW)), demanded=False)
         let_go = held(transfer._changed)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 
-from .in_flight import Arrivals
+from ..in_flight import Arrivals
 
 READ_AHEAD_USES = 2  # read ahead for the next layer only if the event has at least so many pairs per expert
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,46 +26,51 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..checkpoint.conversion import restore_tensors
-from ..checkpoint.headers import Headers, read_headers
-from ..checkpoint.new_folder import SINGLE, new_checkpoint, write_index
-from ..checkpoint.row_index import Piece, index_rows
-from ..checkpoint.shards import Entry, Filling, Shard, file_name, header, split
-from ..config.sizes import parse_size
-from ..errors import ConfigError, OffloadError, SaveError
-from ..experts import MoELayer
-from ..observe.progress import bar
-from ..runtime.layer import LayerRuntime
-from ..runtime.model import Runtime
+from ...checkpoint.conversion import restore_tensors
+from ...checkpoint.headers import Headers, read_headers
+from ...checkpoint.new_folder import SINGLE, new_checkpoint, write_index
+from ...checkpoint.row_index import Piece, index_rows
+from ...checkpoint.shards import Entry, Filling, Shard, file_name, split
+from ...config.sizes import parse_size
+from ...errors import ConfigError, OffloadError, SaveError
+from ...experts import MoELayer
+from ...observe.progress import bar
+from ...runtime.layer import LayerRuntime
+from ...runtime.model import Runtime
+from .original import Original, packed_original
 from .state_dict import fill_state_dict, phantoms_only, refuse_phantoms
 from .unquantised import as_unquantised
 
 Layers = list[tuple[MoELayer, LayerRuntime]]
 
 _REFUSED = {
-    "packed": "codes as they came are in the files that were loaded: copy those; here the weights themselves are saved",
     "push_to_hub": "call model.push_to_hub(repo_id), which saves to a temporary folder and uploads that",
     "variant": "save without it and rename the files",
     "distributed_checkpoint": "an offloaded model is in one process; save without it",
 }
 
 
-def save_real_rows(model: nn.Module, runtime: Runtime) -> None:
-    """Make state_dict() return real weights in place of phantoms, and save_pretrained() stream them."""
+def save_real_rows(model: nn.Module, runtime: Runtime, original: Original | None) -> None:
+    """Make state_dict() return real weights in place of phantoms, and save_pretrained() stream them.
+
+    `original` are the files that the model came from, where it was loaded from files.
+    """
     from transformers import PreTrainedModel
 
     fill_state_dict(runtime)
     experts = {id(module) for layer in runtime.layers for module in layer.moe.modules}
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and any(id(inner) in experts for inner in module.modules()):
-            module.__dict__["save_pretrained"] = Saver(module, runtime).save_pretrained
+            whole = original if module is model else None
+            module.__dict__["save_pretrained"] = Saver(module, runtime, whole).save_pretrained
 
 
 class Saver:
-    """Saves `model`, which has some or all of the layers of `runtime`."""
+    """Saves `model`, which has some or all of the layers of `runtime`; `original` are the files that it came from."""
 
-    def __init__(self, model: Any, runtime: Runtime):
-        self.model, self.runtime, self.original = model, runtime, model.save_pretrained
+    def __init__(self, model: Any, runtime: Runtime, original: Original | None):
+        self.model, self.runtime, self.original = model, runtime, original
+        self.save_plainly = model.save_pretrained
 
     def save_pretrained(
         self,
@@ -73,20 +79,24 @@ class Saver:
         state_dict: Mapping[str, Tensor] | None = None,
         push_to_hub: bool = False,
         max_shard_size: int | str = "50GB",
+        packed: bool = False,
         **kwargs: Any,
     ) -> None:
         """Write the model to a folder, as transformers' own `save_pretrained` does, one expert in memory at a time.
 
         The result has the same tensors as that of the model that is not offloaded, and loads with plain transformers.
-        Of a quantised checkpoint it has the weights themselves, in the model's dtype, and no quantization_config.
+        Of a quantised checkpoint it has the weights themselves, in the model's dtype, and no quantization_config; with
+        `packed` it has the tensors of the files that were loaded, as they came, and their quantization_config. Then the
+        dense weights are loaded a second time, to see that they are still those of the files.
         It is written beside what is in the folder and takes its place at the end: after an error or Ctrl-C the folder
         is as it was, and after a kill it has the old checkpoint or the new one. Forwards in other threads wait
         meanwhile. With `state_dict`, exactly those tensors are written, by transformers; of a model with an adapter,
         the adapter alone.
 
         Raises `SaveError` when the folder is the one that experts are read from, cannot be written or has no room
-        (stating bytes needed and free), `ClosedError` after `close`, `ConfigError` for an argument that is not
-        supported, and what reading a row raises.
+        (stating bytes needed and free), or when weights were changed that `packed` would write as they came;
+        `ClosedError` after `close`, `ConfigError` for an argument that is not supported, `CheckpointChangedError`
+        where the files that were loaded have changed, and what reading a row raises.
         """
         for name, advice in _REFUSED.items():
             if {"push_to_hub": push_to_hub, **kwargs}.get(name):
@@ -94,17 +104,24 @@ class Saver:
         if not is_main_process:
             return
         limit_bytes, out = parse_size(max_shard_size), Path(save_directory)
-        with self.runtime.lock, as_unquantised(self.model):
+        with self.runtime.lock:
             self.runtime.check_open()
-            if getattr(self.model, "_hf_peft_config_loaded", False):  # only the adapter is written
-                self._write_given(out, self._phantom_state(), limit_bytes, 0, **kwargs)
+            adapted = getattr(self.model, "_hf_peft_config_loaded", False)
+            if packed:
+                original = packed_original(self.original, self.runtime, adapted, state_dict)
+                self._refuse_source(out)
+                original.write(self.model, out, limit_bytes, partial(self._write_dense, state={}, **kwargs))
                 return
-            self._refuse_source(out)
-            if state_dict is not None:
+            with as_unquantised(self.model):
+                if adapted:  # only the adapter is written
+                    self._write_given(out, self._phantom_state(), limit_bytes, 0, **kwargs)
+                    return
+                self._refuse_source(out)
+                if state_dict is None:
+                    self._stream(out, limit_bytes, **kwargs)
+                    return
                 refuse_phantoms(state_dict)
                 self._write_given(out, state_dict, limit_bytes, sum(t.nbytes for t in state_dict.values()), **kwargs)
-            else:
-                self._stream(out, limit_bytes, **kwargs)
 
     def _stream(self, out: Path, limit_bytes: int, **kwargs: Any) -> None:
         layers = self._layers()
@@ -125,7 +142,7 @@ class Saver:
     def _write_one_file(self, folder: Path, layers: Layers, dense: Headers, entries: list[Entry]) -> None:
         """As transformers does where everything fits in a file: no number in its name, and no index."""
         run = [*(Entry.of(key, found) for key, found in dense.items()), *entries]
-        with contextlib.closing(Filling(folder, [_shard("whole.safetensors", run)])) as files:
+        with contextlib.closing(Filling(folder, [Shard.of("whole.safetensors", run)])) as files:
             for key, found in dense.items():
                 files.copy(key, found)
             self._write_rows(layers, files)
@@ -137,7 +154,7 @@ class Saver:
         for number, file in enumerate(dense_files, 1):
             file.rename(folder / file_name("model", number, count))
         headers = read_headers(sorted(folder.glob("*.safetensors")))
-        shards = [_shard(file_name("model", number, count), run) for number, run in enumerate(runs, first)]
+        shards = [Shard.of(file_name("model", number, count), run) for number, run in enumerate(runs, first)]
         with contextlib.closing(Filling(folder, shards)) as files:
             self._write_rows(layers, files)
         headers.update(files.ranges)
@@ -152,7 +169,7 @@ class Saver:
     def _write_dense(self, folder: Path, state: Mapping[str, Tensor], limit_bytes: int, **kwargs: Any) -> None:
         """What transformers writes by itself: configurations, and the tensors of `state`."""
         try:
-            self.original(folder, state_dict=dict(state), max_shard_size=limit_bytes, **kwargs)
+            self.save_plainly(folder, state_dict=dict(state), max_shard_size=limit_bytes, **kwargs)
         except SafetensorError as error:  # its wrapping of what the operating system says
             raise OSError(str(error)) from error
 
@@ -217,11 +234,6 @@ def _write_field(piece: Piece, row: Tensor, files: Filling) -> None:
     parts = restore_tensors(piece.conversions, field, [source.shape for source in piece.sources])
     for source, part in zip(piece.sources, parts, strict=True):
         files.write(source, part.contiguous().view(-1).view(torch.uint8).numpy().data)
-
-
-def _shard(name: str, run: Sequence[Entry]) -> Shard:
-    entries = tuple(sorted(run, key=lambda entry: -entry.dtype.itemsize))  # aligned, whatever comes before
-    return Shard(name, entries, header(entries, {"format": "pt"}))
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """state_dict() of an offloaded model: the real experts in place of their phantoms.
 
-It has to hold what it returns: all experts at once, in RAM. `saving.py` writes them a row at a time.
+It has to hold what it returns: all experts at once, in RAM. `saver.py` writes them a row at a time.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from ..errors import SaveError
-from ..experts import Place
-from ..runtime.model import Runtime
+from ...errors import SaveError
+from ...experts import Place
+from ...runtime.model import Runtime
 
 #: Whether state_dict() is to leave the experts' phantoms as they are: names and shapes are wanted, not weights.
 _as_phantoms: ContextVar[bool] = ContextVar("as_phantoms", default=False)

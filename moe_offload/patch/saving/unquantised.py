@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from ..checkpoint.quantised.columns import is_packed_by
+from ...checkpoint.quantised.columns import is_packed_by
 
 _ABSENT = object()
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from .in_flight import Arrivals
+from ..in_flight import Arrivals
 
 BLOCK = 8  # steps in one setting before the other has its turn
 BLOCKS = 8  # of both together, in a trial

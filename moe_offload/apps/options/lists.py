@@ -1,0 +1,15 @@
+"""What a flag takes by commas."""
+
+from __future__ import annotations
+
+from ...errors import ConfigError
+
+
+def split_list(flag: str, text: str, example: str) -> list[str]:
+    """The parts of `text`, which `flag` was given. Raises ConfigError where one is empty: what was to stand there would
+    be left out without a word."""
+    parts = [part.strip() for part in text.split(",")]
+    if all(parts):
+        return parts
+    empty = "it is empty" if len(parts) == 1 else f"part {parts.index('') + 1} of {len(parts)} is empty"
+    raise ConfigError(f"{flag} {text[:64]!r}: {empty}; write it by commas, as {example}")
