@@ -38,7 +38,8 @@ def build_own(place: Path | str, model_class: Any, config: Any, dtype: torch.dty
             f"transformers: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}. Use a version that "
             "it was written for"
         ) from error
-    return model.eval()
+    model.eval()
+    return model
 
 
 def is_own(model: Any) -> bool:
