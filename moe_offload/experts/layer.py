@@ -89,6 +89,13 @@ class MoELayer:
         return 1 if self.called else min(self.top_k, self.num_experts)
 
     @property
+    def complete(self) -> int:
+        """How many experts, the first ones, have a share of every stack. The others are identities, and never read."""
+        shapes = {field.name: field.shape for field in self.unpacked.fields}
+        stacks = [place for place in self.own_places if place.expert is None]
+        return min((place.count(shapes[place.field]) for place in stacks), default=self.num_experts)
+
+    @property
     def must_be_finite(self) -> bool:
         """Whether an expert that gets no token is left out because of zeros in its input (`passes/masked.py`)."""
         return self.form == "masked"

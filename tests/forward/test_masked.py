@@ -68,9 +68,8 @@ def test_weights_that_are_not_finite_are_refused_before_the_model_is_changed(val
     model.model.layers[1].mlp.experts.down_proj.data[5, 3, 2] = value
     with pytest.raises(UnsupportedModelError, match=r"model\.layers\.1\.mlp\.experts: down_proj of expert 5"):
         offload(model)
-    assert not hasattr(model, "moe_offload") and not same(
-        session(model, prompt(), 1), session(build("masked"), prompt(), 1)
-    )
+    assert not hasattr(model, "moe_offload")
+    assert model(prompt()).logits.isnan().any()
 
 
 def test_rows_of_files_that_are_not_finite_are_refused_as_they_are_read(tmp_path):

@@ -67,6 +67,9 @@ def test_experts_without_weights_are_never_read():
     model = offload(build("stack_identities"), 1.0)
     session(model, prompt(3, 33))
     assert all(counts[6:] == [0, 0] and sum(counts) for counts in model.moe_offload.profile().counts)
+    for block in model.model.layers:  # the router names them, too
+        arrivals = block.mlp.experts._moe_offload.calls.arrivals
+        assert arrivals.cache.slot_of[6:] == [-1, -1] and not {6, 7} & set(arrivals.guessed)
 
 
 @pytest.mark.parametrize("loop", ["biased", "joined", "stack_identities", "lists"])
