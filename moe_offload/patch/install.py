@@ -34,15 +34,14 @@ from ..forward.call import ADAPTED, Call, whole_call
 from ..forward.called.hints import hint_from_routers
 from ..forward.called.rows import keep_untraced
 from ..forward.called.table import SERVED
-from ..forward.changed_parts import refuse_changed_parts
 from ..forward.dynamo import Settings
 from ..forward.graphs import compiling, ops, products
 from ..forward.graphs.masked import MaskedModuleCore
+from ..forward.graphs.module_core import ModuleCore, original_code
 from ..forward.graphs.phantom import Phantom
 from ..forward.inference_only import refuse_backward
 from ..forward.out_of_memory.retry import Retry
 from ..forward.regions import Regions, make_region
-from ..memory.buffers import page_aligned
 from ..runtime.kernels import KERNELS
 from ..runtime.layer import LayerRuntime
 from ..runtime.model import Runtime
@@ -53,67 +52,6 @@ from .footprint import count_what_is_held
 
 logger = logging.getLogger("moe_offload")
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
-
-
-class ModuleCore:
-    """transformers' own experts code, run for single pairs (K = 1) on the rows of a bank.
-
-    Routing weights of one leave the pairs unweighted: the weighted sum over K is taken after all waves.
-    """
-
-    def __init__(self, moe: MoELayer, implementation: str, views: Callable[[Tensor], dict[str, Tensor]]):
-        self.moe, self.module, self.views = moe, moe.modules[0], views
-        self.run, self.grouped = original_code(implementation), implementation == "grouped_mm"
-
-    def __call__(
-        self,
-        x_P: Tensor,
-        slots_R: Tensor,
-        bank_SN: Tensor,
-        others: Sequence[Tensor],
-        pairs_R: Tensor | slice | None = None,
-    ) -> Tensor:
-        if pairs_R is not None:
-            x_P = x_P[pairs_R]
-        refuse_changed_parts(self.module)
-        if self.moe.packed:
-            return self._run_unpacked(x_P, slots_R, bank_SN)
-        return self._run(x_P, slots_R, self.views(bank_SN))
-
-    def _run(self, x_P: Tensor, slots_P: Tensor, weights: dict[str, Tensor]) -> Tensor:
-        bare = object.__new__(type(self.module))
-        bare.__dict__.update(self.module.__dict__)
-        bare.__dict__["_parameters"] = {**self.module._parameters, **weights}
-        first = next(iter(weights.values()))
-        bare.__dict__["num_experts"] = first.shape[0]
-        ones = torch.ones((len(x_P), 1), dtype=first.dtype, device=x_P.device)
-        out: Tensor = self.run(bare, x_P.to(first.dtype), slots_P.view(-1, 1), ones)
-        return out
-
-    def _run_unpacked(self, x_P: Tensor, slots_P: Tensor, bank_SN: Tensor) -> Tensor:
-        """One expert after the other, so that one is unpacked at a time."""
-        out_P: Tensor | None = None
-        row = page_aligned(self.moe.unpacked.row_bytes)
-        for slot in slots_P.unique().tolist():
-            pairs = (slots_P == slot).nonzero().flatten()
-            self.moe.unpack_row(bank_SN[slot].view(torch.uint8), row)
-            weights = {field.name: field.view_in(row)[None] for field in self.moe.unpacked.fields}
-            # A batched product of one pair would round otherwise.
-            ran = pairs if self.grouped else pairs.repeat(2)[: max(len(pairs), 2)]
-            part = self._run(x_P[ran], torch.zeros_like(ran), weights)[: len(pairs)]
-            out_P = part.new_empty((len(x_P), *part.shape[1:])) if out_P is None else out_P
-            out_P.index_copy_(0, pairs, part)
-        if out_P is None:
-            raise AssertionError(f"{self.moe.name}: no pair to compute")
-        return out_P
-
-
-def original_code(implementation: str) -> Callable[..., Tensor]:
-    """transformers' own experts code of that name: (module, x [T, H], ids [T, K], weights [T, K]) -> [T, H]."""
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    code: Callable[..., Tensor] = ALL_EXPERTS_FUNCTIONS[implementation]
-    return code
 
 
 def serve_products(device: str) -> None:
