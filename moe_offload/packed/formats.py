@@ -43,6 +43,8 @@ class Format(ABC):
 
     def unpack(self, tensors: Sequence[Tensor], out_OI: Tensor) -> None:
         """Write the matrix, in the dtype of `out_OI`, whose rows are contiguous."""
+        if tuple(out_OI.shape) != self.shape(tensors):  # kernels write to addresses
+            raise ValueError(f"a matrix of shape {list(self.shape(tensors))} cannot be written to {list(out_OI.shape)}")
         kernels = compiled() if can_be_compiled(tensors, out_OI) else None
         if kernels is None or not self.unpack_compiled(kernels, tensors, out_OI):
             self.unpack_torch(tensors, out_OI)

@@ -20,12 +20,13 @@ from .int4 import Int4
 from .mxfp4 import MXFP4
 
 STEP = 32  # columns that a kernel takes at once
+FORMS: list[type[Format]] = [MXFP4, FP8, Int4]  # by the number that kernels know them by
 
 
 def multiply_fused(format: Format, tensors: Sequence[Tensor], x_MI: Tensor, out_MO: Tensor) -> None:
     """Write x @ W.T, computed in float32 and then rounded to the dtype of `out_MO`."""
     kernels = _compiled()
-    (_, inputs), blocks = format.shape(tensors), _grid(format, tensors)
+    (_, inputs), blocks = format.shape(tensors), grid_of_scales(format, tensors)
     x, out = x_MI.to(torch.float32), torch.empty(out_MO.shape, dtype=torch.float32)
     whole_steps = inputs % (STEP * blocks[1]) == 0
     at_hand = kernels is not None and can_be_compiled(tensors, torch.empty((0, 1), dtype=torch.bfloat16))
@@ -36,7 +37,7 @@ def multiply_fused(format: Format, tensors: Sequence[Tensor], x_MI: Tensor, out_
             format.unpack_torch(format.rows(tensors, begin, end), weight_OI)
             torch.mm(x, weight_OI.t(), out=out[:, begin:end])
     else:
-        form = [MXFP4, FP8, Int4].index(type(format))
+        form = FORMS.index(type(format))
         kernels.multiply(form, tuple(tensors), blocks, x, out)
     out_MO.copy_(out)
 
@@ -46,7 +47,7 @@ def _unrounded(format: Format, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     return (tensors[0], tensors[1].to(torch.float32)) if isinstance(format, Int4) else tensors
 
 
-def _grid(format: Format, tensors: Sequence[Tensor]) -> tuple[int, int]:
+def grid_of_scales(format: Format, tensors: Sequence[Tensor]) -> tuple[int, int]:
     """Into how many blocks of one scale rows and columns are cut."""
     if isinstance(format, FP8):
         return grid_of(tensors[1])

@@ -14,6 +14,7 @@ from ..handle import Handle
 from ..plan.prepare import Prepared
 from ..runtime.model import Runtime
 from . import install as patch
+from .exact_products import serve_exact
 from .fast_products import FEW_TOKENS, restore_linears, serve_fast, speed_up_linears
 from .refusals import refuse_what_reaches_experts
 from .saving.original import Original
@@ -32,6 +33,8 @@ def attach(model: nn.Module, runtime: Runtime, prepared: Prepared, found: Outlin
     moe_layers = [layer.moe for layer in runtime.layers]
     implementation = patch.choose_implementation(moe_layers, wanted)
     fast = settings.compute == "fast" and serve_fast(arrangement.device, implementation)
+    if arrangement.device == "cpu" and settings.compute == "exact":
+        serve_exact([layer.moe for layer in runtime.layers])
     if arrangement.device != "cpu":
         patch.serve_products(arrangement.device)
     inner = _inner_compiler(settings, arrangement.device)

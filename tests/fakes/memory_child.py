@@ -23,7 +23,10 @@ def main() -> None:
     import transformers.modeling_utils  # what loading imports, and is no part of a model
     from transformers import AutoModelForCausalLM
 
+    import moe_offload.packed.exact
     from moe_offload import from_pretrained
+
+    moe_offload.packed.exact.multiplier()  # numba, which the kernels of large experts need: an import, too
 
     marks = {"imports": status("VmRSS")}
     if options.budget is None:

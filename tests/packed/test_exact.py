@@ -56,6 +56,7 @@ def test_another_order_of_sums_does_not_pass(monkeypatch):
 def test_the_strips_that_are_tried_are_those_that_are_multiplied(kind, monkeypatch):
     tried, multiplied, mm = [], [], torch.mm
     monkeypatch.setattr(weights, "STRIP_BYTES", 48 * 256 * 2)
+    monkeypatch.setattr(weights, "find_order", lambda *_, **__: None)  # as where no kernel knows torch's order of sums
     monkeypatch.setattr(weights, "strips_are_exact", lambda heights, *_: tried.extend(heights) or True)
     pair = PAIRS[kind]
     formats = [FORMATS[kind].fit(tensors) for tensors in pair]

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from ...experts import Field
 from ...packed import Format
-from ...packed.exact import FEW, STRIP_BYTES, strips_are_exact, transposed_is_exact
+from ...packed.exact import FEW, STRIP_BYTES, Order, find_order, strips_are_exact, transposed_is_exact
+from ...packed.ordered import multiply_in_order
 from ...packed.workspace import borrow
 from ..conversion import Conversion, Swap, convert_tensors, joins_bytes
 
@@ -85,6 +86,9 @@ class MatrixWeight:
         out.copy_(convert_tensors(self.conversions, parts))
 
     def multiply(self, x_MI: Tensor, row: Tensor, out_MO: Tensor, transposed: bool) -> None:
+        order = self._find_order(transposed, len(x_MI))
+        if order is not None and self._multiply_in_order(x_MI, row, out_MO, order):
+            return
         if not self._as_in_file(transposed, len(x_MI)):
             whole = borrow(self.shape, self.dtype)
             self.unpack(row, whole)
@@ -98,13 +102,27 @@ class MatrixWeight:
 
     def try_products(self) -> None:
         """Find out now what may be computed in another way: it takes memory that is not there once slots are full."""
-        inputs, turned = self.matrices[0].shape[1], not joins_bytes(self.conversions)
-        if not turned or self._tries_few_rows():
-            strips_are_exact(self._heights, inputs, self.dtype)
+        transposed = joins_bytes(self.conversions)
+        ordered = [self._find_order(transposed, rows) is not None for rows in range(1, FEW + 1)]
+        as_in_file = [self._as_in_file(transposed, rows) for rows in range(1, FEW + 1)]
+        if as_in_file[0] and not ordered[0]:
+            strips_are_exact(self._heights, self.matrices[0].shape[1], self.dtype)
 
-    def _tries_few_rows(self) -> bool:
-        tried = [self._as_in_file(False, rows) for rows in range(1, FEW + 1)]
-        return tried[0]
+    def _find_order(self, transposed: bool, rows: int) -> Order | None:
+        """In which order the product is added up, if its outputs are rows of the file's matrices."""
+        below, turned = joins_bytes(self.conversions), self.conversions == (Swap(0, 1),)
+        if not (transposed if below else turned and not transposed):
+            return None
+        return find_order(rows, self.rows, self.matrices[0].shape[1], self.dtype, turned=turned)
+
+    def _multiply_in_order(self, x_MI: Tensor, row: Tensor, out_MO: Tensor, order: Order) -> bool:
+        first = 0
+        for matrix in self.matrices:
+            out = out_MO[:, first : first + matrix.shape[0]]
+            if not multiply_in_order(matrix.format, matrix.tensors(row), x_MI, out, order):
+                return False
+            first += matrix.shape[0]
+        return True
 
     def _as_in_file(self, transposed: bool, rows: int) -> bool:
         """Whether the product's outputs are rows of the file's matrices, and may be computed from them."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from passes import ops
+from passes.grouped import find_runs
 
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -28,6 +29,22 @@ def serve_products(few: Product, many: Product) -> None:
 
     if not torch._C._dispatch_has_kernel_for_dispatch_key("moe_offload::grouped_mm", "CUDA"):
         ops.serve_product("grouped_mm", grouped_mm, "CUDA")
+
+
+def serve_few_rows(multiply: Callable[[Tensor, Tensor, Tensor], bool]) -> None:
+    """On a CPU, let the product of each run of equal slots go through `multiply` (x [M, H], matrix [H, O], out [M, O]),
+    which gives the bits of torch.mm, or leaves it to that."""
+
+    def grouped_mm(x_P: Tensor, weight_S: Tensor, slots_P: Tensor) -> Tensor:
+        out_PO = x_P.new_empty((x_P.shape[0], weight_S.shape[2]))
+        for slot, begin, end in find_runs(slots_P.tolist()):
+            x, matrix, out = x_P[begin:end], weight_S[slot], out_PO[begin:end]
+            if not multiply(x, matrix, out):
+                torch.mm(x, matrix, out=out)
+        return out_PO
+
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("moe_offload::grouped_mm", "CPU"):
+        ops.serve_product("grouped_mm", grouped_mm, "CPU")
 
 
 def serve_fast_products(takes: Callable[[Tensor, Tensor], bool], multiply: Product) -> None:

@@ -7,6 +7,7 @@ a block of one scale is multiplied by it once. The sums stay in registers for th
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from llvmlite import ir
@@ -64,14 +65,16 @@ def _weights(b: Any, form: int, address: Any, wide: bool) -> tuple[Any, Any]:
     """The two vectors of a step, without their scale."""
     if form == FP8:
         first, second = (load(b, BYTES, b.add(address, I64(half))) for half in (0, 16))
-        return _fp8(b, b.zext(first, WORDS)), _fp8(b, b.zext(second, WORDS))
+        return fp8_value(b, b.zext(first, WORDS)), fp8_value(b, b.zext(second, WORDS))
     code = b.zext(load(b, BYTES, address), WORDS)
     low, high = b.and_(code, lanes(WORDS, 15)), b.lshr(code, lanes(WORDS, 4))
-    value = _int4 if form == INT4 else _mxfp4_looked_up if wide else _mxfp4
-    return value(b, low), value(b, high)
+    if form == INT4:
+        return int4_value(b, low, wide), int4_value(b, high, wide)
+    return mxfp4_value(b, low, wide), mxfp4_value(b, high, wide)
 
 
-def _fp8(b: Any, code: Any) -> Any:
+def fp8_value(b: Any, code: Any) -> Any:
+    """Of codes as words."""
     magnitude = b.and_(code, lanes(WORDS, 0x7F))
     small = b.bitcast(b.fmul(b.sitofp(magnitude, FLOATS), lanes(FLOATS, 2.0**-9)), WORDS)
     normal = b.add(b.shl(magnitude, lanes(WORDS, 20)), lanes(WORDS, 120 << 23))
@@ -79,12 +82,17 @@ def _fp8(b: Any, code: Any) -> Any:
     return b.bitcast(b.or_(bits, b.shl(b.and_(code, lanes(WORDS, 0x80)), lanes(WORDS, 24))), FLOATS)
 
 
-def _int4(b: Any, code: Any) -> Any:
-    return b.sitofp(b.sub(code, lanes(WORDS, 8)), FLOATS)
+def int4_value(b: Any, code: Any, wide: bool) -> Any:
+    """Of codes in the lowest four bits."""
+    if wide:
+        return _look_up(b, code, range(-8, 8))
+    return b.sitofp(b.sub(b.and_(code, lanes(WORDS, 15)), lanes(WORDS, 8)), FLOATS)
 
 
-def _mxfp4(b: Any, code: Any) -> Any:
-    """Magnitudes 2 to 7 have an exponent as float32 has it; 0 and 1 are halves."""
+def mxfp4_value(b: Any, code: Any, wide: bool) -> Any:
+    """Of codes in the lowest four bits. Magnitudes 2 to 7 have an exponent as float32 has it; 0 and 1 are halves."""
+    if wide:
+        return _look_up(b, code, VALUES)
     magnitude = b.and_(code, lanes(WORDS, 7))
     small = b.bitcast(b.fmul(b.sitofp(magnitude, FLOATS), lanes(FLOATS, 0.5)), WORDS)
     normal = b.add(b.shl(magnitude, lanes(WORDS, 22)), lanes(WORDS, 126 << 23))
@@ -92,7 +100,8 @@ def _mxfp4(b: Any, code: Any) -> Any:
     return b.bitcast(b.or_(bits, b.shl(b.and_(code, lanes(WORDS, 8)), lanes(WORDS, 28))), FLOATS)
 
 
-def _mxfp4_looked_up(b: Any, code: Any) -> Any:
-    table = ir.Constant(FLOATS, [ir.Constant(F32, value) for value in VALUES])
+def _look_up(b: Any, code: Any, values: Iterable[float]) -> Any:
+    """The instruction looks at the lowest four bits of an index."""
+    table = ir.Constant(FLOATS, [ir.Constant(F32, float(value)) for value in values])
     kind = ir.FunctionType(FLOATS, [FLOATS, WORDS])
     return b.call(cgutils.get_or_insert_function(b.module, kind, "llvm.x86.avx512.permvar.sf.512"), [table, code])

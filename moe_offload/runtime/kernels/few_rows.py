@@ -23,6 +23,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
+from ...packed.compiled.in_order import rounded
 from ...packed.compiled.pool import array_at, compiled, kernel, run, share
 
 TILE = 4  # outputs at a time: so many streams from memory, and 16 accumulators of registers in flight
@@ -57,15 +58,6 @@ def _low(pair):  # type: ignore[no-untyped-def]
 def _high(pair):  # type: ignore[no-untyped-def]
     """The second one."""
     return np.uint32(pair & np.uint32(0xFFFF0000)).view(np.float32)
-
-
-@compiled
-def _rounded(number):  # type: ignore[no-untyped-def]
-    """The bits of the bfloat16 that is nearest to a float32, the even one of two."""
-    bits = np.float32(number).view(np.uint32)
-    if bits & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000):
-        return np.uint16(0x7FC0)  # NaN: rounding its bits could make it infinity, or zero
-    return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
 
 @numba.njit(fastmath=SUMS, error_model="numpy")
@@ -119,7 +111,7 @@ def _multiply(data):  # type: ignore[no-untyped-def]
                 sums_p, sums_q = _multiply_tile(matrix + o * row, row, ahead, x + p * row, x + q * row, inputs // 2)
                 for t in range(TILE):
                     bias = np.float32(0) if bias_at == 0 else _low(np.uint32(bias_O[o + t]))
-                    out_PO[p, o + t], out_PO[q, o + t] = _rounded(sums_p[t] + bias), _rounded(sums_q[t] + bias)
+                    out_PO[p, o + t], out_PO[q, o + t] = rounded(sums_p[t] + bias), rounded(sums_q[t] + bias)
         first, before = last, before + tiles
 
 

@@ -1,0 +1,69 @@
+"""Experts' products of few tokens in compute="exact": ours where torch's order of sums is known, to the bit."""
+
+import pytest
+import torch
+
+import moe_offload
+from moe_offload.apps.families.tiny import build
+from moe_offload.forward.graphs import products
+from moe_offload.packed import exact
+from moe_offload.packed.compiled import in_order
+from moe_offload.patch import exact_products
+from moe_offload.runtime.kernels import exact_rows
+
+needs_kernel = pytest.mark.skipif(exact.multiplier() is None, reason="no kernel for this processor")
+
+
+@pytest.fixture
+def small_is_large(monkeypatch):
+    for module in (exact_products, exact_rows):
+        monkeypatch.setattr(module, "LARGE", 1)
+
+
+@needs_kernel
+@pytest.mark.parametrize("batch", [1, 3])
+def test_generation_has_the_bits_of_the_resident_model(batch, small_is_large, monkeypatch):
+    calls = []
+
+    def counted(*args):
+        calls.append(args[0].shape)
+        in_order.multiply(*args)
+
+    monkeypatch.setattr(exact_rows, "multiplier", lambda: counted)
+    model = build("qwen3_moe", dtype=torch.bfloat16, hidden_size=64, moe_intermediate_size=32)
+    prompt = torch.randint(3, 90, (batch, 5), generator=torch.Generator().manual_seed(0))
+    wanted = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    plain = model.generate(prompt, **wanted)
+    model = moe_offload.optimize(model, "20MB", config={"experts_implementation": "grouped_mm"})
+    ours = model.generate(prompt, **wanted)
+    assert torch.equal(ours.sequences, plain.sequences)
+    assert all(torch.equal(a, b) for a, b in zip(ours.logits, plain.logits, strict=True))
+    orders = [exact.find_order(rows, 64, 64, torch.bfloat16, turned=False) for rows in (1, 2, 3)]
+    if any(orders):
+        assert calls
+
+
+def test_small_matrices_are_left_to_torch_and_numba_is_not_asked_for(monkeypatch):
+    def never(multiply):
+        raise AssertionError
+
+    monkeypatch.setattr(exact_products, "serve_few_rows", never)
+    moe_offload.optimize(build("qwen3_moe", dtype=torch.bfloat16), "20MB").moe_offload.close()
+
+
+@needs_kernel
+def test_what_is_no_plain_product_of_few_rows_is_torchs():
+    x, matrix = torch.randn(1, 1024).bfloat16(), torch.randn(1024, 1024).bfloat16()
+    out = torch.empty(1, 1024, dtype=torch.bfloat16)
+    assert not exact_rows.multiply(x, matrix, out)  # columns of outputs lie together
+    assert not exact_rows.multiply(x.repeat(9, 1), matrix.t(), out.repeat(9, 1))
+    assert not exact_rows.multiply(x.float(), matrix.t().float(), out.float())
+    assert not exact_rows.multiply(x[:, :64], matrix.t()[:64, :64], out[:, :64])
+
+
+def test_graphs_leave_to_torch_what_the_kernel_does_not_take():
+    products.serve_few_rows(lambda x, matrix, out: False)
+    x, weight = torch.randn(3, 32).bfloat16(), torch.randn(4, 48, 32).bfloat16().transpose(1, 2)
+    slots = torch.tensor([2, 2, 0])
+    expected = torch.cat([x[:2] @ weight[2], x[2:] @ weight[0]])
+    assert torch.equal(torch.ops.moe_offload.grouped_mm(x, weight, slots), expected)
