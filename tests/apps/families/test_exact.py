@@ -36,7 +36,7 @@ DOZEN = (
     "minimax",
 )
 LONG = ("nemotron_h", "gemma4", "zaya", "olmoe", "phimoe")  # slow to trace, or much like another one
-#: Not through transformers' experts interface: a module per expert, stacks that code indexes, one product over them all.
+#: Not through transformers' experts interface: a module per expert, stacks that code indexes, one product over all.
 OUTSIDE = (
     "dbrx",
     "jetmoe",
