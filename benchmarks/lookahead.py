@@ -34,7 +34,7 @@ from moe_offload.runtime.layer import LayerRuntime
 def recall(options: argparse.Namespace) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto").eval()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    moe_offload.optimize(model, "4GB", device_map="cpu", config={"lookahead": True})
+    moe_offload.optimize(model, "4GB", device_map="cpu", config={"lookahead": True, "profile": "off"})
     guessed: dict[int, list[set[int]]] = {}
     asked: dict[int, list[set[int]]] = {}
     prefetch, event = LayerRuntime.prefetch, LayerRuntime._event
@@ -103,7 +103,7 @@ class Guessing(recorded.Routing):
 def pays(options: argparse.Namespace) -> None:
     whole = moe_offload.make_plan(options.model, 2**60)
     budget = budget_for(options.residency, whole.layers, whole.costs)
-    model: Any = moe_offload.from_pretrained(options.model, budget)
+    model: Any = moe_offload.from_pretrained(options.model, budget, profile="off")
     layers = model.moe_offload._runtime.layers
     first = layers[0].moe
     replayed = recorded.load_recorded(options.routing, len(layers), first.num_experts, first.top_k)

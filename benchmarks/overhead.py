@@ -100,7 +100,7 @@ def compare(source: str, dtype: str, implementation: str, inner: str, options: a
     offloaded = copy.deepcopy(resident)
     resident.set_experts_implementation(implementation)
     resident.compile(backend="inductor" if inner == "inductor" else "eager", dynamic=True)
-    settings = {"experts_implementation": implementation, "compile": inner, "reserve": 0}
+    settings = {"experts_implementation": implementation, "compile": inner, "reserve": 0, "profile": "off"}
     moe_offload.optimize(offloaded, "100GB", device_map="cpu", config=settings)
     handle = offloaded.moe_offload
     layers = len(handle.moe_layers)

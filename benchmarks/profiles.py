@@ -53,7 +53,8 @@ def main() -> None:
     windows = windows_of(ids_of(options.language, "evaluate"))
     oracles = [moe_offload.record_profile(resident, window) for window in windows]
     plan = moe_offload.make_plan(resident, "1GB")
-    model: Any = moe_offload.from_pretrained(options.model, budget_for(options.residency, plan.layers, plan.costs))
+    budget = budget_for(options.residency, plan.layers, plan.costs)
+    model: Any = moe_offload.from_pretrained(options.model, budget, profile="off")
     run(model, windows[0], None)  # compiles
 
     print(f"{options.model}, {options.residency:.0%} resident, {len(windows)} windows of {PROMPT} + {DECODED} tokens\n")

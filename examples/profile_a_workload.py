@@ -39,7 +39,7 @@ def main() -> None:
 
     file = profiles["it"].save(Path(tempfile.mkdtemp()) / "italian.json")
     prompt = tokenizer(texts["it"]["evaluate"][0][:160], return_tensors="pt")
-    for name, given in (("empty", None), ("Italian profile", Profile.load(file)), ("English profile", profiles["en"])):
+    for name, given in (("empty", "off"), ("Italian profile", Profile.load(file)), ("English profile", profiles["en"])):
         with moe_offload.from_pretrained(MODEL, budget="6MB", profile=given).moe_offload as handle:
             handle.model.generate(**prompt, max_new_tokens=1, do_sample=False)
             first = handle.stats()

@@ -31,14 +31,14 @@ def main() -> None:
     want = resident.generate(**prompt, max_new_tokens=64, do_sample=False)[0]
     print(f"resident    {tokenizer.decode(want[-24:])!r}")
 
-    with moe_offload.from_pretrained(MODEL, budget=budget).moe_offload as handle:
+    with moe_offload.from_pretrained(MODEL, budget=budget, profile="off").moe_offload as handle:
         got = handle.model.generate(**prompt, max_new_tokens=64, do_sample=False)[0]
         print(f"offloaded   {tokenizer.decode(got[-24:])!r}")
         print(f"tokens equal: {got.tolist() == want.tolist()}\n\n{handle}\n")
 
     pages = [tokenizer(page, return_tensors="pt", truncation=True, max_length=512) for page in italian["record"]]
     profile = moe_offload.record_profile(resident, pages, language="it")
-    for name, given in (("cold start", None), ("Italian profile", profile)):
+    for name, given in (("cold start", "off"), ("Italian profile", profile)):
         with moe_offload.from_pretrained(MODEL, budget=budget, profile=given).moe_offload as handle:
             handle.model.generate(**prompt, max_new_tokens=32, do_sample=False)
             s = handle.stats()

@@ -28,7 +28,8 @@ from .config.device_map import DeviceMap, MaxMemory
 from .config.settings import Config
 from .errors import OffloadError
 from .experts import MoELayer, find_experts
-from .forward.advise import at_start
+from .forward.advise import at_start, say_what_is_remembered
+from .forward.tested_versions import warn_of_untested_versions
 from .memory.process_memory import bound_kernel_caches, trim_heap
 from .memory.stores.open import open_stores, read_first
 from .observe.profile import Profile
@@ -36,7 +37,7 @@ from .patch.attach import attach
 from .patch.dense_weights import keep_where_it_is, place_dense
 from .plan.prepare import Prepared, prepare, settings_of
 from .runtime.assemble import build_runtime, on_device
-from .runtime.prewarm import prewarm_from
+from .runtime.prewarm import prewarm_from, prewarm_when_idle
 
 logger = logging.getLogger("moe_offload")
 Model = TypeVar("Model", bound=nn.Module)
@@ -66,6 +67,8 @@ def optimize(
         device_map: Where layers compute and rows rest, in accelerate's grammar: {"model.layers.*.mlp.experts": "cpu"}.
         max_memory: Bytes or sizes by device: {"cpu": "60GiB"}. With a budget too, rows rest in RAM in what is between.
         profile: A `Profile` or its path: fills the slots before the first token. Ctrl-C leaves the model colder.
+            "auto" (None: the default): usage that earlier runs have left, and this one adds to; slots are filled from
+            it while nothing else runs. "auto:italian" or "italian": the same for a workload of that name. "off".
         offload_folder: Where the spill file is written; None: the system's folder for temporary files.
         config: All other settings: an `OffloadConfig`, a dict of its fields, or a configuration file.
 
@@ -163,7 +166,7 @@ def from_pretrained(
     )
     folder = get_folder(path_or_id, said)
     found = outline_folder(folder, said)
-    prepared = prepare(found.model, found.moe_layers, settings, profile)
+    prepared = prepare(found.model, found.moe_layers, settings, profile, path_or_id)
     model: nn.Module = load_dense(found, said, path_or_id)
     trim_heap()  # for each of the loader's threads it keeps tens of MB
     moe_layers = found.pack(find_experts(model))
@@ -192,7 +195,9 @@ def _offload(model: Model, moe_layers: Sequence[MoELayer], prepared: Prepared, f
             moe_layers = verify_unpacking(moe_layers, index.packings, model, partial(read_first, stores))
             moe_layers = fuse_weights(moe_layers) if settings.compute == "packed" else moe_layers
         profile = prepared.profile
-        runtime = build_runtime(moe_layers, arrangement.plan, stores, settings, profile, device, device_decides)
+        runtime = build_runtime(
+            moe_layers, arrangement.plan, stores, settings, profile, device, device_decides, prepared.lock_bytes
+        )
         undo.pop_all()
         undo.callback(runtime.close)
         handle = attach(model, runtime, prepared, found)
@@ -200,11 +205,18 @@ def _offload(model: Model, moe_layers: Sequence[MoELayer], prepared: Prepared, f
     model.moe_offload = handle  # type: ignore[assignment]
     logger.info("%s", handle)
     at_start(arrangement.plan, settings.budget)
+    warn_of_untested_versions()
     if settings.live:
         handle.serve_live()
+    if prepared.usage is not None:
+        handle.remember(prepared.usage, profile)
+        say_what_is_remembered(prepared.usage.path, profile)
     if settings.prewarm and profile is not None:
-        with _closed_on_error(model):
-            prewarm_from(runtime, profile)
+        if prepared.usage is None:
+            with _closed_on_error(model):
+                prewarm_from(runtime, profile)
+        else:
+            prewarm_when_idle(runtime, profile)
     return model
 
 

@@ -1,5 +1,5 @@
-"""What all tests share: as many processes as cores (pytest-xdist) must not each start as many threads; and the settings
-of whoever runs them, in the environment or in a file, do not count."""
+"""What all tests share: as many processes as cores (pytest-xdist) must not each start as many threads; the settings of
+whoever runs them, in the environment or in a file, do not count; and no test leaves usage behind, or finds some."""
 
 import os
 import signal
@@ -22,3 +22,11 @@ def no_settings_of_the_user(monkeypatch):
     for name in [name for name in os.environ if name.startswith("MOE_OFFLOAD_")]:
         monkeypatch.delenv(name)
     monkeypatch.setattr("moe_offload.config.file.default_path", lambda: Path("/nowhere/default_config.yaml"))
+
+
+@pytest.fixture(autouse=True, scope="session")  # before any fixture that loads a model for several tests
+def no_usage_is_remembered():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moe_offload.plan.prepare.usage_folder", lambda: None)
+        patch.setenv("HF_HOME", f"{os.devnull}/huggingface")  # of processes that tests start: no folder can be there
+        yield

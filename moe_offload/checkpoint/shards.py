@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from ..experts import ROW_ALIGN, round_up
+from ..files.system import forget_cached
 from .headers import DTYPE_NAMES, Headers, TensorRange
 
 COPIED_BYTES = 1 << 20  # of a tensor, in memory at a time
@@ -156,5 +157,4 @@ class Filling:
 
 def _see_to_disk(stream: FileIO) -> None:
     os.fsync(stream.fileno())
-    if hasattr(os, "posix_fadvise"):  # nobody reads it soon, and it may be larger than memory
-        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    forget_cached(stream.fileno())  # nobody reads it soon, and it may be larger than memory

@@ -14,19 +14,7 @@ from ..cache import POLICIES
 from ..errors import ConfigError
 from .device_map import device_name
 from .sizes import parse_size, size_problem
-
-
-class Rule(NamedTuple):
-    """What a field accepts: `holds` as a test, `accepted` in words. `wrong` may say what is wrong with a value."""
-
-    holds: Callable[[Any], bool]
-    accepted: Callable[[], str]
-    wrong: Callable[[Any], str | None] = lambda _: None
-
-    def refused(self, value: Any) -> str:
-        """Of a value that is not accepted: what is wrong with it, and what would be right."""
-        wrong = self.wrong(value)
-        return f"{wrong}; it takes {self.accepted()}" if wrong else f"it takes {self.accepted()}"
+from .usage import plain_profile, profile_problem
 
 
 def plain(value: Any) -> Any:
@@ -36,6 +24,21 @@ def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {_number(key): _number(item) for key, item in value.items()}
     return value
+
+
+class Rule(NamedTuple):
+    """What a field accepts: `holds` as a test, `accepted` in words. `wrong` may say what is wrong with a value; `plain`
+    brings it into its plain form first."""
+
+    holds: Callable[[Any], bool]
+    accepted: Callable[[], str]
+    wrong: Callable[[Any], str | None] = lambda _: None
+    plain: Callable[[Any], Any] = plain
+
+    def refused(self, value: Any) -> str:
+        """Of a value that is not accepted: what is wrong with it, and what would be right."""
+        wrong = self.wrong(value)
+        return f"{wrong}; it takes {self.accepted()}" if wrong else f"it takes {self.accepted()}"
 
 
 def reserve_bytes(value: Any) -> int:
@@ -143,7 +146,12 @@ RULES: dict[str, Rule] = {
         lambda: 'a mapping {device: size} such as {0: "8GB", "cpu": "60GiB"}, or None',
         _wrong_limits,
     ),
-    "profile": _path("the path of a profile"),
+    "profile": Rule(
+        lambda value: profile_problem(value) is None,
+        lambda: '"auto", "off", the name of a workload ("auto:italian"), or the path of a profile',
+        profile_problem,
+        plain_profile,
+    ),
     "policy": Rule(lambda value: isinstance(value, str) and value in POLICIES, lambda: _any_of(POLICIES)),
     "half_life": Rule(_is_half_life, lambda: "tokens: a finite number above 0"),
     "experts_implementation": _choice("auto", "grouped_mm", "batched_mm"),
@@ -162,6 +170,7 @@ RULES: dict[str, Rule] = {
         _is_reserve, lambda: '"auto", bytes (0 for none), or a size such as "1GB" or "512MiB"', size_problem
     ),
     "offload_folder": _path("the path of a folder"),
+    "lock_memory": Rule(lambda value: value == "auto" or isinstance(value, bool), lambda: 'True, False, or "auto"'),
     "untested": _flag(),
     "poison": _flag(),
     "prewarm": _flag(),

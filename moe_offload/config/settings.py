@@ -21,7 +21,8 @@ from typing import Any
 
 from ..errors import ConfigError, ProfileError
 from . import file as config_file
-from .rules import RULES, plain, reserve_bytes
+from .rules import RULES, reserve_bytes
+from .usage import AUTO, profile_path
 
 ENVIRONMENT_PREFIX = "MOE_OFFLOAD_"
 FILE_VARIABLE = "MOE_OFFLOAD_CONFIG_FILE"
@@ -39,7 +40,9 @@ class OffloadConfig:
             "auto".
         device_map: Where weights and expert rows go, in accelerate's grammar (`device_map.py`); None: "auto".
         max_memory: Limits per device, as {"cpu": "60GiB"} (`device_map.py`).
-        profile: Path of the profile that says which experts to load before the first token.
+        profile: Which experts to expect, and to load before anything asks for them. "auto": those that earlier runs of
+            this model have used, which every run remembers (`docs/remembering-usage.md`); "auto:italian" or "italian":
+            the same for a workload of that name; "off"; or the path of a profile, and nothing is remembered.
         policy: Which resident expert gives way; a name in `moe_offload.cache.POLICIES`.
         half_life: Tokens after which a past use of an expert counts half ("decayed_lfu"; the others have their own).
         experts_implementation: The transformers experts code to rewrite: "grouped_mm", "batched_mm", or "auto": the
@@ -64,6 +67,9 @@ class OffloadConfig:
         reserve: What the budget keeps free of experts for KV cache and workspace: "auto", or a size (bytes or "1GB").
         offload_folder: Where the experts of an already loaded model are spilled; None: the temporary folder of the
             system.
+        lock_memory: Whether slots and scratch are locked in main memory, so that they are neither swapped out nor
+            compressed: True, or an error where the system's limit does not allow it; False; or "auto": as far as it
+            allows, where the budget is more than half of the machine's memory.
         untested: Compute on a GPU, which no version has done yet. Compare its tokens with those of the resident model.
         poison: Fill free slots with NaN, so that reading one shows. For tests; costs a fill per eviction.
         prewarm: Load the expected hottest experts before the first token.
@@ -85,7 +91,7 @@ class OffloadConfig:
     budget: str | int | None = None
     device_map: str | dict[str, str | int] | None = None
     max_memory: dict[str | int, str | int] | None = None
-    profile: str | None = None
+    profile: str = AUTO
     policy: str = "successors"
     half_life: float = 32.0
     experts_implementation: str = "auto"
@@ -99,6 +105,7 @@ class OffloadConfig:
     kv_tokens: int = 2048
     reserve: str | int = "auto"
     offload_folder: str | None = None
+    lock_memory: str | bool = "auto"
     untested: bool = False
     poison: bool = False
     prewarm: bool = True
@@ -107,7 +114,7 @@ class OffloadConfig:
 
     def __post_init__(self) -> None:
         for name, rule in RULES.items():
-            value = plain(getattr(self, name))
+            value = rule.plain(getattr(self, name))
             if not rule.holds(value):
                 raise ConfigError(f"{name}={value!r} is not accepted: {rule.refused(value)}")
             object.__setattr__(self, name, value)
@@ -252,8 +259,8 @@ def _checked(where: str, name: str, value: Any) -> Any:
         plain_value = getattr(OffloadConfig(**{name: value}), name)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
-    if name == "profile" and plain_value is not None and not Path(plain_value).exists():
-        raise ProfileError(f"{where}: profile={plain_value!r}: there is no such file. Correct the path, or remove it")
+    if name == "profile" and (path := profile_path(plain_value)) is not None and not Path(path).exists():
+        raise ProfileError(f"{where}: profile={path!r}: there is no such file. Correct the path, or remove it")
     return plain_value
 
 
@@ -285,6 +292,7 @@ PARSERS: dict[str, Callable[[str], Any]] = {
     "int": int,
     "float": float,
     "bool": lambda text: _BOOLEANS[text.lower()],
+    "str | bool": lambda text: _BOOLEANS.get(text.lower(), text),
     "bool | None": lambda text: None if text.lower() == "none" else _BOOLEANS[text.lower()],
     "str | dict[str, str | int] | None": _mapping_or_text,
     "dict[str | int, str | int] | None": _mapping_or_text,

@@ -14,6 +14,8 @@ from functools import partial
 from io import FileIO
 from pathlib import Path
 
+from .system import CACHED, bypass_cache
+
 
 @contextlib.contextmanager
 def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
@@ -32,16 +34,10 @@ def create_private(path: Path) -> FileIO:
     return FileIO(path, "x+", opener=partial(os.open, mode=0o600))
 
 
-def open_uncached(path: Path | str) -> FileIO:
-    """A file for reading past the page cache, or through it where that is refused. Raises OSError."""
+def open_uncached(path: Path | str) -> tuple[FileIO, str]:
+    """A file for reading past the page cache, or through it where that is refused; and which it is. Raises OSError."""
     file = FileIO(path)
-    with contextlib.suppress(OSError, AttributeError, ImportError):  # refused by the file system, or not Linux
-        set_direct(file)
-    return file
-
-
-def set_direct(file: FileIO) -> None:
-    """Read `file` past the page cache from now on. Raises OSError or, where there is no such thing, another error."""
-    import fcntl
-
-    fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) | os.O_DIRECT)
+    try:
+        return file, bypass_cache(file)
+    except OSError:
+        return file, CACHED

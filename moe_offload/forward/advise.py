@@ -1,9 +1,10 @@
 """Advice while a model runs: a warning with a number and one thing to do about it, once per model.
 
     at_start    every layer has only the slots that one token needs
+    say_what_is_remembered    where usage goes from now on, the first time that it goes there
     Advisor     decoding waits for experts much of the time, and that is for want of hits
 
-TRANSFORMERS_NO_ADVISORY_WARNINGS=1 silences both, as it does transformers' own advice.
+TRANSFORMERS_NO_ADVISORY_WARNINGS=1 silences them, as it does transformers' own advice.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
-
-import psutil
 
 from ..cache.counters import Counters
 from ..config.sizes import format_size, parse_size
+from ..memory.machine import main_memory
 from ..memory.stores import Store
 from ..memory.stores.disk import DiskStore
+from ..observe.profile import Profile
 from ..plan.budget import Plan, budget_for, plan_slots
 from ..plan.expected_hits import typical
 from ..runtime.model import Runtime
@@ -45,6 +47,18 @@ def at_start(plan: Plan, budget: Any) -> None:
         "most of its experts anew. %s holds %.0f %% of the experts; `moe-offload estimate` shows what is between.",
         format_size(plan.budget_bytes), format_size(budget_bytes), 100 * share,
     )  # fmt: skip
+
+
+def say_what_is_remembered(path: Path, began_with: Profile | None) -> None:
+    """Say where usage is remembered: once aloud, before the file is there."""
+    if began_with is None:
+        _advise(
+            "from now on the slots of this model begin with the experts that its last runs have used: how often each "
+            "was used, and nothing else, is kept in %s (profile='off' ends that)",
+            path,
+        )
+    else:
+        logger.info("usage of %d tokens is remembered in %s", began_with.tokens, path)
 
 
 class Advisor:
@@ -98,7 +112,7 @@ class Advisor:
 def knob(plan: Plan, stores: Sequence[Store]) -> str:
     """The one thing to do about too many misses. A profile is not among them: it helps before the first token."""
     all_bytes = budget_for(1.0, plan.layers, plan.costs)
-    room = plan.budget_bytes + parse_size("auto", total=max(psutil.virtual_memory().available, 2))
+    room = plan.budget_bytes + parse_size("auto", total=max(main_memory().free, 2))
     larger = plan_slots(min(room, all_bytes), plan.layers, plan.costs)
     if larger.residency == 1:
         return f"A budget of {format_size(all_bytes)} holds all experts, and so much memory is available."

@@ -1,20 +1,23 @@
-"""`model.moe_offload`: what a user asks of an offloaded model, in four files.
+"""`model.moe_offload`: what a user asks of an offloaded model, in five files.
 
 state.py      name, plan, arrangement, stats, snapshot, summary, explain
 recording.py  profile: which experts were used, for the next run; trace: which experts were asked for, in order,
               and what each forward took; timeline: what happened when
+remembering.py  usage that the next start begins with
 watching.py   from outside the process: `moe-offload top`, Prometheus
 this file     `Handle`, which is all of these: its text, its end
 """
 
 from __future__ import annotations
 
+from ..config.sizes import format_size
 from ..observe.notebook import to_html
 from .recording import Recording
+from .remembering import Remembering
 from .watching import Watching
 
 
-class Handle(Recording, Watching):
+class Handle(Recording, Remembering, Watching):
     """The offload state of one model: `print` it, read `stats()`, `save_profile()`, `close()`.
 
     Attributes:
@@ -40,7 +43,10 @@ class Handle(Recording, Watching):
         From then on the model, and its `state_dict`, raise `ClosedError`.
         """
         self._end_watching()
-        self._on_close()
+        try:
+            self._on_close()
+        finally:
+            self._end_remembering()
 
     def __enter__(self) -> Handle:
         return self
@@ -52,7 +58,10 @@ class Handle(Recording, Watching):
         """One screen: the plan, where rows rest, how graphs are compiled, what has happened."""
         tiers, graphs = ", ".join(sorted(set(self.tiers))), len(self.graphs)
         state = "closed" if self.closed else f"{self.implementation}, {self.compile}, {graphs} graphs compiled"
-        return "\n".join([str(self.plan), f"rows below the slots rest in: {tiers};  {state}", self.summary()])
+        locked = [f"locked in memory: {format_size(self.locked_bytes)} of slots and scratch"] * (self.locked_bytes > 0)
+        read = f" (read {', '.join(how)})" if (how := self._runtime.how_read()) else ""
+        rows = f"rows below the slots rest in: {tiers}{read};  {state}"
+        return "\n".join([str(self.plan), *locked, rows, self.summary()])
 
     def __repr__(self) -> str:
         stats = self.stats()

@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -20,6 +19,7 @@ from ..observe.timeline import Depth
 from ..plan.arrange import Arrangement
 from ..plan.budget import Plan
 from ..plan.explain import explain
+from ..plan.prepare import name_of
 from ..runtime.model import Runtime
 
 
@@ -46,9 +46,7 @@ class State:
     @property
     def name(self) -> str:
         """What the model calls itself: the name of its repository or of its folder, or else its class."""
-        name = str(getattr(getattr(self.model, "config", None), "name_or_path", "") or type(self.model).__name__)
-        name = Path(name).resolve().name if Path(name).is_absolute() or Path(name).exists() else name
-        return "".join(c for c in name if c.isprintable())[:200] or type(self.model).__name__
+        return name_of(self.model)
 
     @property
     def moe_layers(self) -> list[MoELayer]:
@@ -68,6 +66,11 @@ class State:
             ConfigError: The model is spread over several devices, each with a plan of its own.
         """
         return self.arrangement.plan
+
+    @property
+    def locked_bytes(self) -> int:
+        """How much of slots and scratch is locked in main memory (`lock_memory`)."""
+        return self._runtime.layers[0].locked.nbytes
 
     @property
     def closed(self) -> bool:

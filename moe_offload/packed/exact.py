@@ -43,7 +43,7 @@ def find_order(rows: int, outputs: int, inputs: int, dtype: torch.dtype, *, turn
     """
     if dtype != torch.bfloat16 or rows > FEW or inputs % STEP or outputs < TILE:
         return None
-    return _find_order(rows, outputs, inputs, turned, _switches())
+    return _find_order(rows, outputs, inputs, turned, switches())
 
 
 @cache
@@ -52,7 +52,7 @@ def _find_order(rows: int, outputs: int, inputs: int, turned: bool, switches: Ha
     if multiply is None:
         return None
     orders = list(ORDERS)
-    for x_MI, matrix_OI in _trials(rows, outputs, inputs, torch.bfloat16):
+    for x_MI, matrix_OI in trials(rows, outputs, inputs, torch.bfloat16):
         expected, found = _multiply(x_MI, matrix_OI.t().contiguous() if turned else matrix_OI.t()), []
         out_MO = torch.empty_like(expected)
         for order in orders:
@@ -78,15 +78,15 @@ def strips_are_exact(heights: tuple[int, ...], inputs: int, dtype: torch.dtype) 
 
     The last strip counts as much as the others: a library may take another kernel for its few rows.
     """
-    return _strips_are_exact(heights, inputs, dtype, _switches())
+    return _strips_are_exact(heights, inputs, dtype, switches())
 
 
 def transposed_is_exact(rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> bool:
     """Whether x [M, I], of so many rows, times a matrix [O, I] seen as [I, O] has the bits of x times a copy [I, O]."""
-    return rows <= FEW and _transposed_is_exact(rows, outputs, inputs, dtype, _switches())
+    return rows <= FEW and _transposed_is_exact(rows, outputs, inputs, dtype, switches())
 
 
-def _switches() -> Hashable:
+def switches() -> Hashable:
     """What torch chooses its kernels by that a program may switch between two calls. Without oneDNN, those of bfloat16
     sum in another order where the matrix is seen from the side (seen with 5760 x 2880)."""
     onednn = torch.backends.mkldnn
@@ -95,7 +95,7 @@ def _switches() -> Hashable:
 
 @cache
 def _strips_are_exact(heights: tuple[int, ...], inputs: int, dtype: torch.dtype, switches: Hashable) -> bool:
-    for x_1I, matrix_OI in _trials(1, sum(heights), inputs, dtype):
+    for x_1I, matrix_OI in trials(1, sum(heights), inputs, dtype):
         out_1O, begin = torch.empty((1, len(matrix_OI)), dtype=dtype), 0
         for height in heights:
             end = begin + height
@@ -110,7 +110,7 @@ def _strips_are_exact(heights: tuple[int, ...], inputs: int, dtype: torch.dtype,
 def _transposed_is_exact(rows: int, outputs: int, inputs: int, dtype: torch.dtype, switches: Hashable) -> bool:
     return all(
         torch.equal(_multiply(x_MI, matrix_OI.t()), _multiply(x_MI, matrix_OI.t().contiguous()))
-        for x_MI, matrix_OI in _trials(rows, outputs, inputs, dtype)
+        for x_MI, matrix_OI in trials(rows, outputs, inputs, dtype)
     )
 
 
@@ -119,7 +119,7 @@ def _multiply(x_MI: Tensor, matrix_IO: Tensor) -> Tensor:
     return torch.mm(x_MI, matrix_IO, out=x_MI.new_empty((len(x_MI), matrix_IO.shape[1])))
 
 
-def _trials(rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+def trials(rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
     """Activations [rows, I] and matrices [O, I] to try. The products of the first add up to zero, in pairs that lie
     apart: what is left is the rounding of the sum itself, which another order of summing changes nearly everywhere. In
     products of random numbers it changes one bfloat16 in ten thousand, and a trial would miss it. The products of the

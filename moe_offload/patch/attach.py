@@ -14,7 +14,7 @@ from ..handle import Handle
 from ..plan.prepare import Prepared
 from ..runtime.model import Runtime
 from . import install as patch
-from .exact_products import serve_exact
+from .exact_products import serve_exact, sharpen_linears
 from .fast_products import FEW_TOKENS, restore_linears, serve_fast, speed_up_linears
 from .refusals import refuse_what_reaches_experts
 from .saving.original import Original
@@ -33,7 +33,8 @@ def attach(model: nn.Module, runtime: Runtime, prepared: Prepared, found: Outlin
     moe_layers = [layer.moe for layer in runtime.layers]
     implementation = patch.choose_implementation(moe_layers, wanted)
     fast = settings.compute == "fast" and serve_fast(arrangement.device, implementation)
-    if arrangement.device == "cpu" and settings.compute == "exact":
+    exact = arrangement.device == "cpu" and settings.compute == "exact"
+    if exact:
         serve_exact([layer.moe for layer in runtime.layers])
     if arrangement.device != "cpu":
         patch.serve_products(arrangement.device)
@@ -52,7 +53,7 @@ def attach(model: nn.Module, runtime: Runtime, prepared: Prepared, found: Outlin
     )
     refuse_what_reaches_experts(model, runtime)
     save_real_rows(model, runtime, Original.of(found))
-    linears = speed_up_linears(model) if fast else []
+    linears = speed_up_linears(model) if fast else sharpen_linears(model) if exact else []
     weakref.finalize(model, _detach, runtime)
     return Handle(
         model,

@@ -1,24 +1,37 @@
-"""compute="exact" on a CPU: experts' products of few tokens at memory speed, with torch's bits."""
+"""compute="exact" on a CPU: products of few tokens at memory speed, with torch's bits, of experts and linear layers.
+
+    experts      `grouped_mm` of the experts' graphs asks our kernel first
+    nn.Linear    its `forward` on the instance, as in `fast_products.py`, where the matrix is large
+
+Where torch's order of sums is not known, or anything but a plain product of few rows is asked, torch computes. Weights
+that rest packed see to themselves (`checkpoint/quantised/weights.py`).
+"""
 
 from __future__ import annotations
 
 import logging
+import types
 from collections.abc import Iterable
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional
 
 from ..experts import MoELayer
 from ..forward.graphs.products import serve_few_rows
-from ..packed.exact import LARGE
+from ..packed.exact import LARGE, multiplier
+from ..packed.exact_linear import find_linear_order
+from .fast_products import is_few_and_plain, is_unchanged
 
 logger = logging.getLogger("moe_offload")
 
+#: What a program may have put in place of torch's own: then that is what it wants to be called.
+FORWARD, LINEAR = nn.Linear.forward, functional.linear
+
 
 def serve_exact(moe_layers: Iterable[MoELayer]) -> None:
-    """Let graphs have such products, where a matrix is large enough to gain by them and torch's order of sums is known.
-
-    Weights that rest packed see to themselves (`checkpoint/quantised/weights.py`).
-    """
+    """Let the experts' graphs have such products, where a matrix is large enough to gain by them."""
     shapes = {shape for moe in moe_layers for shape in _large_matrices(moe)}
     if not shapes:
         return
@@ -29,6 +42,42 @@ def serve_exact(moe_layers: Iterable[MoELayer]) -> None:
         return
     if exact_rows.try_products(sorted(shapes)):
         serve_few_rows(exact_rows.multiply)
+
+
+def sharpen_linears(model: nn.Module) -> list[nn.Linear]:
+    """Give each linear layer that is large, in bfloat16, and changed by nobody, such a forward. Returns them."""
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear) and _is_for_kernel(module)]
+    for linear in linears:
+        linear.__dict__["forward"] = types.MethodType(forward, linear)
+    return linears
+
+
+def forward(self: nn.Linear, input: Tensor) -> Tensor:
+    """What replaces `nn.Linear.forward`."""
+    if nn.Linear.forward is not FORWARD:
+        replaced: Any = nn.Linear.forward
+        return replaced(self, input)  # type: ignore[no-any-return]
+    weight, bias = self.weight, self.bias
+    if (
+        torch.compiler.is_dynamo_compiling()
+        or functional.linear is not LINEAR
+        or not is_few_and_plain(input, weight, bias)
+    ):
+        return functional.linear(input, weight, bias)
+    x_MI = input.view(-1, input.shape[-1])
+    order = find_linear_order(weight, len(x_MI), bias is not None, input.dim())
+    if order is None:
+        return functional.linear(input, weight, bias)
+    out_MO = x_MI.new_empty((len(x_MI), len(weight)))
+    multiplier()(x_MI, weight, out_MO, *order, bias)
+    return out_MO.view(*input.shape[:-1], -1)
+
+
+def _is_for_kernel(linear: nn.Linear) -> bool:
+    """Whether one row of it, as a model calls it, is added up in a known order."""
+    if linear.weight.numel() < LARGE or not is_unchanged(linear):
+        return False
+    return find_linear_order(linear.weight, 1, linear.bias is not None, 3) is not None
 
 
 def _large_matrices(moe: MoELayer) -> list[tuple[int, int]]:

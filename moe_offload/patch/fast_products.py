@@ -44,7 +44,7 @@ def serve_fast(device: str, implementation: str) -> bool:
 
 def speed_up_linears(model: nn.Module) -> list[nn.Linear]:
     """Give every bfloat16 linear layer on a CPU, that nothing else has changed, a fast forward. Returns them."""
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear) and _is_unchanged(module)]
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear) and is_unchanged(module)]
     for linear in linears:
         # A bound method: a copy of the module gets one of its own, where a closure would multiply with our weights.
         linear.__dict__["forward"] = types.MethodType(forward, linear)
@@ -52,21 +52,22 @@ def speed_up_linears(model: nn.Module) -> list[nn.Linear]:
 
 
 def restore_linears(linears: Iterable[nn.Linear]) -> None:
-    """Take the fast forward off again, where nobody has put another in its place."""
+    """Take our forward off again, where nobody has put another in its place."""
     for linear in linears:
-        if getattr(vars(linear).get("forward"), "__func__", None) is forward:
+        own = getattr(vars(linear).get("forward"), "__func__", None)
+        if own is not None and own.__module__.startswith(__package__):
             del linear.__dict__["forward"]
 
 
 def forward(self: nn.Linear, input: Tensor) -> Tensor:
     """What replaces `nn.Linear.forward`."""
-    if torch.compiler.is_dynamo_compiling() or not _is_few_and_plain(input, self.weight, self.bias):
+    if torch.compiler.is_dynamo_compiling() or not is_few_and_plain(input, self.weight, self.bias):
         return functional.linear(input, self.weight, self.bias)
     out: Tensor = _kernels().multiply(input.view(-1, input.shape[-1]), self.weight, self.bias)
     return out.view(*input.shape[:-1], -1)
 
 
-def _is_unchanged(module: nn.Linear) -> bool:
+def is_unchanged(module: nn.Linear) -> bool:
     if type(module) is not nn.Linear or "forward" in vars(module):
         return False
     return _is_matrix(module.weight) and _is_plain(module.bias)
@@ -87,7 +88,7 @@ def _is_plain(tensor: Tensor | None) -> bool:
     )
 
 
-def _is_few_and_plain(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def is_few_and_plain(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether this is a bfloat16 product of few rows and nothing else: nobody listens, nobody derives."""
     inputs = weight.shape[1]
     return (

@@ -15,14 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import psutil
-
 from ..config.device_map import Spot, compute_device, expand, limits, refuse_absent, settle, spots
 from ..config.settings import OffloadConfig
 from ..config.sizes import format_size, parse_size
 from ..errors import BudgetError, ConfigError
 from ..experts import MoELayer
 from ..memory.devices import free_bytes
+from ..memory.machine import main_memory
 from .budget import Plan, plan_slots
 from .weights import costs, dense_bytes_on, layer_shapes, library_bytes
 
@@ -85,7 +84,7 @@ def arrange(
     nothing, `BudgetError` for what does not fit, `UnsupportedModelError` for a device that is not among them.
     """
     names = [moe.name for moe in moe_layers]
-    available = psutil.virtual_memory().available
+    available = main_memory().free
     allowed = limits(settings.max_memory, available)
     accelerators = [device for device in allowed if device != "cpu"]
     found = spots(names, [name for name, _ in model.named_modules()], settings.device_map, accelerators)

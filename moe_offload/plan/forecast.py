@@ -117,7 +117,7 @@ def forecast(
         budget: As in `optimize`.
         device_map: As in `optimize`; devices need not be there: what would run on cuda:0 is planned, too.
         max_memory: As in `optimize`.
-        profile: A `Profile` or its path, to predict the hit rate from.
+        profile: A `Profile` or its path, to predict the hit rate from. Remembered usage is not looked at.
         context: Tokens of KV cache to make room for; None: the setting `kv_tokens`.
         config: As in `optimize`.
         dtype: The dtype that a checkpoint would be loaded in.
@@ -209,7 +209,7 @@ def of_outline(found: Outline, settings: OffloadConfig, profile: Profile | None 
     """As `forecast`, of an outline that was read before."""
     model, moe_layers = found.model, found.moe_layers
     arrangement = arrange(model, moe_layers, settings)
-    loaded = load_profile(profile or settings.profile, fingerprint(model, moe_layers))
+    loaded = load_profile(profile, settings, fingerprint(model, moe_layers))
     shapes, whole = layer_shapes(moe_layers), costs(model, moe_layers, settings, next(iter(arrangement.plans)))
     experts = [moe.num_experts for moe in moe_layers]
     return Forecast(

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from ..config.settings import Config, OffloadConfig, resolve
 from ..config.sizes import format_size
+from ..config.usage import profile_path, usage_folder, workload_of
 from ..errors import UnsupportedModelError
 from ..experts import MoELayer
+from ..files.system import missing_call
 from ..memory.devices import usable_kinds
+from ..memory.locking import bytes_to_lock
+from ..memory.machine import main_memory
 from ..observe.profile import Fingerprint, Profile
+from ..observe.usage import UsageFile
 from .arrange import Arrangement, arrange
 from .weights import fingerprint
 
@@ -24,13 +28,17 @@ logger = logging.getLogger("moe_offload")
 
 @dataclass(frozen=True)
 class Prepared:
-    """`row_bytes[l]` is the size of a row of layer l, by which they were planned; `profile` is one of this model."""
+    """`row_bytes[l]` is the size of a row of layer l, by which they were planned; `profile` is one of this model, and
+    `usage` the file that it is from where it was remembered, and where usage is remembered from now on. So
+    many bytes of slots and scratch are to be locked in memory."""
 
     settings: OffloadConfig
     arrangement: Arrangement
     fingerprint: Fingerprint
     profile: Profile | None
+    usage: UsageFile | None
     row_bytes: tuple[int, ...]
+    lock_bytes: int
 
     def check_rows(self, moe_layers: Sequence[MoELayer]) -> None:
         """Raise `UnsupportedModelError` where a loaded model's rows are not those that were planned for."""
@@ -49,12 +57,18 @@ def settings_of(config: Config, **given: Any) -> OffloadConfig:
 
 
 def prepare(
-    model: Any, moe_layers: Sequence[MoELayer], settings: OffloadConfig, profile: Profile | str | Path | None = None
+    model: Any,
+    moe_layers: Sequence[MoELayer],
+    settings: OffloadConfig,
+    profile: Profile | str | Path | None = None,
+    asked_for: str | Path = "",
 ) -> Prepared:
     """Plan `model`, which may be on the meta device, for the devices of this process, and read its profile.
 
+    Its usage is remembered under the name that `asked_for`, what it was loaded by, gives it.
     Raises `ConfigError`, `BudgetError`, `UnsupportedModelError`, or `ProfileError` for the profile of another model.
     """
+    _check_system()
     arrangement = arrange(model, moe_layers, settings, usable=usable_kinds(settings.untested))
     arrangement.check_one_device()
     if arrangement.device != "cpu" and any(moe.packed for moe in moe_layers):
@@ -64,23 +78,70 @@ def prepare(
         )
     expected = fingerprint(model, moe_layers)
     _warn_beyond_memory(arrangement)
-    loaded = load_profile(profile or settings.profile, expected)
-    return Prepared(settings, arrangement, expected, loaded, tuple(moe.layout.row_bytes for moe in moe_layers))
+    usage = None if isinstance(profile, Profile) else _usage_file(settings.profile, name_of(model, asked_for), expected)
+    loaded = load_profile(profile, settings, expected) if usage is None else usage.read()
+    rows = tuple(moe.layout.row_bytes for moe in moe_layers)
+    return Prepared(settings, arrangement, expected, loaded, usage, rows, _bytes_to_lock(arrangement, settings))
 
 
-def load_profile(profile: Profile | str | Path | None, expected: Fingerprint) -> Profile | None:
-    """The profile, read if it is a path, of the model with that fingerprint. Raises `ProfileError`."""
-    if profile is None:
+def _check_system() -> None:
+    missing = missing_call()
+    if missing is not None:
+        raise UnsupportedModelError(
+            f"this system ({sys.platform}) has no {missing}, through which experts are read and written; run it on "
+            "Linux (on Windows: in WSL 2) or macOS"
+        )
+
+
+def name_of(model: Any, asked_for: str | Path = "") -> str:
+    """What a model calls itself: the name of its repository or of its folder, or else its class."""
+    name = str(asked_for or getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__)
+    name = Path(name).resolve().name if Path(name).is_absolute() or Path(name).exists() else name
+    return "".join(c for c in name if c.isprintable())[:200] or type(model).__name__
+
+
+def load_profile(
+    profile: Profile | str | Path | None, settings: OffloadConfig, expected: Fingerprint
+) -> Profile | None:
+    """The profile that was given or is named in `settings`, of the model with that fingerprint; None where neither is.
+
+    Raises `ProfileError`.
+    """
+    if isinstance(profile, Profile):
+        loaded = profile
+    elif (path := profile_path(settings.profile)) is not None:
+        loaded = Profile.load(path)
+    else:
         return None
-    loaded = profile if isinstance(profile, Profile) else Profile.load(profile)
     loaded.check(expected)
     return loaded
 
 
+def _usage_file(said: str, name: str, expected: Fingerprint) -> UsageFile | None:
+    """Where the model's usage is remembered; None where it is not to be, or nothing may be written."""
+    workload = workload_of(said)
+    if workload is None:
+        return None
+    folder = usage_folder()
+    if folder is None:
+        logger.info("usage is not remembered: nothing may be written in $HF_HOME/moe_offload")
+        return None
+    return UsageFile.of_model(folder, name, workload, expected)
+
+
+def _bytes_to_lock(arrangement: Arrangement, settings: OffloadConfig) -> int:
+    """Of the slots and scratch in main memory. Raises `ConfigError` where all of them are to be, and may not be."""
+    plan = arrangement.plans.get("cpu")
+    if plan is None:
+        return 0
+    needed = plan.bank_bytes + plan.costs.scratch_bytes
+    return bytes_to_lock(settings.lock_memory, needed, plan.budget_bytes, main_memory().total)
+
+
 def _warn_beyond_memory(arrangement: Arrangement) -> None:
-    memory, plan = psutil.virtual_memory().total, arrangement.plans.get("cpu")
-    if plan is not None and plan.budget_bytes > memory:
+    memory, plan = main_memory(), arrangement.plans.get("cpu")
+    if plan is not None and plan.budget_bytes > memory.total:
         logger.warning(
-            "the budget of %s is more than this machine's memory (%s); what does not fit is swapped or killed",
-            format_size(plan.budget_bytes), format_size(memory),
+            "the budget of %s is more than %s (%s); what does not fit is swapped or killed",
+            format_size(plan.budget_bytes), memory.bound, format_size(memory.total),
         )  # fmt: skip

@@ -19,6 +19,7 @@ from ..config.sizes import format_size
 from ..errors import BudgetError, ConfigError
 from ..experts import MoELayer
 from ..memory.buffers import unfilled
+from ..memory.locking import MemoryLock
 from ..memory.scratch import Scratch
 from ..memory.stores import Store
 from ..memory.stores.host import HostStore
@@ -73,15 +74,20 @@ def build_runtime(
     profile: Profile | None,
     device: str,
     device_decides: Sequence[bool],
+    lock_bytes: int = 0,
 ) -> Runtime:
     """One `LayerRuntime` for each MoE layer, in their order, that computes on `device`.
 
     `device_decides[l]`: whether the device is to decide for layer l; it will, unless its rows could not be pinned.
-    Raises `BudgetError` where the device has no memory for what was planned.
+    `lock_bytes` of slots and scratch are locked in memory.
+    Raises `BudgetError` where the device has no memory for what was planned, `ConfigError` where the system refuses to
+    lock what was asked to be.
     """
     with _or_budget_error(plan, device):
         transfer, lock = TRANSFERS[device.partition(":")[0]](device), ModelLock()
         scratch = Scratch(unfilled(plan.costs.scratch_bytes, device), transfer, settings.poison)
+        locked = MemoryLock(lock_bytes)
+        locked.lock(scratch.raw)
         rows_EN = readable_rows(moe_layers, plan.slots, stores, device_decides, device)
         layers = []
         for moe, slots, store in zip(moe_layers, plan.slots, stores, strict=True):
@@ -99,8 +105,11 @@ def build_runtime(
                     scratch=scratch,
                     lock=lock,
                     poison=settings.poison,
+                    locked=locked,
                 )
             )
+        if settings.lock_memory is True:
+            locked.check(lock_bytes)
         runtime = Runtime(layers, list({id(store): store for store in stores}.values()), transfer, lock)
         if rows_EN:
             runtime.decide_on_device(rows_EN, settings.half_life, KERNELS[device.partition(":")[0]]())

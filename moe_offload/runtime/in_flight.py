@@ -130,7 +130,8 @@ class Arrivals:
             self.abort()
             raise
         finally:
-            self._waited(begun, rows=1)
+            if demanded:  # nothing computes while slots are pre-warmed, so nothing waits
+                self._waited(begun, rows=1)
 
     def take_all(self, demanded: bool = True) -> None:
         """Every row that was asked for, complete and, if it has a slot, resident."""

@@ -28,6 +28,7 @@ from ..cache.layer_cache import LayerCache
 from ..errors import ClosedError, RoutingError
 from ..experts import MoELayer
 from ..memory.buffers import NOTHING, Rows
+from ..memory.locking import MemoryLock
 from ..memory.process_memory import trim_heap
 from ..memory.scratch import Scratch
 from ..memory.stores import Store
@@ -58,10 +59,11 @@ class LayerRuntime:
         scratch: Scratch,
         lock: ModelLock | None = None,
         poison: bool = False,
+        locked: MemoryLock | None = None,
     ):
         self.moe, self.store = moe, store
         self.lock = lock or ModelLock()  # that of the model: its layers share the scratch rows
-        self.device, self.poison = scratch.raw.device, poison
+        self.device, self.poison, self.locked = scratch.raw.device, poison, locked or MemoryLock()
         cache = LayerCache(moe.num_experts, slots, policy, moe.name)
         self.arrivals = Arrivals(moe, cache, self._rows(slots), scratch, store, transfer, poison)
         self.calls = Calls(self.arrivals) if moe.called else None  # where experts are asked for one by one
@@ -185,6 +187,7 @@ class LayerRuntime:
     def empty(self) -> None:
         """Wait for what is under way, and give the slots back with all that is in them. Then `hold`, or `release`."""
         self.arrivals.abort()
+        self.locked.unlock(self.slots.bytes)
         self.arrivals.slots = NOTHING
 
     def hold(self, slots: int) -> None:
@@ -197,12 +200,13 @@ class LayerRuntime:
     def release(self) -> None:
         """Give the memory back. Nothing may be on its way any more."""
         self.module_core = self.device_cache = self.device_caches = None
+        self.locked.unlock(self.slots.bytes, self.arrivals.scratch.raw)
         self.arrivals.slots = self.arrivals.scratch_rows = NOTHING
         self.arrivals.scratch.release()
 
     def _rows(self, slots: int) -> Rows:
         layout = self.moe.layout
-        return Rows(slots, layout.row_bytes, layout.dtype, self.poison, device=self.device)
+        return self.locked.keep(Rows(slots, layout.row_bytes, layout.dtype, self.poison, device=self.device))
 
     def _event(self, ids_P: Tensor) -> tuple[list[int], Counter[int]]:
         """The ids of one event, checked, and how often each is there; what is on its way for it has been claimed.

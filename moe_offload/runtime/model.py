@@ -150,6 +150,10 @@ class Runtime:
         with self.lock:
             self._transfer.timeline = timeline
 
+    def how_read(self) -> list[str]:
+        """In which ways rows are read from files: past the page cache, or through it."""
+        return sorted({how for store in self._stores for how in store.how})
+
     def folders(self) -> set[Path]:
         """The folders that rows are read from. A spill file has none: its name is gone."""
         return {file.parent for store in self._stores for file in store.files if file.exists()}

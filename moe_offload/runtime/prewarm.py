@@ -1,18 +1,30 @@
-"""Fill the slots before anything has asked: what is missed most first, across all layers."""
+"""Fill the slots before anything has asked: what is missed most first, across all layers.
+
+A profile that was asked for is waited for. Remembered usage is nobody's wish: its rows are read while no forward runs,
+so that the first token never comes later for them.
+"""
 
 from __future__ import annotations
 
+import logging
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 
 from ..config.sizes import format_size
+from ..errors import OffloadError
 from ..observe.profile import Profile
 from ..observe.profile_stats import most_wanted
 from ..observe.progress import bar
 from .in_flight import Arrivals
 from .model import Runtime
 
+logger = logging.getLogger("moe_offload")
+
 DEPTH = 4  # rows on their way at once
+PAUSE_S = 0.001  # between some rows and the next: whoever waits for the lock gets it then
+BUSY_S = 0.1  # after a forward: another one probably follows it
 
 
 def prewarm_from(runtime: Runtime, profile: Profile) -> None:
@@ -49,3 +61,32 @@ def prewarm_slots(
             for layer_runtime in runtime.layers:
                 layer_runtime.arrivals.abort()
             raise
+
+
+def prewarm_when_idle(runtime: Runtime, profile: Profile) -> threading.Thread:
+    """As `prewarm_from`, by a thread that is returned, while no forward runs; until there is no more room, or the model
+    is closed."""
+    wanted = deque(most_wanted(profile, [layer.cache.slots for layer in runtime.layers]))
+    thread = threading.Thread(target=_prewarm_between, args=(runtime, wanted), name="moe_offload_prewarm", daemon=True)
+    thread.start()
+    return thread
+
+
+def _prewarm_between(runtime: Runtime, wanted: deque[tuple[int, int]]) -> None:
+    seen = _events(runtime)
+    try:
+        while wanted:
+            with runtime.lock, runtime.current():
+                if runtime.closed:
+                    return
+                now = _events(runtime)
+                if now == seen:
+                    prewarm_slots(runtime, [wanted.popleft() for _ in range(min(DEPTH, len(wanted)))])
+            time.sleep(PAUSE_S if now == seen else BUSY_S)
+            seen = now
+    except OffloadError as error:  # a row that cannot be read: whoever asks for it is told
+        logger.info("pre-warming ended early: %s", error)
+
+
+def _events(runtime: Runtime) -> int:
+    return sum(layer.counters.events for layer in runtime.layers)

@@ -30,7 +30,7 @@ def test_precedence(file, monkeypatch, tmp_path):
     monkeypatch.setenv("MOE_OFFLOAD_WAVE_ROWS", "7")
     assert resolve(path) == OffloadConfig(budget="8GB", policy="lru", wave_rows=7, profile="it.json")
     assert resolve(path, budget="4GB").budget == "4GB"
-    assert resolve(path, profile=None).profile is None, "what is said to be nothing is nothing"
+    assert resolve(file("overlap: true\n", "o.yaml"), overlap=None).overlap is None, "what is nothing is nothing"
     assert resolve(str(path)) == resolve(path)
     where = origins(path, budget="4GB")
     assert where["budget"] == "argument" and where["wave_rows"] == "environment variable MOE_OFFLOAD_WAVE_ROWS"

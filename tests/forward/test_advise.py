@@ -106,7 +106,7 @@ def test_the_counters_are_looked_at_now_and_then(monkeypatch):
 
 def test_the_knob_is_the_one_that_is_there(monkeypatch, tmp_path):
     def available(n):
-        monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=n))
+        monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=n, total=64 * GB))
 
     plan, whole = plan_at(0.25), SimpleNamespace(packed=True)
     available(1 * GB)

@@ -6,7 +6,7 @@ import torch
 import moe_offload
 from moe_offload.apps.families.tiny import build
 from moe_offload.forward.graphs import products
-from moe_offload.packed import exact
+from moe_offload.packed import exact, exact_linear
 from moe_offload.packed.compiled import in_order
 from moe_offload.patch import exact_products
 from moe_offload.runtime.kernels import exact_rows
@@ -49,6 +49,60 @@ def test_small_matrices_are_left_to_torch_and_numba_is_not_asked_for(monkeypatch
 
     monkeypatch.setattr(exact_products, "serve_few_rows", never)
     moe_offload.optimize(build("qwen3_moe", dtype=torch.bfloat16), "20MB").moe_offload.close()
+
+
+@needs_kernel
+def test_linear_layers_give_way_to_what_the_user_puts_there(small_is_large, monkeypatch):
+    model = build("qwen3_moe", dtype=torch.bfloat16, hidden_size=128, moe_intermediate_size=32)
+    model = moe_offload.optimize(model, "20MB")
+    linear = model.model.layers[0].self_attn.q_proj
+    if "forward" not in vars(linear):
+        pytest.skip("torch adds up in none of the known orders here")
+    x = torch.randn(1, 1, 128).bfloat16()
+    calls, multiply = [], exact.multiplier()
+    monkeypatch.setattr(exact_products, "multiplier", lambda: lambda *args: calls.append(1) or multiply(*args))
+    plain = torch.nn.functional.linear(x, linear.weight)
+    with torch.no_grad():
+        assert torch.equal(linear(x), plain) and len(calls) == 1
+        with torch.autocast("cpu", torch.float16):
+            assert linear(x).dtype == torch.float16
+    assert linear(x).requires_grad == linear.weight.requires_grad  # gradients are asked for: torch's
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: "the user's")
+    assert linear(x) == "the user's"
+    monkeypatch.undo()
+    assert len(calls) == 1
+    model.moe_offload.close()
+    assert "forward" not in vars(linear)
+
+
+@needs_kernel
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("shape", [(1, 96), (1, 1, 96), (3, 96), (3, 1, 96)])
+def test_a_linear_layer_has_torchs_bits(shape, biased, small_is_large):
+    linear = torch.nn.Linear(96, 200, bias=biased, dtype=torch.bfloat16)
+    x, cancels = torch.randn(shape).bfloat16(), torch.randn(200, 48).bfloat16()
+    with torch.no_grad():
+        linear.weight.copy_(torch.cat([cancels, -cancels], 1))
+        x[..., 48:] = x[..., :48]
+        expected = linear(x)
+        exact_products.sharpen_linears(linear)
+        assert torch.equal(linear(x), expected)
+
+
+@needs_kernel
+def test_another_order_in_linear_layers_is_not_taken_for_a_known_one(monkeypatch):
+    def halves_first(x, weight, bias=None):
+        return (
+            x[..., :48].float() @ weight[:, :48].t().float() + x[..., 48:].float() @ weight[:, 48:].t().float()
+        ).bfloat16()
+
+    monkeypatch.setattr(exact_linear.functional, "linear", halves_first)
+    monkeypatch.setattr(exact_linear, "_found", {})
+    weight = torch.randn(4096, 96).bfloat16()
+    assert exact_linear.find_linear_order(weight, 1, False, 3) is None
+    monkeypatch.setattr(exact_linear, "MADE_UP", 1)  # as with an output head, which is tried itself
+    assert exact_linear.find_linear_order(weight, 1, False, 2) is None
+    assert exact_linear.find_linear_order(weight, 2, False, 2) is None
 
 
 @needs_kernel

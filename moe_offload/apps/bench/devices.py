@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-import psutil
 import torch
 
 from ...errors import ConfigError
+from ...memory.machine import main_memory
 from .sides.limit import peak_bytes, reset_peak, resident_bytes
 
 
@@ -25,7 +25,7 @@ class Cpu:
 
     def room_bytes(self) -> int:
         """Memory that nothing holds."""
-        return int(psutil.virtual_memory().available)
+        return main_memory().free
 
     def held_bytes(self) -> int:
         """What this process holds there."""

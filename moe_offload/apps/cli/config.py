@@ -13,6 +13,7 @@ import typer
 
 from ...config import file as files
 from ...config.settings import OffloadConfig, active_file, from_text, origins, resolve
+from ...config.usage import profile_path
 from ...errors import ConfigError, ProfileError
 from ..options.checks import check_profile
 from ..options.flags import ConfigFile, Json
@@ -24,7 +25,7 @@ QUESTIONS = {
     "budget": "How much memory may a model hold on the device it computes on (8GB, 8GiB, 50%, auto)?",
     "max_memory": "Limits per device, as {cpu: 60GiB}?",
     "device_map": "Where do experts rest (auto, disk, cpu, or a mapping)?",
-    "profile": "An activation profile to start from (path)?",
+    "profile": "Which experts to expect (auto: those used before; off; a workload's name; the path of a profile)?",
     "kv_tokens": "Tokens of KV cache to make room for?",
     "compile": "What runs the rewritten graph (auto, graph, inductor)?",
     "offload_folder": "A folder for the experts of models that are already loaded?",
@@ -48,8 +49,8 @@ def config(
     old = OffloadConfig.from_dict(files.read(path)) if path.exists() else OffloadConfig()
     typed = {name: _value(name, text) for name, text in dataclasses.asdict(flags).items() if text is not None}
     values = OffloadConfig.from_dict({**old.to_dict(), **typed})
-    if typed.get("profile") is not None:
-        check_profile(typed["profile"])
+    if "profile" in typed:
+        _check_profile(values)
     if not yes:
         if not sys.stdin.isatty():
             raise ConfigError(
@@ -72,13 +73,18 @@ def _ask(values: OffloadConfig, skip: set[str], prompt: Callable[..., str]) -> O
             try:
                 answer = _value(name, str(prompt(question, default=str(shown))))
                 asked = OffloadConfig.from_dict({**values.to_dict(), name: answer})
-                if name == "profile" and asked.profile not in (None, values.profile):
-                    check_profile(asked.profile)
+                if name == "profile" and asked.profile != values.profile:
+                    _check_profile(asked)
                 values = asked
                 break
             except (ConfigError, ProfileError) as error:
                 typer.echo(f"  {error}", err=True)
     return values
+
+
+def _check_profile(values: OffloadConfig) -> None:
+    if (path := profile_path(values.profile)) is not None:
+        check_profile(path)
 
 
 def _value(name: str, text: str) -> Any:

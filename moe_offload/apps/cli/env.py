@@ -18,6 +18,7 @@ from ... import __version__
 from ...config.settings import active_file, origins, resolve
 from ...config.sizes import format_size
 from ...errors import ConfigError, ProfileError
+from ...memory.machine import main_memory
 from ..options.flags import ConfigFile, Json
 
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "huggingface_hub", "numpy", "triton")
@@ -41,7 +42,7 @@ def env(config_file: ConfigFile = None, as_json: Json = False) -> None:
 
 
 def _machine() -> dict[str, Any]:
-    memory, disk = psutil.virtual_memory(), shutil.disk_usage(Path.cwd())
+    memory, disk = main_memory(), shutil.disk_usage(Path.cwd())
     return {
         "moe_offload": __version__,
         "python": platform.python_version(),
@@ -50,7 +51,8 @@ def _machine() -> dict[str, Any]:
         "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
         "threads": os.cpu_count(),
         "memory_bytes": memory.total,
-        "free_memory_bytes": memory.available,
+        "memory_bound_by": memory.bound,
+        "free_memory_bytes": memory.free,
         "free_disk_bytes": disk.free,
         "gpu": _gpu(),
     }

@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...config.settings import OffloadConfig
+from ...config.usage import measured_with
 from ...errors import ConfigError
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def measure_text(
 
     from ...api import from_pretrained
 
+    config = replace(config, profile=measured_with(config.profile))
     offloaded: Any = from_pretrained(model, config=config, trust_remote_code=trust_remote_code)
     begun, loss, tokens = time.perf_counter(), 0.0, 0
     with offloaded.moe_offload, torch.no_grad():

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..options.flags import Budget, Compile, Compute, DeviceMapOption, MaxMemory, Policy
+from ..options.flags import Budget, Compile, Compute, DeviceMapOption, MaxMemory, Policy, ProfileIn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +17,7 @@ class SettingFlags:
     budget: Budget = None
     max_memory: MaxMemory = None
     device_map: DeviceMapOption = None
-    profile: Annotated[str | None, typer.Option("--profile", help="Activation profile to pre-warm from.")] = None
+    profile: ProfileIn = None
     policy: Policy = None
     half_life: Annotated[
         str | None, typer.Option("--half-life", help="Tokens after which a use counts half (policy decayed_lfu).")
@@ -62,6 +62,10 @@ class SettingFlags:
         ),
     ] = None
     offload_folder: Annotated[str | None, typer.Option("--offload-folder", help="Where experts are spilled.")] = None
+    lock_memory: Annotated[
+        str | None,
+        typer.Option("--lock-memory", help="yes, no or auto: keep slots and scratch from being swapped out."),
+    ] = None
     live: Annotated[str | None, typer.Option("--live", help="yes or no: let `moe-offload top` watch.")] = None
     untested: Annotated[
         str | None, typer.Option("--untested", help="yes or no: compute on a GPU, which nobody has tried yet.")

@@ -148,6 +148,7 @@ def _offloaded(family: str, case: Case, compile: str, options: dict[str, Any]) -
         compile=compile,
         overlap=case.overlap,
         poison=True,
+        profile="off",
         kv_tokens=64,
         wave_rows=1,
     )

@@ -35,6 +35,10 @@ def families(
     quantised: Annotated[
         bool, typer.Option("--quantised", help="Every format of quantised experts, with families it is published for.")
     ] = False,
+    foreign: Annotated[
+        Path | None,
+        typer.Option("--foreign", help="Instead: run the code in this folder, or in the folders in it. It is trusted."),
+    ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as the documentation has it.")] = False,
     into: Annotated[
         Path | None, typer.Option("--into", help="With --quantised: write the table into this page, between its marks.")
@@ -42,6 +46,11 @@ def families(
     as_json: Json = False,
 ) -> None:
     """Build a tiny random model of every MoE family of the installed transformers; run it resident and offloaded."""
+    if foreign is not None:
+        if names or quantised or matrix or into is not None or compile != "graph":
+            raise ConfigError("--foreign has one matrix, and no families: of the other flags give --markdown or --json")
+        _families_foreign(foreign, markdown, as_json)
+        return
     if quantised:
         if compile != "graph" or matrix:
             raise ConfigError("--quantised has one matrix and no compiler of its own: leave --compile and --matrix out")
@@ -67,6 +76,18 @@ def families(
         typer.echo(markdown_table(rows))
     else:
         typer.echo(totals(rows))
+    if not all(row.status in ("exact", "refused") for row in rows):
+        raise typer.Exit(FAILED)
+
+
+def _families_foreign(folder: Path, markdown: bool, as_json: bool) -> None:
+    from .foreign import find_folders
+    from .report import check_foreign_folders, line, markdown_table, rows_json
+
+    quiet = as_json or markdown
+    rows = check_foreign_folders(find_folders(folder), done=lambda row: None if quiet else typer.echo(line(row)))
+    if quiet:
+        typer.echo(rows_json(rows) if as_json else markdown_table(rows))
     if not all(row.status in ("exact", "refused") for row in rows):
         raise typer.Exit(FAILED)
 

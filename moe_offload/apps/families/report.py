@@ -8,6 +8,7 @@ import multiprocessing
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -64,6 +65,21 @@ def _spread(check: Callable[..., Row], tasks: Sequence[Any], jobs: int, done: Ca
             done(future.result())
             progress.advance(bar)
     return [future.result() for future in futures]
+
+
+def check_foreign_folders(folders: Sequence[Path], *, done: Callable[[FamilyResult], object]) -> list[FamilyResult]:
+    """A row for each folder with code of its own, in their order; `done` has each as it comes."""
+    from .foreign import check_foreign
+
+    rows = []
+    for folder in folders:
+        try:
+            row = check_foreign(folder)
+        except Exception as error:  # one folder that breaks must not hide the others
+            row = FamilyResult(folder.name, "failed", f"{type(error).__name__}: {str(error).splitlines()[0]}", "")
+        rows.append(row)
+        done(row)
+    return rows
 
 
 def line(row: FamilyResult) -> str:

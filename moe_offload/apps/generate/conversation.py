@@ -16,6 +16,7 @@ from ...files.whole_file import save_whole
 from ...plan.weights import longest_context
 from ..options.groups import SamplingFlags
 from .clock import Clock
+from .first_answer import FirstAnswer, compare_starts
 from .prompt import Messages, encode_chat, encode_text, room_for_answer
 from .speed import speed_line
 from .streaming import Streamer
@@ -40,7 +41,7 @@ class Conversation:
         self._context, self._told_of_context = context, False
         self._model, self._tokenizer, self._sampling, self._system = model, tokenizer, sampling, system
         self.messages: Messages = []
-        self._last = "nothing was said yet"
+        self._last, self._compared = "nothing was said yet", False
 
     def take(self, line: str) -> bool:
         """One line of a person: a message or a command. False when it ends the conversation."""
@@ -86,7 +87,7 @@ class Conversation:
         self.messages.append({"role": "user", "content": text})
         handle, before = self._model.moe_offload, self._model.moe_offload.stats()
         with Clock() as clock:
-            streamer = Streamer(self._tokenizer, _write, clock, skip_prompt=True)
+            streamer = Streamer(self._tokenizer, _write, clock, skip_prompt=True, look=handle.stats)
             try:
                 self._generate(streamer)
             except KeyboardInterrupt:
@@ -102,6 +103,10 @@ class Conversation:
         self.messages.append({"role": "assistant", "content": streamer.text})
         self._last = speed_line(streamer, before, handle.stats())
         _say(f"[{self._last}; budget {format_size(handle.plan.budget_bytes)}]")
+        if not self._compared and (first := FirstAnswer.of(streamer, before)) is not None:
+            self._compared = True
+            if line := compare_starts(handle, first):
+                _say(f"[{line}]")
 
     def _generate(self, streamer: Streamer) -> None:
         inputs, sampling = self._inputs(), self._sampling

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ...config.settings import DEFAULT, OffloadConfig, origins
+from ...config.usage import profile_path
 from ..options.checks import check_model, check_output, check_tokenizer
 from ..options.ending import INTERRUPTED
 from ..options.flags import Model, SaveProfile, SaveReport, SaveTimeline, SaveTrace, System
@@ -181,6 +182,7 @@ class Outputs:
         if self.report is not None:
             from ..report.collect import collect_run
 
-            name = None if wanted.profile is None else Path(wanted.profile).name
+            path, remembered = profile_path(wanted.profile), handle.remembered
+            name = "remembered usage" if remembered is not None else None if path is None else Path(path).name
             saved = collect_run(handle, model=model, profile=name, ended_s=ended_s).save(self.report)
             yield f"run saved to {saved}; moe-offload report {saved} makes a page of it"

@@ -23,10 +23,19 @@ UNSETTLED = "\ufffd"  # the tokens so far end within a character
 class Streamer(BaseStreamer):
     """Writes the text of one sequence through `write`; with `skip_prompt` only what is new.
 
-    Afterwards `prompt_tokens`, `new_tokens` and the times of the first and the last of them, by `clock`, are known.
+    Afterwards `prompt_tokens`, `new_tokens` and the times of the first and the last of them, by `clock`, are known, and
+    what `look` said when the first came.
     """
 
-    def __init__(self, tokenizer: Any, write: Callable[[str], object], clock: Clock, *, skip_prompt: bool = False):
+    def __init__(
+        self,
+        tokenizer: Any,
+        write: Callable[[str], object],
+        clock: Clock,
+        *,
+        skip_prompt: bool = False,
+        look: Callable[[], Any] = lambda: None,
+    ):
         self._tokenizer, self._write, self._skip_prompt = tokenizer, write, skip_prompt
         self.clock = clock
         self._ids: list[int] = []
@@ -37,6 +46,7 @@ class Streamer(BaseStreamer):
         self.begun_s = clock()
         self.first_s: float | None = None
         self.last_s: float | None = None
+        self._look, self.at_first = look, None
 
     def put(self, value: Any) -> None:
         """`generate` calls this with the prompt's ids, then with each new id."""
@@ -48,7 +58,8 @@ class Streamer(BaseStreamer):
         else:
             self.new_tokens += len(ids)
             self.last_s = self.clock()
-            self.first_s = self.last_s if self.first_s is None else self.first_s
+            if self.first_s is None:
+                self.first_s, self.at_first = self.last_s, self._look()
         self._ids += ids
         if self.new_tokens > 1:
             self._flush(whole=False)

@@ -18,6 +18,7 @@ from ...checkpoint.folder import ABSENT, INDEX, LFS_POINTER, is_folder, unknown_
 from ...config.device_map import AUTO, TIERS, device_name, refuse_absent
 from ...config.settings import DEFAULT, OffloadConfig, from_text, origins, resolve
 from ...config.sizes import parse_share
+from ...config.usage import profile_path
 from ...errors import CheckpointError, ConfigError, ProfileError
 from ...files.untrusted import open_regular, read_bounded
 from ...files.whole_file import reason
@@ -32,8 +33,8 @@ def settings(config_file: Path | None, **flags: Any) -> OffloadConfig:
     profile that cannot be used, naming the file or variable that asks for it."""
     given = {name: flag for name, flag in flags.items() if flag is not None}
     found = resolve(config_file, **{n: from_text(n, f) if isinstance(f, str) else f for n, f in given.items()})
-    if found.profile is not None:
-        check_profile(found.profile, "" if "profile" in given else f"{origins(config_file)['profile']}: ")
+    if (path := profile_path(found.profile)) is not None:
+        check_profile(path, "" if "profile" in given else f"{origins(config_file)['profile']}: ")
     return found
 
 

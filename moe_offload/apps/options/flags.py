@@ -35,8 +35,12 @@ Context = Annotated[
     typer.Option("--context", help="Tokens of prompt and answer that the KV cache has room for.", **whole(1)),
 ]
 ProfileIn = Annotated[
-    Path | None,
-    typer.Option("--profile", help="Activation profile: which experts to expect, and to load first."),
+    str | None,
+    typer.Option(
+        "--profile",
+        metavar="NAME|FILE",
+        help="Which experts to expect: a workload that is remembered by this name, or a profile (x.json); off: none.",
+    ),
 ]
 Policy = Annotated[str | None, typer.Option("--policy", help="Which resident expert is evicted: lru, lfu, ...")]
 Compile = Annotated[

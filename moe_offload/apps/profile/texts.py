@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...config.settings import OffloadConfig
+from ...config.usage import measured_with
 from ...errors import ProfileError
 from ...observe.profile import Profile
 
@@ -47,6 +49,7 @@ def profile_texts(
             get_folder(model), dtype="auto", trust_remote_code=False
         ).eval()
         return record_profile(loaded, pieces, **meta)
+    config = replace(config, profile=measured_with(config.profile))
     offloaded: Any = from_pretrained(model, config=config, trust_remote_code=trust_remote_code)
     with offloaded.moe_offload as handle:
         return record_profile(handle.model, pieces, **meta)

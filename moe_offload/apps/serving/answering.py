@@ -18,6 +18,7 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from ...config.usage import is_workload
 from ...plan.weights import longest_context
 from .generation import Piece, Sampling, generate
 from .guards import Bodies
@@ -29,6 +30,7 @@ from .queue import Job, Queue
 LEAST_BODY_BYTES, BYTES_PER_TOKEN = 1 << 20, 16  # a body that fills the context has fewer, escaped or as token ids
 PARSED_AT_ONCE = 2
 MOST_ANSWERS = 128
+MOST_WORKLOADS = 32  # each is a file
 WARM_UP_ANSWER = 3  # tokens
 WARM_UP_TOKENS = (8, 1)  # of the prompts that compile a graph each: several tokens, one token (and what follows them)
 
@@ -53,6 +55,8 @@ class Answering:
         self._bounds = prompts.Bounds.of(model.config.get_text_config().vocab_size, context, tokenizer)
         self._bodies = Bodies(max(LEAST_BODY_BYTES, BYTES_PER_TOKEN * (context or 0)))
         self._parsing = asyncio.Semaphore(PARSED_AT_ONCE)
+        self._workload: str | None = model.moe_offload.workload
+        self._workloads: set[str] = set()  # that requests have named
 
     def warm_up(self) -> None:
         """Compile what requests will run, so that none waits for it."""
@@ -71,7 +75,10 @@ class Answering:
         try:
             async with self._bodies.read(request) as body, self._parsing:
                 asked, work = await asyncio.to_thread(self._understand, body, kind)
-            job = Job(functools.partial(self._generate, work, asked.n or 1), sum(len(one.ids) for one, _ in work))
+            workload = self._workload_of(asked.model)
+            job = Job(
+                functools.partial(self._generate, work, asked.n or 1, workload), sum(len(one.ids) for one, _ in work)
+            )
             request.scope["moe_offload.job"] = job
             self._queue.put(job)
             return await self._respond(request, asked, job, len(work) * (asked.n or 1))
@@ -81,11 +88,27 @@ class Answering:
             log_failure(error)
             return error_response(error)
 
+    def _workload_of(self, asked: str) -> str | None:
+        """What the experts that a request uses are counted for: that of the server, or with "MODEL:italian" as the
+        request's model, italian. None where usage is not remembered. Raises RequestError for another model."""
+        if asked == self._name:
+            return self._workload
+        named = asked.removeprefix(self._name + ":")
+        if self._workload is None or named == asked or not is_workload(named):
+            raise unknown_model(asked, self._name)
+        if named not in self._workloads and len(self._workloads) >= MOST_WORKLOADS:
+            raise RequestError(
+                400,
+                f"the model {asked!r}: usage is remembered for {MOST_WORKLOADS} names at most, and as many are in use",
+                param="model",
+            )
+        self._workloads.add(named)
+        return named
+
     def _understand(self, body: bytes, kind: type[fields.Common]) -> tuple[Any, Work]:
         """The fields of a request, and what is to be generated for it: one entry per prompt."""
         asked = fields.parse(body, kind)
-        if asked.model != self._name:
-            raise unknown_model(asked.model, self._name)
+        self._workload_of(asked.model)
         if isinstance(asked, fields.Chat):
             found = [prompts.chat_prompt(asked, self._tokenizer, self._bounds)]
         else:
@@ -97,8 +120,10 @@ class Answering:
         vocabulary = self._bounds.vocabulary
         return asked, [(one, fields.sampling(asked, own, m, vocabulary)) for one, m in zip(found, most, strict=True)]
 
-    def _generate(self, work: Work, n: int, job: Job) -> None:
+    def _generate(self, work: Work, n: int, workload: str | None, job: Job) -> None:
         """The work of `job`, on the queue's thread: each prompt `n` times, one after the other."""
+        if workload is not None:
+            self._model.moe_offload.count_for(workload)
         for i, (prompt, sampling) in enumerate(work):
             for k in range(n):
                 if job.gone():

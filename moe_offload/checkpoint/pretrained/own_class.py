@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import CheckpointError, UnsupportedModelError
+from ...errors import CheckpointError
+from .remote_code import failed
 
 if TYPE_CHECKING:  # it takes seconds to import
     from transformers import PreTrainedModel
@@ -33,11 +34,7 @@ def build_own(place: Path | str, model_class: Any, config: Any, dtype: torch.dty
         with _parameters_on_meta():
             model: PreTrainedModel = model_class._from_config(config, dtype=dtype)
     except Exception as error:  # the checkpoint's own code: it may raise anything
-        raise UnsupportedModelError(
-            f"{place}: its own code ({model_class.__module__}.{model_class.__name__}) fails under the installed "
-            f"transformers: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}. Use a version that "
-            "it was written for"
-        ) from error
+        raise failed(place, f"{model_class.__module__}.{model_class.__name__}", error) from error
     model.eval()
     return model
 

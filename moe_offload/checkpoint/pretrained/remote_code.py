@@ -64,13 +64,23 @@ def find_remote_class(place: Path | str, config: Any, arguments: Arguments) -> A
         found: Any = get_class_from_dynamic_module(named[MODEL], str(place), **code_source(arguments))
     except ImportError as error:
         raise UnsupportedModelError(f"{place}: its own code needs what is not installed: {error}") from error
-    except (OSError, ValueError, AttributeError, SyntaxError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{place}: its own code ({named[MODEL]}) cannot be loaded: {type(error).__name__}: {error}. Download the "
             "checkpoint again, with its .py files"
         ) from error
+    except Exception as error:  # that code runs here, and may raise anything
+        raise failed(place, named[MODEL], error) from error
     found.register_for_auto_class(MODEL)  # so that save_pretrained writes the code, too
     return add_generation_mixin_to_remote_model(found)
+
+
+def failed(place: Path | str, name: str, error: Exception) -> UnsupportedModelError:
+    """For code of a checkpoint that raised `error`."""
+    return UnsupportedModelError(
+        f"{place}: its own code ({name}) fails under the installed transformers: {type(error).__name__}: "
+        f"{(str(error).splitlines() or [''])[0][:300]}. Use a version that it was written for"
+    )
 
 
 def code_source(arguments: Arguments) -> dict[str, Any]:

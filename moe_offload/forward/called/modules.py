@@ -12,7 +12,7 @@ so the weights may be anybody's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,22 +25,26 @@ from ..inference_only import needs_gradients, refuse_backward_of
 from .phantom import CalledPhantom
 from .slots import SlotWeights, tensors_in
 
-Swap = tuple[dict[str, Any], str, str, nn.Parameter]  # whose `_parameters`, the name there, the field, the phantom
+Swap = tuple[dict[str, Any], str]  # whose `_parameters`, and the name there: a field of the row, in its order
 
 
 def serve_modules(layer: LayerRuntime, scope: Scope) -> SlotWeights:
     """Let the experts of `layer` run on its slots. Returns what holds views of them."""
-    weights, fields = SlotWeights(layer), {field.name: field for field in layer.moe.unpacked.fields}
+    weights, fields = SlotWeights(layer), layer.moe.unpacked.fields
     for e, expert in list(members_of(layer.moe)):
-        places = [place for places in layer.moe.places for place in places if place.expert == e]
         inside = {id(module) for module in expert.modules()}
+        places = [p for own in layer.moe.places for p in own if p.expert == e and id(p.module) in inside]
+        by_field = {place.field: place for place in places}
         swaps: list[Swap] = []
-        for place in {(id(p.module), p.attribute): p for p in places if id(p.module) in inside}.values():
-            phantom = CalledPhantom.of(place, layer.moe.name, fields[place.field], layer.device)
+        phantoms = []
+        for field in fields:
+            place = by_field[field.name]
+            phantom = CalledPhantom.of(place, layer.moe.name, field, layer.device)
             place.module._parameters[place.attribute] = phantom
-            swaps.append((place.module._parameters, place.attribute, place.field, phantom))
-        run = _Expert(e, layer, weights, expert.forward, swaps).run
-        expert.__dict__["forward"] = torch._dynamo.disable(_in_scope(expert, run, scope))
+            swaps.append((place.module._parameters, place.attribute))
+            phantoms.append(phantom)
+        run = _runs_on_slots(e, weights, expert.forward, swaps, phantoms)
+        expert.__dict__["forward"] = _in_scope(expert, run, scope)
     return weights
 
 
@@ -49,52 +53,67 @@ def _in_scope(expert: nn.Module, run: Callable[..., Any], scope: Scope) -> Calla
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if scope.is_entered:
-            return run(*args, **kwargs)
+            return run(args, kwargs)
         cut = needs_gradients(expert, (*args, *kwargs.values()))
         with scope.entered():
-            output = run(*args, **kwargs)
+            output = run(args, kwargs)
         return refuse_backward_of(output) if cut else output
 
-    return forward
+    return _never_traced(forward)
 
 
-class _Expert:
-    """One expert of a layer, as a module of it."""
+def _never_traced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, which Dynamo neither traces into another's graph nor, with all that it calls, by itself.
 
-    def __init__(
-        self, e: int, layer: LayerRuntime, weights: SlotWeights, forward: Callable[..., Any], swaps: list[Swap]
-    ):
-        self.e, self.name, self.calls, self.weights = e, layer.moe.name, weights.calls, weights
-        self.forward, self.swaps = forward, swaps
+    Traced, a view of a slot would become a constant of a graph. torch.compiler.disable does the same, and takes some
+    microseconds in each call.
+    """
+    made: Any = function
+    made._torchdynamo_disable = True
+    dynamo: Any = torch._C._dynamo.eval_frame
+    skip = dynamo._FrameAction.SKIP
+    dynamo.set_code_exec_strategy(made.__code__, dynamo._FrameExecStrategy(skip, skip))
+    return function
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
+
+def _runs_on_slots(
+    e: int,
+    weights: SlotWeights,
+    forward: Callable[..., Any],
+    swaps: Sequence[Swap],
+    phantoms: Sequence[nn.Parameter],
+) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
+    """`forward` of expert `e` with its row resident. Every line of it is paid for in each call."""
+    calls = weights.calls
+
+    def run_on(slot: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        views = weights.views(slot)
+        for i, (parameters, name) in enumerate(swaps):  # no variable holds a view when it is done
+            parameters[name] = views[i]
+        try:
+            output = forward(*args, **kwargs)
+        finally:
+            for (parameters, name), phantom in zip(swaps, phantoms):  # noqa: B905
+                parameters[name] = phantom
+        if not weights.are_untouched(views):
+            output = weights.release(output)
+            weights.refuse_changes(views)
+        return output
+
+    def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rows = rows_of(args, kwargs)
         if rows == 0:
-            output = self._run_on(0, args, kwargs)
+            output = run_on(0, args, kwargs)
             found = tensors_in(output)
             if found and not any(x.numel() for x in found):
                 return output
-        slot = self.calls.begin(self.e, rows)
+        slot = calls.begin(e, rows)
         try:
-            return self._run_on(slot, args, kwargs)
+            return run_on(slot, args, kwargs)
         finally:
-            self.calls.end()
+            calls.end()
 
-    def _run_on(self, slot: int, args: Any, kwargs: Any) -> Any:
-        weights, swaps = self.weights, self.swaps
-        views = weights.of(slot)
-        before = weights.state(views)
-        for parameters, name, field, _ in swaps:
-            parameters[name] = views[field]
-        try:
-            output = self.forward(*args, **kwargs)
-        finally:
-            for parameters, name, _, phantom in swaps:
-                parameters[name] = phantom
-        if weights.state(views) != before:
-            output = weights.release(output)
-            weights.refuse_changes(before, views, self.name)
-        return output
+    return run
 
 
 def rows_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -103,4 +122,4 @@ def rows_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     if not isinstance(x, Tensor) or not x.dim():
         return 1
     n = x.numel()
-    return n // x.shape[-1] if n else 0
+    return n // x.size(-1) if n else 0

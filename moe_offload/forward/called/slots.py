@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from sys import getrefcount
 from typing import Any
 
@@ -12,18 +13,27 @@ from ...errors import UnsupportedModelError
 from ...memory.buffers import NOTHING, Rows
 from ...runtime.layer import LayerRuntime
 
+Views = tuple[nn.Parameter, ...]  # the fields of one slot, in the order of the layout
+
 
 class SlotWeights:
-    """`of(slot)[field]` is that field of whatever expert is in the slot: a view of it, which costs no memory."""
+    """The fields of whatever expert is in a slot: views of it, which cost no memory."""
 
     def __init__(self, layer: LayerRuntime):
         if layer.calls is None:
             raise AssertionError(f"{layer.moe.name}: its experts are not called")
-        self._arrivals, self.calls, self._seen = layer.arrivals, layer.calls, NOTHING
-        self._views: list[dict[str, nn.Parameter]] = []
-        self._storage: Any = None
+        self.moe, self.calls, self._arrivals, self._seen = layer.moe, layer.calls, layer.arrivals, NOTHING
+        self._views: list[Views] = []
+        self._storage, self._versioned = 0, NOTHING.bytes
+        self._before = 0, 0, 0
 
     def of(self, slot: int) -> dict[str, nn.Parameter]:
+        """The fields of a slot by name."""
+        names = (field.name for field in self.moe.layout.fields)
+        return dict(zip(names, self.views(slot), strict=True))
+
+    def views(self, slot: int) -> Views:
+        """The fields of a slot, in the order of the layout."""
         rows = self._arrivals.slots
         if rows is not self._seen:  # slots have become others
             self._make(rows)
@@ -31,31 +41,32 @@ class SlotWeights:
 
     def forget(self) -> None:
         """Let go of the slots' memory."""
-        self._seen, self._views, self._storage = NOTHING, [], None
+        self._seen, self._views, self._storage, self._versioned = NOTHING, [], 0, NOTHING.bytes
 
-    def state(self, views: dict[str, nn.Parameter]) -> tuple[int, int, int]:
-        """Changes where somebody has kept `views` of a slot, or a view of one, or has written to it.
+    def are_untouched(self, views: Views) -> bool:
+        """Whether nobody else holds `views` of a slot, or a view of any slot, and nobody but who loads has written.
 
-        Two holders of one parameter are two references in Python, and of a view of it two of its storage. What loads
-        rows may write as well; then versions say nothing.
+        Two holders of one parameter are two references in Python, and of a view of it two of its storage.
         """
-        rows = self._seen.bytes  # made in inference mode, it counts no versions
-        version = 0 if rows.is_inference() else rows._version - self.calls.written
-        return sum(map(getrefcount, views.values())), torch._C._storage_Use_Count(self._storage._cdata), version
+        return (
+            sum(map(getrefcount, views)),
+            torch._C._storage_Use_Count(self._storage),
+            self._versioned._version - self.calls.written,
+        ) == self._before
 
-    def refuse_changes(self, before: tuple[int, int, int], views: dict[str, nn.Parameter], name: str) -> None:
-        """Raise where `state` is not what it was before an expert was called."""
-        after = self.state(views)
-        if after[2] != before[2]:
+    def refuse_changes(self, views: Views) -> None:
+        """Raise where a slot is not as it was before an expert was called."""
+        if self.are_untouched(views):
+            return
+        if self._versioned._version - self.calls.written != self._before[2]:
             raise UnsupportedModelError(
-                f"{name}: an expert changes its own weights while it is called, which would be lost with its slot; "
-                "such experts cannot be offloaded"
+                f"{self.moe.name}: an expert changes its own weights while it is called, which would be lost with its "
+                "slot; such experts cannot be offloaded"
             )
-        if after[:2] > before[:2]:
-            raise UnsupportedModelError(
-                f"{name}: something has kept a view of an expert's weights beyond its call (the expert itself, or a "
-                "hook in it), and the slot will hold another expert's next; keep a copy (.clone()) instead"
-            )
+        raise UnsupportedModelError(
+            f"{self.moe.name}: something has kept a view of an expert's weights beyond its call (the expert itself, or "
+            "a hook in it), and the slot will hold another expert's next; keep a copy (.clone()) instead"
+        )
 
     def release(self, output: Any) -> Any:
         """An expert's `output`, with a copy of whatever in it is a view of the slot."""
@@ -63,13 +74,20 @@ class SlotWeights:
         return _map(output, lambda x: x.clone() if begin <= x.data_ptr() < begin + self._seen.bytes.nbytes else x)
 
     def _make(self, rows: Rows) -> None:
-        fields = self._arrivals.moe.layout.fields
+        fields = self.moe.layout.fields
         with torch.inference_mode(False):
             self._views = [
-                {field.name: nn.Parameter(field.view_in(row), requires_grad=False) for field in fields}
-                for row in rows.bytes
+                tuple(nn.Parameter(field.view_in(row), requires_grad=False) for field in fields) for row in rows.bytes
             ]
-        self._seen, self._storage = rows, rows.bytes.untyped_storage()
+            # Made in inference mode, a tensor counts no versions.
+            self._versioned = torch.empty(0) if rows.bytes.is_inference() else rows.bytes
+        self._seen, self._storage = rows, rows.bytes.untyped_storage()._cdata
+        views: Sequence[Any] = self._views[0] if self._views else ()
+        self._before = (
+            sum(map(getrefcount, views)),
+            torch._C._storage_Use_Count(self._storage),
+            self._versioned._version - self.calls.written,
+        )
 
 
 def tensors_in(value: Any) -> list[Tensor]:

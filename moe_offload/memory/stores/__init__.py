@@ -1,6 +1,6 @@
 """Stores: where experts' rows rest while they are not in a slot.
 
-Adding one is one class with `files`, `begin`, `read` and `close`, and one line in `STORES`.
+Adding one is one class with `files`, `how`, `begin`, `read` and `close`, and one line in `STORES`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ class Store(Protocol):
     @property
     def files(self) -> list[Path]:
         """The files that rows are read from, by the names they were opened under; none for a medium without files."""
+
+    @property
+    def how(self) -> set[str]:
+        """How those files are read: past the page cache or through it (`files/system.py`)."""
 
     def begin(self, layer: int, expert: int, row: memoryview) -> RowRead:
         """The work of filling `row`, in parts for several threads; nothing is read yet. See `read`."""

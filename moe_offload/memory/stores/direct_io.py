@@ -3,7 +3,7 @@
     in place    offset, length and addresses are multiples of a page: one O_DIRECT read, straight into the slot
     detour      they are not (in most checkpoints a header of any length comes first): the pages around it into a buffer
                 of this thread, then one copy; a quarter of the processor time of a read through the page cache
-    buffered    the file system refuses O_DIRECT: an ordinary read
+    buffered    there is no O_DIRECT: an ordinary read, on macOS past the page cache all the same (F_NOCACHE)
 
 After a short read or an interruption the rest is read; after EIO and EAGAIN the read is tried once more.
 """
@@ -24,7 +24,7 @@ import numpy as np
 from ...errors import ExpertReadError
 from ...experts import round_up
 from ...files.file_stamp import FileStamp
-from ...files.opened import set_direct
+from ...files.system import CACHED, bypass_cache
 from .row_reads import PAGE, PART_BYTES
 
 logger = logging.getLogger("moe_offload")
@@ -43,8 +43,13 @@ class DataFile:
     def __init__(self, path: Path, opened: FileIO | None = None):
         self.path, self._file = path, opened or FileIO(path)  # a FileIO is closed when nobody has it any more
         self.size = os.fstat(self._file.fileno()).st_size
-        self._direct = _open_direct(self._file.fileno())
+        self._direct, self._how = _open_direct(self._file)
         self._refused = False
+
+    @property
+    def how(self) -> str:
+        """How it is read: past the page cache (`files/system.py`), or through it."""
+        return CACHED if self._refused else self._how
 
     def stamp(self) -> FileStamp:
         """Raises OSError."""
@@ -124,15 +129,17 @@ class _Refused(Exception):
     """The file system does not do O_DIRECT after all."""
 
 
-def _open_direct(descriptor: int) -> FileIO | None:
-    """The same file (it may have no name any more) opened past the page cache; None where that is not possible."""
+def _open_direct(file: FileIO) -> tuple[FileIO | None, str]:
+    """The same file (it may have no name any more) opened by whole pages past the page cache, if that is possible; and
+    how it is read."""
     try:
-        direct = FileIO(f"/proc/self/fd/{descriptor}")
-        set_direct(direct)
-    except (OSError, AttributeError, ImportError) as error:  # refused, no /proc, too few descriptors, or not Linux
-        logger.info("no O_DIRECT: %s", error)
-        return None
-    return direct
+        if not hasattr(os, "O_DIRECT"):
+            return None, bypass_cache(file)
+        direct = FileIO(f"/proc/self/fd/{file.fileno()}")
+        return direct, bypass_cache(direct)
+    except OSError as error:  # refused, no /proc, too few descriptors, or a system that cannot
+        logger.info("read through the page cache: %s", error)
+        return None, CACHED
 
 
 def _own_buffer() -> memoryview:

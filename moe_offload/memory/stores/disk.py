@@ -66,6 +66,11 @@ class DiskStore:
         return all(plans[0].packed for plans in self._plans if plans)
 
     @property
+    def how(self) -> set[str]:
+        """How its files are read: past the page cache, or through it."""
+        return {file.how for file in self._files.values()}
+
+    @property
     def files(self) -> list[Path]:
         return list(self._files)
 

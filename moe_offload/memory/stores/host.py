@@ -40,6 +40,10 @@ class HostStore:
     def files(self) -> list[Path]:
         return []
 
+    @property
+    def how(self) -> set[str]:
+        return set()
+
     def begin(self, layer: int, expert: int, row: memoryview) -> RowRead:
         rows = self._rows  # a reader that got here before `close` keeps the memory until it is done
         if rows is None:

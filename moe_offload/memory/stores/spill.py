@@ -21,6 +21,7 @@ from ...errors import OffloadError
 from ...experts import MoELayer
 from ...files.file_stamp import FileStamp
 from ...files.opened import create_private
+from ...files.system import forget_cached, sync_data
 from .disk import DiskStore
 from .host import pack_row
 
@@ -68,9 +69,8 @@ def _write_rows(descriptor: int, chosen: Sequence[MoELayer], progress: Callable[
                 count = os.pwrite(descriptor, rest, done)
                 done, rest = done + count, rest[count:]
             progress(row.nbytes)
-    os.fdatasync(descriptor)
-    if hasattr(os, "posix_fadvise"):  # the page cache would hold as much RAM as was freed
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    sync_data(descriptor)
+    forget_cached(descriptor)  # the page cache would hold as much RAM as was freed
 
 
 def _index(file: Path, moe_layers: Sequence[MoELayer], chosen: Sequence[MoELayer], stamp: FileStamp) -> RowIndex:

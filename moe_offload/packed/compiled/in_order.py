@@ -160,12 +160,16 @@ def rounded(number):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def write_rounded(sums, out, stride):  # type: ignore[no-untyped-def]
-    """Sums [M, 16] as bfloat16; rows of the result are `stride` elements apart."""
+def write_rounded(sums, bias, out, stride):  # type: ignore[no-untyped-def]
+    """Sums [M, 16], and the bias [16] at that address if it is not 0, as bfloat16; rows are `stride` elements apart."""
     for token in range(len(sums)):
         out_16 = array_at(out + 2 * token * stride, (ROWS,), np.uint16)
         for lane in range(ROWS):
-            out_16[lane] = rounded(sums[token, lane])
+            total = sums[token, lane]
+            if bias != 0:
+                bits = array_at(bias, (ROWS,), np.uint16)[lane]
+                total += np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+            out_16[lane] = rounded(total)
 
 
 def can_run() -> bool:
@@ -173,12 +177,16 @@ def can_run() -> bool:
     return platform.machine().lower() in ("x86_64", "amd64") and bool(ll.get_host_cpu_features().get("avx512f"))
 
 
-def multiply(x_MI: Tensor, weight_OI: Tensor, out_MO: Tensor, paired: bool, chunk: int) -> None:
-    """Write x @ W.T in that order of sums. bfloat16; `weight_OI` in one piece; the outputs of a row side by side."""
+def multiply(
+    x_MI: Tensor, weight_OI: Tensor, out_MO: Tensor, paired: bool, chunk: int, bias_O: Tensor | None = None
+) -> None:
+    """Write x @ W.T in that order of sums, and the bias added last. All bfloat16; `weight_OI` in one piece, as the
+    bias; the outputs of a row side by side."""
     (tokens, inputs), outputs = x_MI.shape, len(weight_OI)
     x_float = x_MI.float().contiguous()
     where = (x_float.data_ptr(), weight_OI.data_ptr(), out_MO.data_ptr())
-    job = (*where, outputs, inputs, out_MO.stride(0), chunk // STEP)
+    bias = 0 if bias_O is None else bias_O.data_ptr()
+    job = (*where, outputs, inputs, out_MO.stride(0), chunk // STEP, bias)
     run(_multiplier(paired, tokens), -(-outputs // ROWS), job, outputs * inputs)
 
 
@@ -189,7 +197,7 @@ def _multiplier(paired: bool, tokens: int) -> Any:
     @kernel
     def multiply_in_order(data):  # type: ignore[no-untyped-def]
         job, begin, end = share(data)
-        x, weight, out, outputs, inputs, out_stride, chunk = job[0], job[1], job[2], job[3], job[4], job[5], job[6]
+        x, weight, out, outputs, inputs, out_stride, chunk, bias = job[:8]
         row, sums = 2 * inputs, np.empty((tokens, ROWS), np.float32)
         mode = get_float_mode()
         set_float_mode(np.uint32(mode | np.uint32(FLUSH_DENORMALS)))
@@ -197,7 +205,7 @@ def _multiplier(paired: bool, tokens: int) -> Any:
             o = min(ROWS * tile, outputs - ROWS)  # the last tile may overlap the one before it
             w, ahead = weight + o * row, weight + min(o + ROWS, outputs - ROWS) * row
             add_up_tile(paired, tokens, w, row, ahead, x, 4 * inputs, inputs // STEP, chunk, sums.ctypes.data, 4 * ROWS)
-            write_rounded(sums, out + 2 * o, out_stride)
+            write_rounded(sums, bias + 2 * o if bias != 0 else 0, out + 2 * o, out_stride)
         set_float_mode(mode)
 
     return multiply_in_order

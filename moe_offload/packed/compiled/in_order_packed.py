@@ -182,6 +182,6 @@ def _multiplier(form: int, kind: int, paired: bool, tokens: int) -> Any:
                 form, paired, tokens, w, row, ahead, scale, groups, steps, x, 4 * inputs, chunk, sums.ctypes.data
             )
             set_float_mode(mode)
-            write_rounded(sums, out + 2 * o, out_stride)
+            write_rounded(sums, 0, out + 2 * o, out_stride)
 
     return multiply_in_order

@@ -78,7 +78,7 @@ def test_a_file_that_is_broken_is_not_overwritten(default):
 
 
 def test_questions_are_asked_until_the_answer_is_accepted():
-    answers = iter(["much", "8GB", "{cpu: 60GiB}", "disk", "none", "4096", "fast", "graph", "none"])
+    answers = iter(["much", "8GB", "{cpu: 60GiB}", "disk", "none", "off", "4096", "fast", "graph", "none"])
     asked = []
 
     def prompt(question, default):
@@ -90,6 +90,7 @@ def test_questions_are_asked_until_the_answer_is_accepted():
         "budget": "8GB",
         "max_memory": {"cpu": "60GiB"},
         "device_map": "disk",
+        "profile": "off",
         "kv_tokens": 4096,
         "compile": "graph",
     }

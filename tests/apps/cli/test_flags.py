@@ -45,6 +45,7 @@ FLAGS: dict[str, tuple[str, str]] = {
     "--jobs": (NUMBER, "Processes to spread"),
     "--json": (SWITCH, "Print"),
     "--layers": (NUMBER, "Layers of a synthetic"),
+    "--lock-memory": (TEXT, "yes, no or auto: keep slots"),
     "--live": (SWITCH, "Let `moe-offload top` watch"),
     "--markdown": (SWITCH, "Print the table as the documentation"),
     "--matrix": (SWITCH, "Every implementation"),
@@ -60,6 +61,7 @@ FLAGS: dict[str, tuple[str, str]] = {
     "--api-key": (TEXT, "What clients must send"),
     "--max-waiting": (NUMBER, "Requests that may wait"),
     "--new-tokens": (NUMBER, "Tokens decoded after the first"),
+    "--foreign": (FILE, "Instead: run the code"),
     "--offload-folder": (TEXT, "Where experts are spilled"),
     "--once": (SWITCH, "Look once"),
     "--out": (FILE, "The "),
@@ -69,7 +71,7 @@ FLAGS: dict[str, tuple[str, str]] = {
     "--pooled": (SWITCH, "One cache for all layers"),
     "--port": (NUMBER, "Port"),
     "--prefill-chunk-size": (NUMBER, "Read the prompt in pieces"),
-    "--profile": (FILE, "Activation profile"),
+    "--profile": (TEXT, "Which experts to expect"),
     "--prompt": (TEXT, "Text to continue"),
     "--prompt-tokens": (NUMBER, "Tokens of each prompt"),
     "--requests": (NUMBER, "Requests measured"),
@@ -101,7 +103,6 @@ FLAGS: dict[str, tuple[str, str]] = {
 }
 #: What a command says in other words, because there it is a setting that is written to a file.
 DIFFERENT = {
-    ("config", "--profile"): TEXT,
     ("config", "--context"): TEXT,
     ("config", "--live"): TEXT,
     ("bench", "--residency"): MANY,

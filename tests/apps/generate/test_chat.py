@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,9 @@ from typer.testing import CliRunner
 from moe_offload.apps.cli import app
 from moe_offload.apps.generate import chat as command
 from moe_offload.apps.generate.conversation import Conversation
+from moe_offload.apps.generate.first_answer import FirstAnswer
 from moe_offload.apps.options.groups import SamplingFlags
+from moe_offload.cache.counters import Stats
 from moe_offload.errors import ExpertReadError
 from moe_offload.observe.profile import Profile
 from tests.paths import MODEL_NAME as MODEL
@@ -38,6 +41,30 @@ def test_a_conversation_from_a_pipe(tokenizer, tmp_path):
     assert Profile.load(saved).tokens > 16
 
 
+def test_today_and_tomorrow(tmp_path, monkeypatch):
+    """What a start with memory gains over the one without is on the screen."""
+    monkeypatch.setattr("moe_offload.plan.prepare.usage_folder", lambda: tmp_path)
+    flags = ["--budget", "6MB", "--max-new-tokens", "4", "--profile", "italian"]
+    today = CliRunner().invoke(app, ["chat", MODEL, *flags], input="Il comando ls elenca\ni file\n")
+    assert today.exit_code == 0, today.output
+    assert today.stderr.count("[this start remembered nothing: first token after") == 1, today.stderr
+    tomorrow = CliRunner().invoke(app, ["chat", MODEL, *flags], input="Il comando cp copia\n")
+    (line,) = [line for line in tomorrow.stderr.splitlines() if "this start remembered" in line]
+    with_memory, without = line.split("; without memory, on ")
+    assert re.match(r"\[this start remembered \d+ tokens: first token after ", with_memory), line
+    cold = r"\d{4}-\d\d-\d\d: first token after .* read for it, 0\.0% of its experts were there\]"
+    assert re.match(cold, without), line
+    (path,) = tmp_path.glob("*/italian.json")
+    assert Profile.load(path).tokens > 20
+
+
+def test_figures_of_an_earlier_start_that_cannot_be_read_are_left_out():
+    first = FirstAnswer(5, 0.5, 1000, 0.25, "2026-11-28")
+    assert FirstAnswer.from_meta(first.meta()) == first
+    assert FirstAnswer.from_meta({**first.meta(), "cold_read_bytes": "many"}) is None
+    assert FirstAnswer.from_meta({}) is None
+
+
 def answers(tokenizer, system: str, questions: list[str]) -> list[str]:
     """Of plain transformers, as a model without a chat template continues what was said."""
     model, said, found = AutoModelForCausalLM.from_pretrained(MODEL, dtype="auto"), [system], []
@@ -53,8 +80,8 @@ def answers(tokenizer, system: str, questions: list[str]) -> list[str]:
 @pytest.fixture
 def talk(tokenizer):
     """A conversation with a model that says what it is told to: `talk.model.generate`."""
-    stats = SimpleNamespace(hits=0, misses=0, tokens=0, bytes_read=0)
-    handle = SimpleNamespace(stats=lambda: stats, plan=SimpleNamespace(budget_bytes=8_000_000))
+    plan = SimpleNamespace(budget_bytes=8_000_000)
+    handle = SimpleNamespace(stats=Stats, plan=plan, remembered=None, usage_path=None)
     config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=64))
     model = SimpleNamespace(moe_offload=handle, config=config)
     made = Conversation(model, tokenizer, SamplingFlags(), None)

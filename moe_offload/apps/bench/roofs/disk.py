@@ -6,6 +6,7 @@ and as large as the engine's own reads. Nothing is done with the bytes.
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
 import random
@@ -15,6 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ....files.opened import open_uncached
+from ....files.system import CACHED
+
+logger = logging.getLogger("moe_offload")
 
 ALIGN = 4096
 SECONDS = 1.5  # of reading, each time: less says little of a disk
@@ -37,7 +41,14 @@ def disk_roof(files: Sequence[Path], read_bytes: int, depth: int, seconds: float
     """Bytes per second of `depth` readers that each ask for `read_bytes` at a time (O_DIRECT where it is allowed)."""
     read_bytes = max(ALIGN, read_bytes // ALIGN * ALIGN)
     sizes = [(file, file.stat().st_size) for file in files]
-    opened = [(open_uncached(file), size) for file, size in sizes if size >= read_bytes]
+    opened, ways = [], set()
+    for path, size in sizes:
+        if size >= read_bytes:
+            file, how = open_uncached(path)
+            opened.append((file, size))
+            ways.add(how)
+    if CACHED in ways:
+        logger.warning("the roof of the disk is that of the page cache: these files cannot be read past it here")
     done = [0] * depth
     failed: list[BaseException] = []
     begun = time.perf_counter()

@@ -22,7 +22,9 @@ from ....checkpoint.outline import outline_folder
 from ....checkpoint.pretrained.dense import load_dense
 from ....checkpoint.row_index import RowIndex
 from ....config.settings import resolve
+from ....config.usage import measured_with
 from ....experts import MoELayer, find_experts
+from ....files.system import forget_cached
 from ....memory.stores.disk import DiskStore
 
 
@@ -45,8 +47,10 @@ class Contender:
 
 
 def room_for(tokens: int) -> dict[str, Any]:
-    """What ours is told, so that its budget has room for a KV cache of so many tokens; never less than by default."""
-    return {"kv_tokens": max(resolve().kv_tokens, tokens)}
+    """What ours is told, so that its budget has room for a KV cache of so many tokens, never less than by default; and
+    so that no run depends on those before it."""
+    wanted = resolve()
+    return {"kv_tokens": max(wanted.kv_tokens, tokens), "profile": measured_with(wanted.profile)}
 
 
 def resident(job: Job) -> Any:
@@ -119,7 +123,7 @@ def drop_cache(*folders: Path) -> None:
     """Forget what the system has cached of these files: pages read by one side must not serve another."""
     for file in (file for folder in folders for file in folder.rglob("*") if file.is_file()):
         with file.open("rb") as opened:
-            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            forget_cached(opened.fileno())
 
 
 def _fields(moe: MoELayer, folder: Path) -> list[tuple[str, tuple[int, ...], torch.dtype, Path]]:

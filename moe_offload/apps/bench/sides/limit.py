@@ -7,7 +7,10 @@ from pathlib import Path
 
 import psutil
 
+from ...generate.speed import peak_memory_bytes
+
 CGROUPS = Path("/sys/fs/cgroup")
+STATUS = Path("/proc/self/status")
 PREFIX = "moe_offload-bench-"
 KIB = 1024
 
@@ -53,13 +56,13 @@ class MemoryLimit:
 
 
 def resident_bytes() -> int:
-    """What this process holds now (Linux)."""
-    return _status("VmRSS")
+    """What this process holds now."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def peak_bytes() -> int:
-    """The most it has held since `reset_peak`, files mapped into it included."""
-    return _status("VmHWM")
+    """The most it has held since `reset_peak`, files mapped into it included; where there is no /proc, in its life."""
+    return _status("VmHWM") if STATUS.exists() else peak_memory_bytes()
 
 
 def reset_peak() -> None:
@@ -68,7 +71,7 @@ def reset_peak() -> None:
 
 
 def _status(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in STATUS.read_text().splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1]) * KIB
     raise OSError(f"/proc/self/status has no {name}")

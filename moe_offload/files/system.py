@@ -1,0 +1,49 @@
+"""The calls in which systems differ, one function each: nothing else asks which system it is.
+
+            past the page cache            data to the disk    out of the page cache
+    Linux   O_DIRECT, by whole pages       fdatasync           posix_fadvise
+    macOS   F_NOCACHE, any bytes           fsync               F_NOCACHE while reading
+    others  as far as they have these      fsync               not at all
+
+Linux is what runs these every day. The rest is by the systems' documentation, and tested with calls taken away.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from io import FileIO
+
+DIRECT, UNCACHED, CACHED = "O_DIRECT", "F_NOCACHE", "through the page cache"
+
+
+def bypass_cache(file: FileIO) -> str:
+    """Read `file` past the page cache from now on, and say how: DIRECT wants whole pages. Raises OSError where this
+    system, or the file system, does not do that."""
+    try:
+        import fcntl
+    except ImportError:
+        raise OSError(errno.ENOSYS, "this system reads through its page cache") from None
+    if hasattr(os, "O_DIRECT"):
+        fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) | os.O_DIRECT)
+        return DIRECT
+    if hasattr(fcntl, "F_NOCACHE"):
+        fcntl.fcntl(file, fcntl.F_NOCACHE, 1)
+        return UNCACHED
+    raise OSError(errno.ENOSYS, "this system reads through its page cache")
+
+
+def sync_data(descriptor: int) -> None:
+    """See what was written to the disk. Raises OSError."""
+    getattr(os, "fdatasync", os.fsync)(descriptor)
+
+
+def forget_cached(descriptor: int) -> None:
+    """Let the page cache forget a file that nobody reads soon, where it can be told."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def missing_call() -> str | None:
+    """The call without which no expert can be read or written here; None where all of them are there."""
+    return next((f"os.{name}" for name in ("preadv", "pwrite") if not hasattr(os, name)), None)
