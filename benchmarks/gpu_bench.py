@@ -77,7 +77,7 @@ def _file_name(name: str, result: dict[str, Any]) -> str:
 
 
 def _markdown(command: list[str], result: dict[str, Any], complete: bool) -> str:
-    from moe_offload.apps.bench.table import table
+    from moe_offload.apps.bench.table import format_table
 
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
@@ -88,5 +88,5 @@ def _markdown(command: list[str], result: dict[str, Any], complete: bool) -> str
         f"# {Path(result['model']).name}, random weights: {result['machine']['gpu']}, {result['date']}\n\n"
         f"Commit {commit or 'unknown'}. One run of `moe-offload bench`, all sides in it; *bound* is the larger of the "
         "resident model's own\ntime and missed bytes over the link.\n"
-        f"{cut_short}\n```\n$ {asked}\n\n{table(result)}\n```\n"
+        f"{cut_short}\n```\n$ {asked}\n\n{format_table(result)}\n```\n"
     )

@@ -27,8 +27,8 @@ import torch
 from gpu_timing import copy_batch, graph, replaced
 from torch import Tensor
 
-from moe_offload.apps.bench.roofs.link import copy_rows, microseconds, registered
-from moe_offload.runtime.kernels import KERNELS, DeviceState, Loads, pace
+from moe_offload.apps.bench.roofs.link import copy_rows, measure_us, registered_memory
+from moe_offload.runtime.kernels import KERNELS, DeviceState, Loads, make_pace
 
 LINK_ROWS_MB = (4.7, 9.4, 26.0)  # Qwen3-30B-A3B in 8 bits and in bf16, gpt-oss-20b in 8 bits
 PROGRAMS = (16, 32, 64, 96, 132, 264)
@@ -55,7 +55,7 @@ def say(section: str, what: str, value: float | bool, unit: str, **more: Any) ->
 
 def views(options: argparse.Namespace) -> None:
     """Host memory seen as a tensor of the device: by storage, and by the array interface."""
-    with registered(8 << 20, options.device) as (host, view):
+    with registered_memory(8 << 20, options.device) as (host, view):
         host.copy_(torch.randint(0, 255, host.shape, dtype=torch.uint8))
         before = torch.cuda.memory_allocated()
         say("views", "a storage over registered memory reads right", torch.equal(view.clone().cpu(), host), "")
@@ -85,7 +85,7 @@ def latency(options: argparse.Namespace) -> None:
         event.synchronize()
         pinned.tolist()
 
-    with registered(8192, options.device) as (host, view):
+    with registered_memory(8192, options.device) as (host, view):
         flags, seen_by_device = host.view(torch.int64).numpy(), view.view(torch.int64)[:8]
 
         def polled() -> None:
@@ -140,9 +140,9 @@ def decide(options: argparse.Namespace) -> None:
             if what == "all misses" and experts <= slots:
                 continue
             state, loads = DeviceState.empty(experts, slots, device), Loads.empty(pairs, device)
-            one = partial(kernels.decide, state=state, loads=loads, pace_2=pace(1, 32.0, device))
+            one = partial(kernels.decide, state=state, loads=loads, pace_2=make_pace(1, 32.0, device))
             run = graph([partial(one, ids_P) for ids_P in events], device)
-            taken = microseconds(run, device) / len(events)
+            taken = measure_us(run, device) / len(events)
             say("decide", f"E={experts} S={slots} P={pairs}, {what}", taken, "us", misses=int(loads.count_1))
 
 
@@ -151,7 +151,7 @@ def gather(options: argparse.Namespace) -> None:
     for row_mb in (0.02,) if options.tiny else LINK_ROWS_MB:
         columns = int(row_mb * 1e6) // 4096 * 2048  # bf16; rows are whole pages
         experts, slots = (6, 3) if options.tiny else (max(8, int(600 // row_mb)), 8)
-        with registered(experts * columns * 2, options.device) as (host, view):
+        with registered_memory(experts * columns * 2, options.device) as (host, view):
             host_EN, rows_EN = (rows.view(torch.bfloat16).view(experts, columns) for rows in (host, view))
             bank_SN = torch.empty(slots, columns, dtype=torch.bfloat16, device=options.device)
             for count in (1, 2) if options.tiny else (1, 4):
@@ -167,7 +167,7 @@ def link(name: str, host_EN: Tensor, rows_EN: Tensor, bank_SN: Tensor, count: in
     loads.count_1.fill_(count)
 
     def report(what: str, f: Callable[[], Any]) -> None:
-        taken = microseconds(f, options.device)
+        taken = measure_us(f, options.device)
         say("gather", f"{name}, {what}", count * host_EN[0].nbytes / taken / 1e3, "GB/s", us=round(taken))
 
     ours = partial(gather_triton.gather, rows_EN, bank_SN, loads)
@@ -183,13 +183,13 @@ def link(name: str, host_EN: Tensor, rows_EN: Tensor, bank_SN: Tensor, count: in
         except Exception as error:  # no cuda.bindings, or another signature: the other rows are measured all the same
             print(f"copy engine, one batch: {type(error).__name__}: {error}")
     loads.count_1.zero_()
-    say("gather", f"{name}, kernel that finds nothing to load", microseconds(ours, options.device), "us")
+    say("gather", f"{name}, kernel that finds nothing to load", measure_us(ours, options.device), "us")
 
 
 def indexed_mm(options: argparse.Namespace) -> None:
     """Products straight from the bank against torch.bmm on gathered copies; the roof is a copy within the device."""
     source = torch.empty(1 << (16 if options.tiny else 30), dtype=torch.uint8, device=options.device)
-    taken = microseconds(partial(torch.empty_like(source).copy_, source), options.device)
+    taken = measure_us(partial(torch.empty_like(source).copy_, source), options.device)
     roof = 2 * source.nbytes / taken / 1e3
     say("indexed_mm", "roof: read and written by a copy within the device", roof, "GB/s")
     for model, pairs, shapes, transposed in MODELS:
@@ -210,7 +210,7 @@ def products(
 
     def report(what: str, mm: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         run = graph([partial(mm, x_PH, weight_SMH, slots_P) for slots_P in slots], options.device)
-        taken = microseconds(run, options.device) / sets
+        taken = measure_us(run, options.device) / sets
         rate = pairs * bank_SN[0].nbytes / taken / 1e3
         say("indexed_mm", f"{name}, {what}", taken, "us", gb_s=round(rate), of_roof=f"{rate / roof:.0%}")
 

@@ -107,7 +107,7 @@ def pays(options: argparse.Namespace) -> None:
     layers = model.moe_offload._runtime.layers
     first = layers[0].moe
     replayed = recorded.load_recorded(options.routing, len(layers), first.num_experts, first.top_k)
-    recorded.install(model, [layer.moe.name for layer in layers], replayed)
+    recorded.install_routing(model, [layer.moe.name for layer in layers], replayed)
     recorded._current = Guessing(replayed, layers, options.recall)
     switch = model.moe_offload._runtime.guesses.trial = Switch()
     taken: dict[bool, list[float]] = {False: [], True: []}

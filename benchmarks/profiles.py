@@ -25,7 +25,7 @@ import moe_offload
 from moe_offload.cache import POLICIES
 from moe_offload.cache.layer_cache import LayerCache
 from moe_offload.observe.profile import Profile
-from moe_offload.observe.profile_stats import most_wanted, rates
+from moe_offload.observe.profile_stats import most_wanted, uses_per_token
 from moe_offload.plan.budget import budget_for
 from moe_offload.runtime.prewarm import prewarm_slots
 
@@ -100,7 +100,7 @@ def run(model: Any, window_1T: Tensor, profile: Profile | None) -> dict[str, Any
         old = layer.arrivals.cache
         policy = POLICIES["successors"](old.num_experts, 32.0)
         if profile is not None:
-            policy.seed(rates(profile, layer.moe.index))
+            policy.seed(uses_per_token(profile, layer.moe.index))
         layer.arrivals.cache = LayerCache(old.num_experts, old.slots, policy, old.name)
     begun = time.perf_counter()
     if profile is not None:

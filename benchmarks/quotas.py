@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_offload.apps.simulate.run import parse_capacity, replayed, slots_of
+from moe_offload.apps.simulate.run import parse_capacity, replay_stream, slots_of
 from moe_offload.apps.simulate.stream import per_layer
 from moe_offload.observe.trace import Trace
 
@@ -43,10 +43,10 @@ def compare_quotas(trace: Trace, share: float) -> tuple[float, float, list[int]]
         sorted({min(experts, max(trace.top_k, round(n * part))) for part in SHARES})
         for experts, n in zip(trace.num_experts, equal, strict=True)
     ]
-    asked = sum(int(replayed(stream, n, "default")[0].sum()) for stream, n in zip(streams, equal, strict=True))
+    asked = sum(int(replay_stream(stream, n, "default")[0].sum()) for stream, n in zip(streams, equal, strict=True))
     jobs = [(stream, n) for stream, of_layer in zip(streams, sizes, strict=True) for n in of_layer]
     with ThreadPoolExecutor(2) as threads:
-        found = iter(list(threads.map(lambda job: int(replayed(*job, "default")[1].sum()), jobs)))
+        found = iter(list(threads.map(lambda job: int(replay_stream(*job, "default")[1].sum()), jobs)))
     hits = [np.interp(range(of[0], of[-1] + 1), of, [next(found) for _ in of]) for of in sizes]
     with_equal = sum(float(h[n - of[0]]) for h, n, of in zip(hits, equal, sizes, strict=True))
     best = deal_out(hits, [of[0] for of in sizes], sum(equal))

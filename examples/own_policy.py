@@ -12,7 +12,7 @@ import numpy as np
 
 from moe_offload import Trace
 from moe_offload.apps.simulate.run import simulate
-from moe_offload.apps.simulate.show import table
+from moe_offload.apps.simulate.show import format_table
 
 
 class SecondChance:
@@ -49,7 +49,7 @@ def main() -> None:
     given = {Path(path).stem: Trace.load(path) for path in sys.argv[1:]}
     mine = {"second_chance": lambda experts, half_life: SecondChance(experts)}
     policies = ["lru", "second_chance", "default", "belady"]
-    print(table(simulate(given or {"generated": drifting()}, policies, ["25%", "50%"], extra=mine)))
+    print(format_table(simulate(given or {"generated": drifting()}, policies, ["25%", "50%"], extra=mine)))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 import moe_offload
 from moe_offload.observe.profile import Profile
-from moe_offload.observe.profile_stats import distances, skews
+from moe_offload.observe.profile_stats import measure_distances, measure_skews
 
 HERE = Path(__file__).parent
 MODEL = HERE / "polyglot-tiny"
@@ -32,9 +32,9 @@ def main() -> None:
         profiles[language] = moe_offload.record_profile(model, batches, language=language)
 
     for language, profile in profiles.items():
-        hottest = sum(skew.top25 for skew in skews(profile)) / len(skews(profile))
+        hottest = sum(skew.top25 for skew in measure_skews(profile)) / len(measure_skews(profile))
         print(f"{language}: {profile.tokens} tokens; the hottest quarter of the experts has {hottest:.0%} of the uses")
-    apart = distances(profiles["it"], profiles["en"])
+    apart = measure_distances(profiles["it"], profiles["en"])
     print(f"how far apart they are, layer by layer: {', '.join(f'{d:.2f}' for d in apart)} (0 the same, 1 disjoint)\n")
 
     file = profiles["it"].save(Path(tempfile.mkdtemp()) / "italian.json")

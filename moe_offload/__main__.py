@@ -12,10 +12,10 @@ from .apps.cli import main as command_line
 
 
 def main() -> None:
-    """Run it, and end the process: threads that are left (a request that was cancelled, a read that hangs) stay where
-    they are.
+    """Run the command line, then end the process without waiting for threads that still run (a cancelled request, a
+    read that hangs).
 
-    Python's own end would unwind a thread that comes back from torch later through C++, which is SIGABRT.
+    Python's own shutdown would unwind a thread that returns from torch later through C++, which aborts (SIGABRT).
     """
     try:
         command_line()

@@ -1,4 +1,4 @@
-"""The story in one screen: find the experts, plan, choose where rows rest, patch the model, pre-warm.
+"""`optimize` and `from_pretrained`: find the experts, plan, choose where rows rest, patch the model, pre-warm.
 
 optimize(model, budget)         a loaded model, or one whose experts are on "meta"
 from_pretrained(path, budget)   a checkpoint whose experts never all come into RAM
@@ -28,14 +28,14 @@ from .config.device_map import DeviceMap, MaxMemory
 from .config.settings import Config
 from .errors import OffloadError
 from .experts import MoELayer, find_experts
-from .forward.advise import at_start, say_what_is_remembered
+from .forward.advise import advise_at_start, say_what_is_remembered
 from .forward.tested_versions import warn_of_untested_versions
 from .memory.process_memory import bound_kernel_caches, trim_heap
 from .memory.stores.open import open_stores, read_first
 from .observe.profile import Profile
-from .patch.attach import attach
-from .patch.dense_weights import keep_where_it_is, place_dense
-from .plan.prepare import Prepared, prepare, settings_of
+from .patch.attach import attach_runtime
+from .patch.dense_weights import find_dense_device, place_dense
+from .plan.prepare import Prepared, prepare_model, settings_of
 from .runtime.assemble import build_runtime, on_device
 from .runtime.prewarm import prewarm_from, prewarm_when_idle
 
@@ -105,8 +105,8 @@ def optimize(
             "its weights are in the cache's files"
         )
     moe_layers = find_experts(model)
-    settings = keep_where_it_is(model, moe_layers, settings)
-    return _offload(model, moe_layers, prepare(model, moe_layers, settings, profile))
+    device = find_dense_device(model, moe_layers, settings.untested)
+    return _offload(model, moe_layers, prepare_model(model, moe_layers, settings, profile, found_on=device))
 
 
 def from_pretrained(
@@ -166,11 +166,11 @@ def from_pretrained(
     )
     folder = get_folder(path_or_id, said)
     found = outline_folder(folder, said)
-    prepared = prepare(found.model, found.moe_layers, settings, profile, path_or_id)
+    prepared = prepare_model(found.model, found.moe_layers, settings, profile, path_or_id)
     model: nn.Module = load_dense(found, said, path_or_id)
     trim_heap()  # for each of the loader's threads it keeps tens of MB
     moe_layers = found.pack(find_experts(model))
-    keep_where_it_is(model, moe_layers, settings)
+    find_dense_device(model, moe_layers, settings.untested)  # raises where transformers put it elsewhere
     prepared.check_rows(moe_layers)
     model = _offload(model, moe_layers, prepared, found)
     adapter = find_adapter(folder, said.subfolder)
@@ -200,11 +200,11 @@ def _offload(model: Model, moe_layers: Sequence[MoELayer], prepared: Prepared, f
         )
         undo.pop_all()
         undo.callback(runtime.close)
-        handle = attach(model, runtime, prepared, found)
+        handle = attach_runtime(model, runtime, prepared, found)
         undo.pop_all()
     model.moe_offload = handle  # type: ignore[assignment]
     logger.info("%s", handle)
-    at_start(arrangement.plan, settings.budget)
+    advise_at_start(arrangement.plan, settings.budget)
     warn_of_untested_versions()
     if settings.live:
         handle.serve_live()

@@ -21,11 +21,11 @@ from .checkpoint.headers import Headers
 from .checkpoint.new_folder import check_new, new_folder
 from .checkpoint.outline import outline_folder
 from .checkpoint.packed import ROWS, SOURCES, Stored, index_stored, is_packed, read_stored
-from .checkpoint.packed_format import describe, parse_sources, rows_metadata, sources_metadata
+from .checkpoint.packed_format import describe_layer, parse_sources, rows_metadata, sources_metadata
 from .checkpoint.pretrained.arguments import Arguments, sort_arguments
 from .checkpoint.pretrained.download import get_folder
 from .checkpoint.row_index import RowIndex, index_rows
-from .checkpoint.shards import Entry, Shard, file_name, header, split, write_shard
+from .checkpoint.shards import Entry, Shard, file_name, make_header, split_entries, write_shard
 from .config.sizes import parse_size
 from .errors import CheckpointChangedError, CheckpointError, ConfigError, PackError
 from .experts import MoELayer
@@ -34,7 +34,7 @@ from .memory.stores import Store
 from .memory.stores.direct_io import DataFile
 from .memory.stores.disk import DiskStore
 from .memory.stores.row_reads import PART_BYTES
-from .observe.progress import bar
+from .observe.progress import show_bar
 
 VERIFY = ("none", "sample", "all")
 #: What is not copied from the original folder: weights, in whatever form, and their indexes.
@@ -98,7 +98,7 @@ def pack_checkpoint(
             shutil.copyfile(file, folder / file.name)
         (folder / INDEX).write_text(_index_text(source, dense))
         (folder / "PACKED.md").write_text(README)
-        with bar("Packing", size) as shown:
+        with show_bar("Packing", size) as shown:
             for shard in dense:
                 write_shard(folder / shard.name, shard, dense_parts(shard, source.headers), shown.update)
             with contextlib.closing(_store(source.moe_layers, source.index)) as store:
@@ -132,11 +132,11 @@ def _dense_shards(source: Source, limit_bytes: int) -> list[Shard]:
     """Dense tensors as they are, in the order of their files; within a file the widest elements first (alignment)."""
     found = [(key, range_) for key, range_ in source.headers.items() if key not in source.index.keys]
     found.sort(key=lambda item: (item[1].file, item[1].offset))
-    runs = split([Entry.of(key, range_) for key, range_ in found], limit_bytes)
+    runs = split_entries([Entry.of(key, range_) for key, range_ in found], limit_bytes)
     shards = []
     for number, run in enumerate(runs, 1):
         entries = tuple(sorted(run, key=lambda entry: -entry.dtype.itemsize))
-        shards.append(Shard(file_name("model", number, len(runs)), entries, header(entries, {"format": "pt"})))
+        shards.append(Shard(file_name("model", number, len(runs)), entries, make_header(entries, {"format": "pt"})))
     return shards
 
 
@@ -144,18 +144,18 @@ def _expert_shards(source: Source, limit_bytes: int) -> list[Shard]:
     """One tensor of rows per layer."""
     sources = sources_metadata(source.headers, source.index.keys)
     recipes = index_rows(source.meta, source.moe_layers, parse_sources(sources)).rows
-    layers = {moe.name: describe(moe, recipes[moe.index]) for moe in source.moe_layers}
+    layers = {moe.name: describe_layer(moe, recipes[moe.index]) for moe in source.moe_layers}
     entries = [
         Entry(moe.name, torch.uint8, (moe.num_experts, moe.layout.row_bytes), moe.nbytes) for moe in source.moe_layers
     ]
-    runs = split(entries, limit_bytes)
+    runs = split_entries(entries, limit_bytes)
     shards = []
     for number, run in enumerate(runs, 1):
         described = {entry.key: layers[entry.key] for entry in run}
         metadata = {"format": "pt", ROWS: rows_metadata(source.meta.config.model_type, described)}
         if number == 1:
             metadata[SOURCES] = sources
-        shards.append(Shard(file_name(ROWS, number, len(runs)), run, header(run, metadata)))
+        shards.append(Shard(file_name(ROWS, number, len(runs)), run, make_header(run, metadata)))
     return shards
 
 

@@ -32,18 +32,19 @@ from .checkpoint.pretrained.arguments import sort_arguments
 from .checkpoint.pretrained.download import get_folder
 from .checkpoint.quantised.layouts import KINDS, ExpertMatrix, Layout, choose_layout, find_matrices
 from .checkpoint.quantised.quantizer import quantization_of
-from .checkpoint.shards import Entry, Filling, Shard, file_name, split
+from .checkpoint.shards import Entry, Filling, Shard, file_name, split_entries
 from .config.sizes import parse_size
 from .errors import CheckpointChangedError, CheckpointError, ConfigError, PackError, UnsupportedModelError
 from .memory.buffers import page_aligned
 from .memory.stores.direct_io import DataFile
 from .memory.stores.disk import DiskStore
 from .memory.stores.row_reads import PART_BYTES
-from .observe.progress import bar
+from .observe.progress import show_bar
 from .pack import WEIGHTS, Source, open_source
 
 logger = logging.getLogger("moe_offload")
-#: Of rows that are read back, relative to the original's. Rounding makes 0.03 (FP8) to 0.13; a wrong layout makes 1.4.
+#: The largest error of rows that are read back, relative to the original's: rounding makes 0.03 (FP8) to 0.13, a wrong
+#: layout 1.4.
 LARGEST_ERROR = 0.5
 
 
@@ -103,7 +104,7 @@ def quantise_checkpoint(
         for file in others:
             shutil.copyfile(file, folder / file.name)
         (folder / CONFIG).write_text(_configuration(source, plan.layout), encoding="utf-8")
-        with contextlib.closing(Filling(folder, plan.shards)) as files, bar("Quantising", size) as shown:
+        with contextlib.closing(Filling(folder, plan.shards)) as files, show_bar("Quantising", size) as shown:
             outline_stored(folder, Stored(files.ranges))  # raises for what could not be loaded
             for where, data in _tensors(source, plan, files.ranges):
                 files.write(where, data)
@@ -111,7 +112,7 @@ def quantise_checkpoint(
             files.check_complete()
             if len(plan.shards) > 1:
                 write_index(folder, files.ranges, sum(param.numel() for param in source.meta.parameters()))
-        error = _compare(source, folder)
+        error = _compare_rows(source, folder)
     logger.warning(
         "%s: its experts are rounded to %s, which is lossy: the weights that were read back differ from the original's "
         "by %.1f %% (root mean square)",
@@ -139,7 +140,7 @@ def _plan(source: Source, kind: str, limit_bytes: int) -> _Plan:
     layout = choose_layout(kind, matrices, str(source.folder))
     plan = _Plan(layout, matrices, ())
     in_order = sorted(source.headers.items(), key=lambda item: (item[1].file, item[1].offset))
-    runs = split([entry for key, range_ in in_order for entry in plan.entries(key, range_)], limit_bytes)
+    runs = split_entries([entry for key, range_ in in_order for entry in plan.entries(key, range_)], limit_bytes)
     shards = []
     for number, run in enumerate(runs, 1):
         shards.append(Shard.of(SINGLE if len(runs) == 1 else file_name("model", number, len(runs)), run))
@@ -182,14 +183,14 @@ def _quantised(
 ) -> Iterator[tuple[TensorRange, memoryview]]:
     targets = [ranges[entry.key] for entry in plan.layout.entries(matrix)]
     for e in range(matrix.range.shape[0] if matrix.stacked else 1):
-        w = _read(file, matrix.range[e] if matrix.stacked else matrix.range, matrix.key)
+        w = _read_matrix(file, matrix.range[e] if matrix.stacked else matrix.range, matrix.key)
         tensors = plan.layout.quantise(w.t() if matrix.stacked else w)
         for target, tensor in zip(targets, tensors, strict=True):
             data = tensor.contiguous().view(torch.uint8).flatten().numpy().data
             yield (target[e] if matrix.stacked else target), data
 
 
-def _read(file: DataFile, range_: TensorRange, key: str) -> Tensor:
+def _read_matrix(file: DataFile, range_: TensorRange, key: str) -> Tensor:
     raw = page_aligned(range_.nbytes)
     for at in range(0, range_.nbytes, PART_BYTES):
         file.read(range_.offset + at, [raw[at : at + PART_BYTES].numpy().data], key)
@@ -199,7 +200,7 @@ def _read(file: DataFile, range_: TensorRange, key: str) -> Tensor:
     return w
 
 
-def _compare(source: Source, folder: Path) -> float:
+def _compare_rows(source: Source, folder: Path) -> float:
     """Read some rows of the new checkpoint as a loaded model would; the largest error relative to the original's."""
     made = outline_folder(folder)
     if made.index is None or not all(moe.packed for moe in made.moe_layers):

@@ -23,10 +23,10 @@ from .errors import ProfileError, UnsupportedModelError
 from .experts import MoELayer, find_experts, members_of
 from .forward.call import whole_call
 from .forward.called.modules import rows_of
-from .forward.graphs.observing import observe, observing_backend, unobserve
+from .forward.graphs.observing import bind_counter, observing_backend, unbind_counter
 from .observe.profile import Profile
 from .patch.install import IMPLEMENTATIONS, choose_implementation
-from .plan.weights import fingerprint
+from .plan.weights import take_fingerprint
 
 
 class Count:
@@ -86,7 +86,7 @@ def record_profile(model: Any, inputs: Any, **meta: str) -> Profile:
     batches = [inputs] if isinstance(inputs, (Tensor, Mapping)) else inputs
     if hasattr(model, "moe_offload"):
         before = model.moe_offload.profile()
-        _run(model, batches)
+        _run_batches(model, batches)
         after = model.moe_offload.profile()
         counts = [[a - b for a, b in zip(x, y, strict=True)] for x, y in zip(after.counts, before.counts, strict=True)]
         return Profile.of(after.fingerprint, tokens=after.tokens - before.tokens, counts=counts, meta=meta)
@@ -100,14 +100,14 @@ def record_profile(model: Any, inputs: Any, **meta: str) -> Profile:
     was = [(module.config, module.config._experts_implementation) for module in modules]
     try:
         for moe, counter in zip(moe_layers, counters, strict=True):
-            observe(moe, counter)
+            bind_counter(moe, counter)
         for config, chosen in was:
             if chosen not in IMPLEMENTATIONS:  # 'eager' experts never enter a graph
                 config._experts_implementation_internal = implementation
-        _run(model, batches, torch.compile(whole_call(model), backend=observing_backend(weights), dynamic=True))
+        _run_batches(model, batches, torch.compile(whole_call(model), backend=observing_backend(weights), dynamic=True))
     finally:
         for moe in moe_layers:
-            unobserve(moe)
+            unbind_counter(moe)
         for config, chosen in was:
             config._experts_implementation_internal = chosen
     return _profile(model, moe_layers, counters, meta)
@@ -130,18 +130,18 @@ def _record_calls(model: Any, batches: Iterable[Any], moe_layers: Sequence[MoELa
     with contextlib.ExitStack() as undo:
         for handle in (handle for counter in counters for handle in counter.observe_calls()):
             undo.callback(handle.remove)
-        _run(model, batches, call)
+        _run_batches(model, batches, call)
     return _profile(model, moe_layers, counters, meta)
 
 
 def _profile(model: Any, moe_layers: Sequence[MoELayer], counters: Sequence[Count], meta: dict[str, str]) -> Profile:
     if not any(counter.tokens for counter in counters):
         raise ProfileError("record_profile counted nothing: the inputs hold no token, or never reach an experts module")
-    return Profile.of_layers(fingerprint(model, moe_layers), [counter.counters() for counter in counters], meta)
+    return Profile.of_layers(take_fingerprint(model, moe_layers), [counter.counters() for counter in counters], meta)
 
 
 @torch.no_grad()
-def _run(model: Any, batches: Iterable[Any], call: Callable[..., Any] | None = None) -> None:
+def _run_batches(model: Any, batches: Iterable[Any], call: Callable[..., Any] | None = None) -> None:
     call = call or model
     device = next(model.parameters()).device
     for batch in batches:

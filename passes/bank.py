@@ -1,4 +1,4 @@
-"""How a bank of rows is read as stacked weights inside a graph.
+"""`Bank`: how a bank of rows is read as stacked weights inside a graph.
 
 Shapes: S slots, N elements of one row.
 

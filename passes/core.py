@@ -1,4 +1,6 @@
-"""`Core`: the experts code of one MoE layer, between routing and weighting, callable for any subset of its pairs.
+"""`Core`: the model's own experts code of one MoE layer, between routing and weighting, callable for any of its pairs.
+
+The core is what the rewrites leave as it is: the products and activations of the pairs. `core_graph.py` finds it.
 
 Shapes: P token-expert pairs, R of them in one wave, S slots, N elements of one row, H hidden.
 

@@ -1,4 +1,4 @@
-"""Finds the core of a site (its experts code between routing and weighting) in a traced graph, and copies it out.
+"""Find the core of a site (see `core.py`) in a traced graph, and copy it out into a graph of its own.
 
 It is found by dependence alone: the readers of expert weights, and every node that combines their results with nothing
 but each other, constants and other parameters. The graph that it is found in is not changed here; `waves` does that.
@@ -120,8 +120,8 @@ def extract_core(
     others: Sequence[Node],
     of_wave: bool = False,
 ) -> tuple[GraphModule, tuple[int, ...]]:
-    """The core as `f(x, slots, pairs, *weights, *others)`, with nothing of this layer's left in it; and which of
-    the others are numbers.
+    """The core as `f(x, slots, pairs, *weights, *others)`, which holds nothing of this layer, so that layers can share
+    it; and which of the others are numbers.
 
     With `of_wave`, its matrix products run for the pairs `pairs` alone and leave zeros elsewhere, while everything
     between them still sees all pairs, each in its place: an elementwise kernel rounds the end of a tensor, which does

@@ -1,5 +1,5 @@
-"""What a core calls on a CPU: `x[i] @ weight[slots[i]]`, one matrix product per run of equal slots; and what puts the
-results of a wave where they belong.
+"""The products of a core on a CPU, `x[i] @ weight[slots[i]]`: one matrix product for each run of equal slots; and
+`scatter_pairs`, which puts the results of a wave in their places.
 
 Shapes: P pairs, S slots, M pairs of one run.
 

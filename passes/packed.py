@@ -1,4 +1,4 @@
-"""Weights that lie packed in the rows of a bank: a core reads them through ops that unpack what they use.
+"""Weights that lie packed (quantised) in the rows of a bank: a core reads them through ops that unpack what they use.
 
     before   y = moe_offload.grouped_mm(x, W.transpose(-2, -1), slots)     w = W[slots]
     after    y = moe_offload.packed_mm(x, bank, slots, 3, True)            w = moe_offload.unpack(bank, slots, 3)
@@ -19,7 +19,7 @@ from .find import name_of
 from .sites import UnknownUse
 
 TRANSPOSES = ("transpose", "mT", "swapaxes", "permute")
-COPIES = ("contiguous", "detach")  # of a stack that is not there
+COPIES = ("contiguous", "detach")  # views of the stacked weight that need nothing: there is no such stack to copy
 
 
 def unpack_at_use(core: GraphModule, packed: Mapping[str, int], layer: Hashable) -> None:

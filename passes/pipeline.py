@@ -2,7 +2,7 @@
 
 drop_sentinels -> [insert_prefetch] -> [rename_to_slots] -> [speed_up_products] -> stream_in_waves
                                                                                 offloaded; in brackets: on request
-insert_observe                                                                  only counted
+insert_observe                                                          a model whose routing is only counted
 
 before   w = W[ids];  y = bmm(w, x)          ids a constant number of pairs that fit the slots
 after    named = fetch(ids, bank);  slots = wait(named, bank);  w = bank[...].view(...)[slots];  y = bmm(w, x)
@@ -63,7 +63,7 @@ def offload_pipeline(
     With `overlap` decode sites become waves as well: a wave computes what is resident while the rest loads, which a
     renamed index cannot. With `guess` each layer's router is asked a layer earlier, too. In the layers `on_device` it
     is the device that decides which slots a decode step gets. `few_pairs` are the pairs of each layer up to which its
-    products may round otherwise; None: at no number.
+    products may round otherwise; None: never.
     """
     core: dict[str, Any] = {} if compile_core is None else {"compile_core": compile_core}
     few: dict[str, Any] = {} if few_pairs is None else {"few_pairs": few_pairs}

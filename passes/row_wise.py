@@ -1,9 +1,9 @@
 """Whether what lies between the weights of a site treats each token-expert pair by itself.
 
     silu(y) * z;  y[..., :I];  chunk(y, 2, dim=-1);  y + 1      each pair by itself
-    y - y.mean(0);  y.flip(0);  y * len(y);  dropout(y)         not so: in pieces the result is another
+    y - y.mean(0);  y.flip(0);  y * len(y);  dropout(y)         not: run in pieces, the result would be another
 
-transformers' own experts code is so. What a user puts into it (a hook on the activation, another activation, dropout)
+transformers' own experts code does. What a user puts into it (a hook on the activation, another activation, dropout)
 need not be, and a core is run in pieces. So only operations that are known to keep pairs apart, to the bit, are let
 through: an operation that is not in these lists is refused, whoever wrote it.
 

@@ -17,18 +17,18 @@ import math
 from collections.abc import Mapping, Sequence
 
 FULL = 2.0**200  # a unit larger than this is divided out of all scores, long before it would overflow
-MOST = 64.0  # half-lives that one event counts at most: after 64 a use has faded to 2**-64
+MOST = 64.0  # an event lets at most so many half-lives pass: by then a use has faded to 2**-64 anyway
 
 
 def mean_decay(tokens: int, half_life: float) -> float:
     """What is left, on average, of uses that are spread evenly over the last `tokens` tokens: 1 for a single one."""
-    if tokens <= 1:  # 0: in a cache of all layers, where a forward's tokens count once
+    if tokens <= 1:  # 0: in a simulated cache of all layers, a forward's tokens count with its first layer alone
         return 1.0
     one = -math.expm1(-math.log(2.0) / half_life)
     return -math.expm1(-math.log(2.0) * tokens / half_life) / (tokens * one)
 
 
-def growth(tokens: int, half_life: float) -> float:
+def unit_growth(tokens: int, half_life: float) -> float:
     """What the unit is multiplied with when that many tokens pass."""
     return float(2.0 ** min(tokens / half_life, MOST))
 
@@ -39,7 +39,7 @@ class Rate:
     def __init__(self, num_experts: int, half_life: float):
         self.half_life = half_life
         self.share = -math.expm1(-math.log(2.0) / half_life)  # decayed uses * share = average uses per token
-        self.growth = growth(1, half_life)
+        self.growth = unit_growth(1, half_life)
         self.unit = 1.0
         self.used = [0.0] * num_experts
 
@@ -50,7 +50,7 @@ class Rate:
             for e in event:
                 used[e] += unit
         else:
-            self.unit = unit = self.unit * growth(tokens, self.half_life)
+            self.unit = unit = self.unit * unit_growth(tokens, self.half_life)
             weight = unit * mean_decay(tokens, self.half_life)
             for e, uses in event.items():
                 used[e] += weight * uses

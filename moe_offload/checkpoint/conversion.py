@@ -128,7 +128,7 @@ def one_expert_conversions(
 
 def _one_expert_conversion(op: Any, tensors: list[Tensor], wanted: Shape, parameter: str) -> Conversion | None:
     """The one-expert form of `op`, or None where that is to do nothing."""
-    # Not above: it brings torch.distributed.tensor and Dynamo along, seconds that only loading is worth.
+    # Imported here: it imports torch.distributed.tensor and Dynamo, which takes seconds, and only loading needs it.
     from transformers.core_model_loading import (
         Concatenate,
         ErnieFuseAndSplitTextVisionExperts,

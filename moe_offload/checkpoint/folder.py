@@ -1,4 +1,4 @@
-"""Where a checkpoint is: a folder here, or a repository on the Hub. No torch: what is wrong is refused at once."""
+"""Where a checkpoint is: a local folder, or a repository on the Hub. Without torch, so that a refusal comes at once."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ..errors import CheckpointError, UnsupportedModelError
 from .quantised.methods import check_quantization
 
 INDEX = "model.safetensors.index.json"
-#: Where a packed index says the experts are. No such file is ever written; its name is what people read who look.
+#: The file that the index of a packed checkpoint names for the experts. It is never written: its name tells people why.
 ABSENT = "experts-are-packed-see-PACKED.md.safetensors"
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how the stand-in of a file begins
-CONFIG_BYTES = 10_000_000  # more is no configuration; it is read again, and judged, by transformers
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how a file begins that Git LFS left in place of another
+CONFIG_BYTES = 10_000_000  # a larger file is not looked into here: transformers reads it, and says what is wrong
 REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")  # what a repository's name is made of
 
 

@@ -32,11 +32,11 @@ from ..config.sizes import format_size
 from ..errors import OffloadError, PackError, SaveError
 from ..files.moves import Moves, NotTakenBack, all_or_nothing
 from ..files.staging import staging_folder
-from ..files.switch import NEW, Switch, settle
-from ..files.whole_file import reason, sync, sync_folder
+from ..files.switch import NEW, Switch, settle_links
+from ..files.whole_file import describe_error, sync_file, sync_folder
 from .folder import INDEX
 
-if TYPE_CHECKING:  # torch is slow to import, and what cannot be written is said before
+if TYPE_CHECKING:  # these import torch, which takes seconds: a folder that cannot be written is refused before
     from .headers import Headers
 
 CONFIG, SINGLE, POINTER = "config.json", "model.safetensors", "transformers_weights"
@@ -91,10 +91,10 @@ def new_checkpoint(out: Path, needed_bytes: int) -> Iterator[Path]:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SaveError(f"{out}: cannot be made: {reason(error)}. Give a folder that may be written") from error
+        raise SaveError(f"{out}: cannot be made: {describe_error(error)}. Give a folder that may be written") from error
     try:
         with _hidden_folder(out, out, needed_bytes, SaveError) as folder:
-            settle(out)
+            settle_links(out)
             yield folder
             _sync_files(folder)
             with all_or_nothing(folder / ASIDE) as moves:
@@ -208,11 +208,13 @@ def _hidden_folder(out: Path, parent: Path, needed_bytes: int, error: type[Offlo
                 raise
     except NotTakenBack as found:
         raise error(
-            f"{out}: cannot be written, and not all of what was there could be put back: {reason(found)}. The rest of "
-            f"it is in {kept / ASIDE}; move it back by hand"
+            f"{out}: cannot be written, and not all of what was there could be put back: {describe_error(found)}. The "
+            f"rest of it is in {kept / ASIDE}; move it back by hand"
         ) from found
     except OSError as found:
-        raise error(f"{out}: cannot be written: {reason(found)}. {_advice(out, needed_bytes, found)}") from found
+        raise error(
+            f"{out}: cannot be written: {describe_error(found)}. {_advice(out, needed_bytes, found)}"
+        ) from found
 
 
 def _advice(out: Path, needed_bytes: int, error: OSError) -> str:
@@ -233,5 +235,5 @@ def _advice(out: Path, needed_bytes: int, error: OSError) -> str:
 def _sync_files(folder: Path) -> None:
     """See every file of `folder`, and their names, to the disk."""
     for file in folder.iterdir():
-        sync(file)
+        sync_file(file)
     sync_folder(folder)

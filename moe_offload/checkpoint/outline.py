@@ -19,11 +19,11 @@ from ..errors import CheckpointError
 from ..experts import MoELayer, find_experts
 from .folder import is_folder
 from .headers import DTYPES, Headers, TensorRange
-from .packed import Stored, index_stored, is_packed, read_stored
+from .packed import Stored, index_stored, read_stored
 from .pretrained.arguments import Arguments
-from .pretrained.download import download
+from .pretrained.download import download_checkpoint
 from .pretrained.skeleton import build_skeleton, read_configuration
-from .pretrained.weight_files import listed_names, weight_files
+from .pretrained.weight_files import listed_names
 from .quantised.blocks import check_blocks
 from .quantised.misfits import check_dense
 from .row_index import RowIndex
@@ -52,11 +52,11 @@ class Outline:
         return list(moe_layers) if self.index is None else self.index.pack(moe_layers)
 
 
-def outline(path_or_id: str | Path, arguments: Arguments) -> Outline:
+def outline_checkpoint(path_or_id: str | Path, arguments: Arguments) -> Outline:
     """Read headers only. Raises `CheckpointError` when they cannot be had or do not fit the model's configuration."""
     folder = Path(path_or_id) if is_folder(path_or_id) else _cached(str(path_or_id), arguments)
     if folder is None:
-        return _of_repository(str(path_or_id), arguments)
+        return _outline_repository(str(path_or_id), arguments)
     if _has_shards(folder):
         return outline_folder(folder, arguments)
     model = build_skeleton(folder, read_configuration(folder, arguments), None, arguments)
@@ -64,11 +64,11 @@ def outline(path_or_id: str | Path, arguments: Arguments) -> Outline:
 
 
 def outline_folder(folder: Path, arguments: Arguments | None = None) -> Outline:
-    """The outline of a folder that holds all files of a checkpoint. Each header is read once, here."""
+    """The outline of a folder that holds all files of a checkpoint. Nothing later reads a header again."""
     arguments = arguments or Arguments()
     place = folder / arguments.subfolder
     config = read_configuration(place, arguments)
-    return _outline_stored(place, config, read_weights(place, config, arguments.variant), arguments)
+    return _outline_stored(place, config, read_stored(place, config, arguments.variant), arguments)
 
 
 def outline_stored(place: Path, stored: Stored) -> Outline:
@@ -77,32 +77,28 @@ def outline_stored(place: Path, stored: Stored) -> Outline:
 
 
 def _outline_stored(place: Path, config: Any, stored: Stored, arguments: Arguments) -> Outline:
+    model, moe_layers, index = _index_model(place, config, stored, arguments)
+    source = f"config.json and the headers of {len(index.stamps)} shards"
+    return Outline(model, moe_layers, source, place, stored, index)
+
+
+def _outline_repository(name: str, arguments: Arguments) -> Outline:
+    stored = Stored(hub_headers(name))
+    model, moe_layers, _ = _index_model(name, read_configuration(name, arguments), stored, arguments)
+    files = {found.file for found in stored.headers.values()}
+    return Outline(model, moe_layers, f"config.json and the headers of {len(files)} shards on the Hub")
+
+
+def _index_model(
+    place: Path | str, config: Any, stored: Stored, arguments: Arguments
+) -> tuple[PreTrainedModel, list[MoELayer], RowIndex]:
+    """The model of `config` on the meta device, its MoE layers as they rest in the files, and where their rows are."""
     model = build_skeleton(place, config, stored, arguments)
     moe_layers = find_experts(model)
     index = index_stored(model, moe_layers, stored)
     check_dense(model.config, stored.headers, index.keys)
     check_blocks(model.config, stored.headers, index.keys)
-    source = f"config.json and the headers of {len(index.stamps)} shards"
-    return Outline(model, index.pack(moe_layers), source, place, stored, index)
-
-
-def read_weights(place: Path, config: Any, variant: str | None = None) -> Stored:
-    """The headers of the files that transformers would load for `config`; packed rows come in one variant only."""
-    if is_packed(place) and variant is None:
-        return read_stored(place)
-    named, extra = getattr(config, "transformers_weights", None), getattr(type(config), "extra_files", ())
-    return read_stored(place, weight_files(place, variant=variant, named=named, extra=extra))
-
-
-def _of_repository(name: str, arguments: Arguments) -> Outline:
-    stored = Stored(hub_headers(name))
-    model = build_skeleton(name, read_configuration(name, arguments), stored, arguments)
-    moe_layers = find_experts(model)
-    index = index_stored(model, moe_layers, stored)
-    check_dense(model.config, stored.headers, index.keys)
-    check_blocks(model.config, stored.headers, index.keys)
-    files = {found.file for found in stored.headers.values()}
-    return Outline(model, index.pack(moe_layers), f"config.json and the headers of {len(files)} shards on the Hub")
+    return model, index.pack(moe_layers), index
 
 
 def hub_headers(name: str) -> Headers:
@@ -140,7 +136,7 @@ def _range(name: str, file: str, key: str, tensor: Any) -> TensorRange:
 def _cached(name: str, arguments: Arguments) -> Path | None:
     """The folder of a repository that was downloaded before, weights and all."""
     try:
-        folder = download(name, arguments, local_files_only=True)
+        folder = download_checkpoint(name, arguments, local_files_only=True)
     except CheckpointError:
         return None
     return folder if _has_shards(folder) and all((folder / file).exists() for file in listed_names(folder)) else None

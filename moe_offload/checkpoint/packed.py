@@ -1,10 +1,13 @@
-"""A packed checkpoint: the experts as the rows that slots hold, so that a miss is one aligned read and no conversion.
+"""Reading a packed checkpoint: its experts are the rows that slots hold, so a miss is one aligned read, unconverted.
 
     model.safetensors.index.json                 lists the dense shards, and the experts in a file that does not exist:
     model-00001-of-00002.safetensors             plain transformers stops there rather than inventing experts
     moe_offload_rows-00001-of-00009.safetensors  one tensor U8 [E, row_bytes] per MoE layer, data on whole pages
         __metadata__["moe_offload_rows"]         JSON: version, model type, per layer its fields and its recipe
         __metadata__["moe_offload_sources"]      (first file) names, dtypes and shapes of the tensors rows were made of
+
+("Packed" is said of these checkpoints, which `moe-offload pack` writes. The room `packed/` is about quantised
+matrices.)
 
 The sources are kept, without their bytes, for two reasons. transformers loads the dense weights by its own rules, which
 need to see that the experts are there. And the *recipe* of a layer, a digest of which source goes where in a row and
@@ -28,8 +31,8 @@ from ..errors import CheckpointError, UnsupportedModelError
 from ..experts import MoELayer
 from .folder import ABSENT
 from .headers import Headers, TensorRange, read_headers
-from .packed_format import VERSION, describe, parse_sources
-from .pretrained.weight_files import WeightFiles, listed_names, weight_files
+from .packed_format import VERSION, describe_layer, parse_sources
+from .pretrained.weight_files import listed_names, weight_files
 from .row_index import RowIndex, index_rows, row_at
 
 ROWS = "moe_offload_rows"
@@ -56,13 +59,17 @@ class Stored:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read_stored(folder: Path, files: WeightFiles | None = None) -> Stored:
-    """Read the headers of `files` (those of `weight_files` if None), and those of packed rows.
+def read_stored(folder: Path, config: Any = None, variant: str | None = None) -> Stored:
+    """Read the headers of the files that transformers would load for `config`, and those of packed rows.
 
     Raises `CheckpointError` naming the file that is missing, damaged or of another version.
     """
-    packed = is_packed(folder)
-    files = files if files is not None and not packed else weight_files(folder, skip=ABSENT)
+    packed = variant is None and is_packed(folder)  # packed rows come in one variant only
+    named, extra = getattr(config, "transformers_weights", None), getattr(type(config), "extra_files", ())
+    if packed:
+        files = weight_files(folder, skip=ABSENT)
+    else:
+        files = weight_files(folder, variant=variant, named=named, extra=extra)
     headers = read_headers(files.files)
     if not packed:
         return Stored(headers, None, files.metadata)
@@ -102,7 +109,7 @@ def index_stored(model: Any, moe_layers: Sequence[MoELayer], stored: Stored) -> 
         if moe.name not in described or moe.name not in ranges:
             raise _misfit(files[0], f"none of the {len(files)} files has the experts of {moe.name}")
         file, found = described[moe.name]
-        _check_layer(file, moe, found, describe(moe, index.rows[moe.index]), ranges[moe.name])
+        _check_layer(file, moe, found, describe_layer(moe, index.rows[moe.index]), ranges[moe.name])
         start = ranges[moe.name].offset
         rows.append(tuple(row_at(file, start + e * moe.layout.row_bytes, moe) for e in range(moe.num_experts)))
     return dataclasses.replace(index, rows=tuple(rows), stamps=ranges.stamps)

@@ -1,9 +1,9 @@
-"""What the metadata of packed files says, and how it is read back.
+"""The metadata of packed files: written by `pack.py`, read back by `packed.py`.
 
     moe_offload_rows     every file: version, model type, and per layer its fields and its recipe
     moe_offload_sources  the first file: names, dtypes and shapes of the tensors that rows were made of, without bytes
 
-`packed.py` tells what they are for.
+`packed.py` tells what both are for.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ VERSION = 1
 NOWHERE = Path("packed away")
 
 
-def describe(moe: MoELayer, rows: Sequence[RowSource]) -> dict[str, Any]:
+def describe_layer(moe: MoELayer, rows: Sequence[RowSource]) -> dict[str, Any]:
     """What a packed file says of one layer, as JSON values. `rows` must come from `parse_sources`."""
     recipe = [
         [

@@ -117,7 +117,7 @@ def _lay_out(moe: MoELayer, columns: Sequence[Column | PackedColumn]) -> tuple[t
 
 @dataclass(frozen=True)
 class Column:
-    """A field that rests as itself: of each expert the sources and the conversions."""
+    """A field that is not quantised: for each expert, its source tensors and the conversions that make the field."""
 
     field: Field
     experts: Sequence[tuple[tuple[TensorRange, ...], tuple[Conversion, ...]]]
@@ -155,7 +155,7 @@ def _column(
     found = []
     for pattern in [None] if origin.converter is None else origin.converter.source_patterns:
         keys, label = origin.parts.get(pattern, []), f.name if pattern is None else label_of(pattern)
-        if not keys and is_packed_by(ops):  # what a format may have: which of it there must be is seen below
+        if not keys and is_packed_by(ops):  # some tensors a format may leave out; `pack_column` checks the others
             continue
         if each_has_its_own:
             keys = one_key_per_expert(moe, label, keys, shares, origin.share, headers)

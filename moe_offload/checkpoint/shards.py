@@ -51,14 +51,14 @@ class Shard:
     def of(cls, name: str, run: Iterable[Entry]) -> Shard:
         """With the largest elements first: so each tensor is aligned, whatever comes before it."""
         entries = tuple(sorted(run, key=lambda entry: -entry.dtype.itemsize))
-        return cls(name, entries, header(entries, {"format": "pt"}))
+        return cls(name, entries, make_header(entries, {"format": "pt"}))
 
     @property
     def nbytes(self) -> int:
         return len(self.header) + sum(entry.nbytes for entry in self.entries)
 
 
-def split(entries: Sequence[Entry], limit_bytes: int) -> list[tuple[Entry, ...]]:
+def split_entries(entries: Sequence[Entry], limit_bytes: int) -> list[tuple[Entry, ...]]:
     """Cut a list into runs of at most `limit_bytes`; a tensor that is larger gets a run of its own."""
     runs: list[list[Entry]] = []
     room = 0
@@ -76,7 +76,7 @@ def file_name(stem: str, number: int, count: int) -> str:
     return f"{stem}-{number:05d}-of-{count:05d}.safetensors"
 
 
-def header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
+def make_header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
     """The bytes before the data: size and JSON, padded so that data begins at a multiple of 4096."""
     table: dict[str, object] = {"__metadata__": dict(metadata)}
     at = 0
@@ -90,7 +90,7 @@ def header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
 
 
 def write_shard(file: Path, shard: Shard, chunks: Iterable[memoryview], progress: Callable[[int], object]) -> None:
-    """Write one file and see it to the disk; `chunks` are the bytes of its entries. `progress(bytes)` after each."""
+    """Write one file and flush it to the disk; `chunks` are the bytes of its entries. `progress(bytes)` after each."""
     with file.open("xb", buffering=0) as stream:
         for chunk in itertools.chain([memoryview(shard.header)], chunks):
             rest = chunk
@@ -99,11 +99,11 @@ def write_shard(file: Path, shard: Shard, chunks: Iterable[memoryview], progress
             progress(chunk.nbytes)
         if stream.tell() != shard.nbytes:
             raise ValueError(f"{file}: {stream.tell()} bytes were written, its header says {shard.nbytes}")
-        _see_to_disk(stream)
+        _flush_to_disk(stream)
 
 
 class Filling:
-    """Files that are filled piece by piece, in any order; each is synced and closed when it has all its bytes.
+    """New files whose tensors are written in any order; each file is flushed and closed when it has all its bytes.
 
     `ranges` says where each tensor lies.
     """
@@ -152,9 +152,9 @@ class Filling:
         self._missing[file] -= data.nbytes
         if not self._missing[file]:
             with self._open.pop(file):
-                _see_to_disk(stream)
+                _flush_to_disk(stream)
 
 
-def _see_to_disk(stream: FileIO) -> None:
+def _flush_to_disk(stream: FileIO) -> None:
     os.fsync(stream.fileno())
-    forget_cached(stream.fileno())  # nobody reads it soon, and it may be larger than memory
+    forget_cached(stream.fileno())  # drop it from the page cache: it may be larger than memory, and is not read soon

@@ -38,13 +38,15 @@ class Spot:
     rule: str
 
 
-def spots(names: Sequence[str], modules: Iterable[str], device_map: DeviceMap, devices: Sequence[str]) -> list[Spot]:
+def find_spots(
+    names: Sequence[str], modules: Iterable[str], device_map: DeviceMap, devices: Sequence[str]
+) -> list[Spot]:
     """Where `device_map` puts each experts module in `names`; `modules` are all module names of the model.
 
     `devices` are the accelerators that "auto" may use (those that max_memory names), in order.
     Raises `ConfigError` for a key that names no module and for a value that is no device.
     """
-    rules = expand(device_map, names, devices)
+    rules = expand_map(device_map, names, devices)
     known = set(modules)
     for key, value in rules.items():
         if key and not any(_covers(key, module) for module in known):
@@ -54,7 +56,7 @@ def spots(names: Sequence[str], modules: Iterable[str], device_map: DeviceMap, d
         device_name(key, value)
     found = []
     for name in names:
-        key, value = longest(name, rules)
+        key, value = find_longest_key(name, rules)
         rule = _shown(key, value, device_map)
         if str(value) in (*TIERS, AUTO):
             device = compute_device(name.rpartition(".")[0], rules)
@@ -64,7 +66,7 @@ def spots(names: Sequence[str], modules: Iterable[str], device_map: DeviceMap, d
     return found
 
 
-def expand(device_map: DeviceMap, names: Sequence[str], devices: Sequence[str]) -> dict[str, str | int]:
+def expand_map(device_map: DeviceMap, names: Sequence[str], devices: Sequence[str]) -> dict[str, str | int]:
     """`device_map` as a mapping. "auto" over several accelerators gives each a run of consecutive layers."""
     if device_map is not None and device_map != AUTO:
         return dict(device_map) if isinstance(device_map, Mapping) else {"": device_map}
@@ -79,7 +81,7 @@ def expand(device_map: DeviceMap, names: Sequence[str], devices: Sequence[str]) 
 
 def compute_device(module: str, rules: Mapping[str, str | int]) -> str:
     """The device that a module other than experts computes on; "cpu", "disk" and "auto" are all the CPU."""
-    return device_name(*longest(module, rules))
+    return device_name(*find_longest_key(module, rules))
 
 
 def device_name(key: str, value: str | int) -> str:
@@ -98,7 +100,7 @@ def device_name(key: str, value: str | int) -> str:
     )
 
 
-def limits(max_memory: Mapping[str | int, str | int] | None, available: int) -> dict[str, int]:
+def parse_limits(max_memory: Mapping[str | int, str | int] | None, available: int) -> dict[str, int]:
     """`max_memory` in bytes under the names of `device_name`; "80%" is of `available`, for the CPU only.
 
     Raises `ConfigError` for a size or a device that means nothing.
@@ -113,7 +115,7 @@ def limits(max_memory: Mapping[str | int, str | int] | None, available: int) -> 
     return found
 
 
-def settle(found: Sequence[Spot], needs_bytes: Sequence[int], room_bytes: int | None) -> list[Spot]:
+def settle_tiers(found: Sequence[Spot], needs_bytes: Sequence[int], room_bytes: int | None) -> list[Spot]:
     """Decide every "auto": RAM while there is room, first layers first, else disk.
 
     `needs_bytes[l]` is what layer l would take of RAM, 0 where all its rows have slots and none need rest anywhere
@@ -154,7 +156,7 @@ def refuse_absent(devices: Iterable[str], present: Iterable[str]) -> None:
             )
 
 
-def longest(name: str, rules: Mapping[str, str | int]) -> tuple[str, str | int]:
+def find_longest_key(name: str, rules: Mapping[str, str | int]) -> tuple[str, str | int]:
     """The key and value that count for module `name`; without any, ("", "auto")."""
     keys = [key for key in rules if not key or _covers(key, name)]
     best = max(keys, key=lambda key: (key.count("."), len(key) - len([c for c in key if c in "*?"])), default="")

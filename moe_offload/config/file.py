@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..files.untrusted import read_bounded, refusing
+from ..files.untrusted import read_bounded, refusing_file
 from ..files.whole_file import save_whole
 
 MAX_BYTES = 64 * 2**10  # a device map that names every module of a large model takes a tenth of it
@@ -33,18 +33,18 @@ def default_path() -> Path:
     return Path(constants.HF_HOME) / "moe_offload" / DEFAULT_NAME
 
 
-def read(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
     """The keys and values of the file at `path`: JSON where its name ends in .json, else YAML.
 
     Raises ConfigError, naming the file, when it cannot be read, is larger than 64 KiB, or is no plain mapping.
     """
     remedy = "Check the path, or write one with `moe-offload config`"
-    with refusing(path, "configuration file", remedy, ConfigError):
+    with refusing_file(path, "configuration file", remedy, ConfigError):
         text = read_bounded(path, MAX_BYTES).decode("utf-8")
         return (from_json if path.suffix == ".json" else from_yaml)(text)
 
 
-def write(path: Path, values: Mapping[str, Any]) -> None:
+def write_settings(path: Path, values: Mapping[str, Any]) -> None:
     """Put `values` at `path`, whole or not at all; folders that are missing are made. Raises ConfigError."""
     text = to_json(values) if path.suffix == ".json" else HEADER + to_yaml(values)
     with contextlib.suppress(OSError):  # which is then said of the file
@@ -68,7 +68,7 @@ def from_json(text: str) -> dict[str, Any]:
     from ..files import strict_json
 
     try:
-        return _mapping(strict_json.parse(text.encode(), format=""))
+        return _mapping(strict_json.parse_json(text.encode(), format=""))
     except ValueError as error:
         raise ConfigError(f"it is not the JSON of a configuration: {error}") from error
 

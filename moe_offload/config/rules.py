@@ -1,4 +1,4 @@
-"""What each setting accepts: one rule a field of `OffloadConfig`, as a test and in words.
+"""What each setting accepts: for each field of `OffloadConfig` one rule, which is a test and says in words what passes.
 
 A value that is accepted is also brought into its plain form: a path becomes text, a device "0" the number 0.
 """
@@ -17,7 +17,7 @@ from .sizes import parse_size, size_problem
 from .usage import plain_profile, profile_problem
 
 
-def plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     """`value` as JSON and YAML can hold it, with device numbers as numbers (JSON makes every key a string)."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
@@ -33,7 +33,7 @@ class Rule(NamedTuple):
     holds: Callable[[Any], bool]
     accepted: Callable[[], str]
     wrong: Callable[[Any], str | None] = lambda _: None
-    plain: Callable[[Any], Any] = plain
+    plain: Callable[[Any], Any] = to_plain
 
     def refused(self, value: Any) -> str:
         """Of a value that is not accepted: what is wrong with it, and what would be right."""

@@ -143,7 +143,7 @@ class OffloadConfig:
 
     @classmethod
     def from_yaml(cls, text: str) -> OffloadConfig:
-        """As `from_dict`; YAML of plain values only, see `config_file.parse_yaml`."""
+        """As `from_dict`; YAML of plain values only, see `parse_yaml` in file.py."""
         return cls.from_dict(config_file.from_yaml(text))
 
     def to_yaml(self) -> str:
@@ -158,7 +158,7 @@ class OffloadConfig:
 Config = OffloadConfig | Mapping[str, Any] | str | Path | None
 
 
-def resolve(config: Config = None, **overrides: Any) -> OffloadConfig:
+def resolve_settings(config: Config = None, **overrides: Any) -> OffloadConfig:
     """The settings in force: `overrides`, else `config`, else the environment, else the file, else the default.
 
     An OffloadConfig is explicit in every field, so environment and file have no say; a dict only in the keys it holds.
@@ -171,8 +171,8 @@ def resolve(config: Config = None, **overrides: Any) -> OffloadConfig:
     return OffloadConfig(**{name: value for name, (value, _) in _gather(config, overrides).items()})
 
 
-def origins(config: Config = None, **overrides: Any) -> dict[str, str]:
-    """Where `resolve` of the same arguments takes each field from: "argument", a variable, a file, or "default"."""
+def find_origins(config: Config = None, **overrides: Any) -> dict[str, str]:
+    """Where `resolve_settings` would take each field from: "argument", a variable, a file, or "default"."""
     found = dict.fromkeys(RULES, "argument" if isinstance(config, OffloadConfig) else DEFAULT)
     if not isinstance(config, OffloadConfig):
         found |= {name: origin for name, (_, origin) in _gather(config, overrides).items()}
@@ -189,7 +189,7 @@ def active_file(named: str | Path | None = None) -> Path | None:
 
 
 def given_key() -> str | None:
-    """What MOE_OFFLOAD_API_KEY says; empty, where a secret was not found, is no reason to go without one."""
+    """What MOE_OFFLOAD_API_KEY says; None if it is not set. `serve` refuses an empty one: it would need no key."""
     return os.environ.get(KEY_VARIABLE)
 
 
@@ -231,7 +231,7 @@ def _refuse_unknown(values: Mapping[str, Any]) -> None:
 
 def _from_file(path: Path, *, skip: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     """The fields that the file sets; those in `skip` are settled and their values are not looked at."""
-    values = config_file.read(path)
+    values = config_file.read_settings(path)
     where = f"configuration file {path}"
     try:
         _refuse_unknown(values)

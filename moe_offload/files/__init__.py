@@ -1,4 +1,6 @@
 """Files read as hostile input, and written whole or not at all.
 
-No torch, nothing of ours. Raises ValueError and OSError: whoever calls names the file's meaning and the remedy.
+Imports neither torch nor another room. What is wrong with a file is a ValueError or an OSError here: only the caller
+knows what the file is for, and makes a typed error of it that says what to do (`untrusted.refuse_file`,
+`whole_file.save_whole`).
 """

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from .whole_file import sync
+from .whole_file import sync_file
 
 
 class NotTakenBack(OSError):
@@ -107,4 +107,4 @@ def link_or_copy(source: Path, target: Path) -> None:
     except OSError:  # FAT, some network and FUSE file systems: a file has one name there
         shutil.copy2(source, target, follow_symlinks=False)
         if not target.is_symlink():  # which would be followed
-            sync(target)
+            sync_file(target)

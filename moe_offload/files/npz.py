@@ -34,7 +34,7 @@ _HEADER = re.compile(
 _NUMBERS = re.compile(r"[<>|=]?([iu][1248]|f[248])")
 
 
-def read(file: BinaryIO, size: int, names: Collection[str]) -> dict[str, NDArray[Any]]:
+def read_arrays(file: BinaryIO, size: int, names: Collection[str]) -> dict[str, NDArray[Any]]:
     """Those of the arrays `names` that `file`, of `size` bytes, holds. Raises ValueError (and OSError)."""
     try:
         _check_directory(file, size)

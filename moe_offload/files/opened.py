@@ -1,8 +1,8 @@
 """Files that are open, and whose descriptors are closed also when Ctrl-C comes while they are being opened.
 
 `fd = os.open(...)` is two steps: an interrupt between them leaves a number that nobody will close. A `FileIO` owns its
-descriptor from the first moment on and closes it when it is dropped, so what is kept for long is one of these. What
-cannot be one, a folder or flags of its own, is opened here.
+descriptor from the first moment on and closes it when it is dropped, so a file that is kept open is a `FileIO`. A
+folder, or a file that is opened with other flags, cannot be one: `open_descriptor` closes those at the end of a block.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .system import CACHED, bypass_cache
 
 
 @contextlib.contextmanager
-def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
+def open_descriptor(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
     """The descriptor of `path`, for the time of a block. Raises OSError."""
     held: list[int] = []
     try:

@@ -1,4 +1,4 @@
-"""A hidden folder where something is made before it gets its name; and what runs that were killed have left behind."""
+"""A hidden folder where files are made before they get their names; folders that killed processes left are removed."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from .opened import opened
+from .opened import open_descriptor
 
-STALE_S = 24 * 3600.0  # where no lock says whether its process lives: a folder that has not changed for so long
+STALE_S = 24 * 3600.0  # a folder unchanged for so long is removed where no lock can tell whether its process lives
 PARTIAL = ".partial"  # how the names of such folders end
 NEW_S = 60.0  # an empty folder younger than this may not have been locked yet
 
@@ -25,21 +25,24 @@ def staging_folder(parent: Path, name: str) -> Iterator[Path]:
     It is locked as long as the block runs, and the kernel ends a lock with its process: that is how the next one knows
     what nobody will come back to, and removes it. Raises OSError.
     """
-    sweep(parent)
+    sweep_stale_folders(parent)
     folder = parent / f".moe_offload-{name[:100]}-{uuid.uuid4().hex[:8]}{PARTIAL}"
     try:
         folder.mkdir()
-        with opened(folder) as descriptor:
+        with open_descriptor(folder) as descriptor:
             _lock(descriptor)
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def sweep(parent: Path) -> None:
+def sweep_stale_folders(parent: Path) -> None:
     """Remove the folders of `staging_folder` that killed processes of this user have left in `parent`."""
     for folder in parent.glob(f".moe_offload-*-????????{PARTIAL}"):
-        with contextlib.suppress(OSError), opened(folder, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)) as descriptor:
+        with (
+            contextlib.suppress(OSError),
+            open_descriptor(folder, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)) as descriptor,
+        ):
             found = os.fstat(descriptor)
             if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and _is_left(folder, descriptor, found):
                 shutil.rmtree(folder, ignore_errors=True)

@@ -1,12 +1,13 @@
-"""JSON in its strict form, from files that may be hostile: profiles, runs."""
+"""JSON from files that may be hostile (profiles, records of runs): no repeated key, no NaN, no deep nesting."""
 
 from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 MAX_DEPTH = 6
 #: What an object of ours says in "format", and what others have as a key.
@@ -21,8 +22,9 @@ OTHERS = {
 }
 
 
-def parse(data: bytes, format: str) -> object:
-    """What `data` holds; where it says that it is of our `format`, of version 1. Raises ValueError."""
+def parse_json(data: bytes, format: str) -> object:
+    """The value that `data` holds. A file of our `format` must be of version 1, and one of another known kind is
+    refused by what it is. Raises ValueError."""
     if data.startswith((b"\x80", b"PK\x03\x04")):
         raise ValueError("this is a zip, pickle or torch file, which is never opened; JSON is")
     text = data.decode("utf-8")
@@ -37,7 +39,9 @@ def parse(data: bytes, format: str) -> object:
     if isinstance(parsed, dict) and parsed.get("format") == format:
         version = parsed.get("version")
         if type(version) is not int or version != 1:  # True == 1.0 == 1, and a Literal would let all three in
-            raise ValueError(f"its version is {brief(version)}, this moe_offload reads version 1; upgrade moe_offload")
+            raise ValueError(
+                f"its version is {shorten_repr(version)}, this moe_offload reads version 1; upgrade moe_offload"
+            )
     elif format and isinstance(parsed, dict) and (other := _other_kind(parsed)):
         raise ValueError(f"it is {other}")
     return parsed
@@ -50,14 +54,15 @@ def _other_kind(parsed: dict[str, Any]) -> str | None:
     return next((kind for key, kind in OTHERS.items() if key in parsed), None)
 
 
-def problems(error: ValidationError) -> str:
+def describe_problems(error: ValidationError) -> str:
     """The first few findings of pydantic, without the (untrusted, possibly huge) values it would print."""
     found = error.errors(include_url=False, include_input=False, include_context=False)
-    lines = [f"{brief('.'.join(map(str, e['loc'])) or error.title)}: {e['msg']}" for e in found[:3]]
+    lines = [f"{shorten_repr('.'.join(map(str, e['loc'])) or error.title)}: {e['msg']}" for e in found[:3]]
     return "; ".join(lines) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
 
 
-def brief(value: object) -> str:
+def shorten_repr(value: object) -> str:
+    """`repr(value)`, cut to 80 characters: the value may be untrusted, and huge."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -81,7 +86,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:  # readers disagree on which one counts
-            raise ValueError(f"the key {brief(key)} is there twice")
+            raise ValueError(f"the key {shorten_repr(key)} is there twice")
         result[key] = value
     return result
 

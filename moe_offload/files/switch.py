@@ -1,4 +1,4 @@
-"""Several small files of a folder that change hands at one moment, of which a kill sees one side.
+"""Several small files of a folder are replaced at one moment: after a kill all are the old ones, or all the new ones.
 
 A rename replaces one file. So for a while each name is a link by way of one other link, and that is what is replaced:
 
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from .moves import Moves, link_or_copy
 from .staging import PARTIAL
-from .whole_file import sync, sync_folder
+from .whole_file import sync_file, sync_folder
 
 NOW, OLD, NEW = "now", "old", "new"
 _LINK = re.compile(r"(\.moe_offload-[^/]+-[0-9a-f]{8})\.switch/now/[^/]+")
@@ -32,7 +32,7 @@ class Switch:
     """The files `names` of `folder` are to be those of `out`: `prepare`, `turn`, and when all else is done `finish`.
 
     Args:
-        folder: a staging folder in `out`, of which the switch has its name.
+        folder: a staging folder in `out`; the folder behind the links is named after it.
         moves: what takes all of it back.
     """
 
@@ -74,7 +74,7 @@ class Switch:
         self.moves.remove(self.place)
 
 
-def settle(out: Path) -> None:
+def settle_links(out: Path) -> None:
     """Put files in the places of links that killed runs have left in `out`, on whichever side they were."""
     for link in list(out.iterdir()):
         found = _LINK.fullmatch(str(link.readlink())) if link.is_symlink() else None
@@ -96,4 +96,4 @@ def settle(out: Path) -> None:
 def _copy(source: Path, target: Path) -> None:
     """Let `target` be the file that `source` is, or is a link to."""
     link_or_copy(source.resolve(), target)
-    sync(target)
+    sync_file(target)

@@ -9,7 +9,7 @@ import time
 import uuid
 from pathlib import Path
 
-from .opened import create_private, opened
+from .opened import create_private, open_descriptor
 
 STALE_S = 3600.0  # a temporary file older than this was left by a process that died while saving
 
@@ -23,27 +23,27 @@ def save_whole(path: Path, data: bytes, what: str, error: type[Exception]) -> Pa
         _replace(path, data)
     except (OSError, ValueError) as found:
         raise error(
-            f"{what} {os.fspath(path)!r} was not saved: {reason(found)}. What was there before is unchanged; choose a "
-            "writable folder with free space"
+            f"{what} {os.fspath(path)!r} was not saved: {describe_error(found)}. What was there before is unchanged; "
+            "choose a writable folder with free space"
         ) from found
     return path
 
 
-def reason(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """What went wrong, in words that fit into a sentence of ours."""
     return f"{error.strerror} (errno {error.errno})" if isinstance(error, OSError) and error.errno else str(error)
 
 
-def sync(path: Path) -> None:
-    """See a file to the disk. Raises OSError."""
-    with opened(path) as descriptor:
+def sync_file(path: Path) -> None:
+    """Flush a file to the disk. Raises OSError."""
+    with open_descriptor(path) as descriptor:
         os.fsync(descriptor)
 
 
 def sync_folder(folder: Path) -> None:
-    """See the names in a folder to the disk. Where a file system cannot, a crash may bring the old ones back."""
+    """Flush the names in a folder to the disk. Where a file system cannot, a crash may bring the old ones back."""
     with contextlib.suppress(OSError):
-        sync(folder)
+        sync_file(folder)
 
 
 def _replace(path: Path, data: bytes) -> None:

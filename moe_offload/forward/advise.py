@@ -22,19 +22,19 @@ from ..memory.stores import Store
 from ..memory.stores.disk import DiskStore
 from ..observe.profile import Profile
 from ..plan.budget import Plan, budget_for, plan_slots
-from ..plan.expected_hits import typical
+from ..plan.expected_hits import typical_hit_rate
 from ..runtime.model import Runtime
 
 logger = logging.getLogger("moe_offload")
 
 EVERY = 32  # forwards between two looks at the counters
 ENOUGH = 128  # tokens of decode before anything is said
-WAITING = 0.3  # of the time: from here on reading is what a token waits for
-HITTING = 0.6  # of the requests: from here on more slots may bring little
-WORTH = 0.05  # of the experts: fewer more in slots are not worth a line
+WAITING = 0.3  # share of the time: if compute waits for longer, reading experts is what slows decoding down
+HITTING = 0.6  # share of the requests: if more hit, further slots may bring little
+WORTH = 0.05  # share of the experts: a larger budget is advised if it has at least so many more of them in slots
 
 
-def at_start(plan: Plan, budget: Any) -> None:
+def advise_at_start(plan: Plan, budget: Any) -> None:
     """Say what an automatic `budget` has become, and warn of a plan without a slot to spare."""
     if budget in (None, "auto"):
         logger.info("budget: %s, taken from the memory available now", format_size(plan.budget_bytes, both=True))
@@ -102,22 +102,22 @@ class Advisor:
             _advise(
                 "%.0f %% of the time of %d tokens was spent waiting for experts, of which %.0f %% were in slots when "
                 "they were asked for. %s",
-                100 * waiting, decode.tokens, 100 * hitting, knob(plan, stores),
+                100 * waiting, decode.tokens, 100 * hitting, suggest_remedy(plan, stores),
             )  # fmt: skip
 
     def _totals(self) -> Counters:
         return Counters.total(layer.counters for layer in self._layers)
 
 
-def knob(plan: Plan, stores: Sequence[Store]) -> str:
-    """The one thing to do about too many misses. A profile is not among them: it helps before the first token."""
+def suggest_remedy(plan: Plan, stores: Sequence[Store]) -> str:
+    """What to do about too many misses, in a sentence. A profile is not among them: it helps before the first token."""
     all_bytes = budget_for(1.0, plan.layers, plan.costs)
     room = plan.budget_bytes + parse_size("auto", total=max(main_memory().free, 2))
     larger = plan_slots(min(room, all_bytes), plan.layers, plan.costs)
     if larger.residency == 1:
         return f"A budget of {format_size(all_bytes)} holds all experts, and so much memory is available."
     if larger.residency >= plan.residency + WORTH:
-        rate = typical(larger.slots, [layer.num_experts for layer in larger.layers])
+        rate = typical_hit_rate(larger.slots, [layer.num_experts for layer in larger.layers])
         return (
             f"There is memory for a budget of {format_size(larger.budget_bytes)}, with {larger.residency:.0%} of the "
             f"experts in slots instead of {plan.residency:.0%} (about {rate.expected:.0%} hits, {rate.source}); all of "

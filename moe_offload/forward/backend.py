@@ -1,4 +1,4 @@
-"""The backend for a torch.compile of the user's own. The model's own call is compiled by `graphs/compiling.py`."""
+"""`backend="moe_offload"` for a torch.compile by the user. `graphs/compiling.py` compiles the model's own call."""
 
 from __future__ import annotations
 

@@ -20,8 +20,11 @@ SIZES = 8  # numbers of sequences with a function each: to compile one takes sec
 
 
 class Steps:
-    """`make` compiles the model's call anew. At most `most()` sequences fit the slots of every layer: more are not for
-    the device, and 0 is none."""
+    """The compiled functions, one for each number of sequences.
+
+    `make` compiles the model's call anew. `most()` is the largest number of sequences whose experts fit the slots of
+    every layer; for more, and for all where it is 0, the host decides.
+    """
 
     def __init__(self, make: Callable[[], Callable[..., Any]], most: Callable[[], int]):
         self._make, self._most = make, most
@@ -29,7 +32,7 @@ class Steps:
         self._warned = False
 
     def find(self, sequences: int, tokens: int) -> Callable[..., Any] | None:
-        """What runs a forward of so many sequences of so many tokens each; None where it needs nothing of its own."""
+        """The function for a forward of so many sequences of so many tokens each; None where the shared one will do."""
         if tokens != 1 or not 1 < sequences <= self._most():
             return None
         if sequences not in self._of:
@@ -49,15 +52,15 @@ class Steps:
             )  # fmt: skip
 
 
-def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors that say how many sequences a forward is given, and of how many tokens."""
+def find_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The arguments of a forward whose shapes say how many sequences it has, and of how many tokens each."""
     return [x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if isinstance(x, Tensor)]
 
 
 def _with_constant_size(compiled: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         # A view each: the mark is a property of the object, and the caller's own may go to other graphs as well.
-        views = {id(x): x.detach() for x in given(args, kwargs)}
+        views = {id(x): x.detach() for x in find_inputs(args, kwargs)}
         for view in views.values():
             torch._dynamo.mark_static(view, 0)
         return compiled(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..observe import progress
-from ..runtime.layer import LayerRuntime, closed
+from ..runtime.layer import LayerRuntime, closed_error
 from ..runtime.model import Runtime
 from .changed_parts import refuse_unseen_modes
 from .dynamo import Settings
@@ -21,7 +21,7 @@ from .graphs import ops
 from .graphs.masked import MaskedLayer
 
 _sets = itertools.count()
-_inside = threading.local()  # .scope: that of the offloaded model whose call this thread is in
+_inside = threading.local()  # `scope`: the Scope of the offloaded model whose call this thread is in
 
 
 def banks_of_this_thread() -> str:
@@ -34,7 +34,7 @@ def banks_of_this_thread() -> str:
     return "" if scope is None else scope.banks
 
 
-#: What torch._dynamo.assume_constant_result does; but to import Dynamo takes seconds, and only compiling needs it.
+#: What torch._dynamo.assume_constant_result would set. Importing Dynamo takes seconds, and only compiling needs it.
 banks_of_this_thread._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -51,14 +51,14 @@ class Scope:
         self.banks = f"set {next(_sets)}"
 
     def renew(self) -> None:
-        """All graphs go: the banks are others, or what the graphs took for granted is no longer so."""
+        """Forget all graphs: the model has other banks, or something that the graphs rely on has changed."""
         self.banks = f"set {next(_sets)}"
         forget = None if self._forget is None else self._forget()
         if forget is not None:
             forget()
 
     def on_renewal(self, forget: Callable[[], None]) -> None:
-        """What lets go of all graphs, and is called when they must go: a method, which is not kept alive."""
+        """Call `forget` at each `renew`. It is a method, held weakly, so that the scope keeps no model alive."""
         self._forget = weakref.WeakMethod(forget)
 
     @property
@@ -68,11 +68,11 @@ class Scope:
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        """This thread runs the model, alone. What is compiled meanwhile is compiled for it.
+        """Inside the block this thread alone runs the model, and what it compiles is compiled for this model.
 
         Raises `ClosedError` after `close`, and in a process that was forked from the model's.
         """
-        with self.runtime.lock, self.runtime.current(), torch.no_grad(), progress.compiling():
+        with self.runtime.lock, self.runtime.current(), torch.no_grad(), progress.showing_compilation():
             self.runtime.check_open()
             if self._settings.find_unguarded_change():
                 self.renew()
@@ -94,37 +94,40 @@ RunExperts = Callable[..., Tensor]
 
 
 class Link:
-    """What an experts module needs to find its layer: the scope, what runs it where no trace does, and the key of the
-    marker op. With `whole`, the model's call is traced as one graph, experts and all. `rows` is what a graph takes for
-    granted of the rows: traced code hands it on, so that Dynamo guards on it."""
+    """What an experts module needs to find its layer.
+
+    `run` runs it where it is not being traced; `key` is the tensor by which the op `experts` finds the layer. With
+    `whole`, the model's call is traced as one graph, experts included. `rows` is what a graph assumes of the rows
+    (`graphs/ops.py: rows_of`): traced code hands it on, so that Dynamo guards on it.
+    """
 
     def __init__(self, scope: Scope, run: RunExperts, whole: bool, rows: str):
         self.scope, self.run, self.whole, self.key, self.rows = scope, run, whole, _CLOSED, rows
 
 
 def run_op(module: Any, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """The op of last resort, which needs no graph."""
+    """Run an experts module as the op `experts`, which is complete by itself: for calls that have no graph of ours."""
     return ops.experts_op(x_TH, ids_TK, weights_TK, module._moe_offload.key)
 
 
 def run_untraced(module: Any, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """The same in eager code."""
+    """As `run_op`, for eager code. Raises where a mode of the user's is on, which would see nothing inside the op."""
     refuse_unseen_modes(module)
     return run_op(module, x_TH, ids_TK, weights_TK)
 
 
 class _Closed:
-    """What the bank of a closed model is bound to: whatever a graph asks of it, the answer is `ClosedError`."""
+    """Takes the place of a closed model's layer: whatever a graph calls on it raises `ClosedError`."""
 
     def __getattr__(self, verb: str) -> Any:
-        raise closed("this model")
+        raise closed_error("this model")
 
 
 _CLOSED = torch.empty(1)
 ops.bind(_CLOSED, _Closed())
 
 
-def connect(layer: LayerRuntime) -> None:
+def connect_bank(layer: LayerRuntime) -> None:
     """Let the layer's modules and graphs use the bank it has now. Experts that are called see it by themselves."""
     if layer.moe.called:
         return
@@ -135,7 +138,7 @@ def connect(layer: LayerRuntime) -> None:
         module._moe_offload.key = key
 
 
-def disconnect(layer: LayerRuntime) -> None:
+def disconnect_bank(layer: LayerRuntime) -> None:
     """Let go of the layer's bank, before its memory is given back."""
     if layer.moe.called:
         for module in layer.moe.modules:

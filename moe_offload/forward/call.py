@@ -19,7 +19,7 @@ from ..errors import OffloadError
 from ..plan.weights import RESERVED_PROMPT_TOKENS
 from ..runtime.model import Runtime
 from .advise import Advisor
-from .batch_sizes import given
+from .batch_sizes import find_inputs
 from .binding import Scope
 from .dynamo import with_own_code
 from .graphs.cuda_graphs import StaticCaches
@@ -36,7 +36,7 @@ ADAPTED = (
 
 
 class Call:
-    """What `model(...)` runs: one forward at a time, without gradients, inside our scope."""
+    """What `model(...)` runs: one forward at a time, without gradients, in the scope of the model (`binding.Scope`)."""
 
     def __init__(self, model: nn.Module, runtime: Runtime, scope: Scope, run: Retry, advisor: Advisor):
         self.model, self.runtime, self.scope, self.run = model, runtime, scope, run
@@ -86,7 +86,7 @@ class Call:
                 self.advisor.ended(is_decode(tokens), time.perf_counter() - begun_s)
                 return output
             except torch._dynamo.exc.BackendCompilerFailed as error:
-                if isinstance(error.inner_exception, OffloadError):  # ours, in Dynamo's wrapping
+                if isinstance(error.inner_exception, OffloadError):  # an error of ours, which Dynamo has wrapped
                     raise error.inner_exception from None
                 raise
             finally:
@@ -107,12 +107,12 @@ class Call:
             )  # fmt: skip
 
     def _check_places(self) -> None:
-        """A wrapper of peft's around experts would be traced, and its delta added to phantoms."""
+        """Refuse adapters on experts: peft wraps the module, and would add its delta to phantoms."""
         if any(children.get(name) is not module for children, name, module in self.places):
             raise OffloadError(ADAPTED)
 
     def _check_implementation(self) -> None:
-        """The experts run as they were offloaded, so to have set another implementation would have no effect."""
+        """Refuse an experts implementation that was set after `optimize`: it would have no effect."""
         for config, before, name in self.configs.values():
             if config["_experts_implementation_internal"] != before:
                 raise OffloadError(
@@ -124,13 +124,14 @@ class Call:
 
 def _size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
     """How many sequences a forward is given, and of how many tokens each."""
-    sizes = [x.shape[:2] for x in given(args, kwargs)]
+    sizes = [x.shape[:2] for x in find_inputs(args, kwargs)]
     *sequences, tokens = max(sizes, key=torch.Size.numel, default=(0, 0))
     return math.prod(sequences), tokens
 
 
 def whole_call(model: nn.Module) -> Callable[..., Any]:
-    """What is compiled where the model's call is to be one graph. (All modules share the code of `_call_impl`.)"""
+    """A function to compile as the model's whole call. All modules share the code of `_call_impl`, and Dynamo keeps
+    graphs by code: so each model gets a function of its own."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return model._call_impl(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Whether all that runs inside an experts module is transformers' own, to be asked where no trace shows what runs.
+"""Whether all that runs inside an experts module is transformers' own code; asked where no trace shows what runs.
 
 Without a trace the experts code is called for the tokens of a few experts at a time. Of transformers' own code that
 makes no difference; of a hook on its activation, or of another activation, it may.
@@ -24,7 +24,7 @@ ELSEWHERE = (
 
 
 def explain_refusal(modules: Iterable[nn.Module]) -> str:
-    """Why the code of such experts modules is refused: what a user has put into it, or the family's own."""
+    """Why the passes refuse the code of these experts modules: a change that a user made, or the family's own code."""
     changes = [change for module in modules for change in _find_changes(module)]
     if changes:
         return f"there is {changes[0]}. {ELSEWHERE}"
@@ -38,10 +38,8 @@ def refuse_changed_parts(module: nn.Module) -> None:
 
 
 def refuse_unseen_modes(module: nn.Module) -> None:
-    """Raise where a mode of somebody else's would see nothing of what runs inside an experts module.
-
-    That is one op there. torch's own modes that can be on (they count, or name a device) change nothing of it.
-    """
+    """Raise if a dispatch or function mode is on that is not torch's: an experts module is one op there, and hides what
+    runs inside. torch's own modes (they count, or name a device) change nothing of that."""
     for mode in (*_get_current_dispatch_mode_stack(), *_get_current_function_mode_stack()):
         if not type(mode).__module__.startswith("torch."):
             raise UnsupportedModelError(
@@ -57,7 +55,8 @@ def is_changed(module: Any) -> bool:
 
 
 def state_of_parts(module: Any) -> Hashable:
-    """Whatever decides what an experts module runs inside: with another state it may be traced where it was not."""
+    """All that decides what runs inside an experts module. One that could not be traced is tried again when this
+    changes."""
     hooks = tuple(all_modules._global_forward_hooks), tuple(all_modules._global_forward_pre_hooks)
     parts = tuple(
         (type(part), tuple(part._forward_hooks), tuple(part._forward_pre_hooks), vars(part).get("forward"))
@@ -73,9 +72,9 @@ def state_of_parts(module: Any) -> Hashable:
 
 
 def _find_changes(module: Any) -> Iterator[str]:
-    """Asked at every call of every layer, so it looks at little."""
+    """Each change in words. It is asked at every call of every layer, so it looks at few things."""
     for hook in (*all_modules._global_forward_hooks.values(), *all_modules._global_forward_pre_hooks.values()):
-        if not str(getattr(hook, "__module__", "")).startswith("torch."):  # torch's own look on (the counter of FLOPs)
+        if not str(getattr(hook, "__module__", "")).startswith("torch."):  # torch's own only count (FLOPs)
             yield "a hook on all modules"
     own = vars(module)
     gate = getattr(type(module), "_apply_gate", None)
@@ -101,5 +100,5 @@ def _is_known(kind: Any, forward: Any) -> bool:
 
 
 def _is_transformers_own(method: Any) -> bool:
-    """Or torch's, as some activations are."""
+    """Whether transformers, or torch (as for some activations), defines a method."""
     return str(method.__module__).startswith(("transformers.", "torch.nn.modules."))

@@ -1,8 +1,8 @@
-"""What we ask of Dynamo for what we compile, and for nothing else.
+"""Settings of Dynamo that hold for what moe_offload compiles, and for nothing else in the process.
 
-By default it keeps 8 graphs of a function, and does not guard on hooks where there are none yet: a hook put on later is
-never called. To ask for more takes 65 us in each call, so it is asked for once it is needed. On hooks of all modules,
-and on the methods of classes, it never guards.
+By default Dynamo keeps 8 graphs of a function, and does not guard on hooks where there are none yet: a hook that is put
+on later is never called. Other settings take 65 us in each call, so they are used only once they are needed. On hooks
+of all modules, and on the methods of classes, Dynamo never guards: after such a change all graphs must go.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Settings:
         return self._guards_on_hooks
 
     def entered(self) -> AbstractContextManager[object]:
-        """While it is entered, what this thread compiles is compiled so."""
+        """A context in which this thread compiles with more graphs and with guards on hooks, if it has come to that."""
         if not self._guards_on_hooks and len(self._log) < FEW_GRAPHS:
             return contextlib.nullcontext()
         settings: AbstractContextManager[object] = torch._dynamo.config.patch(

@@ -1,7 +1,7 @@
 """Outputs of an offloaded model require gradients where those of the plain model would; a backward then says why not.
 
-A model's forward records nothing for autograd. If its outputs simply required no gradient, its share of a loss would be
-missing from the sum, and nobody would hear of it.
+A model's forward records nothing for autograd. If its outputs simply required no gradient, a loss that is a sum of
+several terms would train without the model's term, and nothing would say so.
 """
 
 from __future__ import annotations
@@ -52,19 +52,19 @@ def needs_gradients(model: nn.Module, inputs: Iterable[Any]) -> bool:
 
 def refuse_backward_of(output: Any) -> Any:
     """`output`, a model's; a backward through any of its tensors raises. (What a KV cache holds stays as it is.)"""
-    return _marked(output, torch.empty(0, requires_grad=True))
+    return _mark_tensors(output, torch.empty(0, requires_grad=True))
 
 
-def _marked(one: Any, probe: Tensor) -> Any:
+def _mark_tensors(one: Any, probe: Tensor) -> Any:
     if isinstance(one, Tensor):
-        return _Refused.apply(_same, (one,), probe) if one.is_floating_point() else one  # type: ignore[no-untyped-call]
+        return _Refused.apply(_view_same, (one,), probe) if one.is_floating_point() else one  # type: ignore[no-untyped-call]
     if type(one) in (tuple, list):
-        return type(one)(_marked(inner, probe) for inner in one)
+        return type(one)(_mark_tensors(inner, probe) for inner in one)
     if isinstance(one, dict):  # as a ModelOutput is
         for key, inner in list(one.items()):
-            one[key] = _marked(inner, probe)
+            one[key] = _mark_tensors(inner, probe)
     return one
 
 
-def _same(x: Tensor) -> Tensor:
+def _view_same(x: Tensor) -> Tensor:
     return x.view_as(x)

@@ -29,7 +29,7 @@ def forward(self: Any, hidden_states: Tensor) -> Tensor:
     link = self._moe_offload
     if torch.compiler.is_dynamo_compiling():  # by this thread: whatever is running here is not run, but traced
         if link.whole and link.scope.banks == banks_of_this_thread():
-            return cast(Tensor, type(self).forward(self, ops.unserved(hidden_states, link.rows)))
+            return cast(Tensor, type(self).forward(self, ops.mark_unserved(hidden_states, link.rows)))
         return ops.masked_op(hidden_states, link.key)
     if torch.is_grad_enabled():
         return cast(Tensor, refuse_backward(link.run, self, hidden_states))
@@ -47,6 +47,8 @@ def make_region() -> Callable[..., Tensor]:
         if not torch.compiler.is_dynamo_compiling():  # Dynamo is switched off, or has left this call alone
             return run_untraced(module, hidden_states)
         with torch._dynamo.error_on_graph_break(True):  # a part of a region would be no use
-            return cast(Tensor, type(module).forward(module, ops.unserved(hidden_states, module._moe_offload.rows)))
+            return cast(
+                Tensor, type(module).forward(module, ops.mark_unserved(hidden_states, module._moe_offload.rows))
+            )
 
     return with_own_code(region, "region")

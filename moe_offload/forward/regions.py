@@ -1,4 +1,6 @@
-"""Regional compilation: the experts of each layer, not the whole call; two graphs, prompt and decode, serve all layers.
+"""Regional compilation, as PyTorch calls it: the experts of each layer are compiled, not the model's whole call.
+
+Two graphs, one for prompts and one for decoding, serve all layers.
 
     model(...)                    runs as transformers wrote it, module by module
       layer 0 ... layer L-1
@@ -13,7 +15,7 @@ replaced modules, attributes, autocast) is looked at, because it is eager code. 
 guarded by Dynamo.
 
 Of all sizes only T varies. One token is a constant, more are a symbol; so another length, a batch or a mask makes no
-other graph. A region that Dynamo cannot trace in one piece runs as the op of last resort: slower, never wrong.
+other graph. A region that Dynamo cannot trace in one piece runs as one op (`binding.run_op`): slower, never wrong.
 """
 
 from __future__ import annotations
@@ -127,6 +129,6 @@ def make_region(original: RunExperts) -> RunExperts:
         if not torch.compiler.is_dynamo_compiling():  # Dynamo is switched off, or has left this call alone
             return run_untraced(module, x_TH, ids_TK, weights_TK)
         with torch._dynamo.error_on_graph_break(True):  # a part of a region would be no use
-            return original(module, x_TH, ops.unserved(ids_TK, module._moe_offload.rows), weights_TK)
+            return original(module, x_TH, ops.mark_unserved(ids_TK, module._moe_offload.rows), weights_TK)
 
     return with_own_code(region, "region")

@@ -195,7 +195,7 @@ class Recording(State):
         """
         if self._timeline is None:
             raise TraceError("no timeline is being recorded: call model.moe_offload.start_timeline() before the run")
-        return chrome_trace.save(self._timeline, path, torch_profile)
+        return chrome_trace.save_chrome_trace(self._timeline, path, torch_profile)
 
     def _recording(self) -> TraceRecorder:
         if self._recorder is None:

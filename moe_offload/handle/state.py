@@ -18,7 +18,7 @@ from ..observe.summary import summary_of
 from ..observe.timeline import Depth
 from ..plan.arrange import Arrangement
 from ..plan.budget import Plan
-from ..plan.explain import explain
+from ..plan.explain import explain_arrangement
 from ..plan.prepare import name_of
 from ..runtime.model import Runtime
 
@@ -142,7 +142,7 @@ class State:
         Returns:
             Text, a line for each part of the model.
         """
-        return explain(self.model, self.moe_layers, self.arrangement)
+        return explain_arrangement(self.model, self.moe_layers, self.arrangement)
 
     def _snapshot(self) -> Snapshot:
         stats, depth = self.stats(), self.depth()

@@ -1,4 +1,4 @@
-"""What lets others watch an offloaded model from outside its process: `moe-offload top`, and Prometheus."""
+"""How an offloaded model can be watched from outside its process: by `moe-offload top`, and by Prometheus."""
 
 from __future__ import annotations
 

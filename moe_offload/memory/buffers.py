@@ -18,7 +18,7 @@ POISON = 0xFF  # every byte of a free slot in tests: NaN in each floating type w
 class Rows:
     """A buffer of rows: seen by kernels as `bank_SN`, filled through `rows`, one byte view per row.
 
-    On a CPU these are memoryviews, for whoever reads into them; on a device of its own memory they are tensors.
+    On a CPU the views are memoryviews, which files are read into; on a device with memory of its own they are tensors.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class Rows:
         device: torch.device | str = "cpu",
     ):
         # Not initialised: the system gives memory out page by page, and a slot that was never filled takes none.
-        self.bytes = unfilled(count * row_bytes, device).view(count, row_bytes) if raw is None else raw
+        self.bytes = allocate_unfilled(count * row_bytes, device).view(count, row_bytes) if raw is None else raw
         if poison:
             self.bytes.fill_(POISON)
         self.bank_SN = self.bytes.view(dtype)
@@ -39,7 +39,7 @@ class Rows:
         self.rows: list[Any] = [memoryview(row.numpy()) if row.device.type == "cpu" else row for row in rows]
 
 
-def unfilled(nbytes: int, device: torch.device | str) -> Tensor:
+def allocate_unfilled(nbytes: int, device: torch.device | str) -> Tensor:
     """Uninitialised bytes on `device`, which begin at a page on a CPU."""
     if torch.device(device).type == "cpu":
         return page_aligned(nbytes)
@@ -53,6 +53,6 @@ def page_aligned(nbytes: int) -> Tensor:
     return raw[begin : begin + nbytes]
 
 
-#: The empty buffer that takes the place of one whose memory was given back. Made at import: a model may be collected in
-#: the middle of a trace, when torch is in a mode in which no real tensor can be made.
+#: The empty buffer that takes the place of one whose memory was given back. It is made at import because a model may be
+#: garbage-collected while Dynamo traces, when torch is in a mode in which no real tensor can be made.
 NOTHING = Rows(0, ROW_ALIGN, torch.uint8)

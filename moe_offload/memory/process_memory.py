@@ -1,4 +1,4 @@
-"""Memory that no tensor holds: what the C heap and the kernel library keep for themselves, outside every budget."""
+"""Memory that no tensor holds and no budget counts: what the C heap and oneDNN's cache of kernels keep."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import ctypes
 import os
 
 KERNEL_BYTES = 650_000
-KERNEL_SHARE = 8  # compiled kernels may take this part of a budget, but they are never fewer or more than
+KERNEL_SHARE = 8  # oneDNN's kernels may take an eighth of a budget, but are never fewer or more than these two
 FEWEST_KERNELS, MOST_KERNELS = 16, 128
 SET_BY = "_MOE_OFFLOAD_KERNELS"  # "<process>:<kernels>"
 

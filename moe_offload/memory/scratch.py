@@ -22,14 +22,14 @@ from .transfer import Ticket, Transfer
 
 @dataclass(frozen=True)
 class Held:
-    """A row read ahead, or on its way: into row `scratch_row` of scratch."""
+    """A row that was read ahead into row `scratch_row` of scratch, or is on its way there."""
 
     scratch_row: int
     ticket: Ticket
 
 
 class Scratch:
-    """`raw` bytes, seen as rows of whatever layout a layer has."""
+    """The scratch memory of a model: `raw` bytes, seen as rows of the layout of whichever layer uses them."""
 
     def __init__(self, raw: Tensor, transfer: Transfer, poison: bool = False):
         self.raw, self.transfer, self.poison = raw, transfer, poison

@@ -19,7 +19,7 @@ from typing import Any
 
 from ..cache.phase import is_decode
 from ..errors import TraceError
-from ..files.untrusted import open_regular, refusing
+from ..files.untrusted import open_regular, refusing_file
 from ..files.whole_file import save_whole
 from .timeline import Timeline
 
@@ -32,7 +32,9 @@ BASE = "baseTimeNanoseconds"
 Event = dict[str, Any]
 
 
-def save(timeline: Timeline, path: str | os.PathLike[str], torch_profile: str | os.PathLike[str] | None = None) -> Path:
+def save_chrome_trace(
+    timeline: Timeline, path: str | os.PathLike[str], torch_profile: str | os.PathLike[str] | None = None
+) -> Path:
     """Write the trace to `path` (compressed if it ends in .gz), with what `torch_profile` holds; return `path`.
 
     All or nothing: on any failure (TraceError) an old file is as it was.
@@ -43,7 +45,7 @@ def save(timeline: Timeline, path: str | os.PathLike[str], torch_profile: str | 
     trace: Event = {"displayTimeUnit": "ms", BASE: timeline.begun_ns, "traceEvents": []}
     if torch_profile is not None:
         trace = _read(Path(torch_profile))
-    ours = list(events(timeline, trace[BASE]))
+    ours = list(make_events(timeline, trace[BASE]))
     if torch_profile is not None:
         _check_overlap(trace["traceEvents"], ours, torch_profile)
     trace["traceEvents"] += ours
@@ -51,7 +53,7 @@ def save(timeline: Timeline, path: str | os.PathLike[str], torch_profile: str | 
     return save_whole(path, gzip.compress(data, 6) if path.suffix == ".gz" else data, "timeline", TraceError)
 
 
-def events(timeline: Timeline, base_ns: int) -> Iterator[Event]:
+def make_events(timeline: Timeline, base_ns: int) -> Iterator[Event]:
     """The events of a Chrome trace, times counted from `base_ns` of the day."""
     ahead_us = (timeline.begun_ns - base_ns) / 1000
 
@@ -107,7 +109,7 @@ def _names(readers: dict[str, int]) -> Iterator[Event]:
 def _read(path: Path) -> Event:
     """What torch.profiler exported to `path`, compressed or not. Raises TraceError."""
     remedy = "It takes what export_chrome_trace of a torch.profiler.profile has written"
-    with refusing(path, "torch_profile", remedy, TraceError):
+    with refusing_file(path, "torch_profile", remedy, TraceError):
         trace: Event = json.loads(_unpacked(path))
         listed = trace.get("traceEvents") if isinstance(trace, dict) else None
         if not isinstance(listed, list) or not all(isinstance(event, dict) for event in listed):
@@ -133,7 +135,7 @@ def _unpacked(path: Path) -> bytes:
 
 
 def _check_overlap(theirs: list[Event], ours: list[Event], torch_profile: str | os.PathLike[str]) -> None:
-    """A profile of another run would be drawn hours away, and nobody would find both."""
+    """Raise TraceError if the profile is of another time: its events would be drawn hours away from the timeline's."""
     (begin, end), (own_begin, own_end) = _extent(theirs), _extent(ours)
     if begin > own_end or own_begin > end:
         raise TraceError(

@@ -3,8 +3,8 @@
     registry = model.moe_offload.metrics()           to mount: prometheus_client.make_asgi_app(registry)
     model.moe_offload.serve_metrics(9100)            or served by a thread of its own
 
-The registry is the model's own, so that two models do not meet, nor the global one of the process. Whatever goes wrong
-while scraping is one warning and no sample; the model does not notice.
+Each model has a registry of its own, so that two models in a process do not clash, and nothing else is exported with
+them. What goes wrong while scraping is one warning and no sample; the model does not notice.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Exporter:
     """An HTTP server of a registry, in a daemon thread. Raises ConfigError where the port cannot be had."""
 
     def __init__(self, registry: Any, port: int, addr: str):
-        check(port, addr)
+        check_port(port, addr)
         try:
             self._server, self._thread = _prometheus().start_http_server(port, addr, registry)
         except OSError as error:
@@ -106,7 +106,7 @@ class Exporter:
         self._server.server_close()
 
 
-def check(port: int, addr: str = LOCAL) -> None:
+def check_port(port: int, addr: str = LOCAL) -> None:
     """Raise ConfigError where an exporter could not be started there, OffloadError without prometheus_client: before
     minutes of loading, not after."""
     _prometheus()

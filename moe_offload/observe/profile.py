@@ -24,8 +24,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from ..cache.counters import Counters, LayerCounters
 from ..errors import ProfileError
-from ..files.strict_json import brief, parse, problems
-from ..files.untrusted import read_bounded, refusing
+from ..files.strict_json import describe_problems, parse_json, shorten_repr
+from ..files.untrusted import read_bounded, refusing_file
 from ..files.whole_file import save_whole
 
 MAX_BYTES = 4 * 2**20
@@ -121,7 +121,7 @@ class Profile(BaseModel):
                 meta=dict(meta or {}),
             )
         except ValidationError as error:
-            raise ProfileError(f"these counts make no profile: {problems(error)}") from None
+            raise ProfileError(f"these counts make no profile: {describe_problems(error)}") from None
 
     @classmethod
     def of_layers(cls, fingerprint: Fingerprint, layers: Sequence[LayerCounters], meta: dict[str, str]) -> Profile:
@@ -132,9 +132,9 @@ class Profile(BaseModel):
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:
         """Read and check the profile at `path`, in bounded time and memory. Raises ProfileError."""
-        with refusing(path, "profile", "Check the path; record it anew, or run without it", ProfileError):
+        with refusing_file(path, "profile", "Check the path; record it anew, or run without it", ProfileError):
             data = read_bounded(Path(path), MAX_BYTES)
-            return cls.model_validate(parse(data, "moe_offload.profile"))
+            return cls.model_validate(parse_json(data, "moe_offload.profile"))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write to `path` and return it. All or nothing: on any failure (ProfileError) an old file is as it was.
@@ -150,7 +150,7 @@ class Profile(BaseModel):
         """Raise ProfileError, listing what differs, unless this profile is of a model with this fingerprint, which is
         that `of` the model, or of another profile."""
         differing = [
-            f"{name} {brief(ours)} in the profile, {brief(theirs)} in {of}"
+            f"{name} {shorten_repr(ours)} in the profile, {shorten_repr(theirs)} in {of}"
             for name in Fingerprint.model_fields
             if (ours := getattr(self.fingerprint, name)) != (theirs := getattr(fingerprint, name))
         ]
@@ -187,7 +187,7 @@ class Profile(BaseModel):
         return self
 
 
-def merge(profiles: Sequence[Profile], weights: Sequence[float] | None = None) -> Profile:
+def merge_profiles(profiles: Sequence[Profile], weights: Sequence[float] | None = None) -> Profile:
     """One profile of several workloads of one model: counts and tokens are added, each times its profile's weight.
 
     Weights are finite and not negative; by default all are 1. Fractions are rounded so that the result stays

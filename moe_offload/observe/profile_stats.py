@@ -20,15 +20,15 @@ class Skew:
 
     layer: int
     experts: int
-    used: int  # experts used at all
+    used: int  # how many experts were used at all
     entropy_bits: float  # 0: always the same expert; log2(experts): all alike
-    effective: float  # as many experts, used alike, have that entropy
+    effective: float  # the number of experts that would have that entropy if all were used alike
     top10: float  # share of the uses that the most used tenth of the experts has
     top25: float
     top50: float
 
 
-def skews(profile: Profile) -> list[Skew]:
+def measure_skews(profile: Profile) -> list[Skew]:
     return [_skew(layer, counts) for layer, counts in enumerate(profile.counts)]
 
 
@@ -38,12 +38,12 @@ def coverage(counts: Sequence[int], slots: int) -> float:
     return sum(sorted(counts, reverse=True)[:slots]) / total if total else 0.0
 
 
-def pinned(profile: Profile, slots: Sequence[int]) -> float:
+def pinned_hit_rate(profile: Profile, slots: Sequence[int]) -> float:
     """The hit rate, mean over layers, if the hottest experts, as many as each layer has slots, stayed for good."""
     return statistics.mean(coverage(counts, n) for counts, n in zip(profile.counts, slots, strict=True))
 
 
-def distances(a: Profile, b: Profile) -> list[float]:
+def measure_distances(a: Profile, b: Profile) -> list[float]:
     """The Jensen-Shannon distance of each layer (Lin, 1991; base 2): 0 for the same shares, 1 for disjoint experts.
 
     Raises ProfileError when the profiles are of different models.
@@ -52,7 +52,7 @@ def distances(a: Profile, b: Profile) -> list[float]:
     return [_distance(x, y) for x, y in zip(a.counts, b.counts, strict=True)]
 
 
-def rates(profile: Profile, layer: int) -> list[float]:
+def uses_per_token(profile: Profile, layer: int) -> list[float]:
     """Uses per token of each expert of `layer`: what a policy is seeded with."""
     return [count / max(profile.tokens, 1) for count in profile.counts[layer]]
 

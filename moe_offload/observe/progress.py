@@ -23,7 +23,7 @@ DELAY_S = 1.0  # what compiles faster needs no bar
 Stage = Literal["Loading", "Spilling", "Pre-warming", "Compiling", "Packing", "Quantising", "Saving", "Replaying"]
 
 
-def bar(stage: Stage, total: int, unit: str = "B", what: str = "", delay_s: float = 0.0) -> Any:
+def show_bar(stage: Stage, total: int, unit: str = "B", what: str = "", delay_s: float = 0.0) -> Any:
     """A context manager with `update(n)`; `total` in bytes, or in any other `unit`. Shown after `delay_s` seconds."""
     from transformers.utils import logging as hf_logging
 
@@ -54,15 +54,15 @@ class _Compiling:
         self.bar.close()
 
 
-#: .ours: whether this thread is in a call of an offloaded model; .begun_s: when it began to compile.
+#: Of each thread: `ours`, whether it is in a call of an offloaded model; `begun_s`, when it began to compile.
 _calls = threading.local()
 _shown: _Compiling | None = None
 _compiled_s = 0.0
 
 
 @contextlib.contextmanager
-def compiling() -> Iterator[None]:
-    """Whatever is compiled inside, by this thread, has a bar. Dynamo says when: a call may compile, or not."""
+def showing_compilation() -> Iterator[None]:
+    """What this thread compiles inside the block has a bar. Dynamo says when it compiles: not every call does."""
     from torch._dynamo.callback import callback_handler
 
     if _begin not in callback_handler.start_callbacks:  # the first call, or the first after torch._dynamo.reset()
@@ -80,8 +80,8 @@ def compiled_s() -> float:
     return _compiled_s
 
 
-def stage(name: str) -> None:
-    """What is being compiled has come to `name`."""
+def name_stage(name: str) -> None:
+    """Let the bar say that compiling has come to the stage `name`."""
     if _shown is not None:
         _shown.bar.set_description_str(f"Compiling: {name}", refresh=False)
 

@@ -26,11 +26,11 @@ logger = logging.getLogger("moe_offload")
 
 MAX_EVENTS = 200_000  # some 50 MB; a timeline of more is slow to look at
 LAST = 16  # forwards that a hit rate is of
-SHORT_S = 10e-6  # a wait as short as this is the work of looking whether there is any
+SHORT_S = 10e-6  # a shorter wait is not recorded: it is the time it takes to see that the row is there
 
 
 class Forward(NamedTuple):
-    """`tokens` of each of `sequences` sequences."""
+    """One call of the model, with `tokens` tokens of each of `sequences` sequences."""
 
     begun_s: float
     ended_s: float
@@ -40,7 +40,7 @@ class Forward(NamedTuple):
 
 @dataclass(slots=True)
 class Wait:
-    """`rows` is 0 where rows that had been read ahead were given up first."""
+    """Compute waited for `rows` rows; for 0, it waited until rows that were read ahead had been given up."""
 
     begun_s: float
     ended_s: float
@@ -63,7 +63,7 @@ class ReadSpan:
 
 
 class Depth(NamedTuple):
-    """Of a transfer: rows in either queue, threads that read, and `nbytes` of all rows queued or being read."""
+    """What a transfer has to do: rows in its two queues, threads that read, `nbytes` of all these rows."""
 
     demanded: int
     background: int
@@ -72,7 +72,7 @@ class Depth(NamedTuple):
 
 
 class CacheState(NamedTuple):
-    """`hit_rate` is None where nothing was asked for."""
+    """The caches after a forward; `hit_rate` is None where nothing was asked for."""
 
     at_s: float
     hit_rate: float | None

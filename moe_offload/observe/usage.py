@@ -20,8 +20,8 @@ from pathlib import Path
 
 from ..errors import ProfileError
 from ..files.lock_file import held
-from ..files.whole_file import reason
-from .profile import Fingerprint, Profile, merge
+from ..files.whole_file import describe_error
+from .profile import Fingerprint, Profile, merge_profiles
 
 logger = logging.getLogger("moe_offload")
 
@@ -66,7 +66,7 @@ class UsageFile:
                 old = self._load_or_set_aside()
                 (new if old is None else mixed(old, new)).save(self.path)
         except OSError as error:
-            raise ProfileError(f"usage was not saved to {str(self.path)!r}: {reason(error)}") from error
+            raise ProfileError(f"usage was not saved to {str(self.path)!r}: {describe_error(error)}") from error
 
     def _held(self) -> contextlib.AbstractContextManager[None]:
         return held(self.folder / ".lock", WAIT_S)
@@ -92,4 +92,4 @@ def mixed(old: Profile, new: Profile) -> Profile:
     """`new` uses in full, and the old ones beside them as long as there is room. What meta says anew counts."""
     fits = old.tokens + new.tokens <= KEPT_TOKENS
     weight = 1.0 if fits else min(1.0, KEPT_TOKENS / 2 / old.tokens)
-    return merge([old, new], [weight, 1.0]).model_copy(update={"meta": {**old.meta, **new.meta}})
+    return merge_profiles([old, new], [weight, 1.0]).model_copy(update={"meta": {**old.meta, **new.meta}})

@@ -16,7 +16,7 @@ from queue import Empty, SimpleQueue
 
 from ..cache.counters import LayerCounters
 from ..errors import ProfileError
-from .profile import Profile, merge
+from .profile import Profile, merge_profiles
 from .usage import UsageFile
 
 logger = logging.getLogger("moe_offload")
@@ -73,7 +73,7 @@ class Usage:
         found = Profile.of_layers(self.file.fingerprint, new, meta)
         before = self._unwritten.get(self.file.workload)
         if before is not None:
-            found = merge([before, found]).model_copy(update={"meta": {**before.meta, **meta}})
+            found = merge_profiles([before, found]).model_copy(update={"meta": {**before.meta, **meta}})
         self._unwritten[self.file.workload] = found
 
 

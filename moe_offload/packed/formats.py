@@ -1,4 +1,4 @@
-"""What every format can do with the tensors of one matrix."""
+"""`Format`, the base of every format: what can be done with the tensors of one packed matrix."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ class Format(ABC):
         """Write the matrix, in the dtype of `out_OI`, whose rows are contiguous."""
         if tuple(out_OI.shape) != self.shape(tensors):  # kernels write to addresses
             raise ValueError(f"a matrix of shape {list(self.shape(tensors))} cannot be written to {list(out_OI.shape)}")
-        kernels = compiled() if can_be_compiled(tensors, out_OI) else None
+        kernels = load_kernels() if can_be_compiled(tensors, out_OI) else None
         if kernels is None or not self.unpack_compiled(kernels, tensors, out_OI):
             self.unpack_torch(tensors, out_OI)
 
     def unpack_turned(self, tensors: Sequence[Tensor], out_IO: Tensor) -> None:
         """Write the transpose of the matrix, in the dtype of `out_IO`, whose rows are contiguous."""
-        kernels = compiled() if can_be_compiled(tensors, out_IO) else None
+        kernels = load_kernels() if can_be_compiled(tensors, out_IO) else None
         if kernels is not None and self.turn_compiled(kernels, tensors, out_IO):
             return
         for begin, end in self.strips(self.shape(tensors), AT_ONCE):  # each is turned while it is in the cache
@@ -97,8 +97,8 @@ class Kernels(NamedTuple):
 
 
 @cache
-def compiled() -> Kernels | None:
-    """Asked for by the first matrix: importing numba takes as long as many a command."""
+def load_kernels() -> Kernels | None:
+    """The compiled kernels, or None. Imported for the first matrix: importing numba takes as long as many a command."""
     try:
         from .compiled import scan, turn, unpack
     except ImportError:  # numba was taken away, or cannot be loaded: the formulas in torch are the same, and slower
@@ -107,7 +107,7 @@ def compiled() -> Kernels | None:
 
 
 def can_be_compiled(tensors: Sequence[Tensor], out_OI: Tensor) -> bool:
-    """Kernels go from address to address: neighbours in memory, on a CPU, and bfloat16."""
+    """Whether a kernel can take these tensors. It works on addresses: contiguous, on a CPU, and bfloat16 comes out."""
     at_hand = all(tensor.device.type == "cpu" for tensor in (*tensors, out_OI))
     dense = all(tensor.is_contiguous() for tensor in tensors) and out_OI.stride(1) == 1
     return at_hand and dense and out_OI.dtype == torch.bfloat16
@@ -115,7 +115,7 @@ def can_be_compiled(tensors: Sequence[Tensor], out_OI: Tensor) -> bool:
 
 def has_byte(tensor: Tensor, *, signed: bool) -> bool:
     """Whether a tensor of one-byte elements has one of 0xff, or, of signed codes, of 0x7f or 0xff."""
-    kernels = compiled() if tensor.device.type == "cpu" and tensor.is_contiguous() else None
+    kernels = load_kernels() if tensor.device.type == "cpu" and tensor.is_contiguous() else None
     if kernels is not None:
         return bool(kernels.scan.has_byte(tensor, signed=signed))
     codes = tensor.view(torch.uint8)
@@ -129,7 +129,7 @@ def powers_of_two(exponents: Tensor) -> Tensor:
 
 
 def place_of(wrong: Tensor) -> tuple[int, ...] | None:
-    """Where the first True is."""
+    """The indices of the first True, or None."""
     if not bool(wrong.any()):
         return None
     return tuple(int(index) for index in wrong.nonzero()[0])

@@ -57,7 +57,7 @@ class FP8(Format):
         codes, scale = tensors
         (outputs, inputs), (so, si) = codes.shape, grid_of(scale)
         values = torch.index_select(_values(codes.device), 0, codes.reshape(-1).view(torch.uint8).int())
-        blocks = values.view(so, outputs // so, si, inputs // si) * widen(scale).reshape(so, 1, si, 1)
+        blocks = values.view(so, outputs // so, si, inputs // si) * widen_scale(scale).reshape(so, 1, si, 1)
         out_OI.copy_(blocks.view(outputs, inputs))
 
     def unpack_compiled(self, kernels: Kernels, tensors: Sequence[Tensor], out_OI: Tensor) -> bool:
@@ -68,16 +68,16 @@ class FP8(Format):
 
     def find_fault(self, tensors: Sequence[Tensor]) -> str | None:
         codes, scale = tensors
-        place = place_of(~torch.isfinite(widen(scale)))
+        place = place_of(~torch.isfinite(widen_scale(scale)))
         if place is not None:
-            return f"the scale at {list(place)} is {widen(scale)[place].item()}, which is no finite number"
+            return f"the scale at {list(place)} is {widen_scale(scale)[place].item()}, which is no finite number"
         if not has_byte(codes, signed=True):
             return None
         place = place_of((codes.view(torch.uint8) & 0x7F) == 0x7F)
         return f"the code of row {place[0]}, column {place[1]} means no number (NaN)" if place else None
 
 
-def widen(scale: Tensor) -> Tensor:
+def widen_scale(scale: Tensor) -> Tensor:
     """A scale in float32."""
     return powers_of_two(scale) if scale.dtype in EXPONENTS else scale.to(torch.float32)
 

@@ -1,4 +1,4 @@
-"""The arithmetic of compute="packed": products with the packed weights themselves, opt-in.
+"""The arithmetic of compute="packed": products straight from the codes of a packed matrix, where a user asks for it.
 
 Weights are not rounded to bfloat16 and activations not at all: products and sums are in float32, so a result is nearer
 to that of exact arithmetic than the bfloat16 product's, and not equal to it. It is for a few tokens; more of them share
@@ -25,7 +25,7 @@ FORMS: list[type[Format]] = [MXFP4, FP8, Int4]  # by the number that kernels kno
 
 def multiply_fused(format: Format, tensors: Sequence[Tensor], x_MI: Tensor, out_MO: Tensor) -> None:
     """Write x @ W.T, computed in float32 and then rounded to the dtype of `out_MO`."""
-    kernels = _compiled()
+    kernels = _load_kernels()
     (_, inputs), blocks = format.shape(tensors), grid_of_scales(format, tensors)
     x, out = x_MI.to(torch.float32), torch.empty(out_MO.shape, dtype=torch.float32)
     whole_steps = inputs % (STEP * blocks[1]) == 0
@@ -56,9 +56,10 @@ def grid_of_scales(format: Format, tensors: Sequence[Tensor]) -> tuple[int, int]
 
 
 @cache
-def _compiled() -> Any:
+def _load_kernels() -> Any:
+    """The module of compiled kernels, or None; imported late, as in formats.py."""
     try:
         from .compiled import fused
-    except ImportError:  # as in formats.py
+    except ImportError:
         return None
     return fused

@@ -1,7 +1,7 @@
-"""Small matrices from large ones, each weight rounded to the nearest value there is: tensors as the formats have them.
+"""Quantise a matrix: each weight is rounded to the nearest value of a format, and the result is the format's tensors.
 
-This loses precision, and is done for nobody who did not ask. What was rounded once stays: quantising what is unpacked
-gives the same tensors again.
+This loses precision, so it is done only where a user asks for it. What was rounded once stays: quantising what is
+unpacked gives the same tensors again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .mxfp4 import GROUP, VALUES
 
 LARGEST_FP8 = 448.0
 LEAST_EXPONENT, MOST_EXPONENT = 0, 254
-#: Between neighbouring magnitudes of MXFP4. From the middle a weight goes to the even code, up at every other one.
+#: The middles between neighbouring magnitudes of MXFP4. A weight on one goes to the even code: up at every other one.
 MIDDLES = [(low + high) / 2 for low, high in pairwise(VALUES[:8])]
 
 
@@ -39,7 +39,7 @@ def quantise_mxfp4(w_OI: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantise_fp8(w_OI: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
-    """Codes float8_e4m3fn [O, I] and scales float32 [O / block, I / block]: the largest of a block is 448 of them."""
+    """Codes float8_e4m3fn [O, I] and scales float32 [O / block, I / block]: its largest weight becomes 448."""
     outputs, inputs = w_OI.shape
     if outputs % block or inputs % block:
         raise UnsupportedModelError(

@@ -1,6 +1,6 @@
-"""Where a weight is unpacked that is used at once and not kept: one piece of memory of each thread, used again.
+"""The memory that a weight is unpacked into for one product: one piece for each thread, which the next weight reuses.
 
-Fresh memory would have to be given out by the system page by page, which takes longer than to fill it.
+Fresh memory would take longer to get from the system, page by page, than to fill.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _pieces: dict[int, weakref.ref[_Piece]] = {}  # of all threads; no lock, which a
 _own = _Own()
 
 
-def borrow(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Uninitialised memory of that shape, until this thread borrows again."""
+def borrow_workspace(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory of that shape, valid until this thread borrows again."""
     nbytes, piece = math.prod(shape) * dtype.itemsize, _own.piece
     memory = piece.memory  # kept here: another thread may give it back at any moment
     if memory.numel() < nbytes:
@@ -46,7 +46,7 @@ def borrow(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return memory[:nbytes].view(dtype).view(*shape)
 
 
-def give_back() -> None:
+def free_workspace() -> None:
     """Free what threads have borrowed so far, each piece as soon as its thread has done with it."""
     for found in list(_pieces.values()):
         piece = found()

@@ -21,7 +21,7 @@ from .saving.original import Original
 from .saving.saver import save_real_rows
 
 
-def attach(model: nn.Module, runtime: Runtime, prepared: Prepared, found: Outline | None = None) -> Handle:
+def attach_runtime(model: nn.Module, runtime: Runtime, prepared: Prepared, found: Outline | None = None) -> Handle:
     """Let `model` run on `runtime` from now on. Returns the handle, whose `close` takes the runtime off again.
 
     `found` is what the model was loaded from, where it came from files.
@@ -39,14 +39,14 @@ def attach(model: nn.Module, runtime: Runtime, prepared: Prepared, found: Outlin
     if arrangement.device != "cpu":
         patch.serve_products(arrangement.device)
     inner = _inner_compiler(settings, arrangement.device)
-    graphs = patch.install(
+    graphs = patch.patch_model(
         model,
         runtime,
         implementation=implementation,
         inner=inner,
         overlap=_overlaps(settings, inner, runtime),
         guess=settings.lookahead,
-        dynamic=_dynamic(settings, arrangement.device, runtime),
+        dynamic=_choose_dynamic(settings, arrangement.device, runtime),
         fullgraph=settings.fullgraph,
         few_tokens=FEW_TOKENS if fast else 0,
         advisor=Advisor(runtime, arrangement.plan),
@@ -54,7 +54,7 @@ def attach(model: nn.Module, runtime: Runtime, prepared: Prepared, found: Outlin
     refuse_what_reaches_experts(model, runtime)
     save_real_rows(model, runtime, Original.of(found))
     linears = speed_up_linears(model) if fast else sharpen_linears(model) if exact else []
-    weakref.finalize(model, _detach, runtime)
+    weakref.finalize(model, _detach_runtime, runtime)
     return Handle(
         model,
         runtime,
@@ -63,16 +63,16 @@ def attach(model: nn.Module, runtime: Runtime, prepared: Prepared, found: Outlin
         compile=inner,
         implementation="called" if all(moe.called for moe in moe_layers) else implementation,
         graphs=graphs,
-        on_close=lambda: _detach(runtime, linears),
+        on_close=lambda: _detach_runtime(runtime, linears),
     )
 
 
-def _detach(runtime: Runtime, linears: Iterable[nn.Linear] = ()) -> None:
+def _detach_runtime(runtime: Runtime, linears: Iterable[nn.Linear] = ()) -> None:
     with runtime.alone():
         restore_linears(linears)
         if not runtime.closed:
             try:
-                patch.uninstall(runtime)
+                patch.unpatch_model(runtime)
             finally:
                 runtime.close()
 
@@ -90,7 +90,7 @@ def _overlaps(settings: OffloadConfig, inner: str, runtime: Runtime) -> bool:
     return inner == "graph" if settings.overlap is None else settings.overlap
 
 
-def _dynamic(settings: OffloadConfig, device: str, runtime: Runtime) -> bool | None:
+def _choose_dynamic(settings: OffloadConfig, device: str, runtime: Runtime) -> bool | None:
     """On a GPU a step with a static KV cache has constant shapes, and must be traced so to become a CUDA graph; it
     does where no layer needs the host."""
     everywhere = len(runtime.device_layers) == len(runtime.layers)

@@ -1,8 +1,8 @@
 """`get_compiled_call` of an offloaded model: transformers' contract, and no second compiler.
 
 `generate` asks it for what runs its decode steps, wherever it compiles them: on a GPU with a static cache, elsewhere on
-demand. The model's own call is compiled by us already, and a torch.compile around it would trace the op of last
-resort. So the answer is that call, kept in `_compiled_call` as transformers keeps it: code that asks whether `generate`
+demand. The model's own call compiles its experts already, and in a torch.compile around it they would be one op a
+layer. So the answer is that call, kept in `_compiled_call` as transformers keeps it: code that asks whether `generate`
 has compiled is told that it has.
 """
 

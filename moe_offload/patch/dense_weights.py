@@ -1,29 +1,28 @@
-"""Dense weights go to the one device that the model computes on. Expert weights stay: their cache moves them."""
+"""Move dense weights to the one device that the model computes on. Rows of experts are moved by their cache."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from ..config.settings import OffloadConfig
 from ..errors import UnsupportedModelError
 from ..experts import MoELayer
 from ..memory.devices import usable_kinds
 
 
-def keep_where_it_is(model: Any, moe_layers: Sequence[MoELayer], settings: OffloadConfig) -> OffloadConfig:
-    """`settings`, with a device map for a model that is on an accelerator already and was given none.
+def find_dense_device(model: Any, moe_layers: Sequence[MoELayer], untested: bool) -> str:
+    """The one device that all dense weights of a loaded model are on, such as "cpu" or "cuda:0".
 
-    Raises `UnsupportedModelError` for a model that is on several devices, or on one that this process has not.
+    Raises `UnsupportedModelError` for a model that is on several devices, on one that this process does not compute on
+    (a GPU only if `untested`), or that accelerate moves about.
     """
     _refuse_accelerate(model)
     places: dict[str, str] = {}
     for name, tensor in _dense(model, moe_layers):
         places.setdefault(str(tensor.device), name)
-        if tensor.device.type not in (here := usable_kinds(settings.untested)):
+        if tensor.device.type not in (here := usable_kinds(untested)):
             raise UnsupportedModelError(
                 f"{name} is on {tensor.device}; this process computes on {', '.join(here)} only (experts may be "
                 "on 'meta'). Load the model there first. No GPU has run this version yet; config={'untested': True} "
@@ -32,14 +31,11 @@ def keep_where_it_is(model: Any, moe_layers: Sequence[MoELayer], settings: Offlo
     if len(places) > 1:
         found = ", ".join(f"{name} on {device}" for device, name in places.items())
         raise UnsupportedModelError(f"the dense weights are on several devices ({found}); load the model on one")
-    device = next(iter(places), "cpu")
-    if device == "cpu" or settings.device_map is not None:
-        return settings
-    return replace(settings, device_map={"": device})
+    return next(iter(places), "cpu")
 
 
 def _refuse_accelerate(model: Any) -> None:
-    """accelerate's hooks move weights when a module is called: behind the cache's back."""
+    """Refuse a model that accelerate has dispatched: its hooks move weights whenever a module is called."""
     hooked = next((name or "the model" for name, part in model.named_modules() if hasattr(part, "_hf_hook")), None)
     spread = len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
     if hooked is not None or spread:

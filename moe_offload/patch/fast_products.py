@@ -24,7 +24,8 @@ from ..forward.graphs import products
 
 logger = logging.getLogger("moe_offload")
 
-#: More rows than this torch multiplies as fast: each weight that is read from memory is used often enough.
+#: The most rows of a fast product. With more, torch is as fast: it uses each weight that it reads from memory often
+#: enough.
 FEW_TOKENS = 4
 PLAIN = (Tensor, nn.Parameter)
 
@@ -63,7 +64,7 @@ def forward(self: nn.Linear, input: Tensor) -> Tensor:
     """What replaces `nn.Linear.forward`."""
     if torch.compiler.is_dynamo_compiling() or not is_few_and_plain(input, self.weight, self.bias):
         return functional.linear(input, self.weight, self.bias)
-    out: Tensor = _kernels().multiply(input.view(-1, input.shape[-1]), self.weight, self.bias)
+    out: Tensor = _kernels().multiply_rows(input.view(-1, input.shape[-1]), self.weight, self.bias)
     return out.view(*input.shape[:-1], -1)
 
 
@@ -89,7 +90,8 @@ def _is_plain(tensor: Tensor | None) -> bool:
 
 
 def is_few_and_plain(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether this is a bfloat16 product of few rows and nothing else: nobody listens, nobody derives."""
+    """Whether this is a bfloat16 product of few rows and nothing else: no gradient, autocast, trace, mode
+    or subclass."""
     inputs = weight.shape[1]
     return (
         type(input) is Tensor
@@ -111,11 +113,12 @@ def is_few_and_plain(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool
 
 @cache
 def _kernels() -> Any:
-    """The compiled kernels; None, and said, where there are none. Asked for late: numba takes a second to import."""
+    """The compiled kernels; None, with a warning, where there are none. Imported late: numba takes a
+    second to import."""
     try:
         from ..runtime.kernels import few_rows
 
-        few_rows.prepare()
+        few_rows.compile_kernels()
     except (ImportError, RuntimeError) as error:
         logger.warning(
             "compute='fast' needs numba (pip install numba), which cannot be used here: %s. Products are exact", error

@@ -1,6 +1,7 @@
-"""`model.get_memory_footprint()` of an offloaded model: what it holds, not what its parameters look like.
+"""`model.get_memory_footprint()` of an offloaded model: the bytes that it holds, not those of its parameters' shapes.
 
-The parameters of experts are phantoms: the shape of all experts, the memory of one row. In their place count the slots.
+The parameters of experts are phantoms, with the shape of all experts and the memory of one row: slots are counted
+instead.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ The model keeps its class, its `forward` and its `generate`. What changes:
     model.to(...), copies ...       refused where they would reach the experts (refusals.py)
 
 Traced by our backend, the experts implementation is transformers' own code, for the passes to rewrite. Anywhere else
-(an eager call to a submodule, somebody else's torch.compile, the far side of a graph break) it is one op that streams
-and computes by itself: what the passes never see is slower, never wrong.
+(an eager call to a submodule, a torch.compile of the user's own, code after a graph break) it is one op that streams
+and computes by itself: slower, never wrong.
 """
 
 from __future__ import annotations
@@ -29,7 +29,16 @@ from ..errors import OffloadError
 from ..experts import MoELayer
 from ..forward import masked
 from ..forward.advise import Advisor
-from ..forward.binding import Link, RunExperts, Scope, banks_of_this_thread, connect, disconnect, run_op, run_untraced
+from ..forward.binding import (
+    Link,
+    RunExperts,
+    Scope,
+    banks_of_this_thread,
+    connect_bank,
+    disconnect_bank,
+    run_op,
+    run_untraced,
+)
 from ..forward.call import ADAPTED, Call, whole_call
 from ..forward.called.hints import hint_from_routers
 from ..forward.called.rows import keep_untraced
@@ -68,7 +77,7 @@ def choose_implementation(moe_layers: Sequence[MoELayer], wanted: str) -> str:
     return own.pop() if len(own) == 1 and own <= set(IMPLEMENTATIONS) else "grouped_mm"
 
 
-def install(
+def patch_model(
     model: nn.Module,
     runtime: Runtime,
     *,
@@ -141,10 +150,10 @@ def install(
     return log
 
 
-def uninstall(runtime: Runtime) -> None:
-    """Let go of the banks; the model stays refused (its weights are gone), but holds no memory."""
+def unpatch_model(runtime: Runtime) -> None:
+    """Free the banks. The model holds no memory then; calling it raises `ClosedError`, since its weights are gone."""
     for layer in runtime.layers:
-        disconnect(layer)
+        disconnect_bank(layer)
 
 
 def _install_layer(layer: LayerRuntime, link: Link, implementation: str, nan_rows: dict[Hashable, Tensor]) -> None:
@@ -160,7 +169,7 @@ def _install_layer(layer: LayerRuntime, link: Link, implementation: str, nan_row
         module._moe_offload = link
         if is_masked:
             masked.replace_forward(module)
-    connect(layer)
+    connect_bank(layer)
 
 
 def _name_implementation(layers: Sequence[LayerRuntime], name: str) -> None:
@@ -186,9 +195,9 @@ def _implementation(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if hasattr(self, "parametrizations"):
             raise OffloadError(ADAPTED)
         link = self._moe_offload
-        if torch.compiler.is_dynamo_compiling():  # by this thread: whatever is running here is not run, but traced
+        if torch.compiler.is_dynamo_compiling():  # this thread traces: the code here is not run
             if link.whole and link.scope.banks == banks_of_this_thread():
-                return original(self, hidden_states, ops.unserved(top_k_index, link.rows), top_k_weights)
+                return original(self, hidden_states, ops.mark_unserved(top_k_index, link.rows), top_k_weights)
             return run_op(self, hidden_states, top_k_index, top_k_weights)
         if torch.is_grad_enabled():
             return cast(Tensor, refuse_backward(link.run, self, hidden_states, top_k_index, top_k_weights))

@@ -1,4 +1,5 @@
-"""What cannot reach the experts of an offloaded model is refused, on the model and on every part that holds experts.
+"""Refuse calls that would act on phantoms, where the experts cannot be reached: on the model and its parts with
+experts.
 
 .to(dtype), .half(), .cuda(), .share_memory()    would turn the phantoms into real tensors of NaN
 copy.deepcopy, pickle, torch.save(model)         would copy phantoms, or files and threads

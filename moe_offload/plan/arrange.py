@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..config.device_map import Spot, compute_device, expand, limits, refuse_absent, settle, spots
+from ..config.device_map import Spot, compute_device, expand_map, find_spots, parse_limits, refuse_absent, settle_tiers
 from ..config.settings import OffloadConfig
 from ..config.sizes import format_size, parse_size
 from ..errors import BudgetError, ConfigError
@@ -23,7 +23,7 @@ from ..experts import MoELayer
 from ..memory.devices import free_bytes
 from ..memory.machine import main_memory
 from .budget import Plan, plan_slots
-from .weights import costs, dense_bytes_on, layer_shapes, library_bytes
+from .weights import dense_bytes_on, layer_shapes, library_bytes, sum_costs
 
 RAM_SHARE = "80%"  # of what is available, for rows below an accelerator where nothing else is said
 
@@ -75,7 +75,7 @@ class Arrangement:
         return replace(self, plans={self.device: replace(self.plan, slots=slots)})
 
 
-def arrange(
+def arrange_layers(
     model: Any, moe_layers: Sequence[MoELayer], settings: OffloadConfig, usable: Sequence[str] | None = None
 ) -> Arrangement:
     """Plan `model` (it may be on the meta device) for `settings`.
@@ -85,10 +85,10 @@ def arrange(
     """
     names = [moe.name for moe in moe_layers]
     available = main_memory().free
-    allowed = limits(settings.max_memory, available)
+    allowed = parse_limits(settings.max_memory, available)
     accelerators = [device for device in allowed if device != "cpu"]
-    found = spots(names, [name for name, _ in model.named_modules()], settings.device_map, accelerators)
-    rules = expand(settings.device_map, names, accelerators)
+    found = find_spots(names, [name for name, _ in model.named_modules()], settings.device_map, accelerators)
+    rules = expand_map(settings.device_map, names, accelerators)
     dense = dense_bytes_on(model, moe_layers, lambda module: compute_device(module, rules))
     computing = sorted({spot.device for spot in found} | set(dense))
     if usable is not None:
@@ -103,7 +103,7 @@ def arrange(
     plans = {}
     for device in with_experts:
         ours = [moe for moe, spot in zip(moe_layers, found, strict=True) if spot.device == device]
-        whole = costs(model, moe_layers, settings, device)
+        whole = sum_costs(model, moe_layers, settings, device)
         share = replace(
             whole,
             dense_bytes=dense.get(device, 0),
@@ -117,7 +117,7 @@ def arrange(
     if room is None and usable is not None and "cpu" not in computing:  # an accelerator: RAM is the tier below it
         room = parse_size(RAM_SHARE, total=available)
     needs = [0 if n == moe.num_experts else moe.nbytes for moe, n in zip(moe_layers, per_layer, strict=True)]
-    settled = settle(found, needs, room)
+    settled = settle_tiers(found, needs, room)
     host = sum(moe.nbytes for moe, spot in zip(moe_layers, settled, strict=True) if spot.tier == "host")
     return Arrangement(tuple(names), tuple(settled), plans, host, room)
 

@@ -3,8 +3,8 @@
     budget = dense weights + reserve (KV cache, workspace) + scratch rows for prefill waves + banks + unused
     floor  = the smallest budget that works: the same with the fewest slots that work in each layer (`MoELayer.floor`)
 
-Never over budget; one more slot never fits; with rows of one size more budget never means fewer slots, and with rows of
-several sizes the smallest share of a layer never drops (property-tested). All sizes in bytes.
+A plan is never over budget, and one more slot never fits. A larger budget never gives fewer slots where all rows have
+one size; with rows of several sizes it never lowers the smallest share of a layer (property-tested). Sizes are bytes.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Plan:
 
     @property
     def floor_bytes(self) -> int:
-        return floor(self.layers, self.costs)
+        return floor_budget(self.layers, self.costs)
 
     @property
     def residency(self) -> float:
@@ -133,7 +133,7 @@ def plan_slots(budget: int, layers: Sequence[LayerShape], costs: Costs) -> Plan:
 
     Raises `BudgetError`, stating the floor and what makes it up, when those do not fit.
     """
-    smallest = floor(layers, costs)
+    smallest = floor_budget(layers, costs)
     if budget < smallest:
         raise BudgetError(_below_floor(budget, smallest, layers, costs))
     left = costs.for_banks(budget)
@@ -150,7 +150,7 @@ def plan_slots(budget: int, layers: Sequence[LayerShape], costs: Costs) -> Plan:
     return Plan(budget, tuple(layers), costs, tuple(slots))
 
 
-def floor(layers: Sequence[LayerShape], costs: Costs) -> int:
+def floor_budget(layers: Sequence[LayerShape], costs: Costs) -> int:
     """The smallest budget that holds the fewest slots that work in every layer."""
     return _smallest_budget(_cost(layers, 0), costs)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from ..observe.profile import Profile
-from ..observe.profile_stats import pinned
+from ..observe.profile_stats import pinned_hit_rate
 
 #: `(share of a layer's experts that have slots, hit rate)`, replayed with
 #:   moe-offload simulate TRACE... --policies default --start warm --residency 12.5%,20%,...,95%     (2026-11-26)
@@ -48,7 +48,7 @@ class HitRate:
         return f"{self.expected:.0%}{spread}, {self.source}"
 
 
-def typical(slots: Sequence[int], experts: Sequence[int]) -> HitRate:
+def typical_hit_rate(slots: Sequence[int], experts: Sequence[int]) -> HitRate:
     """The mean over layers of what recorded workloads of other models had at the same shares of slots."""
     rates = [
         sum(_at(s / e, curve) for s, e in zip(slots, experts, strict=True)) / len(slots) for curve in RECORDED.values()
@@ -57,9 +57,9 @@ def typical(slots: Sequence[int], experts: Sequence[int]) -> HitRate:
     return HitRate(sum(rates) / len(rates), min(rates), max(rates), source)
 
 
-def covered(slots: Sequence[int], profile: Profile) -> HitRate:
+def covered_hit_rate(slots: Sequence[int], profile: Profile) -> HitRate:
     """The share of the profile's requests that its hottest experts, as many as there are slots, would have served."""
-    rate = pinned(profile, slots)
+    rate = pinned_hit_rate(profile, slots)
     return HitRate(rate, rate, rate, f"what the profile's hottest experts cover ({profile.tokens} tokens)")
 
 

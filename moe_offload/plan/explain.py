@@ -18,7 +18,7 @@ from .arrange import Arrangement
 
 PLACES = {"disk": "on disk", "host": "in RAM"}
 
-#: Kinds of dense weights by a part of their module's name, and why each stays; the first that fits counts.
+#: Kinds of dense weights by a part of their module's name, and why each stays in memory; the first that fits counts.
 KINDS = [
     (("shared_expert", "shared_mlp"), "shared experts", "every token uses them, so they would never be evicted"),
     (("embed", "lm_head", "wte"), "embeddings and head", "every token needs the whole head"),
@@ -29,7 +29,7 @@ KINDS = [
 ]
 
 
-def explain(model: Any, moe_layers: Sequence[MoELayer], arrangement: Arrangement) -> str:
+def explain_arrangement(model: Any, moe_layers: Sequence[MoELayer], arrangement: Arrangement) -> str:
     """Tell how `model` (it may be on the meta device, or offloaded) is arranged: a paragraph for experts, one for the
     rest."""
     lines = ["experts:"]
@@ -56,11 +56,13 @@ def explain(model: Any, moe_layers: Sequence[MoELayer], arrangement: Arrangement
             "unpacked where they are used"
         )
     lines.append("not offloaded, held where they compute:")
-    lines += [f"  {kind:<28}{format_size(size):>12}  {why}" for kind, size, why in kept(model, moe_layers)]
+    lines += [
+        f"  {kind:<28}{format_size(size):>12}  {why}" for kind, size, why in list_dense_weights(model, moe_layers)
+    ]
     return "\n".join(lines)
 
 
-def kept(model: nn.Module, moe_layers: Sequence[MoELayer]) -> list[tuple[str, int, str]]:
+def list_dense_weights(model: nn.Module, moe_layers: Sequence[MoELayer]) -> list[tuple[str, int, str]]:
     """What is not offloaded: `(kind, bytes, why)`, the largest first. Tied weights count once."""
     seen = {id(param) for moe in moe_layers for param in moe.tensors}
     found: dict[str, int] = {}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint.outline import Outline, outline
+from ..checkpoint.outline import Outline, outline_checkpoint
 from ..checkpoint.pretrained.arguments import Arguments
 from ..config.device_map import DeviceMap, MaxMemory
 from ..config.settings import Config, OffloadConfig
@@ -20,12 +20,12 @@ from ..config.sizes import format_size
 from ..errors import OffloadError
 from ..experts import MoELayer, find_experts
 from ..observe.profile import Profile
-from .arrange import Arrangement, arrange
-from .budget import Plan, budget_for, floor
-from .expected_hits import HitRate, covered, typical
-from .explain import explain
+from .arrange import Arrangement, arrange_layers
+from .budget import Plan, budget_for, floor_budget
+from .expected_hits import HitRate, covered_hit_rate, typical_hit_rate
+from .explain import explain_arrangement
 from .prepare import load_profile, settings_of
-from .weights import costs, fingerprint, kv_bytes, layer_shapes, longest_context
+from .weights import kv_bytes, layer_shapes, longest_context, sum_costs, take_fingerprint
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Forecast:
 
     def explain(self) -> str:
         """Which rule puts what where, and what is not offloaded and why."""
-        return explain(self.model, self.moe_layers, self.arrangement)
+        return explain_arrangement(self.model, self.moe_layers, self.arrangement)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values. `budget`, `floor`, `slots` and so on are of the first device; `devices` has them all."""
@@ -187,7 +187,7 @@ def make_plan(
     """
     settings = settings_of(config, budget=budget, device_map=device_map, max_memory=max_memory)
     found = read_outline(model_or_path, dtype, trust_remote_code, code_revision)
-    return arrange(found.model, found.moe_layers, settings).plan
+    return arrange_layers(found.model, found.moe_layers, settings).plan
 
 
 def read_outline(
@@ -198,7 +198,7 @@ def read_outline(
 ) -> Outline:
     if not isinstance(model_or_path, nn.Module):
         said = Arguments(dtype=dtype, trust_remote_code=trust_remote_code, code_revision=code_revision)
-        return outline(model_or_path, said)
+        return outline_checkpoint(model_or_path, said)
     if hasattr(model_or_path, "moe_offload"):
         raise OffloadError("this model is already offloaded; its plan is model.moe_offload.plan")
     model: Any = model_or_path
@@ -208,9 +208,9 @@ def read_outline(
 def of_outline(found: Outline, settings: OffloadConfig, profile: Profile | None = None) -> Forecast:
     """As `forecast`, of an outline that was read before."""
     model, moe_layers = found.model, found.moe_layers
-    arrangement = arrange(model, moe_layers, settings)
-    loaded = load_profile(profile, settings, fingerprint(model, moe_layers))
-    shapes, whole = layer_shapes(moe_layers), costs(model, moe_layers, settings, next(iter(arrangement.plans)))
+    arrangement = arrange_layers(model, moe_layers, settings)
+    loaded = load_profile(profile, settings, take_fingerprint(model, moe_layers))
+    shapes, whole = layer_shapes(moe_layers), sum_costs(model, moe_layers, settings, next(iter(arrangement.plans)))
     experts = [moe.num_experts for moe in moe_layers]
     return Forecast(
         name=str(getattr(model.config, "_name_or_path", "") or type(model).__name__),
@@ -218,11 +218,13 @@ def of_outline(found: Outline, settings: OffloadConfig, profile: Profile | None 
         model=model,
         moe_layers=moe_layers,
         arrangement=arrangement,
-        hit_rate=typical(arrangement.slots, experts) if loaded is None else covered(arrangement.slots, loaded),
+        hit_rate=typical_hit_rate(arrangement.slots, experts)
+        if loaded is None
+        else covered_hit_rate(arrangement.slots, loaded),
         context=min(settings.kv_tokens, longest_context(model) or settings.kv_tokens),
         asked_context=settings.kv_tokens,
         kv_bytes=kv_bytes(model, settings.kv_tokens),
-        floor_bytes=floor(shapes, whole),
+        floor_bytes=floor_budget(shapes, whole),
         resident_bytes=budget_for(1.0, shapes, whole),
         largest_context=_largest_context(found, settings, arrangement) if len(arrangement.plans) == 1 else None,
     )
@@ -230,11 +232,17 @@ def of_outline(found: Outline, settings: OffloadConfig, profile: Profile | None 
 
 def _largest_context(found: Outline, settings: OffloadConfig, arrangement: Arrangement) -> int:
     """The most tokens of KV cache with which the floor is within the budget; at least those that were planned for."""
-    shapes, whole = layer_shapes(found.moe_layers), costs(found.model, found.moe_layers, settings, arrangement.device)
+    shapes, whole = (
+        layer_shapes(found.moe_layers),
+        sum_costs(found.model, found.moe_layers, settings, arrangement.device),
+    )
     longest = longest_context(found.model) or 2**20
     low, high = min(settings.kv_tokens, longest), longest
     while low < high:
         middle = (low + high + 1) // 2
-        fits = floor(shapes, replace(whole, kv_bytes=kv_bytes(found.model, middle))) <= arrangement.plan.budget_bytes
+        fits = (
+            floor_budget(shapes, replace(whole, kv_bytes=kv_bytes(found.model, middle)))
+            <= arrangement.plan.budget_bytes
+        )
         low, high = (middle, high) if fits else (low, middle - 1)
     return low

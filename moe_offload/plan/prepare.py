@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..config.settings import Config, OffloadConfig, resolve
+from ..config.settings import Config, OffloadConfig, resolve_settings
 from ..config.sizes import format_size
 from ..config.usage import profile_path, usage_folder, workload_of
 from ..errors import UnsupportedModelError
@@ -20,8 +20,8 @@ from ..memory.locking import bytes_to_lock
 from ..memory.machine import main_memory
 from ..observe.profile import Fingerprint, Profile
 from ..observe.usage import UsageFile
-from .arrange import Arrangement, arrange
-from .weights import fingerprint
+from .arrange import Arrangement, arrange_layers
+from .weights import take_fingerprint
 
 logger = logging.getLogger("moe_offload")
 
@@ -51,32 +51,36 @@ class Prepared:
 
 
 def settings_of(config: Config, **given: Any) -> OffloadConfig:
-    """The settings in force: an argument that is None was not given, and a profile in memory is no setting."""
+    """The settings in force. An argument that is None was not given; a `Profile` object is no setting, its path is."""
     said = {name: value for name, value in given.items() if value is not None and not isinstance(value, Profile)}
-    return resolve(config, **said)
+    return resolve_settings(config, **said)
 
 
-def prepare(
+def prepare_model(
     model: Any,
     moe_layers: Sequence[MoELayer],
     settings: OffloadConfig,
     profile: Profile | str | Path | None = None,
     asked_for: str | Path = "",
+    found_on: str = "cpu",
 ) -> Prepared:
     """Plan `model`, which may be on the meta device, for the devices of this process, and read its profile.
 
-    Its usage is remembered under the name that `asked_for`, what it was loaded by, gives it.
+    Its usage is remembered under the name that `asked_for`, what it was loaded by, gives it. A model that was
+    `found_on` an accelerator stays there, unless the settings have a device map.
     Raises `ConfigError`, `BudgetError`, `UnsupportedModelError`, or `ProfileError` for the profile of another model.
     """
     _check_system()
-    arrangement = arrange(model, moe_layers, settings, usable=usable_kinds(settings.untested))
+    if found_on != "cpu" and settings.device_map is None:
+        settings = replace(settings, device_map={"": found_on})
+    arrangement = arrange_layers(model, moe_layers, settings, usable=usable_kinds(settings.untested))
     arrangement.check_one_device()
     if arrangement.device != "cpu" and any(moe.packed for moe in moe_layers):
         raise UnsupportedModelError(
             f"asked to compute on {arrangement.device} with quantised experts; their weights are unpacked by the CPU "
             'alone so far. Leave device_map out (or device_map="cpu"), or use a checkpoint in bfloat16'
         )
-    expected = fingerprint(model, moe_layers)
+    expected = take_fingerprint(model, moe_layers)
     _warn_beyond_memory(arrangement)
     usage = None if isinstance(profile, Profile) else _usage_file(settings.profile, name_of(model, asked_for), expected)
     loaded = load_profile(profile, settings, expected) if usage is None else usage.read()

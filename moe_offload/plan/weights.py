@@ -20,7 +20,8 @@ RESERVED_PROMPT_TOKENS = 512  # the automatic reserve has room for the attention
 CUBLAS_BYTES, CUDA_BLOCK_BYTES = 2 * 32 << 20, 2 << 20
 
 AUTO_SCRATCH = 128 * 10**6, 16  # bytes and rows at most, on a CPU
-#: On a device: what its link brings in 5 to 6 ms, so that it is busy from one layer's last row to the next one's ids.
+#: The same on a device with its own memory: what its link brings in 5 to 6 ms, so that the link is busy from one
+#: layer's last row until the ids of the next layer are known.
 AUTO_SCRATCH_BESIDE = 320 * 10**6, 32
 
 
@@ -28,7 +29,7 @@ def layer_shapes(moe_layers: Sequence[MoELayer]) -> list[LayerShape]:
     return [LayerShape(moe.num_experts, moe.floor, moe.layout.row_bytes) for moe in moe_layers]
 
 
-def costs(model: Any, moe_layers: Sequence[MoELayer], settings: OffloadConfig, device: str = "cpu") -> Costs:
+def sum_costs(model: Any, moe_layers: Sequence[MoELayer], settings: OffloadConfig, device: str = "cpu") -> Costs:
     """What stands in the budget of `device` besides the banks."""
     row_bytes = max(moe.layout.row_bytes for moe in moe_layers)
     return Costs(
@@ -110,7 +111,7 @@ def scores_bytes(model: Any, tokens: int = RESERVED_PROMPT_TOKENS) -> int:
     return int(heads * min(tokens, longest) ** 2 * (4 + 2 * dtype.itemsize))
 
 
-def fingerprint(model: Any, moe_layers: Sequence[MoELayer]) -> Fingerprint:
+def take_fingerprint(model: Any, moe_layers: Sequence[MoELayer]) -> Fingerprint:
     """What a profile must agree with to be used for `model`."""
     config: Any = model.config.get_text_config()
     hidden = int(getattr(config, "hidden_size", None) or 1)

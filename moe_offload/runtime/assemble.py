@@ -18,14 +18,14 @@ from ..config.settings import OffloadConfig
 from ..config.sizes import format_size
 from ..errors import BudgetError, ConfigError
 from ..experts import MoELayer
-from ..memory.buffers import unfilled
+from ..memory.buffers import allocate_unfilled
 from ..memory.locking import MemoryLock
 from ..memory.scratch import Scratch
 from ..memory.stores import Store
 from ..memory.stores.host import HostStore
 from ..memory.transfer import TRANSFERS, pinned
 from ..observe.profile import Profile
-from ..observe.profile_stats import rates
+from ..observe.profile_stats import uses_per_token
 from ..plan.budget import Plan
 from .kernels import KERNELS
 from .layer import LayerRuntime
@@ -33,7 +33,7 @@ from .lock import ModelLock
 from .model import Runtime
 
 logger = logging.getLogger("moe_offload")
-DEVICE_POLICY = "decayed_lfu"  # what the kernels know
+DEVICE_POLICY = "decayed_lfu"  # the one policy that the kernels have
 DEFAULT_POLICY = OffloadConfig().policy
 
 
@@ -85,7 +85,7 @@ def build_runtime(
     """
     with _or_budget_error(plan, device):
         transfer, lock = TRANSFERS[device.partition(":")[0]](device), ModelLock()
-        scratch = Scratch(unfilled(plan.costs.scratch_bytes, device), transfer, settings.poison)
+        scratch = Scratch(allocate_unfilled(plan.costs.scratch_bytes, device), transfer, settings.poison)
         locked = MemoryLock(lock_bytes)
         locked.lock(scratch.raw)
         rows_EN = readable_rows(moe_layers, plan.slots, stores, device_decides, device)
@@ -94,7 +94,7 @@ def build_runtime(
             name = DEVICE_POLICY if moe.index in rows_EN else settings.policy
             policy = POLICIES[name](moe.num_experts, settings.half_life)
             if profile is not None and profile.tokens:
-                policy.seed(rates(profile, moe.index))
+                policy.seed(uses_per_token(profile, moe.index))
             layers.append(
                 LayerRuntime(
                     moe,

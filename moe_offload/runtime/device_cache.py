@@ -20,7 +20,7 @@ from torch import Tensor
 from ..cache.counters import LayerCounters
 from ..errors import RoutingError
 from .in_flight import Arrivals
-from .kernels import DeviceState, Kernels, Loads, pace
+from .kernels import DeviceState, Kernels, Loads, make_pace
 from .kernels.state import REFUSED
 
 
@@ -78,9 +78,12 @@ class DeviceCaches:
 
 
 class DeviceCache:
-    """`rows_EN` are all rows of the layer, in memory that the device can read; None where it cannot. Where every expert
-    has a slot, the host loads all of them before the device takes over, and nothing is ever missing. `totals_4` is this
-    layer's part of the model's counters."""
+    """One layer's cache on the device.
+
+    `rows_EN` are all rows of the layer, in memory that the device can read; None if it cannot. Where every expert has a
+    slot, the host loads all of them before the device takes over, and nothing is ever missing. `totals_4` is this
+    layer's part of the model's counters.
+    """
 
     def __init__(
         self, arrivals: Arrivals, rows_EN: Tensor | None, totals_4: Tensor, half_life: float, kernels: Kernels
@@ -93,11 +96,11 @@ class DeviceCache:
         self._loads: dict[int, Loads] = {}
 
     def prepare(self, sizes: Collection[int]) -> None:
-        """Make what events of so many pairs need, before a graph is recorded: what is made within one is in its memory
-        pool, which may hold nothing but the graph's own tensors."""
+        """Allocate what events of so many pairs need, before a CUDA graph is recorded: what is allocated while
+        recording lies in the graph's memory pool, which may hold nothing but the graph's own tensors."""
         for pairs in set(sizes) - self._loads.keys():
             tokens = self.arrivals.moe.tokens_of(pairs)
-            self._paces[pairs] = pace(tokens, self.half_life, self.device)
+            self._paces[pairs] = make_pace(tokens, self.half_life, self.device)
             self._loads[pairs] = Loads.empty(pairs, self.device)
 
     def place(self, ids_P: Tensor) -> Tensor:
@@ -142,7 +145,7 @@ class DeviceCache:
         return self.rows_EN is not None or self.whole
 
     def resize(self) -> None:
-        """The host's cache has another number of slots. To be called while the host decides: it knows all there is."""
+        """Follow the host's cache, which has another number of slots now. Call it while the host decides."""
         cache = self.arrivals.cache
         self.state = DeviceState.empty(cache.num_experts, cache.slots, self.device, self.state.totals_4)
 

@@ -59,7 +59,8 @@ class Arrivals:
     # One event: begin, look the cache up, claim, start what is missing, take what arrives.
 
     def begin(self, used: Collection[int]) -> None:
-        """A new event, of the experts `used`: claim what was read ahead for it, give up what stands in its way."""
+        """Begin an event of the experts `used`: claim rows read ahead for it, and give up loads whose slots it
+        needs."""
         if self.awaited or self.held or len(self.cache.pending) > len(self.guessed):
             self.abort()  # an event that was interrupted before its wait left loads behind; a new one starts clean
         begun = time.perf_counter()
@@ -82,7 +83,7 @@ class Arrivals:
                 self.cache.counters.late += 1
                 self.transfer.hurry(arrival.ticket)
                 self.awaited.append(arrival)
-            del self.guessed[e]  # not before: an error would leave it to nobody
+            del self.guessed[e]  # only now: after an error before, it would be in no list
 
     def start(self, loads: Iterable[Load], demanded: bool = True) -> None:
         try:
@@ -186,14 +187,14 @@ class Arrivals:
             for load in loads:
                 ticket = self._read(load.expert, load, -1, demanded=False)
                 self.guessed[load.expert] = Arrival(load.expert, load, -1, ticket)
-        except BaseException:  # the loads after it, too, are nobody's
+        except BaseException:  # the loads that were not started are in no list either
             self.abort()
             raise
 
     def _settle_guesses(self, used: Collection[int]) -> None:
         """Commit the guesses that are here and not `used`; give up those that failed, or take room that is needed.
 
-        One that is still being read, and in nobody's way, goes on: to stop it would be to wait for it.
+        One that is still being read, and whose slot is not needed, goes on: stopping it would mean waiting for it.
         """
         room = self.cache.slots - len(set(used) | set(self.guessed))
         for e, arrival in list(self.guessed.items()):

@@ -40,9 +40,9 @@ from .device_cache import DeviceCache, DeviceCaches
 from .in_flight import Arrivals
 from .lock import ModelLock
 from .waves_cpu import RunCore, compute_while_loading
-from .waves_device import compute_in_groups, uses
+from .waves_device import compute_in_groups, count_uses
 
-HEAP_TRIM_TOKENS = 64  # from so many on, activations leave enough behind for the heap to be trimmed: it takes ms
+HEAP_TRIM_TOKENS = 64  # the heap is trimmed after events of as many tokens: it takes ms, fewer leave little behind
 
 
 class LayerRuntime:
@@ -156,11 +156,11 @@ class LayerRuntime:
                 trim_heap()
 
     def experts(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """The whole module, for callers that no pass has rewritten: slower, never wrong."""
+        """The output of the whole experts module, for code that no pass has rewritten: slower, never wrong."""
         tokens, k = ids_TK.shape
         with self.lock.here(), self.arrivals.transfer.current(), torch.autocast(x_TH.device.type, enabled=False):
             if self.module_core is None:
-                raise closed(self.moe.name)
+                raise closed_error(self.moe.name)
             out_PH = self.stream(x_TH.repeat_interleave(k, dim=0), ids_TK.reshape(-1), self.module_core)
             weighted_PH = out_PH * weights_TK.reshape(-1, 1)
             return weighted_PH.view(tokens, k, -1).sum(dim=1).to(x_TH.dtype)
@@ -215,7 +215,7 @@ class LayerRuntime:
         """
         ids_P, pairs, ids = ids_P.reshape(-1), ids_P.numel(), []
         if self.arrivals.transfer.runs_ahead and pairs > self.moe.num_experts and self.recorder is None:
-            used = uses(ids_P, self.moe.num_experts)
+            used = count_uses(ids_P, self.moe.num_experts)
         else:
             ids = ids_P.tolist()
             used = Counter(ids)
@@ -244,7 +244,7 @@ class LayerRuntime:
         return torch.tensor([slot_of[e] for e in ids], dtype=ids_P.dtype)
 
 
-def closed(name: str) -> ClosedError:
+def closed_error(name: str) -> ClosedError:
     return ClosedError(
         f"{name}: its expert cache was closed (close(), or leaving its `with` block); load the model again to use it"
     )

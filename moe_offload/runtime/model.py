@@ -17,11 +17,11 @@ from ..memory.stores import Store
 from ..memory.transfer import Transfer
 from ..observe.timeline import Depth, Timeline
 from ..observe.trace.recorder import TraceRecorder
-from ..packed.workspace import give_back
+from ..packed.workspace import free_workspace
 from .ahead.guesses import Guesses
 from .device_cache import DeviceCaches
 from .kernels import Kernels
-from .layer import LayerRuntime, closed
+from .layer import LayerRuntime, closed_error
 from .lock import ModelLock
 
 
@@ -54,7 +54,7 @@ class Runtime:
 
     @property
     def slots(self) -> tuple[int, ...]:
-        """Of each layer, now."""
+        """The number of slots of each layer, now."""
         return tuple(layer.cache.slots for layer in self.layers)
 
     @property
@@ -78,8 +78,11 @@ class Runtime:
             calls.give_up()
 
     def check_open(self) -> None:
+        """Raise `ClosedError` after `close`, and in a forked process: there torch's own threads, with which rows are
+        unpacked and copied, are waited for in vain."""
+        self._lock.here()
         if self.closed:
-            raise closed("this model")
+            raise closed_error("this model")
 
     def record_trace(self, recorder: TraceRecorder) -> None:
         """Write down what every layer is asked from now on."""
@@ -192,6 +195,6 @@ class Runtime:
                     last_first.callback(store.close)
                 last_first.callback(self._transfer.close)
                 last_first.callback(setattr, self, "device_caches", None)
-                last_first.callback(give_back)
+                last_first.callback(free_workspace)
                 if self._lock.is_here:
                     self.hand_back()

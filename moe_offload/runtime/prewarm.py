@@ -16,7 +16,7 @@ from ..config.sizes import format_size
 from ..errors import OffloadError
 from ..observe.profile import Profile
 from ..observe.profile_stats import most_wanted
-from ..observe.progress import bar
+from ..observe.progress import show_bar
 from .in_flight import Arrivals
 from .model import Runtime
 
@@ -31,7 +31,7 @@ def prewarm_from(runtime: Runtime, profile: Profile) -> None:
     """Fill the slots with what the profile expects, and show how far it is."""
     wanted = most_wanted(profile, [layer.cache.slots for layer in runtime.layers])
     size = sum(runtime.layers[layer].moe.layout.row_bytes for layer, _ in wanted)
-    with bar("Pre-warming", len(wanted), unit="row", what=format_size(size)) as shown:
+    with show_bar("Pre-warming", len(wanted), unit="row", what=format_size(size)) as shown:
         prewarm_slots(runtime, wanted, shown.update)
 
 

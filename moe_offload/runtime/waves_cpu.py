@@ -1,5 +1,5 @@
-"""Compute what is resident while the rest loads, then the pairs of each row as it arrives: on a CPU, where to compute
-is to wait. A device with streams is told all at once (waves_device.py).
+"""Compute what is resident while the rest loads, then the pairs of each row as it arrives: on a CPU, whose threads do
+both. On a device with streams the host only launches (waves_device.py).
 
 Shapes: P token-expert pairs, E experts, S slots, N elements of one row.
 

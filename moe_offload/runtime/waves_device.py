@@ -37,7 +37,7 @@ class Group:
     here: bool = False
 
 
-def uses(ids_P: Tensor, num_experts: int) -> Counter[int]:
+def count_uses(ids_P: Tensor, num_experts: int) -> Counter[int]:
     """How many pairs use each expert. The host waits for the device here, once, for E numbers."""
     inside_P = (ids_P >= 0) & (ids_P < num_experts)
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids_P.device)

@@ -151,7 +151,7 @@ def test_what_was_found_becomes_a_dated_file(gpu, monkeypatch, tmp_path):
     assert keep(False) is None
     result = {"model": "checkpoints/qwen3_12-layers", "date": "2026-11-26", "machine": {"gpu": "NVIDIA H100 80GB HBM3"}}
     one.bench.found(tmp_path).write_text(json.dumps(result))
-    monkeypatch.setattr("moe_offload.apps.bench.table.table", lambda result: "the table")
+    monkeypatch.setattr("moe_offload.apps.bench.table.format_table", lambda result: "the table")
     file = keep(False)
     assert file.name == "qwen3-30b-a3b_h100-80gb-hbm3_2026-11.md"
     text = file.read_text()

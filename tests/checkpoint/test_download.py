@@ -10,7 +10,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from moe_offload.checkpoint.packed import ABSENT
 from moe_offload.checkpoint.pretrained.arguments import Arguments
-from moe_offload.checkpoint.pretrained.download import download
+from moe_offload.checkpoint.pretrained.download import download_checkpoint
 
 SHARDS = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
 INDEX = json.dumps({"weight_map": {str(n): name for n, name in enumerate(SHARDS)}})
@@ -37,7 +37,7 @@ def fetched(monkeypatch, tmp_path):
             return str(folder)
 
         monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-        assert download("someone/model", arguments) == folder
+        assert download_checkpoint("someone/model", arguments) == folder
         assert revisions[0] is None and set(revisions[1:]) == {"abc123"}, "all of one commit"
         return {str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()}
 

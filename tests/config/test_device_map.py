@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from moe_offload.config.device_map import Spot, limits, refuse_absent, settle, spots
+from moe_offload.config.device_map import Spot, find_spots, parse_limits, refuse_absent, settle_tiers
 from moe_offload.errors import BudgetError, ConfigError, UnsupportedModelError
 
 NAMES = [f"model.layers.{i}.mlp.experts" for i in range(12)]
@@ -15,11 +15,11 @@ MODULES += [name for i in range(12) for name in (f"model.layers.{i}", f"model.la
 
 
 def placed(device_map, devices=()):
-    return spots(NAMES, MODULES, device_map, devices)
+    return find_spots(NAMES, MODULES, device_map, devices)
 
 
 def tiers(device_map, room_bytes=None):
-    return [spot.tier for spot in settle(placed(device_map), [10] * len(NAMES), room_bytes)]
+    return [spot.tier for spot in settle_tiers(placed(device_map), [10] * len(NAMES), room_bytes)]
 
 
 def on_host(device_map):
@@ -137,7 +137,7 @@ def test_what_a_map_sends_to_ram_comes_first_and_must_fit():
 
 
 def test_a_layer_whose_rows_all_have_slots_takes_no_ram():
-    found = settle([Spot("cpu", "auto", "default")] * 2, [0, 10], 10)
+    found = settle_tiers([Spot("cpu", "auto", "default")] * 2, [0, 10], 10)
     assert [spot.tier for spot in found] == ["disk", "host"] and "every row has a slot" in found[0].rule
 
 
@@ -164,18 +164,18 @@ def test_a_map_in_one_word_is_auto_or_a_tier(text):
     ],
 )
 def test_limits_in_bytes(max_memory, found):
-    assert limits(max_memory, available=1000) == found
+    assert parse_limits(max_memory, available=1000) == found
 
 
 @pytest.mark.parametrize("device", ["cpu", "disk", 0])
 @pytest.mark.parametrize("size", ["8 gigs", "", 0, -1, None, 1.5])
 def test_max_memory_with_a_size_that_means_nothing_is_refused(device, size):
     with pytest.raises(ConfigError):
-        limits({device: size}, available=1000)
+        parse_limits({device: size}, available=1000)
 
 
 def test_a_share_of_a_device_that_is_not_here_is_refused():
     with pytest.raises(ConfigError, match="no total"):
-        limits({0: "80%"}, available=1000)
+        parse_limits({0: "80%"}, available=1000)
     with pytest.raises(ConfigError, match="'gpu'"):
-        limits({"gpu": "8GB"}, available=1000)
+        parse_limits({"gpu": "8GB"}, available=1000)

@@ -12,7 +12,7 @@ import pytest
 
 from moe_offload.cache import POLICIES
 from moe_offload.config import settings as config_module
-from moe_offload.config.settings import OffloadConfig, resolve
+from moe_offload.config.settings import OffloadConfig, resolve_settings
 from moe_offload.errors import ConfigError
 
 FIELDS = [field.name for field in dataclasses.fields(OffloadConfig)]
@@ -111,7 +111,9 @@ def test_a_path_is_kept_as_text():
     assert OffloadConfig(offload_folder=Path("packed")).offload_folder == "packed"
 
 
-@pytest.mark.parametrize("make", [OffloadConfig.from_dict, resolve, lambda values: resolve(None, **values)])
+@pytest.mark.parametrize(
+    "make", [OffloadConfig.from_dict, resolve_settings, lambda values: resolve_settings(None, **values)]
+)
 def test_an_unknown_key_names_the_nearest(make):
     with pytest.raises(ConfigError, match=r"'halflife'.*did you mean 'half_life'\?"):
         make({"halflife": 3})
@@ -121,12 +123,12 @@ def test_an_unknown_key_names_the_nearest(make):
 
 def test_an_unknown_override_of_a_config_names_the_nearest():
     with pytest.raises(ConfigError, match="did you mean 'wave_rows'"):
-        resolve(OffloadConfig(), wave_row=3)
+        resolve_settings(OffloadConfig(), wave_row=3)
 
 
 def test_resolve_refuses_what_is_no_config():
     with pytest.raises(ConfigError, match="OffloadConfig, a dict"):
-        resolve(3)
+        resolve_settings(3)
 
 
 @pytest.mark.parametrize(
@@ -161,8 +163,8 @@ def test_environment(monkeypatch, tmp_path, field, text, value):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "it.json").touch()  # a profile that is not there is refused
     monkeypatch.setenv(f"MOE_OFFLOAD_{field.upper()}", text)
-    assert resolve() == OffloadConfig(**{field: value})
-    assert getattr(resolve({"policy": "decayed_lfu"} if field != "policy" else {}), field) == value
+    assert resolve_settings() == OffloadConfig(**{field: value})
+    assert getattr(resolve_settings({"policy": "decayed_lfu"} if field != "policy" else {}), field) == value
 
 
 @pytest.mark.parametrize(
@@ -180,24 +182,24 @@ def test_environment(monkeypatch, tmp_path, field, text, value):
 def test_a_bad_variable_is_refused_by_name(monkeypatch, field, text):
     monkeypatch.setenv(f"MOE_OFFLOAD_{field.upper()}", text)
     with pytest.raises(ConfigError, match=f"environment variable MOE_OFFLOAD_{field.upper()}: {field}="):
-        resolve()
+        resolve_settings()
     # One that is overruled is not even looked at.
     settled = OffloadConfig()
-    assert resolve({field: getattr(settled, field)}) == settled
+    assert resolve_settings({field: getattr(settled, field)}) == settled
 
 
 def test_a_variable_set_to_nothing_is_unset(monkeypatch):
     monkeypatch.setenv("MOE_OFFLOAD_WAVE_ROWS", "")
-    assert resolve() == OffloadConfig()
+    assert resolve_settings() == OffloadConfig()
 
 
 def test_precedence(monkeypatch):
     monkeypatch.setenv("MOE_OFFLOAD_WAVE_ROWS", "7")
-    assert resolve().wave_rows == 7
-    assert resolve({"policy": "lru"}).wave_rows == 7, "a dict is explicit in the keys it holds only"
-    assert resolve({"wave_rows": 5}).wave_rows == 5
-    assert resolve(OffloadConfig(policy="lru")).wave_rows == "auto", "a config is explicit in every field"
-    assert resolve(wave_rows=3).wave_rows == 3
-    assert resolve({"wave_rows": 5}, wave_rows=3).wave_rows == 3
-    assert resolve(OffloadConfig(wave_rows=5), wave_rows=3).wave_rows == 3
+    assert resolve_settings().wave_rows == 7
+    assert resolve_settings({"policy": "lru"}).wave_rows == 7, "a dict is explicit in the keys it holds only"
+    assert resolve_settings({"wave_rows": 5}).wave_rows == 5
+    assert resolve_settings(OffloadConfig(policy="lru")).wave_rows == "auto", "a config is explicit in every field"
+    assert resolve_settings(wave_rows=3).wave_rows == 3
+    assert resolve_settings({"wave_rows": 5}, wave_rows=3).wave_rows == 3
+    assert resolve_settings(OffloadConfig(wave_rows=5), wave_rows=3).wave_rows == 3
     assert OffloadConfig().wave_rows == "auto", "only resolve reads the environment"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from moe_offload.config import usage
-from moe_offload.config.settings import OffloadConfig, resolve
+from moe_offload.config.settings import OffloadConfig, resolve_settings
 from moe_offload.config.usage import measured_with, profile_path, usage_folder, workload_of
 from moe_offload.errors import ConfigError
 
@@ -33,9 +33,9 @@ def test_what_a_profile_names(profile, workload, path):
 
 
 def test_usage_is_remembered_unless_somebody_says_otherwise(monkeypatch):
-    assert workload_of(resolve().profile) == "default"
+    assert workload_of(resolve_settings().profile) == "default"
     monkeypatch.setenv("MOE_OFFLOAD_PROFILE", "off")
-    assert workload_of(resolve().profile) is None
+    assert workload_of(resolve_settings().profile) is None
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,6 @@ def cuda(monkeypatch):
     runtime = Cudart()
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(pinned, "drain", runtime.clear)
+    monkeypatch.setattr(pinned, "clear_last_error", runtime.clear)
     monkeypatch.setattr(pinned, "PIECE_BYTES", 2 * PAGE)
     return runtime

@@ -8,7 +8,7 @@ import moe_offload
 from moe_offload import OffloadConfig
 from moe_offload.experts import find_experts
 from moe_offload.plan.budget import budget_for
-from moe_offload.plan.weights import costs, layer_shapes
+from moe_offload.plan.weights import layer_shapes, sum_costs
 from tests.fakes.loops.configuration_loops import LoopsConfig
 from tests.fakes.loops.modeling_loops import LOOPS, LoopsForCausalLM
 
@@ -27,7 +27,7 @@ def build(loop="hits", dtype=torch.float32, seed=0, **changes):
 
 def budget_of(model, residency, settings=SETTINGS):
     moe_layers = find_experts(model)
-    return budget_for(residency, layer_shapes(moe_layers), costs(model, moe_layers, settings))
+    return budget_for(residency, layer_shapes(moe_layers), sum_costs(model, moe_layers, settings))
 
 
 def offload(model, residency=0.0, settings=SETTINGS, **options):

@@ -9,7 +9,7 @@ from moe_offload import OffloadConfig
 from moe_offload.apps.families.tiny import build
 from moe_offload.experts import find_experts, is_experts
 from moe_offload.plan.budget import budget_for
-from moe_offload.plan.weights import costs, layer_shapes
+from moe_offload.plan.weights import layer_shapes, sum_costs
 
 SETTINGS = OffloadConfig(experts_implementation="grouped_mm", compile="graph", poison=True, kv_tokens=64, wave_rows=1)
 IDS = torch.arange(3, 15).view(1, -1)
@@ -26,7 +26,7 @@ def resident(family=QWEN, layers=1, **options):
 
 def offload(model, residency=0.0, **options):
     moe_layers = find_experts(model)
-    budget = budget_for(residency, layer_shapes(moe_layers), costs(model, moe_layers, SETTINGS))
+    budget = budget_for(residency, layer_shapes(moe_layers), sum_costs(model, moe_layers, SETTINGS))
     return moe_offload.optimize(model, **{"budget": budget, "config": SETTINGS, **options})
 
 

@@ -31,7 +31,7 @@ YAML = [
 def test_yaml_that_only_looks_like_something(text, tmp_path):
     (tmp_path / "c.yaml").write_text(text)
     try:
-        config_file.read(tmp_path / "c.yaml")
+        config_file.read_settings(tmp_path / "c.yaml")
     except ConfigError as error:
         assert "c.yaml" in str(error)
 
@@ -141,6 +141,6 @@ def test_yaml_whatever_the_damage(tmp_path):
             data[at : at + rand.randrange(5)] = rand.choice(pieces)
         path.write_bytes(data)
         try:
-            config_file.read(path)
+            config_file.read_settings(path)
         except ConfigError as error:
             assert "c.yaml" in str(error)

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from moe_offload.errors import ProfileError
-from moe_offload.files.untrusted import read_bounded, refusing
+from moe_offload.files.untrusted import read_bounded, refusing_file
 from moe_offload.files.whole_file import save_whole
 from tests.fakes.file_faults import Fault, full, interrupt
 
@@ -60,6 +60,6 @@ def test_a_kill_leaves_one_of_the_two(path):
 def test_what_is_too_large_or_no_file_is_one_error_that_names_it(path):
     for limit, place in ((10, path), (10**6, path.parent), (10**6, path.parent / "absent")):
         with pytest.raises(ProfileError, match=rf"thing '{place}' cannot be used: .*Do this"):
-            with refusing(place, "thing", "Do this", ProfileError):
+            with refusing_file(place, "thing", "Do this", ProfileError):
                 read_bounded(place, limit)
     assert read_bounded(path, len(OLD)) == OLD

@@ -9,7 +9,7 @@ import pytest
 
 from moe_offload.cache.counters import Counters
 from moe_offload.forward import advise
-from moe_offload.forward.advise import ENOUGH, EVERY, Advisor, at_start, knob
+from moe_offload.forward.advise import ENOUGH, EVERY, Advisor, advise_at_start, suggest_remedy
 from moe_offload.pack import pack_checkpoint
 from moe_offload.plan.budget import Costs, LayerShape, budget_for, plan_slots
 from tests.fakes.offloaded import IDS, SETTINGS, offloaded, say
@@ -91,7 +91,7 @@ def test_the_switch_of_transformers_silences_it(said, monkeypatch):
     model = Model()
     for _ in range(2 * ENOUGH):
         model.forward()
-    at_start(plan_at(0), "1GB")
+    advise_at_start(plan_at(0), "1GB")
     assert not said.records
 
 
@@ -110,13 +110,13 @@ def test_the_knob_is_the_one_that_is_there(monkeypatch, tmp_path):
 
     plan, whole = plan_at(0.25), SimpleNamespace(packed=True)
     available(1 * GB)
-    assert "A budget of 129.00 MB holds all experts" in knob(plan, [])
+    assert "A budget of 129.00 MB holds all experts" in suggest_remedy(plan, [])
     available(40 * 10**6)
-    assert "There is memory for a budget of 69.00 MB, with 53% of the experts" in knob(plan, [])
+    assert "There is memory for a budget of 69.00 MB, with 53% of the experts" in suggest_remedy(plan, [])
     available(0)
     monkeypatch.setattr(advise, "DiskStore", SimpleNamespace)
-    assert "moe-offload pack" in knob(plan, [whole, SimpleNamespace(packed=False)])
-    assert "a faster disk" in knob(plan, [whole]) and "pack" not in knob(plan, [whole])
+    assert "moe-offload pack" in suggest_remedy(plan, [whole, SimpleNamespace(packed=False)])
+    assert "a faster disk" in suggest_remedy(plan, [whole]) and "pack" not in suggest_remedy(plan, [whole])
 
 
 def test_a_store_knows_whether_packing_would_help(tmp_path):
@@ -135,22 +135,22 @@ def test_a_store_knows_whether_packing_would_help(tmp_path):
 
 
 def test_a_budget_without_a_slot_to_spare_is_said_at_the_start(said):
-    at_start(plan_at(0), "9MB")
+    advise_at_start(plan_at(0), "9MB")
     (record,) = said.records
     assert "the least that works" in record.getMessage() and "12 % of the experts" in record.getMessage()
-    at_start(plan_at(0.25), "33MB")
-    at_start(plan_at(1), "1GB")
+    advise_at_start(plan_at(0.25), "33MB")
+    advise_at_start(plan_at(1), "1GB")
     all_used = [LayerShape(4, 4, 10**6)]  # every expert, every token
-    at_start(plan_slots(budget_for(0, all_used, COSTS), all_used, COSTS), "1GB")
+    advise_at_start(plan_slots(budget_for(0, all_used, COSTS), all_used, COSTS), "1GB")
     assert len(said.records) == 1
 
 
 def test_what_auto_has_become_is_in_the_log(said):
     with said.at_level(logging.INFO, "moe_offload"):
-        at_start(plan_at(0.25), "33MB")
+        advise_at_start(plan_at(0.25), "33MB")
         assert not said.records
-        at_start(plan_at(0.25), None)
-        at_start(plan_at(0.25), "auto")
+        advise_at_start(plan_at(0.25), None)
+        advise_at_start(plan_at(0.25), "auto")
     assert [record.levelname for record in said.records] == ["INFO", "INFO"] and "33.00 MB" in said.text
 
 

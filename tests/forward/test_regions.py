@@ -107,7 +107,7 @@ def break_graph(ids):
 
 def test_a_region_that_cannot_be_traced_runs_as_one_op_and_says_so_once(caplog, monkeypatch):
     plain, model = resident(layers=2), offloaded(layers=2)
-    monkeypatch.setattr(regions.ops, "unserved", break_graph)
+    monkeypatch.setattr(regions.ops, "mark_unserved", break_graph)
     assert torch.equal(say(model), say(plain))
     assert len([r for r in caplog.records if "cannot be traced" in r.getMessage()]) == 1
     assert model.moe_offload.stats().graphs == 0 and model.moe_offload.stats().hits

@@ -17,7 +17,7 @@ from moe_offload import OffloadConfig, OffloadError
 from moe_offload.apps.families.tiny import build
 from moe_offload.experts import find_experts
 from moe_offload.plan.budget import budget_for
-from moe_offload.plan.weights import costs, layer_shapes
+from moe_offload.plan.weights import layer_shapes, sum_costs
 from tests.fakes.offloaded import IDS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -40,7 +40,7 @@ def on_gpu(family, dtype=torch.float32, **sizes):
 def offloaded(family, settings, residency=0.5, dtype=torch.float32, where="cpu", **sizes):
     model = on_gpu(family, dtype, **sizes)
     moe_layers = find_experts(model)
-    budget = budget_for(residency, layer_shapes(moe_layers), costs(model, moe_layers, settings, "cuda:0"))
+    budget = budget_for(residency, layer_shapes(moe_layers), sum_costs(model, moe_layers, settings, "cuda:0"))
     rows = {"": 0, "model.layers.*.mlp.experts": where}
     if where == "mixed":
         rows = {"": 0, moe_layers[0].name: "cpu", moe_layers[1].name: "disk"}
@@ -119,7 +119,7 @@ def test_a_model_on_the_second_gpu_launches_there():
     model = build("qwen3_moe", num_hidden_layers=2).to("cuda:1").eval()
     want = model.generate(IDS.to("cuda:1"), max_new_tokens=24, do_sample=False, pad_token_id=0).cpu()
     moe_layers = find_experts(model)
-    budget = budget_for(0.5, layer_shapes(moe_layers), costs(model, moe_layers, DEVICE, "cuda:1"))
+    budget = budget_for(0.5, layer_shapes(moe_layers), sum_costs(model, moe_layers, DEVICE, "cuda:1"))
     model = moe_offload.optimize(model, budget, device_map={"": 1, "model.layers.*.mlp.experts": "cpu"}, config=DEVICE)
     assert torch.cuda.current_device() == 0
     got = model.generate(IDS.to("cuda:1"), max_new_tokens=24, do_sample=False, pad_token_id=0).cpu()
@@ -221,8 +221,8 @@ def test_what_was_pinned_is_given_back():
         model.moe_offload.close()
         assert not rows.is_pinned()
     fresh = torch.zeros(2, 4096, dtype=torch.uint8)
-    assert pinned.pin(fresh) == "" and torch.equal(pinned.device_view(fresh, "cuda:0").cpu(), fresh)
-    pinned.unpin(fresh)
+    assert pinned.pin_rows(fresh) == "" and torch.equal(pinned.device_view(fresh, "cuda:0").cpu(), fresh)
+    pinned.unpin_rows(fresh)
 
 
 def test_an_error_of_pinning_does_not_come_up_again():
@@ -231,8 +231,8 @@ def test_an_error_of_pinning_does_not_come_up_again():
     rows = torch.zeros(2, 4096, dtype=torch.uint8)
     assert pinned._register(rows) == "" and pinned._register(rows) != ""
     assert (torch.ones(3, device="cuda") + 1).tolist() == [2, 2, 2]
-    pinned.unpin(rows)
-    pinned.unpin(rows)  # not pinned any more: an error, likewise
+    pinned.unpin_rows(rows)
+    pinned.unpin_rows(rows)  # not pinned any more: an error, likewise
     assert (torch.ones(3, device="cuda") + 1).tolist() == [2, 2, 2]
 
 
@@ -245,7 +245,7 @@ def test_a_device_that_runs_out_in_a_forward(settings, caplog):
     model = build("qwen3_moe", **sizes).to("cuda").eval()
     want = model.generate(ids.cuda(), **options).cpu()
     moe_layers = find_experts(model)
-    budget = budget_for(0.9, layer_shapes(moe_layers), costs(model, moe_layers, settings))
+    budget = budget_for(0.9, layer_shapes(moe_layers), sum_costs(model, moe_layers, settings))
     rows = {"": 0, "model.layers.*.mlp.experts": "cpu"}
     model = moe_offload.optimize(model, budget, device_map=rows, config=settings)
     before = model.moe_offload.plan.slots

@@ -67,6 +67,7 @@ def folder(tmp_path):
 @pytest.mark.parametrize(
     ("names", "without"),
     [
+        ("OffloadConfig", {"torch", "transformers", "pydantic"}),
         ("Profile, OffloadConfig, Trace", {"torch", "transformers"}),
         ("optimize, from_pretrained, make_plan, forecast, pack_checkpoint, record_profile", {"transformers"}),
     ],

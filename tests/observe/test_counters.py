@@ -37,7 +37,7 @@ class Finder(PathFinder):
 
 sys.meta_path.insert(0, Finder)
 
-from moe_offload.apps.live.rates import between
+from moe_offload.apps.live.rates import rates_between
 from moe_offload.apps.report.collect import collect_run
 from moe_offload.apps.report.run_record import RunRecord
 from moe_offload.cache.counters import LayerCounters

@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from moe_offload import ClosedError
-from moe_offload.apps.live.client import GoneError, Place, SilentError, ask, running
+from moe_offload.apps.live.client import GoneError, Place, SilentError, ask_snapshot, find_running
 from moe_offload.errors import LiveError
 from moe_offload.observe.live import server
 from moe_offload.observe.live.snapshot import Snapshot
@@ -74,7 +74,7 @@ def test_it_waits_for_no_lock_of_the_model(model, folder):
     path = model.moe_offload.serve_live()
     runtime, answers = model.moe_offload._runtime, []
     with runtime.lock, runtime._transfer._changed:
-        asking = threading.Thread(target=lambda: answers.append(ask(Place(path))), daemon=True)
+        asking = threading.Thread(target=lambda: answers.append(ask_snapshot(Place(path))), daemon=True)
         asking.start()
         asking.join(120)
     assert answers and answers[0].model == model.moe_offload.name
@@ -86,7 +86,7 @@ def test_snapshots_while_the_model_generates(model, folder):
 
     def look():
         while not done.is_set():
-            seen.append(ask(place))
+            seen.append(ask_snapshot(place))
 
     looking = threading.Thread(target=look)
     looking.start()
@@ -109,11 +109,11 @@ def test_two_models_of_one_process(model, folder):
     other = offloaded(layers=1)
     first, second = model.moe_offload.serve_live(), other.moe_offload.serve_live()
     assert second.stem == f"{first.stem}-2"
-    assert [(place.path, len(found.layers)) for place, found in running()] == [(first, 2), (second, 1)]
+    assert [(place.path, len(found.layers)) for place, found in find_running()] == [(first, 2), (second, 1)]
     model.moe_offload.close()
-    assert [place.path for place, _ in running()] == [second]
+    assert [place.path for place, _ in find_running()] == [second]
     other.moe_offload.close()
-    assert running() == []
+    assert find_running() == []
 
 
 def test_close_ends_it(folder):
@@ -123,7 +123,7 @@ def test_close_ends_it(folder):
     model.moe_offload.close()
     assert not path.exists() and until(lambda: not live_threads())
     with pytest.raises(GoneError):
-        ask(Place(path))
+        ask_snapshot(Place(path))
     with pytest.raises(ClosedError):
         model.moe_offload.serve_live()
 
@@ -131,7 +131,7 @@ def test_close_ends_it(folder):
 def test_garbage_collection_ends_it(folder):
     model = offloaded()
     path, gone = model.moe_offload.serve_live(), weakref.ref(model)
-    ask(Place(path))
+    ask_snapshot(Place(path))
     del model
     gc.collect()
     assert gone() is None, "the view keeps the model alive"
@@ -146,7 +146,7 @@ def test_a_forked_child_leaves_the_socket_alone(model, folder):
         model.moe_offload._live.close()
         os._exit(0)
     os.waitpid(child, 0)
-    assert path.is_socket() and ask(Place(path)).pid == os.getpid()
+    assert path.is_socket() and ask_snapshot(Place(path)).pid == os.getpid()
 
 
 def broken_folder(folder: Path) -> None:
@@ -177,7 +177,7 @@ def test_a_folder_not_to_be_trusted_is_one_warning(model, folder, caplog, spoil,
     assert says in record.getMessage() and "no live view" in record.getMessage()
     assert not live_threads()
     with pytest.raises(LiveError, match=says):
-        running()
+        find_running()
 
 
 def test_somebody_elses_folder_is_not_used(model, folder, monkeypatch, caplog):
@@ -189,7 +189,7 @@ def test_somebody_elses_folder_is_not_used(model, folder, monkeypatch, caplog):
         assert model.moe_offload.serve_live() is None
     assert f"belongs to user {mine}" in caplog.text and not list(folder.iterdir())
     with pytest.raises(LiveError, match="belongs to user"):
-        running()
+        find_running()
 
 
 def test_a_path_too_long_is_one_warning(model, folder, monkeypatch, caplog):
@@ -212,7 +212,7 @@ def test_a_stale_socket_of_our_number_is_replaced(model, folder):
     stale = folder / f"{os.getpid()}.sock"
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(stale))
-    assert model.moe_offload.serve_live() == stale and ask(Place(stale)).layers
+    assert model.moe_offload.serve_live() == stale and ask_snapshot(Place(stale)).layers
 
 
 def dead_pid() -> int:
@@ -226,7 +226,7 @@ def test_stale_sockets_of_dead_processes_are_removed(folder):
         with socket.socket(socket.AF_UNIX) as dead:
             dead.bind(str(path))
     foreign.write_text("not ours")
-    assert running() == []
+    assert find_running() == []
     assert not stale.exists() and ours.exists() and foreign.exists()
 
 
@@ -260,8 +260,8 @@ def test_what_is_no_snapshot_is_an_error(folder, answer, says):
     folder.mkdir(mode=0o700)
     with answering(folder / f"{os.getpid()}.sock", answer) as place:
         with pytest.raises(LiveError, match=says):
-            ask(place)
-        assert running() == []
+            ask_snapshot(place)
+        assert find_running() == []
 
 
 def test_who_does_not_answer_is_given_up(folder, monkeypatch):
@@ -269,7 +269,7 @@ def test_who_does_not_answer_is_given_up(folder, monkeypatch):
     folder.mkdir(mode=0o700)
     listener, path = _bound(folder / "1.sock")
     with listener, pytest.raises(SilentError):
-        ask(Place(path))
+        ask_snapshot(Place(path))
 
 
 def test_a_failing_answer_is_one_warning_and_the_next_look_is_tried(model, folder, monkeypatch, caplog):
@@ -279,10 +279,10 @@ def test_a_failing_answer_is_one_warning_and_the_next_look_is_tried(model, folde
         broken.setattr(model.moe_offload, "stats", lambda: 1 / 0)
         for _ in range(3):
             with pytest.raises(SilentError):
-                ask(place)
+                ask_snapshot(place)
         assert say(model).numel()
     assert len(caplog.records) == 1 and "ZeroDivisionError" in caplog.text
-    assert ask(place).hits
+    assert ask_snapshot(place).hits
 
 
 def test_who_does_not_read_is_not_waited_for(model, folder, monkeypatch):
@@ -293,7 +293,7 @@ def test_who_does_not_read_is_not_waited_for(model, folder, monkeypatch):
         idle.connect(str(path))
         monkeypatch.undo()
         use_folder(monkeypatch, folder.parent)
-        assert until(lambda: ask(Place(path)).layers)
+        assert until(lambda: ask_snapshot(Place(path)).layers)
 
 
 def test_the_snapshot_may_say_more_than_we_know(model):
@@ -305,5 +305,5 @@ def test_the_snapshot_may_say_more_than_we_know(model):
 def test_the_setting_switches_it_on(folder, monkeypatch):
     monkeypatch.setenv("MOE_OFFLOAD_LIVE", "1")
     model = offloaded(config=SETTINGS.changed())
-    assert [found.pid for _, found in running()] == [os.getpid()]
+    assert [found.pid for _, found in find_running()] == [os.getpid()]
     model.moe_offload.close()

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from moe_offload import ClosedError, ConfigError, OffloadError
 from moe_offload.apps.cli import app
-from moe_offload.observe.metrics import check
+from moe_offload.observe.metrics import check_port
 from tests.fakes.offloaded import offloaded, say
 from tests.paths import MODEL_NAME as MODEL
 
@@ -156,13 +156,13 @@ def test_a_port_in_use_is_one_line(used):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        for start in (used.moe_offload.serve_metrics, check):
+        for start in (used.moe_offload.serve_metrics, check_port):
             with pytest.raises(ConfigError, match=f"port {port} on 127.0.0.1 is in use"):
                 start(port)
         result = CliRunner().invoke(app, ["run", MODEL, "--budget", "6MB", "--metrics-port", str(port)])
         assert result.exit_code == 2 and result.stderr.count("\n") == 1 and "is in use" in result.stderr
     for port, addr in ((70000, "127.0.0.1"), (9100, "203.0.113.7")):
-        for start in (used.moe_offload.serve_metrics, check):
+        for start in (used.moe_offload.serve_metrics, check_port):
             with pytest.raises(ConfigError, match="cannot listen"):
                 start(port, addr)
 
@@ -181,7 +181,7 @@ def test_without_the_package_the_error_says_what_to_install(used, monkeypatch):
         return real(name, *arguments, **options)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    for ask in (used.moe_offload.metrics, lambda: used.moe_offload.serve_metrics(0), lambda: check(9100)):
+    for ask in (used.moe_offload.metrics, lambda: used.moe_offload.serve_metrics(0), lambda: check_port(9100)):
         with pytest.raises(OffloadError, match=r'pip install -e "\.\[metrics\]"'):
             ask()
 

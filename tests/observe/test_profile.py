@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moe_offload.errors import OffloadError, ProfileError
-from moe_offload.observe.profile import MAX_BYTES, Fingerprint, Profile, merge
+from moe_offload.observe.profile import MAX_BYTES, Fingerprint, Profile, merge_profiles
 from moe_offload.runtime.layer import LayerRuntime
 from tests.fakes.offloaded import offloaded
 
@@ -130,19 +130,21 @@ def test_check_lists_everything_that_differs(changes):
 
 
 def test_merge_adds():
-    merged = merge([PROFILE, PROFILE, Profile.of(FINGERPRINT, 1, [[0, 1, 1, 0], [1, 0, 0]], {"prompt": "other"})])
+    merged = merge_profiles(
+        [PROFILE, PROFILE, Profile.of(FINGERPRINT, 1, [[0, 1, 1, 0], [1, 0, 0]], {"prompt": "other"})]
+    )
     assert merged.tokens == 21
     assert merged.counts == [[14, 3, 15, 10], [1, 20, 0]]
     assert merged.meta == {}
-    assert merge([PROFILE]).counts == PROFILE.counts and merge([PROFILE]).meta == PROFILE.meta
+    assert merge_profiles([PROFILE]).counts == PROFILE.counts and merge_profiles([PROFILE]).meta == PROFILE.meta
 
 
 def test_merge_weighs():
     other = Profile.of(FINGERPRINT, 10, [[0, 20, 0, 0], [10, 0, 0]])
-    assert merge([PROFILE, other], [1, 0]).counts == PROFILE.counts
-    assert merge([PROFILE, other], [0.5, 2]).counts == [[3, 40, 3, 2], [20, 5, 0]]
-    assert merge([PROFILE, other], [0.5, 2]).tokens == 25
-    assert merge([PROFILE], [0.25]).tokens == 3, "rounded up: no fewer tokens than the uses allow"
+    assert merge_profiles([PROFILE, other], [1, 0]).counts == PROFILE.counts
+    assert merge_profiles([PROFILE, other], [0.5, 2]).counts == [[3, 40, 3, 2], [20, 5, 0]]
+    assert merge_profiles([PROFILE, other], [0.5, 2]).tokens == 25
+    assert merge_profiles([PROFILE], [0.25]).tokens == 3, "rounded up: no fewer tokens than the uses allow"
 
 
 @given(st.lists(st.tuples(st.floats(0, 10), st.integers(0, 50)), min_size=1, max_size=4))
@@ -150,21 +152,21 @@ def test_a_merge_is_always_consistent(parts):
     profiles = [Profile.of(FINGERPRINT, n, [[n, n, 0, 0], [0, n, 0]]) for _, n in parts]
     weights = [weight for weight, _ in parts]
     if any(weights):
-        merge(profiles, weights)
+        merge_profiles(profiles, weights)
 
 
 @pytest.mark.parametrize("weights", [[1], [1, -1], [0, 0], [1, float("nan")], [1, float("inf")], [1, "x"], [1, None]])
 def test_merge_refuses_bad_weights(weights):
     with pytest.raises(ProfileError, match="weights"):
-        merge([PROFILE, PROFILE], weights)
+        merge_profiles([PROFILE, PROFILE], weights)
 
 
 def test_merge_refuses_nothing_and_other_models():
     with pytest.raises(ProfileError, match="at least one"):
-        merge([])
+        merge_profiles([])
     other = Profile.of(Fingerprint(**{**SHAPE, "hidden": 9}), 0, [[0] * 4, [0] * 3])
     with pytest.raises(ProfileError, match="hidden 9 in the profile, 8"):
-        merge([PROFILE, other])
+        merge_profiles([PROFILE, other])
 
 
 # --- hostile files ----------------------------------------------------------------------------------------------------
@@ -423,7 +425,7 @@ def test_a_failure_at_any_step_leaves_the_old_file(path, monkeypatch, step, fail
 
     monkeypatch.setattr(*{"fsync": (os, "fsync"), "replace": (Path, "replace")}[step], fail)
     with pytest.raises(KeyboardInterrupt if isinstance(failure, KeyboardInterrupt) else ProfileError):
-        merge([PROFILE, PROFILE]).save(path)
+        merge_profiles([PROFILE, PROFILE]).save(path)
     assert Profile.load(path) == PROFILE
     assert temporaries(path.parent) == []
 

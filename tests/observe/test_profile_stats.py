@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_offload import ProfileError, Trace, TraceError
-from moe_offload.apps.profile.tables import diff, inspect, start_from, with_and_without
+from moe_offload.apps.profile.tables import compare_profiles, inspect_profile, start_from, with_and_without
 from moe_offload.cache import POLICIES
 from moe_offload.cache.layer_cache import LayerCache
 from moe_offload.observe.profile import Fingerprint, Profile
-from moe_offload.observe.profile_stats import coverage, distances, most_wanted, rates, skews
+from moe_offload.observe.profile_stats import coverage, measure_distances, measure_skews, most_wanted, uses_per_token
 
 E, K, LAYERS = 8, 2, 2
 FACTS = {"model_type": "tiny", "hidden": 4, "inner": 4, "dtype": "float32"}
@@ -28,13 +28,13 @@ layers = st.lists(st.integers(0, 200), min_size=E, max_size=E)
 
 
 def test_skew_by_hand():
-    even, one, half = skews(profile([5] * 8, [9, 0, 0, 0, 0, 0, 0, 0], [3, 3, 0, 0, 0, 0, 0, 0]))
+    even, one, half = measure_skews(profile([5] * 8, [9, 0, 0, 0, 0, 0, 0, 0], [3, 3, 0, 0, 0, 0, 0, 0]))
     assert (even.entropy_bits, even.effective, even.used) == (3.0, 8.0, 8)
     assert (even.top10, even.top25, even.top50) == (1 / 8, 2 / 8, 4 / 8)  # a tenth of eight experts is one
     assert (one.entropy_bits, one.effective, one.used, one.top10) == (0.0, 1.0, 1, 1.0)
     assert (half.entropy_bits, half.effective, half.top10, half.top25) == (1.0, 2.0, 0.5, 1.0)
-    (nothing,) = skews(profile([0] * 8))
-    assert rates(profile([0] * 8, tokens=0), 0) == [0.0] * 8
+    (nothing,) = measure_skews(profile([0] * 8))
+    assert uses_per_token(profile([0] * 8, tokens=0), 0) == [0.0] * 8
     assert (nothing.entropy_bits, nothing.used, nothing.top50) == (0.0, 0, 0.0)
 
 
@@ -46,24 +46,26 @@ def test_coverage_grows_to_one(counts, slots):
 
 @given(layers, layers, st.integers(1, 9))
 def test_distance_is_one_of_shares(a, b, times):
-    here = distances(profile(a, tokens=10**6), profile(b, tokens=10**6))[0]
-    assert 0 <= here <= 1 and here == distances(profile(b, tokens=10**6), profile(a, tokens=10**6))[0]
-    assert distances(profile(a, tokens=10**6), profile([times * c for c in a], tokens=10**6))[0] < 1e-6
+    here = measure_distances(profile(a, tokens=10**6), profile(b, tokens=10**6))[0]
+    assert 0 <= here <= 1 and here == measure_distances(profile(b, tokens=10**6), profile(a, tokens=10**6))[0]
+    assert measure_distances(profile(a, tokens=10**6), profile([times * c for c in a], tokens=10**6))[0] < 1e-6
 
 
 def test_distance_by_hand():
-    assert distances(profile([4, 0, 0, 0]), profile([0, 0, 7, 0])) == [1.0]
+    assert measure_distances(profile([4, 0, 0, 0]), profile([0, 0, 7, 0])) == [1.0]
     p, q, m = (0.5, 0.5), (1.0, 0.0), (0.75, 0.25)
     divergence = sum(x * math.log2(x / z) / 2 for side in (p, q) for x, z in zip(side, m, strict=True) if x)
-    assert math.isclose(distances(profile([5, 5]), profile([3, 0]))[0], math.sqrt(divergence))
+    assert math.isclose(measure_distances(profile([5, 5]), profile([3, 0]))[0], math.sqrt(divergence))
     with pytest.raises(ProfileError, match="hidden"):
-        distances(profile([1, 2]), profile([1, 2], hidden=8))
+        measure_distances(profile([1, 2]), profile([1, 2], hidden=8))
 
 
 def test_experts_that_nothing_used_are_not_shared():
     a, b = [0] * 32, [0] * 32
     a[20] = b[30] = 5
-    assert diff(profile(a), profile(b))["layers"] == [{"layer": 0, "distance": 1.0, "hottest_quarter_shared": 0.0}]
+    assert compare_profiles(profile(a), profile(b))["layers"] == [
+        {"layer": 0, "distance": 1.0, "hottest_quarter_shared": 0.0}
+    ]
 
 
 def test_most_wanted_goes_across_layers():
@@ -88,7 +90,7 @@ def test_a_replay_shows_what_a_profile_brings_and_that_a_wrong_one_fades():
     assert good["profile"]["all"] > good["cold"]["all"]
     bad = with_and_without(profile(wrong), [3], trace)
     assert bad["cold"] == good["cold"] and abs(bad["profile"]["all"] - bad["cold"]["all"]) < 0.05
-    found = inspect(profile(right), [3], trace)
+    found = inspect_profile(profile(right), [3], trace)
     assert found["pinned"] == 1.0 and found["replay"] == good
     with pytest.raises(TraceError, match="different models"):
         with_and_without(profile([1] * 4), [2], trace)

@@ -95,7 +95,7 @@ def test_the_compiling_bar_ends_with_a_compilation_that_fails(capsys, monkeypatc
     def fail(*_):
         raise ExpertReadError("on purpose")
 
-    monkeypatch.setattr("moe_offload.forward.graphs.compiling.rewrite", fail)
+    monkeypatch.setattr("moe_offload.forward.graphs.compiling.rewrite_graph", fail)
     with torch.no_grad(), pytest.raises(ExpertReadError, match="on purpose"):
         model(IDS)
     assert progress._shown is None

@@ -51,13 +51,13 @@ def test_replay_gives_the_counters_of_the_run(policy, implementation):
         cache, ran = layer.cache, layer.cache.counters
         row_bytes = layer.moe.layout.row_bytes
         again = LayerCache(cache.num_experts, cache.slots, POLICIES[policy](cache.num_experts, 32.0))
-        hits = plain.replay(stream.events(), again, ran.bytes_read // ran.misses)
+        hits = plain.replay_events(stream.events(), again, ran.bytes_read // ran.misses)
         assert ran.bytes_read % ran.misses == 0 and ran.bytes_read // ran.misses >= row_bytes - 4096
         assert ran.hits > 0 and ran.misses > ran.streamed > 0, "nothing that could differ has happened"
         for name in ("hits", "misses", "bytes_read", "events", "tokens"):
             assert getattr(again.counters, name) == getattr(ran, name), name
         assert again.expert_at == cache.expert_at
-        assert fast.replay(stream, cache.slots, policy, 32.0)[1].tolist() == hits.tolist()
+        assert fast.replay_fast(stream, cache.slots, policy, 32.0)[1].tolist() == hits.tolist()
     steps = handle.forwards()
     stats = handle.stats()
     assert [sum(getattr(step, name) for step in steps) for name in ("hits", "misses", "bytes_read")] == [

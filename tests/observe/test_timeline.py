@@ -16,7 +16,7 @@ from moe_offload import TraceError
 from moe_offload.apps.cli import app
 from moe_offload.errors import ExpertReadError
 from moe_offload.memory.transfer.threads import ThreadTransfer
-from moe_offload.observe.chrome_trace import FORWARDS, PID, READERS, WAITS, save
+from moe_offload.observe.chrome_trace import FORWARDS, PID, READERS, WAITS, save_chrome_trace
 from moe_offload.observe.timeline import SHORT_S, Timeline
 from tests.fakes.fault_store import FaultStore, K, decode, make
 from tests.fakes.offloaded import IDS, offloaded, say
@@ -129,7 +129,7 @@ def test_a_read_that_fails_closes_its_slice_and_counts_no_bytes(tmp_path, fault)
         (0, "", True), (1, "ExpertReadError", False)
     ]  # fmt: skip
     decode(runtime.layers[0], [0, 1])
-    slices, counters, _ = ours(save(timeline, tmp_path / "run.json"))
+    slices, counters, _ = ours(save_chrome_trace(timeline, tmp_path / "run.json"))
     assert [event["args"].get("failed") for event in reads(slices)] == [None, "ExpertReadError", None]
     assert sum(e["args"]["bytes"] for e in reads(slices)) == runtime.layers[0].cache.counters.bytes_read
     assert counters["bytes in flight"][-1]["args"] == {"bytes": 0}
@@ -197,7 +197,7 @@ def test_a_full_timeline_stops_and_says_so_once(tmp_path, caplog):
             decode(runtime.layers[0], [expert])
     assert len([r for r in caplog.records if "timeline is full" in r.message]) == 1
     assert len(timeline.reads) + len(timeline.depths) + len(timeline.waits) == 10
-    ours(save(timeline, tmp_path / "run.json"))
+    ours(save_chrome_trace(timeline, tmp_path / "run.json"))
 
 
 def test_nothing_is_recorded_before_start_and_a_second_start_begins_anew(tmp_path):
@@ -264,7 +264,7 @@ def test_a_profile_that_cannot_be_used(tmp_path, timeline, data, says):
         theirs.write_bytes(data)
     out.write_text("old")
     with pytest.raises(TraceError, match=says) as caught:
-        save(timeline, out, torch_profile=theirs)
+        save_chrome_trace(timeline, out, torch_profile=theirs)
     assert (
         "torch.json" in str(caught.value) and "export_chrome_trace" in str(caught.value)
     ) or "Let the profiler" in str(caught.value)
@@ -275,13 +275,13 @@ def test_a_profile_that_unpacks_to_too_much(tmp_path, timeline, monkeypatch):
     monkeypatch.setattr("moe_offload.observe.chrome_trace.MAX_BYTES", 100)
     (tmp_path / "torch.json").write_bytes(gzip.compress(b" " * 101))
     with pytest.raises(TraceError, match="more than 100 bytes"):
-        save(timeline, tmp_path / "out.json", torch_profile=tmp_path / "torch.json")
+        save_chrome_trace(timeline, tmp_path / "out.json", torch_profile=tmp_path / "torch.json")
 
 
 def test_a_place_that_cannot_be_written(tmp_path, timeline):
     for path in (tmp_path / "no" / "run.json", tmp_path):
         with pytest.raises(TraceError, match="was not saved"):
-            save(timeline, path)
+            save_chrome_trace(timeline, path)
 
 
 def test_timeline_out(tmp_path):

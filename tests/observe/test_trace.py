@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moe_offload.apps.simulate.stream import per_layer, pooled
+from moe_offload.apps.simulate.stream import per_layer, pool_layers
 from moe_offload.errors import TraceError
 from moe_offload.files import npz
 from moe_offload.observe.trace import Trace
@@ -49,7 +49,7 @@ def test_events_are_the_distinct_experts_of_a_forward():
     first, second = ([(dict(e.used), e.tokens) for e in stream.events()] for stream in per_layer(trace()))
     assert first == [({0: 1, 1: 1}, 1), ({1: 1, 2: 1, 0: 1, 3: 1}, 2), ({3: 1, 1: 1}, 1)]
     assert second == [({2: 1, 3: 1}, 1), ({3: 1}, 1), ({0: 1, 1: 1}, 1)]  # row 2 is padding in this layer
-    assert [list(e.used) for e in pooled(trace()).events()] == [[0, 1], [6, 7], [1, 2, 0, 3], [7], [3, 1], [4, 5]]
+    assert [list(e.used) for e in pool_layers(trace()).events()] == [[0, 1], [6, 7], [1, 2, 0, 3], [7], [3, 1], [4, 5]]
 
 
 def test_requests_are_traces_of_their_own():
@@ -198,5 +198,5 @@ def test_a_write_that_fails_leaves_the_old_trace(path):
 def test_ids_beyond_the_arrays_wanted_are_not_read(path):
     trace().save(path)
     with path.open("rb") as file:
-        assert set(npz.read(file, path.stat().st_size, {"experts", "absent"})) == {"experts"}
+        assert set(npz.read_arrays(file, path.stat().st_size, {"experts", "absent"})) == {"experts"}
     assert json.loads(Trace.load(path).meta["a"].join('""')) == "b"

@@ -25,25 +25,25 @@ def in_thread(work) -> threading.Event:
 
 def test_closing_frees_what_other_threads_have_borrowed():
     before = set(workspace._pieces)
-    end = in_thread(lambda: workspace.borrow((100,), torch.float32))
+    end = in_thread(lambda: workspace.borrow_workspace((100,), torch.float32))
     [new] = set(workspace._pieces) - before
     piece = workspace._pieces[new]()
     assert piece.memory.numel() == 400
-    workspace.give_back()
+    workspace.free_workspace()
     assert piece.memory.numel() == 0
     end.set()
 
 
 def test_what_is_in_use_stays():
-    view = workspace.borrow((100,), torch.float32).fill_(3)
-    in_thread(workspace.give_back).set()
+    view = workspace.borrow_workspace((100,), torch.float32).fill_(3)
+    in_thread(workspace.free_workspace).set()
     assert view.eq(3).all()
-    assert workspace.borrow((100,), torch.float32).data_ptr() != view.data_ptr()
+    assert workspace.borrow_workspace((100,), torch.float32).data_ptr() != view.data_ptr()
 
 
 def test_a_thread_that_ends_takes_its_piece_along():
     before = set(workspace._pieces)
-    thread = threading.Thread(target=lambda: workspace.borrow((100,), torch.float32))
+    thread = threading.Thread(target=lambda: workspace.borrow_workspace((100,), torch.float32))
     thread.start()
     thread.join()
     assert not set(workspace._pieces) - before

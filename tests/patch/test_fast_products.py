@@ -37,8 +37,8 @@ def model():
 def products(monkeypatch):
     """How many rows each fast product had: of linear layers, of experts."""
     kernels, seen = fast_products._kernels(), {"linear": [], "experts": []}
-    one, many = kernels.multiply, kernels.multiply_grouped
-    monkeypatch.setattr(kernels, "multiply", lambda x, *rest: seen["linear"].append(len(x)) or one(x, *rest))
+    one, many = kernels.multiply_rows, kernels.multiply_grouped
+    monkeypatch.setattr(kernels, "multiply_rows", lambda x, *rest: seen["linear"].append(len(x)) or one(x, *rest))
     spy = lambda x, *rest: seen["experts"].append(len(x)) or many(x, *rest)  # noqa: E731
     with torch.library._scoped_library("moe_offload", "IMPL") as library:
         library.impl(

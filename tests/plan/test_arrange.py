@@ -9,9 +9,16 @@ from moe_offload.apps.families.tiny import build
 from moe_offload.config.settings import OffloadConfig
 from moe_offload.errors import BudgetError, ConfigError, UnsupportedModelError
 from moe_offload.experts import find_experts
-from moe_offload.plan.arrange import arrange
+from moe_offload.plan.arrange import arrange_layers
 from moe_offload.plan.budget import budget_for
-from moe_offload.plan.weights import CUBLAS_BYTES, CUDA_BLOCK_BYTES, costs, dense_bytes, dense_bytes_on, layer_shapes
+from moe_offload.plan.weights import (
+    CUBLAS_BYTES,
+    CUDA_BLOCK_BYTES,
+    dense_bytes,
+    dense_bytes_on,
+    layer_shapes,
+    sum_costs,
+)
 from tests.fakes.offloaded import QWEN
 
 EXPERTS = "model.layers.*.mlp.experts"
@@ -31,11 +38,11 @@ def moe_layers(model):
 
 
 def budget_of(model, moe_layers, residency=0.5, device="cpu"):
-    return budget_for(residency, layer_shapes(moe_layers), costs(model, moe_layers, SETTINGS, device))
+    return budget_for(residency, layer_shapes(moe_layers), sum_costs(model, moe_layers, SETTINGS, device))
 
 
 def arranged(model, moe_layers, **said):
-    return arrange(model, moe_layers, OffloadConfig(**{**SETTINGS.to_dict(), **said}))
+    return arrange_layers(model, moe_layers, OffloadConfig(**{**SETTINGS.to_dict(), **said}))
 
 
 def test_one_device_and_a_budget(model, moe_layers):
@@ -102,4 +109,4 @@ def test_what_is_not_said_and_needed_is_asked_for(model, moe_layers):
     with pytest.raises(BudgetError, match="dense weights on cuda:1"):
         arranged(model, moe_layers, device_map={"": 0, "lm_head": 1}, max_memory={0: "1GB", 1: 5})
     with pytest.raises(UnsupportedModelError, match="computes on cpu only"):
-        arrange(model, moe_layers, OffloadConfig(device_map={"": 0}), usable=["cpu"])
+        arrange_layers(model, moe_layers, OffloadConfig(device_map={"": 0}), usable=["cpu"])

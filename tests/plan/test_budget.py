@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from moe_offload.config.sizes import format_size
 from moe_offload.errors import BudgetError
-from moe_offload.plan.budget import WORKSPACE_LIMIT, Costs, LayerShape, budget_for, floor, plan_slots
+from moe_offload.plan.budget import WORKSPACE_LIMIT, Costs, LayerShape, budget_for, floor_budget, plan_slots
 
 
 def shapes(row_bytes):
@@ -49,7 +49,7 @@ def spent(plan):
 
 @given(layers=mixed, costs=all_costs, more=extra)
 def test_a_plan_is_never_over_budget_and_wastes_no_slot(layers, costs, more):
-    budget = floor(layers, costs) + more
+    budget = floor_budget(layers, costs) + more
     plan = plan_slots(budget, layers, costs)
     assert len(plan.slots) == len(layers)
     assert spent(plan) + plan.unused_bytes == budget and plan.unused_bytes >= 0
@@ -62,7 +62,7 @@ def test_a_plan_is_never_over_budget_and_wastes_no_slot(layers, costs, more):
 @given(layers=equal_rows_and_k, costs=all_costs, more=extra)
 def test_slots_are_shared_out_evenly(layers, costs, more):
     """No layer that could take one more is two slots behind another."""
-    slots = plan_slots(floor(layers, costs) + more, layers, costs).slots
+    slots = plan_slots(floor_budget(layers, costs) + more, layers, costs).slots
     growing = [s for layer, s in zip(layers, slots, strict=True) if s < layer.num_experts]
     assert not growing or max(slots) - min(growing) <= 1
 
@@ -70,7 +70,7 @@ def test_slots_are_shared_out_evenly(layers, costs, more):
 @given(layers=equal_rows_and_k, costs=all_costs, more=extra, still_more=extra)
 def test_a_larger_budget_takes_no_slot_from_any_layer(layers, costs, more, still_more):
     """Holds where rows have one size and K is the same everywhere, as in nearly every model; E may differ."""
-    least = floor(layers, costs)
+    least = floor_budget(layers, costs)
     small, large = (plan_slots(least + n, layers, costs).slots for n in (more, more + still_more))
     assert all(a <= b for a, b in zip(small, large, strict=True))
 
@@ -78,7 +78,7 @@ def test_a_larger_budget_takes_no_slot_from_any_layer(layers, costs, more, still
 @given(layers=equal_rows, costs=all_costs, more=extra, still_more=extra)
 def test_a_larger_budget_never_gives_fewer_slots(layers, costs, more, still_more):
     """Holds where rows have one size. Where K differs too, slots may still move from one layer to another."""
-    least = floor(layers, costs)
+    least = floor_budget(layers, costs)
     small, large = (sum(plan_slots(least + n, layers, costs).slots) for n in (more, more + still_more))
     assert small <= large
 
@@ -86,7 +86,7 @@ def test_a_larger_budget_never_gives_fewer_slots(layers, costs, more, still_more
 @given(layers=mixed, costs=all_costs, more=extra, still_more=extra)
 def test_a_larger_budget_never_lowers_the_smallest_share(layers, costs, more, still_more):
     """Holds for any mix of rows: the least that a layer not yet full has."""
-    least = floor(layers, costs)
+    least = floor_budget(layers, costs)
 
     def smallest(n):
         slots = plan_slots(least + n, layers, costs).slots
@@ -98,7 +98,7 @@ def test_a_larger_budget_never_lowers_the_smallest_share(layers, costs, more, st
 
 def test_a_larger_budget_takes_no_slot_from_any_layer_where_k_differs():
     layers, costs = [LayerShape(3, 2, 7), LayerShape(2, 1, 7), LayerShape(2, 1, 7)], Costs(0, reserve_bytes=0)
-    small, large = (plan_slots(floor(layers, costs) + n, layers, costs).slots for n in (7, 14))
+    small, large = (plan_slots(floor_budget(layers, costs) + n, layers, costs).slots for n in (7, 14))
     assert all(a <= b for a, b in zip(small, large, strict=True)), (small, large)
 
 
@@ -107,7 +107,7 @@ def test_a_larger_budget_takes_no_slot_from_any_layer_where_k_differs():
 
 @given(layers=mixed, costs=all_costs, below=st.integers(1, 100))
 def test_a_plan_exists_from_the_floor_on(layers, costs, below):
-    least = floor(layers, costs)
+    least = floor_budget(layers, costs)
     plan = plan_slots(least, layers, costs)
     assert all(slots >= min(layer.least, layer.num_experts) for layer, slots in zip(layers, plan.slots, strict=True))
     assume(least > below)
@@ -117,7 +117,7 @@ def test_a_plan_exists_from_the_floor_on(layers, costs, below):
 
 @given(layers=mixed, costs=all_costs)
 def test_the_floor_is_the_smallest_budget_that_holds_k_slots_a_layer(layers, costs):
-    least = floor(layers, costs)
+    least = floor_budget(layers, costs)
     need = sum(layer.least * layer.row_bytes for layer in layers)
     assert costs.for_banks(least) >= need
     assert costs.for_banks(least - 1) < need
@@ -125,13 +125,13 @@ def test_the_floor_is_the_smallest_budget_that_holds_k_slots_a_layer(layers, cos
 
 def test_the_floor_is_exact_with_a_reserve_that_is_a_share():
     layers, costs = [LayerShape(8, 1, 70)], Costs(dense_bytes=0)
-    assert costs.for_banks(floor(layers, costs) - 1) < 70
+    assert costs.for_banks(floor_budget(layers, costs) - 1) < 70
 
 
 @example(costs=Costs(10**9, kv_bytes=10**6, scratch_bytes=10**5), layers=[LayerShape(64, 4, 10**7)] * 5)
 @given(layers=mixed, costs=all_costs)
 def test_below_the_floor_the_error_states_the_floor_and_its_parts(layers, costs):
-    least = floor(layers, costs)
+    least = floor_budget(layers, costs)
     assume(least > 1)
     with pytest.raises(BudgetError) as caught:
         plan_slots(least - 1, layers, costs)
@@ -163,7 +163,7 @@ def test_budget_for_gives_the_residency_to_the_nearest_slot(layers, costs, resid
     budget = budget_for(residency, layers, costs)
     experts, k = layers[0].num_experts, layers[0].least
     assert all(slots >= max(k, math.ceil(residency * experts)) for slots in plan_slots(budget, layers, costs).slots)
-    assert budget >= floor(layers, costs)
+    assert budget >= floor_budget(layers, costs)
 
 
 @given(layers=alike, costs=all_costs, residency=st.floats(0, 1))
@@ -175,7 +175,7 @@ def test_budget_for_is_minimal(layers, costs, residency):
 
 @given(layers=mixed, costs=all_costs)
 def test_budget_for_everything_and_for_nothing(layers, costs):
-    assert budget_for(0.0, layers, costs) == floor(layers, costs)
+    assert budget_for(0.0, layers, costs) == floor_budget(layers, costs)
     plan = plan_slots(budget_for(1.0, layers, costs), layers, costs)
     assert plan.slots == tuple(layer.num_experts for layer in layers) and plan.residency == 1.0
 

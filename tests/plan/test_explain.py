@@ -8,8 +8,8 @@ import torch
 from moe_offload.apps.families.tiny import build
 from moe_offload.config.settings import OffloadConfig
 from moe_offload.experts import find_experts
-from moe_offload.plan.arrange import arrange
-from moe_offload.plan.explain import explain, kept
+from moe_offload.plan.arrange import arrange_layers
+from moe_offload.plan.explain import explain_arrangement, list_dense_weights
 from moe_offload.plan.weights import dense_bytes
 from tests.fakes.offloaded import offloaded
 
@@ -30,7 +30,7 @@ def test_all_that_is_kept_has_a_reason(family, has):
     with torch.device("meta"):
         model = build(family)
     moe_layers = find_experts(model)
-    rows = kept(model, moe_layers)
+    rows = list_dense_weights(model, moe_layers)
     assert sum(size for _, size, _ in rows) == dense_bytes(model, moe_layers)
     assert has in {kind for kind, _, _ in rows}
 
@@ -40,5 +40,5 @@ def test_a_plan_for_devices_that_are_not_here():
         model = build("qwen3_moe", num_hidden_layers=2)
     moe_layers = find_experts(model)
     limits = {0: "1GB", 1: "1GB", "cpu": "1GB"}
-    text = explain(model, moe_layers, arrange(model, moe_layers, OffloadConfig(max_memory=limits)))
+    text = explain_arrangement(model, moe_layers, arrange_layers(model, moe_layers, OffloadConfig(max_memory=limits)))
     assert "cuda:0" in text and "cuda:1" in text and "RAM: " in text and "every row has a slot" in text

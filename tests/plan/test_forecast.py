@@ -13,13 +13,13 @@ from typer.testing import CliRunner
 
 import moe_offload
 from moe_offload.apps.cli import app
-from moe_offload.apps.cli.estimate import ladder
+from moe_offload.apps.cli.estimate import choose_budgets
 from moe_offload.apps.families.tiny import build
 from moe_offload.checkpoint.pretrained.skeleton import read_configuration
 from moe_offload.experts import find_experts
 from moe_offload.observe.profile import Profile
-from moe_offload.plan.expected_hits import RECORDED, covered, typical
-from moe_offload.plan.weights import fingerprint
+from moe_offload.plan.expected_hits import RECORDED, covered_hit_rate, typical_hit_rate
+from moe_offload.plan.weights import take_fingerprint
 from tests.paths import MODEL
 
 HUB = "someone/polyglot-tiny"
@@ -115,7 +115,7 @@ def test_without_a_connection_it_says_what_to_try(monkeypatch):
 
 def profile_of(model, counts):
     moe_layers = find_experts(model)
-    return Profile.of(fingerprint(model, moe_layers), 100, [counts] * len(moe_layers))
+    return Profile.of(take_fingerprint(model, moe_layers), 100, [counts] * len(moe_layers))
 
 
 def test_the_hit_rate_of_a_profile_is_what_its_hottest_cover(tmp_path):
@@ -123,8 +123,8 @@ def test_the_hit_rate_of_a_profile_is_what_its_hottest_cover(tmp_path):
         model = build("qwen3_moe", num_hidden_layers=1)
     experts = find_experts(model)[0].num_experts
     profile = profile_of(model, [70, 20, 10] + [0] * (experts - 3))
-    assert covered([2], profile).expected == pytest.approx(0.9)
-    assert covered([experts], profile).expected == 1.0
+    assert covered_hit_rate([2], profile).expected == pytest.approx(0.9)
+    assert covered_hit_rate([experts], profile).expected == 1.0
     found = moe_offload.forecast(model, "1GB", profile=profile)
     assert found.hit_rate.expected == 1.0 and "profile" in found.hit_rate.source
     with pytest.raises(moe_offload.ProfileError):
@@ -136,10 +136,10 @@ def test_the_hit_rate_of_a_profile_is_what_its_hottest_cover(tmp_path):
 @pytest.mark.parametrize("curve", RECORDED.values(), ids=RECORDED)
 def test_the_recorded_curves_rise_from_nothing_to_all(curve):
     assert all(a < c and b < d for (a, b), (c, d) in itertools.pairwise(curve))
-    assert typical([0], [64]).expected == 0 and typical([64], [64]).expected == 1
-    rates = [typical([s], [64]).expected for s in range(65)]
+    assert typical_hit_rate([0], [64]).expected == 0 and typical_hit_rate([64], [64]).expected == 1
+    rates = [typical_hit_rate([s], [64]).expected for s in range(65)]
     assert rates == sorted(rates)
-    middle = typical([16], [64])
+    middle = typical_hit_rate([16], [64])
     assert middle.low == pytest.approx(0.544) and middle.high == pytest.approx(0.704)
 
 
@@ -206,5 +206,12 @@ def test_nothing_that_fits_is_exit_code_3():
 
 
 def test_the_ladder_goes_from_the_floor_to_all_resident():
-    assert ladder(5 * 10**9, 20 * 10**9) == [5 * 10**9, 6 * 10**9, 8 * 10**9, 12 * 10**9, 16 * 10**9, 20 * 10**9]
-    assert ladder(100, 500) == [100, 200, 300, 400, 500]
+    assert choose_budgets(5 * 10**9, 20 * 10**9) == [
+        5 * 10**9,
+        6 * 10**9,
+        8 * 10**9,
+        12 * 10**9,
+        16 * 10**9,
+        20 * 10**9,
+    ]
+    assert choose_budgets(100, 500) == [100, 200, 300, 400, 500]

@@ -20,7 +20,7 @@ from moe_offload.memory.transfer.staged import DeviceTransfer
 from moe_offload.plan.weights import scratch_rows
 from moe_offload.runtime.layer import LayerRuntime
 from moe_offload.runtime.model import Runtime
-from moe_offload.runtime.waves_device import uses
+from moe_offload.runtime.waves_device import count_uses
 from tests.fakes.fake_device import DEVICE, Fabric, Far
 from tests.fakes.fault_store import B, E, K, decode, expected, make, prefill, tags
 from tests.fakes.streams import InstantStreams
@@ -98,7 +98,7 @@ def test_an_id_that_is_no_expert_s_is_named():
     for ids in ([0, -1, 3], [E, 2], [2**40]):
         with pytest.raises(RoutingError, match=f"expert {next(e for e in ids if not 0 <= e < E)},"):
             prefill(on_streams(3, 2)[0].layers[0], [*range(E), *ids])
-    assert uses(torch.tensor([3, 1, 3], dtype=torch.int32), E) == Counter({3: 2, 1: 1})
+    assert count_uses(torch.tensor([3, 1, 3], dtype=torch.int32), E) == Counter({3: 2, 1: 1})
 
 
 # Who waits.

@@ -18,8 +18,8 @@ from tests.paths import ROOT
 CHILD = """
 import json, os
 from pathlib import Path
-from moe_offload.config.settings import resolve
-print(json.dumps([os.environ["RANK"], resolve().to_dict()]))
+from moe_offload.config.settings import resolve_settings
+print(json.dumps([os.environ["RANK"], resolve_settings().to_dict()]))
 """
 
 

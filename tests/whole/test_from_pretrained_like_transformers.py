@@ -181,7 +181,7 @@ def test_configuration_overrides(original, said):
 
 def test_an_override_is_planned_with(original):
     model = moe_offload.from_pretrained(original, BUDGET, num_experts_per_tok=1)
-    assert {layer.top_k for layer in model.moe_offload.plan.layers} == {1}
+    assert {layer.least for layer in model.moe_offload.plan.layers} == {1}
     with pytest.raises(moe_offload.ConfigError, match=r"num_expert_per_tok=.*neither a parameter nor a field"):
         moe_offload.from_pretrained(original, BUDGET, num_expert_per_tok=1)
 
@@ -379,7 +379,9 @@ def test_each_header_is_read_once(folder, other, monkeypatch, tmp_path):
     read, opened, arranged = [], [], []
     monkeypatch.setattr(headers, "_read_header", counted(read, headers._read_header))
     monkeypatch.setattr(headers, "safe_open", counted(opened, headers.safe_open))
-    monkeypatch.setattr("moe_offload.plan.prepare.arrange", counted(arranged, moe_offload.plan.prepare.arrange))
+    monkeypatch.setattr(
+        "moe_offload.plan.prepare.arrange_layers", counted(arranged, moe_offload.plan.prepare.arrange_layers)
+    )
     for place in (sharded, packed):
         moe_offload.from_pretrained(place, BUDGET).moe_offload.close()
         files = sorted(place.glob("*.safetensors"))

@@ -127,9 +127,9 @@ def test_only_a_graph_without_the_host_is_one_to_record(on_disk, monkeypatch):
     model = mixed(on_disk=on_disk, layers=2)
     say(model, n=3)
     decode = [gm.graph for gm in graphs if any(node.target is ops.place for node in gm.graph.nodes)]
-    assert decode and all(compiling._waits(graph) == bool(on_disk) for graph in decode)
+    assert decode and all(compiling._needs_host(graph) == bool(on_disk) for graph in decode)
     prefill = [gm.graph for gm in graphs if any(node.target is ops.stream for node in gm.graph.nodes)]
-    assert prefill and all(compiling._waits(graph) for graph in prefill)
+    assert prefill and all(compiling._needs_host(graph) for graph in prefill)
     model.moe_offload.close()
 
 
@@ -267,7 +267,7 @@ def cudart(monkeypatch):
     made = Cudart(most=2)
     monkeypatch.setattr("torch.cuda.cudart", lambda: made)
     monkeypatch.setattr("torch.cuda.device", lambda device: torch.no_grad())
-    monkeypatch.setattr(pinned, "drain", lambda: None)
+    monkeypatch.setattr(pinned, "clear_last_error", lambda: None)
     return made
 
 

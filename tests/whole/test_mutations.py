@@ -25,8 +25,8 @@ from moe_offload.memory.buffers import POISON
 from moe_offload.memory.stores.host import HostStore
 from moe_offload.memory.stores.row_read import RowRead
 from moe_offload.memory.transfer.threads import ThreadTransfer
-from moe_offload.plan.budget import floor
-from moe_offload.plan.weights import costs, layer_shapes
+from moe_offload.plan.budget import floor_budget
+from moe_offload.plan.weights import layer_shapes, sum_costs
 from moe_offload.runtime.in_flight import Arrivals
 from moe_offload.runtime.layer import LayerRuntime
 
@@ -47,7 +47,10 @@ def offloaded(implementation, overlap):
     )
     moe_layers = find_experts(model)
     return optimize(
-        model, floor(layer_shapes(moe_layers), costs(model, moe_layers, config)), device_map="cpu", config=config
+        model,
+        floor_budget(layer_shapes(moe_layers), sum_costs(model, moe_layers, config)),
+        device_map="cpu",
+        config=config,
     )
 
 

@@ -18,7 +18,7 @@ from transformers import LogitsProcessorList
 from moe_offload import OffloadError
 from moe_offload.apps.families.tiny import build
 from moe_offload.forward.out_of_memory.retry import Retry
-from moe_offload.forward.out_of_memory.shrink import fewer
+from moe_offload.forward.out_of_memory.shrink import halve_spare_slots
 from tests.fakes.offloaded import IDS, QWEN, SETTINGS, offload, resident
 
 DEVICE = replace(SETTINGS, decide="device")
@@ -113,7 +113,7 @@ def test_in_prefill_and_in_decode_and_the_tokens_are_the_same(kind, settings, ca
         assert torch.equal(say_with(model, kind, **allocator.fails_in_decode()), want)
     assert len(warnings(caplog)) == 2, f"{allocator.calls} calls"
     assert all("were given back" in message for message in warnings(caplog))
-    halves = fewer(fewer(before, floors), floors)
+    halves = halve_spare_slots(halve_spare_slots(before, floors), floors)
     assert slots(model) == halves != before
     gc.collect()
     assert not any(bank() is not None for bank in old), "an old bank is still held"

@@ -19,7 +19,7 @@ from moe_offload.apps.families.quantised.kinds import KINDS
 from moe_offload.apps.families.session import run_session
 from moe_offload.checkpoint.outline import outline_folder
 from moe_offload.plan.budget import budget_for
-from moe_offload.plan.weights import costs, layer_shapes
+from moe_offload.plan.weights import layer_shapes, sum_costs
 from tests.fakes.offloaded import SETTINGS
 from tests.fakes.quantised_checkpoints import write
 
@@ -65,7 +65,7 @@ def run(model: Any, **session: Any) -> list[torch.Tensor]:
 
 def load_ours(folder: Path, residency: float = 0.25) -> Any:
     found = outline_folder(folder)
-    budget = budget_for(residency, layer_shapes(found.moe_layers), costs(found.model, found.moe_layers, SETTINGS))
+    budget = budget_for(residency, layer_shapes(found.moe_layers), sum_costs(found.model, found.moe_layers, SETTINGS))
     return moe_offload.from_pretrained(folder, budget, config=SETTINGS)
 
 

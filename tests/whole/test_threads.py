@@ -120,7 +120,7 @@ def test_a_graph_that_our_passes_never_saw_raises_before_it_computes():
     with torch.no_grad(), pytest.raises(RuntimeError, match="passes have not seen"):
         region(experts, x, ids, weights)
     with pytest.raises(RuntimeError, match="passes have not seen"):
-        ops.unserved(ids, "")
+        ops.mark_unserved(ids, "")
     model.moe_offload.close()
 
 
@@ -144,6 +144,7 @@ def test_a_child_that_was_forked_in_a_forward_is_refused_at_once(tmp_path):
         "generate": lambda: say(model),
         "part": lambda: model.model(IDS),
         "save": lambda: model.save_pretrained(tmp_path / "saved"),
+        "state": model.state_dict,
         "trace": handle.start_trace,
         "timeline": handle.start_timeline,
     }

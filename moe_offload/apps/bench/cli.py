@@ -11,7 +11,7 @@ import typer
 
 from ...config.settings import ENVIRONMENT_PREFIX, FILE_VARIABLE
 from ...errors import ConfigError
-from ..options.checks import check_cuda, check_model, check_output, residency_share, settings
+from ..options.checks import check_cuda, check_model, check_output, residency_share, settings_of_flags
 from ..options.flags import Budget, Compute, ConfigFile, Json
 from ..options.lists import split_list
 from ..options.numbers import one_of, whole
@@ -84,7 +84,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure offloading beside the resident model, accelerate's offload, plain mmap, and the disk or link itself."""
-    settings(config_file, budget=budget, compute=compute)
+    settings_of_flags(config_file, budget=budget, compute=compute)
     if model.startswith(PREFIX):
         sizes_of(model.removeprefix(PREFIX), layers)
     elif layers is not None:
@@ -107,15 +107,15 @@ def bench(
     check_sides(named, device, [budget] if budget is not None else [f"{share * 100:g}%" for share in shares])
     if device == "cuda":
         check_cuda()
-    from .command import scratch_folder, workload, write_json
-    from .run import bench as run_bench
-    from .table import table
+    from .command import make_workload, scratch_folder, write_json
+    from .run import run_bench as run_bench
+    from .table import format_table
 
     if config_file is not None:
         os.environ[FILE_VARIABLE] = str(config_file.resolve())  # for the process of each side, too
     if compute is not None:
         os.environ[ENVIRONMENT_PREFIX + "COMPUTE"] = compute
-    work = workload(
+    work = make_workload(
         model,
         device=device,
         budget=budget,
@@ -138,4 +138,4 @@ def bench(
             write_json(result, out)
 
     result = run_bench(work, named, scratch_folder(cache), lambda line: typer.echo(line, err=True), keep)
-    typer.echo(json.dumps(result) if as_json else table(result))
+    typer.echo(json.dumps(result) if as_json else format_table(result))

@@ -1,4 +1,4 @@
-"""From what a person typed to a workload: the model, the budget, the routing."""
+"""Make the bench's workload of the command line's flags: the model, the budgets, the routing."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ...plan.forecast import make_plan
 from .architectures import PREFIX
 from .devices import DEVICES
 from .sides.contenders import room_for
-from .sides.gpu_contenders import settings
-from .synthetic import default_cache, synthetic
+from .sides.gpu_contenders import settings_of_ours
+from .synthetic import default_cache, make_synthetic
 from .workload import Workload
 
 
-def workload(
+def make_workload(
     model: str,
     *,
     device: str,
@@ -40,12 +40,12 @@ def workload(
     if packed and device != "cpu":
         raise ConfigError("--packed is for rows that are read from disk; on a GPU they rest in RAM")
     of_its_own = model.startswith(PREFIX)
-    folder = synthetic(model.removeprefix(PREFIX), layers, cache, experts) if of_its_own else get_folder(model)
+    folder = make_synthetic(model.removeprefix(PREFIX), layers, cache, experts) if of_its_own else get_folder(model)
     outline = outline_folder(folder)
     ids = _prompt_ids(folder, prompt, amounts["prompt_tokens"]) if prompt is not None else None
     tokens = (len(ids) if ids else amounts["prompt_tokens"]) + amounts["new_tokens"]
     names = [moe.name for moe in outline.moe_layers]
-    config = room_for(tokens) if device == "cpu" else settings(names, tokens, "device")
+    config = room_for(tokens) if device == "cpu" else settings_of_ours(names, tokens, "device")
     if budget is None:
         whole = make_plan(folder, 2**60, config=config)
         budgets = {f"{share * 100:g}%": str(budget_for(share, whole.layers, whole.costs)) for share in residency}
@@ -82,5 +82,6 @@ def _prompt_ids(folder: Path, file: Path, tokens: int) -> Sequence[int]:
 
 
 def write_json(result: dict[str, Any], file: Path) -> None:
-    """Whole or not at all: a run that is cut short leaves what it had found before. Raises `ReportError`."""
+    """Write the result, whole or not at all, so that a run that is cut short leaves its last one. Raises
+    `ReportError`."""
     save_whole(file, (json.dumps(result, indent=1) + "\n").encode(), "result", ReportError)

@@ -13,7 +13,7 @@ from .sides.limit import peak_bytes, reset_peak, resident_bytes
 
 
 class Cpu:
-    """What every device of the bench answers; `name` is as torch names it."""
+    """The CPU, and the methods that every device of the bench has; `name` is torch's."""
 
     name = "cpu"
 
@@ -21,7 +21,7 @@ class Cpu:
         """Raise `ConfigError` where there is none."""
 
     def settle(self) -> None:
-        """Wait for what has been launched: at the edges of a clock, and nowhere else."""
+        """Wait for what has been launched. Called where the clock starts and stops, and nowhere else."""
 
     def room_bytes(self) -> int:
         """Memory that nothing holds."""

@@ -58,7 +58,7 @@ def random_prompt(vocabulary: int, tokens: int, seed: int) -> list[int]:
     return [int(i) for i in torch.randint(0, min(vocabulary, 50_000), (tokens,), generator=generator)]
 
 
-def ask(
+def ask_model(
     model: Any,
     prompt: list[int],
     new_tokens: int,

@@ -14,8 +14,8 @@ import psutil
 
 from ...cache.belady import belady_hits
 from .devices import DEVICES
-from .roofs.bounds import bounds, traffic_over_roof
-from .workload import OURS, Measured, Workload, steps, token_s
+from .roofs.bounds import find_bounds, traffic_over_roof
+from .workload import OURS, Measured, Workload, count_steps, token_s
 
 #: What ours is compared with, and the name of that ratio.
 SPEEDUPS = {
@@ -38,7 +38,7 @@ def result_of(
         "model": str(work.folder),
         "date": datetime.date.today().isoformat(),
         "device": work.device,
-        "machine": {**machine(), **DEVICES[work.device]().facts()},
+        "machine": {**describe_machine(), **DEVICES[work.device]().facts()},
         "plans": [
             {"asked": asked, "budget_bytes": plan.budget_bytes, "residency": plan.residency}
             for asked, plan in work.plans.items()
@@ -106,7 +106,7 @@ def _row(one: Measured, work: Workload, sides: Sequence[Measured]) -> dict[str, 
         row["decode_peak_bytes"] = max(max(answer["peaks_bytes"][1:]) for answer in one.answers)
     if one.side in OURS:
         decode = [answer["decode"] for answer in one.answers]
-        counted = sum(steps(answer) for answer in one.answers)
+        counted = sum(count_steps(answer) for answer in one.answers)
         hits, misses = (sum(d[name] for d in decode) for name in ("hits", "misses"))
         row |= {
             "hit_rate": hits / max(hits + misses, 1),
@@ -116,7 +116,7 @@ def _row(one: Measured, work: Workload, sides: Sequence[Measured]) -> dict[str, 
             "stall_s_per_token": sum(d["stall_s"] for d in decode) / counted,
             "prefill_bytes": one.median(lambda a: a["prefill"]["bytes_read"]),
             "prefill_stall_s": one.median(lambda a: a["prefill"]["stall_s"]),
-            **bounds(one),
+            **find_bounds(one),
             "traffic_over_roof": traffic_over_roof(one),
             **_speedups(one, work, sides),
         }
@@ -153,7 +153,7 @@ def _speedups(one: Measured, work: Workload, sides: Sequence[Measured]) -> dict[
     return {names[other.side]: other.median(token_s) / one.median(token_s) for other in others if other is not one}
 
 
-def machine() -> dict[str, Any]:
+def describe_machine() -> dict[str, Any]:
     """What the figures were measured on."""
     import torch
     import transformers

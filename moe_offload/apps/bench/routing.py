@@ -102,7 +102,7 @@ _LIBRARY.impl("routed", _routed, "CompositeExplicitAutograd")
 torch.library.register_fake("moe_offload_bench::routed", lambda ids_TK, layer: torch.empty_like(ids_TK), lib=_LIBRARY)
 
 
-def install(model: nn.Module, names: list[str], routing: Routing) -> None:
+def install_routing(model: nn.Module, names: list[str], routing: Routing) -> None:
     """Put the op before every experts module of `names`. Call it before the model's first forward."""
     global _current
     _current = routing

@@ -1,8 +1,8 @@
 """The bench: sides that answer the same requests in turn, with the roofs measured beside them.
 
-    roof    what a process that only reads gets from this disk (or copies over this link), before and after each request
-    turns   the resident model stays alive beside ours where both fit, through all residencies, and takes turns with it
-    then    the others (accelerate, mmap), each alone, in the memory that ours has
+    roof     the bandwidth of a process that only reads this disk (or copies over this link), before and after each
+    request turns    the resident model stays alive beside ours where both fit, through all residencies, and takes turns
+    with it others   accelerate and mmap after that, each alone, in the memory that ours has
 
 Every side answers the same prompts, over the same recorded routing. On a CPU all must answer with the same tokens; on
 a GPU the resident model's kernels are others, which round otherwise, and the result says how far the tokens agree.
@@ -40,7 +40,7 @@ Chosen = dict[str, tuple[str, ...]]
 KEPT_FREE_BYTES = {"cpu": 2 * 10**9, "cuda": 6 * 10**9}
 
 
-def bench(
+def run_bench(
     work: Workload,
     sides: Sequence[str],
     scratch: Path,
@@ -52,7 +52,7 @@ def bench(
     A side may name the one residency that it is wanted at, as in "accelerate@50%". `keep` is given the result so far,
     each time a side is through.
     """
-    chosen = choose(sides, work)
+    chosen = choose_plans(sides, work)
     device = DEVICES[work.device]()
     device.check()
     notes, done = missing_rivals(work.device), list[Measured]()
@@ -138,7 +138,7 @@ def _others(stage: Stage, chosen: Chosen) -> Iterator[list[Measured]]:
             yield found
 
 
-def choose(sides: Sequence[str], work: Workload) -> Chosen:
+def choose_plans(sides: Sequence[str], work: Workload) -> Chosen:
     """Inside which of the plans each side is wanted. Raises `ConfigError` for what is not there."""
     chosen = Chosen()
     check_sides(sides, work.device, work.plans)
@@ -150,7 +150,7 @@ def choose(sides: Sequence[str], work: Workload) -> Chosen:
 
 
 def missing_rivals(device: str) -> list[str]:
-    """What a reader of GPU figures would look for and does not find."""
+    """Notes on projects that a reader of GPU figures would expect to be compared, and that are not."""
     if device == "cpu":
         return []
     if importlib.util.find_spec("moe_infinity") is None:
@@ -161,7 +161,7 @@ def missing_rivals(device: str) -> list[str]:
 @contextmanager
 def _roof(work: Workload, temporary: Path) -> Iterator[Roof]:
     if work.device == "cpu":
-        # That of the very files ours reads: what was written a moment ago may lie in a cache of the host.
+        # Measured on the very files that ours reads: other files might be cached by the host.
         packed = sorted((temporary / PACKED).glob("*.safetensors"))
         yield DiskRoof(packed or weight_files(work.folder).files, min(work.row_bytes, PART_BYTES), THREADS)
     else:

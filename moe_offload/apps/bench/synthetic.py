@@ -38,7 +38,7 @@ def default_cache() -> Path:
     return Path(root) / "moe_offload" / "synthetic"
 
 
-def synthetic(name: str, layers: int | None = None, cache: Path | None = None, experts: str | None = None) -> Path:
+def make_synthetic(name: str, layers: int | None = None, cache: Path | None = None, experts: str | None = None) -> Path:
     """The folder of a checkpoint of architecture `name` with `layers` of its layers (all by default), bf16, random.
 
     With `experts`, a format, those are quantised. It is written once, into `cache`

@@ -11,7 +11,7 @@ Row = dict[str, Any]
 Cell = Callable[[Row], str]
 
 
-def table(result: dict[str, Any]) -> str:
+def format_table(result: dict[str, Any]) -> str:
     several = len(result["plans"]) > 1
     columns = {"": _name if several else lambda row: row["side"], **COLUMNS[result["device"]]}
     grid = [tuple(columns), *(tuple(cell(row) for cell in columns.values()) for row in result["rows"])]
@@ -35,7 +35,8 @@ def _size(key: str) -> Cell:
 
 
 def _share(key: str) -> Cell:
-    """Of what is reached: 1 over a time that is given as a multiple."""
+    """A cell with the share of the bound that is reached: 1 over the time, which `key` has as a multiple
+    of the bound."""
     return lambda row: f"{1 / row[key]:.0%}" if key in row else ""
 
 

@@ -14,7 +14,7 @@ from .request import random_prompt
 
 @dataclass(frozen=True)
 class Effort:
-    """How much a side is asked: slow ones are measured on less."""
+    """How many requests and tokens a side is measured on: slow sides get fewer."""
 
     requests: int
     new_tokens: int
@@ -103,11 +103,11 @@ class Measured:
         return statistics.median(value(answer) for answer in self.answers)
 
 
-def steps(answer: dict[str, Any]) -> int:
+def count_steps(answer: dict[str, Any]) -> int:
     """Decoded tokens of one request that count."""
     return max(len(answer["tokens"]) - 1 - int(answer["left_out"]), 1)
 
 
 def token_s(answer: dict[str, Any]) -> float:
-    """Seconds of each of them."""
-    return float(answer["decode_s"] / steps(answer))
+    """Seconds of each decoded token that counts."""
+    return float(answer["decode_s"] / count_steps(answer))

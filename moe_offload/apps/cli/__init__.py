@@ -21,7 +21,7 @@ from ..generate.run import run
 from ..live.cli import top
 from ..options.elsewhere import command_elsewhere, flag_elsewhere
 from ..options.ending import USAGE, Command
-from ..options.groups import summary
+from ..options.groups import summary_line
 from ..profile.cli import app as profile
 from ..report.cli import report
 from ..serving.cli import serve
@@ -62,7 +62,7 @@ def options(
 
 
 for command in (run, chat, serve, plan, estimate, top, report, config, env, pack, simulate, bench, families):
-    app.command(short_help=summary(command), cls=Command)(command)
+    app.command(short_help=summary_line(command), cls=Command)(command)
 app.add_typer(profile, name="profile", short_help="Record, look at, merge and compare activation profiles.")
 
 
@@ -72,7 +72,8 @@ def _version() -> None:
 
 
 def _wrong(error: Any, context: Any) -> str:
-    """What is wrong with a command line, in one line; of what another tool calls so, what it is called here."""
+    """What is wrong with a command line, in one line. A flag or command of another tool is answered with
+    ours for it."""
     said = " ".join(error.format_message().split())
     option, command = getattr(error, "option_name", None), re.match("No such command '(.+?)'", said)
     elsewhere = None

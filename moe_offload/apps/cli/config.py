@@ -12,12 +12,12 @@ from typing import Annotated, Any
 import typer
 
 from ...config import file as files
-from ...config.settings import OffloadConfig, active_file, from_text, origins, resolve
+from ...config.settings import OffloadConfig, active_file, find_origins, from_text, resolve_settings
 from ...config.usage import profile_path
 from ...errors import ConfigError, ProfileError
 from ..options.checks import check_profile
 from ..options.flags import ConfigFile, Json
-from ..options.groups import flatten
+from ..options.groups import flatten_groups
 from .setting_flags import SettingFlags
 
 #: What is asked, in this order: what most people want to say once for a machine. The rest have flags.
@@ -33,7 +33,7 @@ QUESTIONS = {
 NOTHING = "none"
 
 
-@flatten
+@flatten_groups
 def config(
     flags: SettingFlags,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing: flags, else what is there already.")] = False,
@@ -46,7 +46,7 @@ def config(
         _show(config_file, as_json)
         return
     path = config_file or files.default_path()
-    old = OffloadConfig.from_dict(files.read(path)) if path.exists() else OffloadConfig()
+    old = OffloadConfig.from_dict(files.read_settings(path)) if path.exists() else OffloadConfig()
     typed = {name: _value(name, text) for name, text in dataclasses.asdict(flags).items() if text is not None}
     values = OffloadConfig.from_dict({**old.to_dict(), **typed})
     if "profile" in typed:
@@ -57,7 +57,7 @@ def config(
                 "standard input is no terminal to ask questions on: give --yes, with flags for what to write"
             )
         values = _ask(values, skip=set(typed), prompt=typer.prompt)
-    files.write(path, values.changed())
+    files.write_settings(path, values.changed())
     typer.echo(f"settings written to {path}", err=True)
     typer.echo(path.read_text(), nl=False)
     if active_file() != path:
@@ -92,7 +92,7 @@ def _value(name: str, text: str) -> Any:
 
 
 def _show(config_file: Path | None, as_json: bool) -> None:
-    settings, where = resolve(config_file), origins(config_file)
+    settings, where = resolve_settings(config_file), find_origins(config_file)
     file = active_file(config_file)
     typer.echo(f"file: {file or f'none; {files.default_path()} is not there'}", err=True)
     if as_json:

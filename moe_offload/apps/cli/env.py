@@ -15,7 +15,7 @@ import psutil
 import typer
 
 from ... import __version__
-from ...config.settings import active_file, origins, resolve
+from ...config.settings import active_file, find_origins, resolve_settings
 from ...config.sizes import format_size
 from ...errors import ConfigError, ProfileError
 from ...memory.machine import main_memory
@@ -92,7 +92,7 @@ def _packages() -> dict[str, str]:
 def _settings(config_file: Path | None) -> dict[str, Any]:
     """Each setting with where it comes from; if they cannot be read, why: that is what the report may be about."""
     try:
-        found, where = resolve(config_file), origins(config_file)
+        found, where = resolve_settings(config_file), find_origins(config_file)
     except (ConfigError, ProfileError) as error:
         return {"error": str(error)}
     file = active_file(config_file)

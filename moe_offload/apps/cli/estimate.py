@@ -11,7 +11,7 @@ import typer
 from ...config.settings import OffloadConfig
 from ...config.sizes import format_size, parse_size
 from ...errors import BudgetError, ConfigError
-from ..options.checks import check_model, settings
+from ..options.checks import check_model, settings_of_flags
 from ..options.ending import EXIT_CODES
 from ..options.flags import ConfigFile, Context, Dtype, Json, ProfileIn, TrustRemoteCode
 from ..options.lists import split_list
@@ -38,7 +38,7 @@ def estimate(
     as_json: Json = False,
 ) -> None:
     """A table like accelerate estimate-memory: what each budget gives. Reads headers only; exit code 3 if none fits."""
-    wanted = settings(config_file, profile=profile, kv_tokens=context)
+    wanted = settings_of_flags(config_file, profile=profile, kv_tokens=context)
     sizes = [] if budget is None else [_budget(text) for text in split_list("--budget", budget, "4GB,8GB")]
     for name in models:
         check_model(name, weights=False)
@@ -69,7 +69,7 @@ def _estimate(name: str, sizes: list[int], wanted: OffloadConfig, dtype: str, tr
     wanted = dataclasses.replace(wanted, device_map="disk", max_memory=None)
     most = of_outline(found, dataclasses.replace(wanted, budget=2**60))
     rows: list[dict[str, Any]] = []
-    for size in sizes or ladder(most.floor_bytes, most.resident_bytes):
+    for size in sizes or choose_budgets(most.floor_bytes, most.resident_bytes):
         try:
             one = of_outline(found, dataclasses.replace(wanted, budget=size))
         except BudgetError:
@@ -102,7 +102,7 @@ def _estimate(name: str, sizes: list[int], wanted: OffloadConfig, dtype: str, tr
     }
 
 
-def ladder(floor_bytes: int, resident_bytes: int) -> list[int]:
+def choose_budgets(floor_bytes: int, resident_bytes: int) -> list[int]:
     """Budgets worth a row: the floor, usual memory sizes between it and where every expert is resident, and that."""
     usual = [n * 10**9 for n in LADDER if floor_bytes < n * 10**9 < resident_bytes]
     if not usual:  # a model too small for usual sizes

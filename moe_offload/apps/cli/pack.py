@@ -10,8 +10,8 @@ import typer
 from ...checkpoint.new_folder import check_new
 from ...config.sizes import size_problem
 from ...errors import ConfigError
-from ..options.checks import check_model, settings
-from ..options.ending import INTERRUPTED, fail
+from ..options.checks import check_model, settings_of_flags
+from ..options.ending import INTERRUPTED, fail_with
 from ..options.flags import Budget, Model, TrustRemoteCode
 from ..options.numbers import one_of
 
@@ -49,13 +49,13 @@ def pack(
     if wrong := size_problem(max_shard_size):
         raise ConfigError(f"--max-shard-size: size {max_shard_size!r} is not usable: {wrong}; write it as 5GB or 5GiB")
     _check_together(experts, verify, measure, budget)
-    config, code = settings(None, budget=budget), {"trust_remote_code": trust_remote_code}
+    config, code = settings_of_flags(None, budget=budget), {"trust_remote_code": trust_remote_code}
     check_new(out)
     if measure is not None:
         from ...plan.forecast import of_outline, read_outline
-        from .perplexity import measure_text, read_text, tokenise
+        from .perplexity import measure_text, read_text, tokenise_text
 
-        pieces = tokenise(model, read_text(measure), **code)
+        pieces = tokenise_text(model, read_text(measure), **code)
         # It raises for a budget that is too small, which must not cost a copy.
         of_outline(read_outline(model, trust_remote_code=trust_remote_code), config)
     try:
@@ -68,7 +68,7 @@ def pack(
 
             written = quantise_checkpoint(model, out, experts, max_shard_size=max_shard_size, **code)
     except KeyboardInterrupt:
-        fail(f"interrupted; {out} was not written, and nothing was left behind", INTERRUPTED)
+        fail_with(f"interrupted; {out} was not written, and nothing was left behind", INTERRUPTED)
     typer.echo(str(written))
     if measure is not None:
         for name, folder in (("before", model), (f"{experts}", written)):

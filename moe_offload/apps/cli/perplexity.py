@@ -1,6 +1,6 @@
-"""How well a model foretells a text: exp of the mean negative log likelihood of its tokens.
+"""The perplexity of a text under a model: exp of the mean negative log likelihood of its tokens.
 
-The text goes through in pieces, each from a clean start, so that both models are asked the same.
+The text is cut into pieces, each without the context of those before it, so that both models see the same.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """`value` over `tokens` that were foretold, in `seconds`."""
+    """The perplexity `value` over `tokens` tokens that were predicted, in `seconds`."""
 
     value: float
     tokens: int
@@ -33,14 +33,14 @@ class Perplexity:
 
 
 def read_text(file: Path) -> str:
-    """Raises `ConfigError` for what is no UTF-8 text."""
+    """The text of `file`. Raises `ConfigError` for what is no UTF-8 text."""
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--measure {file}: cannot be read as text: {error}. Give a UTF-8 text file") from error
 
 
-def tokenise(model: str | Path, text: str, trust_remote_code: bool = False) -> list[Tensor]:
+def tokenise_text(model: str | Path, text: str, trust_remote_code: bool = False) -> list[Tensor]:
     """The text as ids [1, T], in pieces of what a prompt has room for. Raises `ConfigError` for too short a text."""
     import torch
 

@@ -11,8 +11,8 @@ import typer
 from ...config.settings import OffloadConfig
 from ...config.sizes import parse_size
 from ...errors import BudgetError, ConfigError
-from ..options.checks import check_model, settings
-from ..options.ending import error_json, exit_code, fail
+from ..options.checks import check_model, settings_of_flags
+from ..options.ending import error_json, exit_code, fail_with
 from ..options.flags import (
     Budget,
     ConfigFile,
@@ -50,7 +50,7 @@ def plan(
     Devices need not be there: --device-map '{"": 0}' --max-memory '{0: 8GB, cpu: 60GiB}' plans for a GPU.
     Exit code 3 if it does not fit; --json then prints the smallest budget that would.
     """
-    wanted = settings(
+    wanted = settings_of_flags(
         config_file, budget=budget, device_map=device_map, max_memory=max_memory, profile=profile, kv_tokens=context
     )
     check_model(model, weights=False)
@@ -63,7 +63,7 @@ def plan(
         if not as_json:
             raise
         typer.echo(json.dumps({**_what_would_fit(model, outline, wanted), **error_json(error)}))
-        fail(str(error), exit_code(error))
+        fail_with(str(error), exit_code(error))
     if as_json:
         facts = {"fits": True, **found.to_dict()}
         typer.echo(json.dumps({**facts, **({"explain": found.explain()} if explain else {})}))

@@ -19,8 +19,8 @@ from ...config.settings import OffloadConfig
 from ...errors import UnsupportedModelError
 from ...experts import find_experts, is_experts
 from ...plan.budget import budget_for
-from ...plan.weights import costs, layer_shapes
-from .session import NotSupported, run_session, tokens
+from ...plan.weights import layer_shapes, sum_costs
+from .session import NotSupported, greedy_tokens, run_session
 from .table import FAMILIES
 from .tiny import build
 
@@ -85,7 +85,7 @@ class FamilyResult:
         return asdict(self)
 
 
-def check(
+def check_family(
     family: str,
     cases: Iterable[Case] = QUICK,
     *,
@@ -117,7 +117,7 @@ def check(
             difference = _difference(want, got)
             worst = max(worst, difference)
             bound = INDUCTOR_TOLERANCE if compile == "inductor" and dtype == "float32" else 0.0
-            same_tokens = torch.equal(tokens(want), tokens(got))
+            same_tokens = torch.equal(greedy_tokens(want), greedy_tokens(got))
             if not same_tokens or (difference > bound and not (compile == "inductor" and dtype != "float32")):
                 return FamilyResult(
                     family, "different", f"{case}: outputs differ by {difference:.3g}", name, **facts, cases=done
@@ -153,7 +153,7 @@ def _offloaded(family: str, case: Case, compile: str, options: dict[str, Any]) -
         wave_rows=1,
     )
     moe_layers = find_experts(model)
-    budget = budget_for(case.residency, layer_shapes(moe_layers), costs(model, moe_layers, settings))
+    budget = budget_for(case.residency, layer_shapes(moe_layers), sum_costs(model, moe_layers, settings))
     optimize(model, budget, device_map="cpu", config=settings)
     try:
         return run_session(model, FAMILIES[family].kind, **options)

@@ -60,7 +60,7 @@ def families(
         raise ConfigError("--into is for the table of --quantised: give that as well, or --markdown, which prints")
     if unknown := [name for name in names or [] if name not in FAMILIES]:
         raise ConfigError(f"{unknown[0]!r} is no MoE family that is known here; there are {', '.join(FAMILIES)}")
-    from .report import check_families, line, markdown_table, rows_json, totals
+    from .report import check_families, format_line, format_totals, markdown_table, rows_json
 
     quiet = as_json or markdown
     rows = check_families(
@@ -68,24 +68,24 @@ def families(
         compile=compile,
         matrix=matrix,
         jobs=jobs,
-        done=lambda row: None if quiet else typer.echo(line(row)),
+        done=lambda row: None if quiet else typer.echo(format_line(row)),
     )
     if as_json:
         typer.echo(rows_json(rows))
     elif markdown:
         typer.echo(markdown_table(rows))
     else:
-        typer.echo(totals(rows))
+        typer.echo(format_totals(rows))
     if not all(row.status in ("exact", "refused") for row in rows):
         raise typer.Exit(FAILED)
 
 
 def _families_foreign(folder: Path, markdown: bool, as_json: bool) -> None:
     from .foreign import find_folders
-    from .report import check_foreign_folders, line, markdown_table, rows_json
+    from .report import check_foreign_folders, format_line, markdown_table, rows_json
 
     quiet = as_json or markdown
-    rows = check_foreign_folders(find_folders(folder), done=lambda row: None if quiet else typer.echo(line(row)))
+    rows = check_foreign_folders(find_folders(folder), done=lambda row: None if quiet else typer.echo(format_line(row)))
     if quiet:
         typer.echo(rows_json(rows) if as_json else markdown_table(rows))
     if not all(row.status in ("exact", "refused") for row in rows):

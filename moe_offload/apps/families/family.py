@@ -1,4 +1,4 @@
-"""What the table says of one MoE family, and the short ways to say it."""
+"""`Family`, an entry of the table of MoE families, and short functions that make the usual kinds of entries."""
 
 from __future__ import annotations
 

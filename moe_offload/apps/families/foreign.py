@@ -22,7 +22,7 @@ from ...config.settings import OffloadConfig
 from ...errors import ConfigError, OffloadError, UnsupportedModelError
 from ...experts import find_experts
 from ...plan.budget import budget_for
-from ...plan.weights import costs, layer_shapes
+from ...plan.weights import layer_shapes, sum_costs
 from .check import FamilyResult
 from .sizes import DEFAULT, SIZES
 from .tiny import STD
@@ -81,7 +81,7 @@ def _build(folder: Path, dtype: torch.dtype) -> Any:
 
 def _offloaded(model: Any, residency: float) -> Any:
     settings, moe_layers = OffloadConfig(poison=True, kv_tokens=64, wave_rows=1), find_experts(model)
-    budget = budget_for(residency, layer_shapes(moe_layers), costs(model, moe_layers, settings))
+    budget = budget_for(residency, layer_shapes(moe_layers), sum_costs(model, moe_layers, settings))
     return optimize(model, budget, device_map="cpu", config=settings)
 
 

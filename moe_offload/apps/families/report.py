@@ -17,10 +17,10 @@ from rich.progress import Progress
 from transformers.utils import logging as hf_logging
 
 from ...errors import ConfigError
-from .check import MATRIX, QUICK, FamilyResult, check
+from .check import MATRIX, QUICK, FamilyResult, check_family
 from .quantised.check import QuantisedResult, check_quantised
 from .quantised.page import pairs
-from .tiny import available, unlisted
+from .tiny import available_families, unlisted_families
 
 Row = TypeVar("Row", FamilyResult, QuantisedResult)
 
@@ -33,13 +33,13 @@ def check_families(
     Dynamo traces in Python, so the work is spread over `jobs` processes of one thread each. Raises ConfigError for a
     name that is no family.
     """
-    known = available()
+    known = available_families()
     if unknown := [name for name in names if name not in known]:
         raise ConfigError(
             f"{unknown[0]!r} is no MoE family of the installed transformers; there are {', '.join(known)}"
         )
     wanted = list(names or known)
-    new = [FamilyResult(name, "refused", "not in the table of tiny models yet", "") for name in unlisted()]
+    new = [FamilyResult(name, "refused", "not in the table of tiny models yet", "") for name in unlisted_families()]
     for row in new if not names else ():
         done(row)
     return _spread(_checked, [(name, matrix, compile) for name in wanted], jobs, done) + ([] if names else new)
@@ -82,7 +82,7 @@ def check_foreign_folders(folders: Sequence[Path], *, done: Callable[[FamilyResu
     return rows
 
 
-def line(row: FamilyResult) -> str:
+def format_line(row: FamilyResult) -> str:
     """One family as a line of text."""
     experts = f"{row.experts} experts, top-{row.top_k}" if row.experts else ""
     runs = f"{row.cases} runs" if row.cases else ""
@@ -94,7 +94,7 @@ def quantised_line(row: QuantisedResult) -> str:
     return f"{row.format:<47}{row.family:<13}{row.status:<11}{row.reason}".rstrip()
 
 
-def totals(rows: Sequence[FamilyResult]) -> str:
+def format_totals(rows: Sequence[FamilyResult]) -> str:
     exact, refused = (sum(row.status == status for row in rows) for status in ("exact", "refused"))
     return f"{exact} exact, {refused} refused, {len(rows) - exact - refused} different or failed"
 
@@ -106,7 +106,7 @@ def markdown_table(rows: Sequence[FamilyResult]) -> str:
     heads = ("family", "model", "status", "reason")
     lines = [heads, ["---"] * len(heads), *((f"`{r.family}`", r.model, r.status, r.reason) for r in rows)]
     table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in lines)
-    return f"{table}\n\n{totals(rows)}, with transformers {transformers.__version__}."
+    return f"{table}\n\n{format_totals(rows)}, with transformers {transformers.__version__}."
 
 
 def rows_json(rows: Sequence[FamilyResult] | Sequence[QuantisedResult]) -> str:
@@ -122,7 +122,7 @@ def _quiet() -> None:
 
 def _checked(name: str, matrix: bool, compile: str) -> FamilyResult:
     try:
-        return check(name, MATRIX if matrix else QUICK, compile=compile)
+        return check_family(name, MATRIX if matrix else QUICK, compile=compile)
     except Exception as error:  # one family that breaks must not hide the others
         return FamilyResult(name, "failed", f"{type(error).__name__}: {str(error).splitlines()[0]}", "")
     finally:

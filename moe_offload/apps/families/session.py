@@ -63,7 +63,7 @@ def run_session(
         return _decode(model, draw, prompt, new_tokens, cache)
 
 
-def tokens(outputs: list[torch.Tensor]) -> torch.Tensor:
+def greedy_tokens(outputs: list[torch.Tensor]) -> torch.Tensor:
     """The greedy token after each step of a session, [batch, steps]; images give none, [0, steps]."""
     if len({output.shape[0] for output in outputs}) > 1:  # forwards of different images, not of the same sequences
         return torch.empty(0, len(outputs), dtype=torch.long)

@@ -16,7 +16,7 @@ DENSE_FIRST: dict[str, Any] = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
 LINEAR_FULL_LINEAR: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
 
 
-def rope(**more: Any) -> dict[str, Any]:
+def make_rope(**more: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, **more}}
 
 
@@ -77,7 +77,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "ernie4_5_moe": causal_lm("ernie4_5_moe", "Ernie4_5_Moe"),
     "ernie4_5_vl_moe": text_model(
-        "ernie4_5_vl_moe", "Ernie4_5_VLMoe", moe_intermediate_size=[40, 24], **rope(mrope_section=[3, 3, 2])
+        "ernie4_5_vl_moe", "Ernie4_5_VLMoe", moe_intermediate_size=[40, 24], **make_rope(mrope_section=[3, 3, 2])
     ),
     "exaone_moe": causal_lm("exaone_moe", "ExaoneMoe"),
     "flex_olmo": causal_lm("flex_olmo", "FlexOlmo"),
@@ -87,7 +87,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "glm4_moe": causal_lm("glm4_moe", "Glm4Moe"),
     "glm4_moe_lite": causal_lm("glm4_moe_lite", "Glm4MoeLite", **MHA),
-    "glm4v_moe": text_model("glm4v_moe", "Glm4vMoe", **rope(partial_rotary_factor=0.5, mrope_section=[2, 1, 1])),
+    "glm4v_moe": text_model("glm4v_moe", "Glm4vMoe", **make_rope(partial_rotary_factor=0.5, mrope_section=[2, 1, 1])),
     "glm5_next": text_model(
         "glm5_next",
         "Glm5Next",

@@ -57,12 +57,12 @@ def make_config(cls: type[PreTrainedConfig], overrides: Mapping[str, Any]) -> Pr
     return cls(**{name: value for name, value in fields.items() if value is not DEFAULT})
 
 
-def available() -> list[str]:
+def available_families() -> list[str]:
     """The families that the installed transformers has."""
     return [name for name, entry in FAMILIES.items() if _exists(entry)]
 
 
-def unlisted() -> list[str]:
+def unlisted_families() -> list[str]:
     """Folders of the installed transformers whose model dispatches through the experts interface, but has no entry."""
     listed = {entry.folder for entry in FAMILIES.values()}
     files = _models_folder().glob("*/modeling_*.py")

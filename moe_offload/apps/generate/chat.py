@@ -1,4 +1,4 @@
-"""moe-offload chat: a line, an answer as it comes, a line about it; and again."""
+"""moe-offload chat: a line is read, the answer written as it comes, then a line about its speed; and so on."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import typer
 
 from ..options.checks import check_model, check_output, check_tokenizer
 from ..options.flags import Model, SaveProfile, System
-from ..options.groups import ModelFlags, SamplingFlags, flatten
+from ..options.groups import ModelFlags, SamplingFlags, flatten_groups
 
 
-@flatten
+@flatten_groups
 def chat(
     model: Model,
     flags: ModelFlags,
@@ -51,7 +51,7 @@ def chat(
 
 
 def _take_turns(talk: Any) -> None:
-    """Until the end of input, or !exit. Ctrl-C while a line is typed drops the line."""
+    """Read and answer lines until the end of input, or !exit. Ctrl-C while a line is typed drops the line."""
     if sys.stdin.isatty():
         import readline  # noqa: F401  which lets input() edit and remember lines
     while True:

@@ -1,4 +1,4 @@
-"""A clock that stands still while a graph is compiled: what is paid once is told apart."""
+"""A clock that stops while a graph is compiled, so that this cost, which is paid once, is reported apart."""
 
 from __future__ import annotations
 

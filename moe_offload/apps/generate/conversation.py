@@ -83,7 +83,7 @@ class Conversation:
         return "set: " + ", ".join(f"{n} {'as the model has it' if v is None else v}" for n, v in known.items())
 
     def _answer(self, text: str) -> None:
-        """Ask the model. What it has said counts even if Ctrl-C has ended it; after an error nothing was said."""
+        """Ask the model. An answer that Ctrl-C has ended is kept in the conversation; after an error nothing is."""
         self.messages.append({"role": "user", "content": text})
         handle, before = self._model.moe_offload, self._model.moe_offload.stats()
         with Clock() as clock:

@@ -1,4 +1,4 @@
-"""From what a person typed to token ids: the text, a chat template around it, and room for the answer."""
+"""From the prompt on the command line to token ids: the text, its chat template, and the room left for the answer."""
 
 from __future__ import annotations
 

@@ -10,19 +10,19 @@ from typing import Annotated, Any
 
 import typer
 
-from ...config.settings import DEFAULT, OffloadConfig, origins
+from ...config.settings import DEFAULT, OffloadConfig, find_origins
 from ...config.usage import profile_path
 from ..options.checks import check_model, check_output, check_tokenizer
 from ..options.ending import INTERRUPTED
 from ..options.flags import Model, SaveProfile, SaveReport, SaveTimeline, SaveTrace, System
-from ..options.groups import ModelFlags, SamplingFlags, flatten
+from ..options.groups import ModelFlags, SamplingFlags, flatten_groups
 from ..options.numbers import whole
 from .prompt import encode_chat, encode_text, read_prompt, room_for_answer
 
 DEFAULT_PROMPT = "The "
 
 
-@flatten
+@flatten_groups
 def run(
     model: Model,
     flags: ModelFlags,
@@ -57,9 +57,9 @@ def run(
     outputs = Outputs(save_profile, save_trace, save_timeline, save_report)
     outputs.check()
     if metrics_port is not None:
-        from ...observe.metrics import check
+        from ...observe.metrics import check_port
 
-        check(metrics_port)
+        check_port(metrics_port)
     wanted = flags.settings()
     check_model(model, revision=flags.revision)
     check_tokenizer(model)
@@ -142,7 +142,7 @@ def write_now(text: str) -> None:
 
 def given_context(wanted: OffloadConfig, flags: ModelFlags) -> int | None:
     """For how many tokens of prompt and answer the budget was told to keep room; None where nobody has said."""
-    said = flags.context is not None or origins(flags.config_file)["kv_tokens"] != DEFAULT
+    said = flags.context is not None or find_origins(flags.config_file)["kv_tokens"] != DEFAULT
     return wanted.kv_tokens or None if said else None
 
 

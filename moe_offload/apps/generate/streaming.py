@@ -4,8 +4,8 @@ transformers' TextStreamer decodes line by line, and the parts it prints are not
 tokens at once gives (a tokenizer may drop a space where a line begins). Here each part is the difference of two
 decodings that begin at the same token, as vLLM and TGI do it, so that the parts add up to that text.
 
-The first token comes once the graph of the prompt is compiled, the second once that of decoding is. Text before that
-would stand where the bar of the next compilation begins its line, and be overwritten: it waits for the second token.
+The first token comes once the graph of the prompt is compiled, the second once that of decoding is. Text that is
+written in between would be overwritten by the progress bar of the second compilation, so it waits for the second token.
 """
 
 from __future__ import annotations

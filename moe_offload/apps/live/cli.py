@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ...errors import LiveError
-from ..options.ending import fail
+from ..options.ending import fail_with
 from ..options.numbers import seconds
 
 if TYPE_CHECKING:
@@ -49,13 +49,13 @@ def top(
 
 def _find(target: str | None) -> tuple[Place, Snapshot]:
     """The one model that is meant; exit code 1 where there is none, 2 where there are several."""
-    from .client import ANSWER_S, places, running
+    from .client import ANSWER_S, find_places, find_running
 
     if target is not None and not re.fullmatch(r"\d+(-\d+)?", target):
-        fail(f"{target!r} is no process: give its number, as in 4242, or 4242-2 for its second model", 2)
-    models = running()
+        fail_with(f"{target!r} is no process: give its number, as in 4242, or 4242-2 for its second model", 2)
+    models = find_running()
     if not models:
-        if silent := [place.name for place in places() if place.process_is_there]:
+        if silent := [place.name for place in find_places() if place.process_is_there]:
             raise LiveError(f"{', '.join(silent)}: no answer within {ANSWER_S:.0f} s, the machine is busy; look again")
         raise LiveError(f"no running model found; {HOW}")
     found = [one for one in models if target in (None, one[0].name)] or [
@@ -66,18 +66,18 @@ def _find(target: str | None) -> tuple[Place, Snapshot]:
     listed = "; ".join(f"{place.name} ({snapshot.model})" for place, snapshot in found or models)
     if not found:
         raise LiveError(f"no running model {target!r}; there are: {listed}")
-    fail(f"several models are running, say which: {listed}", 2)
+    fail_with(f"several models are running, say which: {listed}", 2)
 
 
 def _looks(place: Place, first: Snapshot, once: bool, interval: float) -> Iterator[Snapshot]:
     """A snapshot now and one each `interval` seconds, until the model is gone."""
-    from .client import GoneError, SilentError, ask
+    from .client import GoneError, SilentError, ask_snapshot
 
     yield first
     while not once:
         time.sleep(interval)
         try:
-            yield ask(place)
+            yield ask_snapshot(place)
         except GoneError:
             return
         except SilentError:  # it is busy: the next look may see it
@@ -88,23 +88,23 @@ def _show(place: Place, first: Snapshot, once: bool, interval: float) -> None:
     from rich.console import Console
     from rich.live import Live
 
-    from .rates import between
-    from .screen import screen
+    from .rates import rates_between
+    from .screen import draw_screen
 
     console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:  # a file or a pipe has no width
         console = Console(highlight=False, markup=False, emoji=False, width=120)
     if once:
-        console.print(screen(first, None))
+        console.print(draw_screen(first, None))
         return
     speeds: deque[float] = deque(maxlen=HISTORY)
     before: Snapshot | None = None
     with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
         for now in _looks(place, first, once, interval):
-            rates = None if before is None else between(before, now)
+            rates = None if before is None else rates_between(before, now)
             if rates is not None:
                 speeds.append(rates.tokens_per_s)
-            seen = screen(now, rates, speeds, console.height)
+            seen = draw_screen(now, rates, speeds, console.height)
             if console.is_terminal:
                 live.update(seen, refresh=True)
             else:

@@ -1,4 +1,4 @@
-"""Asking running models: one line from each socket. Sockets that dead processes have left behind are removed."""
+"""Ask running models for a snapshot: one line from each socket. Sockets that dead processes left are removed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 
 from ...errors import LiveError
-from ...observe.live.folder import SUFFIX, check, folders
+from ...observe.live.folder import SUFFIX, check_private, list_folders
 from ...observe.live.snapshot import MAX_BYTES, Snapshot
 
 ANSWER_S = 3.0  # a process that compiles or computes may need a moment to come to its live view
@@ -55,7 +55,7 @@ class Place:
         return True
 
 
-def ask(place: Place) -> Snapshot:
+def ask_snapshot(place: Place) -> Snapshot:
     """What the model says. Raises GoneError, SilentError, or LiveError for what is no snapshot."""
     data, until = bytearray(), time.monotonic() + ANSWER_S
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
@@ -77,13 +77,13 @@ def ask(place: Place) -> Snapshot:
     return Snapshot.of(bytes(data))
 
 
-def running() -> list[tuple[Place, Snapshot]]:
+def find_running() -> list[tuple[Place, Snapshot]]:
     """Every model of this user that answers, by process. Raises LiveError where a folder of sockets is not to be
     trusted."""
     found = []
-    for place in places():
+    for place in find_places():
         try:
-            found.append((place, ask(place)))
+            found.append((place, ask_snapshot(place)))
         except GoneError:
             if not place.process_is_there:
                 with contextlib.suppress(OSError):
@@ -93,12 +93,12 @@ def running() -> list[tuple[Place, Snapshot]]:
     return found
 
 
-def places() -> list[Place]:
+def find_places() -> list[Place]:
     """Every socket of this user, by process, whether or not anybody answers there."""
     found = []
-    for folder in folders():
+    for folder in list_folders():
         try:
-            check(folder)
+            check_private(folder)
         except FileNotFoundError:
             continue
         except (OSError, ValueError) as error:

@@ -20,7 +20,7 @@ class Rates:
     hit_rates: list[float | None]
 
 
-def between(before: Snapshot, now: Snapshot) -> Rates | None:
+def rates_between(before: Snapshot, now: Snapshot) -> Rates | None:
     """What went on between two snapshots; None where no time has passed, or they are not of one model."""
     passed_s = now.uptime_s - before.uptime_s
     same = before.pid == now.pid and len(before.layers) == len(now.layers)

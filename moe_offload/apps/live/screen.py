@@ -1,4 +1,4 @@
-"""One screen about a running model: what `moe-offload top` shows. Without rates it shows totals only."""
+"""The screen of `moe-offload top` about a running model. Without rates it shows totals only."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BAR = 12  # characters
 HEAD = 9  # lines above the layers, and below
 
 
-def screen(now: Snapshot, rates: Rates | None, speeds: Sequence[float] = (), height: int = 1000) -> Group:
+def draw_screen(now: Snapshot, rates: Rates | None, speeds: Sequence[float] = (), height: int = 1000) -> Group:
     """`speeds`: tokens/s of the looks so far, the last one last. `height`: lines there are; with more layers than that
     they stand side by side."""
     return Group(_title(now), _totals(now, rates, speeds), Text(), _layers(now, rates, height - HEAD))
@@ -38,10 +38,10 @@ def _totals(now: Snapshot, rates: Rates | None, speeds: Sequence[float]) -> Tabl
     table = Table.grid(padding=(0, 3))
     for _ in range(2):
         table.add_column(no_wrap=True, min_width=8)
-    table.add_column()  # what is said besides may take two lines, rather than room from the figures
+    table.add_column()  # notes, which may take two lines rather than room from the figures
     if rates is not None:
         table.add_row("speed", f"{rates.tokens_per_s:.1f} tokens/s", sparkline(speeds))
-    lately = "" if rates is None else f"{share(rates.hit_rate)} now, "
+    lately = "" if rates is None else f"{format_share(rates.hit_rate)} now, "
     table.add_row(
         "hit rate",
         f"{lately}{rate_of(now)} overall",
@@ -51,7 +51,7 @@ def _totals(now: Snapshot, rates: Rates | None, speeds: Sequence[float]) -> Tabl
     ahead = f"{now.ahead} rows read ahead, {now.late} of them late" if now.ahead else ""
     table.add_row("read", f"{lately}{format_size(now.moved_bytes)} in all", ahead)
     waited = f"{now.stall_s:.1f} s in all"
-    lately = "" if rates is None else f"{share(rates.stall_share)} of the time, "
+    lately = "" if rates is None else f"{format_share(rates.stall_share)} of the time, "
     table.add_row("waiting", f"{lately}{waited}", f"{now.queued} rows queued, {now.reading} reads under way")
     parts = ", ".join(
         f"{_clean(name).replace('_', ' ')} {format_size(size)}" for name, size in now.plan.items() if size
@@ -83,7 +83,7 @@ def _layers(now: Snapshot, rates: Rates | None, height: int) -> Table:
                 ProgressBar(total=1.0, completed=layer.hit_rate, width=BAR),
                 rate_of(layer),
             ]
-            cells += [] if rates is None else [share(rates.hit_rates[i])]
+            cells += [] if rates is None else [format_share(rates.hit_rates[i])]
             cells.append("")
         table.add_row(*cells)
     return table
@@ -95,12 +95,12 @@ def sparkline(values: Sequence[float]) -> str:
     return "".join(LINES[int((len(LINES) - 1) * max(value, 0.0) / top)] for value in values) if top > 0 else ""
 
 
-def share(value: float | None) -> str:
+def format_share(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
 def rate_of(counted: Counters) -> str:
-    return share(counted.hit_rate if counted.requests else None)
+    return format_share(counted.hit_rate if counted.requests else None)
 
 
 def _clean(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What is looked at before torch is imported, which takes seconds: settings, inputs, and the files to be written."""
+"""Checks before torch is imported, which takes seconds: settings, inputs, and files to be written."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from safetensors import SafetensorError, safe_open
 
 from ...checkpoint.folder import ABSENT, INDEX, LFS_POINTER, is_folder, unknown_model_type, without_weights
 from ...config.device_map import AUTO, TIERS, device_name, refuse_absent
-from ...config.settings import DEFAULT, OffloadConfig, from_text, origins, resolve
+from ...config.settings import DEFAULT, OffloadConfig, find_origins, from_text, resolve_settings
 from ...config.sizes import parse_share
 from ...config.usage import profile_path
 from ...errors import CheckpointError, ConfigError, ProfileError
 from ...files.untrusted import open_regular, read_bounded
-from ...files.whole_file import reason
+from ...files.whole_file import describe_error
 
 MAX_JSON_BYTES = 100_000_000  # an index of a thousand shards has a tenth of that
 #: A tokenizer is in one of these; tokenizer_config.json alone names only its class.
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken", "tekken.json", "spiece.*")
 
 
-def settings(config_file: Path | None, **flags: Any) -> OffloadConfig:
+def settings_of_flags(config_file: Path | None, **flags: Any) -> OffloadConfig:
     """The settings in force: flags (None is not given), environment, file. Raises ConfigError, or ProfileError for a
     profile that cannot be used, naming the file or variable that asks for it."""
     given = {name: flag for name, flag in flags.items() if flag is not None}
-    found = resolve(config_file, **{n: from_text(n, f) if isinstance(f, str) else f for n, f in given.items()})
+    found = resolve_settings(config_file, **{n: from_text(n, f) if isinstance(f, str) else f for n, f in given.items()})
     if (path := profile_path(found.profile)) is not None:
-        check_profile(path, "" if "profile" in given else f"{origins(config_file)['profile']}: ")
+        check_profile(path, "" if "profile" in given else f"{find_origins(config_file)['profile']}: ")
     return found
 
 
 def check_profile(path: str | Path, asked_by: str = "") -> None:
-    """Raises ProfileError, which begins with `asked_by`."""
+    """Read a profile to see that it can be used. Raises ProfileError, whose message begins with `asked_by`."""
     from ...observe.profile import Profile
 
     try:
@@ -50,7 +50,7 @@ def check_profile(path: str | Path, asked_by: str = "") -> None:
 
 def live_or_default(live: bool | None, config_file: Path | None) -> bool | None:
     """The flag `--live` of a command that runs a model. Not given, it is on unless a setting says otherwise."""
-    return True if live is None and origins(config_file)["live"] == DEFAULT else live
+    return True if live is None and find_origins(config_file)["live"] == DEFAULT else live
 
 
 def check_model(model: str, *, weights: bool = True, revision: str | None = None) -> None:
@@ -142,7 +142,9 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(read_bounded(file, MAX_JSON_BYTES))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: it cannot be read as JSON ({reason(error)}); download it again") from error
+        raise CheckpointError(
+            f"{file}: it cannot be read as JSON ({describe_error(error)}); download it again"
+        ) from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{file}: it holds no JSON object; download it again")
     return found

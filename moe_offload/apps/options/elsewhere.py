@@ -1,4 +1,4 @@
-"""What people type who come from llama.cpp, ollama, vLLM or transformers, and what does that here."""
+"""Flags and commands of llama.cpp, ollama, vLLM and transformers, and what to use here instead."""
 
 from __future__ import annotations
 

@@ -64,9 +64,9 @@ class Command(TyperCommand):
         except OffloadError as error:
             if ctx.params.get("as_json"):
                 typer.echo(json.dumps(error_json(error)))
-            fail(str(error), exit_code(error))
+            fail_with(str(error), exit_code(error))
         except KeyboardInterrupt:
-            fail("interrupted", INTERRUPTED)
+            fail_with("interrupted", INTERRUPTED)
 
 
 def exit_code(error: OffloadError) -> int:
@@ -79,7 +79,7 @@ def error_json(error: OffloadError) -> dict[str, Any]:
     return {"error": {"type": type(error).__name__, "message": str(error), "exit_code": exit_code(error)}}
 
 
-def fail(message: str, code: int) -> NoReturn:
+def fail_with(message: str, code: int) -> NoReturn:
     """End the command: one line on standard error, however many lines the message has."""
     typer.echo(f"moe-offload: {' '.join(message.split())}", err=True)
     raise typer.Exit(code)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, get_args, get_type_hints
 
 from ...config.settings import OffloadConfig
-from .checks import check_devices, live_or_default, settings
+from .checks import check_devices, live_or_default, settings_of_flags
 from .flags import (
     Attention,
     Budget,
@@ -57,7 +57,7 @@ class ModelFlags:
 
     def settings(self) -> OffloadConfig:
         """The settings in force, for a model that is to run here. Raises ConfigError or UnsupportedModelError."""
-        found = settings(
+        found = settings_of_flags(
             self.config_file,
             budget=self.budget,
             device_map=self.device_map,
@@ -118,7 +118,7 @@ class SamplingFlags:
         return read
 
 
-def flatten(command: Callable[..., Any]) -> Callable[..., Any]:
+def flatten_groups(command: Callable[..., Any]) -> Callable[..., Any]:
     """`command` as typer is to see it: a parameter whose type is a group of flags becomes one flag per field."""
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
@@ -142,7 +142,7 @@ def flatten(command: Callable[..., Any]) -> Callable[..., Any]:
     return flat
 
 
-def summary(command: Callable[..., Any]) -> str:
+def summary_line(command: Callable[..., Any]) -> str:
     """What the list of commands says of one: the whole first line of its docstring, which typer would cut."""
     return (command.__doc__ or "").partition("\n")[0]
 

@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 
 from ...errors import ConfigError, ProfileError
-from ..options.checks import check_model, check_output, residency_share, settings
+from ..options.checks import check_model, check_output, residency_share, settings_of_flags
 from ..options.ending import Command
 from ..options.flags import ConfigFile, Json, Model, TrustRemoteCode
-from ..options.groups import summary
+from ..options.groups import summary_line
 from ..options.lists import split_list
 from ..options.numbers import whole
 
@@ -50,7 +50,7 @@ def record(
     if bad := [key + equals for key, equals, _ in pairs if not key or not equals]:
         raise ConfigError(f"--meta {bad[0]!r}: write key=value")
     facts = {key: value for key, _, value in pairs}
-    wanted = settings(config_file, budget=budget)
+    wanted = settings_of_flags(config_file, budget=budget)
     check_model(model)
     made = profile_texts(
         model, texts, max_tokens=max_tokens, meta=facts, config=wanted, trust_remote_code=trust_remote_code
@@ -75,7 +75,7 @@ def inspect(
     """How skewed a workload is, layer by layer, and what pre-warming with it would bring."""
     from ...observe.profile import Profile
     from ...observe.trace import Trace
-    from .tables import inspect as look
+    from .tables import inspect_profile as look
     from .tables import inspect_table
 
     if (budget is None) != (model is None) or (budget and residency):
@@ -95,7 +95,7 @@ def merge(
 ) -> None:
     """One profile of several workloads: counts are added, times their weights."""
     from ...observe.profile import Profile
-    from ...observe.profile import merge as merged
+    from ...observe.profile import merge_profiles as merged
 
     check_output("--out", out)
     listed = [] if weights is None else split_list("--weights", weights, "1,0.5")
@@ -111,7 +111,7 @@ def merge(
 def diff(a: ProfileFile, b: ProfileFile, as_json: Json = False) -> None:
     """How far apart two workloads are, layer by layer."""
     from ...observe.profile import Profile
-    from .tables import diff as compare
+    from .tables import compare_profiles as compare
     from .tables import diff_table
 
     found = compare(Profile.load(a), Profile.load(b))
@@ -119,7 +119,7 @@ def diff(a: ProfileFile, b: ProfileFile, as_json: Json = False) -> None:
 
 
 for command in (record, inspect, merge, diff):
-    app.command(short_help=summary(command), cls=Command)(command)
+    app.command(short_help=summary_line(command), cls=Command)(command)
 
 
 def _slots(profile: object, residency: str | None, model: str | None, budget: str | None) -> list[int] | None:
@@ -131,7 +131,7 @@ def _slots(profile: object, residency: str | None, model: str | None, budget: st
         return slots_at(profile, residency_share(residency))
     if model is None:
         return None
-    settings(None, budget=budget)
+    settings_of_flags(None, budget=budget)
     check_model(model)
     from ...plan.forecast import make_plan
 

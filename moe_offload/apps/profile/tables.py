@@ -12,24 +12,24 @@ from ...cache.layer_cache import LayerCache
 from ...config.settings import OffloadConfig
 from ...errors import TraceError
 from ...observe.profile import Profile
-from ...observe.profile_stats import distances, most_wanted, pinned, rates, skews
+from ...observe.profile_stats import measure_distances, measure_skews, most_wanted, pinned_hit_rate, uses_per_token
 from ...observe.trace import Trace
-from ..simulate.plain import replay
+from ..simulate.plain import replay_events
 from ..simulate.stream import per_layer
 
 
-def inspect(profile: Profile, slots: Sequence[int] | None, trace: Trace | None) -> dict[str, Any]:
-    """All there is to say: `layers`, and with slots a `pinned` hit rate, and with a trace those of a `replay`."""
+def inspect_profile(profile: Profile, slots: Sequence[int] | None, trace: Trace | None) -> dict[str, Any]:
+    """All facts of a profile: its `layers`; with slots, a `pinned` hit rate; with a trace, those of a `replay`."""
     found: dict[str, Any] = {
         "model_type": profile.fingerprint.model_type,
         "created": profile.created,
         "tokens": profile.tokens,
         "meta": profile.meta,
-        "layers": [dataclasses.asdict(skew) for skew in skews(profile)],
+        "layers": [dataclasses.asdict(skew) for skew in measure_skews(profile)],
     }
     if slots is not None:
         found["slots"] = list(slots)
-        found["pinned"] = pinned(profile, slots)
+        found["pinned"] = pinned_hit_rate(profile, slots)
     if slots is not None and trace is not None:
         found["replay"] = with_and_without(profile, slots, trace)
     return found
@@ -53,7 +53,7 @@ def with_and_without(profile: Profile, slots: Sequence[int], trace: Trace) -> di
             if name == "profile":
                 start_from(cache, profile, layer, slots)
             events = list(stream.events())
-            hits_V = replay(events, cache).tolist()
+            hits_V = replay_events(events, cache).tolist()
             asked_V = [len(event.used) for event in events]
             for part, span in (("first forward", slice(1)), ("next 32", slice(1, 33)), ("all", slice(None))):
                 asked[part] += sum(asked_V[span])
@@ -64,7 +64,7 @@ def with_and_without(profile: Profile, slots: Sequence[int], trace: Trace) -> di
 
 def start_from(cache: LayerCache, profile: Profile, layer: int, slots: Sequence[int]) -> None:
     """What `optimize` does with a profile: seed the policy, fill the slots. A test compares both."""
-    cache.policy.seed(rates(profile, layer))
+    cache.policy.seed(uses_per_token(profile, layer))
     for load in cache.fill_free_slots([e for of, e in most_wanted(profile, slots) if of == layer]):
         cache.commit(load, 0, demanded=False)
 
@@ -90,10 +90,10 @@ def inspect_table(found: dict[str, Any]) -> str:
     return "\n".join(text)
 
 
-def diff(a: Profile, b: Profile) -> dict[str, Any]:
+def compare_profiles(a: Profile, b: Profile) -> dict[str, Any]:
     """`layers`: distance of each; the share that the hottest quarters of both have in common."""
     rows = []
-    for layer, distance in enumerate(distances(a, b)):
+    for layer, distance in enumerate(measure_distances(a, b)):
         quarter = -(-len(a.counts[layer]) // 4)
         hot_a, hot_b = ({e for e in p.hottest(layer)[:quarter] if p.counts[layer][e]} for p in (a, b))
         shared = len(hot_a & hot_b) / max(min(len(hot_a), len(hot_b)), 1)

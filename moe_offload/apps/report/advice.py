@@ -1,4 +1,4 @@
-"""What the numbers of a run say, in words: one headline, and advice that only the run itself supports."""
+"""The numbers of a run in words: one headline, and advice that follows from this run alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..simulate.run import FIRST_TOKENS as FIRST
 from .run_record import RunBudget, RunForward, RunRecord
 
 AnyForward = TypeVar("AnyForward", bound=ForwardRecord)
-WORTH = 0.02  # of hit rate: less is not worth a line of advice
+WORTH = 0.02  # hit rate: a smaller gain is not worth a line of advice
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Summary:
     read_per_token: float | None
 
 
-def summary(run: RunRecord) -> Summary:
-    decode = decoding(run)
+def sum_up_run(run: RunRecord) -> Summary:
+    decode = find_decoding(run)
     tokens = sum(forward.tokens for forward in decode)
     spent = _spent_s(run)
     decode_s = sum(s for forward, s in zip(run.forwards, spent, strict=True) if forward.decode)
@@ -47,10 +47,10 @@ def summary(run: RunRecord) -> Summary:
     return Summary(
         prompt_tokens=sum(forward.tokens for forward in run.forwards) - tokens,
         decoded=tokens,
-        hit_rate=rate(run.forwards),
+        hit_rate=hit_rate_of(run.forwards),
         best_rate=_best(run),
-        first_rate=rate(decode[:FIRST]),
-        later_rate=rate(decode[FIRST:]),
+        first_rate=hit_rate_of(decode[:FIRST]),
+        later_rate=hit_rate_of(decode[FIRST:]),
         token_s=decode_s / tokens if tokens else None,
         waiting=sum(forward.stall_s for forward in run.forwards) / sum(spent) if sum(spent) else None,
         first_token_s=sum(spent[: len(prompt)]) if prompt else None,
@@ -59,7 +59,7 @@ def summary(run: RunRecord) -> Summary:
     )
 
 
-def decoding(run: RunRecord) -> list[RunForward]:
+def find_decoding(run: RunRecord) -> list[RunForward]:
     """The forwards that added a token; those of a prompt, also of a later one in a chat, are not among them."""
     return [forward for forward in run.forwards if forward.decode]
 
@@ -70,14 +70,14 @@ def first_forwards(forwards: Sequence[AnyForward]) -> list[AnyForward]:
     return list(forwards[: prompt + FIRST])
 
 
-def rate(forwards: Sequence[RunForward], best: bool = False) -> float | None:
+def hit_rate_of(forwards: Sequence[RunForward], best: bool = False) -> float | None:
     asked = sum(forward.requests for forward in forwards)
     return sum(forward.best if best else forward.hits for forward in forwards) / asked if asked else None
 
 
 def _spent_s(run: RunRecord) -> list[float]:
-    """Seconds that each forward took, without compiling. Before a forward that decodes nobody thinks what to say: what
-    passes until then (choosing a token) belongs to it."""
+    """Seconds that each forward took, without compiling. The time before a forward that decodes (choosing the token)
+    belongs to it; the time before a prompt is the user's."""
     spent = []
     for forward, following in zip_longest(run.forwards, run.forwards[1:]):
         until_s = following.began_s if following is not None and following.decode else forward.ended_s
@@ -86,12 +86,12 @@ def _spent_s(run: RunRecord) -> list[float]:
 
 
 def _best(run: RunRecord) -> float | None:
-    best, mine = rate(run.forwards, best=True), rate(run.forwards)
+    best, mine = hit_rate_of(run.forwards, best=True), hit_rate_of(run.forwards)
     return None if best is None or mine is None or best < mine or run.profile is not None else best
 
 
-def headline(run: RunRecord) -> str:
-    s = summary(run)
+def write_headline(run: RunRecord) -> str:
+    s = sum_up_run(run)
     if s.hit_rate is None:
         return "Nothing ran: there is no token to report."
     speed = f"{1 / s.token_s:.1f} tokens a second" if s.token_s else "A prompt and no further token"
@@ -100,9 +100,9 @@ def headline(run: RunRecord) -> str:
     return f"{speed}; {s.hit_rate:.0%} of what was asked for was resident{best}{waiting}."
 
 
-def advice(run: RunRecord) -> list[str]:
+def write_advice(run: RunRecord) -> list[str]:
     """Sentences, the most useful first; none where there is nothing to say."""
-    s = summary(run)
+    s = sum_up_run(run)
     if s.hit_rate is None:
         return []
     return [*_on_budget(run), *_on_waiting(s), *_on_policy(s), *_on_profile(run, s)]

@@ -15,7 +15,7 @@ from typing import Any
 
 from ...errors import ReportError
 from ...files.whole_file import save_whole
-from .advice import decoding, rate, summary
+from .advice import find_decoding, hit_rate_of, sum_up_run
 from .run_record import RunForward, RunRecord
 
 POINTS = 80  # of a line: enough to see where it goes, few enough to smooth what jumps from token to token
@@ -37,7 +37,7 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Chart:
-    """`draw` fills the axes, and says whether there was anything to draw; `label` is for who cannot see it."""
+    """`draw` fills the axes, and returns whether there was anything to draw; `label` is the text for screen readers."""
 
     label: str
     draw: Callable[[RunRecord, Any], bool]
@@ -70,7 +70,7 @@ def write_png(run: RunRecord, folder: Path) -> list[Path]:
     return written
 
 
-def grouped(forwards: Sequence[RunForward]) -> list[tuple[int, list[RunForward]]]:
+def group_forwards(forwards: Sequence[RunForward]) -> list[tuple[int, list[RunForward]]]:
     """At most POINTS groups of neighbours, each with the number of tokens up to its end."""
     size = max(1, -(-len(forwards) // POINTS))
     found, tokens = [], 0
@@ -98,12 +98,14 @@ def _drawn(name: str, run: RunRecord, kind: str) -> bytes:
 
 
 def _draw_hits(run: RunRecord, ax: Any) -> bool:
-    groups = [(at, group) for at, group in grouped(run.forwards) if rate(group) is not None]
+    groups = [(at, group) for at, group in group_forwards(run.forwards) if hit_rate_of(group) is not None]
     at = [tokens for tokens, _ in groups]
-    if summary(run).best_rate is not None:
-        best = [100 * (rate(group, best=True) or 0) for _, group in groups]
+    if sum_up_run(run).best_rate is not None:
+        best = [100 * (hit_rate_of(group, best=True) or 0) for _, group in groups]
         ax.plot(at, best, color=BEST, linestyle="--", label="Belady's best", marker=_marker(at))
-    ax.plot(at, [100 * (rate(group) or 0) for _, group in groups], color=OURS, label="this run", marker=_marker(at))
+    ax.plot(
+        at, [100 * (hit_rate_of(group) or 0) for _, group in groups], color=OURS, label="this run", marker=_marker(at)
+    )
     ax.set(xlabel="tokens", title="hit rate, %", ylim=(0, 103), xlim=(0, None))
     ax.legend(loc="lower right")
     return bool(groups)
@@ -118,7 +120,7 @@ def _draw_waited(run: RunRecord, ax: Any) -> bool:
 
 
 def _draw_per_token(run: RunRecord, ax: Any, counter: str, scale: float, title: str, colour: str) -> bool:
-    groups = grouped(decoding(run))
+    groups = group_forwards(find_decoding(run))
     at = [tokens for tokens, _ in groups]
     sums = [scale * sum(getattr(forward, counter) for forward in group) for _, group in groups]
     tokens = [sum(forward.tokens for forward in group) for _, group in groups]
@@ -128,7 +130,7 @@ def _draw_per_token(run: RunRecord, ax: Any, counter: str, scale: float, title: 
 
 
 def _draw_experts(run: RunRecord, ax: Any) -> bool:
-    """Four times an even share is as dark as it gets."""
+    """Draw the share of each expert, layer by layer; the darkest colour is four times an even share, or more."""
     import numpy as np
 
     widest = max(len(layer.counts) for layer in run.layers)
@@ -156,7 +158,7 @@ def _draw_budgets(run: RunRecord, ax: Any) -> bool:
 
 
 def _marker(points: Sequence[object]) -> str:
-    """A single point is no line."""
+    """The marker of a line: a dot for a single point, which would not be seen as a line."""
     return "." if len(points) == 1 else ""
 
 

@@ -19,11 +19,11 @@ import psutil
 from ...cache.counters import Counters
 from ...handle import Handle
 from ...observe.profile import CREATED
-from ...observe.progress import DELAY_S, bar
+from ...observe.progress import DELAY_S, show_bar
 from ...observe.trace import Trace
 from ...observe.trace.recorder import ForwardRecord
 from ...plan.budget import Plan, budget_for
-from ..simulate.run import replayed, slots_of
+from ..simulate.run import replay_stream, slots_of
 from ..simulate.stream import per_layer
 from .advice import first_forwards
 from .run_record import MAX_FORWARDS, RunBudget, RunForward, RunLayer, RunRecord
@@ -50,10 +50,10 @@ def collect_run(handle: Handle, *, model: str, profile: str | None = None, ended
     trace, stats, plan = handle.trace(), handle.stats(), handle.plan
     forwards = [forward for forward in handle.forwards() if forward.tokens]
     replays = len(plan.layers) * (1 + len(_shares(plan)) + (profile is not None))
-    with bar("Replaying", replays, unit="layer", what="the run", delay_s=DELAY_S) as shown:
+    with show_bar("Replaying", replays, unit="layer", what="the run", delay_s=DELAY_S) as shown:
 
         def replay(*asked: Any) -> tuple[Any, Any]:
-            found = replayed(*asked)
+            found = replay_stream(*asked)
             shown.update(1)
             return found
 
@@ -90,7 +90,7 @@ def _forwards(trace: Trace, forwards: Sequence[ForwardRecord], plan: Plan, repla
 
 
 def put_together(parts: Sequence[RunForward]) -> list[RunForward]:
-    """At most MAX_FORWARDS of them: of a longer run, neighbours as one, but for the first ones."""
+    """At most MAX_FORWARDS forwards: of a longer run neighbours are put together, but for the first ones."""
     if len(parts) <= MAX_FORWARDS:
         return list(parts)
     first = len(first_forwards(parts))

@@ -1,4 +1,5 @@
-"""What is kept of a run: bounded JSON, read as hostile input, with nothing in it that only this machine could read.
+"""The record of a run: bounded JSON, read as hostile input. It makes sense on any machine, so a report can be made
+there.
 
 Every failure is a ReportError that names the file, what was found in it, and what to do.
 """
@@ -15,8 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 
 from ...cache.counters import LayerStats
 from ...errors import ReportError
-from ...files.strict_json import parse
-from ...files.untrusted import read_bounded, refusing
+from ...files.strict_json import parse_json
+from ...files.untrusted import read_bounded, refusing_file
 from ...files.whole_file import save_whole
 from ...observe.trace.recorder import ForwardRecord, Seconds
 
@@ -84,9 +85,9 @@ class RunRecord(_Part):
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RunRecord:
         """Read and check the run at `path`, in bounded time and memory. Raises ReportError."""
-        with refusing(path, "run", "A run is what moe-offload run --save-report writes", ReportError):
+        with refusing_file(path, "run", "A run is what moe-offload run --save-report writes", ReportError):
             data = read_bounded(Path(path), MAX_BYTES)
-            parse(data, "moe_offload.run")  # strict, and bounded in depth
+            parse_json(data, "moe_offload.run")  # strict, and bounded in depth
             return cls.model_validate_json(data)
 
     def save(self, path: str | os.PathLike[str]) -> Path:

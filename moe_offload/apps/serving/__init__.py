@@ -20,7 +20,7 @@ LONGEST_QUEUE = 64  # requests that wait
 ACCESS = "moe_offload.access"  # the logger of a line per request
 
 
-def require() -> None:
+def require_packages() -> None:
     """Raises ServeError if a package is missing that serving needs."""
     for name in PACKAGES:
         try:

@@ -20,11 +20,11 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from ...config.usage import is_workload
 from ...plan.weights import longest_context
-from .generation import Piece, Sampling, generate
+from .generation import Piece, Sampling, generate_answer
 from .guards import Bodies
 from .protocol import fields, prompts
 from .protocol.answers import DONE, Choice, Form
-from .protocol.failures import RequestError, error_event, error_response, log_failure, stopping
+from .protocol.failures import RequestError, error_event, error_response, log_failure, stopping_error
 from .queue import Job, Queue
 
 LEAST_BODY_BYTES, BYTES_PER_TOKEN = 1 << 20, 16  # a body that fills the context has fewer, escaped or as token ids
@@ -61,14 +61,14 @@ class Answering:
     def warm_up(self) -> None:
         """Compile what requests will run, so that none waits for it."""
         asked = fields.Completion(model=self._name, temperature=0)
-        sampling = fields.sampling(asked, self._model.generation_config, WARM_UP_ANSWER, self._bounds.vocabulary)
+        sampling = fields.choose_sampling(asked, self._model.generation_config, WARM_UP_ANSWER, self._bounds.vocabulary)
         sampling.config.min_new_tokens = WARM_UP_ANSWER  # the end of the text must not come before a step of one token
         some = list(self._tokenizer("The first of many requests, and some more")["input_ids"]) or [0]
         chunk = sampling.config.prefill_chunk_size
         longer = [] if chunk is None else [chunk + max(WARM_UP_TOKENS)]  # its second piece has a graph of its own
         for tokens in (*WARM_UP_TOKENS, *longer):
             ids = (some * tokens)[: min(tokens, (self._bounds.context or tokens) - WARM_UP_ANSWER)]
-            generate(self._model, self._tokenizer, ids, sampling, lambda: None, lambda _: None, lambda: False)
+            generate_answer(self._model, self._tokenizer, ids, sampling, lambda: None, lambda _: None, lambda: False)
 
     async def answer(self, request: Request, kind: type[fields.Common]) -> Response:
         """The response to a request whose body is a `kind`. Nothing is raised but that the client has left."""
@@ -107,7 +107,7 @@ class Answering:
 
     def _understand(self, body: bytes, kind: type[fields.Common]) -> tuple[Any, Work]:
         """The fields of a request, and what is to be generated for it: one entry per prompt."""
-        asked = fields.parse(body, kind)
+        asked = fields.parse_fields(body, kind)
         self._workload_of(asked.model)
         if isinstance(asked, fields.Chat):
             found = [prompts.chat_prompt(asked, self._tokenizer, self._bounds)]
@@ -118,7 +118,9 @@ class Answering:
         own = self._model.generation_config
         most = [prompts.most_tokens(asked, one, own.max_new_tokens, self._bounds.context) for one in found]
         vocabulary = self._bounds.vocabulary
-        return asked, [(one, fields.sampling(asked, own, m, vocabulary)) for one, m in zip(found, most, strict=True)]
+        return asked, [
+            (one, fields.choose_sampling(asked, own, m, vocabulary)) for one, m in zip(found, most, strict=True)
+        ]
 
     def _generate(self, work: Work, n: int, workload: str | None, job: Job) -> None:
         """The work of `job`, on the queue's thread: each prompt `n` times, one after the other."""
@@ -133,7 +135,7 @@ class Answering:
                     tell(Piece(prompt.text, []))
                 if sampling.seed is not None and k:  # the choices differ, and are the same again next time
                     sampling = dataclasses.replace(sampling, seed=sampling.seed + 1)
-                generate(self._model, self._tokenizer, prompt.ids, sampling, job.count_token, tell, job.gone)
+                generate_answer(self._model, self._tokenizer, prompt.ids, sampling, job.count_token, tell, job.gone)
 
     async def _respond(self, request: Request, asked: fields.Common, job: Job, choices: int) -> Response:
         """Nothing is sent before the first piece is there: what fails until then has its own status."""
@@ -151,7 +153,7 @@ class Answering:
                 event = await _next(job)
         except asyncio.CancelledError:  # by uvicorn, when a server that stops has waited long enough
             self._queue.drop(job)
-            raise stopping() from None
+            raise stopping_error() from None
         except Exception:
             watching.cancel()
             raise

@@ -32,7 +32,7 @@ from .request_metrics import RequestMetrics
 logger = logging.getLogger("moe_offload")
 
 KINDS: dict[str, type[fields.Common]] = {"/v1/completions": fields.Completion, "/v1/chat/completions": fields.Chat}
-#: For a model that was never trained to chat: what was said, line by line, for it to continue.
+#: The chat template for a model that was never trained to chat: the messages line by line, for it to continue.
 PLAIN_TEMPLATE = "{{ messages | map(attribute='content') | join('\n') }}"
 
 
@@ -128,7 +128,7 @@ async def _refuse(_: Request, error: Exception) -> Response:
 
 
 async def _forget(_: Request, __: Exception) -> Response:
-    """Nobody reads it."""
+    """The response to a client that has left; it is not sent."""
     return Response(status_code=LEFT)
 
 

@@ -15,9 +15,9 @@ import typer
 
 from ...config.settings import KEY_VARIABLE, OffloadConfig, given_key
 from ..options.checks import check_model, check_output, check_tokenizer
-from ..options.ending import INTERRUPTED, USAGE, fail
+from ..options.ending import INTERRUPTED, USAGE, fail_with
 from ..options.flags import Model, SaveProfile
-from ..options.groups import ModelFlags, flatten
+from ..options.groups import ModelFlags, flatten_groups
 from ..options.numbers import whole
 from . import ACCESS, LONGEST_QUEUE
 
@@ -28,7 +28,7 @@ ATTENTION_S = 0.2  # a signal that another thread has caught is acted on when th
 LAST_TOKEN_S = 60.0  # for the forward that runs, which may be compiling, before its counts are saved
 
 
-@flatten
+@flatten_groups
 def serve(
     model: Model,
     flags: ModelFlags,
@@ -63,13 +63,13 @@ def serve(
     check_output("--save-profile", save_profile)
     api_key = given_key() if api_key is None else api_key  # typer takes an empty variable for an absent one
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
-        fail(f"--api-key, {KEY_VARIABLE}: a key is printable ASCII, not empty, without spaces around it", USAGE)
+        fail_with(f"--api-key, {KEY_VARIABLE}: a key is printable ASCII, not empty, without spaces around it", USAGE)
     stop = Stop()
     _log_requests()
     try:
         with (
             on_signals(stop),
-            served(
+            running_server(
                 model,
                 wanted,
                 flags,
@@ -94,7 +94,7 @@ def serve(
                 pass
             typer.echo("moe-offload: stopping", err=True)
     except KeyboardInterrupt:
-        fail("interrupted", INTERRUPTED)
+        fail_with("interrupted", INTERRUPTED)
 
 
 def _log_requests() -> None:
@@ -120,7 +120,7 @@ class Stop:
 
 
 @contextmanager
-def served(
+def running_server(
     model: str,
     wanted: OffloadConfig,
     flags: ModelFlags,
@@ -138,12 +138,12 @@ def served(
 
     At the end its requests have been stopped, the summary printed, the profile saved.
     """
-    from . import require
+    from . import require_packages
 
-    require()
-    from .server import Server, listen
+    require_packages()
+    from .server import Server, open_listener
 
-    with listen(host, port) as sock:
+    with open_listener(host, port) as sock:
         from ...api import from_pretrained
         from ..generate.tokenizer import load_tokenizer
         from .app import App

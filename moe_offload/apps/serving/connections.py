@@ -1,4 +1,4 @@
-"""Connections are bounded: how many there are, and how long one may say nothing that is a request.
+"""Bounds on connections: how many there are, and how long one may be open without a request.
 
 uvicorn waits for ever for the first line of a request, and each connection is a file descriptor of this process, which
 also has to open and save files.

@@ -57,7 +57,7 @@ class Piece:
     finish_reason: str | None = None  # of the last piece: "stop" or "length"
 
 
-def generate(
+def generate_answer(
     model: Any,
     tokenizer: Any,
     prompt_ids: list[int],

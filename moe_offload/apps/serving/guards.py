@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 from starlette.requests import Request
 
-from .protocol.failures import RequestError, error_response, stopping
+from .protocol.failures import RequestError, error_response, stopping_error
 from .request_metrics import RequestMetrics
 
 BODY_S = 60.0  # in which a body must have come
@@ -100,7 +100,7 @@ class Bodies:
         except asyncio.TimeoutError:
             raise RequestError(408, f"the body had not come after {BODY_S:.0f} s", code="timeout") from None
         except asyncio.CancelledError:  # by uvicorn, when a server that stops has waited long enough
-            raise stopping() from None
+            raise stopping_error() from None
         finally:
             self._held -= sum(map(len, parts))
 

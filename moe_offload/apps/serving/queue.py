@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from .protocol.failures import RequestError, stopping
+from .protocol.failures import RequestError, stopping_error
 
 LONGEST_RETRY_S = 60.0
 
@@ -30,7 +30,7 @@ class Job:
         self.work, self.prompt_tokens, self.generated_tokens = work, prompt_tokens, 0
         self.events: asyncio.Queue[Any] = asyncio.Queue()  # pieces with their index, then None or an exception
         self.asked_s, self.first_token_s, self.last_token_s = time.perf_counter(), 0.0, 0.0
-        self.left = False  # whether its client has not waited
+        self.left = False  # whether its client has closed the connection
         self._loop, self._gone = asyncio.get_running_loop(), threading.Event()
 
     def gone(self) -> bool:
@@ -75,7 +75,7 @@ class Queue:
         """Raises RequestError: 429 where too many wait, 503 once the server stops."""
         with self._changed:
             if self._closed:
-                raise stopping()
+                raise stopping_error()
             if len(self._waiting) + (self.running is not None) > self.longest:
                 raise RequestError(
                     429,
@@ -102,7 +102,7 @@ class Queue:
             self._waiting.clear()
             self._changed.notify()
         for job in jobs:
-            job.tell(stopping())
+            job.tell(stopping_error())
             job.drop()
 
     def join(self, timeout_s: float) -> bool:

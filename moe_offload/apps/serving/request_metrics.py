@@ -1,4 +1,4 @@
-"""What the requests are like, for Prometheus and for the log: counts, those that wait, latencies."""
+"""Metrics of the requests, for Prometheus and for the log: counts, how many wait, latencies."""
 
 from __future__ import annotations
 

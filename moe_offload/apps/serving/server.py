@@ -28,7 +28,7 @@ REASONS = {
 }
 
 
-def listen(host: str, port: int) -> socket.socket:
+def open_listener(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 is any free one. Raises ServeError if the address cannot be had.
 
     It listens at once, since two sockets that do not may be bound to one port: clients that connect early wait.

@@ -1,6 +1,6 @@
 """From tokens to text as they come: whole characters, and nothing of a stop string nor of what follows it.
 
-What is sent token by token is what is sent at once: there is this one way.
+Streamed and whole answers are both made here, so they have the same text.
 """
 
 from __future__ import annotations

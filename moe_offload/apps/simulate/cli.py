@@ -29,10 +29,10 @@ def simulate(
     as_json: Json = False,
 ) -> None:
     """Replay traces through the cache: hit rates of policies at several residencies, beside Belady's MIN."""
-    from .command import run
-    from .show import rows_json, table
+    from .command import run_simulation
+    from .show import format_table, rows_json
 
-    rows = run(
+    rows = run_simulation(
         traces,
         policies=policies,
         capacities=residency,
@@ -42,4 +42,4 @@ def simulate(
         plot=save_plot,
         note=lambda line: typer.echo(f"moe-offload: {line}", err=True),
     )
-    typer.echo(rows_json(rows) if as_json else table(rows))
+    typer.echo(rows_json(rows) if as_json else format_table(rows))

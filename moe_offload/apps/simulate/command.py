@@ -13,7 +13,7 @@ from .run import ALL, SimulationResult, simulate
 from .show import check_plot, write_json, write_plot
 
 
-def run(
+def run_simulation(
     paths: Sequence[Path],
     *,
     policies: str,

@@ -3,8 +3,8 @@
 Shapes: N rows, K experts per row, V events, E experts, S slots.
 
 This file follows `cache/layer_cache.py` and the policies line by line, floating point included: among equals the first
-in the order of slots gives way. Tests compare both on random traces and on a real one. It
-needs numba; without it `plain` serves.
+in the order of slots gives way. Tests compare both on random traces and on a real one. It needs numba; without it
+`plain` is used.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CONSTANTS = (
 )
 
 
-def replay(stream: Stream, slots: int, kind: str, half_life: float) -> tuple[Ints, Ints]:
+def replay_fast(stream: Stream, slots: int, kind: str, half_life: float) -> tuple[Ints, Ints]:
     """`asked_V`, `hits_V`: how many distinct experts each event asks for, and how many of them are resident."""
     where = (stream.ids_NK, stream.first_V, stream.stop_V, stream.tokens_V, stream.num_experts)
     return _replay(*where, slots, KINDS.index(kind), half_life, CONSTANTS)  # type: ignore[no-any-return]

@@ -14,7 +14,7 @@ from ...observe.trace import Event
 from .stream import Stream
 
 
-def ask(cache: LayerCache, event: Event, row_bytes: int = 0) -> int:
+def ask_cache(cache: LayerCache, event: Event, row_bytes: int = 0) -> int:
     """What `LayerRuntime` does with one event; returns the hits. Every load arrives."""
     before = cache.counters.hits
     without_slot: list[int] = []
@@ -29,16 +29,16 @@ def ask(cache: LayerCache, event: Event, row_bytes: int = 0) -> int:
     return cache.counters.hits - before
 
 
-def replay(events: Iterable[Event], cache: LayerCache, row_bytes: int = 0) -> NDArray[np.int64]:
+def replay_events(events: Iterable[Event], cache: LayerCache, row_bytes: int = 0) -> NDArray[np.int64]:
     """The hits of each event; the cache has counted them, and the misses and bytes, as the runtime does."""
-    return np.array([ask(cache, event, row_bytes) for event in events], dtype=np.int64)
+    return np.array([ask_cache(cache, event, row_bytes) for event in events], dtype=np.int64)
 
 
 def replay_policy(stream: Stream, slots: int, policy: Policy) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """`asked_V`, `hits_V` of a cache that starts empty."""
     events = list(stream.events())
     asked_V = np.array([len(event.used) for event in events], dtype=np.int64)
-    return asked_V, replay(events, LayerCache(stream.num_experts, slots, policy))
+    return asked_V, replay_events(events, LayerCache(stream.num_experts, slots, policy))
 
 
 def replay_min(stream: Stream, slots: int, bypass: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -1,4 +1,4 @@
-"""Traces x capacities x policies x starts -> rows.
+"""Simulate every combination of traces, capacities, policies and starts: one row of results each.
 
 Shapes: V events. A capacity is a share of a layer's experts: "25%", rounded to slots, and never fewer than top-k (no
 cache works below). `pooled` gives all layers one cache of as many slots.
@@ -22,7 +22,7 @@ from ...config.sizes import parse_share
 from ...errors import ConfigError
 from ...observe.trace import Trace
 from . import plain
-from .stream import Stream, per_layer, pooled
+from .stream import Stream, per_layer, pool_layers
 
 ALL = ["lru", "lfu", "decayed_lfu:16", "decayed_lfu:64", "decayed_lfu:256", "lrfu_classes", "tiny_lfu", "default"]
 #: Those that are told what is to come (`cache/belady.py`): bounds, no policies.
@@ -83,7 +83,7 @@ def simulate(
     ]
 
 
-def replayed(stream: Stream, slots: int, policy: str) -> tuple[Ints, Ints]:
+def replay_stream(stream: Stream, slots: int, policy: str) -> tuple[Ints, Ints]:
     """`asked_V`, `hits_V` of one stream under a policy that `simulate` knows, from an empty cache."""
     return _replay(policy, {})(stream, slots)
 
@@ -112,7 +112,7 @@ class _Replay:
             return plain.replay_min(stream, slots, bypass=self.kind == "belady_bypass")
         fast = _fast() if len(stream.first_V) >= COMPILED_EVENTS else None
         if fast and self.kind in fast.KINDS:
-            found: tuple[Ints, Ints] = fast.replay(stream, slots, self.kind, self.half_life)
+            found: tuple[Ints, Ints] = fast.replay_fast(stream, slots, self.kind, self.half_life)
             return found
         return plain.replay_policy(stream, slots, self.make(stream))
 
@@ -151,7 +151,7 @@ def _rows(
     name: str, trace: Trace, share: float, start: str, replays: Mapping[str, _Replay], pool: bool
 ) -> Iterator[SimulationResult]:
     slots = slots_of(trace, share)
-    streams, caches = ([pooled(trace)], [sum(slots)]) if pool else (per_layer(trace), slots)
+    streams, caches = ([pool_layers(trace)], [sum(slots)]) if pool else (per_layer(trace), slots)
     row_bytes = trace.meta.get("row_bytes", "")
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # the compiled replay lets go of the interpreter
         played = {

@@ -16,7 +16,7 @@ from .run import SimulationResult
 COLUMNS = ("policy", "hit rate", "first 32 tokens", "clean layer-steps", "misses/token", "MB/token", "gap closed")
 
 
-def table(rows: Sequence[SimulationResult]) -> str:
+def format_table(rows: Sequence[SimulationResult]) -> str:
     """One block per trace, start and capacity."""
     blocks = groupby(rows, key=lambda row: (row.trace, row.start, row.capacity))
     return "\n\n".join(_block(list(group)) for _, group in blocks)

@@ -1,4 +1,5 @@
-"""What one cache is asked, event by event: a trace as the cache of one layer sees it, or as one cache of all layers.
+"""`Stream`: the requests to one cache, event by event: a trace as one layer's cache sees it, or one cache of all
+layers.
 
 Shapes: N rows, K experts per row, V events, L layers, T tokens.
 """
@@ -61,7 +62,7 @@ def per_layer(trace: Trace) -> list[Stream]:
     return streams
 
 
-def pooled(trace: Trace) -> Stream:
+def pool_layers(trace: Trace) -> Stream:
     """All layers as one stream, in the order in which a forward asks them; each layer has ids of its own."""
     first_V, stop_V, request_V = _forwards(trace)
     forward_T = np.repeat(np.arange(len(first_V)), stop_V - first_V)

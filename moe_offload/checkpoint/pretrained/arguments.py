@@ -1,4 +1,4 @@
-"""Every keyword that transformers' from_pretrained takes, and what becomes of it here: a closed table.
+"""Every keyword that transformers' from_pretrained takes, and what becomes of it here: one table, which is complete.
 
 A keyword that is not in the table overrides a field of the configuration, as in transformers; one that names no such
 field is refused (`skeleton.py`). `tests/checkpoint/test_arguments.py` reads transformers' source: a parameter that a

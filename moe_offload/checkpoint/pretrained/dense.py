@@ -31,7 +31,7 @@ logger = logging.getLogger("moe_offload")
 
 
 class Absent:
-    """Stands in a state dict for an expert tensor: it has a shape and a dtype, and no bytes."""
+    """An entry of a state dict in place of an expert tensor: it has a shape and a dtype, and no bytes."""
 
     def __init__(self, range_: TensorRange):
         self.shape, self.dtype = range_.shape, range_.dtype

@@ -29,10 +29,10 @@ def get_folder(path_or_id: str | Path, arguments: Arguments | None = None) -> Pa
     arguments = arguments or Arguments()
     if is_folder(path_or_id, arguments.subfolder):
         return Path(path_or_id)
-    return download(str(path_or_id), arguments)
+    return download_checkpoint(str(path_or_id), arguments)
 
 
-def download(name: str, arguments: Arguments, **hub: Any) -> Path:
+def download_checkpoint(name: str, arguments: Arguments, **hub: Any) -> Path:
     """The snapshot of a repository on the Hub, with the files that are read of it. `hub` goes to huggingface_hub."""
     from huggingface_hub import snapshot_download
 

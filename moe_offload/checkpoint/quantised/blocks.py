@@ -9,8 +9,9 @@ divides the matrix by the number of scales:
     576   5        an error: no such checkpoint can be loaded without a GPU (DeepSeek-V3 and R1, Kimi-K2: kv_a_proj)
     192   2        blocks of 96: other weights than were saved, without a word
 
-The third kind is unpacked here by the format's meaning, and said aloud; the fourth is refused: there is nothing right
-to be equal to. Both concern dense weights; experts of either kind are refused.
+The third kind is unpacked here by the format's meaning, and a warning says so; the fourth is refused, because what
+plain transformers computes with such weights is not what was saved. Both concern dense weights; experts of either kind
+are refused.
 """
 
 from __future__ import annotations
@@ -43,12 +44,14 @@ def block_of(config: Any) -> Block | None:
 def check_blocks(config: Any, headers: Headers, experts: Collection[str]) -> None:
     """Raise `UnsupportedModelError` for weights that transformers would load wrongly, and for uneven experts."""
     block = block_of(config)
-    for key, weight, scales in _in_blocks(block, headers):
+    if block is None:
+        return
+    for key, weight, scales in _in_blocks(headers):
         grid = _grid(block, weight)
         if scales.shape != grid:
             raise CheckpointError(
                 f"{scales.file}: {key + SCALES!r} are {list(scales.shape)} scales for {list(weight.shape)} weights; "
-                f"config.json says blocks of {list(block or ())}, of which there would be {list(grid)}. One of the two "
+                f"config.json says blocks of {list(block)}, of which there would be {list(grid)}. One of the two "
                 "is another checkpoint's: put back what belongs together"
             )
     for key, weight, scales in _uneven(block, headers):
@@ -61,7 +64,7 @@ def check_blocks(config: Any, headers: Headers, experts: Collection[str]) -> Non
             )
             raise UnsupportedModelError(
                 f"{weight.file}: {key!r} is {list(weight.shape)} with {list(scales.shape)} scales for blocks of "
-                f"{list(block or ())}, the last of them short; {what}. Use a checkpoint in bfloat16, or one whose "
+                f"{list(block)}, the last of them short; {what}. Use a checkpoint in bfloat16, or one whose "
                 "sizes are multiples of the block"
             )
 
@@ -69,10 +72,12 @@ def check_blocks(config: Any, headers: Headers, experts: Collection[str]) -> Non
 def unpack_uneven(config: Any, headers: Headers, state: Mapping[str, Any]) -> dict[str, Any]:
     """`state` with the weights themselves where transformers cannot unpack their codes, and without their scales."""
     block, changed = block_of(config), dict(state)
+    if block is None:
+        return changed
     found = list(_uneven(block, headers))
     for key, weight, _ in found:
         scales = key + SCALES
-        changed[key] = Unpacked(changed[key], changed.pop(scales), weight.shape, block or (0, 0))
+        changed[key] = Unpacked(changed[key], changed.pop(scales), weight.shape, block)
     if found:
         logger.warning(
             "%d weights have a short last block of FP8 scales, such as %s; transformers cannot load them on a CPU, and "
@@ -83,7 +88,7 @@ def unpack_uneven(config: Any, headers: Headers, state: Mapping[str, Any]) -> di
 
 
 class Unpacked:
-    """Stands in a state dict for the codes of a matrix: its weights, unpacked when they are asked for."""
+    """An entry of a state dict, in place of the codes of a matrix: its weights, unpacked when they are asked for."""
 
     def __init__(self, codes: Any, scales: Any, shape: tuple[int, ...], block: Block):
         self._codes, self._scales, self.shape, self._block = codes, scales, shape, block
@@ -103,23 +108,23 @@ class Unpacked:
         return whole[where]
 
 
-def _uneven(block: Block | None, headers: Headers) -> Iterator[tuple[str, TensorRange, TensorRange]]:
+def _uneven(block: Block, headers: Headers) -> Iterator[tuple[str, TensorRange, TensorRange]]:
     """Each FP8 matrix whose scales are those of blocks with a short last one, with its name."""
-    for key, weight, scales in _in_blocks(block, headers):
+    for key, weight, scales in _in_blocks(headers):
         grid = _grid(block, weight)
-        short = (parts > 1 and n % size for n, size, parts in zip(weight.shape, block or (), grid, strict=True))
+        short = (parts > 1 and n % size for n, size, parts in zip(weight.shape, block, grid, strict=True))
         if scales.shape == grid and any(short):
             yield key, weight, scales
 
 
-def _in_blocks(block: Block | None, headers: Headers) -> Iterator[tuple[str, TensorRange, TensorRange]]:
-    """Each FP8 matrix that has scales in two dimensions, where the configuration says that there are blocks."""
-    for key, weight in headers.items() if block is not None else ():
+def _in_blocks(headers: Headers) -> Iterator[tuple[str, TensorRange, TensorRange]]:
+    """Each FP8 matrix that has scales in two dimensions, with its name."""
+    for key, weight in headers.items():
         scales = headers.get(key + SCALES)
         if weight.dtype == torch.float8_e4m3fn and len(weight.shape) == 2 and scales and len(scales.shape) == 2:
             yield key, weight, scales
 
 
-def _grid(block: Block | None, weight: TensorRange) -> tuple[int, ...]:
+def _grid(block: Block, weight: TensorRange) -> tuple[int, ...]:
     """How many blocks there are, the short ones too."""
-    return tuple(-(-n // size) for n, size in zip(weight.shape, block or (), strict=True))
+    return tuple(-(-n // size) for n, size in zip(weight.shape, block, strict=True))

@@ -20,7 +20,7 @@ from ...experts import Field, MoELayer, RowLayout
 from ...packed import FP8, Format
 from ..conversion import Conversion, Shape, Swap, one_expert_conversions
 from ..headers import TensorRange, files_of
-from .recognise import Recognised, recognise, role_of
+from .recognise import Recognised, recognise_format, role_of
 from .weights import Matrix, MatrixWeight
 
 #: transformers' operations that are left to the unpacking, and the conversion that each does besides.
@@ -29,12 +29,12 @@ DEQUANTISERS: dict[str, tuple[Conversion, ...]] = {
     "CompressedTensorsDequantize": (),
     "Mxfp4Dequantize": (Swap(0, 1),),
 }
-READ = ("codes", "scales")  # what of a matrix lies in a row, in this order
+READ = ("codes", "scales")  # the roles whose tensors lie in a row, in this order
 
 
 @dataclass(frozen=True)
 class Sources:
-    """One tensor of every expert: its source pattern in transformers' converter, and what that calls it."""
+    """One tensor of every expert: its source pattern in transformers' converter, and the pattern's name for it."""
 
     pattern: str | None
     label: str
@@ -92,7 +92,7 @@ def is_packed_by(ops: Sequence[Any]) -> bool:
 def pack_column(
     moe: MoELayer, f: Field, parameter: str, converter: Any, found: Sequence[Sources], stacked: bool
 ) -> PackedColumn | None:
-    """`None` where the checkpoint has this parameter unquantised.
+    """The column of one parameter of a layer; None where the checkpoint has it unquantised.
 
     Raises `CheckpointError` naming tensor and file for scales that are missing or do not fit, for experts that are not
     alike, and `UnsupportedModelError` for a format that is not read.
@@ -175,7 +175,7 @@ def _recognise_all(moe: MoELayer, matrix: str, roles: Mapping[str, Sources]) -> 
         kind = tuple((role, part.shape, part.dtype) for role, part in parts.items() if role != "unused")
         if kind not in known:
             keys = {role: sources.keys[e] for role, sources in roles.items()}
-            known[kind] = recognise(f"{moe.name} expert {e} {matrix}", parts, keys)
+            known[kind] = recognise_format(f"{moe.name} expert {e} {matrix}", parts, keys)
             if len(known) > 1:
                 role = next(role for role, *said in kind if (role, *said) not in next(iter(known)))
                 raise CheckpointError(

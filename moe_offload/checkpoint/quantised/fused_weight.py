@@ -1,7 +1,6 @@
-"""compute="packed": a parameter whose few-row products are computed from its codes, in float32, and never unpacked.
+"""compute="packed": a parameter whose products with few rows are computed from its codes (`packed/fused.py`).
 
-The weights are not rounded to bfloat16 first, so that a result is nearer to exact arithmetic than plain transformers',
-and not equal to it. Only where the user asked for it. Shapes as in `weights.py`.
+Used only where the user asked for it: results are not plain transformers' to the bit. Shapes as in `weights.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""As which tensors an ordinary expert matrix lies in a checkpoint of a format, and what its config.json then says.
+"""Which tensors a quantised format writes in place of an expert matrix, and what config.json then says of them.
 
     format  experts in the file      layout, which plain transformers loads too
     mxfp4   stacked [E, I, O]        gpt-oss: gate_up_proj_blocks [E, O, G, 16], gate_up_proj_scales [E, O, G]
@@ -53,7 +53,7 @@ class ExpertMatrix:
 
 @dataclass(frozen=True)
 class Layout:
-    """A format, and for FP8 how many rows and columns a block has."""
+    """A format and its tensors, `stacked` or one for each expert; `block`: rows and columns of a block (FP8)."""
 
     kind: str
     stacked: bool
@@ -87,7 +87,7 @@ class Layout:
 
     @property
     def _unit(self) -> int:
-        """Rows that belong together."""
+        """Rows of a matrix that are quantised together."""
         return self.block if self.kind == "fp8" else 1
 
     def _quantise_strip(self, w_OI: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,7 +117,7 @@ class Layout:
 
 
 def find_matrices(moe_layers: Sequence[MoELayer], index: RowIndex, headers: Headers) -> dict[str, ExpertMatrix]:
-    """Every expert matrix of an ordinary checkpoint, by its key. Biases are none, and stay as they are."""
+    """Every expert matrix of an ordinary checkpoint, by its key. Biases are no matrices, and stay as they are."""
     starts = {(found.file, found.offset): key for key, found in headers.items() if found.nbytes}
     matrices: dict[str, ExpertMatrix] = {}
     for moe in moe_layers:

@@ -18,7 +18,7 @@ PACKED = ("mxfp4", "fp8", "mxfp8", "compressed-tensors")
 DENSE_ONLY = ("bitsandbytes",)
 
 _RANDOM = "transformers would fill the experts with random numbers: it quantises nn.Linear, and they are none"
-_NEWER = "use a checkpoint in MXFP4, block FP8, compressed-tensors int4 or FP8, or the bfloat16 original"
+_INSTEAD = "use a checkpoint in MXFP4, block FP8, compressed-tensors int4 or FP8, or the bfloat16 original"
 #: Method -> why not.
 REFUSED = {
     "gptq": _RANDOM,
@@ -38,7 +38,7 @@ REFUSED = {
 
 def check_quantization(place: Path | str, config: Mapping[str, Any]) -> None:
     """Raise `UnsupportedModelError` where a configuration asks for quantised weights that are not read."""
-    for where, found in quantizations(config):
+    for where, found in find_quantizations(config):
         said = found if isinstance(found, Mapping) else getattr(found, "__dict__", {})
         method = said.get("quant_method")
         name = str(getattr(method, "value", method) or "no method named")
@@ -46,17 +46,20 @@ def check_quantization(place: Path | str, config: Mapping[str, Any]) -> None:
         if why is not None:
             raise UnsupportedModelError(
                 f"{place}: the checkpoint is quantised ({name}; {where} in its config.json), and that is not read: "
-                f"{why}. Instead, {_NEWER}"
+                f"{why}. Instead, {_INSTEAD}"
             )
 
 
-def quantizations(config: Mapping[str, Any], inside: str = "") -> Iterator[tuple[str, Any]]:
-    """transformers looks at the whole and at the text part; a part of any other name is doubtful, so it counts, too."""
+def find_quantizations(config: Mapping[str, Any], inside: str = "") -> Iterator[tuple[str, Any]]:
+    """Each quantisation that a configuration states, with its place in it: of the whole, or of any part.
+
+    transformers looks at the whole and at the text part. What it does with another part is not certain, so that counts.
+    """
     for key, value in config.items():
         if key in ("quantization_config", "compression_config") and value is not None:
             yield f"{inside}{key}", value
         elif isinstance(value, Mapping) and str(key).endswith("_config"):
-            yield from quantizations(value, f"{inside}{key}.")
+            yield from find_quantizations(value, f"{inside}{key}.")
 
 
 def _why_not(method: str, said: Mapping[str, Any]) -> str | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...errors import CheckpointError, UnsupportedModelError
 from ...packed.formats import place_of
-from ...packed.fp8 import widen
+from ...packed.fp8 import widen_scale
 from ..headers import DTYPE_NAMES, Headers, TensorRange
 from .quantizer import quantization_of
 
@@ -27,25 +27,29 @@ MARKS = {
 def refuse_foreign(config: Any, headers: Headers, parameter: str) -> None:
     """Raise for a checkpoint without `parameter`, where experts of a quantised form are what it has instead."""
     for key, found in headers.items():
-        method = _mark(key)
+        method = _find_method(key)
         if method is not None and "expert" in key:
             raise UnsupportedModelError(
-                f"{found.file}: {key!r} is a part of quantised experts ({method}), and config.json {_said(config)}, "
-                f"with which transformers has nothing for {parameter}. Put back the config.json that belongs to these "
-                "files; if it is theirs, use a checkpoint in MXFP4, block FP8, compressed-tensors int4, or bfloat16"
+                f"{found.file}: {key!r} is a part of quantised experts ({method}), and config.json "
+                f"{_quote_config(config)}, with which transformers has nothing for {parameter}. Put back the "
+                "config.json that belongs to these files; if it is theirs, use a checkpoint in MXFP4, block FP8, "
+                "compressed-tensors int4, or bfloat16"
             )
 
 
 def refuse_codes(config: Any, headers: Headers, what: str, sources: Sequence[TensorRange], keys: Sequence[str]) -> None:
-    """Numbers that mean something only with scales are no weights, whatever they may be cast to."""
+    """Raise for integers or one-byte floats where weights are expected: without scales they mean nothing."""
     for source, key in zip(sources, keys, strict=True):
         if source.dtype.itemsize == 1 or not source.dtype.is_floating_point:
-            method = next((_mark(other) for other in headers if other.startswith(f"{key}.") and _mark(other)), None)
+            method = next(
+                (_find_method(other) for other in headers if other.startswith(f"{key}.") and _find_method(other)), None
+            )
             by = f" of {method}" if method else ""
             raise UnsupportedModelError(
-                f"{source.file}: {key!r} holds {DTYPE_NAMES[source.dtype]} codes{by}, and config.json {_said(config)}, "
-                f"by which transformers cannot tell what {what} they stand for. Put back the config.json that belongs "
-                "to these files; if it is theirs, use a checkpoint in a format that is read, or in bfloat16"
+                f"{source.file}: {key!r} holds {DTYPE_NAMES[source.dtype]} codes{by}, and config.json "
+                f"{_quote_config(config)}, by which transformers cannot tell what {what} they stand for. Put back the "
+                "config.json that belongs to these files; if it is theirs, use a checkpoint in a format that is read, "
+                "or in bfloat16"
             )
 
 
@@ -57,8 +61,8 @@ def check_dense(config: Any, headers: Headers, experts: Collection[str]) -> None
             continue
         if said is None:
             raise UnsupportedModelError(
-                f"{found.file}: {key!r} holds {DTYPE_NAMES[found.dtype]} codes, and config.json {_said(config)}. Put "
-                "back the config.json that belongs to these files"
+                f"{found.file}: {key!r} holds {DTYPE_NAMES[found.dtype]} codes, and config.json "
+                f"{_quote_config(config)}. Put back the config.json that belongs to these files"
             )
         stem = key.removesuffix("weight")
         if not any(f"{stem}{end}" in headers for end in ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")):
@@ -81,7 +85,7 @@ def refuse_dense_faults(model: Any, headers: Headers, experts: Collection[str]) 
         if not codes and not _is_scale(key):
             continue
         tensor = headers.opened[found.file].get_tensor(key)
-        wrong = ~torch.isfinite(widen(tensor)) if _is_scale(key) else (tensor.view(torch.uint8) & 0x7F) == 0x7F
+        wrong = ~torch.isfinite(widen_scale(tensor)) if _is_scale(key) else (tensor.view(torch.uint8) & 0x7F) == 0x7F
         place = place_of(wrong)
         if place is not None:
             raise CheckpointError(
@@ -99,7 +103,7 @@ def _is_finite(param: Tensor) -> bool:
     return param.is_meta or not param.is_floating_point() or bool(torch.isfinite(param.sum(dtype=torch.float32)))
 
 
-def _said(config: Any) -> str:
+def _quote_config(config: Any) -> str:
     said = quantization_of(config)
     if said is None:
         return "names no format (quantization_config)"
@@ -107,5 +111,5 @@ def _said(config: Any) -> str:
     return f"says {getattr(method, 'value', method)} (quantization_config)"
 
 
-def _mark(key: str) -> str | None:
+def _find_method(key: str) -> str | None:
     return next((method for end, method in MARKS.items() if key.endswith(end)), None)

@@ -46,7 +46,7 @@ def role_of(label: str) -> tuple[str, str]:
     return label[: found.start()], ROLES[found[1]]
 
 
-def recognise(matrix: str, parts: Mapping[str, TensorRange], keys: Mapping[str, str]) -> Recognised | None:
+def recognise_format(matrix: str, parts: Mapping[str, TensorRange], keys: Mapping[str, str]) -> Recognised | None:
     """The format of a matrix whose tensors are `parts`, by role; None where it is not quantised at all.
 
     `keys` are their names in the checkpoint, for messages. Raises `CheckpointError` naming tensor and file where the

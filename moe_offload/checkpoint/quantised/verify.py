@@ -1,4 +1,4 @@
-"""Our formulas against transformers' own operations, on one expert of each kind of layer, when a model is loaded.
+"""Compare our unpacking with transformers' own operations, on one expert of each kind of layer, when a model is loaded.
 
 A later transformers may make other weights of the same bytes. Then its own operations are called for every expert
 that is unpacked: slow, and never wrong.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...experts import MoELayer, PackedWeight
-from ...packed.workspace import borrow
+from ...packed.workspace import borrow_workspace
 from .columns import MadeBy, Packing
 from .weights import MatrixWeight
 from .wrapped import WrappedWeight
@@ -60,7 +60,7 @@ class ConvertedWeight(WrappedWeight):
         out.copy_(convert_one(self.made_by, self.weight, row, self.model))
 
     def multiply(self, x_MI: Tensor, row: Tensor, out_MO: Tensor, transposed: bool) -> None:
-        whole = borrow(self.shape, self.dtype)
+        whole = borrow_workspace(self.shape, self.dtype)
         self.unpack(row, whole)
         torch.mm(x_MI, whole.t() if transposed else whole, out=out_MO)
 

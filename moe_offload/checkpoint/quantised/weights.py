@@ -24,7 +24,7 @@ from ...experts import Field
 from ...packed import Format
 from ...packed.exact import FEW, STRIP_BYTES, Order, find_order, strips_are_exact, transposed_is_exact
 from ...packed.ordered import multiply_in_order
-from ...packed.workspace import borrow
+from ...packed.workspace import borrow_workspace
 from ..conversion import Conversion, Swap, convert_tensors, joins_bytes
 
 
@@ -52,7 +52,7 @@ class MatrixWeight:
 
     @property
     def rows(self) -> int:
-        """O of all matrices together, where they lie below each other."""
+        """O of all matrices together, one below the other."""
         return sum(matrix.shape[0] for matrix in self.matrices)
 
     @property
@@ -90,13 +90,13 @@ class MatrixWeight:
         if order is not None and self._multiply_in_order(x_MI, row, out_MO, order):
             return
         if not self._as_in_file(transposed, len(x_MI)):
-            whole = borrow(self.shape, self.dtype)
+            whole = borrow_workspace(self.shape, self.dtype)
             self.unpack(row, whole)
             torch.mm(x_MI, whole.t() if transposed else whole, out=out_MO)
         elif len(x_MI) == 1 and strips_are_exact(self._heights, x_MI.shape[1], self.dtype):
             self._multiply_in_strips(x_MI, row, out_MO)
         else:
-            whole = borrow((self.rows, x_MI.shape[1]), self.dtype)
+            whole = borrow_workspace((self.rows, x_MI.shape[1]), self.dtype)
             self._unpack_below(row, whole)
             torch.mm(x_MI, whole.t(), out=out_MO)
 
@@ -152,7 +152,7 @@ class MatrixWeight:
         return tuple(end - begin for strips in self._strips for begin, end in strips)
 
     def _multiply_in_strips(self, x_1I: Tensor, row: Tensor, out_1O: Tensor) -> None:
-        space, first = borrow((max(self._heights), x_1I.shape[1]), self.dtype), 0
+        space, first = borrow_workspace((max(self._heights), x_1I.shape[1]), self.dtype), 0
         for matrix, strips in zip(self.matrices, self._strips, strict=True):
             tensors = matrix.tensors(row)
             for begin, end in strips:

@@ -1,4 +1,4 @@
-"""What is said of a packed parameter however it is computed with."""
+"""`WrappedWeight`: the base of packed parameters that compute in another way than the one they wrap."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from .weights import MatrixWeight
 
 
-@dataclass(frozen=True, eq=False)  # a subclass says which of them are the same
+@dataclass(frozen=True, eq=False)  # a subclass says which of its instances are equal
 class WrappedWeight:
-    """`weight`, unpacked or multiplied in another way."""
+    """`weight`, whose name, shape, dtype, format and recipe stay; a subclass says how it is unpacked and multiplied."""
 
     weight: MatrixWeight
 

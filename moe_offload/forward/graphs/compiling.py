@@ -1,12 +1,12 @@
 """The torch.compile backend: find the offloaded experts in a traced graph, run the passes, run or compile the result.
 
 At this level (Dynamo's FX graph) parameters are graph inputs and `example_inputs` are the very objects the model holds,
-so a *phantom* (what `install` left in place of a stacked weight) is recognised by itself, never by a name.
+so a *phantom* (what `patch_model` left in place of a stacked weight) is recognised by itself, never by a name.
 
-Three rules of the house, each learnt the hard way:
+Three rules hold for every rewrite:
 - the graph is changed in place and keeps every placeholder: Dynamo reads them after the backend has returned;
 - the bank comes in through the placeholder of the layer's first weight, re-typed, and is substituted at each call;
-- which bank that is, is read from the argument of that call, because Dynamo may share one graph between layers.
+- the argument of that call says which bank it is, because Dynamo may share one graph between layers.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from passes import ops
 from ...errors import OffloadError, UnsupportedModelError
 from ...observe import progress
 from ..changed_parts import explain_refusal
-from .cuda_graphs import can_be_recorded, copied
+from .cuda_graphs import can_be_recorded, copy_outputs
 from .ops import bank_of
 from .phantom import Phantom, phantoms_in
 
 logger = logging.getLogger("moe_offload")
 
-#: A step in which nothing waits for the host is recorded. What is no kernel (a sliding window's counter) stays outside.
+#: Inductor's options for a decode step that never needs the host: it becomes a CUDA graph, but for the parts that are
+#: no kernels (a sliding window's counter).
 CUDA_GRAPH = {"triton.cudagraphs": True, "graph_partition": True}
 
 Compiled = Callable[..., Any]
@@ -57,14 +58,14 @@ def make_backend(
 
     def backend(gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Compiled:
         phantoms = phantoms_in(example_inputs)
-        progress.stage("rewriting")
+        progress.name_stage("rewriting")
         if not phantoms:
             log.append([])
             return inner(gm, list(example_inputs))
         on_device = {one.layer.moe.name for one in phantoms.values() if one.layer.device_cache is not None}
         moe_layers = {one.layer.moe.name: one.layer.moe for one in phantoms.values()}
         few_pairs = {name: few_tokens * moe.top_k for name, moe in moe_layers.items()} if few_tokens else None
-        reports, banked = rewrite(gm, phantoms, partial(pipeline, on_device=on_device, few_pairs=few_pairs))
+        reports, banked = rewrite_graph(gm, phantoms, partial(pipeline, on_device=on_device, few_pairs=few_pairs))
         log.append(reports)
         inputs = list(example_inputs)
         for position in banked:
@@ -74,7 +75,7 @@ def make_backend(
         placed = [nodes.index(node.args[1]) for node in places]
         sizes = {node.args[0].meta["example_value"].numel() for node in places}
         on_gpu = any(inputs[position].is_cuda for position in placed)
-        recorded = on_gpu and inner is run_inductor and can_be_recorded(gm.graph) and not _waits(gm.graph)
+        recorded = on_gpu and inner is run_inductor and can_be_recorded(gm.graph) and not _needs_host(gm.graph)
         compiled = run_inductor(gm, inputs, **CUDA_GRAPH) if recorded else inner(gm, inputs)
 
         def call(*args: Any) -> Any:
@@ -83,19 +84,19 @@ def make_backend(
                 served[position] = args[position].layer.slots.bank_SN
             if placed:
                 args[placed[0]].layer.take_over(sizes)
-            return copied(compiled(*served)) if recorded else compiled(*served)
+            return copy_outputs(compiled(*served)) if recorded else compiled(*served)
 
         return call
 
     return backend
 
 
-def _waits(graph: Graph) -> bool:
+def _needs_host(graph: Graph) -> bool:
     """Whether some op of `graph` needs the host: such a graph cannot be recorded whole."""
     return any(torch.Tag.cudagraph_unsafe in getattr(node.target, "tags", ()) for node in graph.nodes)
 
 
-def rewrite(
+def rewrite_graph(
     gm: GraphModule, phantoms: dict[int, Phantom], pipeline: Callable[..., list[passes.Pass]]
 ) -> tuple[list[passes.Report], list[int]]:
     """Rewrite `gm` in place; return what each pass did and which inputs must now be banks.
@@ -156,7 +157,7 @@ def run_inductor(gm: GraphModule, example_inputs: list[Any], **options: Any) -> 
     """Compile the rewritten graph with Inductor; `options` are its settings."""
     from torch._inductor.compile_fx import compile_fx
 
-    progress.stage("Inductor")
+    progress.name_stage("Inductor")
     return cast(Compiled, compile_fx(gm, example_inputs, config_patches=options or None))
 
 
@@ -165,8 +166,10 @@ def core_as_is(core: GraphModule) -> Compiled:
 
 
 def _code_of(gm: GraphModule) -> Compiled:
-    """What the graph is as Python code. Dynamo's modules write it when they are first called, and are called as modules
-    ever after if `forward` was taken before: global hooks would hear of them."""
+    """The Python code of a graph, to be called instead of the module: global hooks must not be called for it.
+
+    Dynamo's graph modules write that code when they are first called, so it is made now.
+    """
     _LazyGraphModule.force_recompile(gm)
     code: Compiled = gm.forward
     return code

@@ -7,7 +7,7 @@ one that is mutated without being static keeps the step from being recorded at a
     KV cache   a static one is, once marked: transformers marks what it makes outside of a trace, and our prefill is one
     sizes      constants, or lengths of a static KV cache: recorded anew for each, which is once a request at most
     counters   of a sliding window, numbers that go in and come out: Inductor's partitions leave them outside
-    outputs    copied out: the next launch writes over them, and who kept one would be refused it
+    outputs    copied out: the next launch writes over them, and torch refuses one that was kept
 """
 
 from __future__ import annotations
@@ -75,6 +75,6 @@ def _is_static(node: Node) -> bool:
     return node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") is not None
 
 
-def copied(outputs: Any) -> Any:
+def copy_outputs(outputs: Any) -> Any:
     """The outputs of a launch, in memory of their own."""
     return type(outputs)(x.clone() if isinstance(x, Tensor) else x for x in outputs)

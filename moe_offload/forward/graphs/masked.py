@@ -15,7 +15,7 @@ from passes.masked_rows import stream_rows
 
 from ...errors import UnsupportedModelError
 from ...experts import MoELayer
-from ...runtime.layer import LayerRuntime, closed
+from ...runtime.layer import LayerRuntime, closed_error
 from ..changed_parts import refuse_changed_parts
 
 
@@ -35,7 +35,7 @@ class MaskedLayer:
             )
         with layer.lock.here(), layer.arrivals.transfer.current():
             if layer.module_core is None:
-                raise closed(layer.moe.name)
+                raise closed_error(layer.moe.name)
             x_ETH = x_MH.view(layer.moe.num_experts, -1, x_MH.shape[-1])
             outputs = x_MH.shape[-1]
             return stream_rows(x_ETH, outputs, x_MH.dtype, layer.module_core, layer.stream).flatten(0, 1)

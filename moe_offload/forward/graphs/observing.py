@@ -1,4 +1,4 @@
-"""The backend of `record_profile`: an ordinary model, whose graphs say which experts they use and are left alone."""
+"""The backend of `record_profile` for a model that is not offloaded: its graphs only count which experts are used."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def observing_backend(weights: dict[int, tuple[MoELayer, str]]) -> Compiled:
     return backend
 
 
-def observe(moe: MoELayer, counter: ops.Observer) -> None:
+def bind_counter(moe: MoELayer, counter: ops.Observer) -> None:
     """Let instrumented graphs reach `counter` through any of the layer's weights."""
     for param in moe.params.values():
         ops.bind(param, counter)
 
 
-def unobserve(moe: MoELayer) -> None:
+def unbind_counter(moe: MoELayer) -> None:
     for param in moe.params.values():
         ops.unbind(param)

@@ -1,4 +1,4 @@
-"""The ops of `passes` as the rest of the package uses them: bound to a layer and released, called, and put as marks."""
+"""The ops of `passes`, for the rest of the package, which may not import `passes`: bind them, call them, put marks."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ def bank_of(layer: LayerRuntime) -> passes.Bank:
 
 
 def rows_of(layer: LayerRuntime) -> str:
-    """What a graph takes for granted of a layer's rows, beside shapes and dtypes of its parameters; empty where those
-    say it all. Layers may share a graph only if it is the same of both."""
+    """What a graph assumes of a layer's rows beside the shapes and dtypes of its parameters; empty where it is no more.
+
+    Layers may share a graph only if this is equal for both.
+    """
     bank = bank_of(layer)
     return repr((bank.fields, bank.packed)) if bank.packed else ""
 
@@ -39,8 +41,8 @@ def unbind(bank_SN: Tensor) -> None:
 
 
 def experts_op(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, key: Tensor) -> Tensor:
-    """The marker op: one layer's experts, complete in itself, for code that the passes never see. `key` is bound to the
-    layer. A backward through it raises."""
+    """The op `experts`: the experts of the layer that `key` is bound to, complete by itself, for code that the passes
+    do not see. A backward through it raises."""
     out: Tensor = ops.experts(x_TH, ids_TK, weights_TK, key)
     return out
 
@@ -52,12 +54,13 @@ def masked_op(x_MH: Tensor, key: Tensor) -> Tensor:
 
 
 def refuse_backward_of_experts(refuse: Callable[[], Any]) -> None:
-    """Let `refuse` answer whoever asks for gradients of the marker op, in a graph that somebody else has compiled."""
+    """Let a backward through the op `experts` call `refuse`, also in a graph that the user compiled."""
     ops.serve_no_gradient(refuse)
 
 
-def unserved(ids_TK: Tensor, rows: str) -> Tensor:
-    """`ids_TK` (or what stands for ids), in code that is traced for our backend; a graph that never came to it raises.
+def mark_unserved(ids_TK: Tensor, rows: str) -> Tensor:
+    """`ids_TK` (or what stands for ids) itself, marked: our backend removes the mark, and a graph that was never given
+    to it raises there.
 
     `rows` (see `rows_of`) becomes a constant of the graph, so Dynamo makes another graph where it is another.
     """

@@ -1,7 +1,7 @@
 """`Phantom`: the placeholder parameter that an offloaded experts module has in place of its stacked expert weights.
 
-It traces like the real weight, costs one row, and is never computed with: in a traced graph the passes put the bank in
-its place (`compiling.py`), and eager code never reads it (`patch/install.py`).
+("Phantom" is this project's word for it.) In a traced graph the passes put the bank in its place (`compiling.py`);
+eager code never reads it (`patch/install.py`).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from ...runtime.layer import LayerRuntime
 
 
 class Phantom(nn.Parameter):
-    """Stands in a module for a stacked weight `[E, ...]` whose rows live in a store.
+    """Takes the place of a stacked weight `[E, ...]` whose rows rest in a store.
 
-    One row of NaN seen E times (stride 0): it traces like the real thing, costs one row, and any use that bypasses the
-    passes yields NaN rather than somebody else's weights.
+    One row of NaN seen E times (stride 0): it traces like the real weight, takes the memory of one row, and a use that
+    no pass has rewritten gives NaN rather than another expert's result.
     """
 
     layer: LayerRuntime

@@ -1,4 +1,5 @@
-"""Matrix products of rewritten graphs by kernels of ours: on CUDA such as ask the host nothing, on a CPU fast ones.
+"""Which kernels compute the matrix products of rewritten graphs: on CUDA ours, which never need the host; on a CPU, if
+compute="fast", those of `runtime/kernels/few_rows.py`.
 
 Shapes: P token-expert pairs, S slots, H hidden, O outputs of the product.
 """

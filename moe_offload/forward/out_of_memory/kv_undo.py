@@ -1,4 +1,5 @@
-"""What a forward that failed half way may have left in the KV cache it was given: taken back, where that is certain.
+"""Undo what a forward that failed half way has written to the KV cache it was given, where the undo is certain to be
+right.
 
     cache layer                     a forward                                        taken back by
     never used                      fills it                                         what it was made of
@@ -9,8 +10,8 @@
     a layer that holds nothing      nothing                                          nothing
 
 All other layers (recurrent states, quantised ones, a model's own), caches that move between devices, and arguments that
-may hold state of their own are not restored: whoever asks is told so. A compiled forward sets the attributes of a cache
-only after all its tensors have been computed, and an eager one in between; each layer is looked at by itself.
+may hold state of their own are not restored: `remember_caches` returns None. A compiled forward sets the attributes of
+a cache only after all its tensors have been computed, and an eager one in between; each layer is looked at by itself.
 Lengths are in tokens; those of a static cache are tensors of the device, and nothing waits for them before a forward.
 """
 
@@ -23,13 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Puts one layer back; False where it cannot, and then nothing is certain. Asked once the forward has failed.
+#: Restores one layer, after the forward has failed; False where it cannot, and then the cache is not to be used.
 Undo = Callable[[], bool]
 PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
 LENGTH, WINDOW = "cumulative_length", "_sliding_window_tensor"  # tensors of one element that an unused layer may have
 
 
-def remember(arguments: Iterable[Any], tokens: int) -> Undo | None:
+def remember_caches(arguments: Iterable[Any], tokens: int) -> Undo | None:
     """Before a forward of so many `tokens` a sequence: what takes back what it does to its arguments, or None where
     that is not known."""
     caches, seen = [], list(arguments)
@@ -43,17 +44,17 @@ def remember(arguments: Iterable[Any], tokens: int) -> Undo | None:
             caches.append(one)
         elif not isinstance(one, (Tensor, *PLAIN)):
             return None
-    undos = [_of_cache(cache, tokens) for cache in caches]
+    undos = [_undo_of_cache(cache, tokens) for cache in caches]
     known = [undo for undo in undos if undo is not None]
-    return (lambda: _all(known)) if len(known) == len(undos) else None
+    return (lambda: _undo_each(known)) if len(known) == len(undos) else None
 
 
-def _all(undos: Iterable[Undo]) -> bool:
+def _undo_each(undos: Iterable[Undo]) -> bool:
     results = [undo() for undo in undos]  # each of them: none is left half put back
     return all(results)
 
 
-def _of_cache(cache: Any, tokens: int) -> Undo | None:
+def _undo_of_cache(cache: Any, tokens: int) -> Undo | None:
     from transformers import cache_utils
 
     if getattr(cache, "offloading", True):
@@ -62,16 +63,16 @@ def _of_cache(cache: Any, tokens: int) -> Undo | None:
     for layer in layers:
         kind, held = type(layer), getattr(layer, "keys", None)
         if held is None:
-            undo = _unused(layer)
+            undo = _undo_of_unused(layer)
         elif kind is cache_utils.DynamicLayer:
-            undo = _grown(layer, ("keys", "values"), tokens)
+            undo = _undo_of_dynamic(layer, ("keys", "values"), tokens)
         elif kind is cache_utils.DynamicSlidingWindowLayer:
-            undo = _sliding(layer, tokens)
+            undo = _undo_of_sliding(layer, tokens)
         elif kind is cache_utils.StaticLayer and isinstance(layer.cumulative_length, Tensor):
             static.append(layer)
             continue
         elif kind is cache_utils.StaticSlidingWindowLayer:
-            undo = _sliding_static(layer, tokens)
+            undo = _undo_of_static_sliding(layer, tokens)
         else:
             undo = None
         if undo is None:
@@ -80,16 +81,16 @@ def _of_cache(cache: Any, tokens: int) -> Undo | None:
     if len({layer.cumulative_length.device for layer in static}) > 1:
         return None
     if static:
-        undos.append(_counted(static, tokens))
+        undos.append(_undo_of_static(static, tokens))
 
     def undo_all() -> bool:
         del cache.layers[len(layers) :]  # a cache without a configuration gets its layers as they are asked for
-        return _all(undos)
+        return _undo_each(undos)
 
     return undo_all
 
 
-def _unused(layer: Any) -> Undo | None:
+def _undo_of_unused(layer: Any) -> Undo | None:
     before = {name: dict(value) if type(value) is dict else value for name, value in vars(layer).items()}
     inside = [x for value in before.values() for x in (value.values() if isinstance(value, dict) else [value])]
     tensors = [x for x in inside if isinstance(x, Tensor)]
@@ -109,7 +110,7 @@ def _unused(layer: Any) -> Undo | None:
     return undo
 
 
-def _grown(layer: Any, names: tuple[str, ...], tokens: int) -> Undo:
+def _undo_of_dynamic(layer: Any, names: tuple[str, ...], tokens: int) -> Undo:
     lengths = {name: getattr(layer, name).shape[-2] for name in names}
 
     def undo() -> bool:
@@ -124,9 +125,12 @@ def _grown(layer: Any, names: tuple[str, ...], tokens: int) -> Undo:
     return undo
 
 
-def _sliding(layer: Any, tokens: int) -> Undo:
+def _undo_of_sliding(layer: Any, tokens: int) -> Undo:
     """A window that is full keeps its length when it moves: only the very same tensors are what they were."""
-    length, cut = layer.cumulative_length, {name: _grown(layer, (name,), tokens) for name in ("keys", "values")}
+    length, cut = (
+        layer.cumulative_length,
+        {name: _undo_of_dynamic(layer, (name,), tokens) for name in ("keys", "values")},
+    )
     same = {name: weakref.ref(getattr(layer, name)) for name in cut}
     lengths = {name: getattr(layer, name).shape[-2] for name in cut}
 
@@ -145,7 +149,7 @@ def _sliding(layer: Any, tokens: int) -> Undo:
     return undo
 
 
-def _counted(layers: list[Any], tokens: int) -> Undo:
+def _undo_of_static(layers: list[Any], tokens: int) -> Undo:
     before_L = torch.stack([layer.cumulative_length for layer in layers])
 
     def undo() -> bool:
@@ -159,7 +163,7 @@ def _counted(layers: list[Any], tokens: int) -> Undo:
     return undo
 
 
-def _sliding_static(layer: Any, tokens: int) -> Undo | None:
+def _undo_of_static_sliding(layer: Any, tokens: int) -> Undo | None:
     length = layer.cumulative_length_int
     if length and length + tokens > layer.max_cache_len:  # it moves, and what was at its beginning is gone
         return None

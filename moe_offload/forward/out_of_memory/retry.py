@@ -20,8 +20,8 @@ from ...plan.weights import RESERVED_PROMPT_TOKENS
 from ...runtime.model import Runtime
 from ..batch_sizes import Steps
 from ..binding import Scope
-from .kv_undo import remember
-from .shrink import shrink
+from .kv_undo import remember_caches
+from .shrink import shrink_banks
 
 logger = logging.getLogger("moe_offload")
 ADVICE = (
@@ -29,7 +29,7 @@ ADVICE = (
     f"read prompts in pieces: generate(..., prefill_chunk_size={RESERVED_PROMPT_TOKENS})"
 )
 
-#: How CUDA says so of what it allocates outside of torch's allocator: graphs, code, workspaces of its libraries.
+#: CUDA's messages when there is no memory for what torch's allocator does not hold: graphs, code, library workspaces.
 NO_MEMORY = ("CUDA error: out of memory", "CUDA_ERROR_OUT_OF_MEMORY", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
@@ -43,7 +43,7 @@ class Retry:
 
     def __call__(self, sequences: int, tokens: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The output of a forward of so many `tokens` in each of the `sequences`."""
-        take_back = remember((args, kwargs), tokens) if self._runs_out() else None
+        take_back = remember_caches((args, kwargs), tokens) if self._runs_out() else None
         run = self.steps.find(sequences, tokens) or self.compiled
         try:
             return run(*args, **kwargs)
@@ -53,9 +53,9 @@ class Retry:
                 raise
         del run
         _forget(failed)
-        self.scope.renew()  # before: the graphs there were hold memory
+        self.scope.renew()  # before the banks shrink: the graphs hold memory
         before = self.runtime.slots
-        freed = shrink(self.runtime)
+        freed = shrink_banks(self.runtime)
         if not freed:
             raise _advised(failed, "and no layer has a slot to spare")
         given = (
@@ -85,11 +85,12 @@ class Retry:
         self.compiled, self.steps = self.compile(), Steps(self.compile, self._most_sequences)
 
     def _runs_out(self) -> bool:
-        """Whether the memory has an allocator that says so; of a CPU's none does, and it costs 3 us a layer to ask."""
+        """Whether the device can run out of memory with an error. A CPU cannot, and to remember its cache takes 3 us a
+        layer."""
         return self.runtime.layers[0].device.type != "cpu"
 
     def _most_sequences(self) -> int:
-        """Of how many sequences a decode step may be for the device to decide; 0 where it does not."""
+        """The most sequences of a decode step for which the device decides; 0 where it does not decide."""
         if self.runtime.device_caches is None:
             return 0
         return min(layer.cache.slots // layer.moe.top_k for layer in self.runtime.layers)
@@ -105,7 +106,7 @@ def _out_of_memory(error: BaseException) -> RuntimeError | None:
 
 
 def _forget(error: BaseException) -> None:
-    """Let go of all that the failed forward had computed: an error holds the frames it went through."""
+    """Free what the failed forward had computed: the error holds the frames it went through, and they hold tensors."""
     one: BaseException | None = error
     while one is not None:
         traceback.clear_frames(one.__traceback__)

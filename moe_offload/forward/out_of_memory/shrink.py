@@ -18,15 +18,15 @@ import torch
 from ...errors import OffloadError
 from ...memory.devices import release_unused
 from ...runtime.model import Runtime
-from ..binding import connect, disconnect
+from ..binding import connect_bank, disconnect_bank
 
 
-def fewer(slots: Sequence[int], floors: Sequence[int]) -> list[int]:
+def halve_spare_slots(slots: Sequence[int], floors: Sequence[int]) -> list[int]:
     """Half of what each layer has above its floor."""
     return [least + (have - least) // 2 for have, least in zip(slots, floors, strict=True)]
 
 
-def shrink(runtime: Runtime) -> int:
+def shrink_banks(runtime: Runtime) -> int:
     """Give back half of the slots above the floor of each layer; returns the bytes: 0 where there are none.
 
     No graph that was compiled before may be run after. Whoever calls holds the lock, and has let go of those graphs and
@@ -35,7 +35,7 @@ def shrink(runtime: Runtime) -> int:
     """
     runtime.hand_back()
     before, floors = runtime.slots, [layer.moe.floor for layer in runtime.layers]
-    after = fewer(before, floors)
+    after = halve_spare_slots(before, floors)
     if after == list(before):
         return 0
     device = str(runtime.layers[0].device)
@@ -44,7 +44,7 @@ def shrink(runtime: Runtime) -> int:
         try:
             for layer, count in zip(runtime.layers, slots, strict=True):
                 layer.hold(count)
-                connect(layer)
+                connect_bank(layer)
         except torch.OutOfMemoryError as error:
             failed = error.with_traceback(None)
             continue
@@ -64,7 +64,7 @@ def shrink(runtime: Runtime) -> int:
 def _let_go(runtime: Runtime, device: str) -> None:
     runtime.layers[0].arrivals.scratch.drop()
     for layer in runtime.layers:
-        disconnect(layer)
+        disconnect_bank(layer)
         layer.empty()
     gc.collect()  # graphs that are gone hold their memory as long as they are part of a cycle
     release_unused(device)

@@ -30,7 +30,7 @@ class Store(Protocol):
         """How those files are read: past the page cache or through it (`files/system.py`)."""
 
     def begin(self, layer: int, expert: int, row: memoryview) -> RowRead:
-        """The work of filling `row`, in parts for several threads; nothing is read yet. See `read`."""
+        """The work of filling `row` as `read` does, in parts that several threads may do; nothing is read yet."""
 
     def read(self, layer: int, expert: int, row: memoryview) -> int:
         """Fill `row` with that expert's fields at their layout's offsets; return the bytes read from the medium.

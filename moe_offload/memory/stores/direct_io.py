@@ -28,7 +28,8 @@ from ...files.system import CACHED, bypass_cache
 from .row_reads import PAGE, PART_BYTES
 
 logger = logging.getLogger("moe_offload")
-PASSING_ERRORS = (errno.EIO, errno.EAGAIN)  # tried once more: a flaky link or controller often recovers
+#: Errors after which a read is tried once more: a link or controller often recovers.
+PASSING_ERRORS = (errno.EIO, errno.EAGAIN)
 REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
 _threads = threading.local()
 

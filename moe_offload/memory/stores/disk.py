@@ -1,7 +1,7 @@
 """The disk store: rows in checkpoint files (or a spill file), each a handful of reads that threads share.
 
 Descriptors are opened once and kept, so a checkpoint that is deleted or replaced meanwhile is still read as it was. A
-file that was modified in place is noticed (size, modification time) and never served. Nothing is memory-mapped.
+file that was modified in place is noticed (`files/file_stamp.py`) and never served. Nothing is memory-mapped.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class DiskStore:
         return self.begin(layer, expert, row).run()
 
     def close(self) -> None:
-        if os.getpid() != self._pid:  # forked: no thread reads here, though one may have held the lock then
+        if os.getpid() != self._pid:  # forked: no thread reads here, and one that is not here may hold the lock
             self._lock, self._reading = threading.Lock(), 0
         with self._lock:
             self._closed = True

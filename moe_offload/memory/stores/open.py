@@ -13,19 +13,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...checkpoint.outline import read_weights
-from ...checkpoint.packed import index_stored
+from ...checkpoint.packed import index_stored, read_stored
 from ...checkpoint.row_index import RowIndex
 from ...config.settings import OffloadConfig
 from ...errors import CheckpointError, UnsupportedModelError
 from ...experts import MoELayer
-from ...observe.progress import bar
+from ...observe.progress import show_bar
 from ..buffers import page_aligned
 from ..transfer import pinned
 from . import Store
 from .disk import DiskStore
 from .host import HostStore, pack_rows
-from .spill import spill
+from .spill import spill_layers
 
 VARIANT = re.compile(r"model\.(?!safetensors).+\.safetensors")  # as model.fp16-00001-of-00002.safetensors
 
@@ -53,13 +52,13 @@ def open_stores(
         loaded = [moe for moe in moe_layers if moe.index not in stores and tiers[moe.index] == "disk"]
         if loaded:
             folder = Path(settings.offload_folder or tempfile.gettempdir())
-            with bar("Spilling", sum(moe.nbytes for moe in loaded)) as shown:
-                spilled = undo.enter_context(contextlib.closing(spill(moe_layers, loaded, folder, shown.update)))
+            with show_bar("Spilling", sum(moe.nbytes for moe in loaded)) as shown:
+                spilled = undo.enter_context(contextlib.closing(spill_layers(moe_layers, loaded, folder, shown.update)))
             stores |= {moe.index: spilled for moe in loaded}
         in_ram = [moe for moe in moe_layers if tiers[moe.index] == "host"]
         if in_ram:
             rows = [torch.empty((0, moe.layout.row_bytes), dtype=torch.uint8) for moe in moe_layers]
-            with bar("Loading", sum(moe.nbytes for moe in in_ram), what="experts") as shown:
+            with show_bar("Loading", sum(moe.nbytes for moe in in_ram), what="experts") as shown:
                 for moe in in_ram:
                     rows[moe.index] = _rows_in_ram(moe, stores.get(moe.index), shown.update)
             if device == "cpu":
@@ -104,7 +103,7 @@ def _find_rows(model: nn.Module, moe_layers: Sequence[MoELayer]) -> RowIndex:
             "folder to read them from; use moe_offload.from_pretrained(path, budget)"
         )
     _refuse_others(folder)
-    index = index_stored(model, moe_layers, read_weights(folder, config))
+    index = index_stored(model, moe_layers, read_stored(folder, config))
     if any(index.packings):
         raise UnsupportedModelError(
             f"{folder}: its experts are quantised, and those of a model that was loaded without them cannot be read "

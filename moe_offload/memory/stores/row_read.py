@@ -1,4 +1,4 @@
-"""What stores have in common: the checks before a request is served, and the reading that answers it."""
+"""`RowRead`, which every store answers a request with, and the check of the request before."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 class RowRead:
     """One row on its way: `parts` may run in any order and in any thread, `finish` after the last of them.
 
-    Neither starts anything by itself. `finish` returns the bytes read from the medium. Both raise what `Store.read`
+    Neither starts a thread. `finish` returns the bytes read from the medium. Both raise what `Store.read`
     raises.
     """
 

@@ -26,7 +26,7 @@ from .disk import DiskStore
 from .host import pack_row
 
 
-def spill(
+def spill_layers(
     moe_layers: Sequence[MoELayer],
     chosen: Sequence[MoELayer],
     folder: Path,

@@ -29,7 +29,7 @@ def pin_layers(rows_EN: Mapping[int, Tensor], device: str) -> frozenset[int]:
     Other layers may be pinned in part: what of it was registered stays so until `unpin`, and is copied faster.
     """
     with torch.cuda.device(device):
-        errors = {layer: pin(rows) for layer, rows in rows_EN.items()}
+        errors = {layer: pin_rows(rows) for layer, rows in rows_EN.items()}
     refused = [layer for layer, error in errors.items() if error]
     if refused:
         size = format_size(sum(rows_EN[layer].nbytes for layer in refused))
@@ -46,10 +46,10 @@ def unpin_layers(rows_EN: Mapping[int, Tensor], device: str) -> None:
     if os.getpid() == _process:
         with torch.cuda.device(device), contextlib.ExitStack() as each:  # whatever happens to the others
             for rows in rows_EN.values():
-                each.callback(unpin, rows)
+                each.callback(unpin_rows, rows)
 
 
-def pin(rows: Tensor) -> str:
+def pin_rows(rows: Tensor) -> str:
     """Register `rows` (uint8 [E, row_bytes], contiguous, page-aligned), whole rows at a time; '' or what went wrong.
 
     What was registered stays so until `unpin`.
@@ -57,14 +57,14 @@ def pin(rows: Tensor) -> str:
     return next((error for piece in _pieces(rows) if (error := _register(piece))), "")
 
 
-def unpin(rows: Tensor) -> None:
+def unpin_rows(rows: Tensor) -> None:
     """Undo `pin`, as far as it came, or was called at all. Nothing may be copying from there any more."""
     if os.getpid() != _process:
         return
     cudart: Any = torch.cuda.cudart()
     codes = [int(cudart.cudaHostUnregister(piece.data_ptr())) for piece in _pieces(rows)]
-    if any(codes):  # a piece was not registered: that set the runtime's last error
-        drain()
+    if any(codes):  # a piece was not registered, which set CUDA's last error
+        clear_last_error()
 
 
 def device_view(rows: Tensor, device: str) -> Tensor:
@@ -78,10 +78,10 @@ def _pieces(rows: Tensor) -> tuple[Tensor, ...]:
     return pieces
 
 
-def drain() -> None:
-    """Clear the last error of the runtime: it would come up again at somebody else's next launch.
+def clear_last_error() -> None:
+    """Clear CUDA's last error: it would be raised again at the next launch, which has nothing to do with it.
 
-    torch gives no other way to it than a launch of our own, after which it looks.
+    torch offers no call for that, but asks CUDA for the error after each launch: so one is made here, for nothing else.
     """
     with contextlib.suppress(RuntimeError):
         torch.full((1,), 1, device="cuda")
@@ -95,5 +95,5 @@ def _register(piece: Tensor) -> str:
     code = cudart.cudaHostRegister(piece.data_ptr(), piece.nbytes, PORTABLE_MAPPED)
     if int(code) == 0:
         return ""
-    drain()
+    clear_last_error()
     return str(cudart.cudaGetErrorString(code))

@@ -84,7 +84,7 @@ class DeviceTransfer(ThreadTransfer):
 
         def finish() -> int:
             nbytes = read.finish()
-            self._check_open()  # a read that outlasted `close`: its slot may be somebody else's by now
+            self._check_open()  # a read that ended after `close`: its slot may have been given to another row by now
             ticket.copied = staging.last = self.streams.copy(row, staging.buffer, after)
             return nbytes
 
@@ -104,7 +104,8 @@ class DeviceTransfer(ThreadTransfer):
         return self.streams.send(values)
 
     def cancel(self, tickets: Iterable[Ticket]) -> None:
-        """A copy that has been launched ends before whatever is launched from now on, as for `wait`."""
+        """As in `Transfer`. A copy that was launched already is not dropped: later launches begin after it, as for
+        `wait`."""
         tickets = list(tickets)
         try:
             super().cancel(tickets)

@@ -62,14 +62,14 @@ class CudaStreams:
 
     def pin(self, buffer: Tensor) -> None:
         with self.current():  # to register memory is to start CUDA on the current device
-            error = pinned.pin(buffer.view(1, -1))
+            error = pinned.pin_rows(buffer.view(1, -1))
         if error and not self._warned:
             self._warned = True
             logger.warning("CUDA could not pin the memory that rows are staged in (%s): they are copied slowly", error)
 
     def unpin(self, buffer: Tensor) -> None:
         with self.current():
-            pinned.unpin(buffer.view(1, -1))
+            pinned.unpin_rows(buffer.view(1, -1))
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event()

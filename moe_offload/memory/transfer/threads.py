@@ -139,7 +139,7 @@ class ThreadTransfer:
             return [*self._demanded, *self._background, *(ticket for ticket, _ in self._running.values())]
 
     def depth(self) -> Depth:
-        # Copies, each made in one step of the interpreter: who watches takes no lock.
+        # Copies, each made in one step of the interpreter, because whoever asks takes no lock.
         demanded, background, running = list(self._demanded), list(self._background), list(self._running.values())
         tickets = {id(ticket): ticket for ticket in (*demanded, *background, *(ticket for ticket, _ in running))}
         nbytes = sum(ticket.row_bytes for ticket in tickets.values())
@@ -211,7 +211,7 @@ class ThreadTransfer:
         except BaseException as error:
             ticket.error = error
         with self._lock:
-            ticket.unfinished = 0  # not before `finish`: who cancels would take the row, and `finish` write to it
+            ticket.unfinished = 0  # only after `finish`, which writes to the row: at 0 `cancel` gives it to others
             self._free(ticket)
             if self.timeline is not None:
                 self.timeline.arrived(ticket.reads, ticket.nbytes)
@@ -225,7 +225,7 @@ class ThreadTransfer:
         self._has_changed()
 
     def _has_changed(self) -> None:
-        """Queues or threads have. The caller holds the lock."""
+        """Let the timeline record queues and readers, which have changed. The caller holds the lock."""
         if self.timeline is not None:
             self.timeline.depth(self.depth())
 
@@ -238,7 +238,7 @@ class ThreadTransfer:
         count = len(ticket.queued)
         if count:
             ticket.error = ticket.error or why
-            ticket.queued = nothing  # first, and no call after it: if Ctrl-C makes us drop it twice, it counts once
+            ticket.queued = nothing  # first: if Ctrl-C comes now and the ticket is dropped again, parts count once
             ticket.unfinished -= count
             ticket.dropped += count
         self._has_changed()

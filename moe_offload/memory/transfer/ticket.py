@@ -1,4 +1,4 @@
-"""A row under way, and what whoever moves rows promises: start, then wait.
+"""`Ticket`, a row under way, and `Transfer`, the protocol of what moves rows: start, then wait.
 
 `start` hands a row over, `wait` returns once its bytes are where the next kernel will read them. Several rows, and the
 parts of one row, are on their way at once.
@@ -53,7 +53,7 @@ class Ticket:
 
 class Transfer(Protocol):
     timeline: Timeline | None  # that of the model, while it is recorded
-    runs_ahead: bool  # what is computed is only launched by the host, which must not wait for it
+    runs_ahead: bool  # whether the host only launches what the device computes, and must not wait for it
 
     def start(self, store: Store, layer: int, expert: int, row: memoryview, demanded: bool = True) -> Ticket:
         """Begin to fill `row` (writable bytes of one slot) with that expert. Errors of the store may surface here."""
@@ -74,7 +74,7 @@ class Transfer(Protocol):
         """Drop what has not begun, and return when nothing writes into these rows any more."""
 
     def under_way(self) -> list[Ticket]:
-        """Every row that may still be written to, whoever asked for it, and whether or not anybody knows."""
+        """Every row that may still be written to, also one whose ticket its caller never got (Ctrl-C in `start`)."""
 
     def depth(self) -> Depth:
         """What is queued and under way: all zero once every row has been waited for."""

@@ -4,7 +4,7 @@
         4242.sock                        the first model of process 4242
         4242-2.sock                      its second
 
-A model takes the first folder that will do; who looks looks into both, as their environments may differ.
+A model takes the first folder that it may use; `moe-offload top` looks into both, as its environment may be another.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from pathlib import Path
 SUFFIX = ".sock"
 
 
-def folders() -> list[Path]:
+def list_folders() -> list[Path]:
     """The folders that may hold sockets, the best first."""
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
     first = [Path(runtime) / "moe_offload"] if Path(runtime).is_absolute() and Path(runtime).is_dir() else []
     return [*first, Path(tempfile.gettempdir()) / f"moe_offload-{os.getuid()}"]
 
 
-def make(folder: Path) -> None:
+def make_private(folder: Path) -> None:
     """Make sure that `folder` is there and private. Raises OSError, and ValueError where it is somebody else's."""
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
-    check(folder)
+    check_private(folder)
 
 
-def check(folder: Path) -> None:
+def check_private(folder: Path) -> None:
     """Raise ValueError unless `folder` is a folder of ours that nobody else may enter, OSError where there is none.
 
     In a shared temporary folder anybody may have made it first, or a link to elsewhere in its place.

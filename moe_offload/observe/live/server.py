@@ -1,7 +1,7 @@
-"""The socket that hands out snapshots of one model: a daemon thread that sleeps until somebody looks.
+"""The socket that hands out snapshots of one model, served by a daemon thread that sleeps until somebody connects.
 
-Who connects is sent one line of JSON, and the connection is closed. Nothing that happens here reaches the model: what
-cannot work is one warning and no live view.
+Each connection is sent one line of JSON and closed. No error here reaches the model: where a socket cannot be had,
+there is one warning and no live view.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ...files.whole_file import reason
-from .folder import SUFFIX, folders, make
+from ...files.whole_file import describe_error
+from .folder import SUFFIX, list_folders, make_private
 
 logger = logging.getLogger("moe_offload")
 
-SEND_S = 1.0  # for who connects and does not read
-REST_S = 1.0  # after an error that may last, such as no file descriptors
+SEND_S = 1.0  # how long a client that does not read is waited for
+REST_S = 1.0  # pause after an error that may last, such as having no file descriptors left
 Answer = Callable[[], bytes | None]
 
 
@@ -35,12 +35,12 @@ def open_view(answer: Answer) -> LiveView | None:
         logger.warning("no live view: this system has no Unix sockets")
         return None
     found = []
-    for folder in folders():
+    for folder in list_folders():
         try:
-            make(folder)
+            make_private(folder)
             listener, path = _listen(folder)
         except (OSError, ValueError) as error:
-            found.append(f"{folder}: {reason(error)}")
+            found.append(f"{folder}: {describe_error(error)}")
             continue
         view = LiveView(listener, path, answer)
         try:
@@ -68,7 +68,7 @@ class LiveView:
 
     def close(self) -> None:
         """Remove the socket and let the thread end. Idempotent; from any thread, in any process."""
-        self._wake.close()  # of the copy in a forked child nobody hears
+        self._wake.close()  # in a forked child this closes a copy, and the model's own thread goes on
         if os.getpid() == self._pid:
             self._pid = -1
             with contextlib.suppress(OSError):

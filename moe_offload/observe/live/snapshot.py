@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, Validati
 
 from ...cache.counters import LayerStats, Stats
 from ...errors import LiveError
-from ...files.strict_json import parse, problems
+from ...files.strict_json import describe_problems, parse_json
 
 FORMAT = "moe_offload.live"
 VERSION = 1
@@ -58,12 +58,12 @@ class Snapshot(Stats):
     def of(cls, data: bytes) -> Snapshot:
         """What a socket has answered. Raises LiveError."""
         try:
-            found = parse(data, FORMAT)
+            found = parse_json(data, FORMAT)
             if not isinstance(found, dict) or found.get("format") != FORMAT:
                 raise ValueError(f"it does not say that it is {FORMAT!r}")
             return _adapter().validate_json(data)
         except ValidationError as error:
-            raise _not_readable(problems(error)) from error
+            raise _not_readable(describe_problems(error)) from error
         except ValueError as error:
             raise _not_readable(str(error)) from error
 

@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 
 from ...errors import TraceError
 from ...files import npz
-from ...files.untrusted import open_regular, read_bounded, refusing
+from ...files.untrusted import open_regular, read_bounded, refusing_file
 from ...files.whole_file import save_whole
 from .checks import MAX_EXPERTS, check_arrays
 
@@ -105,9 +105,9 @@ class Trace:
         """Read and check the trace at `path`, in bounded time and memory. Raises TraceError."""
         path = Path(path)
         remedy = "A trace is an .npz with an array 'experts' [tokens, layers, k], as --save-trace writes it"
-        with refusing(path, "trace", remedy, TraceError):
+        with refusing_file(path, "trace", remedy, TraceError):
             with open_regular(path) as (file, size):
-                found = npz.read(file, size, ARRAYS)
+                found = npz.read_arrays(file, size, ARRAYS)
             if "experts" not in found:
                 raise ValueError("it has no array 'experts'")
             arrays = check_arrays(

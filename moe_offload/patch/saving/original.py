@@ -27,9 +27,9 @@ from ...checkpoint.new_folder import CONFIG, SINGLE, new_checkpoint, write_index
 from ...checkpoint.outline import Outline, outline_stored
 from ...checkpoint.packed import Stored
 from ...checkpoint.pretrained.dense import load_tensors
-from ...checkpoint.quantised.methods import quantizations
+from ...checkpoint.quantised.methods import find_quantizations
 from ...checkpoint.quantised.quantizer import settle_quantization
-from ...checkpoint.shards import Entry, Filling, Shard, file_name, split
+from ...checkpoint.shards import Entry, Filling, Shard, file_name, split_entries
 from ...errors import CheckpointChangedError, ConfigError, SaveError
 from ...files.file_stamp import FileStamp
 from ...runtime.model import Runtime
@@ -56,7 +56,7 @@ class Original:
         if found is None or found.folder is None or found.stored is None or found.index is None:
             return None
         said = json.loads((found.folder / CONFIG).read_text(encoding="utf-8"))
-        quantization = next((each for _, each in quantizations(said)), None)
+        quantization = next((each for _, each in find_quantizations(said)), None)
         stored, rows = found.stored, found.stored.rows is not None
         return cls(found.folder, dict(stored.headers.stamps), found.index.keys, rows, quantization)
 
@@ -65,7 +65,7 @@ class Original:
         headers = self._read_headers()
         self._refuse_changed(model, headers)
         entries = [Entry.of(key, found) for key, found in headers.items()]
-        runs = split(entries, limit_bytes)
+        runs = split_entries(entries, limit_bytes)
         names = [SINGLE] if len(runs) == 1 else [file_name("model", n, len(runs)) for n in range(1, len(runs) + 1)]
         with new_checkpoint(out, sum(entry.nbytes for entry in entries)) as folder:
             with as_unquantised(model):

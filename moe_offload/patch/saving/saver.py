@@ -30,11 +30,11 @@ from ...checkpoint.conversion import restore_tensors
 from ...checkpoint.headers import Headers, read_headers
 from ...checkpoint.new_folder import SINGLE, new_checkpoint, write_index
 from ...checkpoint.row_index import Piece, index_rows
-from ...checkpoint.shards import Entry, Filling, Shard, file_name, split
+from ...checkpoint.shards import Entry, Filling, Shard, file_name, split_entries
 from ...config.sizes import parse_size
 from ...errors import ConfigError, OffloadError, SaveError
 from ...experts import MoELayer
-from ...observe.progress import bar
+from ...observe.progress import show_bar
 from ...runtime.layer import LayerRuntime
 from ...runtime.model import Runtime
 from .original import Original, packed_original
@@ -137,7 +137,7 @@ class Saver:
             if sum(found.nbytes for found in headers.values()) + expert_bytes <= limit_bytes:
                 self._write_one_file(folder, layers, headers, entries)
             else:
-                self._write_shards(folder, layers, split(entries, limit_bytes))
+                self._write_shards(folder, layers, split_entries(entries, limit_bytes))
 
     def _write_one_file(self, folder: Path, layers: Layers, dense: Headers, entries: list[Entry]) -> None:
         """As transformers does where everything fits in a file: no number in its name, and no index."""
@@ -177,7 +177,7 @@ class Saver:
         moe_layers = [moe for moe, _ in layers]
         with phantoms_only(), _layout_errors():
             index = index_rows(self.model, moe_layers, files.ranges)
-        with bar("Saving", sum(moe.nbytes for moe in moe_layers), what="experts") as shown:
+        with show_bar("Saving", sum(moe.nbytes for moe in moe_layers), what="experts") as shown:
             for moe, layer in layers:
                 for e, pieces in enumerate(index.rows[moe.index]):
                     row = self.runtime.read_unpacked(layer.moe.index, e)
@@ -238,7 +238,7 @@ def _write_field(piece: Piece, row: Tensor, files: Filling) -> None:
 
 @contextlib.contextmanager
 def _layout_errors() -> Iterator[None]:
-    """What is said about a checkpoint that does not fit is here about one that is yet to be written."""
+    """Turn errors about a checkpoint that does not fit into a `SaveError`: here it is the one that is to be written."""
     try:
         yield
     except (OffloadError, ValueError) as error:

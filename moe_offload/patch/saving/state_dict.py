@@ -18,7 +18,7 @@ from ...errors import SaveError
 from ...experts import Place
 from ...runtime.model import Runtime
 
-#: Whether state_dict() is to leave the experts' phantoms as they are: names and shapes are wanted, not weights.
+#: Whether state_dict() leaves the experts' phantoms as they are, for callers that want names and shapes only.
 _as_phantoms: ContextVar[bool] = ContextVar("as_phantoms", default=False)
 
 

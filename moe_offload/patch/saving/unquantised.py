@@ -1,4 +1,4 @@
-"""A model whose weights were unpacked, as what it now is: transformers would still save it as the quantised one.
+"""Let a model whose weights were unpacked be saved as an ordinary one: transformers would save it as quantised still.
 
 transformers (5.23) keeps the quantizer, the configuration and the conversions of the checkpoint that it unpacked. What
 it then saves cannot be loaded: bfloat16 weights under the names of codes, or an error.
@@ -17,7 +17,7 @@ _ABSENT = object()
 
 @contextlib.contextmanager
 def as_unquantised(model: Any) -> Iterator[None]:
-    """Meanwhile `model` is an ordinary one of its dtype; one whose experts were never quantised is left alone."""
+    """Inside the block transformers saves `model` as one that is not quantised. Others are left alone."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     conversions = getattr(model, "_weight_conversions", None) or []

@@ -1,12 +1,12 @@
-"""What the next layer will probably be asked for: the last guess, and whether to load what is guessed pays here.
+"""`Guesses`: which experts the next layer will probably be asked for; `Trial`: whether loading them early pays.
 
-Whether it pays is found out where it runs: a few steps with it, a few without, in turn, and the median decides.
+Whether it pays is measured while the model runs: a few steps with it, a few without, in turn, and the median decides.
 
     with  without  with  without ...  |  the winner, for a while  |  with  without ...
     ──────── trial ─────────────────     ─────── verdict ────────    ── trial again ──
 
-Steps in both settings meet the same noise, so neither a machine that is busy nor a prompt that is hard decides. The
-work in question must not change what a step computes, only when: here, whether guessed experts are loaded.
+Steps in both settings meet the same noise, so that neither a busy machine nor a hard prompt decides. What is tried must
+not change the results of a step, only its time: here, whether guessed experts are loaded.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Guesses:
         self.waiting = True
 
     def start(self) -> None:
-        """Demand has been queued: now the guess may follow it."""
+        """Load the guess that was held back: the reads that this layer needs have been queued before it."""
         arrivals, self._arrivals = self._arrivals, None
         self.waiting = False
         if arrivals is not None:
@@ -44,7 +44,8 @@ class Guesses:
 
 
 class Trial:
-    """`on` says whether to do it now. Call `step(now_s)` when a step begins, `skip()` when one is not to be timed."""
+    """`on` says whether to load guesses now. Call `step(now_s)` when a step begins, `skip()` if it is not
+    to be timed."""
 
     def __init__(self) -> None:
         self.on = True
@@ -67,7 +68,7 @@ class Trial:
             self._taken_s = {True: [], False: []}
 
     def skip(self) -> None:
-        """Something else came between (a prompt, a pause): the time since the last step says nothing."""
+        """Leave the time since the last step out: something else came between, such as a prompt or a pause."""
         self._began_s = None
 
     def _in_trial(self) -> bool:

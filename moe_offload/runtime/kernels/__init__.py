@@ -16,9 +16,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ...errors import OffloadError
-from .state import DeviceState, Loads, pace
+from .state import DeviceState, Loads, make_pace
 
-__all__ = ["KERNELS", "DeviceState", "Kernels", "Loads", "pace"]
+__all__ = ["KERNELS", "DeviceState", "Kernels", "Loads", "make_pace"]
 
 
 class Kernels(NamedTuple):

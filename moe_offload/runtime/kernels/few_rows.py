@@ -115,8 +115,8 @@ def _multiply(data):  # type: ignore[no-untyped-def]
         first, before = last, before + tiles
 
 
-def prepare() -> None:
-    """Compile now (once for a machine, where there is a folder to keep it in) and not in the middle of a call."""
+def compile_kernels() -> None:
+    """Compile the kernel now and not in the middle of a call. It is kept on disk where there is a folder for it."""
     _multiply.address  # noqa: B018
 
 
@@ -145,7 +145,7 @@ def multiply_grouped(x_PI: Tensor, weight_SOI: Tensor, slots_P: Tensor) -> Tenso
     return _run(x_PI, weight_SOI, weight_SOI.shape[1], torch.tensor(slots), runs, slot_bytes, None)
 
 
-def multiply(x_PI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+def multiply_rows(x_PI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """`[P, O]`: rows of x times one matrix, as `nn.Linear` has it; all in one piece, I even and O at least TILE."""
     return _run(x_PI, weight_OI, weight_OI.shape[0], x_PI.new_zeros(len(x_PI), dtype=torch.int64), 1, 0, bias_O)
 

@@ -1,4 +1,4 @@
-"""The kernels as tensor operations: what a CPU runs, and what every other version is compared with.
+"""The kernels as tensor operations: a CPU runs them, and tests compare every other version with them.
 
 Shapes: P token-expert pairs, E experts, S slots, N elements of one row, H hidden, M or O outputs of a matrix.
 

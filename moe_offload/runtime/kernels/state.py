@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...cache import DecayedLFU
 from ...cache.counters import Counters, LayerCounters
-from ...cache.decay import Rate, growth, mean_decay
+from ...cache.decay import Rate, mean_decay, unit_growth
 from ...cache.layer_cache import LayerCache
 
 EVENTS, HITS, MISSES, REFUSED = range(4)
@@ -24,7 +24,7 @@ EVENTS, HITS, MISSES, REFUSED = range(4)
 
 @dataclass(frozen=True)
 class DeviceState:
-    """`used_E` and `unit_1` are those of `policies.rate.Rate`; -1 in a table is absent, or empty.
+    """`used_E` and `unit_1` are those of `cache/decay.py`'s `Rate`; -1 in a table is absent, or empty.
 
     `totals_4` counts events, hits, misses, and pairs whose id was out of range (they compute with slot 0, and the step
     is refused once the host looks).
@@ -104,9 +104,11 @@ class Loads:
         return Loads(full(pairs, -1), full(pairs, -1), full(1, 0))
 
 
-def pace(tokens: int, half_life: float, device: torch.device | str) -> Tensor:
+def make_pace(tokens: int, half_life: float, device: torch.device | str) -> Tensor:
     """float64 [2]: what the unit grows by in an event of so many tokens, and what share of it each use adds."""
-    return torch.tensor([growth(tokens, half_life), mean_decay(tokens, half_life)], dtype=torch.float64, device=device)
+    return torch.tensor(
+        [unit_growth(tokens, half_life), mean_decay(tokens, half_life)], dtype=torch.float64, device=device
+    )
 
 
 def _rate(cache: LayerCache) -> Rate:

@@ -16,7 +16,7 @@ import moe_offload
 from moe_offload.apps.bench.roofs import disk as roofs
 from moe_offload.apps.bench.routing import load_recorded
 from moe_offload.apps.bench.sides.contenders import CPU_SIDES, PACKED, Job, write_mapped
-from moe_offload.apps.bench.synthetic import synthetic
+from moe_offload.apps.bench.synthetic import make_synthetic
 from moe_offload.apps.bench.table import RATIOS
 from moe_offload.apps.cli import app
 from moe_offload.errors import CheckpointError, ConfigError
@@ -91,7 +91,7 @@ def test_every_side_in_one_run(measured):
 
 
 def test_every_side_loads_the_same_model(cache, tmp_path):
-    folder = synthetic("tiny", 2, cache)
+    folder = make_synthetic("tiny", 2, cache)
     pack_checkpoint(folder, tmp_path / PACKED, verify="none")
     write_mapped(folder, tmp_path)
     ids_BT = torch.arange(12).view(1, -1)
@@ -132,8 +132,8 @@ def test_wrong_requests_are_one_line(cache, tmp_path):
 
 
 def test_a_synthetic_checkpoint_is_an_ordinary_one(cache):
-    folder = synthetic("tiny", cache=cache)
-    assert synthetic("tiny", cache=cache) == folder
+    folder = make_synthetic("tiny", cache=cache)
+    assert make_synthetic("tiny", cache=cache) == folder
     with safe_open(folder / "model-00002-of-00004.safetensors", framework="pt") as shard:
         assert "model.layers.0.mlp.experts.0.gate_proj.weight" in set(shard.keys())  # as published: one tensor each
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
@@ -147,7 +147,7 @@ def test_a_synthetic_checkpoint_is_an_ordinary_one(cache):
 def test_experts_may_be_quantised(experts, tmp_path):
     if experts != "fp8":
         pytest.importorskip("compressed_tensors")
-    folder = synthetic("tiny", 1, tmp_path, experts)
+    folder = make_synthetic("tiny", 1, tmp_path, experts)
     assert folder.name == f"tiny_1-layers_{experts}"
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     weights = plain.model.layers[0].mlp.experts.down_proj.float()
@@ -172,7 +172,7 @@ def test_the_bench_takes_a_quantised_synthetic_model(trace, tmp_path, monkeypatc
 def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with pytest.raises(CheckpointError, match=r"1\.00 KB are free"):
-        synthetic("tiny", cache=tmp_path)
+        make_synthetic("tiny", cache=tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 from moe_offload.apps.bench.devices import Cpu, Cuda
-from moe_offload.apps.bench.roofs.link import link_roof, pinned, registered
+from moe_offload.apps.bench.roofs.link import link_roof, pinned, registered_memory
 from moe_offload.apps.cli import app
 from moe_offload.errors import ConfigError, OffloadError
 
@@ -78,14 +78,14 @@ def test_the_link_roof_is_the_faster_way_and_names_both():
 def test_pinned_memory_is_used_and_a_refusal_says_why(monkeypatch):
     """`pinned.pin` answers with what went wrong: nothing is good news."""
     undone = []
-    monkeypatch.setattr(pinned, "unpin", undone.append)
+    monkeypatch.setattr(pinned, "unpin_rows", undone.append)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(pinned, "device_view", lambda rows, device: (device, rows))
-    monkeypatch.setattr(pinned, "pin", lambda rows: "out of memory")
+    monkeypatch.setattr(pinned, "pin_rows", lambda rows: "out of memory")
     refused = r"4096 bytes of host memory cannot be pinned \(out of memory\); raise the memlock limit"
-    with pytest.raises(OffloadError, match=refused), registered(4096, "cuda:0"):
+    with pytest.raises(OffloadError, match=refused), registered_memory(4096, "cuda:0"):
         pass
-    monkeypatch.setattr(pinned, "pin", lambda rows: "")
-    with registered(4096, "cuda:0") as (host, (device, seen)):
+    monkeypatch.setattr(pinned, "pin_rows", lambda rows: "")
+    with registered_memory(4096, "cuda:0") as (host, (device, seen)):
         assert (device, seen.data_ptr(), undone) == ("cuda:0", host.data_ptr(), [])
     assert [rows.data_ptr() for rows in undone] == [host.data_ptr()]

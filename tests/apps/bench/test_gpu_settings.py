@@ -9,11 +9,11 @@ import pytest
 import transformers
 
 from moe_offload import OffloadConfig
-from moe_offload.apps.bench.command import workload
+from moe_offload.apps.bench.command import make_workload
 from moe_offload.apps.bench.devices import Cuda
-from moe_offload.apps.bench.run import choose, missing_rivals
+from moe_offload.apps.bench.run import choose_plans, missing_rivals
 from moe_offload.apps.bench.sides.contenders import Job
-from moe_offload.apps.bench.sides.gpu_contenders import GPU_SIDES, settings
+from moe_offload.apps.bench.sides.gpu_contenders import GPU_SIDES, settings_of_ours
 from moe_offload.apps.bench.sides.names import NAMES
 from moe_offload.apps.bench.sides.side import SIDES
 from moe_offload.errors import ConfigError
@@ -26,7 +26,7 @@ AMOUNTS = {"prompt_tokens": 3000, "new_tokens": 64, "requests": 3}
 def planned(monkeypatch, tmp_path_factory):
     monkeypatch.setattr(Cuda, "check", lambda self: None)
     cache = tmp_path_factory.getbasetemp() / "synthetic"
-    return lambda device: workload(
+    return lambda device: make_workload(
         "synthetic:tiny", device=device, residency=[0.5, 0.25, 0.5], cache=cache, **ASKED, **AMOUNTS
     )
 
@@ -37,12 +37,12 @@ def work(planned):
 
 
 def test_ours_differ_in_who_decides_alone():
-    device, host = (settings(["model.layers.0.mlp.experts"], 5000, decide) for decide in ("device", "host"))
+    device, host = (settings_of_ours(["model.layers.0.mlp.experts"], 5000, decide) for decide in ("device", "host"))
     assert {**device, "decide": "host"} == host
     config = OffloadConfig.from_dict(device)
     assert config.device_map == {"": 0, "model.layers.0.mlp.experts": "cpu"}
     assert config.policy == "decayed_lfu" and config.untested and config.kv_tokens == 5000
-    assert settings([], 10, "host")["kv_tokens"] == OffloadConfig().kv_tokens  # never less than by default
+    assert settings_of_ours([], 10, "host")["kv_tokens"] == OffloadConfig().kv_tokens  # never less than by default
 
 
 def test_what_the_others_are_told(monkeypatch, tmp_path):
@@ -87,17 +87,17 @@ def test_no_warm_up_is_longer_than_there_is_room_for(planned):
 
 
 def test_sides_are_chosen_by_residency(work):
-    assert choose(["resident", "ours@25%", "ours@50%", "accelerate@50%"], work) == {
+    assert choose_plans(["resident", "ours@25%", "ours@50%", "accelerate@50%"], work) == {
         "resident": ("50%", "25%"),
         "ours": ("50%", "25%"),
         "accelerate": ("50%",),
     }
     with pytest.raises(ConfigError, match="10% is not among what is measured, 50%, 25%"):
-        choose(["ours@10%"], work)
+        choose_plans(["ours@10%"], work)
     with pytest.raises(
         ConfigError, match="--sides mmap: for --device cuda there are resident, ours, ours-host, accelerate"
     ):
-        choose(["mmap"], work)
+        choose_plans(["mmap"], work)
 
 
 def test_a_rival_that_is_absent_is_said(monkeypatch):
@@ -110,6 +110,6 @@ def test_a_rival_that_is_absent_is_said(monkeypatch):
 def test_packed_rows_are_for_disks(monkeypatch, tmp_path):
     monkeypatch.setattr(Cuda, "check", lambda self: None)
     with pytest.raises(ConfigError, match="--packed is for rows that are read from disk"):
-        workload(
+        make_workload(
             "synthetic:tiny", device="cuda", residency=[0.5], cache=tmp_path, **{**ASKED, "packed": True}, **AMOUNTS
         )

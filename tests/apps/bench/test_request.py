@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moe_offload.apps.bench.request import ask
-from moe_offload.apps.bench.workload import steps, token_s
+from moe_offload.apps.bench.request import ask_model
+from moe_offload.apps.bench.workload import count_steps, token_s
 
 
 class Counting:
@@ -31,7 +31,7 @@ def test_the_device_is_waited_for_where_a_phase_ends_and_nowhere_else(left_out, 
     model, waited = Counting(), []
     mark = lambda: {"steps": model.steps}  # noqa: E731
     settle = lambda: waited.append(model.steps)  # noqa: E731
-    answer = ask(model, [5, 6], 8, mark, settle=settle, left_out=left_out, cache_implementation="static")
+    answer = ask_model(model, [5, 6], 8, mark, settle=settle, left_out=left_out, cache_implementation="static")
     assert waited == waits
     assert answer.tokens == list(range(9))
     assert answer.prefill == {"steps": 1} and answer.decode == {"steps": 8 - left_out}
@@ -40,7 +40,7 @@ def test_the_device_is_waited_for_where_a_phase_ends_and_nowhere_else(left_out, 
 
 def test_a_tokens_time_is_of_those_that_count():
     answer = {"decode_s": 10.0, "tokens": list(range(26)), "left_out": 5}
-    assert steps(answer) == 20 and token_s(answer) == 0.5
+    assert count_steps(answer) == 20 and token_s(answer) == 0.5
 
 
 def test_the_time_of_looking_at_counters_does_not_count(monkeypatch):
@@ -52,5 +52,5 @@ def test_the_time_of_looking_at_counters_does_not_count(monkeypatch):
             next(clock)
         return {}
 
-    answer = ask(Counting(), [1], 4, slow)
+    answer = ask_model(Counting(), [1], 4, slow)
     assert answer.ttft_s == answer.decode_s == 1.0

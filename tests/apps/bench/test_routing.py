@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from moe_offload import OffloadConfig, from_pretrained
-from moe_offload.apps.bench.request import ask
-from moe_offload.apps.bench.routing import Recorded, Routing, install
-from moe_offload.apps.bench.synthetic import synthetic
+from moe_offload.apps.bench.request import ask_model
+from moe_offload.apps.bench.routing import Recorded, Routing, install_routing
+from moe_offload.apps.bench.synthetic import make_synthetic
 from moe_offload.errors import ConfigError
 
 LAYERS, K, EXPERTS, ROWS = 3, 2, 8, 11
@@ -87,7 +87,7 @@ def test_a_compiler_neither_drops_nor_joins_calls(backend):
     recorded = trace()
     routing = Routing(recorded, [K] * 2, tokens=8, device="cpu")
     model = Model()
-    install(model, ["a", "b"], routing)
+    install_routing(model, ["a", "b"], routing)
     step = torch.compile(model, backend=backend, fullgraph=True)
     routing.seek(3, 8)
     for t in range(3, 8):
@@ -108,7 +108,7 @@ def test_a_device_that_decides_meets_the_recorded_ids(tmp_path):
 
     layers, experts, k, prompt, steps, row = 2, 32, 4, 6, 4, 7
     recorded = trace(layers, experts, k)
-    folder = synthetic("tiny", layers, tmp_path)
+    folder = make_synthetic("tiny", layers, tmp_path)
     config = OffloadConfig(
         decide="device",
         policy="decayed_lfu",
@@ -123,9 +123,11 @@ def test_a_device_that_decides_meets_the_recorded_ids(tmp_path):
     ):
         model = load()
         routing = Routing(recorded, [k] * layers, tokens=prompt + steps, device="cpu")
-        install(model, [f"model.layers.{layer}.mlp.experts" for layer in range(layers)], routing)
+        install_routing(model, [f"model.layers.{layer}.mlp.experts" for layer in range(layers)], routing)
         routing.seek(row, prompt + steps)
-        answers.append(ask(model, list(range(prompt)), steps, cache_implementation="static", disable_compile=True))
+        answers.append(
+            ask_model(model, list(range(prompt)), steps, cache_implementation="static", disable_compile=True)
+        )
     assert answers[0].tokens == answers[1].tokens
     assert model.moe_offload.stats().by_device == steps * layers
     assert routing.used(prompt, steps)[1][3] == sorted(by_the_host(recorded, row + prompt + 2, 1, 1)[0].tolist())

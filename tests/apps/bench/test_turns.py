@@ -12,7 +12,7 @@ from moe_offload.apps.bench.devices import Cuda
 from moe_offload.apps.bench.result import _belady
 from moe_offload.apps.bench.sides import turns
 from moe_offload.apps.bench.sides.child import SideFailed
-from moe_offload.apps.bench.table import table
+from moe_offload.apps.bench.table import format_table
 from moe_offload.apps.bench.workload import Measured, Workload
 from moe_offload.checkpoint.pretrained.weight_files import WeightFiles
 from moe_offload.plan.budget import Costs, LayerShape, budget_for, plan_slots
@@ -95,7 +95,7 @@ def work(folder, *shares):
 
 
 def bench(folder, sides, *shares, keep=lambda result: None):
-    return run.bench(work(folder, *shares), sides, folder, lambda line: None, keep)
+    return run.run_bench(work(folder, *shares), sides, folder, lambda line: None, keep)
 
 
 def test_the_resident_model_is_loaded_once_and_takes_turns_with_each_residency(gpu):
@@ -161,20 +161,20 @@ def test_a_side_that_fails_keeps_nobody_from_going_on(gpu, monkeypatch):
     result = bench(gpu, ["resident", "ours"], 0.5, 0.25, keep=kept.append)
     assert [len(one["rows"]) for one in kept] == [2, 3] and kept[-1] == result
     assert result["rows"][0]["failed"] and "decode_bound_s" not in result["rows"][1]
-    assert "resident failed: resident: out of memory" in table(result)
+    assert "resident failed: resident: out of memory" in format_table(result)
     assert result["tokens_of"] == "ours"
     assert [(one["side"], one["asked"]) for one in result["tokens_agree"]] == [("ours", "50%")]
 
 
 def test_where_no_side_can_be_loaded_the_table_says_why(gpu, monkeypatch):
     monkeypatch.setattr(FakeChild, "fails", ("ours", "load"))
-    shown = table(bench(gpu, ["ours"], 0.5))
+    shown = format_table(bench(gpu, ["ours"], 0.5))
     assert "ours failed: ours: out of memory" in shown and "no two sides answered" in shown
 
 
 def test_the_table_says_all_that_a_reader_needs(gpu, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    shown = table(bench(gpu, ["resident", "ours", "accelerate"], 0.25, 0.5))
+    shown = format_table(bench(gpu, ["resident", "ours", "accelerate"], 0.25, 0.5))
     assert "NVIDIA H100 80GB HBM3, 80.00 GB, Triton 3.6.0" in shown
     assert "link roof 1.00 GB/s (copy engine 1.00 GB/s, gather kernel 500.00 MB/s)" in shown
     assert "the first 8 decoded tokens of each left out" in shown and "all rows in pinned RAM" in shown

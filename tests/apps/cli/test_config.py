@@ -16,7 +16,7 @@ from moe_offload.apps.cli.config import QUESTIONS, _ask
 from moe_offload.apps.cli.setting_flags import SettingFlags
 from moe_offload.config import file as config_file
 from moe_offload.config.rules import RULES
-from moe_offload.config.settings import OffloadConfig, resolve
+from moe_offload.config.settings import OffloadConfig, resolve_settings
 from tests.observe.test_profile import PROFILE
 from tests.paths import MODEL_NAME as MODEL
 
@@ -35,10 +35,10 @@ def default(tmp_path, monkeypatch):
 def test_it_writes_the_default_file_from_flags(default):
     result = run("config", "--budget", "6MB", "--max-memory", "{cpu: 1GB}", "--context", "64", "--yes")
     assert result.exit_code == 0 and str(default) in result.stderr, result.output
-    assert config_file.read(default) == {"budget": "6MB", "max_memory": {"cpu": "1GB"}, "kv_tokens": 64}
-    assert resolve() == OffloadConfig(budget="6MB", max_memory={"cpu": "1GB"}, kv_tokens=64)
+    assert config_file.read_settings(default) == {"budget": "6MB", "max_memory": {"cpu": "1GB"}, "kv_tokens": 64}
+    assert resolve_settings() == OffloadConfig(budget="6MB", max_memory={"cpu": "1GB"}, kv_tokens=64)
     assert run("config", "--budget", "7MB", "--max-memory", "none", "-y").exit_code == 0
-    assert config_file.read(default) == {"budget": "7MB", "kv_tokens": 64}, "what no flag says stays as it was"
+    assert config_file.read_settings(default) == {"budget": "7MB", "kv_tokens": 64}, "what no flag says stays as it was"
 
 
 def test_every_setting_has_a_flag():
@@ -52,12 +52,12 @@ def test_the_rarer_settings_are_written_too(default):
     result = run("config", *flags, "-y")
     assert result.exit_code == 0, result.output
     wanted = {"half_life": 16.0, "reserve": "1GB", "wave_rows": 8, "lookahead": True, "prewarm": False, "live": True}
-    assert config_file.read(default) == wanted | {"experts_implementation": "batched_mm", "dynamic": False}
-    assert resolve().half_life == 16.0
+    assert config_file.read_settings(default) == wanted | {"experts_implementation": "batched_mm", "dynamic": False}
+    assert resolve_settings().half_life == 16.0
     for flag, text, says in [("--half-life", "0", "half_life=0.0"), ("--lookahead", "perhaps", "lookahead='perhaps'")]:
         result = run("config", flag, text, "-y")
         assert result.exit_code == 2 and says in result.stderr and len(result.stderr.splitlines()) == 1
-    assert config_file.read(default)["half_life"] == 16.0, "what was there stays"
+    assert config_file.read_settings(default)["half_life"] == 16.0, "what was there stays"
 
 
 def test_without_a_terminal_it_asks_for_flags(default):
@@ -119,7 +119,7 @@ def test_on_a_terminal(tmp_path):
         keyboard.write("8GB\n" + "\n" * (len(QUESTIONS) - 1))
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and f"--config-file {path}" in err, err
-    assert config_file.read(path) == {"budget": "8GB", "policy": "lru"} and "budget: 8GB" in out
+    assert config_file.read_settings(path) == {"budget": "8GB", "policy": "lru"} and "budget: 8GB" in out
 
 
 def test_show_tells_where_each_value_is_from(default, monkeypatch):

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from moe_offload import Profile
 from moe_offload.apps.cli import app
 from moe_offload.apps.serving.cli import Stop
-from moe_offload.apps.serving.server import listen
+from moe_offload.apps.serving.server import open_listener
 from tests.paths import MODEL_NAME as MODEL
 from tests.paths import ROOT
 
@@ -172,14 +172,14 @@ def no_model(monkeypatch):
 
 
 def test_a_port_in_use_is_noticed_before_the_model_is_loaded(no_model) -> None:
-    with listen("127.0.0.1", 0) as taken:
+    with open_listener("127.0.0.1", 0) as taken:
         result = CliRunner().invoke(app, ["serve", MODEL, "--port", str(taken.getsockname()[1])])
     assert result.exit_code == 7 and result.stderr.count("\n") == 1 and "in use" in result.stderr, result.output
 
 
 def test_a_port_in_use_is_noticed_before_torch_is_imported() -> None:
     script = "import sys; sys.modules['torch'] = None; from moe_offload.apps.cli import main; main()"
-    with listen("127.0.0.1", 0) as taken:
+    with open_listener("127.0.0.1", 0) as taken:
         command = [sys.executable, "-c", script, "serve", MODEL, "--port", str(taken.getsockname()[1])]
         ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 7 and "in use" in ended.stderr, ended.stderr

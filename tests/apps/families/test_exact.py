@@ -13,10 +13,10 @@ import torch
 from torch._dynamo.utils import counters
 
 import moe_offload
-from moe_offload.apps.families.check import QUICK, Case, _offloaded, _resident, check
+from moe_offload.apps.families.check import QUICK, Case, _offloaded, _resident, check_family
 from moe_offload.apps.families.session import run_session
 from moe_offload.apps.families.table import FAMILIES
-from moe_offload.apps.families.tiny import available, build
+from moe_offload.apps.families.tiny import available_families, build
 from moe_offload.experts import find_experts
 
 #: The other halves of the pairs in QUICK, and the remaining budgets.
@@ -50,26 +50,26 @@ CALLED = ("nllb_moe", "switch_transformers", "vitpose_backbone")  # their own co
 
 
 def _have(names: tuple[str, ...]) -> list[str]:
-    return [name for name in names if name in available()]
+    return [name for name in names if name in available_families()]
 
 
 @pytest.mark.parametrize("family", [pytest.param(f, marks=[pytest.mark.long] * (f in LONG)) for f in _have(DOZEN)])
 def test_exact(family: str) -> None:
     cases = QUICK if family in ("qwen3_moe", "gpt_oss") else QUICK[::2]
-    row = check(family, cases, new_tokens=16)
+    row = check_family(family, cases, new_tokens=16)
     assert (row.status, row.difference) == ("exact", 0.0), row.reason
 
 
 @pytest.mark.parametrize("family", _have(OUTSIDE))
 def test_exact_outside_of_the_interface(family: str) -> None:
     """Experts implementations and ways to wait mean nothing there: two dtypes, batches and budgets do."""
-    row = check(family, QUICK[::2], new_tokens=16)
+    row = check_family(family, QUICK[::2], new_tokens=16)
     assert (row.status, row.difference) == ("exact", 0.0), row.reason
 
 
 @pytest.mark.parametrize("family", _have(CALLED))
 def test_exact_where_experts_are_called(family: str) -> None:
-    row = check(family, new_tokens=8)
+    row = check_family(family, new_tokens=8)
     assert (row.status, row.difference) == ("exact", 0.0) and row.cases > 1, row.reason
 
 
@@ -90,7 +90,7 @@ def test_every_family_has_experts_that_are_found_or_is_listed_as_refused() -> No
         except moe_offload.UnsupportedModelError:
             return True
 
-    assert sorted(f for f in available() if refuses(f)) == sorted(_have(REFUSED))
+    assert sorted(f for f in available_families() if refuses(f)) == sorted(_have(REFUSED))
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", pytest.param("gpt_oss", marks=pytest.mark.long)])
@@ -123,15 +123,15 @@ def test_no_more_graphs_and_breaks_than_the_unmodified_model(family: str) -> Non
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("family", _have(DOZEN))
 def test_exact_through_inductor(family: str) -> None:
-    row = check(family, SLICE, compile="inductor")
+    row = check_family(family, SLICE, compile="inductor")
     assert row.status == "exact", row.reason
 
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("family", [f for f in available() if f not in REFUSED])
+@pytest.mark.parametrize("family", [f for f in available_families() if f not in REFUSED])
 def test_every_family(family: str) -> None:
-    row = check(family, SLICE)
+    row = check_family(family, SLICE)
     assert (row.status, row.difference) == ("exact", 0.0), row.reason
 
 

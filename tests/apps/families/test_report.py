@@ -20,8 +20,8 @@ def checked(monkeypatch):
         "mixtral": FamilyResult("mixtral", "exact", "", "MixtralForCausalLM", 2, 8, 2, 3),
         "dbrx": FamilyResult("dbrx", "refused", "its experts | are modules", "DbrxForCausalLM"),
     }
-    monkeypatch.setattr(report, "available", lambda: sorted(results))
-    monkeypatch.setattr(report, "unlisted", lambda: ["newest"])
+    monkeypatch.setattr(report, "available_families", lambda: sorted(results))
+    monkeypatch.setattr(report, "unlisted_families", lambda: ["newest"])
     monkeypatch.setattr(report, "_checked", lambda name, matrix, compile: results[name])
     monkeypatch.setattr(report, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(jobs))
     return results

@@ -9,12 +9,12 @@ import torch
 from transformers import PreTrainedModel
 
 from moe_offload.apps.families import tiny
-from moe_offload.apps.families.session import NotSupported, family_of, run_session, tokens
+from moe_offload.apps.families.session import NotSupported, family_of, greedy_tokens, run_session
 from moe_offload.apps.families.table import FAMILIES
-from moe_offload.apps.families.tiny import available, build, unlisted
+from moe_offload.apps.families.tiny import available_families, build, unlisted_families
 from moe_offload.experts import is_experts
 
-CACHED = [name for name in available() if FAMILIES[name].kind in ("lm", "embeds")]
+CACHED = [name for name in available_families() if FAMILIES[name].kind in ("lm", "embeds")]
 
 
 def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
@@ -22,19 +22,19 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 
 def test_every_folder_with_decorated_experts_is_listed() -> None:
-    assert unlisted() == []
+    assert unlisted_families() == []
 
 
 def test_an_unlisted_folder_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(FAMILIES, "mixtral")
-    assert unlisted() == ["mixtral"]
+    assert unlisted_families() == ["mixtral"]
 
 
 def test_a_family_that_transformers_lacks_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FAMILIES, "no_folder", replace(FAMILIES["mixtral"], folder="no_such_family"))
     monkeypatch.setitem(FAMILIES, "no_class", replace(FAMILIES["mixtral"], model="MixtralForNothing"))
-    assert "mixtral" in available()
-    assert not {"no_folder", "no_class"} & set(available())
+    assert "mixtral" in available_families()
+    assert not {"no_folder", "no_class"} & set(available_families())
 
 
 def test_a_configuration_class_tells_the_family() -> None:
@@ -42,12 +42,12 @@ def test_a_configuration_class_tells_the_family() -> None:
     assert family_of(build("qwen3_moe")) is FAMILIES["qwen3_moe"]
 
 
-@pytest.mark.parametrize("name", available())
+@pytest.mark.parametrize("name", available_families())
 def test_every_family_runs_the_same_way_twice(name: str) -> None:
     first, second = (run_session(build(name), FAMILIES[name].kind, batch=2, new_tokens=3) for _ in range(2))
     assert same(first, second)
     assert all(output.isfinite().all() for output in first)
-    assert tokens(first).shape == (0 if FAMILIES[name].kind in ("vision_grid", "vitpose") else 2, len(first))
+    assert greedy_tokens(first).shape == (0 if FAMILIES[name].kind in ("vision_grid", "vitpose") else 2, len(first))
 
 
 @pytest.mark.parametrize("name", CACHED)
@@ -77,7 +77,7 @@ def test_a_session_says_what_generate_says(name: str) -> None:
     model = build(name)
     prompt = torch.randint(3, 128, (1, 16), generator=torch.Generator().manual_seed(0))
     said = model.generate(prompt, do_sample=False, max_new_tokens=12)[:, 16:]
-    assert torch.equal(said, tokens(run_session(model, "lm", new_tokens=12)))
+    assert torch.equal(said, greedy_tokens(run_session(model, "lm", new_tokens=12)))
     assert said.unique().numel() > 3  # decided by the context, not by one dominant token
 
 

@@ -19,10 +19,10 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from moe_offload.apps.cli import app
-from moe_offload.apps.live.client import running
-from moe_offload.apps.live.rates import between
-from moe_offload.apps.live.screen import screen, sparkline
-from moe_offload.observe.live.folder import make
+from moe_offload.apps.live.client import find_running
+from moe_offload.apps.live.rates import rates_between
+from moe_offload.apps.live.screen import draw_screen, sparkline
+from moe_offload.observe.live.folder import make_private
 from moe_offload.observe.live.snapshot import Snapshot
 from tests.fakes.watched import ROOT, models, use_folder
 from tests.paths import MODEL_NAME as MODEL
@@ -76,7 +76,7 @@ def test_no_running_model_is_one_line_that_says_how(folder):
 
 def test_one_that_is_too_busy_to_answer_is_not_said_to_be_absent(folder, monkeypatch):
     monkeypatch.setattr("moe_offload.apps.live.client.ANSWER_S", 0.2)
-    make(folder)
+    make_private(folder)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as silent:
         silent.bind(str(folder / f"{os.getpid()}.sock"))
         silent.listen()
@@ -142,7 +142,7 @@ def test_two_processes_of_which_one_dies(folder):
 def test_run_can_be_watched_unless_a_setting_says_no(folder, monkeypatch, variable, flags, watched):
     command = importlib.import_module("moe_offload.apps.generate.run")
     seen = []
-    monkeypatch.setattr(command, "generate_into", lambda *_: seen.extend(running()))
+    monkeypatch.setattr(command, "generate_into", lambda *_: seen.extend(find_running()))
     monkeypatch.setenv("MOE_OFFLOAD_LIVE", variable)
     result = CliRunner().invoke(app, ["run", MODEL, "--budget", "6MB", *flags])
     assert result.exit_code == 0, result.output
@@ -188,18 +188,18 @@ def drawn(
     width: int = 120,
 ) -> str:
     out = io.StringIO()
-    rates = None if before is None else between(before, now)
-    Console(file=out, width=width, markup=False).print(screen(now, rates, speeds, height))
+    rates = None if before is None else rates_between(before, now)
+    Console(file=out, width=width, markup=False).print(draw_screen(now, rates, speeds, height))
     return out.getvalue()
 
 
 def test_rates_are_of_the_time_between_two_looks():
-    rates = between(look(10.0, 100, 60, 40, 1.0), look(12.0, 110, 66, 44, 1.5))
+    rates = rates_between(look(10.0, 100, 60, 40, 1.0), look(12.0, 110, 66, 44, 1.5))
     assert (rates.tokens_per_s, rates.bytes_per_s, rates.stall_share) == (5.0, 2000.0, 0.25)
     assert rates.hit_rate == 0.6 and rates.hit_rates == [0.6, 0.6]
-    idle = between(look(10.0, 100, 60, 40, 1.0), look(12.0, 100, 60, 40, 1.0))
+    idle = rates_between(look(10.0, 100, 60, 40, 1.0), look(12.0, 100, 60, 40, 1.0))
     assert (idle.tokens_per_s, idle.hit_rate) == (0.0, None)
-    assert between(look(12.0, 100, 60, 40, 1.0), look(12.0, 100, 60, 40, 1.0)) is None
+    assert rates_between(look(12.0, 100, 60, 40, 1.0), look(12.0, 100, 60, 40, 1.0)) is None
 
 
 def test_the_screen_shows_what_is_now_and_what_was():

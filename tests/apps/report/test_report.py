@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 from moe_offload.apps.cli import app
 from moe_offload.apps.report import collect
-from moe_offload.apps.report.advice import advice, headline, summary
-from moe_offload.apps.report.charts import CHARTS, VARIABLES, grouped, svg_of
-from moe_offload.apps.report.page import page
+from moe_offload.apps.report.advice import sum_up_run, write_advice, write_headline
+from moe_offload.apps.report.charts import CHARTS, VARIABLES, group_forwards, svg_of
+from moe_offload.apps.report.page import render_page
 from moe_offload.apps.report.run_record import MAX_BYTES, RunRecord
 from moe_offload.cache.counters import COUNTERS
 from moe_offload.errors import ReportError
@@ -60,10 +60,12 @@ def test_round_trip(tmp_path):
 
 def test_no_best_is_claimed_where_the_run_was_better():
     warm = run_of(forwards=[{**STEP, "best": 1}])
-    assert "at best" not in headline(warm) and not any("future" in sentence for sentence in advice(warm))
-    assert "Belady" in page(run_of()) and "Belady" not in page(warm)
+    assert "at best" not in write_headline(warm) and not any("future" in sentence for sentence in write_advice(warm))
+    assert "Belady" in render_page(run_of()) and "Belady" not in render_page(warm)
     with_profile = run_of(profile="it.json", cold_first_hits=1, prewarm_bytes=100)
-    assert "at best" not in headline(with_profile) and not any("budget of" in x for x in advice(with_profile))
+    assert "at best" not in write_headline(with_profile) and not any(
+        "budget of" in x for x in write_advice(with_profile)
+    )
 
 
 class Bar:
@@ -83,7 +85,7 @@ class Bar:
 
 
 def test_a_run_from_the_command_line_to_the_page(tmp_path, monkeypatch):
-    monkeypatch.setattr(collect, "bar", Bar)
+    monkeypatch.setattr(collect, "show_bar", Bar)
     run, html = tmp_path / "run.json", tmp_path / "report.html"
     command = ["run", str(MODEL), "--budget", "6MB", "--prompt", "Il comando ls", "--max-new-tokens", "40"]
     done = CliRunner().invoke(app, [*command, "--save-report", str(run)])
@@ -91,7 +93,7 @@ def test_a_run_from_the_command_line_to_the_page(tmp_path, monkeypatch):
     done = CliRunner().invoke(app, ["report", str(run), "-o", str(html), "--save-charts", str(tmp_path)])
     assert done.exit_code == 0, done.output
     record = RunRecord.load(run)
-    facts = summary(record)
+    facts = sum_up_run(record)
     assert 0 < facts.first_token_s < facts.compile_s, "compiling takes seconds here, and is no part of it"
     assert facts.decoded == 39 and len(record.layers) == 4
     assert sum(s.hits for s in record.forwards) == sum(x.hits for x in record.layers)
@@ -113,7 +115,7 @@ def test_a_run_from_the_command_line_to_the_page(tmp_path, monkeypatch):
 
 
 def test_with_a_profile_the_page_says_what_it_brought(tmp_path, monkeypatch):
-    monkeypatch.setattr(collect, "bar", Bar)
+    monkeypatch.setattr(collect, "show_bar", Bar)
     profile, run = tmp_path / "it.json", tmp_path / "run.json"
     command = ["run", str(MODEL), "--budget", "6MB", "--prompt", "Il comando ls", "--max-new-tokens", "40"]
     assert CliRunner().invoke(app, [*command, "--save-profile", str(profile)]).exit_code == 0
@@ -122,13 +124,13 @@ def test_with_a_profile_the_page_says_what_it_brought(tmp_path, monkeypatch):
     record = RunRecord.load(run)
     assert record.profile == "it.json" and record.prewarm_bytes > 0 and record.cold_first_hits is not None
     assert record.cold_first_hits < sum(s.hits for s in record.forwards[:33])
-    assert any("it.json" in sentence and "instead of" in sentence for sentence in advice(record))
+    assert any("it.json" in sentence and "instead of" in sentence for sentence in write_advice(record))
 
 
 def test_the_page_needs_nothing_else_and_believes_nobody():
     run = run_of(model="<script>alert(1)</script>", machine={"<b>": "</style>"}, profile="<img onerror=x>")
     run.layers[0].name = "</title><script>x</script>"
-    text = page(run)
+    text = render_page(run)
     assert "<script" not in text and "<img" not in text and "&lt;script&gt;alert(1)" in text
     text = re.sub(r"http://www.w3.org/(2000/svg|1999/xlink)", "", text)
     assert not re.search(r"https?:|src=|@import|url\((?!#)|<link", text)
@@ -146,22 +148,22 @@ def test_the_page_needs_nothing_else_and_believes_nobody():
     ids=["nothing ran", "a prompt only", "no curve", "an unused layer"],
 )  # fmt: skip
 def test_runs_with_little_in_them(changes):
-    text = page(run_of(**changes))
+    text = render_page(run_of(**changes))
     assert "<h1>" in text and "None" not in text
 
 
 def test_words():
     run = run_of()
-    assert headline(run) == "11.5 tokens a second; 75% of what was asked for was resident (at best: 100%), " \
+    assert write_headline(run) == "11.5 tokens a second; 75% of what was asked for was resident (at best: 100%), " \
         "1% of the time spent waiting for experts."  # fmt: skip
-    said = advice(run)
+    said = write_advice(run)
     assert said[0] == "A budget of 5.00 GB (50% of the experts) would have hit about 96% on this run, and read " \
         "21.00 MB less a token."  # fmt: skip
     assert any("processor was" in sentence for sentence in said) and any("25 points" in sentence for sentence in said)
     slow = run_of(forwards=[step(i * 1.0, i + 1.0, stall_s=0.5) for i in range(10)])
-    assert any("was the wall" in sentence and "not" not in sentence for sentence in advice(slow))
+    assert any("was the wall" in sentence and "not" not in sentence for sentence in write_advice(slow))
     flat = run_of(curve=[p.model_dump() for p in run.curve[:2]])
-    assert advice(flat)[0] == "More memory would hardly have changed the hit rate of this run."
+    assert write_advice(flat)[0] == "More memory would hardly have changed the hit rate of this run."
 
 
 @pytest.mark.parametrize(
@@ -234,20 +236,20 @@ def test_wrong_requests_are_one_line(tmp_path, monkeypatch):
 
 def test_compiling_is_in_no_time_but_its_own():
     """The prompt took 3 s, of which 2 s were compiling; the tokens after it come every 87.5 ms."""
-    facts = summary(run_of())
+    facts = sum_up_run(run_of())
     assert facts.first_token_s == 1.0 and facts.compile_s == 2.0 and (facts.prompt_tokens, facts.decoded) == (20, 80)
     assert facts.token_s == pytest.approx((79 * 0.0875 + 0.05) / 80)
-    text = page(run_of())
+    text = render_page(run_of())
     assert "2.0 s</b><span>compiling, once" in text and "time to first token, without compiling" in text
     # A chat: a second prompt is no decoding, and nobody's thinking about it is a token's time.
-    chat = summary(run_of(forwards=[step(0.0, 1.0, tokens=9, decode=False), step(1.0, 2.0), step(5.0, 6.0, tokens=7,
+    chat = sum_up_run(run_of(forwards=[step(0.0, 1.0, tokens=9, decode=False), step(1.0, 2.0), step(5.0, 6.0, tokens=7,
                    decode=False), step(6.0, 7.0)]))  # fmt: skip
     assert (chat.prompt_tokens, chat.decoded, chat.first_token_s, chat.token_s) == (16, 2, 1.0, 1.0)
     # A prompt in pieces.
     pieces = run_of(
         forwards=[step(i, i + 1.0, tokens=9, decode=False, compile_s=0.25) for i in range(3)] + [step(3.5, 4.0)]
     )
-    assert summary(pieces).first_token_s == 0.75 + 0.75 + 1.25
+    assert sum_up_run(pieces).first_token_s == 0.75 + 0.75 + 1.25
 
 
 def test_neighbours_are_put_together_without_losing_anything(monkeypatch):
@@ -270,15 +272,15 @@ def test_a_chart_is_readable_on_a_phone(name):
 
 
 def test_charts_have_the_colours_of_the_page_and_ids_of_their_own():
-    text = page(run_of())
+    text = render_page(run_of())
     assert not any(colour in text.partition("</style>")[2] for colour in VARIABLES)
     assert all(f"{variable}:" in text.partition("</style>")[0] for variable in VARIABLES.values())
     ids = re.findall(r'\bid="([^"]*)"', text)
     assert len(ids) == len(set(ids)) and all(f'id="{of}"' in text for of in re.findall(r"url\(#([^)]*)\)", text))
-    assert [tokens for tokens, _ in grouped(run_of().forwards)][-1] == 100
+    assert [tokens for tokens, _ in group_forwards(run_of().forwards)][-1] == 100
 
 
 def test_without_matplotlib_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ReportError, match=r"-e \"\.\[report\]\""):
-        page(run_of())
+        render_page(run_of())

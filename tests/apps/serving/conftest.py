@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import moe_offload
 from moe_offload.apps.serving.app import App
 from moe_offload.apps.serving.queue import Job
-from moe_offload.apps.serving.server import Server, listen
+from moe_offload.apps.serving.server import Server, open_listener
 from tests.paths import MODEL_NAME as MODEL
 
 NAME = "polyglot"
@@ -27,7 +27,7 @@ NAME = "polyglot"
 def started(tokenizer=None, **options):
     """A server of its own: `url`, `app`, `server`, and the offloaded `model`."""
     model = moe_offload.from_pretrained(MODEL, budget="6MB")
-    with model.moe_offload as handle, listen("127.0.0.1", 0) as sock:
+    with model.moe_offload as handle, open_listener("127.0.0.1", 0) as sock:
         app = App(handle, tokenizer or AutoTokenizer.from_pretrained(MODEL), NAME, **options)
         server = Server(app, sock)
         server.start()

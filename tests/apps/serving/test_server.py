@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 import moe_offload
 from moe_offload.apps.serving import server as server_module
 from moe_offload.apps.serving.app import App
-from moe_offload.apps.serving.server import Server, listen
+from moe_offload.apps.serving.server import Server, open_listener
 from moe_offload.errors import ServeError
 from moe_offload.memory.stores.disk import DiskStore
 
@@ -94,15 +94,15 @@ def test_beams_are_not_served(monkeypatch) -> None:
 
 
 def test_a_port_that_cannot_be_had() -> None:
-    with listen("127.0.0.1", 0) as taken:
+    with open_listener("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ServeError, match=f"{port}.*in use"):
-            listen("127.0.0.1", port)
-    listen("127.0.0.1", port).close()  # at once again: no wait for the last connection to be forgotten
+            open_listener("127.0.0.1", port)
+    open_listener("127.0.0.1", port).close()  # at once again: no wait for the last connection to be forgotten
     with pytest.raises(ServeError, match="no-such-host"):
-        listen("no-such-host.invalid", 0)
+        open_listener("no-such-host.invalid", 0)
     with pytest.raises(ServeError, match="not an address of this machine"):
-        listen("192.0.2.1", 0)
+        open_listener("192.0.2.1", 0)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_a_port_that_cannot_be_had() -> None:
 )
 def test_where_it_is_reached(host, url, local) -> None:
     try:
-        sock = listen(host, 0)
+        sock = open_listener(host, 0)
     except ServeError:
         pytest.skip(f"{host} is not to be had here")
     with sock:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_offload.apps.simulate import fast, plain
-from moe_offload.apps.simulate.stream import per_layer, pooled
+from moe_offload.apps.simulate.stream import per_layer, pool_layers
 from moe_offload.cache import POLICIES
 from moe_offload.cache.belady import belady_hits
 from moe_offload.cache.layer_cache import LayerCache
@@ -32,7 +32,7 @@ def traces(draw, layers=2, most=40, forwards=True):
 
 
 def streams(trace):
-    return [*per_layer(trace), pooled(trace)]
+    return [*per_layer(trace), pool_layers(trace)]
 
 
 def made(name, stream, half_life=32.0):
@@ -53,7 +53,7 @@ def test_every_policy_is_compiled():
 def test_the_compiled_replay_is_the_plain_one(name, trace, slots, half_life):
     for stream in streams(trace):
         slots = min(slots, stream.num_experts)
-        found = fast.replay(stream, slots, name, half_life)
+        found = fast.replay_fast(stream, slots, name, half_life)
         same(found, plain.replay_policy(stream, slots, made(name, stream, half_life)))
 
 
@@ -68,7 +68,7 @@ def busy(tokens=700, experts=48, k=6):
 def test_the_compiled_replay_is_the_plain_one_on_a_long_trace(name):
     (stream,) = per_layer(busy())
     for slots in (12, 24):
-        same(fast.replay(stream, slots, name, 32.0), plain.replay_policy(stream, slots, made(name, stream)))
+        same(fast.replay_fast(stream, slots, name, 32.0), plain.replay_policy(stream, slots, made(name, stream)))
 
 
 # The roof.
@@ -129,7 +129,7 @@ def test_a_prompt_leaves_what_it_used_most():
     (stream,) = per_layer(trace)
     cache = LayerCache(5, 2, POLICIES["decayed_lfu"](5, 32.0))
     events = list(stream.events())
-    assert plain.replay(events[:1], cache, row_bytes=10).tolist() == [0] and sorted(cache.resident()) == [1, 2]
-    assert plain.replay(events[1:2], cache, row_bytes=10).tolist() == [0] and sorted(cache.resident()) == [3, 4]
-    assert plain.replay(events[2:], cache, row_bytes=10).tolist() == [0] and sorted(cache.resident()) == [0, 1]
+    assert plain.replay_events(events[:1], cache, row_bytes=10).tolist() == [0] and sorted(cache.resident()) == [1, 2]
+    assert plain.replay_events(events[1:2], cache, row_bytes=10).tolist() == [0] and sorted(cache.resident()) == [3, 4]
+    assert plain.replay_events(events[2:], cache, row_bytes=10).tolist() == [0] and sorted(cache.resident()) == [0, 1]
     assert (cache.counters.misses, cache.counters.bytes_read, cache.counters.tokens) == (8, 80, 7)

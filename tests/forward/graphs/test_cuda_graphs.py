@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from moe_offload.forward.graphs import compiling
-from moe_offload.forward.graphs.cuda_graphs import StaticCaches, can_be_recorded, copied
+from moe_offload.forward.graphs.cuda_graphs import StaticCaches, can_be_recorded, copy_outputs
 from moe_offload.runtime import device_cache
 from passes import ops
 from tests.fakes.offloaded import IDS, QWEN, SETTINGS, offload, resident
@@ -128,7 +128,7 @@ def test_nothing_is_made_within_a_step_that_outlives_it(monkeypatch):
 
     monkeypatch.setattr(device_cache.DeviceCache, "place", watched)
     monkeypatch.setattr(device_cache.Loads, "empty", staticmethod(outside(device_cache.Loads.empty)))
-    monkeypatch.setattr(device_cache, "pace", outside(device_cache.pace))
+    monkeypatch.setattr(device_cache, "make_pace", outside(device_cache.make_pace))
     model = offload(resident(layers=2), 0.5, config=DEVICE, device_map="cpu")
     generate(model, 4)
     cache = model.moe_offload._runtime.device_caches.caches[0]
@@ -139,6 +139,6 @@ def test_nothing_is_made_within_a_step_that_outlives_it(monkeypatch):
 
 def test_outputs_are_in_memory_of_their_own():
     x = torch.ones(3)
-    kept, other, number = copied((x, None, 3))
+    kept, other, number = copy_outputs((x, None, 3))
     x.zero_()
     assert kept.tolist() == [1, 1, 1] and other is None and number == 3

@@ -10,7 +10,7 @@ from transformers import cache_utils
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer, StaticCache
 
 from moe_offload.apps.families.tiny import build
-from moe_offload.forward.out_of_memory.kv_undo import _all, remember
+from moe_offload.forward.out_of_memory.kv_undo import _undo_each, remember_caches
 
 WINDOW, LONGEST = 8, 16
 LAYERS = 3
@@ -70,7 +70,7 @@ def test_the_same_forward_once_more(make, before, tokens, failed_at):
     for one in (plain, cache):
         if before:
             append(one, before, seed=1)
-    undo = remember([(torch.ones(1, tokens), {"past_key_values": cache, "use_cache": True})], tokens)
+    undo = remember_caches([(torch.ones(1, tokens), {"past_key_values": cache, "use_cache": True})], tokens)
     append(cache, tokens, failed_at, seed=2)
     assert undo()
     for n, seed in ((tokens, 2), (1, 3)):
@@ -82,7 +82,7 @@ def test_the_same_forward_once_more(make, before, tokens, failed_at):
 def test_keys_that_were_appended_without_their_values():
     cache = MAKERS["dynamic"]()
     append(cache, 3)
-    before, undo = held(cache), remember([cache], 2)
+    before, undo = held(cache), remember_caches([cache], 2)
     layer = cache.layers[1]
     layer.keys = torch.cat([layer.keys, torch.zeros(1, 2, 2, 4)], dim=-2)
     assert undo()
@@ -92,11 +92,11 @@ def test_keys_that_were_appended_without_their_values():
 def test_a_dynamic_window_that_has_moved_is_not_put_back_and_one_that_has_not_is():
     cache = MAKERS["dynamic, sliding"]()
     append(cache, WINDOW + 2)
-    before, undo = held(cache), remember([cache], 1)
+    before, undo = held(cache), remember_caches([cache], 1)
     append(cache, 1, layers=1)  # not as far as the window
     assert undo()
     same(held(cache), before)
-    undo = remember([cache], 1)
+    undo = remember_caches([cache], 1)
     append(cache, 1)
     assert not undo()
 
@@ -104,15 +104,15 @@ def test_a_dynamic_window_that_has_moved_is_not_put_back_and_one_that_has_not_is
 def test_a_static_window_that_may_move_is_known_to_be_lost():
     cache = MAKERS["static, sliding"]()
     append(cache, WINDOW - 1)
-    assert remember([cache], 1) is not None
-    assert remember([cache], 2) is None
+    assert remember_caches([cache], 1) is not None
+    assert remember_caches([cache], 2) is None
 
 
 def test_a_length_that_nobody_can_explain_is_not_put_back():
     for kind in ("dynamic", "static"):
         cache = MAKERS[kind]()
         append(cache, 3)
-        undo = remember([cache], 2)
+        undo = remember_caches([cache], 2)
         append(cache, 1)
         assert not undo()
 
@@ -121,7 +121,7 @@ def test_a_static_cache_that_was_reset_begins_anew():
     cache, plain = MAKERS["static, sliding"](), MAKERS["static, sliding"]()
     append(cache, 5, seed=1)
     cache.reset()
-    undo = remember([cache], 4)
+    undo = remember_caches([cache], 4)
     append(cache, 4, layers=2, seed=2)
     assert undo()
     for mine, theirs in zip(append(cache, 4, seed=2), append(plain, 4, seed=2), strict=True):
@@ -131,14 +131,14 @@ def test_a_static_cache_that_was_reset_begins_anew():
 def test_recurrent_states_are_put_back_only_where_there_were_none():
     config = build("qwen3_next").config
     cache, fresh = DynamicCache(config=config), DynamicCache(config=config)
-    undo = remember([cache], 3)
+    undo = remember_caches([cache], 3)
     linear = next(i for i, layer in enumerate(cache.layers) if isinstance(layer, cache_utils.LinearAttentionLayer))
     cache.update_conv_state(torch.randn(1, 4, 3), linear)
     cache.update_recurrent_state(torch.randn(1, 2, 4, 4), linear)
     assert undo()
     same(held(cache), held(fresh))
     cache.update_recurrent_state(torch.randn(1, 2, 4, 4), linear)
-    assert remember([cache], 1) is None
+    assert remember_caches([cache], 1) is None
 
 
 class OfAModel(DynamicCache):
@@ -151,27 +151,29 @@ class Unknown:
 
 @pytest.mark.parametrize("argument", [Unknown(), OfAModel(), {"a": [Unknown()]}, iter([])])
 def test_what_may_hold_state_of_its_own_is_not_put_back(argument):
-    assert remember([argument], 1) is None
+    assert remember_caches([argument], 1) is None
 
 
 def test_a_cache_that_moves_between_devices_is_not_put_back():
     cache = MAKERS["dynamic"]()
     cache.offloading = True
-    assert remember([cache], 1) is None
+    assert remember_caches([cache], 1) is None
 
 
 def test_every_part_is_put_back_though_one_cannot_be():
     done = []
-    assert not _all([lambda: False, lambda: bool(done.append(1)) or True])
+    assert not _undo_each([lambda: False, lambda: bool(done.append(1)) or True])
     assert done == [1]
 
 
 def test_plain_arguments_need_no_undoing():
-    undo = remember([torch.ones(1), None, {"mask": {"full_attention": torch.ones(1)}}, "x", 1.0, torch.float32], 1)
+    undo = remember_caches(
+        [torch.ones(1), None, {"mask": {"full_attention": torch.ones(1)}}, "x", 1.0, torch.float32], 1
+    )
     assert undo is not None and undo()
 
 
 def test_transformers_own_caches_are_made_of_such_layers():
     config = build("gpt_oss").config
     for cache in (DynamicCache(config=config), StaticCache(config=config, max_cache_len=LONGEST)):
-        assert remember([cache], 4) is not None
+        assert remember_caches([cache], 4) is not None

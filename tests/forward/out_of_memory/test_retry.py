@@ -65,7 +65,7 @@ def a_device(caplog, monkeypatch):
 
 def test_on_a_cpu_caches_are_not_looked_at(monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr("moe_offload.forward.out_of_memory.retry.remember", None)
+    monkeypatch.setattr("moe_offload.forward.out_of_memory.retry.remember_caches", None)
     assert torch.equal(Model()([3, 4]), expected(0, [3, 4]))
 
 

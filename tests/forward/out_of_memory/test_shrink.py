@@ -10,7 +10,7 @@ import torch
 
 from moe_offload.errors import ClosedError, OffloadError
 from moe_offload.forward.out_of_memory import shrink as shrinking
-from moe_offload.forward.out_of_memory.shrink import fewer, shrink
+from moe_offload.forward.out_of_memory.shrink import halve_spare_slots, shrink_banks
 from moe_offload.runtime.kernels import KERNELS
 from moe_offload.runtime.kernels.state import REFUSED
 from tests.fakes.fault_store import LAYOUT, E, K, assert_sound, decode, expected, make, prefill, run
@@ -25,7 +25,7 @@ def used(slots=6):
 
 
 def test_half_of_what_is_above_the_floor():
-    assert fewer([8, 7, 3, 2, 1], [2, 2, 2, 2, 1]) == [5, 4, 2, 2, 1]
+    assert halve_spare_slots([8, 7, 3, 2, 1], [2, 2, 2, 2, 1]) == [5, 4, 2, 2, 1]
 
 
 def test_old_banks_are_gone_and_counters_and_scores_go_on():
@@ -33,7 +33,7 @@ def test_old_banks_are_gone_and_counters_and_scores_go_on():
     first = runtime.layers[0]
     old = [weakref.ref(layer.slots.bytes) for layer in runtime.layers]
     misses, scores = first.cache.counters.misses, list(first.cache.policy.rate.used)
-    assert shrink(runtime) == 2 * 2 * LAYOUT.row_bytes and runtime.slots == (4, 4)
+    assert shrink_banks(runtime) == 2 * 2 * LAYOUT.row_bytes and runtime.slots == (4, 4)
     gc.collect()
     assert not any(bank() is not None for bank in old)
     assert first.cache.counters.misses == misses and first.cache.policy.rate.used == scores
@@ -47,11 +47,11 @@ def test_old_banks_are_gone_and_counters_and_scores_go_on():
 
 def test_the_floor_stands_and_then_nothing_is_changed():
     runtime, _ = used()
-    while shrink(runtime):
+    while shrink_banks(runtime):
         pass
     assert runtime.slots == (K, K)
     bank = runtime.layers[0].slots.bank_SN
-    assert shrink(runtime) == 0 and runtime.layers[0].slots.bank_SN is bank
+    assert shrink_banks(runtime) == 0 and runtime.layers[0].slots.bank_SN is bank
     for index, layer in enumerate(runtime.layers):
         assert torch.equal(prefill(layer, list(range(E))), expected(index, range(E)))
         assert_sound(layer)
@@ -64,7 +64,7 @@ def test_what_is_under_way_is_waited_for_and_dropped():
     prefill(first, [*range(E)] * 3)
     assert second.arrivals.scratch.ahead
     second.fetch(torch.tensor([7]))
-    shrink(runtime)
+    shrink_banks(runtime)
     assert not second.arrivals.scratch.ahead and not any(layer.arrivals.under_way for layer in runtime.layers)
     assert runtime.depth().nbytes == 0
     for index, layer in enumerate(runtime.layers):
@@ -85,7 +85,7 @@ def test_a_device_that_decides_goes_on_with_a_smaller_table(device_runtime):
     for ids in ([5, 6], [0, 1]):
         device_runtime.layers[0].place(torch.tensor(ids))
     state = weakref.ref(device_runtime.layers[0].device_cache.state.expert_at_S)
-    assert shrink(device_runtime) == 2 * 2 * LAYOUT.row_bytes
+    assert shrink_banks(device_runtime) == 2 * 2 * LAYOUT.row_bytes
     assert not device_runtime.device_caches.in_charge and state() is None
     device_runtime.layers[0].take_over([2])
     for ids in ([5, 6], [2, 3], [5, 6]):
@@ -104,7 +104,7 @@ def test_what_the_device_holds_no_longer_and_cannot_read_is_the_hosts(readable):
     first, second = runtime.layers
     first.take_over([2])
     assert first.slots.bank_SN[first.place(torch.tensor([3, 4])), 0].tolist() == [3, 4] and runtime.device_layers
-    shrink(runtime)
+    shrink_banks(runtime)
     assert runtime.device_layers == ({1} if readable else set()) and (runtime.device_caches is not None) == readable
     if readable:
         second.take_over([2])
@@ -122,7 +122,7 @@ def test_a_bank_that_was_full_goes_on_where_the_device_can_read_its_rows():
     first, _ = runtime.layers
     first.take_over([2])
     assert sorted(store.log) == [(0, e) for e in range(E)]
-    shrink(runtime)
+    shrink_banks(runtime)
     assert runtime.device_layers == {0} and first.slots.bank_SN.shape[0] < E
     first.take_over([2])
     for ids in ([6, 7], [0, 1], [2, 3], [4, 5]):
@@ -133,7 +133,7 @@ def test_a_bank_that_was_full_goes_on_where_the_device_can_read_its_rows():
 def test_an_id_that_no_expert_has_comes_before_any_lack_of_memory(device_runtime):
     device_runtime.device_caches._totals_L4[1, REFUSED] = 1
     with pytest.raises(OffloadError, match="layer 1"):
-        shrink(device_runtime)
+        shrink_banks(device_runtime)
     assert device_runtime.slots == (6, 6) and device_runtime.layers[0].slots.bank_SN.shape[0] == 6
 
 
@@ -153,7 +153,7 @@ def lacking(monkeypatch, runtime, most):
 def test_where_even_less_does_not_fit_the_floor_is_tried(monkeypatch):
     runtime, _ = used()
     lacking(monkeypatch, runtime, K)
-    assert shrink(runtime) == 2 * (6 - K) * LAYOUT.row_bytes and runtime.slots == (K, K)
+    assert shrink_banks(runtime) == 2 * (6 - K) * LAYOUT.row_bytes and runtime.slots == (K, K)
     for index, layer in enumerate(runtime.layers):
         assert torch.equal(decode(layer, [3, 4]), expected(index, [3, 4]))
 
@@ -162,7 +162,7 @@ def test_where_nothing_fits_the_model_is_closed_and_says_so(monkeypatch):
     runtime, store = used()
     lacking(monkeypatch, runtime, 0)
     with pytest.raises(OffloadError, match=r"has no memory left.*load it again") as caught:
-        shrink(runtime)
+        shrink_banks(runtime)
     assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
     assert runtime.closed and store.closed == 1
     with pytest.raises(ClosedError):
@@ -175,5 +175,5 @@ def test_memory_goes_back_between_the_old_banks_and_the_new(monkeypatch):
     monkeypatch.setattr(
         shrinking, "release_unused", lambda device: seen.append((device, [bank() is None for bank in old]))
     )
-    shrink(runtime)
+    shrink_banks(runtime)
     assert seen == [("cpu", [True, True])]

@@ -24,7 +24,7 @@ from moe_offload.checkpoint.row_index import index_rows
 from moe_offload.errors import CheckpointChangedError, CheckpointError, ClosedError, ExpertReadError, OffloadError
 from moe_offload.experts import MoELayer, find_experts
 from moe_offload.memory.stores.disk import DiskStore
-from moe_offload.memory.stores.spill import spill
+from moe_offload.memory.stores.spill import spill_layers
 from tests.fakes.tiny_checkpoints import assert_holds, assert_row, build, index_of, new_row, save, skeleton, view
 
 
@@ -338,7 +338,7 @@ def rows_of(moe_layers: list[MoELayer]) -> list[torch.Tensor]:
 
 def test_spill_leaves_nothing_behind(tmp_path: Path) -> None:
     moe_layers, seen, before = find_experts(build("stacked")), list[int](), descriptors()
-    store = spill(moe_layers, moe_layers, tmp_path, progress=seen.append)
+    store = spill_layers(moe_layers, moe_layers, tmp_path, progress=seen.append)
     assert list(tmp_path.iterdir()) == []
     assert seen == [moe.layout.row_bytes for moe in moe_layers for _ in range(moe.num_experts)] and len(seen) == 8
     assert sum(seen) == sum(moe.nbytes for moe in moe_layers)
@@ -348,7 +348,7 @@ def test_spill_leaves_nothing_behind(tmp_path: Path) -> None:
 
 def test_spill_of_some_layers(tmp_path: Path) -> None:
     moe_layers = find_experts(build("per_expert"))
-    store = spill(moe_layers, moe_layers[1:], tmp_path)
+    store = spill_layers(moe_layers, moe_layers[1:], tmp_path)
     assert_holds(store, moe_layers[1:])
     with pytest.raises(IndexError, match="layer 0, expert 0"):
         store.read(0, 0, view(new_row(moe_layers[0])))
@@ -361,7 +361,7 @@ def test_spill_to_a_full_disk_is_refused_before_writing(tmp_path: Path, monkeypa
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=need - 1))
     with pytest.raises(OffloadError, match=rf"cannot take .*\({need} bytes\).*No space left.* free\)"):
-        spill(moe_layers, moe_layers, tmp_path)
+        spill_layers(moe_layers, moe_layers, tmp_path)
 
 
 def test_spill_that_fills_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,7 +371,7 @@ def test_spill_that_fills_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     resource.setrlimit(resource.RLIMIT_FSIZE, (moe_layers[0].layout.row_bytes * 3 + 100, limits[1]))
     try:
         with pytest.raises(OffloadError, match=rf"{tmp_path}: cannot take the .*File too large.*offload_folder"):
-            spill(moe_layers, moe_layers, tmp_path)
+            spill_layers(moe_layers, moe_layers, tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert descriptors() == before and list(tmp_path.iterdir()) == []
@@ -381,7 +381,7 @@ def test_spill_that_fills_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_spill_to_no_folder(tmp_path: Path) -> None:
     moe_layers = find_experts(build("per_expert"))
     with pytest.raises(OffloadError, match="No such file or directory"):
-        spill(moe_layers, moe_layers, tmp_path / "nowhere")
+        spill_layers(moe_layers, moe_layers, tmp_path / "nowhere")
 
 
 def test_spill_interrupted_gives_everything_back(tmp_path: Path) -> None:
@@ -393,5 +393,5 @@ def test_spill_interrupted_gives_everything_back(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        spill(moe_layers, moe_layers, tmp_path, interrupt)
+        spill_layers(moe_layers, moe_layers, tmp_path, interrupt)
     assert descriptors() == before and list(tmp_path.iterdir()) == []

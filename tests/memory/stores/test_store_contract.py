@@ -15,7 +15,7 @@ from moe_offload.errors import ClosedError
 from moe_offload.experts import MoELayer, find_experts
 from moe_offload.memory.stores import STORES, DiskStore, HostStore, Store
 from moe_offload.memory.stores.host import pack_rows
-from moe_offload.memory.stores.spill import spill
+from moe_offload.memory.stores.spill import spill_layers
 from tests.fakes.tiny_checkpoints import assert_holds, assert_row, build, index_of, new_row, save, view
 
 
@@ -29,7 +29,7 @@ def host(model: Any, folder: Path) -> HostStore:
 
 
 def spilled(model: Any, folder: Path) -> DiskStore:
-    return spill(find_experts(model), find_experts(model), folder)
+    return spill_layers(find_experts(model), find_experts(model), folder)
 
 
 MAKERS: dict[str, Callable[[Any, Path], Store]] = {"disk": disk, "host": host}

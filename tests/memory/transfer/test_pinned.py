@@ -54,7 +54,7 @@ def test_what_was_unpinned_in_part_can_be_unpinned(cuda):  # noqa: F811
     assert cuda.registered == {} and cuda.error == 0
 
 
-@pytest.mark.parametrize("verb", [pinned._register, pinned.unpin])
+@pytest.mark.parametrize("verb", [pinned._register, pinned.unpin_rows])
 def test_an_error_is_cleared_by_a_launch_that_meets_it(verb, monkeypatch):
     launches = []
 
@@ -129,6 +129,6 @@ def test_slots_that_do_not_fit_are_a_budget_that_does_not(model, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("moe_offload.runtime.assemble.unfilled", full)
+    monkeypatch.setattr("moe_offload.runtime.assemble.allocate_unfilled", full)
     with pytest.raises(BudgetError, match=r"cpu has no room for .* of expert slots.*smaller budget"):
         moe_offload.optimize(model, "1GB", config=SETTINGS, device_map="cpu")

@@ -18,7 +18,7 @@ from moe_offload.apps.families.tiny import build
 from moe_offload.errors import ClosedError
 from moe_offload.experts import find_experts
 from moe_offload.memory.stores.host import HostStore
-from moe_offload.memory.stores.spill import spill
+from moe_offload.memory.stores.spill import spill_layers
 from moe_offload.memory.transfer import pinned
 from moe_offload.memory.transfer.staged import DeviceTransfer
 from moe_offload.memory.transfer.streams import CudaStreams
@@ -295,7 +295,7 @@ class TestForked:
 
     def test_files_are_closed_there_though_a_thread_was_reading(self, tmp_path):
         moe_layers = find_experts(build(QWEN, num_hidden_layers=1))
-        store = spill(moe_layers, moe_layers, tmp_path)
+        store = spill_layers(moe_layers, moe_layers, tmp_path)
         let_go = held(store._lock)
         store._reading = 1
 

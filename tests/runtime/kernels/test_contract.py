@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from moe_offload import Trace
 from moe_offload.errors import OffloadError
-from moe_offload.runtime.kernels import KERNELS, DeviceState, Kernels, Loads, pace, reference
+from moe_offload.runtime.kernels import KERNELS, DeviceState, Kernels, Loads, make_pace, reference
 from tests.runtime.kernels.test_decide import TRACES, Both
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -155,7 +155,7 @@ class Event:
 
     def __init__(self, experts, slots, pairs, device):
         self.state, self.loads = DeviceState.empty(experts, slots, device), Loads.empty(pairs, device)
-        self.pace_2 = pace(2, 3.0, device)
+        self.pace_2 = make_pace(2, 3.0, device)
 
     def decide(self, kernels, ids_P):
         return kernels.decide(ids_P, self.state, self.loads, self.pace_2)

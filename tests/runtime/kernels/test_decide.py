@@ -14,7 +14,7 @@ from moe_offload import Trace
 from moe_offload.cache import DecayedLFU
 from moe_offload.cache.layer_cache import LayerCache
 from moe_offload.runtime.kernels import reference
-from moe_offload.runtime.kernels.state import MISSES, REFUSED, DeviceState, Loads, pace
+from moe_offload.runtime.kernels.state import MISSES, REFUSED, DeviceState, Loads, make_pace
 from tests.paths import TRACES
 
 HALF_LIFE = 32.0
@@ -36,7 +36,7 @@ class Both:
         for load in want:
             self.cache.commit(load, 1)
         if tokens not in self.paces:
-            self.paces[tokens] = pace(tokens, self.half_life, self.device)
+            self.paces[tokens] = make_pace(tokens, self.half_life, self.device)
         loads = self.loads.setdefault(len(ids), Loads.empty(len(ids), self.device))
         ids_P = torch.tensor(ids, device=self.device)
         slots = self.kernels.decide(ids_P, self.state, loads, self.paces[tokens])
@@ -131,7 +131,7 @@ def test_an_id_out_of_range_is_masked_and_reported():
     """On a GPU such an index would abort the context; on a CPU a negative one would wrap to another expert."""
     state, loads = DeviceState.empty(4, 2, "cpu"), Loads.empty(2, "cpu")
     for bad in (-1, 4, 2**31):
-        slots = reference.decide(torch.tensor([bad, 3]), state, loads, pace(1, HALF_LIFE, "cpu"))
+        slots = reference.decide(torch.tensor([bad, 3]), state, loads, make_pace(1, HALF_LIFE, "cpu"))
         assert slots[1] == state.slot_of_E[3] and 0 <= slots[0] < 2
     assert state.counts_E.tolist() == [0, 0, 0, 3] and state.totals_4[REFUSED] == 3 and state.totals_4[MISSES] == 1
 
@@ -164,7 +164,7 @@ def test_nothing_waits_for_the_device():
             return func(*args, **(kwargs or {}))
 
     state, loads, ids = DeviceState.empty(8, 4, "cpu"), Loads.empty(2, "cpu"), torch.tensor([3, 5])
-    rows_EN, bank_SN, step = torch.zeros(8, 6), torch.zeros(4, 6), pace(1, HALF_LIFE, "cpu")
+    rows_EN, bank_SN, step = torch.zeros(8, 6), torch.zeros(4, 6), make_pace(1, HALF_LIFE, "cpu")
     with Listen():
         slots = reference.decide(ids, state, loads, step)
         reference.gather(rows_EN, bank_SN, loads)

@@ -44,7 +44,9 @@ def test_a_row_is_worth_the_same_alone_and_with_any_number_of_threads():
         torch.set_num_threads(threads)
         results += [few_rows.multiply_grouped(x, weight, slots)]
         results += [torch.cat([few_rows.multiply_grouped(x[i : i + 1], weight, slots[i : i + 1]) for i in range(7)])]
-        results += [torch.cat([few_rows.multiply(x[i : i + 1], weight[slot]) for i, slot in enumerate(slots.tolist())])]
+        results += [
+            torch.cat([few_rows.multiply_rows(x[i : i + 1], weight[slot]) for i, slot in enumerate(slots.tolist())])
+        ]
         torch.set_num_threads(before)
     assert all(torch.equal(result, results[0]) for result in results)
 
@@ -70,7 +72,7 @@ def test_rows_of_a_bank_need_not_be_next_to_each_other():
 def test_bias_is_added_before_the_one_rounding():
     weight, x, bias = matrices(1, 36, 64)[0], matrices(1, 2, 64)[0], matrices(1, 1, 36)[0, 0] * 64
     want = (x.double() @ weight.double().T + bias.double()).bfloat16()
-    got = few_rows.multiply(x, weight, bias)
+    got = few_rows.multiply_rows(x, weight, bias)
     assert float((got == want).float().mean()) > 0.95 and torch.allclose(got.float(), want.float(), rtol=1 / 128)
 
 
@@ -79,7 +81,7 @@ def test_what_is_no_number_stays_so(special):
     weight, x = torch.zeros(8, 64).bfloat16(), torch.ones(1, 64).bfloat16()
     weight[3, 5] = special
     weight[3, 9] = abs(special) if special == 3.3e38 else 0
-    got, want = few_rows.multiply(x, weight)[0], torch.mm(x, weight.t())[0]
+    got, want = few_rows.multiply_rows(x, weight)[0], torch.mm(x, weight.t())[0]
     assert torch.equal(got.nan_to_num(1.0, 2.0, 3.0), want.nan_to_num(1.0, 2.0, 3.0))
 
 

@@ -12,7 +12,7 @@ import re
 import pytest
 import torch
 
-from moe_offload.runtime.kernels import KERNELS, DeviceState, Loads, pace
+from moe_offload.runtime.kernels import KERNELS, DeviceState, Loads, make_pace
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -67,7 +67,7 @@ def compiled(monkeypatch, function, name):
 def test_scores_are_never_fused_into_one_rounding(kernels, monkeypatch, experts, slots, pairs):
     kernel = compiled(monkeypatch, kernels.decide, "_decide")
     state, loads, ids_P = DeviceState.empty(experts, slots, "cpu"), Loads.empty(pairs, "cpu"), torch.arange(pairs)
-    kernels.decide(ids_P, state, loads, pace(1, 32.0, "cpu"))
+    kernels.decide(ids_P, state, loads, make_pace(1, 32.0, "cpu"))
     doubles = set(re.findall(r"\w+(?:\.\w+)*\.f64\b", kernel.ptx))
     assert {"mul.rn.f64", "add.rn.f64", "div.rn.f64"} <= doubles and not any("fma" in op for op in doubles)
 

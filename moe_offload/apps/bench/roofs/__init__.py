@@ -1,1 +1,1 @@
-"""What no side can beat: the disk, the link to a device, the bound that follows from bytes and time."""
+"""Roofs: the bandwidth of the disk and of the link to a device, as measured, and the least time that it allows."""

@@ -1,19 +1,19 @@
-"""What no offloading can beat, and how near ours comes: plain arithmetic on what was measured.
+"""The roof, which no offloading can beat, and how near ours comes: plain arithmetic on what was measured.
 
     bound = max(the resident model's own time, missed bytes / what the disk or the link gives)
 
-Request by request: the resident model's over the same prompt, the bytes of this very request, the roof measured before
-and after it.
+Each request is compared by itself: with the resident model's time for the same prompt, with the bytes that this request
+missed, and with the bandwidth measured before and after it.
 """
 
 from __future__ import annotations
 
 import statistics
 
-from ..workload import Measured, steps, token_s
+from ..workload import Measured, count_steps, token_s
 
 
-def bounds(one: Measured) -> dict[str, float]:
+def find_bounds(one: Measured) -> dict[str, float]:
     """For decoded tokens and for the prompt: `*_bound_s`, and `*_over_roof`, our time over it. Medians over requests.
 
     Empty where the resident model did not answer the same requests.
@@ -23,7 +23,7 @@ def bounds(one: Measured) -> dict[str, float]:
         return {}
     decode, prefill = [], []
     for mine, theirs, roof in zip(one.answers, resident.answers, one.roofs, strict=True):
-        missed = mine["decode"]["bytes_read"] / steps(mine)
+        missed = mine["decode"]["bytes_read"] / count_steps(mine)
         decode.append(_against(token_s(mine), token_s(theirs), missed / roof))
         prefill.append(_against(mine["ttft_s"], theirs["ttft_s"], mine["prefill"]["bytes_read"] / roof))
     return {

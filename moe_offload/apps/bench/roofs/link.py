@@ -49,7 +49,7 @@ class LinkRoof:
             partial(copy_rows, self.bank_SN, self.rows_EN, experts),
             partial(self.gather, self.view_EN, self.bank_SN, loads),
         )
-        rates = [self.bank_SN.nbytes / microseconds(way, self.device) * 1e6 for way in ways]
+        rates = [self.bank_SN.nbytes / measure_us(way, self.device) * 1e6 for way in ways]
         for found, rate in zip(self.found.values(), rates, strict=True):
             found.append(rate)
         return max(rates)
@@ -61,12 +61,12 @@ class LinkRoof:
 @contextlib.contextmanager
 def link_roof(row_bytes: int, device: str) -> Iterator[LinkRoof]:
     """The roof for rows of so many bytes (a multiple of 16)."""
-    with registered(ROWS * row_bytes, device) as (host, view):
+    with registered_memory(ROWS * row_bytes, device) as (host, view):
         yield LinkRoof(host.view(ROWS, row_bytes), view.view(ROWS, row_bytes), device)
 
 
 @contextlib.contextmanager
-def registered(nbytes: int, device: str) -> Iterator[tuple[Tensor, Tensor]]:
+def registered_memory(nbytes: int, device: str) -> Iterator[tuple[Tensor, Tensor]]:
     """Host memory pinned to the byte (`pin_memory` takes the next power of two), and the device's view of it.
 
     Raises `OffloadError` where it cannot be pinned.
@@ -76,14 +76,14 @@ def registered(nbytes: int, device: str) -> Iterator[tuple[Tensor, Tensor]]:
         yield host, host
         return
     rows = host.view(1, nbytes)
-    error = pinned.pin(rows)
+    error = pinned.pin_rows(rows)
     if error:
         raise OffloadError(f"{nbytes} bytes of host memory cannot be pinned ({error}); raise the memlock limit")
     try:
         yield host, pinned.device_view(host, device)
     finally:
         torch.cuda.synchronize()
-        pinned.unpin(rows)
+        pinned.unpin_rows(rows)
 
 
 def copy_rows(bank_SN: Tensor, host_EN: Tensor, experts: list[int]) -> None:
@@ -91,7 +91,7 @@ def copy_rows(bank_SN: Tensor, host_EN: Tensor, experts: list[int]) -> None:
         bank_SN[slot].copy_(host_EN[e], non_blocking=True)
 
 
-def microseconds(f: Callable[[], Any], device: str) -> float:
+def measure_us(f: Callable[[], Any], device: str) -> float:
     """The device's median time for what `f` queues; on a CPU, the time of one call."""
     f()
     if device == "cpu":

@@ -1,4 +1,4 @@
-"""The other end of `side.py`: start a side, put a limit around it, ask it things."""
+"""`Child`: the bench's end of a side (`side.py`). It starts the process, limits its memory, and sends it commands."""
 
 from __future__ import annotations
 

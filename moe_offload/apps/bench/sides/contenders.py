@@ -21,7 +21,7 @@ from torch import nn
 from ....checkpoint.outline import outline_folder
 from ....checkpoint.pretrained.dense import load_dense
 from ....checkpoint.row_index import RowIndex
-from ....config.settings import resolve
+from ....config.settings import resolve_settings
 from ....config.usage import measured_with
 from ....experts import MoELayer, find_experts
 from ....files.system import forget_cached
@@ -49,24 +49,24 @@ class Contender:
 def room_for(tokens: int) -> dict[str, Any]:
     """What ours is told, so that its budget has room for a KV cache of so many tokens, never less than by default; and
     so that no run depends on those before it."""
-    wanted = resolve()
+    wanted = resolve_settings()
     return {"kv_tokens": max(wanted.kv_tokens, tokens), "profile": measured_with(wanted.profile)}
 
 
-def resident(job: Job) -> Any:
+def load_resident(job: Job) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(job.folder, dtype="auto").eval()
 
 
-def ours(job: Job) -> Any:
+def load_ours(job: Job) -> Any:
     from ....api import from_pretrained
 
     packed = job.scratch / PACKED
     return from_pretrained(packed if packed.exists() else job.folder, job.budget, config=room_for(job.tokens))
 
 
-def accelerate(job: Job) -> Any:
+def load_accelerate(job: Job) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(
@@ -78,7 +78,7 @@ def accelerate(job: Job) -> Any:
     ).eval()
 
 
-def mapped(job: Job) -> Any:
+def load_mapped(job: Job) -> Any:
     model: Any = load_dense(outline_folder(job.folder))
     for moe in find_experts(model):
         for name, shape, dtype, file in _fields(moe, job.scratch / "mmap"):
@@ -91,10 +91,10 @@ def mapped(job: Job) -> Any:
 
 PACKED = "packed"
 CPU_SIDES = {
-    "resident": Contender(resident),
-    "ours": Contender(ours),
-    "accelerate": Contender(accelerate),
-    "mmap": Contender(mapped),
+    "resident": Contender(load_resident),
+    "ours": Contender(load_ours),
+    "accelerate": Contender(load_accelerate),
+    "mmap": Contender(load_mapped),
 }
 
 
@@ -120,7 +120,7 @@ def write_mapped(folder: Path, scratch: Path) -> None:
 
 
 def drop_cache(*folders: Path) -> None:
-    """Forget what the system has cached of these files: pages read by one side must not serve another."""
+    """Drop these files from the page cache: pages that one side has read must not serve another."""
     for file in (file for folder in folders for file in folder.rglob("*") if file.is_file()):
         with file.open("rb") as opened:
             forget_cached(opened.fileno())

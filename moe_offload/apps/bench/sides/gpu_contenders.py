@@ -21,7 +21,7 @@ from .contenders import Contender, Job, room_for
 STATIC_CACHE = {"cache_implementation": "static"}
 
 
-def settings(experts: Sequence[str], tokens: int, decide: str) -> dict[str, Any]:
+def settings_of_ours(experts: Sequence[str], tokens: int, decide: str) -> dict[str, Any]:
     """Ours on GPU 0, with room for a KV cache of `tokens` tokens; `experts` are the names of the experts modules."""
     return {
         "device_map": {"": 0, **dict.fromkeys(experts, "cpu")},
@@ -32,21 +32,21 @@ def settings(experts: Sequence[str], tokens: int, decide: str) -> dict[str, Any]
     }
 
 
-def resident(job: Job) -> Any:
+def load_resident(job: Job) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(job.folder, dtype="auto", device_map={"": 0}).eval()
 
 
-def ours(job: Job) -> Any:
-    return _ours(job, "device")
+def load_ours(job: Job) -> Any:
+    return _load_ours(job, "device")
 
 
-def ours_host(job: Job) -> Any:
-    return _ours(job, "host")
+def load_ours_host(job: Job) -> Any:
+    return _load_ours(job, "host")
 
 
-def accelerate(job: Job) -> Any:
+def load_accelerate(job: Job) -> Any:
     from transformers import AutoModelForCausalLM
 
     limits = {0: job.budget, "cpu": psutil.virtual_memory().available}
@@ -55,15 +55,15 @@ def accelerate(job: Job) -> Any:
 
 
 GPU_SIDES = {
-    "resident": Contender(resident, STATIC_CACHE),
-    "ours": Contender(ours, STATIC_CACHE),
-    "ours-host": Contender(ours_host, STATIC_CACHE),
-    "accelerate": Contender(accelerate),  # what it moves about cannot be compiled
+    "resident": Contender(load_resident, STATIC_CACHE),
+    "ours": Contender(load_ours, STATIC_CACHE),
+    "ours-host": Contender(load_ours_host, STATIC_CACHE),
+    "accelerate": Contender(load_accelerate),  # what it moves about cannot be compiled
 }
 
 
-def _ours(job: Job, decide: str) -> Any:
+def _load_ours(job: Job, decide: str) -> Any:
     from ....api import from_pretrained
 
     names = [moe.name for moe in outline_folder(job.folder).moe_layers]
-    return from_pretrained(job.folder, job.budget, config=settings(names, job.tokens, decide))
+    return from_pretrained(job.folder, job.budget, config=settings_of_ours(names, job.tokens, decide))

@@ -1,4 +1,4 @@
-"""A side ends with the bench that started it, however that ends: also when it is killed, in the middle of a load.
+"""The process of a side ends when the bench that started it ends, also if that is killed in the middle of a load.
 
 The bench holds one end of a socket pair, the side the other. Nothing is ever sent; when the bench is gone the kernel
 closes its end, and a thread of the side hears of it.

@@ -24,8 +24,8 @@ import torch
 from ....cache.counters import Stats
 from ....checkpoint.outline import outline_folder
 from ..devices import DEVICES
-from ..request import ask
-from ..routing import Routing, install, load_recorded
+from ..request import ask_model
+from ..routing import Routing, install_routing, load_recorded
 from .contenders import CPU_SIDES, Contender, Job
 from .gpu_contenders import GPU_SIDES
 from .lifeline import end_with
@@ -57,7 +57,7 @@ class Side:
             recorded = load_recorded(self.routing_file, len(moe_layers), first.num_experts, first.top_k)
         top_ks = [moe.top_k for moe in moe_layers]
         self.routing = Routing(recorded, top_ks, self.job.tokens, self.device.name)
-        install(self.model, [moe.name for moe in moe_layers], self.routing)
+        install_routing(self.model, [moe.name for moe in moe_layers], self.routing)
         note = recorded.note if recorded else None
         plan = self._handle.plan if self._handle else None
         return {"load_s": load_s, "routing": note, "slots": list(plan.slots) if plan else None}
@@ -65,7 +65,7 @@ class Side:
     def ask(self, prompt: list[int], new_tokens: int, row: int, left_out: int = 0) -> dict[str, Any]:
         self.routing.seek(row, len(prompt) + new_tokens)
         self._peaks = []
-        answer = ask(
+        answer = ask_model(
             self.model,
             prompt,
             new_tokens,

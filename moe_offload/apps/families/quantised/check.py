@@ -16,7 +16,7 @@ from ....checkpoint.outline import outline_folder
 from ....config.settings import OffloadConfig
 from ....errors import OffloadError
 from ....plan.budget import budget_for
-from ....plan.weights import costs, layer_shapes
+from ....plan.weights import layer_shapes, sum_costs
 from ..session import run_session
 from .kinds import kind_of, write
 
@@ -62,7 +62,7 @@ def check_quantised(format: str, family: str) -> QuantisedResult:
         want = [run_session(plain, "lm", new_tokens=12, **session) for session in SESSIONS]
         state = plain.state_dict()  # after a forward, in which compressed-tensors unpacks dense weights
         for residency in RESIDENCIES:
-            held = costs(found.model, found.moe_layers, SETTINGS)
+            held = sum_costs(found.model, found.moe_layers, SETTINGS)
             budget = budget_for(residency, layer_shapes(found.moe_layers), held)
             ours: Any = from_pretrained(folder, budget, device_map="cpu", config=SETTINGS)
             with ours.moe_offload:

@@ -53,7 +53,7 @@ class Form:
                 said = {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
             logprobs = self._logprobs(choice.logprobs)
             found.append({"index": i, **said, "logprobs": logprobs, "finish_reason": choice.finish_reason})
-        return {**self._base, "choices": found, "usage": usage(prompt_tokens, generated_tokens)}
+        return {**self._base, "choices": found, "usage": count_usage(prompt_tokens, generated_tokens)}
 
     def first(self, index: int) -> str:
         """The event that begins an answer of a chat; of a completion there is none."""
@@ -72,10 +72,10 @@ class Form:
         return events + (self._event(index, {}, None, piece.finish_reason) if piece.finish_reason else "")
 
     def last(self, prompt_tokens: int, generated_tokens: int) -> str:
-        """What ends a stream that has gone well."""
+        """The events that end a stream without an error."""
         if not self._asked.include_usage:
             return DONE
-        return _data({**self._chunk(), "choices": [], "usage": usage(prompt_tokens, generated_tokens)}) + DONE
+        return _data({**self._chunk(), "choices": [], "usage": count_usage(prompt_tokens, generated_tokens)}) + DONE
 
     def _event(self, index: int, said: Any, logprobs: Any, finish_reason: str | None) -> str:
         choice = {"index": index, "delta" if self._chat else "text": said, "logprobs": logprobs}
@@ -108,7 +108,7 @@ class Form:
         return str(self._tokenizer.decode([id]))
 
 
-def usage(prompt_tokens: int, generated_tokens: int) -> dict[str, int]:
+def count_usage(prompt_tokens: int, generated_tokens: int) -> dict[str, int]:
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": generated_tokens,

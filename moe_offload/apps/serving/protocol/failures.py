@@ -39,7 +39,7 @@ class RequestError(OffloadError):
         self.status, self.param, self.code, self.retry_s = status, param, code, retry_s
 
 
-def stopping() -> RequestError:
+def stopping_error() -> RequestError:
     """What a request is told that a server which stops has not finished."""
     return RequestError(
         503, "the server is stopping: this request was not finished; send it to another, or later", code="stopping"

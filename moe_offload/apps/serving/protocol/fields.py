@@ -114,7 +114,7 @@ class Chat(Common):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-def parse(body: bytes, kind: type[Common]) -> Any:
+def parse_fields(body: bytes, kind: type[Common]) -> Any:
     """The fields of a body, an instance of `kind`. Raises RequestError for what is wrong or not supported."""
     try:
         fields = from_json(body, allow_inf_nan=False)
@@ -162,7 +162,7 @@ def _wrong_field(error: ValidationError) -> RequestError:
     return RequestError(400, message, param=name, code=code)
 
 
-def sampling(asked: Common, own: GenerationConfig, most_tokens: int, vocabulary: int) -> Sampling:
+def choose_sampling(asked: Common, own: GenerationConfig, most_tokens: int, vocabulary: int) -> Sampling:
     """How to generate: what the request says, on top of the model's `own` settings.
 
     A request that says nothing about sampling is answered as `model.generate` would. One that gives a temperature,
