@@ -2,9 +2,9 @@
 
 Shapes: E experts, T tokens, H hidden, N outputs, P rows of [E*T] that are not zero, U experts of one wave.
 
-Every expert is handed every token, multiplied by zero where the router did not send it there. An expert's product with
-a row of zeros is a row of zeros (see `masked` for what that takes), so a row that is zero need not be computed, and an
-expert all of whose rows are zero need not be there. A row that is NaN is not zero.
+Such a model hands every token to every expert, multiplied by zero where the router did not choose the expert. An
+expert's product with a row of zeros is a row of zeros (see `masked` for what that takes), so a row that is zero need
+not be computed, and an expert all of whose rows are zero need not be there. A row that is NaN is not zero.
 """
 
 from __future__ import annotations

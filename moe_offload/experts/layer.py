@@ -69,7 +69,7 @@ class MoELayer:
 
     index: int
     names: tuple[str, ...]
-    modules: tuple[Any, ...]  # nn.Modules, seen as what transformers made of them
+    modules: tuple[Any, ...]  # nn.Modules; Any, because mypy does not know the attributes that transformers gives them
     num_experts: int
     top_k: int
     layout: RowLayout

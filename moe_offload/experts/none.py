@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# The names under which configurations keep E: only what is said of a model depends on it.
+# The names under which configurations keep E. They are used for the words of a refusal alone.
 NUM_EXPERTS_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 LISTS = (nn.ModuleList, nn.ModuleDict)
 PARAMETER_LISTS = (nn.ParameterList, nn.ParameterDict)

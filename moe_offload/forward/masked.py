@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .binding import banks_of_this_thread
+from .binding import banks_of_this_thread, is_cast
 from .changed_parts import refuse_unseen_modes
 from .dynamo import with_own_code
 from .graphs import ops
@@ -29,17 +29,25 @@ def forward(self: Any, hidden_states: Tensor) -> Tensor:
     link = self._moe_offload
     if torch.compiler.is_dynamo_compiling():  # by this thread: whatever is running here is not run, but traced
         if link.whole and link.scope.banks == banks_of_this_thread():
+            if link.compiled and is_cast(link, hidden_states):
+                return run_op(self, hidden_states)
             return cast(Tensor, type(self).forward(self, ops.mark_unserved(hidden_states, link.rows)))
-        return ops.masked_op(hidden_states, link.key)
+        return run_op(self, hidden_states)
     if torch.is_grad_enabled():
         return cast(Tensor, refuse_backward(link.run, self, hidden_states))
     return cast(Tensor, link.run(self, hidden_states))
 
 
+def run_op(module: Any, hidden_states: Tensor) -> Tensor:
+    """Run the module as one op, which is complete by itself: for calls that have no graph of ours."""
+    link = module._moe_offload
+    return ops.masked_op(hidden_states, link.refusing if is_cast(link, hidden_states) else link.key)
+
+
 def run_untraced(module: Any, hidden_states: Tensor) -> Tensor:
-    """The op of last resort, in eager code."""
+    """As `run_op`, for eager code."""
     refuse_unseen_modes(module)
-    return ops.masked_op(hidden_states, module._moe_offload.key)
+    return run_op(module, hidden_states)
 
 
 def make_region() -> Callable[..., Tensor]:

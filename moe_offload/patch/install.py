@@ -36,6 +36,7 @@ from ..forward.binding import (
     banks_of_this_thread,
     connect_bank,
     disconnect_bank,
+    is_cast,
     run_op,
     run_untraced,
 )
@@ -46,7 +47,6 @@ from ..forward.called.table import SERVED
 from ..forward.dynamo import Settings
 from ..forward.graphs import compiling, ops, products
 from ..forward.graphs.masked import MaskedModuleCore
-from ..forward.graphs.module_core import ModuleCore, original_code
 from ..forward.graphs.phantom import Phantom
 from ..forward.inference_only import refuse_backward
 from ..forward.out_of_memory.retry import Retry
@@ -58,6 +58,7 @@ from ..runtime.waves_cpu import RunCore
 from .compiled_call import keep_compiled_call
 from .experts_config import experts_view
 from .footprint import count_what_is_held
+from .module_core import ModuleCore, original_code
 
 logger = logging.getLogger("moe_offload")
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
@@ -140,7 +141,10 @@ def patch_model(
             keep_untraced(layer.moe, model)
     for layer in graphed:
         form = layer.moe.form
-        link = Link(scope, regions[form].run if regions else codes[form][1], whole, ops.rows_of(layer))
+        run_eager = regions[form].run if regions else codes[form][1]
+        # A CPU's autocast knows no grouped_mm.
+        casts = form == "masked" or implementation != "grouped_mm" or layer.device.type != "cpu"
+        link = Link(scope, run_eager, whole, ops.rows_of(layer), layer.moe.name, casts, inner == "inductor")
         _install_layer(layer, link, implementation, nan_rows)
     model._compiled_call_impl = Call(model, runtime, scope, Retry(runtime, scope, compile), advisor)
     keep_compiled_call(model)
@@ -197,6 +201,8 @@ def _implementation(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         link = self._moe_offload
         if torch.compiler.is_dynamo_compiling():  # this thread traces: the code here is not run
             if link.whole and link.scope.banks == banks_of_this_thread():
+                if link.compiled and is_cast(link, hidden_states):
+                    return run_op(self, hidden_states, top_k_index, top_k_weights)
                 return original(self, hidden_states, ops.mark_unserved(top_k_index, link.rows), top_k_weights)
             return run_op(self, hidden_states, top_k_index, top_k_weights)
         if torch.is_grad_enabled():

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ...errors import UnsupportedModelError
 from ...experts import Field, Place
 
-#: What says nothing of values. `detach` is what state_dict() calls; the real weights are put in afterwards.
+#: Attributes that tell nothing of values and may be asked. `detach` is called by state_dict(), which then puts in the
+#: real weights.
 LOOKS = """shape dtype device layout requires_grad is_leaf is_meta ndim nbytes itemsize grad grad_fn is_cpu is_cuda
     is_sparse is_quantized is_nested _version""".split()
 ASKED = """size dim numel nelement stride element_size is_floating_point is_complex is_shared is_contiguous data_ptr

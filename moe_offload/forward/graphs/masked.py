@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from passes.masked_rows import stream_rows
@@ -27,12 +26,7 @@ class MaskedLayer:
 
     def masked_experts(self, x_MH: Tensor) -> Tensor:
         """The whole module: slower, never wrong."""
-        layer, device = self.layer, x_MH.device.type
-        if torch.is_autocast_enabled(device):
-            raise UnsupportedModelError(
-                f"{layer.moe.name}: it is called under autocast in a graph of somebody else's, where its experts are "
-                "one op. Leave autocast, or call the model itself"
-            )
+        layer = self.layer
         with layer.lock.here(), layer.arrivals.transfer.current():
             if layer.module_core is None:
                 raise closed_error(layer.moe.name)

@@ -1,4 +1,4 @@
-"""The op of last resort of a layer of the experts interface: transformers' own experts code, where no pass has seen it.
+"""transformers' own experts code on the rows of a bank: what the op of last resort computes with.
 
 Shapes: P token-expert pairs, R of them in one wave, S slots, N elements of one row.
 """
@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ...experts import MoELayer
-from ...memory.buffers import page_aligned
-from ..changed_parts import refuse_changed_parts
+from ..experts import MoELayer
+from ..forward.changed_parts import refuse_changed_parts
+from ..memory.buffers import page_aligned
 
 
 class ModuleCore:
@@ -33,12 +33,21 @@ class ModuleCore:
         others: Sequence[Tensor],
         pairs_R: Tensor | slice | None = None,
     ) -> Tensor:
+        # A batched product of one pair rounds otherwise than that of many, among which it is in the whole call.
+        least = 1 if self.grouped else min(len(x_P), 2)
         if pairs_R is not None:
             x_P = x_P[pairs_R]
         refuse_changed_parts(self.module)
         if self.moe.packed:
-            return self._run_unpacked(x_P, slots_R, bank_SN)
-        return self._run(x_P, slots_R, self.views(bank_SN))
+            return self._run_unpacked(x_P, slots_R, bank_SN, least)
+        return self._run_many(x_P, slots_R, self.views(bank_SN), least)
+
+    def _run_many(self, x_P: Tensor, slots_P: Tensor, weights: dict[str, Tensor], least: int) -> Tensor:
+        """Of `least` pairs or more; where there are fewer, one of them more often."""
+        pairs = len(x_P)
+        if 0 < pairs < least:
+            x_P, slots_P = x_P.repeat(least, 1), slots_P.repeat(least)
+        return self._run(x_P, slots_P, weights)[:pairs]
 
     def _run(self, x_P: Tensor, slots_P: Tensor, weights: dict[str, Tensor]) -> Tensor:
         bare = object.__new__(type(self.module))
@@ -50,7 +59,7 @@ class ModuleCore:
         out: Tensor = self.run(bare, x_P.to(first.dtype), slots_P.view(-1, 1), ones)
         return out
 
-    def _run_unpacked(self, x_P: Tensor, slots_P: Tensor, bank_SN: Tensor) -> Tensor:
+    def _run_unpacked(self, x_P: Tensor, slots_P: Tensor, bank_SN: Tensor, least: int) -> Tensor:
         """One expert after the other, so that one is unpacked at a time."""
         out_P: Tensor | None = None
         row = page_aligned(self.moe.unpacked.row_bytes)
@@ -58,9 +67,7 @@ class ModuleCore:
             pairs = (slots_P == slot).nonzero().flatten()
             self.moe.unpack_row(bank_SN[slot].view(torch.uint8), row)
             weights = {field.name: field.view_in(row)[None] for field in self.moe.unpacked.fields}
-            # A batched product of one pair would round otherwise.
-            ran = pairs if self.grouped else pairs.repeat(2)[: max(len(pairs), 2)]
-            part = self._run(x_P[ran], torch.zeros_like(ran), weights)[: len(pairs)]
+            part = self._run_many(x_P[pairs], torch.zeros_like(pairs), weights, least)
             out_P = part.new_empty((len(x_P), *part.shape[1:])) if out_P is None else out_P
             out_P.index_copy_(0, pairs, part)
         if out_P is None:
