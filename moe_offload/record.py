@@ -96,7 +96,8 @@ def record_profile(model: Any, inputs: Any, **meta: str) -> Profile:
     implementation = choose_implementation(moe_layers, "auto")
     weights = {id(p): (moe, field) for moe in moe_layers for field, p in moe.params.items()}
     counters = [Count(moe) for moe in moe_layers]
-    was = [(module.config, module.config._experts_implementation) for moe in moe_layers for module in moe.modules]
+    modules = [module for moe in moe_layers if moe.form == "interface" for module in moe.modules]
+    was = [(module.config, module.config._experts_implementation) for module in modules]
     try:
         for moe, counter in zip(moe_layers, counters, strict=True):
             bind_counter(moe, counter)
