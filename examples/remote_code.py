@@ -1,12 +1,12 @@
-"""A model whose code comes with its folder, with a module per expert: the folder's own class, and one expert in memory.
-
-python examples/remote_code.py
-"""
+"""A model whose code comes with its folder: its own class, and one expert in memory. python examples/remote_code.py"""
 
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
+
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp()  # where transformers copies such code: not among what you have
 
 import torch
 
@@ -22,10 +22,6 @@ class TinyConfig(PretrainedConfig):
     model_type = "tiny_own_moe"
     vocab_size, hidden_size, num_experts, num_experts_per_tok, num_hidden_layers = 256, 64, 16, 2, 1
 
-class Expert(nn.Sequential):
-    def __init__(self, size):
-        super().__init__(nn.Linear(size, 2 * size), nn.SiLU(), nn.Linear(2 * size, size))
-
 class TinyForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = TinyConfig
     def __init__(self, config):
@@ -33,7 +29,8 @@ class TinyForCausalLM(PreTrainedModel, GenerationMixin):
         size = config.hidden_size
         self.embed, self.head = nn.Embedding(config.vocab_size, size), nn.Linear(size, config.vocab_size)
         self.gate = nn.Linear(size, config.num_experts)
-        self.experts = nn.ModuleList([Expert(size) for _ in range(config.num_experts)])
+        self.experts = nn.ModuleList([nn.Sequential(nn.Linear(size, 99), nn.SiLU(), nn.Linear(99, size))
+                                      for _ in range(config.num_experts)])
         self.post_init()
     def forward(self, input_ids, **kwargs):
         x = self.embed(input_ids).cumsum(1)

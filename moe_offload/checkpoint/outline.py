@@ -96,7 +96,7 @@ def _index_model(
     model = build_skeleton(place, config, stored, arguments)
     moe_layers = find_experts(model)
     index = index_stored(model, moe_layers, stored)
-    check_dense(model.config, stored.headers, index.keys)
+    check_dense(model, stored.headers, index.keys)
     check_blocks(model.config, stored.headers, index.keys)
     return model, index.pack(moe_layers), index
 

@@ -90,11 +90,11 @@ class PackedWeight(Protocol):
     def dtype(self) -> torch.dtype: ...
     @property
     def format(self) -> str:
-        """What people call the form it rests in."""
+        """The name of the format it rests in, for people."""
 
     @property
     def recipe(self) -> str:
-        """What is unpacked and how, in words that change when the result may."""
+        """What is unpacked and how, as text: two weights with the same text unpack the same bytes alike."""
 
     @property
     def workspace_bytes(self) -> int:

@@ -1,4 +1,4 @@
-"""A file that one process at a time holds: for what is read, changed and written back by several."""
+"""A lock file: one process at a time holds it, while it reads, changes and writes back a file that several share."""
 
 from __future__ import annotations
 

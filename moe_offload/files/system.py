@@ -1,11 +1,11 @@
-"""The calls in which systems differ, one function each: nothing else asks which system it is.
+"""The calls in which operating systems differ, one function each. No other file asks which system it runs on.
 
             past the page cache            data to the disk    out of the page cache
     Linux   O_DIRECT, by whole pages       fdatasync           posix_fadvise
     macOS   F_NOCACHE, any bytes           fsync               F_NOCACHE while reading
     others  as far as they have these      fsync               not at all
 
-Linux is what runs these every day. The rest is by the systems' documentation, and tested with calls taken away.
+The tests run on Linux. The rest follows the systems' documentation, and is tested by taking calls away.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def bypass_cache(file: FileIO) -> str:
 
 
 def sync_data(descriptor: int) -> None:
-    """See what was written to the disk. Raises OSError."""
+    """Flush what was written to the disk. Raises OSError."""
     getattr(os, "fdatasync", os.fsync)(descriptor)
 
 
 def forget_cached(descriptor: int) -> None:
-    """Let the page cache forget a file that nobody reads soon, where it can be told."""
+    """Drop a file that is not read soon from the page cache, on systems that have a call for it."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedModelError
 from ..observe import progress
 from ..runtime.layer import LayerRuntime, closed_error
 from ..runtime.model import Runtime
 from .changed_parts import refuse_unseen_modes
 from .dynamo import Settings
 from .graphs import ops
+from .graphs.masked import MaskedLayer
 
 _sets = itertools.count()
 _inside = threading.local()  # `scope`: the Scope of the offloaded model whose call this thread is in
@@ -87,8 +89,9 @@ class Scope:
                 _inside.scope = before
 
 
-#: Runs a patched experts module: (module, x [T, H], ids [T, K], weights [T, K]) -> [T, H].
-RunExperts = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
+#: Runs a patched experts module: (module, x [T, H], ids [T, K], weights [T, K]) -> [T, H]; of a masked layer
+#: (module, x [E*T, H]) -> [E*T, H].
+RunExperts = Callable[..., Tensor]
 
 
 class Link:
@@ -96,22 +99,49 @@ class Link:
 
     `run` runs it where it is not being traced; `key` is the tensor by which the op `experts` finds the layer. With
     `whole`, the model's call is traced as one graph, experts included. `rows` is what a graph assumes of the rows
-    (`graphs/ops.py: rows_of`): traced code hands it on, so that Dynamo guards on it.
+    (`graphs/ops.py: rows_of`): traced code hands it on, so that Dynamo guards on it. `name` is the layer's;
+    `casts` says whether autocast converts what its experts compute with, `compiled` whether graphs go through Inductor.
+    `refusing` is a key that leads to nothing but an error, for a trace must not raise.
     """
 
-    def __init__(self, scope: Scope, run: RunExperts, whole: bool, rows: str):
+    def __init__(self, scope: Scope, run: RunExperts, whole: bool, rows: str, name: str, casts: bool, compiled: bool):
         self.scope, self.run, self.whole, self.key, self.rows = scope, run, whole, _CLOSED, rows
+        self.casts, self.compiled, self.refusing = casts, compiled, torch.empty(1)
+        ops.bind(self.refusing, _Refusing(name))
+        weakref.finalize(self, ops.unbind, self.refusing).atexit = False
 
 
 def run_op(module: Any, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """Run an experts module as the op `experts`, which is complete by itself: for calls that have no graph of ours."""
-    return ops.experts_op(x_TH, ids_TK, weights_TK, module._moe_offload.key)
+    link = module._moe_offload
+    return ops.experts_op(x_TH, ids_TK, weights_TK, link.refusing if is_cast(link, x_TH) else link.key)
+
+
+def is_cast(link: Link, x_TH: Tensor) -> bool:
+    """Whether autocast is to convert, one by one, the operands of products that an op computes, where it sees none."""
+    return link.casts and torch.is_autocast_enabled(x_TH.device.type)
 
 
 def run_untraced(module: Any, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """As `run_op`, for eager code. Raises where a mode of the user's is on, which would see nothing inside the op."""
     refuse_unseen_modes(module)
     return run_op(module, x_TH, ids_TK, weights_TK)
+
+
+class _Refusing:
+    """What serves an op within autocast that cannot be exact there."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def experts(self, *_: Tensor) -> Tensor:
+        raise UnsupportedModelError(
+            f"{self._name}: within autocast the operands of its products are converted one by one, which is not done "
+            "where experts are computed as one op (a torch.compile of your own, a dispatch mode, untraceable code) or "
+            "through Inductor. Leave autocast, or choose config={'experts_implementation': 'grouped_mm'} on a CPU"
+        )
+
+    masked_experts = experts
 
 
 class _Closed:
@@ -131,7 +161,7 @@ def connect_bank(layer: LayerRuntime) -> None:
         return
     ops.bind(layer.slots.bank_SN, layer)
     key = torch.empty(1, device=layer.slots.bank_SN.device)
-    ops.bind(key, layer)
+    ops.bind(key, MaskedLayer(layer) if layer.moe.form == "masked" else layer)
     for module in layer.moe.modules:
         module._moe_offload.key = key
 

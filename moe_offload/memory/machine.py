@@ -1,4 +1,4 @@
-"""How much main memory this process can really have: what the machine has, and less where a cgroup bounds it.
+"""How much main memory this process can have: that of the machine, or less where a cgroup bounds it.
 
     Linux    MemAvailable; of each cgroup around the process its limit, less what it holds and could not drop
     macOS    all but what is wired, anonymous or compressed (by `vm_stat`): psutil's `available` counts inactive pages,
@@ -37,7 +37,7 @@ class Memory:
 
 
 def main_memory() -> Memory:
-    """That of this process, now."""
+    """The main memory that this process can have, now."""
     found = [_machine(), *_groups()]
     least = min(found, key=lambda memory: memory.total)
     return Memory(least.total, max(0, min(memory.free for memory in found)), least.bound)

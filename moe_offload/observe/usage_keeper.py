@@ -1,4 +1,4 @@
-"""Who writes usage down, and when: every few minutes, where a model ends, and where the process does.
+"""`Keeper`, the thread that writes usage to files: every few minutes, when a model ends, and when the process does.
 
 The models of a process share one thread for it. A model that is collected only puts its usage into a queue for that
 thread, because the collector may run in the middle of anything, and nothing but `SimpleQueue.put` is safe there.

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -26,89 +27,41 @@ from torch import Tensor, nn
 
 from ..errors import OffloadError
 from ..experts import MoELayer
+from ..forward import masked
 from ..forward.advise import Advisor
-from ..forward.binding import Link, Scope, banks_of_this_thread, connect_bank, disconnect_bank, run_op, run_untraced
+from ..forward.binding import (
+    Link,
+    RunExperts,
+    Scope,
+    banks_of_this_thread,
+    connect_bank,
+    disconnect_bank,
+    is_cast,
+    run_op,
+    run_untraced,
+)
 from ..forward.call import ADAPTED, Call, whole_call
 from ..forward.called.hints import hint_from_routers
+from ..forward.called.rows import keep_untraced
 from ..forward.called.table import SERVED
-from ..forward.changed_parts import refuse_changed_parts
 from ..forward.dynamo import Settings
 from ..forward.graphs import compiling, ops, products
+from ..forward.graphs.masked import MaskedModuleCore
 from ..forward.graphs.phantom import Phantom
 from ..forward.inference_only import refuse_backward
 from ..forward.out_of_memory.retry import Retry
-from ..forward.regions import Regions
-from ..memory.buffers import page_aligned
+from ..forward.regions import Regions, make_region
 from ..runtime.kernels import KERNELS
 from ..runtime.layer import LayerRuntime
 from ..runtime.model import Runtime
+from ..runtime.waves_cpu import RunCore
 from .compiled_call import keep_compiled_call
 from .experts_config import experts_view
 from .footprint import count_what_is_held
+from .module_core import ModuleCore, original_code
 
 logger = logging.getLogger("moe_offload")
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
-
-
-class ModuleCore:
-    """transformers' own experts code, run for single pairs (K = 1) on the rows of a bank.
-
-    Routing weights of one leave the pairs unweighted: the weighted sum over K is taken after all waves.
-    """
-
-    def __init__(self, moe: MoELayer, implementation: str, views: Callable[[Tensor], dict[str, Tensor]]):
-        self.moe, self.module, self.views = moe, moe.modules[0], views
-        self.run, self.grouped = original_code(implementation), implementation == "grouped_mm"
-
-    def __call__(
-        self,
-        x_P: Tensor,
-        slots_R: Tensor,
-        bank_SN: Tensor,
-        others: Sequence[Tensor],
-        pairs_R: Tensor | slice | None = None,
-    ) -> Tensor:
-        if pairs_R is not None:
-            x_P = x_P[pairs_R]
-        refuse_changed_parts(self.module)
-        if self.moe.packed:
-            return self._run_unpacked(x_P, slots_R, bank_SN)
-        return self._run(x_P, slots_R, self.views(bank_SN))
-
-    def _run(self, x_P: Tensor, slots_P: Tensor, weights: dict[str, Tensor]) -> Tensor:
-        bare = object.__new__(type(self.module))
-        bare.__dict__.update(self.module.__dict__)
-        bare.__dict__["_parameters"] = {**self.module._parameters, **weights}
-        first = next(iter(weights.values()))
-        bare.__dict__["num_experts"] = first.shape[0]
-        ones = torch.ones((len(x_P), 1), dtype=first.dtype, device=x_P.device)
-        out: Tensor = self.run(bare, x_P.to(first.dtype), slots_P.view(-1, 1), ones)
-        return out
-
-    def _run_unpacked(self, x_P: Tensor, slots_P: Tensor, bank_SN: Tensor) -> Tensor:
-        """One expert after the other, so that one is unpacked at a time."""
-        out_P: Tensor | None = None
-        row = page_aligned(self.moe.unpacked.row_bytes)
-        for slot in slots_P.unique().tolist():
-            pairs = (slots_P == slot).nonzero().flatten()
-            self.moe.unpack_row(bank_SN[slot].view(torch.uint8), row)
-            weights = {field.name: field.view_in(row)[None] for field in self.moe.unpacked.fields}
-            # A batched product of one pair would round otherwise.
-            ran = pairs if self.grouped else pairs.repeat(2)[: max(len(pairs), 2)]
-            part = self._run(x_P[ran], torch.zeros_like(ran), weights)[: len(pairs)]
-            out_P = part.new_empty((len(x_P), *part.shape[1:])) if out_P is None else out_P
-            out_P.index_copy_(0, pairs, part)
-        if out_P is None:
-            raise AssertionError(f"{self.moe.name}: no pair to compute")
-        return out_P
-
-
-def original_code(implementation: str) -> Callable[..., Tensor]:
-    """transformers' own experts code of that name: (module, x [T, H], ids [T, K], weights [T, K]) -> [T, H]."""
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    code: Callable[..., Tensor] = ALL_EXPERTS_FUNCTIONS[implementation]
-    return code
 
 
 def serve_products(device: str) -> None:
@@ -121,7 +74,7 @@ def choose_implementation(moe_layers: Sequence[MoELayer], wanted: str) -> str:
     """'auto' keeps the model's own choice where the passes can see it, else grouped_mm."""
     if wanted in IMPLEMENTATIONS:
         return wanted
-    own: set[str] = {moe.modules[0].config._experts_implementation for moe in moe_layers if not moe.called}
+    own: set[str] = {moe.modules[0].config._experts_implementation for moe in moe_layers if moe.form == "interface"}
     return own.pop() if len(own) == 1 and own <= set(IMPLEMENTATIONS) else "grouped_mm"
 
 
@@ -162,11 +115,16 @@ def patch_model(
         )  # fmt: skip
     traced = [model] if whole else [module for layer in graphed for module in layer.moe.modules]
     scope = Scope(runtime, Settings(traced, log))
-    regions = Regions(scope, original_code(implementation), made, log, dynamic) if graphed and not whole else None
+    codes: dict[str, tuple[Callable[[], RunExperts], RunExperts]] = {
+        "interface": (partial(make_region, original_code(implementation)), run_untraced),
+        "masked": (masked.make_region, masked.run_untraced),
+    }
+    forms = [] if whole else dict.fromkeys(layer.moe.form for layer in graphed)
+    regions = {form: Regions(scope, *codes[form], made, log, dynamic) for form in forms}
 
     def compile() -> Callable[..., Any]:
-        if regions is not None:
-            regions.renew()
+        for region in regions.values():
+            region.renew()
         if not whole:
             return model._call_impl
         run: Callable[..., Any] = torch.compile(whole_call(model), backend=made, dynamic=dynamic, fullgraph=fullgraph)
@@ -179,8 +137,14 @@ def patch_model(
         for module in layer.moe.modules:
             module._moe_offload = weights
         hint_from_routers(layer, scope, model)
+        if layer.moe.form != "modules":
+            keep_untraced(layer.moe, model)
     for layer in graphed:
-        link = Link(scope, run_untraced if regions is None else regions.run, whole, ops.rows_of(layer))
+        form = layer.moe.form
+        run_eager = regions[form].run if regions else codes[form][1]
+        # A CPU's autocast knows no grouped_mm.
+        casts = form == "masked" or implementation != "grouped_mm" or layer.device.type != "cpu"
+        link = Link(scope, run_eager, whole, ops.rows_of(layer), layer.moe.name, casts, inner == "inductor")
         _install_layer(layer, link, implementation, nan_rows)
     model._compiled_call_impl = Call(model, runtime, scope, Retry(runtime, scope, compile), advisor)
     keep_compiled_call(model)
@@ -198,19 +162,24 @@ def unpatch_model(runtime: Runtime) -> None:
 
 def _install_layer(layer: LayerRuntime, link: Link, implementation: str, nan_rows: dict[Hashable, Tensor]) -> None:
     moe = layer.moe
-    layer.module_core = ModuleCore(moe, implementation, ops.bank_of(layer).views)
+    views = ops.bank_of(layer).views
+    is_masked = moe.form == "masked"
+    core: RunCore = MaskedModuleCore(moe, views) if is_masked else ModuleCore(moe, implementation, views)
+    layer.module_core = core
     phantoms = {f.name: Phantom.of(layer, f, nan_rows) for f in moe.unpacked.fields}
     for module in moe.modules:
         for name, phantom in phantoms.items():
             setattr(module, name, phantom)
         module._moe_offload = link
+        if is_masked:
+            masked.replace_forward(module)
     connect_bank(layer)
 
 
 def _name_implementation(layers: Sequence[LayerRuntime], name: str) -> None:
     """Each experts module gets a view of its own config: that may be a copy, which the model's never reaches."""
     views: dict[int, Any] = {}
-    for module in (module for layer in layers for module in layer.moe.modules):
+    for module in (m for layer in layers for m in layer.moe.modules if layer.moe.form == "interface"):
         known = id(module.config)
         if known not in views:
             views[known] = experts_view(module.config, name)
@@ -232,6 +201,8 @@ def _implementation(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         link = self._moe_offload
         if torch.compiler.is_dynamo_compiling():  # this thread traces: the code here is not run
             if link.whole and link.scope.banks == banks_of_this_thread():
+                if link.compiled and is_cast(link, hidden_states):
+                    return run_op(self, hidden_states, top_k_index, top_k_weights)
                 return original(self, hidden_states, ops.mark_unserved(top_k_index, link.rows), top_k_weights)
             return run_op(self, hidden_states, top_k_index, top_k_weights)
         if torch.is_grad_enabled():

@@ -41,7 +41,7 @@ def on_device(
     settings: OffloadConfig, moe_layers: Sequence[MoELayer], slots: Sequence[int], tiers: Sequence[str], device: str
 ) -> list[bool]:
     """For which layers the device is to decide. Raises `ConfigError` where it is asked to and cannot for any."""
-    obstacle = _obstacle(settings)
+    obstacle = _obstacle(settings, moe_layers)
     asked = settings.decide == "device"
     if asked and obstacle is not None:
         raise ConfigError(f"decide='device' is not possible here: {obstacle}")
@@ -58,7 +58,10 @@ def on_device(
     return able
 
 
-def _obstacle(settings: OffloadConfig) -> str | None:
+def _obstacle(settings: OffloadConfig, moe_layers: Sequence[MoELayer]) -> str | None:
+    called = next((moe.name for moe in moe_layers if moe.called), None)
+    if called is not None:
+        return f"the model's own code calls the experts of {called} one by one, and Python decides which"
     if settings.policy not in (DEVICE_POLICY, DEFAULT_POLICY):
         return f"the device knows the policy {DEVICE_POLICY!r}, not {settings.policy!r}"
     if settings.lookahead:

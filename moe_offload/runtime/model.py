@@ -78,6 +78,9 @@ class Runtime:
             calls.give_up()
 
     def check_open(self) -> None:
+        """Raise `ClosedError` after `close`, and in a forked process: there torch's own threads, with which rows are
+        unpacked and copied, are waited for in vain."""
+        self._lock.here()
         if self.closed:
             raise closed_error("this model")
 

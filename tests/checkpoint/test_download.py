@@ -11,6 +11,7 @@ from huggingface_hub.utils import filter_repo_objects
 from moe_offload.checkpoint.packed import ABSENT
 from moe_offload.checkpoint.pretrained.arguments import Arguments
 from moe_offload.checkpoint.pretrained.download import download_checkpoint
+from moe_offload.errors import ConfigError
 
 SHARDS = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
 INDEX = json.dumps({"weight_map": {str(n): name for n, name in enumerate(SHARDS)}})
@@ -72,3 +73,16 @@ def test_a_packed_repository(fetched):
 def test_an_adapter_comes_along(fetched):
     adapter = {"adapter_config.json": "{}", "adapter_model.safetensors": ""}
     assert fetched({**SMALL, **LARGE, **adapter}) == {*SMALL, *SHARDS, *adapter}
+
+
+def test_code_beside_the_weights_comes_with_them_where_it_is_trusted(fetched):
+    code = {"config.json": json.dumps({"auto_map": {"AutoConfig": "code.Config"}}), "code.py": "", "sub/other.py": ""}
+    files = {**SMALL, **code, "model.safetensors": ""}
+    assert "code.py" not in fetched(files)
+    assert "code.py" in fetched(files, Arguments(trust_remote_code=True))
+
+
+def test_another_revision_of_the_code_beside_the_weights_is_refused(fetched):
+    code = {"config.json": json.dumps({"auto_map": {"AutoConfig": "code.Config"}}), "code.py": ""}
+    with pytest.raises(ConfigError, match=r"code_revision='v2' .*code\.Config"):
+        fetched({**SMALL, **code, "model.safetensors": ""}, Arguments(trust_remote_code=True, code_revision="v2"))

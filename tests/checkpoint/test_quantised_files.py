@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import os
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3VLMoeConfig
 
 import moe_offload
 from moe_offload.apps.families.quantised.kinds import KINDS, configure, ct_config, fp8_config
 from moe_offload.apps.families.session import run_session
 from moe_offload.apps.families.tiny import build
+from moe_offload.checkpoint.headers import read_headers
 from moe_offload.checkpoint.outline import outline_folder
+from moe_offload.checkpoint.quantised import misfits
 from moe_offload.checkpoint.quantised.quantizer import settle_quantization
 from moe_offload.errors import CheckpointError, UnsupportedModelError
 from tests.fakes import quantised_checkpoints as checkpoints
@@ -277,6 +281,10 @@ def test_dense_weights_in_uneven_blocks_are_what_the_format_says(copy, caplog) -
     assert "short last block" in caplog.text
 
 
+def hash_of(key: str) -> int:
+    return zlib.crc32(key.encode())
+
+
 def assert_as_plain(folder: Path) -> None:
     plain = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="grouped_mm")
     ours = moe_offload.from_pretrained(folder, "2GB", config={"compile": "graph", "poison": True})
@@ -289,6 +297,7 @@ def assert_as_plain(folder: Path) -> None:
 
 SOUND: dict[str, Callable[[Path], object]] = {
     "scales in another shard": lambda folder: split(folder, lambda key: key.endswith("_scale_inv")),
+    "codes and scales strewn over shards": lambda folder: split(folder, lambda key: hash_of(key) % 2 == 0),
     # Two layers whose rows are of different kinds may not share a graph: one would be read as the other.
     "second layer in bfloat16": lambda folder: rewrite(folder, lambda t: plain_experts(t, "layers.1.")),
     "first layer in bfloat16": lambda folder: rewrite(folder, lambda t: plain_experts(t, "layers.0.")),
@@ -306,6 +315,31 @@ def test_bitsandbytes_of_dense_layers_is_plain_transformers_business(tmp_path) -
     model.save_pretrained(tmp_path / "quantised")
     assert any(key.endswith(".absmax") for key in checkpoints.tensors_of(tmp_path / "quantised"))
     assert_as_plain(tmp_path / "quantised")
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_plain_files_that_config_json_says_are_of_bitsandbytes(tmp_path, bits: str) -> None:
+    """transformers loads them; the first call then fails on an assertion of that package."""
+    pytest.importorskip("bitsandbytes")
+    build("qwen3_moe", dtype=torch.bfloat16, num_hidden_layers=2).save_pretrained(tmp_path)
+    configure(tmp_path, quantization_config={"quant_method": "bitsandbytes", f"load_in_{bits}": True})
+    with pytest.raises(CheckpointError, match=r"model.safetensors: 'model.layers.0.self_attn.q_proj.weight' is BF16"):
+        moe_offload.from_pretrained(tmp_path, "2GB")
+
+
+@pytest.mark.parametrize(("kind", "mark"), misfits.CODES_OF.items())
+def test_a_module_of_bitsandbytes_wants_what_belongs_to_its_codes(tmp_path, kind: str, mark: str) -> None:
+    """As above, without the package."""
+    model: Any = build("qwen3_moe", num_hidden_layers=1)
+    model.config.quantization_config = {"quant_method": "bitsandbytes"}
+    model.model.layers[0].self_attn.o_proj = type(kind, (torch.nn.Linear,), {})(64, 64)
+    weight = "model.layers.0.self_attn.o_proj.weight"
+    beside = f"model.layers.0.self_attn.o_proj.{mark}"
+    save_file({weight: torch.ones(4, 4), beside: torch.ones(4)}, tmp_path / "whole.safetensors")
+    misfits.check_dense(model, read_headers([tmp_path / "whole.safetensors"]), ())
+    save_file({weight: torch.ones(4, 4)}, tmp_path / "plain.safetensors")
+    with pytest.raises(CheckpointError, match=rf"plain.safetensors: '{weight}' is F32 .*{mark}.*says bitsandbytes"):
+        misfits.check_dense(model, read_headers([tmp_path / "plain.safetensors"]), ())
 
 
 @pytest.mark.parametrize("change", SOUND.values(), ids=SOUND)

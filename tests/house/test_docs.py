@@ -16,6 +16,7 @@ import pytest
 import typer
 
 from moe_offload.apps.cli import app
+from tests.house.test_rooms import ROOMS
 from tests.paths import ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks" / "README.md"])
@@ -129,6 +130,13 @@ def test_files_and_names_in_contributing_exist():
         for name in re.findall(r"\w+", names):
             defined = re.search(rf"^ *(def|class) {name}\b", found[0].read_text(encoding="utf-8"), re.MULTILINE)
             assert defined, f"{file} has no {name}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_the_tables_name_every_room(page):
+    folders = [room for room in ROOMS if (ROOT / "moe_offload" / room).is_dir()]
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert len(folders) > 10 and not [room for room in folders if f"{room}/`" not in text]
 
 
 def test_nothing_is_installed_by_name():

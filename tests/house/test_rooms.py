@@ -34,10 +34,3 @@ def test_no_room_is_crowded():
     folders = {path.parent for module, path in modules().items() if module.startswith("moe_offload")}
     files = {str(folder.relative_to(ROOT)): len(list(folder.glob("*.py"))) - 1 for folder in folders}
     assert not {folder: n for folder, n in files.items() if n > MOST_FILES}
-
-
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
-def test_the_tables_name_every_room(page):
-    folders = [room for room in ROOMS if (ROOT / "moe_offload" / room).is_dir()]
-    text = (ROOT / page).read_text(encoding="utf-8")
-    assert len(folders) > 10 and not [room for room in folders if f"{room}/`" not in text]

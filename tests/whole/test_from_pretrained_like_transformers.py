@@ -181,7 +181,7 @@ def test_configuration_overrides(original, said):
 
 def test_an_override_is_planned_with(original):
     model = moe_offload.from_pretrained(original, BUDGET, num_experts_per_tok=1)
-    assert {layer.top_k for layer in model.moe_offload.plan.layers} == {1}
+    assert {layer.least for layer in model.moe_offload.plan.layers} == {1}
     with pytest.raises(moe_offload.ConfigError, match=r"num_expert_per_tok=.*neither a parameter nor a field"):
         moe_offload.from_pretrained(original, BUDGET, num_expert_per_tok=1)
 

@@ -149,6 +149,31 @@ def test_a_checkpoint_that_lacks_a_dense_tensor_is_refused(folder):
         load(folder)
 
 
+def test_a_head_that_the_configuration_ties_is_the_embeddings(folder):
+    """The file has it once; older classes tie nothing themselves. One that does not say which it is, needs no tie."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    said = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**said, "tie_word_embeddings": True}))
+    model = load(folder)
+    assert model.lm_head.weight is model.model.embed.weight
+    plain = build()
+    plain.lm_head.weight = plain.model.embed.weight
+    assert same(session(plain, prompt()), session(model, prompt()))
+
+
+def test_a_class_that_does_not_name_its_embeddings_is_loaded(folder):
+    code = (folder / "modeling_loops.py").read_text()
+    (folder / "modeling_loops.py").write_text(
+        code
+        + "\n\ndef unknown(_):\n    raise NotImplementedError\n\n\nLoopsForCausalLM.get_input_embeddings = unknown\n"
+    )
+    assert same(session(build(), prompt()), session(load(folder), prompt()))
+
+
 def test_a_quantised_folder_with_code_is_refused(folder):
     said = json.loads((folder / "config.json").read_text())
     said["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}

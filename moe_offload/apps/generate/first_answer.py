@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ...handle import Handle
     from .streaming import Streamer
 
-PREFIX = "cold_"  # of what is kept about the start without memory, in the meta of the usage
+PREFIX = "cold_"  # begins the names under which the usage's meta keeps the figures of the start without memory
 
 
 @dataclass(frozen=True)

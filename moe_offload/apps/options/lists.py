@@ -1,4 +1,4 @@
-"""What a flag takes by commas."""
+"""Flags whose value is a list, written by commas."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from ...errors import ConfigError
 
 
 def split_list(flag: str, text: str, example: str) -> list[str]:
-    """The parts of `text`, which `flag` was given. Raises ConfigError where one is empty: what was to stand there would
-    be left out without a word."""
+    """The parts of `text`, the value of `flag`. Raises ConfigError where one is empty: a part may be missing there."""
     parts = [part.strip() for part in text.split(",")]
     if all(parts):
         return parts

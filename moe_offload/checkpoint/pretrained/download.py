@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, ConfigError
 from ..folder import ABSENT, is_folder
 from ..packed import ROWS
 from .arguments import Arguments
@@ -49,6 +49,7 @@ def download_checkpoint(name: str, arguments: Arguments, **hub: Any) -> Path:
     try:
         folder = fetch(*small, only_at_top=True)
         commit, place = folder.name, folder / arguments.subfolder  # the second download is of the same commit
+        _refuse_other_code(name, place / "config.json", arguments)
         named = _named_in(place / "config.json")
         single = named if named and named.endswith(".safetensors") else with_variant(SINGLE, arguments.variant)
         fetch(*map(glob.escape, (single, *ADAPTER)), "additional_chat_templates/*.jinja", revision=commit)
@@ -56,6 +57,8 @@ def download_checkpoint(name: str, arguments: Arguments, **hub: Any) -> Path:
             listed = listed_names(place, variant=arguments.variant, named=named)
             rows = [f"{ROWS}-*.safetensors"] if ABSENT in listed else []
             fetch(*(glob.escape(file) for file in listed if file != ABSENT), *rows, revision=commit)
+    except ConfigError:
+        raise
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{name}: neither a local folder nor a repository that can be reached on the Hub ({error})"
@@ -63,9 +66,26 @@ def download_checkpoint(name: str, arguments: Arguments, **hub: Any) -> Path:
     return folder
 
 
+def _refuse_other_code(name: str, config: Path, arguments: Arguments) -> None:
+    """Code that lies beside the weights is downloaded with them, of their revision: another one would not be run."""
+    entries = _said_in(config).get("auto_map")
+    own = [entry for entry in (entries.values() if isinstance(entries, dict) else ()) if "--" not in str(entry)]
+    if own and arguments.trust_remote_code and arguments.code_revision is not None:
+        raise ConfigError(
+            f"{name}: code_revision={arguments.code_revision!r} asks for other code than lies beside the weights "
+            f"({own[0]}), which is downloaded with them; download that revision of the .py files into a folder with "
+            "the weights, and give the folder"
+        )
+
+
 def _named_in(config: Path) -> str | None:
-    try:
-        named = json.loads(config.read_bytes()).get("transformers_weights")
-    except (OSError, ValueError, AttributeError):
-        return None  # said in full where the configuration is read
+    named = _said_in(config).get("transformers_weights")
     return named if isinstance(named, str) else None
+
+
+def _said_in(config: Path) -> dict[str, Any]:
+    try:
+        said = json.loads(config.read_bytes())
+    except (OSError, ValueError):
+        return {}  # said in full where the configuration is read
+    return said if isinstance(said, dict) else {}

@@ -75,9 +75,13 @@ def load_own(model: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
 
 def _tie_head(model: Any) -> None:
     """Where the configuration ties the head to the embeddings, older code leaves it to the loader."""
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
-    if tied and head is not None and embeddings is not None and head.weight.is_meta:
+    if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        return
+    try:
+        head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    except NotImplementedError:  # the class does not say which they are: what is missing then is refused by name
+        return
+    if head is not None and embeddings is not None and head.weight.is_meta:
         head.weight = embeddings.weight
 
 

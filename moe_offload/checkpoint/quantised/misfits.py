@@ -22,6 +22,8 @@ MARKS = {
     "_blocks": "MXFP4", ".weight_packed": "compressed-tensors", ".qweight": "GPTQ or AWQ", ".absmax": "bitsandbytes",
     "_qdata": "torchao", ".weight_scale_inv": "FP8",
 }  # fmt: skip
+#: Modules of bitsandbytes -> the tensor that stands beside each of their weights.
+CODES_OF = {"Linear4bit": "weight.absmax", "Linear8bitLt": "SCB"}
 
 
 def refuse_foreign(config: Any, headers: Headers, parameter: str) -> None:
@@ -53,8 +55,11 @@ def refuse_codes(config: Any, headers: Headers, what: str, sources: Sequence[Ten
             )
 
 
-def check_dense(config: Any, headers: Headers, experts: Collection[str]) -> None:
-    """Raise for dense FP8 codes of which nothing says what they are worth: transformers would compute with them."""
+def check_dense(model: Any, headers: Headers, experts: Collection[str]) -> None:
+    """Raise for dense weights that are not of the form that the model of config.json has for them: FP8 codes of which
+    nothing says what they are worth, and plain weights where the modules of bitsandbytes want codes."""
+    _refuse_plain(model, headers)
+    config = model.config
     said = quantization_of(config)
     for key, found in headers.items():
         if key in experts or found.dtype != torch.float8_e4m3fn or not key.endswith(".weight"):
@@ -69,6 +74,19 @@ def check_dense(config: Any, headers: Headers, experts: Collection[str]) -> None
             raise CheckpointError(
                 f"{found.file}: {key!r} is {DTYPE_NAMES[found.dtype]} {list(found.shape)}, and the checkpoint has no "
                 "scales for it. Download the missing shard, or the whole checkpoint again"
+            )
+
+
+def _refuse_plain(model: Any, headers: Headers) -> None:
+    """transformers loads plain weights into modules of bitsandbytes, and their first call fails on an assertion."""
+    for name, module in model.named_modules():
+        mark = CODES_OF.get(type(module).__name__)
+        found = headers.get(f"{name}.weight")
+        if mark is not None and found is not None and f"{name}.{mark}" not in headers:
+            raise CheckpointError(
+                f"{found.file}: '{name}.weight' is {DTYPE_NAMES[found.dtype]} {list(found.shape)} without "
+                f"'{name}.{mark}', and config.json {_quote_config(model.config)}: these files were not saved by it. "
+                "Remove quantization_config if they are plain weights, or download the checkpoint again"
             )
 
 

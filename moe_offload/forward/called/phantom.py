@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from ...errors import UnsupportedModelError
 from ...experts import Field, Place
 
-#: What says nothing of values. `detach` is what state_dict() calls; the real weights are put in afterwards.
+#: Attributes that tell nothing of values and may be asked. `detach` is called by state_dict(), which then puts in the
+#: real weights.
 LOOKS = """shape dtype device layout requires_grad is_leaf is_meta ndim nbytes itemsize grad grad_fn is_cpu is_cuda
     is_sparse is_quantized is_nested _version""".split()
 ASKED = """size dim numel nelement stride element_size is_floating_point is_complex is_shared is_contiguous data_ptr
     storage_offset untyped_storage get_device __len__ ndimension""".split()
 _ALLOWED = {getattr(Tensor, name).__get__ for name in LOOKS} | {getattr(Tensor, name) for name in ASKED}
-_ALLOWED |= {torch.numel, torch.is_floating_point, torch.is_complex}
+_ALLOWED |= {torch.numel, torch.is_floating_point, torch.is_complex, Tensor.requires_grad_}
+_ALLOWED |= {getattr(Tensor, name).__set__ for name in ("requires_grad", "grad")}  # as adapters and zero_grad do
 
 
 class CalledPhantom(nn.Parameter):
@@ -50,7 +52,7 @@ class CalledPhantom(nn.Parameter):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         found = _phantom_in((args, kwargs or {}))
-        if func is Tensor.detach or func is Tensor.requires_grad_:
+        if func is Tensor.detach:
             return found
         whose, what = "an expert" if found is None else found.called, getattr(func, "__name__", str(func))
         raise UnsupportedModelError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from sys import getrefcount
 from typing import Any
 
@@ -24,7 +23,8 @@ class SlotWeights:
             raise AssertionError(f"{layer.moe.name}: its experts are not called")
         self.moe, self.calls, self._arrivals, self._seen = layer.moe, layer.calls, layer.arrivals, NOTHING
         self._views: list[Views] = []
-        self._storage, self._versioned = 0, NOTHING.bytes
+        self._storage = 0
+        self._versioned: Tensor | None = None  # the memory of the slots, where it counts writes
         self._before = 0, 0, 0
 
     def of(self, slot: int) -> dict[str, nn.Parameter]:
@@ -41,24 +41,20 @@ class SlotWeights:
 
     def forget(self) -> None:
         """Let go of the slots' memory."""
-        self._seen, self._views, self._storage, self._versioned = NOTHING, [], 0, NOTHING.bytes
+        self._seen, self._views, self._storage, self._versioned = NOTHING, [], 0, None
 
     def are_untouched(self, views: Views) -> bool:
         """Whether nobody else holds `views` of a slot, or a view of any slot, and nobody but who loads has written.
 
         Two holders of one parameter are two references in Python, and of a view of it two of its storage.
         """
-        return (
-            sum(map(getrefcount, views)),
-            torch._C._storage_Use_Count(self._storage),
-            self._versioned._version - self.calls.written,
-        ) == self._before
+        return self._state(views) == self._before
 
     def refuse_changes(self, views: Views) -> None:
         """Raise where a slot is not as it was before an expert was called."""
         if self.are_untouched(views):
             return
-        if self._versioned._version - self.calls.written != self._before[2]:
+        if self._state(views)[2] != self._before[2]:
             raise UnsupportedModelError(
                 f"{self.moe.name}: an expert changes its own weights while it is called, which would be lost with its "
                 "slot; such experts cannot be offloaded"
@@ -79,15 +75,16 @@ class SlotWeights:
             self._views = [
                 tuple(nn.Parameter(field.view_in(row), requires_grad=False) for field in fields) for row in rows.bytes
             ]
-            # Made in inference mode, a tensor counts no versions.
-            self._versioned = torch.empty(0) if rows.bytes.is_inference() else rows.bytes
+            # Made in inference mode, a tensor counts no versions; below a device, threads write when they come to it.
+            counts = rows.bytes.device.type == "cpu" and not rows.bytes.is_inference()
+            self._versioned = rows.bytes if counts else None
         self._seen, self._storage = rows, rows.bytes.untyped_storage()._cdata
-        views: Sequence[Any] = self._views[0] if self._views else ()
-        self._before = (
-            sum(map(getrefcount, views)),
-            torch._C._storage_Use_Count(self._storage),
-            self._versioned._version - self.calls.written,
-        )
+        self._before = self._state(self._views[0] if self._views else ())
+
+    def _state(self, views: Views) -> tuple[int, int, int]:
+        """References to the parameters, to their storage, and writes to it that were no loads."""
+        writes = 0 if self._versioned is None else self._versioned._version - self.calls.written
+        return sum(map(getrefcount, views)), torch._C._storage_Use_Count(self._storage), writes
 
 
 def tensors_in(value: Any) -> list[Tensor]:

@@ -1,1 +1,1 @@
-"""The formulas compiled by numba, on torch's own threads. Imported when the first packed matrix is unpacked."""
+"""The formulas of the formats, compiled by numba, on torch's own threads; imported when a matrix first needs them."""

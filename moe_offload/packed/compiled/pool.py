@@ -75,8 +75,8 @@ def compiled(function: Callable[..., Any]) -> Any:
         return numba.njit(function, nogil=True)
 
 
-class kernel:  # a decorator
-    """A function as a C function of the address of a job, compiled when it is first run.
+class kernel:  # lower case, because it is used as a decorator
+    """A decorator: a function becomes a C function of the address of a job, compiled when it is first run.
 
     Compiled code on disk does not notice when another file changes: whoever changes `share` or `array_at` empties the
     folders `__pycache__`.

@@ -25,7 +25,7 @@ def has_byte(tensor: Tensor, *, signed: bool) -> bool:
 
 @kernel
 def _scan(data):  # type: ignore[no-untyped-def]
-    """Without its upper bit, 0x7f is the only byte that one makes to 0x80: nothing is carried into the next."""
+    """Of bytes without their upper bit, 0x7f is the only one that adding 1 makes 0x80; none carries over."""
     job, begin, end = share(data)
     words = array_at(job[0], (end * (CHUNK // 8),), np.uint64)
     either, both = np.uint64(0), np.uint64(0)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 
 import pytest
 import torch
 
-from moe_offload.errors import ClosedError, OffloadError, UnsupportedModelError
-from tests.fakes.loop_models import LOOP_NAMES, build, offload, prompt, same, session
+from moe_offload.errors import ClosedError, ConfigError, OffloadError, UnsupportedModelError
+from tests.fakes.loop_models import LOOP_NAMES, SETTINGS, build, offload, prompt, same, session
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -232,6 +233,30 @@ def test_parts_of_the_model_may_be_called():
         part(x.requires_grad_()).sum().backward()
 
 
+@pytest.mark.parametrize("target", ["qkv", "w1"], ids=["in attention", "in experts"])
+def test_an_adapter_does_what_it_does_on_the_plain_model(target):
+    """Inside of an expert it sees the weights that the plain model has: it may be there as well."""
+    peft = pytest.importorskip("peft")
+
+    def adapt(model):
+        adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=[target], init_lora_weights=False))
+        generator = torch.Generator().manual_seed(0)
+        for name, param in adapted.named_parameters():
+            if "lora_" in name:
+                param.data.copy_(torch.randn(param.shape, generator=generator))
+        return adapted.eval()
+
+    plain, want = session(build(), prompt()), session(adapt(build()), prompt())
+    assert not same(plain, want) and same(want, session(adapt(offload(build())), prompt()))
+
+
+def test_a_model_may_be_frozen():
+    model = offload(build())
+    model.requires_grad_(False)
+    model.zero_grad()
+    assert same(session(build(), prompt()), session(model, prompt()))
+
+
 def test_state_dict_and_saving_have_the_real_weights(tmp_path):
     plain, model = build(), offload(build())
     want, got = plain.state_dict(), model.state_dict()
@@ -254,6 +279,12 @@ def test_moving_copying_and_loading_are_refused():
     ):
         with pytest.raises(OffloadError):
             change()
+
+
+def test_where_experts_are_called_the_host_decides():
+    settings = dataclasses.replace(SETTINGS, decide="device")
+    with pytest.raises(ConfigError, match="one by one"):
+        offload(build(), 0.5, settings)
 
 
 def test_after_close_it_raises():
