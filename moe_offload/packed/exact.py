@@ -55,8 +55,9 @@ def _find_orders(outputs: int, inputs: int, turned: bool, switches: Hashable) ->
     for x_MI, matrix_OI in trials(FEW, outputs, inputs, torch.bfloat16):
         matrix_IO = matrix_OI.t().contiguous() if turned else matrix_OI.t()
         for rows, orders in found.items():
-            expected = _multiply(x_MI[:rows], matrix_IO) if orders else None
-            found[rows] = [order for order in orders if repeats(expected, x_MI[:rows], matrix_OI, order)]
+            if orders:
+                expected = _multiply(x_MI[:rows], matrix_IO)
+                found[rows] = [order for order in orders if repeats(expected, x_MI[:rows], matrix_OI, order)]
     return tuple(the_only(orders) for orders in found.values())
 
 

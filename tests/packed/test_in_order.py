@@ -161,7 +161,7 @@ SMALL = 2.0**-126  # float32 has no smaller number that is not denormal
 
 
 def test_a_total_of_chunks_may_be_denormal():
-    """Chunks are added by ordinary additions: 1.5 - 1 + 1 of the smallest numbers, the total in between is half of it."""
+    """Chunks are added by ordinary additions: 1.5 - 1 + 1 of the smallest numbers; in between, half of it."""
     x, matrix = torch.zeros(1, INPUTS).bfloat16(), torch.zeros(OUTPUTS, INPUTS).bfloat16()
     x[0, ::512], matrix[:, ::512] = 1, torch.tensor([1.5, -1, 1]).bfloat16() * SMALL
     out = torch.empty(1, OUTPUTS, dtype=torch.bfloat16)
