@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--wrong", default="ja")
     parser.add_argument("--residency", type=float, default=0.25)
     parser.add_argument("--memory-tokens", type=int, default=4096, help="tokens of each first start")
+    parser.add_argument("--starts", default="none,right,right-at-once,mixed,wrong", help="by commas, these or others")
     options = parser.parse_args()
     logging.disable_progress_bar()
     folder = tempfile.mkdtemp()
@@ -60,7 +61,8 @@ def main() -> None:
     both = [piece for pair in zip(right, wrong, strict=False) for piece in pair]
     memories = {"right": right, "mixed": both, "wrong": wrong}
     for name, read in memories.items():
-        first_start(options.model, budget, name, read, options.memory_tokens)
+        if name in options.starts:
+            first_start(options.model, budget, name, read, options.memory_tokens)
     windows = windows_of(ids_of(options.right, "evaluate"))
 
     print(
@@ -71,12 +73,11 @@ def main() -> None:
     columns = ["second start", "hits, prompt", *columns, "read for the prompt", "read ahead of it", "read in all"]
     columns.append("first token after, ms")
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-    for profile in ("off", *memories):
-        for at_once in (False, True):
-            title = "no memory" if profile == "off" else f"{profile} memory{', asked at once' * at_once}"
-            if profile != "off" or at_once:
-                found = [second_start(options.model, budget, profile, window, at_once) for window in windows]
-                print(f"| {title} | " + " | ".join(row(found)) + " |", flush=True)
+    for start in options.starts.split(","):
+        memory, at_once = start.removesuffix("-at-once"), start.endswith("-at-once")
+        profile = "off" if memory == "none" else memory
+        found = [second_start(options.model, budget, profile, window, at_once) for window in windows]
+        print(f"| {start} | " + " | ".join(row(found)) + " |", flush=True)
 
 
 def first_start(model: str, budget: int, workload: str, read: Sequence[Tensor], tokens: int) -> None:

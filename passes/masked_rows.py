@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .core import Core
-
 #: Experts that are multiplied at once: their matrices are copied next to each other, and one alone is another kernel.
 AT_ONCE = 2
 
 
-def stream_rows(x_ETH: Tensor, outputs: int, dtype: torch.dtype, core: Core, stream: Callable[..., Tensor]) -> Tensor:
+def stream_rows(
+    x_ETH: Tensor, outputs: int, dtype: torch.dtype, core: Callable[..., Tensor], stream: Callable[..., Tensor]
+) -> Tensor:
     """`[E, T, N]`: what `stream` computes for the rows that are not zero, zeros elsewhere.
 
     Each such row is one token-expert pair of the event that `stream` hears of.
@@ -43,7 +43,7 @@ def find_rows(x_ETH: Tensor) -> Tensor:
 class MaskedCore:
     """`core`, which computes whole experts [T, H], as experts code for single rows: one result for each of `rows_P`."""
 
-    def __init__(self, core: Core, rows_P: Tensor, tokens: int):
+    def __init__(self, core: Callable[..., Tensor], rows_P: Tensor, tokens: int):
         self.core, self.rows_P, self.tokens = core, rows_P, tokens
 
     def __call__(

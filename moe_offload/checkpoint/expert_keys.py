@@ -6,6 +6,8 @@ one stacked tensor      experts.up_proj [E, ...]     by its first dimension
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..errors import CheckpointError
 from ..experts import MoELayer
 from .headers import Headers, TensorRange, files_of
@@ -37,15 +39,28 @@ def one_key_per_expert(
     return [by_number[number] for number in range(first, first + moe.num_experts)]
 
 
-def slice_stack(moe: MoELayer, label: str, keys: list[str], headers: Headers) -> list[TensorRange]:
-    """One slice per expert of the one tensor in which the checkpoint stacks them."""
-    found = {key: list(headers[key].shape) for key in keys}
-    if len(found) != 1 or found[keys[0]][:1] != [moe.num_experts]:
+def slice_stack(
+    moe: MoELayer, label: str, keys: list[str], headers: Headers, joined: int | None = None
+) -> list[TensorRange]:
+    """One slice per expert of the one tensor in which the checkpoint stacks them; `joined`: each has so many rows of
+    it, one below the other."""
+    ranges = {key: headers[key] for key in keys}
+    if joined is not None:
+        ranges = {key: apart for key, found in ranges.items() if (apart := _apart(found, joined)) is not None}
+    found = {key: list(range_.shape) for key, range_ in ranges.items()}
+    if len(keys) != 1 or len(found) != 1 or found[keys[0]][:1] != [moe.num_experts]:
         raise CheckpointError(
             f"{moe.name}: expected one tensor {label} of {moe.num_experts} experts, the checkpoint has "
             f"{found or 'none'}{_places(keys, headers)}. Use the checkpoint that belongs to this configuration"
         )
-    return [headers[keys[0]][e] for e in range(moe.num_experts)]
+    return [ranges[keys[0]][e] for e in range(moe.num_experts)]
+
+
+def _apart(range_: TensorRange, rows: int) -> TensorRange | None:
+    """A matrix as a stack of matrices of so many rows; None if it is none."""
+    if len(range_.shape) < 2 or range_.shape[0] % rows:
+        return None
+    return replace(range_, shape=(range_.shape[0] // rows, rows, *range_.shape[1:]))
 
 
 def _places(keys: list[str], headers: Headers) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,8 @@ def _lay_out(moe: MoELayer, columns: Sequence[Column | PackedColumn]) -> tuple[t
                 pieces.append([Piece(fields[name], (found,), ()) for found in ranges])
         else:
             pieces.append([Piece(fields[column.field.name], *expert) for expert in column.experts])
-    rows = tuple(zip(*pieces, strict=True))
+    # A stack may be shorter than another: what is beyond it has no share there.
+    rows = tuple(tuple(piece for piece in row if piece is not None) for row in zip_longest(*pieces))
     if not packed:
         return rows, None
     weights = tuple(column.weight(fields) for column in packed)
@@ -132,7 +134,8 @@ def _column_of(
     places = [place for place in moe.own_places if place.field == f.name]
     found = [origin_of(model, moe, place, origins, headers) for place in places]
     if places[0].expert is None:
-        return _column(model, moe, f, *found[0], headers)
+        joined = tuple(places[0].tensor.shape[1:]) != f.shape
+        return _column(model, replace(moe, num_experts=places[0].count(f.shape)), f, *found[0], headers, joined)
     keys = [own_key(parameter, origin) for parameter, origin in found]
     ranges = [headers[key] for key in keys]
     refuse_codes(model.config, headers, f.name, ranges, keys)
@@ -140,9 +143,9 @@ def _column_of(
 
 
 def _column(
-    model: Any, moe: MoELayer, f: Field, parameter: str, origin: Origin, headers: Headers
+    model: Any, moe: MoELayer, f: Field, parameter: str, origin: Origin, headers: Headers, joined: bool
 ) -> Column | PackedColumn:
-    """Field `f` of every expert of the layer."""
+    """Field `f` of every expert of the layer. `joined`: the model has their shares one below the other, in a matrix."""
     from transformers.core_model_loading import ErnieFuseAndSplitTextVisionExperts, MergeModulelist
 
     ops = [] if origin.converter is None else origin.converter.operations
@@ -158,7 +161,8 @@ def _column(
             keys = one_key_per_expert(moe, label, keys, shares, origin.share, headers)
             found.append(Sources(pattern, label, keys, [headers[key] for key in keys]))
         else:
-            found.append(Sources(pattern, label, keys * moe.num_experts, slice_stack(moe, label, keys, headers)))
+            ranges = slice_stack(moe, label, keys, headers, f.shape[0] if joined else None)
+            found.append(Sources(pattern, label, keys * moe.num_experts, ranges))
     if is_packed_by(ops):
         packed = pack_column(moe, f, parameter, origin.converter, found, stacked=not each_has_its_own)
         if packed is not None:

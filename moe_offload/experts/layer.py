@@ -9,6 +9,7 @@ all: which parameters are experts' (`tensors`), what one expert's are (`expert`)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,6 +38,15 @@ class Place:
         """The parameter as the module holds it now: after `optimize`, a phantom."""
         found: Tensor = getattr(self.module, self.attribute)
         return found
+
+    def holds(self, e: int, shape: tuple[int, ...]) -> bool:
+        """Whether it has a share of expert `e`, of the field's `shape`: a stack may be shorter than another."""
+        return e < self.count(shape) if self.expert is None else e == self.expert
+
+    def count(self, shape: tuple[int, ...]) -> int:
+        """How many experts' shares, of the field's `shape`, it has."""
+        tensor = self.tensor
+        return 1 if self.expert is not None else tensor.numel() // math.prod(shape)
 
     def of_expert(self, e: int, shape: tuple[int, ...]) -> Tensor:
         """The share of expert `e`, of the field's `shape`; a view."""
@@ -78,6 +88,18 @@ class MoELayer:
         """The fewest slots that work: those of one token; where experts are called one by one, a single one."""
         return 1 if self.called else min(self.top_k, self.num_experts)
 
+    @property
+    def complete(self) -> int:
+        """How many experts, the first ones, have a share of every stack. The others are identities, and never read."""
+        shapes = {field.name: field.shape for field in self.unpacked.fields}
+        stacks = [place for place in self.own_places if place.expert is None]
+        return min((place.count(shapes[place.field]) for place in stacks), default=self.num_experts)
+
+    @property
+    def must_be_finite(self) -> bool:
+        """Whether an expert that gets no token is left out because of zeros in its input (`passes/masked.py`)."""
+        return self.form == "masked"
+
     def as_unpacked(self) -> MoELayer:
         """The same, with rows that hold the parameters themselves."""
         return replace(self, layout=self.unpacked, packed=())
@@ -115,9 +137,10 @@ class MoELayer:
         return bool(self.own_places) and self.own_places[0].tensor.is_meta
 
     def expert(self, e: int) -> dict[str, Tensor]:
-        """The parameters of expert `e` by field, as the model holds them now; views."""
+        """The parameters of expert `e` by field, as the model holds them now; views. An expert that has no weights of
+        its own (an identity) may have a share of some stacks only."""
         shapes = {field.name: field.shape for field in self.unpacked.fields}
-        found = [place for place in self.own_places if place.expert in (None, e)]
+        found = [place for place in self.own_places if place.holds(e, shapes[place.field])]
         return {place.field: place.of_expert(e, shapes[place.field]) for place in found}
 
     @property

@@ -54,14 +54,14 @@ def _describe_list(module: nn.Module, num_experts: int | None) -> str:
 
 def _describe_parameter_lists(module: nn.Module, num_experts: int | None) -> str:
     lists = [name for name, child in module.named_children() if isinstance(child, PARAMETER_LISTS) and len(child) > 1]
-    return f"keeps its experts in lists of parameters ({', '.join(lists)})" if lists else ""
+    return f"keeps its experts in lists of parameters that are not alike ({', '.join(lists)})" if lists else ""
 
 
 def _describe_stack(module: nn.Module, num_experts: int | None) -> str:
     stacks = [name for name, param in module.named_parameters(recurse=False) if _is_stack(param, num_experts)]
     if not stacks or isinstance(module, nn.Embedding):
         return ""
-    return f"stacks its experts ({', '.join(stacks)}), but does not dispatch through transformers' experts interface"
+    return f"stacks its experts ({', '.join(stacks)}), and neither its name nor a number says that it does"
 
 
 def _is_stack(param: Tensor, num_experts: int | None) -> bool:

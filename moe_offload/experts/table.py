@@ -14,13 +14,19 @@ from torch import nn
 from ..errors import OffloadError, UnsupportedModelError
 from .interface import find_interface
 from .layer import MoELayer
+from .lists import find_lists
+from .masked import find_masked
 from .modules import find_modules
 from .none import explain_none
+from .stacks import find_stacks
 
 #: `{form: the layers of a model that are of it}`. None finds what another one finds.
 FORMS: dict[str, Callable[[nn.Module], list[MoELayer]]] = {
     "interface": find_interface,  # seen in a graph, which the passes rewrite
+    "masked": find_masked,  # the same, where each expert is handed all tokens, most of them zeros
     "modules": find_modules,  # called one by one
+    "stacks": find_stacks,  # read one by one, by a number
+    "lists": find_lists,  # the same, where each weight is a parameter of its own
 }
 
 

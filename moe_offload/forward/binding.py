@@ -19,6 +19,7 @@ from ..runtime.model import Runtime
 from .changed_parts import refuse_unseen_modes
 from .dynamo import Settings
 from .graphs import ops
+from .graphs.masked import MaskedLayer
 
 _sets = itertools.count()
 _inside = threading.local()  # `scope`: the Scope of the offloaded model whose call this thread is in
@@ -88,8 +89,9 @@ class Scope:
                 _inside.scope = before
 
 
-#: Runs a patched experts module: (module, x [T, H], ids [T, K], weights [T, K]) -> [T, H].
-RunExperts = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
+#: Runs a patched experts module: (module, x [T, H], ids [T, K], weights [T, K]) -> [T, H]; of a masked layer
+#: (module, x [E*T, H]) -> [E*T, H].
+RunExperts = Callable[..., Tensor]
 
 
 class Link:
@@ -139,6 +141,8 @@ class _Refusing:
             "through Inductor. Leave autocast, or choose config={'experts_implementation': 'grouped_mm'} on a CPU"
         )
 
+    masked_experts = experts
+
 
 class _Closed:
     """Takes the place of a closed model's layer: whatever a graph calls on it raises `ClosedError`."""
@@ -157,7 +161,7 @@ def connect_bank(layer: LayerRuntime) -> None:
         return
     ops.bind(layer.slots.bank_SN, layer)
     key = torch.empty(1, device=layer.slots.bank_SN.device)
-    ops.bind(key, layer)
+    ops.bind(key, MaskedLayer(layer) if layer.moe.form == "masked" else layer)
     for module in layer.moe.modules:
         module._moe_offload.key = key
 

@@ -47,7 +47,7 @@ class Call:
             for name, module in zip(layer.moe.names, layer.moe.modules, strict=True)
             if not layer.moe.called  # there an adapter in an expert sees the real weights
         ]
-        graphed = [layer for layer in runtime.layers if not layer.moe.called]
+        graphed = [layer for layer in runtime.layers if layer.moe.form == "interface"]
         modules = [(module, layer.moe.name) for layer in graphed for module in layer.moe.modules]
         self.configs = {
             id(vars(module.config)): (vars(module.config), module.config._experts_implementation_internal, name)

@@ -62,7 +62,12 @@ def state_of_parts(module: Any) -> Hashable:
         (type(part), tuple(part._forward_hooks), tuple(part._forward_pre_hooks), vars(part).get("forward"))
         for part in list(module.modules())[1:]
     )
-    own = type(module), type(module)._apply_gate, vars(module).get("_apply_gate"), vars(module).get("act_fn")
+    own = (
+        type(module),
+        getattr(type(module), "_apply_gate", None),
+        vars(module).get("_apply_gate"),
+        vars(module).get("act_fn"),
+    )
     return hooks, parts, own
 
 
@@ -72,7 +77,8 @@ def _find_changes(module: Any) -> Iterator[str]:
         if not str(getattr(hook, "__module__", "")).startswith("torch."):  # torch's own only count (FLOPs)
             yield "a hook on all modules"
     own = vars(module)
-    if "_apply_gate" in own or not _is_transformers_own(type(module)._apply_gate):
+    gate = getattr(type(module), "_apply_gate", None)
+    if "_apply_gate" in own or (gate is not None and not _is_transformers_own(gate)):
         yield "another gating (_apply_gate) than transformers'"
     if "act_fn" in own:
         yield f"another act_fn ({own['act_fn']!r}) than transformers'"

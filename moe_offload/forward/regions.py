@@ -38,15 +38,23 @@ logger = logging.getLogger("moe_offload")
 class Regions:
     """Runs the experts modules of one model, each in a graph that those of its kind share.
 
-    `original` is the code that is traced, `made` the backend that Dynamo hands it to, and `log` the list to which that
-    adds each graph. There are as many graphs as kinds of calls (dtype, autocast, number of threads ...); where they
-    become more than Dynamo keeps, all are dropped, and made anew as they are needed.
+    `make_region` gives the code that is traced, `untraced` runs a module where none is. `made` is the backend that
+    Dynamo hands it to, and `log` the list to which that adds each graph. There are as many graphs as kinds of calls
+    (dtype, autocast, number of threads ...); where they become more than Dynamo keeps, all are dropped, and made anew
+    as they are needed.
     """
 
     def __init__(
-        self, scope: Scope, original: RunExperts, made: Callable[..., Any], log: list[Any], dynamic: bool | None
+        self,
+        scope: Scope,
+        make_region: Callable[[], RunExperts],
+        untraced: RunExperts,
+        made: Callable[..., Any],
+        log: list[Any],
+        dynamic: bool | None,
     ) -> None:
-        self._scope, self._original, self._made, self._log, self._dynamic = scope, original, made, log, dynamic
+        self._scope, self._make_region, self._untraced = scope, make_region, untraced
+        self._made, self._log, self._dynamic = made, log, dynamic
         self.renew()
 
     def renew(self) -> None:
@@ -58,7 +66,7 @@ class Regions:
 
     def _compile(self) -> RunExperts:
         compiled: RunExperts = torch.compile(
-            _region(self._original),
+            self._make_region(),
             backend=self._made,
             dynamic=False if self._dynamic is False else None,  # which sizes vary is said by `_with_any_length`
         )
@@ -73,25 +81,24 @@ class Regions:
             self._own[module] = self._compile()
         return self._own[module]
 
-    def run(self, module: Any, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """The output `[T, H]` of the experts `module`, in a call of the model or in one of a part of it."""
+    def run(self, module: Any, *given: Tensor) -> Tensor:
+        """The output `[T, H]` of the experts `module`, in a call of the model or in one of a part of it. It is `given`
+        x [T, H], and ids and weights [T, K] where its form has any."""
         if self._scope.is_entered:
-            return self._run(module, x_TH, ids_TK, weights_TK)
+            return self._run(module, given)
         with self._scope.entered():
-            return self._run(module, x_TH, ids_TK, weights_TK)
+            return self._run(module, given)
 
-    def _run(self, module: Any, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    def _run(self, module: Any, given: tuple[Tensor, ...]) -> Tensor:
         if torch._C._len_torch_dispatch_stack():  # in a dispatch mode nothing is traced
-            return run_untraced(module, x_TH, ids_TK, weights_TK)
+            return self._untraced(module, *given)
         if self._untraceable and _kind_of(module) in self._untraceable:
-            return run_untraced(module, x_TH, ids_TK, weights_TK)
+            return self._untraced(module, *given)
         if max(len(self._log) - self._since, len(self._untraceable)) >= MOST_GRAPHS:
             self.renew()
-        given: tuple[Tensor, ...] = (x_TH, ids_TK, weights_TK)
-        if self._dynamic and len(x_TH) > 1:
-            given = _with_any_length(given)
+        sized = _with_any_length(given) if self._dynamic and len(given[0]) > 1 else given
         try:
-            return self._compiled_of(module)(module, *given)
+            return self._compiled_of(module)(module, *sized)
         except torch._dynamo.exc.BackendCompilerFailed as error:
             raise error.inner_exception from None
         except torch._dynamo.exc.TorchDynamoException as error:
@@ -100,7 +107,7 @@ class Regions:
                 type(module).__name__, str(error).partition("\n")[0],
             )  # fmt: skip
             self._untraceable.add(_kind_of(module))
-        return run_untraced(module, x_TH, ids_TK, weights_TK)
+        return self._untraced(module, *given)
 
 
 def _kind_of(module: Any) -> Hashable:
@@ -115,7 +122,9 @@ def _with_any_length(given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return views
 
 
-def _region(original: RunExperts) -> RunExperts:
+def make_region(original: RunExperts) -> RunExperts:
+    """What is traced of a module of the experts interface; `original` is transformers' own code."""
+
     def region(module: Any, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         if not torch.compiler.is_dynamo_compiling():  # Dynamo is switched off, or has left this call alone
             return run_untraced(module, x_TH, ids_TK, weights_TK)

@@ -83,8 +83,8 @@ class Recording(State):
         self._runtime.record_trace(self._recorder)
 
     def trace(self, **meta: str) -> Trace:
-        """What `start_trace` has recorded, for `simulate`. Started before the first token, without a profile,
-        look-ahead and failed reads, it replays to the very hits, misses and bytes of `stats()`.
+        """What `start_trace` has recorded, for `simulate`. Started before the first token, without a profile
+        or remembered usage, look-ahead and failed reads, it replays to the very hits, misses and bytes of `stats()`.
 
         Args:
             meta: Free text, kept in the trace besides the model type, the bytes of a row and the slots.

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -26,9 +27,11 @@ from torch import Tensor, nn
 
 from ..errors import OffloadError
 from ..experts import MoELayer
+from ..forward import masked
 from ..forward.advise import Advisor
 from ..forward.binding import (
     Link,
+    RunExperts,
     Scope,
     banks_of_this_thread,
     connect_bank,
@@ -39,16 +42,19 @@ from ..forward.binding import (
 )
 from ..forward.call import ADAPTED, Call, whole_call
 from ..forward.called.hints import hint_from_routers
+from ..forward.called.rows import keep_untraced
 from ..forward.called.table import SERVED
 from ..forward.dynamo import Settings
 from ..forward.graphs import compiling, ops, products
+from ..forward.graphs.masked import MaskedModuleCore
 from ..forward.graphs.phantom import Phantom
 from ..forward.inference_only import refuse_backward
 from ..forward.out_of_memory.retry import Retry
-from ..forward.regions import Regions
+from ..forward.regions import Regions, make_region
 from ..runtime.kernels import KERNELS
 from ..runtime.layer import LayerRuntime
 from ..runtime.model import Runtime
+from ..runtime.waves_cpu import RunCore
 from .compiled_call import keep_compiled_call
 from .experts_config import experts_view
 from .footprint import count_what_is_held
@@ -68,7 +74,7 @@ def choose_implementation(moe_layers: Sequence[MoELayer], wanted: str) -> str:
     """'auto' keeps the model's own choice where the passes can see it, else grouped_mm."""
     if wanted in IMPLEMENTATIONS:
         return wanted
-    own: set[str] = {moe.modules[0].config._experts_implementation for moe in moe_layers if not moe.called}
+    own: set[str] = {moe.modules[0].config._experts_implementation for moe in moe_layers if moe.form == "interface"}
     return own.pop() if len(own) == 1 and own <= set(IMPLEMENTATIONS) else "grouped_mm"
 
 
@@ -109,11 +115,16 @@ def patch_model(
         )  # fmt: skip
     traced = [model] if whole else [module for layer in graphed for module in layer.moe.modules]
     scope = Scope(runtime, Settings(traced, log))
-    regions = Regions(scope, original_code(implementation), made, log, dynamic) if graphed and not whole else None
+    codes: dict[str, tuple[Callable[[], RunExperts], RunExperts]] = {
+        "interface": (partial(make_region, original_code(implementation)), run_untraced),
+        "masked": (masked.make_region, masked.run_untraced),
+    }
+    forms = [] if whole else dict.fromkeys(layer.moe.form for layer in graphed)
+    regions = {form: Regions(scope, *codes[form], made, log, dynamic) for form in forms}
 
     def compile() -> Callable[..., Any]:
-        if regions is not None:
-            regions.renew()
+        for region in regions.values():
+            region.renew()
         if not whole:
             return model._call_impl
         run: Callable[..., Any] = torch.compile(whole_call(model), backend=made, dynamic=dynamic, fullgraph=fullgraph)
@@ -126,9 +137,13 @@ def patch_model(
         for module in layer.moe.modules:
             module._moe_offload = weights
         hint_from_routers(layer, scope, model)
+        if layer.moe.form != "modules":
+            keep_untraced(layer.moe, model)
     for layer in graphed:
-        run_eager = run_untraced if regions is None else regions.run
-        casts = implementation != "grouped_mm" or layer.device.type != "cpu"  # a CPU's autocast knows no grouped_mm
+        form = layer.moe.form
+        run_eager = regions[form].run if regions else codes[form][1]
+        # A CPU's autocast knows no grouped_mm.
+        casts = form == "masked" or implementation != "grouped_mm" or layer.device.type != "cpu"
         link = Link(scope, run_eager, whole, ops.rows_of(layer), layer.moe.name, casts, inner == "inductor")
         _install_layer(layer, link, implementation, nan_rows)
     model._compiled_call_impl = Call(model, runtime, scope, Retry(runtime, scope, compile), advisor)
@@ -147,19 +162,24 @@ def unpatch_model(runtime: Runtime) -> None:
 
 def _install_layer(layer: LayerRuntime, link: Link, implementation: str, nan_rows: dict[Hashable, Tensor]) -> None:
     moe = layer.moe
-    layer.module_core = ModuleCore(moe, implementation, ops.bank_of(layer).views)
+    views = ops.bank_of(layer).views
+    is_masked = moe.form == "masked"
+    core: RunCore = MaskedModuleCore(moe, views) if is_masked else ModuleCore(moe, implementation, views)
+    layer.module_core = core
     phantoms = {f.name: Phantom.of(layer, f, nan_rows) for f in moe.unpacked.fields}
     for module in moe.modules:
         for name, phantom in phantoms.items():
             setattr(module, name, phantom)
         module._moe_offload = link
+        if is_masked:
+            masked.replace_forward(module)
     connect_bank(layer)
 
 
 def _name_implementation(layers: Sequence[LayerRuntime], name: str) -> None:
     """Each experts module gets a view of its own config: that may be a copy, which the model's never reaches."""
     views: dict[int, Any] = {}
-    for module in (module for layer in layers for module in layer.moe.modules):
+    for module in (m for layer in layers for m in layer.moe.modules if layer.moe.form == "interface"):
         known = id(module.config)
         if known not in views:
             views[known] = experts_view(module.config, name)

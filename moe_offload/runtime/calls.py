@@ -3,6 +3,7 @@
     expect(ids)        what will probably be asked for: loads begin early. A hint: it may be wrong
     begin(e, rows)     expert e is in use, with so many rows of input: its slot, once the row is there
     end(e)             it is no longer
+    again(e)           another weight of an expert that was begun: it is no other use
 
 Nobody says what a forward needs before it asks, so an *event* of the other layers is put together here from calls: it
 ends where an expert is asked for again, or with the forward. Hits and misses are counted at once, uses at its end. One
@@ -59,6 +60,12 @@ class Calls:
             self.expected.pop(expert, None)
             self._read_ahead()
         return slot
+
+    def again(self, expert: int) -> int:
+        """The slot of an expert that the event has asked for already, for another of its weights. Where it has given
+        way meanwhile it is read anew."""
+        slot = self.cache.slot_of[expert]
+        return slot if slot >= 0 else self._fetch(expert)
 
     def end(self) -> None:
         """The expert that was begun last is no longer in use."""

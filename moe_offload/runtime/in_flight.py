@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from ..cache.layer_cache import LayerCache, Load
 from ..experts import MoELayer
 from ..memory.buffers import POISON, Rows
+from ..memory.finite import refuse_infinite
 from ..memory.scratch import Held, Scratch
 from ..memory.stores import Store
 from ..memory.transfer import Ticket, Transfer
@@ -115,6 +116,8 @@ class Arrivals:
         try:
             arrival = self.awaited[0]
             nbytes = self.transfer.wait(arrival.ticket)
+            if self.moe.must_be_finite:
+                self._refuse_infinite(arrival)
             self.awaited.popleft()
             if arrival.load is not None:
                 if arrival.scratch_row >= 0:
@@ -224,6 +227,13 @@ class Arrivals:
         if self.poison:
             rows.bytes[i].fill_(POISON)
         return self.transfer.start(self.store, self.moe.index, expert, rows.rows[i], demanded)
+
+    def _refuse_infinite(self, arrival: Arrival) -> None:
+        if arrival.load is not None and arrival.scratch_row < 0:
+            row = self.slots.bytes[arrival.load.slot]
+        else:
+            row = self.scratch_rows.bytes[arrival.scratch_row]
+        refuse_infinite(self.moe, arrival.expert, row)
 
     def _give_back(self, load: Load) -> None:
         self.cache.abort(load)

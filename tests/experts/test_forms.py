@@ -9,14 +9,17 @@ from torch import nn
 from moe_offload.errors import OffloadError, UnsupportedModelError
 from moe_offload.experts import FORMS, find_experts
 from moe_offload.memory.stores.host import pack_row
-from tests.fakes.loop_models import build as build_loops
-from tests.fakes.loop_models import offload
+from tests.fakes.stack_models import build as build_loops
+from tests.fakes.stack_models import offload
 from tests.fakes.tiny_checkpoints import build as build_tiny
 
 #: A model of each form.
 MODELS = {
     "interface": lambda: build_tiny("stacked"),
+    "masked": lambda: build_loops("masked"),
     "modules": lambda: build_loops("hits"),
+    "stacks": lambda: build_loops("biased"),
+    "lists": lambda: build_loops("lists"),
 }
 
 

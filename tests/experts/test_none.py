@@ -37,8 +37,8 @@ class Quantised(nn.Module):
         self.register_buffer("qweight", torch.zeros(4, 4, dtype=torch.int32))
 
 
-def lists(size=8):
-    return nn.ParameterList([nn.Parameter(torch.zeros(4, size)) for _ in range(8)])
+def lists(count=8):
+    return nn.ParameterList([nn.Parameter(torch.zeros(4, 8)) for _ in range(count)])
 
 
 class Model(nn.Module):
@@ -54,8 +54,8 @@ class Model(nn.Module):
     ("parts", "said"),
     [
         (
-            {"calculator": Experts(weight_gate=lists(), weight_up=lists())},
-            r"calculator \(Experts\) .*lists of parameters",
+            {"calculator": Experts(weight_gate=lists(), weight_up=lists(4))},
+            r"calculator \(Experts\) .*lists of parameters that are not alike",
         ),
         ({"experts": nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 8)])}, r"experts \(ModuleList\) .*not alike"),
         ({"experts": nn.ModuleList([Quantised() for _ in range(8)])}, r"experts \(ModuleList\) .*in buffers"),

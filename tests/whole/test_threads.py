@@ -113,10 +113,10 @@ def test_a_graph_that_our_passes_never_saw_raises_before_it_computes():
     model = offload(build(QWEN, num_hidden_layers=1))
     experts = model.model.layers[0].mlp.experts
     x, ids, weights = torch.ones(3, model.config.hidden_size), torch.tensor([[0, 1]] * 3), torch.ones(3, 2) / 2
-    from moe_offload.forward.regions import _region
+    from moe_offload.forward.regions import make_region
     from moe_offload.patch.module_core import original_code
 
-    region = torch.compile(_region(original_code("grouped_mm")), backend="eager")
+    region = torch.compile(make_region(original_code("grouped_mm")), backend="eager")
     with torch.no_grad(), pytest.raises(RuntimeError, match="passes have not seen"):
         region(experts, x, ids, weights)
     with pytest.raises(RuntimeError, match="passes have not seen"):

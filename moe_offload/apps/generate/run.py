@@ -183,6 +183,6 @@ class Outputs:
             from ..report.collect import collect_run
 
             path, remembered = profile_path(wanted.profile), handle.remembered
-            name = "remembered usage" if remembered is not None else None if path is None else Path(path).name
+            name = "of earlier runs" if remembered is not None else None if path is None else Path(path).name
             saved = collect_run(handle, model=model, profile=name, ended_s=ended_s).save(self.report)
             yield f"run saved to {saved}; moe-offload report {saved} makes a page of it"

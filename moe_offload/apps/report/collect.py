@@ -30,7 +30,7 @@ from .run_record import MAX_FORWARDS, RunBudget, RunForward, RunLayer, RunRecord
 
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
-Replay = Callable[..., tuple[Any, Any]]  # as `replayed`: stream, slots, policy -> asked_V, hits_V
+Replay = Callable[..., tuple[Any, Any]]  # as `replay_stream`: stream, slots, policy -> asked_V, hits_V
 
 
 def collect_run(handle: Handle, *, model: str, profile: str | None = None, ended_s: float | None = None) -> RunRecord:

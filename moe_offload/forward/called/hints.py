@@ -36,12 +36,13 @@ def _is_router(name: str, module: nn.Module, num_experts: int) -> bool:
 
 def _hook(layer: LayerRuntime, scope: Scope) -> Any:
     calls, num_experts, top_k = layer.calls, layer.moe.num_experts, layer.moe.top_k
+    complete = layer.moe.complete
 
     def hook(_: nn.Module, __: Any, output: Any) -> None:
         if torch.compiler.is_dynamo_compiling() or calls is None or not scope.is_entered:
             return
         if -1 in calls.cache.slot_of:  # else all there is is here
-            calls.expect(ids_in(output, num_experts, top_k))
+            calls.expect(e for e in ids_in(output, num_experts, top_k) if e < complete)
 
     return hook
 
@@ -54,10 +55,10 @@ def ids_in(output: Any, num_experts: int, top_k: int) -> list[int]:
         if not x.is_floating_point() and not x.is_complex():
             if x.shape[-1] == num_experts and int(x.max()) <= 1:  # a mask, one column an expert
                 return _ascending(x.reshape(-1, num_experts).any(dim=0).nonzero())
-            if x.dtype != torch.bool and x.shape[-1] <= num_experts:
+            if x.dtype != torch.bool and x.dim() > 1 and x.shape[-1] <= num_experts:
                 return _ascending(x)
     for x in tensors:
-        if x.is_floating_point() and x.shape[-1] == num_experts:
+        if x.is_floating_point() and x.dim() > 1 and x.shape[-1] == num_experts:
             return _ascending(x.float().topk(min(top_k, num_experts), dim=-1).indices)
     return []
 

@@ -47,13 +47,20 @@ def experts_op(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, key: Tensor) ->
     return out
 
 
+def masked_op(x_MH: Tensor, key: Tensor) -> Tensor:
+    """The marker op of a masked layer."""
+    out: Tensor = ops.masked_experts(x_MH, key)
+    return out
+
+
 def refuse_backward_of_experts(refuse: Callable[[], Any]) -> None:
     """Let a backward through the op `experts` call `refuse`, also in a graph that the user compiled."""
     ops.serve_no_gradient(refuse)
 
 
 def mark_unserved(ids_TK: Tensor, rows: str) -> Tensor:
-    """`ids_TK` itself, marked: our backend removes the mark, and a graph that was never given to it raises there.
+    """`ids_TK` (or what stands for ids) itself, marked: our backend removes the mark, and a graph that was never given
+    to it raises there.
 
     `rows` (see `rows_of`) becomes a constant of the graph, so Dynamo makes another graph where it is another.
     """

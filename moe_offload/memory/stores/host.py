@@ -12,6 +12,7 @@ import torch
 from ...errors import ClosedError
 from ...experts import MoELayer
 from ..buffers import page_aligned
+from ..finite import refuse_infinite
 from .row_read import RowRead, check_request
 
 #: What one thread copies at a time: long enough to be worth handing to it, short enough that several share one row.
@@ -81,5 +82,8 @@ def pack_row(moe: MoELayer, e: int, row: torch.Tensor) -> None:
     """Write expert `e`'s fields into `row` [row_bytes], uint8; leaves padding as it is."""
     params = moe.expert(e)
     for field in moe.layout.fields:
-        span = row[field.offset : field.offset + field.nbytes]
-        span.view(field.dtype).view(field.shape).copy_(params[field.name])
+        if field.name in params:
+            span = row[field.offset : field.offset + field.nbytes]
+            span.view(field.dtype).view(field.shape).copy_(params[field.name])
+    if moe.must_be_finite:
+        refuse_infinite(moe, e, row)

@@ -63,7 +63,10 @@ def _real_rows(
     runtime.check_open()
     if any(place.expert is None for place in places):
         stacked = runtime.read_stacked(index)
-        state.update({prefix + place.key: stacked[place.field] for place in places})
+        shapes = {place.key: place.tensor.shape for place in places}  # a stack may be shorter, or joined in one matrix
+        for place in places:
+            whole = stacked[place.field].flatten()[: shapes[place.key].numel()]
+            state[prefix + place.key] = whole.view(shapes[place.key])
         return
     fields = {field.name: field for field in runtime.layers[index].moe.unpacked.fields}
     for e, own in itertools.groupby(places, key=lambda place: place.expert):

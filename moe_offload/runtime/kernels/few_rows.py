@@ -121,7 +121,7 @@ def compile_kernels() -> None:
 
 
 def can_multiply(x_PI: Tensor, weight_SOI: Tensor) -> bool:
-    """Whether `multiply` takes these: bfloat16 on a CPU, rows in one piece, of an even number of inputs."""
+    """Whether `multiply_rows` takes these: bfloat16 on a CPU, rows in one piece, of an even number of inputs."""
     outputs, inputs = weight_SOI.shape[1:]
     return (
         x_PI.dtype == torch.bfloat16 == weight_SOI.dtype

@@ -99,7 +99,8 @@ CPU_SIDES = {
 
 
 def write_mapped(folder: Path, scratch: Path) -> None:
-    """The files that `mapped` maps: one per stacked parameter, as the model holds it. A row in memory at a time."""
+    """The files that `load_mapped` maps: one per stacked parameter, as the model holds it. A row in memory
+    at a time."""
     target = scratch / "mmap"
     target.mkdir(parents=True, exist_ok=True)
     found = outline_folder(folder)
