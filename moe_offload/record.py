@@ -22,6 +22,7 @@ from .cache.counters import LayerCounters
 from .errors import ProfileError, UnsupportedModelError
 from .experts import MoELayer, find_experts, members_of
 from .forward.call import whole_call
+from .forward.called.counting import count_reads
 from .forward.called.modules import rows_of
 from .forward.graphs.observing import bind_counter, observing_backend, unbind_counter
 from .observe.profile import Profile
@@ -53,8 +54,12 @@ class Count:
     def _called(self, e: int, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         rows = rows_of(args, kwargs)
         if rows:
-            self.counts[e] += rows
-            self.used[e] += rows
+            self.add_use(e, rows)
+
+    def add_use(self, e: int, rows: int) -> None:
+        """Expert `e` was used for so many rows."""
+        self.counts[e] += rows
+        self.used[e] += rows
 
     def counters(self) -> LayerCounters:
         return LayerCounters(tokens=self.tokens, counts=self.counts.tolist())
@@ -128,8 +133,12 @@ def _record_calls(model: Any, batches: Iterable[Any], moe_layers: Sequence[MoELa
             counter.end_forward()
 
     with contextlib.ExitStack() as undo:
-        for handle in (handle for counter in counters for handle in counter.observe_calls()):
-            undo.callback(handle.remove)
+        for counter in counters:
+            if counter.moe.form == "modules":
+                for handle in counter.observe_calls():
+                    undo.callback(handle.remove)
+            else:
+                undo.enter_context(count_reads(counter.moe, counter.add_use))
         _run_batches(model, batches, call)
     return _profile(model, moe_layers, counters, meta)
 

@@ -92,7 +92,7 @@ class Kernels(NamedTuple):
     """The modules of compiled kernels."""
 
     unpack: Any
-    turn: Any
+    unpack_turned: Any
     scan: Any
 
 
@@ -100,10 +100,10 @@ class Kernels(NamedTuple):
 def load_kernels() -> Kernels | None:
     """The compiled kernels, or None. Imported for the first matrix: importing numba takes as long as many a command."""
     try:
-        from .compiled import scan, turn, unpack
+        from .compiled import scan, unpack, unpack_turned
     except ImportError:  # numba was taken away, or cannot be loaded: the formulas in torch are the same, and slower
         return None
-    return Kernels(unpack, turn, scan)
+    return Kernels(unpack, unpack_turned, scan)
 
 
 def can_be_compiled(tensors: Sequence[Tensor], out_OI: Tensor) -> bool:

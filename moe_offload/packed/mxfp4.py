@@ -56,7 +56,7 @@ class MXFP4(Format):
         return True
 
     def turn_compiled(self, kernels: Kernels, tensors: Sequence[Tensor], out_IO: Tensor) -> bool:
-        kernels.turn.unpack_mxfp4_turned(*tensors, _table(), out_IO)
+        kernels.unpack_turned.unpack_mxfp4_turned(*tensors, _table(), out_IO)
         return True
 
     def find_fault(self, tensors: Sequence[Tensor]) -> str | None:

@@ -20,6 +20,7 @@ from moe_offload.errors import CheckpointChangedError, CheckpointError, ConfigEr
 from tests.fakes.quantised_checkpoints import rewrite, tensors_of, write
 
 SETTINGS = {"compile": "graph", "poison": True}
+SAVED = ("mxfp4", "fp8", "ct-fp8")
 KINDS_SAVED = [
     pytest.param(
         kind,
@@ -27,7 +28,7 @@ KINDS_SAVED = [
             bool(KINDS[kind].needs) and importlib.util.find_spec(KINDS[kind].needs) is None, reason="needs a package"
         ),
     )
-    for kind in ("mxfp4", "fp8", "ct-fp8")
+    for kind in SAVED
 ]
 
 
@@ -66,10 +67,11 @@ def test_saved_is_an_ordinary_checkpoint_of_the_same_weights(kind: str, tmp_path
     assert_same(run(load_ours(tmp_path / "saved")), want)
 
 
-@pytest.mark.parametrize("kind", KINDS_SAVED)
-@pytest.mark.parametrize("shard", ["1GB", "300KB"])
+@pytest.mark.parametrize(("kind", "shard"), [*((kind, "1GB") for kind in SAVED), ("mxfp4", "300KB")])
 def test_saved_packed_are_the_tensors_that_came(kind: str, shard: str, tmp_path: Path) -> None:
     """And transformers and moe_offload load the same model from them."""
+    if KINDS[kind].needs:
+        pytest.importorskip(KINDS[kind].needs)
     folder, out = write(kind, tmp_path / "quantised"), tmp_path / "saved"
     model = load_ours(folder)
     want, state, before = run(model), model.state_dict(), model.config.to_dict()

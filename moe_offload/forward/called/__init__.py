@@ -5,6 +5,7 @@
     row.py        one expert's weight, which is read when it is used
     stack.py      a stack of experts, which gives rows for numbers and nothing else
     rows.py       the forms "stacks" and "lists", which are made of these
+    counting.py   the same forms, counted where nothing is offloaded
     modules.py    the form "modules": an expert's own forward, on its slot
     hints.py      what a router says, before its experts are called
     table.py      a function a form

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ...experts import MoELayer
 from ...runtime.layer import LayerRuntime
 from ..binding import Scope
-from .row import ExpertRow
+from .row import ExpertRow, Source
 from .slots import SlotWeights
 from .stack import Stack
 
@@ -55,19 +55,24 @@ class Reads:
 
 def serve_rows(layer: LayerRuntime, scope: Scope) -> SlotWeights:
     """Put stacks and rows in place of the weights of `layer`. Returns what holds views of its slots."""
-    reads, moe = Reads(layer, scope), layer.moe
+    reads = Reads(layer, scope)
+    put_rows(layer.moe, reads, layer.device)
+    return reads.weights
+
+
+def put_rows(moe: MoELayer, source: Source, device: torch.device) -> None:
+    """Put stacks and rows that ask `source` in place of the weights of a layer."""
     fields = {field.name: field for field in moe.unpacked.fields}
     # Never written to, so the system gives no memory for it.
-    empty = {name: torch.empty(field.shape, dtype=field.dtype, device=layer.device) for name, field in fields.items()}
+    empty = {name: torch.empty(field.shape, dtype=field.dtype, device=device) for name, field in fields.items()}
     for place in (place for places in moe.places for place in places):
         row = empty[place.field]
         if place.expert is None:
-            stand_in: Tensor = Stack.of(reads, fields[place.field], place.tensor, row)
+            stand_in: Tensor = Stack.of(source, fields[place.field], place.tensor, row)
         else:
-            stand_in = ExpertRow.of(row, reads, place.field, place.expert)
+            stand_in = ExpertRow.of(row, source, place.field, place.expert)
             stand_in._is_param = True  # what torch asks to tell parameters by
         place.module._parameters[place.attribute] = stand_in
-    return reads.weights
 
 
 def keep_untraced(moe: MoELayer, model: nn.Module) -> None:

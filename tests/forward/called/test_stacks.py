@@ -72,6 +72,18 @@ def test_experts_without_weights_are_never_read():
         assert arrivals.cache.slot_of[6:] == [-1, -1] and not {6, 7} & set(arrivals.guessed)
 
 
+@pytest.mark.parametrize("loop", ["joined", "parallel", "lists", "stack_identities"])
+def test_a_profile_is_recorded_without_offloading(loop):
+    plain, model = build(loop), offload(build(loop))
+    before = {name: id(param) for name, param in plain.named_parameters()}
+    recorded = moe_offload.record_profile(plain, [prompt(), prompt(2, 5)])
+    for ids in (prompt(), prompt(2, 5)):
+        model(ids)
+    want = model.moe_offload.profile()
+    assert (recorded.counts, recorded.tokens) == (want.counts, want.tokens)
+    assert {name: id(param) for name, param in plain.named_parameters()} == before
+
+
 @pytest.mark.parametrize("loop", ["biased", "joined", "stack_identities", "lists"])
 def test_the_state_dict_has_the_real_weights(loop):
     plain, model = build(loop), offload(build(loop))
