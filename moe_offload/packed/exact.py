@@ -43,24 +43,41 @@ def find_order(rows: int, outputs: int, inputs: int, dtype: torch.dtype, *, turn
     """
     if dtype != torch.bfloat16 or rows > FEW or inputs % STEP or outputs < TILE:
         return None
-    return _find_order(rows, outputs, inputs, turned, switches())
+    return _find_orders(outputs, inputs, turned, switches())[rows - 1]
 
 
 @cache
-def _find_order(rows: int, outputs: int, inputs: int, turned: bool, switches: Hashable) -> Order | None:
-    multiply = multiplier()
-    if multiply is None:
-        return None
-    orders = list(ORDERS)
-    for x_MI, matrix_OI in trials(rows, outputs, inputs, torch.bfloat16):
-        expected, found = _multiply(x_MI, matrix_OI.t().contiguous() if turned else matrix_OI.t()), []
-        out_MO = torch.empty_like(expected)
-        for order in orders:
-            multiply(x_MI, matrix_OI, out_MO, *order)
-            if torch.equal(out_MO, expected):
-                found.append(order)
-        orders = found
-    return orders[0] if orders else None
+def _find_orders(outputs: int, inputs: int, turned: bool, switches: Hashable) -> tuple[Order | None, ...]:
+    """For each number of rows; a large matrix is made up once for all of them."""
+    if multiplier() is None:
+        return (None,) * FEW
+    found = {rows: orders_of(inputs) for rows in range(1, FEW + 1)}
+    for x_MI, matrix_OI in trials(FEW, outputs, inputs, torch.bfloat16):
+        matrix_IO = matrix_OI.t().contiguous() if turned else matrix_OI.t()
+        for rows, orders in found.items():
+            if orders:
+                expected = _multiply(x_MI[:rows], matrix_IO)
+                found[rows] = [order for order in orders if repeats(expected, x_MI[:rows], matrix_OI, order)]
+    return tuple(the_only(orders) for orders in found.values())
+
+
+def orders_of(inputs: int) -> list[Order]:
+    """Those of `ORDERS` that differ with so many inputs: more than all of them are no longer chunk."""
+    return [order for order in ORDERS if order.chunk < 2 * inputs or order.chunk <= ORDERS[1].chunk]
+
+
+def the_only(orders: list[Order]) -> Order | None:
+    """What trials have left over. Where that is more than one, they have told nothing: weights may be all zero."""
+    return orders[0] if len(orders) == 1 else None
+
+
+def repeats(expected_MO: Tensor, x_MI: Tensor, matrix_OI: Tensor, order: Order, bias_O: Tensor | None = None) -> bool:
+    """Whether a result is what that order gives, for a matrix (and a bias) whose first rows repeat, as in `trials`."""
+    outputs = len(matrix_OI)
+    few = min(outputs, DIFFERENT)
+    out_MO = expected_MO.new_empty((len(x_MI), few))
+    multiplier()(x_MI, matrix_OI[:few], out_MO, *order, None if bias_O is None else bias_O[:few])
+    return torch.equal(out_MO.repeat(1, -(-outputs // few))[:, :outputs], expected_MO)
 
 
 @cache
@@ -123,7 +140,7 @@ def trials(rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> Iterator
     """Activations [rows, I] and matrices [O, I] to try. The products of the first add up to zero, in pairs that lie
     apart: what is left is the rounding of the sum itself, which another order of summing changes nearly everywhere. In
     products of random numbers it changes one bfloat16 in ten thousand, and a trial would miss it. The products of the
-    last are at the edge of what float32 has: kernels differ in whether they keep denormal numbers."""
+    last, smaller from row to row, are at the edge of what float32 has: kernels differ in where they keep denormals."""
     generator, half = torch.Generator().manual_seed(outputs), inputs // 2
     for cancels, size in ((True, 1.0), (False, 1.0), (False, EDGE)):
         x = torch.randn((rows, inputs), generator=generator, dtype=dtype)
@@ -131,4 +148,6 @@ def trials(rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> Iterator
         if cancels:
             first, second = torch.randperm(inputs, generator=generator)[: 2 * half].view(2, half)
             x[:, second], matrix[:, second] = x[:, first], -matrix[:, first]
+        if size == EDGE:
+            matrix *= 2.0 ** -(torch.arange(len(matrix))[:, None] % TILE)
         yield x * size, (matrix * size).repeat(-(-outputs // len(matrix)), 1)[:outputs]

@@ -62,6 +62,7 @@ def forward(self: nn.Linear, input: Tensor) -> Tensor:
         torch.compiler.is_dynamo_compiling()
         or functional.linear is not LINEAR
         or not is_few_and_plain(input, weight, bias)
+        or not _is_dense(input)
     ):
         return functional.linear(input, weight, bias)
     x_MI = input.view(-1, input.shape[-1])
@@ -71,6 +72,17 @@ def forward(self: nn.Linear, input: Tensor) -> Tensor:
     out_MO = x_MI.new_empty((len(x_MI), len(weight)))
     multiplier()(x_MI, weight, out_MO, *order, bias)
     return out_MO.view(*input.shape[:-1], -1)
+
+
+def _is_dense(input: Tensor) -> bool:
+    """Whether strides are those of a new tensor. The last token of a prompt [1, 1, I] is contiguous too, but torch may
+    multiply it by other functions than were tried."""
+    step = 1
+    for size, stride in zip(reversed(input.shape), reversed(input.stride()), strict=True):
+        if stride != step:
+            return False
+        step *= size
+    return True
 
 
 def _is_for_kernel(linear: nn.Linear) -> bool:

@@ -19,9 +19,9 @@ pytestmark = pytest.mark.skipif(exact.multiplier() is None, reason="no kernel fo
 
 @pytest.fixture(autouse=True)
 def tried_anew():
-    exact._find_order.cache_clear()
+    exact._find_orders.cache_clear()
     yield
-    exact._find_order.cache_clear()
+    exact._find_orders.cache_clear()
 
 
 def cancelling(rows, outputs, inputs):
@@ -155,6 +155,51 @@ def test_a_result_of_another_shape_is_refused():
             multiply_in_order(format, tensors, x, out, ORDERS[0])
     with pytest.raises(ValueError, match=r"\[80, 1536\]"):
         format.unpack(tensors, torch.empty(OUTPUTS, INPUTS - 32, dtype=torch.bfloat16))
+
+
+SMALL = 2.0**-126  # float32 has no smaller number that is not denormal
+
+
+def test_a_total_of_chunks_may_be_denormal():
+    """Chunks are added by ordinary additions: 1.5 - 1 + 1 of the smallest numbers; in between, half of it."""
+    x, matrix = torch.zeros(1, INPUTS).bfloat16(), torch.zeros(OUTPUTS, INPUTS).bfloat16()
+    x[0, ::512], matrix[:, ::512] = 1, torch.tensor([1.5, -1, 1]).bfloat16() * SMALL
+    out = torch.empty(1, OUTPUTS, dtype=torch.bfloat16)
+    exact.multiplier()(x, matrix, out, paired=False, chunk=512)
+    assert (out == 1.5 * SMALL).all()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_bias_may_be_denormal_and_no_result_is(order):
+    x, matrix = torch.zeros(1, INPUTS).bfloat16(), torch.zeros(OUTPUTS, INPUTS).bfloat16()
+    x[0, 0], matrix[: OUTPUTS // 2, 0] = 1, SMALL
+    out, bias = torch.empty(1, OUTPUTS, dtype=torch.bfloat16), torch.full((OUTPUTS,), SMALL / 2).bfloat16()
+    exact.multiplier()(x, matrix, out, *order, bias)
+    assert out[0].tolist() == [1.5 * SMALL] * (OUTPUTS // 2) + [0] * (OUTPUTS // 2)
+    assert (bias * 1).count_nonzero() == OUTPUTS, "this thread reads denormal numbers as before"
+
+
+def test_what_is_no_number_has_torchs_bits_too():
+    order = find_order(1, OUTPUTS, INPUTS, torch.bfloat16, turned=False)
+    if order is None:
+        pytest.skip("torch adds up in none of the known orders here")
+    x, matrix = torch.ones(1, INPUTS).bfloat16(), torch.ones(OUTPUTS, INPUTS).bfloat16()
+    x[0, :2], matrix[::2, 1] = float("inf"), -1  # infinity less infinity, every second time
+    out = torch.empty(1, OUTPUTS, dtype=torch.bfloat16)
+    exact.multiplier()(x, matrix, out, *order)
+    assert torch.equal(out.view(torch.int16), torch.mm(x, matrix.t()).view(torch.int16))
+
+
+def test_a_weight_that_rounds_up_from_a_denormal_number_is_left_to_unpacking():
+    codes, scale = fp8(OUTPUTS, INPUTS, torch.full((1, 1), (2 - 2.0**-20) * SMALL))
+    x, out = torch.ones(1, INPUTS).bfloat16(), torch.empty(1, OUTPUTS, dtype=torch.bfloat16)
+    assert not multiply_in_order(FORMATS["fp8"].fit((codes, scale)), (codes, scale), x, out, ORDERS[0])
+
+
+def test_a_trial_that_cannot_tell_orders_apart_finds_none(monkeypatch):
+    zeros = torch.zeros(exact.FEW, INPUTS).bfloat16(), torch.zeros(OUTPUTS, INPUTS).bfloat16()
+    monkeypatch.setattr(exact, "trials", lambda *_: [zeros])
+    assert find_order(1, OUTPUTS, INPUTS, torch.bfloat16, turned=False) is None
 
 
 def test_a_denormal_scale_is_left_to_unpacking():

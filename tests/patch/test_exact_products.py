@@ -106,6 +106,38 @@ def test_another_order_in_linear_layers_is_not_taken_for_a_known_one(monkeypatch
 
 
 @needs_kernel
+@pytest.mark.parametrize("order", exact.ORDERS)
+def test_an_output_head_shows_its_order_where_orders_hardly_differ(order, monkeypatch):
+    """With 544 inputs, two of them differ in one addition: in none of 40,000 products with random numbers."""
+
+    def linear(x, weight, bias=None):
+        out = torch.empty((x.numel() // weight.shape[1], len(weight)), dtype=torch.bfloat16)
+        in_order.multiply(x.reshape(-1, weight.shape[1]), weight, out, *order, bias)
+        return out
+
+    monkeypatch.setattr(exact_linear.functional, "linear", linear)
+    monkeypatch.setattr(exact_linear, "_found", {})
+    monkeypatch.setattr(exact_linear, "MADE_UP", 1)
+    weight = (torch.randn(4096, 544, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
+    assert exact_linear.find_linear_order(weight, 1, False, 3) == order
+    assert exact_linear.find_linear_order(weight, 1, True, 3) == order
+    assert exact_linear.find_linear_order(torch.zeros(4096, 576).bfloat16(), 1, False, 3) is None, "zeros show nothing"
+    assert exact_linear.find_linear_order(torch.full((4096, 608), float("nan")).bfloat16(), 1, False, 3) is None
+
+
+@needs_kernel
+def test_inputs_of_other_shapes_and_strides_than_were_tried_are_torchs(small_is_large, monkeypatch):
+    linear = torch.nn.Linear(96, 200, dtype=torch.bfloat16)
+    if not exact_products.sharpen_linears(linear):
+        pytest.skip("torch adds up in none of the known orders here")
+    monkeypatch.setattr(exact_products, "multiplier", lambda: pytest.fail("our kernel"))
+    prompt = torch.randn(1, 7, 96).bfloat16()
+    with torch.no_grad():
+        for x in (prompt[:, -1:], prompt[:, :1, None], prompt[0, 0]):
+            assert torch.equal(linear(x), torch.nn.functional.linear(x, linear.weight, linear.bias))
+
+
+@needs_kernel
 def test_what_is_no_plain_product_of_few_rows_is_torchs():
     x, matrix = torch.randn(1, 1024).bfloat16(), torch.randn(1024, 1024).bfloat16()
     out = torch.empty(1, 1024, dtype=torch.bfloat16)
@@ -113,6 +145,8 @@ def test_what_is_no_plain_product_of_few_rows_is_torchs():
     assert not exact_rows.multiply(x.repeat(9, 1), matrix.t(), out.repeat(9, 1))
     assert not exact_rows.multiply(x.float(), matrix.t().float(), out.float())
     assert not exact_rows.multiply(x[:, :64], matrix.t()[:64, :64], out[:, :64])
+    assert not exact_rows.multiply(x.repeat(1, 2)[:, ::2], matrix.t(), out)  # elements of a row lie apart
+    assert not exact_rows.multiply(x, matrix.t(), out.repeat(1, 2)[:, ::2])
 
 
 def test_graphs_leave_to_torch_what_the_kernel_does_not_take():

@@ -7,9 +7,10 @@ For bfloat16 torch asks oneDNN, whose kernels have one of two orders (`packed/ex
     in pairs     with AMX: of each 32 inputs the sum of the even ones, that of the odd ones, and both to the total
     in chunks    with AVX512-BF16: of each chunk of inputs, odd before even, a sum; and that to the total
 
-Those instructions read denormal numbers as zero, and write zero for them, so here the same is switched on. A product of
-two bfloat16 is exact in float32, and each sum is rounded once. Sixteen outputs lie in the lanes of a vector.
-The order is that of the instructions in Intel's manual (TDPBF16PS, VDPBF16PS).
+Those instructions read denormal numbers as zero, and write zero for them, so here the same is switched on; not where
+a chunk, or the bias, is added, which an ordinary addition does. What rounds to bfloat16 makes zeros of denormal numbers
+too. A product of two bfloat16 is exact in float32, and each sum is rounded once. Sixteen outputs lie in the lanes of a
+vector. The order is that of the instructions in Intel's manual (TDPBF16PS, VDPBF16PS, VCVTNEPS2BF16).
 """
 
 from __future__ import annotations
@@ -32,18 +33,26 @@ from .turning import ROWS, turn_words
 from .vectors import F32, FLOATS, I32, I64, WORDS, lanes, load, moved, spread, store
 
 STEP = 32  # inputs that are taken at once: a cache line of each row
+ll.initialize_native_asmparser()  # for the one addition that is written down as instructions
 FLUSH_DENORMALS = 0x8040  # bits of MXCSR: those that come in, and those that come out
 
 
 class Sums:
-    """The running sums of sixteen outputs for each of `tokens` rows, while code is generated."""
+    """The running sums of sixteen outputs for each of `tokens` rows, while code is generated. Until `write`, the code
+    runs with denormals flushed."""
 
     def __init__(self, b: Any, tokens: int, paired: bool, x: Any, x_stride: Any):
         self.b, self.paired, self.tokens = b, paired, tokens
         self.x, self.x_stride = x, x_stride
         self.zero = lanes(FLOATS, 0.0)
-        self.totals = [cgutils.alloca_once_value(b, self.zero) for _ in range(tokens)]
+        # A first chunk is the total as it is, were it -0; an AMX tile begins with 0.
+        begin = lanes(FLOATS, 0.0 if paired else -0.0)
+        self.totals = [cgutils.alloca_once_value(b, begin) for _ in range(tokens)]
         self.chunks = [cgutils.alloca_once_value(b, self.zero) for _ in range(tokens)]
+        self.ordinary, self.flushing = cgutils.alloca_once(b, I32), cgutils.alloca_once(b, I32)
+        _call_with_place(b, "llvm.x86.sse.stmxcsr", self.ordinary)
+        b.store(b.or_(b.load(self.ordinary), I32(FLUSH_DENORMALS)), self.flushing)
+        _call_with_place(b, "llvm.x86.sse.ldmxcsr", self.flushing)
 
     def add_step(self, step: Any, chunk: Any, pairs: Sequence[tuple[Any, Any]]) -> None:
         """The weights of one step: sixteen pairs of an even and an odd input. `chunk` is so many steps."""
@@ -73,12 +82,20 @@ class Sums:
             self._close_chunks()
         for token, total in enumerate(self.totals):
             store(self.b, self.b.load(total), self.b.add(out, self.b.mul(out_stride, I64(token))))
+        _call_with_place(self.b, "llvm.x86.sse.ldmxcsr", self.ordinary)
 
     def _close_chunks(self) -> None:
         b = self.b
         for total, chunk in zip(self.totals, self.chunks, strict=True):
-            b.store(b.fadd(b.load(total), b.load(chunk)), total)
+            b.store(self._add_ordinarily(b.load(total), b.load(chunk)), total)
             b.store(self.zero, chunk)
+
+    def _add_ordinarily(self, one: Any, two: Any) -> Any:
+        """With the caller's mode. In one piece: LLVM knows nothing of modes, and would move an addition across."""
+        modes = [self.b.bitcast(place, cgutils.voidptr_t) for place in (self.ordinary, self.flushing)]
+        kind = ir.FunctionType(FLOATS, [FLOATS, FLOATS, cgutils.voidptr_t, cgutils.voidptr_t])
+        lines = "vldmxcsr ($3)\n\tvaddps $2, $1, $0\n\tvldmxcsr ($4)"
+        return self.b.call(ir.InlineAsm(kind, lines, "=v,v,v,r,r,~{memory}", side_effect=True), [one, two, *modes])
 
 
 def _multiply_add(b: Any, left: Any, right: Any, total: Any) -> Any:
@@ -122,29 +139,6 @@ def _widen_pair(b: Any, words: Any) -> tuple[Any, Any]:
     return b.bitcast(first, FLOATS), b.bitcast(second, FLOATS)
 
 
-@intrinsic
-def get_float_mode(typingctx):  # type: ignore[no-untyped-def]
-    """MXCSR of this thread."""
-
-    def build(context, b, signature, args):  # type: ignore[no-untyped-def]
-        place = cgutils.alloca_once(b, I32)
-        _call_with_place(b, "llvm.x86.sse.stmxcsr", place)
-        return b.load(place)
-
-    return types.uint32(), build
-
-
-@intrinsic
-def set_float_mode(typingctx, mode):  # type: ignore[no-untyped-def]
-    def build(context, b, signature, args):  # type: ignore[no-untyped-def]
-        place = cgutils.alloca_once(b, I32)
-        b.store(args[0], place)
-        _call_with_place(b, "llvm.x86.sse.ldmxcsr", place)
-        return context.get_dummy_value()
-
-    return types.void(types.uint32), build
-
-
 def _call_with_place(b: Any, name: str, place: Any) -> None:
     kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t])
     b.call(cgutils.get_or_insert_function(b.module, kind, name), [b.bitcast(place, cgutils.voidptr_t)])
@@ -152,10 +146,12 @@ def _call_with_place(b: Any, name: str, place: Any) -> None:
 
 @compiled
 def rounded(number):  # type: ignore[no-untyped-def]
-    """The bits of the bfloat16 that is nearest to a float32, the even one of two."""
+    """The bits of the bfloat16 that is nearest to a float32, the even one of two; of a denormal number, of zero."""
     bits = np.float32(number).view(np.uint32)
     if bits & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000):
-        return np.uint16(0x7FC0)  # NaN: rounding its bits could make it infinity, or zero
+        return np.uint16((bits >> np.uint32(16)) | np.uint32(0x40))  # NaN: rounded, it could be infinity, or zero
+    if bits & np.uint32(0x7F800000) == np.uint32(0):
+        return np.uint16((bits >> np.uint32(16)) & np.uint32(0x8000))
     return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
 
@@ -199,13 +195,10 @@ def _multiplier(paired: bool, tokens: int) -> Any:
         job, begin, end = share(data)
         x, weight, out, outputs, inputs, out_stride, chunk, bias = job[:8]
         row, sums = 2 * inputs, np.empty((tokens, ROWS), np.float32)
-        mode = get_float_mode()
-        set_float_mode(np.uint32(mode | np.uint32(FLUSH_DENORMALS)))
         for tile in range(begin, end):
             o = min(ROWS * tile, outputs - ROWS)  # the last tile may overlap the one before it
             w, ahead = weight + o * row, weight + min(o + ROWS, outputs - ROWS) * row
             add_up_tile(paired, tokens, w, row, ahead, x, 4 * inputs, inputs // STEP, chunk, sums.ctypes.data, 4 * ROWS)
             write_rounded(sums, bias + 2 * o if bias != 0 else 0, out + 2 * o, out_stride)
-        set_float_mode(mode)
 
     return multiply_in_order

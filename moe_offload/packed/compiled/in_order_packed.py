@@ -4,7 +4,8 @@ A weight is made in a register as unpacking makes it (a code's value, times its 
 up in torch's order (`in_order.py`), so that the matrix is never written. Shapes: M rows, I inputs, O outputs; G groups
 of one scale in a row.
 
-A scale that is denormal as float32 would be read as zero here, where unpacking keeps it: such a matrix is left alone.
+A weight that is denormal as float32, before it is rounded, would be zero here, where unpacking may round it up to a
+number that is none: a matrix with scales so small is left alone.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from .dot import FP8, INT4, MXFP4, fp8_value, int4_value, mxfp4_value
-from .in_order import FLUSH_DENORMALS, STEP, Sums, fetch, get_float_mode, set_float_mode, write_rounded
+from .in_order import STEP, Sums, fetch, write_rounded
 from .pool import array_at, compiled, kernel, run, share
 from .turning import ROWS, turn_quads, turn_words
 from .unpack import SCALES, scale_at
@@ -30,7 +31,7 @@ from .vectors import BYTES, FLOATS, I32, I64, WORDS, lanes, load, moved, round_u
 
 QUAD = ir.VectorType(I32, 4)
 CODE_BITS = {MXFP4: 4, FP8: 8, INT4: 4}
-SMALLEST = np.float32(2.0**-126)  # that is no denormal
+SMALLEST = np.float32(2.0**-117)  # times the smallest code, 2^-9 in FP8, it is no denormal
 LINE = 64
 
 
@@ -120,7 +121,7 @@ def widen_exponents(typingctx, scales, stride, first, out):  # type: ignore[no-u
 @compiled
 def widen_scales(scales, kind, first, block_rows, groups, out):  # type: ignore[no-untyped-def]
     """Scales of the sixteen rows from `first`, of which `block_rows` share one, as float32 [G, 16]. Whether all are
-    zero or no denormals."""
+    zero or large enough."""
     out_G16, right = array_at(out, (groups, ROWS), np.float32), True
     for row in range(ROWS):
         begin = (first + row) // block_rows * groups
@@ -135,7 +136,7 @@ def multiply(
     form: int, tensors: Sequence[Tensor], grid: tuple[int, int], x_MI: Tensor, out_MO: Tensor, paired: bool, chunk: int
 ) -> bool:
     """Write x @ W.T. Scales lie in a grid of (rows, groups). False, and nothing of worth written, where a scale is
-    denormal. For what `takes` takes."""
+    too small. For what `takes` takes."""
     codes, scale = tensors
     (tokens, inputs), outputs = x_MI.shape, out_MO.shape[1]
     x_float, wrong = x_MI.float().contiguous(), torch.zeros(1, dtype=torch.int64)
@@ -164,7 +165,6 @@ def _multiplier(form: int, kind: int, paired: bool, tokens: int) -> Any:
         block_rows, groups, out_stride, chunk = job[7], job[8], job[9], job[10]
         row, steps = inputs * bits // 8, inputs // STEP // groups
         sums, scales_G16 = np.empty((tokens, ROWS), np.float32), np.empty((groups, ROWS), np.float32)
-        mode = get_float_mode()
         for tile in range(begin, end):
             o = min(ROWS * tile, outputs - ROWS)  # the last tile may overlap the one before it
             w, ahead, right = codes + o * row, codes + min(o + ROWS, outputs - ROWS) * row, True
@@ -176,12 +176,10 @@ def _multiplier(form: int, kind: int, paired: bool, tokens: int) -> Any:
                 right = widen_scales(scales, kind, o, block_rows, groups, scales_G16.ctypes.data)
             if not right:
                 array_at(job[4], (1,), np.int64)[0] = 1
-            set_float_mode(np.uint32(mode | np.uint32(FLUSH_DENORMALS)))
             scale = scales_G16.ctypes.data
             add_up_packed_tile(
                 form, paired, tokens, w, row, ahead, scale, groups, steps, x, 4 * inputs, chunk, sums.ctypes.data
             )
-            set_float_mode(mode)
             write_rounded(sums, 0, out + 2 * o, out_stride)
 
     return multiply_in_order

@@ -32,6 +32,8 @@ def multiply(x_MI: Tensor, matrix_IO: Tensor, out_MO: Tensor) -> bool:
         and x_MI.dtype == matrix_IO.dtype == out_MO.dtype == torch.bfloat16
         and x_MI.device.type == matrix_IO.device.type == "cpu"
         and x_MI.shape[1] == inputs
+        and x_MI.stride() == (inputs, 1)
+        and out_MO.stride(1) == 1
     ):
         return False
     order = find_order(len(x_MI), outputs, inputs, x_MI.dtype, turned=False)
