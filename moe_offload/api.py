@@ -209,7 +209,7 @@ def _offload(model: Model, moe_layers: Sequence[MoELayer], prepared: Prepared, f
     if settings.live:
         handle.serve_live()
     if prepared.usage is not None:
-        handle.remember(prepared.usage, profile)
+        handle._begin_remembering(prepared.usage, profile)
         say_what_is_remembered(prepared.usage.path, profile)
     if settings.prewarm and profile is not None:
         if prepared.usage is None:

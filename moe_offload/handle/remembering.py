@@ -19,13 +19,8 @@ class Remembering(State):
     _usage: Usage | None = None
     _began_with: Profile | None = None
 
-    def remember(self, file: UsageFile, began_with: Profile | None) -> None:
-        """Write from now on to `file` what is used. `optimize` calls it where `profile` asks for it.
-
-        Args:
-            file: Where usage is remembered.
-            began_with: What was remembered there when the model was loaded.
-        """
+    def _begin_remembering(self, file: UsageFile, began_with: Profile | None) -> None:
+        """Write from now on to `file` what is used, which `began_with` was read from. `optimize` calls it."""
         layers = self._runtime.layers  # not this handle: what is kept for the end must not keep the model alive
         self._usage, self._began_with = Usage(file, lambda: [layer.counters for layer in layers]), began_with
         KEEPER.keep(self._usage)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -16,8 +19,19 @@ FILES = ("configuration_loops.py", "modeling_loops.py")
 AUTO_MAP = {"AutoConfig": "configuration_loops.LoopsConfig", "AutoModelForCausalLM": "modeling_loops.LoopsForCausalLM"}
 
 
+@functools.cache
+def keep_code_apart() -> None:
+    """transformers copies code that it runs to a folder, for good: here one that goes with this process. It must stay
+    the same throughout: Python finds the code of all tests in the package that it was first imported from."""
+    from transformers import dynamic_module_utils
+
+    dynamic_module_utils.HF_MODULES_CACHE = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, dynamic_module_utils.HF_MODULES_CACHE, ignore_errors=True)
+
+
 def write_remote(folder: Path, loop: str = "hits", dtype: torch.dtype = torch.float32, **changes) -> Path:
     """Save the model of `build(loop)` there, with its code; `changes` are of config.json."""
+    keep_code_apart()
     build(loop, dtype).save_pretrained(folder)
     for name in FILES:
         shutil.copyfile(CODE / name, folder / name)

@@ -14,7 +14,7 @@ from moe_offload.checkpoint.pretrained.arguments import Arguments
 from moe_offload.errors import CheckpointError, UnsupportedModelError
 from moe_offload.plan.forecast import read_outline
 from tests.fakes.loop_models import LOOP_NAMES, SETTINGS, build, prompt, same, session
-from tests.fakes.remote_folder import write_remote
+from tests.fakes.remote_folder import keep_code_apart, write_remote
 from tests.fakes.tiny_checkpoints import build as build_tiny
 
 
@@ -27,11 +27,8 @@ def nobody_is_asked(monkeypatch):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def modules(tmp_path_factory):
-    """Where transformers copies code that it runs: not among what the user has."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        yield
+def apart():
+    keep_code_apart()
 
 
 @pytest.fixture

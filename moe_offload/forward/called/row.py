@@ -217,8 +217,10 @@ def _tokens(args: tuple[Any, ...]) -> int:
 
 def _refuse_writes(name: str, rows: list[ExpertRow], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     written = list(find_rows(kwargs.get("out")))
-    if args and isinstance(args[0], ExpertRow) and (name in ESCAPES or is_write(name)):
+    if args and isinstance(args[0], ExpertRow) and name in ESCAPES:
         written.append(args[0])
+    if is_write(name) or kwargs.get("inplace"):
+        written += find_rows(args[:1])
     if written:
         written[0].refuse(name)
 

@@ -12,8 +12,7 @@ from tests.fakes.remote_folder import write_remote
 
 
 @pytest.fixture
-def folders(tmp_path, monkeypatch):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+def folders(tmp_path):
     for loop in ("hits", "one_hot"):
         write_remote(tmp_path / "all" / f"foreign_{loop}", loop)
     (tmp_path / "all" / "foreign_hits" / "model.safetensors").unlink()  # no weights are needed
