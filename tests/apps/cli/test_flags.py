@@ -63,8 +63,6 @@ FLAGS: dict[str, tuple[str, str]] = {
     "--max-waiting": (NUMBER, "Requests that may wait"),
     "--new-tokens": (NUMBER, "Tokens decoded after the first"),
     "--foreign": (FILE, "Instead: run the code"),
-    "--quantised": (SWITCH, "Every format of quantised"),
-    "--into": (FILE, "With --quantised: write the table"),
     "--offload-folder": (TEXT, "Where experts are spilled"),
     "--once": (SWITCH, "Look once"),
     "--out": (FILE, "The "),
