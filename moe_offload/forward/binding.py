@@ -73,8 +73,9 @@ class Scope:
 
         Raises `ClosedError` after `close`, and in a process that was forked from the model's.
         """
-        with self.runtime.lock, self.runtime.current(), torch.no_grad(), progress.showing_compilation():
-            self.runtime.check_open()
+        runtime = self.runtime
+        with runtime.lock, runtime.busy(), runtime.current(), torch.no_grad(), progress.showing_compilation():
+            runtime.check_open()
             if self._settings.find_unguarded_change():
                 self.renew()
             before, _inside.scope = getattr(_inside, "scope", None), self
@@ -82,10 +83,10 @@ class Scope:
                 with self._settings.entered():
                     yield
             except BaseException:
-                self.runtime.give_up_calls()
+                runtime.give_up_calls()
                 raise
             finally:
-                self.runtime.end_events()
+                runtime.end_events()
                 _inside.scope = before
 
 
