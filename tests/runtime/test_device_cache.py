@@ -218,7 +218,7 @@ def test_what_the_device_refused_is_told_once(monkeypatch):
 
 def test_the_device_decides_by_itself_where_it_is_a_gpu_that_can_read_the_rows():
     def by(settings, tiers, device, slots=4):
-        return on_device(settings, [SimpleNamespace(num_experts=8)] * 2, [slots] * 2, tiers, device)
+        return on_device(settings, [SimpleNamespace(num_experts=8, called=False)] * 2, [slots] * 2, tiers, device)
 
     assert by(OffloadConfig(), ["host", "host"], "cuda:0") == [True, True]
     assert by(OffloadConfig(), ["host", "disk"], "cuda:0") == [True, False]

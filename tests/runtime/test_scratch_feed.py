@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from types import SimpleNamespace
 
-from moe_offload.runtime.scratch_feed import Feed
+from moe_offload.runtime.ahead.scratch_feed import Feed
 
 
 def test_scratch_that_holds_a_row_is_not_filled_with_another():

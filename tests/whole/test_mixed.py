@@ -20,7 +20,7 @@ from passes import ops
 from tests.fakes.offloaded import IDS, QWEN, SETTINGS, offload, resident, say
 
 DEVICE = replace(SETTINGS, decide="device", policy="decayed_lfu")
-BANK = SimpleNamespace(num_experts=8)
+BANK = SimpleNamespace(num_experts=8, called=False)
 HOST = replace(DEVICE, decide="host", overlap=False)
 
 

@@ -111,7 +111,7 @@ def test_an_interrupt_between_two_layers_leaves_nothing_pinned(cuda, model):  # 
     assert cuda.registered == {}
 
 
-@pytest.mark.parametrize("step", ["build_runtime", "attach"])
+@pytest.mark.parametrize("step", ["build_runtime", "attach_runtime"])
 def test_stores_are_closed_where_the_model_cannot_be_built_on_them(step, model, monkeypatch):
     closed = []
     monkeypatch.setattr(HostStore, "close", lambda self: closed.append(self))
