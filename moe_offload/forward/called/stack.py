@@ -94,7 +94,10 @@ def _read(stack: Stack, name: str, func: Callable[..., Any], args: tuple[Any, ..
             return rows
     elif name in SAME:
         with torch._C.DisableTorchFunctionSubclass():
-            out = func(stack, *args, **kwargs)
+            try:
+                out = func(stack, *args, **kwargs)
+            except RuntimeError as error:  # it has other strides than the real one, which some views would need
+                raise _refusal(stack, name) from error
             same = out.dtype == stack.dtype and out.untyped_storage().data_ptr() == stack.untyped_storage().data_ptr()
         if same and tuple(out.shape) in ((stack.count, *stack.field.shape), tuple(stack.shape)):
             return _made(out, stack.source, stack.field, stack.row, stack.count)
@@ -149,7 +152,11 @@ def _anywhere(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Stack:
 
 
 def _refuse(stack: Stack, name: str) -> NoReturn:
-    raise UnsupportedModelError(
+    raise _refusal(stack, name)
+
+
+def _refusal(stack: Stack, name: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
         f"{stack.source.name}: {name} was asked of {stack.field.name}, whose experts are offloaded. The model's code "
         "can read one expert of it at a time, by a number (W[e]), and nothing else"
     )
