@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import UnsupportedModelError
@@ -106,6 +107,11 @@ def _places(members: Members) -> Iterator[Place]:
 
 def _refuse_unlike(name: str, expert: nn.Module) -> None:
     """Raise where an expert has weights that would not go through a slot bit for bit."""
+    if any(isinstance(module, torch.jit.ScriptModule) for module in expert.modules()):
+        raise UnsupportedModelError(
+            f"{name}: it is compiled by torch.jit, which keeps the weights for itself. Use the model before "
+            "torch.jit.script or torch.jit.trace"
+        )
     seen: set[int] = set()
     for path, param in expert.named_parameters(remove_duplicate=False):
         if type(param) is not nn.Parameter:

@@ -7,12 +7,12 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedModelError
+from ..errors import OffloadError, UnsupportedModelError
 from ..observe import progress
 from ..runtime.layer import LayerRuntime, closed_error
 from ..runtime.model import Runtime
@@ -22,7 +22,8 @@ from .graphs import ops
 from .graphs.masked import MaskedLayer
 
 _sets = itertools.count()
-_inside = threading.local()  # `scope`: the Scope of the offloaded model whose call this thread is in
+#: `scope`: the Scope of the offloaded model whose call this thread is in. `refused`: what `refuse_through` has raised.
+_inside = threading.local()
 
 
 def banks_of_this_thread() -> str:
@@ -37,6 +38,16 @@ def banks_of_this_thread() -> str:
 
 #: What torch._dynamo.assume_constant_result would set. Importing Dynamo takes seconds, and only compiling needs it.
 banks_of_this_thread._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def refuse_through(refuse: Callable[[], NoReturn]) -> NoReturn:
+    """`refuse`, where TorchScript may have called: it makes a RuntimeError without a word of whatever is raised, so the
+    call of the model that ends with one raises what was meant."""
+    try:
+        refuse()
+    except OffloadError as error:
+        _inside.refused = error.with_traceback(None)
+        raise
 
 
 class Scope:
@@ -73,19 +84,24 @@ class Scope:
 
         Raises `ClosedError` after `close`, and in a process that was forked from the model's.
         """
-        with self.runtime.lock, self.runtime.current(), torch.no_grad(), progress.showing_compilation():
-            self.runtime.check_open()
+        runtime = self.runtime
+        with runtime.lock, runtime.busy(), runtime.current(), torch.no_grad(), progress.showing_compilation():
+            runtime.check_open()
             if self._settings.find_unguarded_change():
                 self.renew()
             before, _inside.scope = getattr(_inside, "scope", None), self
+            _inside.refused = None
             try:
                 with self._settings.entered():
                     yield
-            except BaseException:
-                self.runtime.give_up_calls()
+            except BaseException as error:
+                runtime.give_up_calls()
+                refused, _inside.refused = _inside.refused, None
+                if refused is not None and type(error) is RuntimeError:
+                    raise refused from error
                 raise
             finally:
-                self.runtime.end_events()
+                runtime.end_events()
                 _inside.scope = before
 
 

@@ -40,7 +40,8 @@ class Handle(Recording, Remembering, Watching):
     def close(self) -> None:
         """Give back files, threads and memory; wait for a forward that is running. More than once is as good as once.
 
-        From then on the model, and its `state_dict`, raise `ClosedError`.
+        From then on the model, and its `state_dict`, raise `ClosedError`. A call of the model that closes it (a hook
+        may) ends first, with what the plain model gives.
         """
         self._end_watching()
         try:

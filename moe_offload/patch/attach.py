@@ -54,7 +54,7 @@ def attach_runtime(model: nn.Module, runtime: Runtime, prepared: Prepared, found
     refuse_what_reaches_experts(model, runtime)
     save_real_rows(model, runtime, Original.of(found))
     linears = speed_up_linears(model) if fast else sharpen_linears(model) if exact else []
-    weakref.finalize(model, _detach_runtime, runtime)
+    weakref.finalize(model, runtime.when_idle, lambda: _detach_runtime(runtime))
     return Handle(
         model,
         runtime,
@@ -63,18 +63,17 @@ def attach_runtime(model: nn.Module, runtime: Runtime, prepared: Prepared, found
         compile=inner,
         implementation="called" if all(moe.called for moe in moe_layers) else implementation,
         graphs=graphs,
-        on_close=lambda: _detach_runtime(runtime, linears),
+        on_close=lambda: runtime.when_idle(lambda: _detach_runtime(runtime, linears)),
     )
 
 
 def _detach_runtime(runtime: Runtime, linears: Iterable[nn.Linear] = ()) -> None:
-    with runtime.alone():
-        restore_linears(linears)
-        if not runtime.closed:
-            try:
-                patch.unpatch_model(runtime)
-            finally:
-                runtime.close()
+    restore_linears(linears)
+    if not runtime.closed:
+        try:
+            patch.unpatch_model(runtime)
+        finally:
+            runtime.close()
 
 
 def _inner_compiler(settings: OffloadConfig, device: str) -> str:

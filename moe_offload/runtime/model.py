@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import pairwise
 from pathlib import Path
@@ -50,6 +50,8 @@ class Runtime:
         self.device_layers: frozenset[int] = frozenset()  # the layers it decides for
         self.recorder: TraceRecorder | None = None  # while a trace is recorded
         self.closed = False
+        self._busy = False
+        self._waiting: list[Callable[[], None]] = []  # for whoever has the lock to be done
         self._stores, self._transfer = stores, transfer
 
     @property
@@ -66,6 +68,30 @@ class Runtime:
         """While it is entered, no forward runs. In a process forked from this one none does, and the lock is not to be
         taken: a thread that is not there may have held it."""
         return self.lock if self._lock.is_here else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def busy(self) -> Iterator[None]:
+        """While it is entered, by whoever has the lock, what is given to `when_idle` waits."""
+        before = self._busy
+        try:
+            self._busy = True
+            yield
+        finally:
+            self._busy = before
+            while self._waiting and not before:
+                self._waiting.pop(0)()
+
+    def when_idle(self, action: Callable[[], None]) -> None:
+        """Run `action` while nothing runs; where this thread itself is in the middle of it, at its end.
+
+        A hook may close the model, and wherever Python collects garbage a model may be found that nobody holds, while
+        one of its parts still runs: the lock, which this thread has, keeps neither out.
+        """
+        with self.alone():
+            if self._busy and self._lock.is_here:
+                self._waiting.append(action)
+            else:
+                action()
 
     def end_events(self) -> None:
         """Whatever experts have been asked for one by one, that was all of it."""

@@ -43,7 +43,7 @@ def prewarm_slots(
     Stops cleanly at any exception (Ctrl-C): what has arrived by then stays. `progress(1)` is called after each row.
     """
     under_way: deque[Arrivals] = deque()
-    with runtime.lock:
+    with runtime.lock, runtime.busy():
         for layer_runtime in runtime.layers:
             layer_runtime.arrivals.abort_interrupted()
         try:

@@ -136,6 +136,13 @@ def test_code_that_is_not_there_or_fails_is_said(folder):
         load(folder)
 
 
+def test_a_class_that_is_no_model_is_refused_by_name(tmp_path):
+    names = {"AutoConfig": "configuration_loops.LoopsConfig", "AutoModelForCausalLM": "modeling_loops.Hits"}
+    write_remote(tmp_path, auto_map=names)
+    with pytest.raises(CheckpointError, match=r"modeling_loops\.Hits.*no PreTrainedModel"):
+        moe_offload.from_pretrained(tmp_path, budget="1GB", trust_remote_code=True)
+
+
 def test_a_checkpoint_that_lacks_a_dense_tensor_is_refused(folder):
     from safetensors.torch import load_file, save_file
 

@@ -71,6 +71,11 @@ def find_remote_class(place: Path | str, config: Any, arguments: Arguments) -> A
         ) from error
     except Exception as error:  # that code runs here, and may raise anything
         raise failed(place, named[MODEL], error) from error
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise CheckpointError(
+            f"{place}: auto_map in config.json names {named[MODEL]} as the model, which is no PreTrainedModel. Name "
+            "the class that is"
+        )
     found.register_for_auto_class(MODEL)  # so that save_pretrained writes the code, too
     return add_generation_mixin_to_remote_model(found)
 

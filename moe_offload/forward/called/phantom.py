@@ -7,13 +7,14 @@ whatever computes with it raises, by name. What it looks like (shape, dtype, dev
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import UnsupportedModelError
 from ...experts import Field, Place
+from ..binding import refuse_through
 
 #: Attributes that tell nothing of values and may be asked. `detach` is called by state_dict(), which then puts in the
 #: real weights.
@@ -51,17 +52,32 @@ class CalledPhantom(nn.Parameter):
         if func in _ALLOWED:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        found = _phantom_in((args, kwargs or {}))
         if func is Tensor.detach:
-            return found
-        whose, what = "an expert" if found is None else found.called, getattr(func, "__name__", str(func))
-        raise UnsupportedModelError(
-            f"{whose}: {what} reads the weights of an offloaded expert outside of its call; they are in memory only "
-            "while the expert itself is called. Call the expert, or read them from model.state_dict()"
-        )
+            return _phantom_in(args)
+        _refuse(func, (args, kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """TorchScript asks no `__torch_function__`."""
+        refuse_through(lambda: _refuse(func, (args, kwargs or {})))
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"CalledPhantom({self.called}, shape={tuple(self.shape)}, dtype={self.dtype})"
+
+
+def _refuse(func: Callable[..., Any], values: Any) -> NoReturn:
+    found = _phantom_in(values)
+    whose, what = "an expert" if found is None else found.called, getattr(func, "__name__", str(func))
+    raise UnsupportedModelError(
+        f"{whose}: {what} reads the weights of an offloaded expert outside of its call; they are in memory only "
+        "while the expert itself is called. Call the expert, or read them from model.state_dict()"
+    )
 
 
 def _phantom_in(values: Any) -> CalledPhantom | None:

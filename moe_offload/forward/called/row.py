@@ -22,15 +22,8 @@ from torch import Tensor
 
 from ...errors import UnsupportedModelError
 from ..inference_only import refuse_backward_of
+from .looks import METADATA, name_of, run_on_looks
 
-#: What is true of a row without its elements: properties, and methods.
-LOOKS = "shape dtype device layout ndim requires_grad is_leaf grad_fn grad itemsize nbytes is_cpu is_cuda is_meta"
-LOOKS += " is_mps is_xpu is_sparse is_quantized is_nested _version"
-ASKED = "size dim numel nelement stride is_contiguous element_size is_floating_point is_complex __len__ ndimension"
-ASKED += " get_device is_shared"
-METADATA = frozenset(
-    [getattr(Tensor, name).__get__ for name in LOOKS.split()] + [getattr(Tensor, name) for name in ASKED.split()]
-)
 #: What may be a view of a row. Whether it is one is seen: a dtype that changes is a copy.
 VIEWS = frozenset(
     "view reshape transpose permute t swapaxes swapdims movedim unsqueeze squeeze flatten unflatten expand narrow "
@@ -80,7 +73,8 @@ class ExpertRow(Tensor):
     @staticmethod
     def of(empty: Tensor, source: Source, field: str, expert: int, steps: tuple[Step, ...] = ()) -> ExpertRow:
         """`empty` has its shape and dtype, and no element that counts."""
-        row = Tensor._make_subclass(ExpertRow, empty)
+        with torch._C._DisableTorchDispatch():  # it may be a row, which it detaches
+            row = Tensor._make_subclass(ExpertRow, empty)
         row.source, row.field, row.expert, row.steps = source, field, expert, steps
         return row
 
@@ -89,6 +83,13 @@ class ExpertRow(Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return answer(func, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        rows = list(find_rows((args, kwargs or {})))
+        return run_on_looks(func, args, kwargs or {}, rows[0].refuse)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         with torch._C.DisableTorchFunctionSubclass():
@@ -99,12 +100,6 @@ class ExpertRow(Tensor):
             f"{self.source.name}: {name} was asked of the {self.field} of expert {self.expert}, whose weights pass "
             "through slots; the model's code can compute with them and take views, and nothing else"
         )
-
-
-def name_of(func: Any) -> str:
-    """'linear', '__getitem__'; of a property its name: 'T'."""
-    name = str(getattr(func, "__name__", func))
-    return str(func.__self__.__name__) if name == "__get__" else name
 
 
 def answer(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from ...errors import RoutingError, UnsupportedModelError
 from ...experts import Field
-from .row import METADATA, ExpertRow, Source, name_of
+from .looks import METADATA, name_of, run_on_looks
+from .row import ExpertRow, Source
 
 #: What gives the same stack under another shape, or as another object.
 SAME = frozenset("view reshape unflatten detach data contiguous to type float bfloat16 half alias".split())
@@ -56,6 +57,12 @@ class Stack(nn.Parameter):
             _refuse(stack or _anywhere(args, kwargs), name)
         return _read(stack, name, func, args[1:], kwargs)
 
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return run_on_looks(func, args, kwargs or {}, lambda name: _refuse(_anywhere(args, kwargs or {}), name))
+
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         with torch._C.DisableTorchFunctionSubclass():
             return f"{self.field.name} of {self.source.name}, offloaded, {tuple(self.shape)} {self.dtype}"
@@ -65,7 +72,8 @@ class Stack(nn.Parameter):
 
 
 def _made(empty: Tensor, source: Source, field: Field, row: Tensor, count: int) -> Stack:
-    stack = Tensor._make_subclass(Stack, empty, False)
+    with torch._C._DisableTorchDispatch():  # it may be a stack, which it detaches
+        stack = Tensor._make_subclass(Stack, empty, False)
     stack.source, stack.field, stack.row, stack.count = source, field, row, count
     return stack
 
@@ -86,7 +94,10 @@ def _read(stack: Stack, name: str, func: Callable[..., Any], args: tuple[Any, ..
             return rows
     elif name in SAME:
         with torch._C.DisableTorchFunctionSubclass():
-            out = func(stack, *args, **kwargs)
+            try:
+                out = func(stack, *args, **kwargs)
+            except RuntimeError as error:  # it has other strides than the real one, which some views would need
+                raise _refusal(stack, name) from error
             same = out.dtype == stack.dtype and out.untyped_storage().data_ptr() == stack.untyped_storage().data_ptr()
         if same and tuple(out.shape) in ((stack.count, *stack.field.shape), tuple(stack.shape)):
             return _made(out, stack.source, stack.field, stack.row, stack.count)
@@ -141,7 +152,11 @@ def _anywhere(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Stack:
 
 
 def _refuse(stack: Stack, name: str) -> NoReturn:
-    raise UnsupportedModelError(
+    raise _refusal(stack, name)
+
+
+def _refusal(stack: Stack, name: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
         f"{stack.source.name}: {name} was asked of {stack.field.name}, whose experts are offloaded. The model's code "
         "can read one expert of it at a time, by a number (W[e]), and nothing else"
     )

@@ -198,6 +198,17 @@ def test_an_expert_that_calls_another_one_needs_a_second_slot():
     assert torch.equal(want, large.model.layers[0].mlp.experts[0](x).detach())
 
 
+@pytest.mark.parametrize("residency", [0.0, 0.5])
+def test_an_expert_that_calls_itself_keeps_its_weights_until_it_ends(residency):
+    def nest(model):
+        for expert in model.model.layers[0].mlp.experts:
+            once = expert.forward
+            expert.forward = lambda x, again=True, once=once, own=expert: once(own(x, again=False) if again else x)
+        return model
+
+    assert same(session(nest(build()), prompt()), session(offload(nest(build()), residency), prompt()))
+
+
 def test_threads_share_one_model():
     ids = [prompt(1, 16, seed) for seed in range(4)]
     want = [session(build(), one) for one in ids]

@@ -175,6 +175,7 @@ OF_A_STACK = {
     "transpose": lambda w: w.transpose(0, 1)[0],
     "chunk": lambda w: w.chunk(2),
     "clone": lambda w: w.clone(),
+    "view": lambda w: w.view(-1),
     "to": lambda w: w.to(torch.float64),
     "data_ptr": lambda w: w.data_ptr(),
     "numpy": lambda w: w.numpy(),
