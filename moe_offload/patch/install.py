@@ -165,7 +165,7 @@ def _install_layer(layer: LayerRuntime, link: Link, implementation: str, nan_row
     views = ops.bank_of(layer).views
     is_masked = moe.form == "masked"
     core: RunCore = MaskedModuleCore(moe, views) if is_masked else ModuleCore(moe, implementation, views)
-    layer.module_core = core
+    layer.module_core, layer.sorts_pairs = core, implementation == "grouped_mm"
     phantoms = {f.name: Phantom.of(layer, f, nan_rows) for f in moe.unpacked.fields}
     for module in moe.modules:
         for name, phantom in phantoms.items():

@@ -91,6 +91,16 @@ def kv_bytes(model: Any, tokens: int) -> int:
     return int(2 * layers * kv_heads * head_dim * min(tokens, longest) * dtype.itemsize)
 
 
+def planned_context(model: Any, settings: OffloadConfig) -> int | None:
+    """For how many tokens of a prompt and its answer the plan has room in its reserve; None where it was told to keep
+    none. A `reserve` of so many bytes has room for what fits into it, and for `kv_tokens` at most."""
+    tokens, token_bytes = settings.kv_tokens or None, kv_bytes(model, 1)
+    if not settings.reserve_bytes or not token_bytes:
+        return tokens
+    fitting = max(1, settings.reserve_bytes // token_bytes)
+    return fitting if tokens is None else min(tokens, fitting)
+
+
 def longest_context(model: Any) -> int | None:
     """The most tokens that the model was made for, where its configuration says."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or None

@@ -73,6 +73,7 @@ class LayerRuntime:
         self.device_cache: DeviceCache | None = None  # where the device decides
         self.device_caches: DeviceCaches | None = None  # of the model, likewise
         self.module_core: RunCore | None = None  # set where the model is patched; serves `experts`
+        self.sorts_pairs = False  # whether its code is given pairs in the order of their experts
 
     @property
     def cache(self) -> LayerCache:
@@ -86,7 +87,7 @@ class LayerRuntime:
 
     def prefetch(self, ids_P: Tensor) -> None:
         trial = self.guesses.trial
-        self._refuse_capture()
+        self.arrivals.transfer.refuse_capture(self.moe.name)
         if ids_P.numel() >= self.cache.slots:  # no slot is left for a guess; a prompt leaves none anyway
             trial.skip()
             return
@@ -97,7 +98,7 @@ class LayerRuntime:
             self.guesses.hold_back(self.arrivals, [e for e in ids if 0 <= e < self.cache.num_experts])
 
     def fetch(self, ids_P: Tensor) -> Tensor:
-        self._refuse_capture()
+        self.arrivals.transfer.refuse_capture(self.moe.name)
         if self.device_cache is not None:  # else this layer is the host's, and those of the device are not touched
             self._hand_back()
         ids, used = self._event(ids_P)
@@ -127,7 +128,7 @@ class LayerRuntime:
         return slots_P.clone()
 
     def stream(self, x_P: Tensor, ids_P: Tensor, core: RunCore, others: Sequence[Tensor] = ()) -> Tensor:
-        self._refuse_capture()
+        self.arrivals.transfer.refuse_capture(self.moe.name)
         self._hand_back()  # all layers: while this one computes, rows of the next are read ahead
         ids, used = self._event(ids_P)
         cache, arrivals = self.cache, self.arrivals
@@ -161,8 +162,10 @@ class LayerRuntime:
         with self.lock.here(), self.arrivals.transfer.current(), torch.autocast(x_TH.device.type, enabled=False):
             if self.module_core is None:
                 raise closed_error(self.moe.name)
-            out_PH = self.stream(x_TH.repeat_interleave(k, dim=0), ids_TK.reshape(-1), self.module_core)
-            weighted_PH = out_PH * weights_TK.reshape(-1, 1)
+            ids_P = ids_TK.reshape(-1)
+            order_P = ids_P.sort().indices if self.sorts_pairs else torch.arange(len(ids_P), device=ids_P.device)
+            sorted_PH = self.stream(x_TH[order_P // k], ids_P[order_P], self.module_core)
+            weighted_PH = torch.empty_like(sorted_PH).index_copy_(0, order_P, sorted_PH) * weights_TK.reshape(-1, 1)
             return weighted_PH.view(tokens, k, -1).sum(dim=1).to(x_TH.dtype)
 
     @property
@@ -232,9 +235,6 @@ class LayerRuntime:
     def _hand_back(self) -> None:
         if self.device_caches is not None:
             self.device_caches.hand_back()
-
-    def _refuse_capture(self) -> None:
-        self.arrivals.transfer.refuse_capture(self.moe.name)
 
     def _slots_of(self, ids_P: Tensor, ids: Sequence[int]) -> Tensor:
         """Where the experts of an event are that are all resident; where the device runs ahead, without its ids."""
