@@ -22,6 +22,7 @@ from .checkpoint.outline import Outline, outline_folder
 from .checkpoint.pretrained.arguments import sort_arguments
 from .checkpoint.pretrained.dense import find_adapter, load_adapter, load_dense
 from .checkpoint.pretrained.download import get_folder
+from .checkpoint.pretrained.split import split_outline
 from .checkpoint.quantised.fused_weight import fuse_weights
 from .checkpoint.quantised.verify import verify_unpacking
 from .config.device_map import DeviceMap, MaxMemory
@@ -166,6 +167,8 @@ def from_pretrained(
     )
     folder = get_folder(path_or_id, said)
     found = outline_folder(folder, said)
+    if "distributed_config" in said.model:
+        found = split_outline(found, said.model["distributed_config"])
     prepared = prepare_model(found.model, found.moe_layers, settings, profile, path_or_id)
     model: nn.Module = load_dense(found, said, path_or_id)
     trim_heap()  # for each of the loader's threads it keeps tens of MB

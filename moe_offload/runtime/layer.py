@@ -132,10 +132,10 @@ class LayerRuntime:
         ids, used = self._event(ids_P)
         cache, arrivals = self.cache, self.arrivals
         ids_P, pairs, runs_ahead = ids_P.reshape(-1), ids_P.numel(), arrivals.transfer.runs_ahead
-        tokens = self.moe.tokens_of(pairs)
+        tokens, here = self.moe.tokens_of(pairs), sum(used.values())
         without_slot: list[int] = []
         try:
-            if cache.fits(pairs):
+            if cache.fits(here):
                 loads = cache.lookup(used, tokens)
             else:
                 loads, without_slot = cache.fill(used, tokens)
@@ -143,7 +143,7 @@ class LayerRuntime:
             arrivals.start(loads)
             if self.guesses.waiting:
                 self.guesses.start()
-            if not arrivals.awaited and not without_slot:
+            if not arrivals.awaited and not without_slot and here == pairs:
                 return core(x_P, self._slots_of(ids_P, ids), self.slots.bank_SN, others)
             if runs_ahead:
                 return compute_in_groups(arrivals, self.following, x_P, ids_P, used, core, others, without_slot)
@@ -158,12 +158,18 @@ class LayerRuntime:
     def experts(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The output of the whole experts module, for code that no pass has rewritten: slower, never wrong."""
         tokens, k = ids_TK.shape
+        if self.moe.share is not None and not self.has_any(ids_TK):
+            return torch.zeros_like(x_TH)
         with self.lock.here(), self.arrivals.transfer.current(), torch.autocast(x_TH.device.type, enabled=False):
             if self.module_core is None:
                 raise closed_error(self.moe.name)
             out_PH = self.stream(x_TH.repeat_interleave(k, dim=0), ids_TK.reshape(-1), self.module_core)
             weighted_PH = out_PH * weights_TK.reshape(-1, 1)
             return weighted_PH.view(tokens, k, -1).sum(dim=1).to(x_TH.dtype)
+
+    def has_any(self, ids_TK: Tensor) -> bool:
+        """Whether any of these experts is one of this process: else there is nothing to compute, and nothing asked."""
+        return bool(((ids_TK >= 0) & (ids_TK < self.moe.num_experts)).any())
 
     @property
     def counters(self) -> LayerCounters:
@@ -211,7 +217,8 @@ class LayerRuntime:
     def _event(self, ids_P: Tensor) -> tuple[list[int], Counter[int]]:
         """The ids of one event, checked, and how often each is there; what is on its way for it has been claimed.
 
-        Of a prompt on a device the host hears no more than the counts, and there are no ids.
+        Of a prompt on a device the host hears no more than the counts, and there are no ids. An id of an expert that
+        another process has becomes E, whatever transformers gave it, and is not counted.
         """
         ids_P, pairs, ids = ids_P.reshape(-1), ids_P.numel(), []
         if self.arrivals.transfer.runs_ahead and pairs > self.moe.num_experts and self.recorder is None:
@@ -219,6 +226,10 @@ class LayerRuntime:
         else:
             ids = ids_P.tolist()
             used = Counter(ids)
+            if self.moe.share is not None:
+                elsewhere = self.moe.num_experts
+                ids = [elsewhere if e == -1 else e for e in ids]
+                del used[-1], used[elsewhere]
         try:
             self.cache.check(used)
         except RoutingError:
