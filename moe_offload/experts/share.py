@@ -52,7 +52,7 @@ def find_share(name: str, module: nn.Module, stacks: Mapping[str, Tensor]) -> Sh
 
 
 def _share_of(name: str, field: str, stack: Any) -> Share:
-    mesh, placements = getattr(stack, "device_mesh", None), getattr(stack, "placements", ())
+    mesh, placements = getattr(stack, "device_mesh", None), list(getattr(stack, "placements", ()))
     if mesh is None or mesh.ndim != 1 or not placements[0].is_shard(0):
         raise UnsupportedModelError(
             f"{name}: {field} is split over processes as {tuple(placements)}; whole experts are offloaded, each in one "

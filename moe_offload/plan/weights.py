@@ -72,7 +72,9 @@ def dense_bytes_on(model: nn.Module, moe_layers: Sequence[MoELayer], device: Cal
             if id(tensor) not in seen:
                 seen.add(id(tensor))
                 name_of_device = device(name)
-                found[name_of_device] = found.get(name_of_device, 0) + local_part(tensor).numel() * tensor.element_size()
+                found[name_of_device] = (
+                    found.get(name_of_device, 0) + local_part(tensor).numel() * tensor.element_size()
+                )
     return found
 
 
