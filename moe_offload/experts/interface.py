@@ -12,8 +12,8 @@ from torch import nn
 from ..errors import UnsupportedModelError
 from .layer import MoELayer, Place
 from .layout import RowLayout
+from .names import TOP_K_NAMES, find_top_k
 from .share import find_share, local_part
-from .top_k import TOP_K_NAMES, find_top_k
 
 
 def find_interface(model: nn.Module) -> list[MoELayer]:

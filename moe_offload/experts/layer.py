@@ -10,6 +10,7 @@ all: which parameters are experts' (`tensors`), what one expert's are (`expert`)
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -105,6 +106,20 @@ class MoELayer:
     def first_expert(self) -> int:
         """Which of them expert 0 of this process is."""
         return 0 if self.share is None else self.share.first
+
+    def has_any(self, ids_TK: Tensor) -> bool:
+        """Whether any of these experts is one of this process: else there is nothing to compute."""
+        return self.share is None or bool(((ids_TK >= 0) & (ids_TK < self.num_experts)).any())
+
+    def own_uses(self, ids: list[int]) -> tuple[list[int], Counter[int]]:
+        """The ids, and how often each of this process is there; those of other processes all become E, and do not
+        count."""
+        if self.share is None:
+            return ids, Counter(ids)
+        ids = [self.num_experts if e == -1 else e for e in ids]
+        used = Counter(ids)
+        del used[self.num_experts]
+        return ids, used
 
     @property
     def complete(self) -> int:

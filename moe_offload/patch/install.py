@@ -184,7 +184,7 @@ def skip_where_none(layer: LayerRuntime, run: RunExperts) -> RunExperts:
     """`run`, but for a call in which no expert is one of this process: it gives zeros, and asks for nothing."""
 
     def run_where_any(module: Any, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        if layer.has_any(ids_TK):
+        if layer.moe.has_any(ids_TK):
             return run(module, x_TH, ids_TK, weights_TK)
         layer.cache.counters.tokens += len(x_TH)
         return torch.zeros_like(x_TH)

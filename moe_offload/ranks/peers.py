@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
-
-import torch
 
 from ..checkpoint.headers import Headers
 from ..config.settings import OffloadConfig
@@ -47,18 +46,12 @@ def check_peers(
 def _facts(
     model: Any, moe_layers: Sequence[MoELayer], settings: OffloadConfig, headers: Headers | None
 ) -> dict[str, Any]:
-    import transformers
-
-    from .. import __version__
-
     config = model.config.to_dict()
     config.pop("distributed_config", None)
     for name in ("_name_or_path", "name_or_path"):  # each machine may have it elsewhere
         config.pop(name, None)
     return {
-        "moe_offload": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **{name: version(name) for name in ("moe-offload", "torch", "transformers")},
         "model": type(model).__name__,
         "configuration": _digest(config),
         "checkpoint": None if headers is None else _digest(_entries(headers)),

@@ -132,8 +132,7 @@ class LayerRuntime:
         ids, used = self._event(ids_P)
         cache, arrivals = self.cache, self.arrivals
         ids_P, pairs, runs_ahead = ids_P.reshape(-1), ids_P.numel(), arrivals.transfer.runs_ahead
-        tokens, here = self.moe.tokens_of(pairs), sum(used.values())
-        without_slot: list[int] = []
+        tokens, here, without_slot = self.moe.tokens_of(pairs), sum(used.values()), list[int]()
         try:
             if cache.fits(here):
                 loads = cache.lookup(used, tokens)
@@ -158,7 +157,7 @@ class LayerRuntime:
     def experts(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The output of the whole experts module, for code that no pass has rewritten: slower, never wrong."""
         tokens, k = ids_TK.shape
-        if self.moe.share is not None and not self.has_any(ids_TK):
+        if not self.moe.has_any(ids_TK):
             return torch.zeros_like(x_TH)
         with self.lock.here(), self.arrivals.transfer.current(), torch.autocast(x_TH.device.type, enabled=False):
             if self.module_core is None:
@@ -166,10 +165,6 @@ class LayerRuntime:
             out_PH = self.stream(x_TH.repeat_interleave(k, dim=0), ids_TK.reshape(-1), self.module_core)
             weighted_PH = out_PH * weights_TK.reshape(-1, 1)
             return weighted_PH.view(tokens, k, -1).sum(dim=1).to(x_TH.dtype)
-
-    def has_any(self, ids_TK: Tensor) -> bool:
-        """Whether any of these experts is one of this process: else there is nothing to compute, and nothing asked."""
-        return bool(((ids_TK >= 0) & (ids_TK < self.moe.num_experts)).any())
 
     @property
     def counters(self) -> LayerCounters:
@@ -217,19 +212,13 @@ class LayerRuntime:
     def _event(self, ids_P: Tensor) -> tuple[list[int], Counter[int]]:
         """The ids of one event, checked, and how often each is there; what is on its way for it has been claimed.
 
-        Of a prompt on a device the host hears no more than the counts, and there are no ids. An id of an expert that
-        another process has becomes E, whatever transformers gave it, and is not counted.
+        Of a prompt on a device the host hears no more than the counts, and there are no ids.
         """
-        ids_P, pairs, ids = ids_P.reshape(-1), ids_P.numel(), []
+        ids_P, pairs = ids_P.reshape(-1), ids_P.numel()
         if self.arrivals.transfer.runs_ahead and pairs > self.moe.num_experts and self.recorder is None:
-            used = count_uses(ids_P, self.moe.num_experts)
+            ids, used = list[int](), count_uses(ids_P, self.moe.num_experts)
         else:
-            ids = ids_P.tolist()
-            used = Counter(ids)
-            if self.moe.share is not None:
-                elsewhere = self.moe.num_experts
-                ids = [elsewhere if e == -1 else e for e in ids]
-                del used[-1], used[elsewhere]
+            ids, used = self.moe.own_uses(ids_P.tolist())
         try:
             self.cache.check(used)
         except RoutingError:

@@ -1,8 +1,8 @@
 """One rank of a few that live as long as the tests: `python -m tests.fakes.rank_child RANK WORLD`.
 
-It reads a line of JSON for each check, `{"check": "tests.ranks.checks:name", "port": ..., "given": {...}}`, forms a process
-group with the others at that port, runs the check, leaves the group, and answers with a line of JSON. So importing torch
-is paid once, and a check that breaks its group breaks no other.
+It reads a line of JSON for each check, `{"check": "tests.ranks.checks:name", "port": ..., "given": {...}}`, runs the
+check, which may form a process group with the others at that port, leaves the group, and answers with a line of JSON.
+So importing torch is paid once, and a check that breaks its group breaks no other.
 """
 
 import importlib
