@@ -132,7 +132,7 @@ def _size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
 
 def _has_begun(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether the forward is given a KV cache that holds tokens. Yes, where the cache does not say."""
-    cache = kwargs.get("past_key_values")
+    cache: Any = kwargs.get("past_key_values")
     if cache is None:
         cache = next((one for one in args if hasattr(one, "get_seq_length")), None)
     if not hasattr(cache, "get_seq_length"):  # none, or tuples of tensors, as code for transformers 4 has them

@@ -4,8 +4,8 @@ Shapes: P token-expert pairs, R of them in one wave, S slots, N elements of one 
 
 An elementwise kernel rounds the end of a tensor, which does not fill a vector register, otherwise than the rest (see
 `passes/core_graph.py`). Where a pair's share of a tensor does not fill whole vectors, the code is given all pairs for
-each expert, each pair in the place that it has in the whole call, and the expert's own are kept. Such sizes are those of
-tiny models.
+each expert, each pair in the place that it has in the whole call, and the expert's own are kept. Tiny models have such
+sizes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a run asks of its caches, written down while it runs: a trace that replays to the run's own counters.
 
-One `event` is what one layer is asked in one forward. A forward ends where the layers begin anew. A prompt after decoding
-begins a request; where nobody says what a forward is, one with more tokens than the one before does.
+One `event` is what one layer is asked in one forward. A forward ends where the layers begin anew. A prompt after
+decoding begins a request; where nobody says what a forward is, one with more tokens than the one before does.
 
 Which token used which expert is kept where the graph still knows it. Grouped experts sort the pairs of a forward by
 expert first; then they are dealt out to as many rows as there are tokens, which no counter can tell from the truth.
