@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..config.settings import OffloadConfig
-from ..experts import Field, MoELayer
+from ..experts import Field, MoELayer, local_part
 from ..observe.profile import Fingerprint
 from .budget import Costs, LayerShape
 
@@ -60,7 +60,7 @@ def dense_bytes(model: nn.Module, moe_layers: Sequence[MoELayer]) -> int:
     """Bytes of every parameter and buffer that is no expert's; tied ones count once."""
     experts = {id(param) for moe in moe_layers for param in moe.tensors}
     tensors = [*model.parameters(), *model.buffers()]
-    return sum(t.numel() * t.element_size() for t in tensors if id(t) not in experts)
+    return sum(local_part(t).numel() * t.element_size() for t in tensors if id(t) not in experts)
 
 
 def dense_bytes_on(model: nn.Module, moe_layers: Sequence[MoELayer], device: Callable[[str], str]) -> dict[str, int]:
@@ -72,7 +72,9 @@ def dense_bytes_on(model: nn.Module, moe_layers: Sequence[MoELayer], device: Cal
             if id(tensor) not in seen:
                 seen.add(id(tensor))
                 name_of_device = device(name)
-                found[name_of_device] = found.get(name_of_device, 0) + tensor.numel() * tensor.element_size()
+                found[name_of_device] = (
+                    found.get(name_of_device, 0) + local_part(tensor).numel() * tensor.element_size()
+                )
     return found
 
 
@@ -119,7 +121,7 @@ def take_fingerprint(model: Any, moe_layers: Sequence[MoELayer]) -> Fingerprint:
     return Fingerprint(
         model_type=str(model.config.model_type),
         layers=len(moe_layers),
-        experts=[moe.num_experts for moe in moe_layers],
+        experts=[moe.all_experts for moe in moe_layers],
         top_k=[moe.top_k for moe in moe_layers],
         hidden=hidden,
         inner=[math.prod(f.shape) // hidden for f in down],

@@ -132,10 +132,9 @@ class LayerRuntime:
         ids, used = self._event(ids_P)
         cache, arrivals = self.cache, self.arrivals
         ids_P, pairs, runs_ahead = ids_P.reshape(-1), ids_P.numel(), arrivals.transfer.runs_ahead
-        tokens = self.moe.tokens_of(pairs)
-        without_slot: list[int] = []
+        tokens, here, without_slot = self.moe.tokens_of(pairs), sum(used.values()), list[int]()
         try:
-            if cache.fits(pairs):
+            if cache.fits(here):
                 loads = cache.lookup(used, tokens)
             else:
                 loads, without_slot = cache.fill(used, tokens)
@@ -143,7 +142,7 @@ class LayerRuntime:
             arrivals.start(loads)
             if self.guesses.waiting:
                 self.guesses.start()
-            if not arrivals.awaited and not without_slot:
+            if not arrivals.awaited and not without_slot and here == pairs:
                 return core(x_P, self._slots_of(ids_P, ids), self.slots.bank_SN, others)
             if runs_ahead:
                 return compute_in_groups(arrivals, self.following, x_P, ids_P, used, core, others, without_slot)
@@ -158,6 +157,8 @@ class LayerRuntime:
     def experts(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The output of the whole experts module, for code that no pass has rewritten: slower, never wrong."""
         tokens, k = ids_TK.shape
+        if not self.moe.has_any(ids_TK):
+            return torch.zeros_like(x_TH)
         with self.lock.here(), self.arrivals.transfer.current(), torch.autocast(x_TH.device.type, enabled=False):
             if self.module_core is None:
                 raise closed_error(self.moe.name)
@@ -213,12 +214,11 @@ class LayerRuntime:
 
         Of a prompt on a device the host hears no more than the counts, and there are no ids.
         """
-        ids_P, pairs, ids = ids_P.reshape(-1), ids_P.numel(), []
+        ids_P, pairs = ids_P.reshape(-1), ids_P.numel()
         if self.arrivals.transfer.runs_ahead and pairs > self.moe.num_experts and self.recorder is None:
-            used = count_uses(ids_P, self.moe.num_experts)
+            ids, used = list[int](), count_uses(ids_P, self.moe.num_experts)
         else:
-            ids = ids_P.tolist()
-            used = Counter(ids)
+            ids, used = self.moe.own_uses(ids_P.tolist())
         try:
             self.cache.check(used)
         except RoutingError:
