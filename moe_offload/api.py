@@ -22,6 +22,7 @@ from .checkpoint.outline import Outline, outline_folder
 from .checkpoint.pretrained.arguments import sort_arguments
 from .checkpoint.pretrained.dense import find_adapter, load_adapter, load_dense
 from .checkpoint.pretrained.download import get_folder
+from .checkpoint.pretrained.split import split_outline
 from .checkpoint.quantised.fused_weight import fuse_weights
 from .checkpoint.quantised.verify import verify_unpacking
 from .config.device_map import DeviceMap, MaxMemory
@@ -36,6 +37,8 @@ from .observe.profile import Profile
 from .patch.attach import attach_runtime
 from .patch.dense_weights import find_dense_device, place_dense
 from .plan.prepare import Prepared, prepare_model, settings_of
+from .ranks.group import Group
+from .ranks.join import form_ranks, join_ranks, or_end_for_all
 from .runtime.assemble import build_runtime, on_device
 from .runtime.prewarm import prewarm_from, prewarm_when_idle
 
@@ -106,7 +109,10 @@ def optimize(
         )
     moe_layers = find_experts(model)
     device = find_dense_device(model, moe_layers, settings.untested)
-    return _offload(model, moe_layers, prepare_model(model, moe_layers, settings, profile, found_on=device))
+    group = join_ranks(model, moe_layers, settings, device)
+    with or_end_for_all(group):
+        prepared = prepare_model(model, moe_layers, settings, profile, found_on=device)
+        return _offload(model, moe_layers, prepared, group=group)
 
 
 def from_pretrained(
@@ -164,15 +170,20 @@ def from_pretrained(
         profile=profile,
         experts_implementation=said.experts_implementation,
     )
-    folder = get_folder(path_or_id, said)
-    found = outline_folder(folder, said)
-    prepared = prepare_model(found.model, found.moe_layers, settings, profile, path_or_id)
-    model: nn.Module = load_dense(found, said, path_or_id)
-    trim_heap()  # for each of the loader's threads it keeps tens of MB
-    moe_layers = found.pack(find_experts(model))
-    find_dense_device(model, moe_layers, settings.untested)  # raises where transformers put it elsewhere
-    prepared.check_rows(moe_layers)
-    model = _offload(model, moe_layers, prepared, found)
+    group = form_ranks(said.model.get("distributed_config"), settings)
+    with or_end_for_all(group):
+        folder = get_folder(path_or_id, said)
+        found = outline_folder(folder, said)
+        if group is not None:
+            found = split_outline(found, said.model["distributed_config"])
+            join_ranks(found.model, found.moe_layers, settings, "cpu", found.stored)
+        prepared = prepare_model(found.model, found.moe_layers, settings, profile, path_or_id)
+        model: nn.Module = load_dense(found, said, path_or_id)
+        trim_heap()  # for each of the loader's threads it keeps tens of MB
+        moe_layers = found.pack(find_experts(model))
+        find_dense_device(model, moe_layers, settings.untested)  # raises where transformers put it elsewhere
+        prepared.check_rows(moe_layers)
+        model = _offload(model, moe_layers, prepared, found, group)
     adapter = find_adapter(folder, said.subfolder)
     if adapter is not None:
         with _closed_on_error(model):
@@ -180,8 +191,15 @@ def from_pretrained(
     return model
 
 
-def _offload(model: Model, moe_layers: Sequence[MoELayer], prepared: Prepared, found: Outline | None = None) -> Model:
-    """Do what was prepared. `found` says which files the model was loaded from, and where the experts' rows lie."""
+def _offload(
+    model: Model,
+    moe_layers: Sequence[MoELayer],
+    prepared: Prepared,
+    found: Outline | None = None,
+    group: Group | None = None,
+) -> Model:
+    """Do what was prepared. `found` says which files the model was loaded from, and where the experts' rows lie;
+    `group` are the ranks that share them, if there are several."""
     settings, arrangement, index = prepared.settings, prepared.arrangement, found.index if found else None
     tiers, device = arrangement.tiers, arrangement.device
     device_decides = on_device(settings, moe_layers, arrangement.slots, tiers, device)
@@ -200,7 +218,7 @@ def _offload(model: Model, moe_layers: Sequence[MoELayer], prepared: Prepared, f
         )
         undo.pop_all()
         undo.callback(runtime.close)
-        handle = attach_runtime(model, runtime, prepared, found)
+        handle = attach_runtime(model, runtime, prepared, found, group)
         undo.pop_all()
     model.moe_offload = handle  # type: ignore[assignment]
     logger.info("%s", handle)

@@ -40,6 +40,10 @@ class ExpertReadError(OffloadError):
     """An expert's bytes could not be read completely; names file, offset and what was found."""
 
 
+class RankError(OffloadError):
+    """Another process of a run on several ranks has ended, does not answer, or runs something else; it is named."""
+
+
 class RoutingError(OffloadError):
     """The router asked for an expert id outside [0, E)."""
 

@@ -14,9 +14,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+Run = tuple[int, int, int]  # a slot, and the pairs [begin, end) that are for the expert in it
 
-def find_runs(slots: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Each run of equal slots, as (slot, begin, end)."""
+
+def find_runs(slots: Sequence[int]) -> Iterator[Run]:
+    """Each run of equal slots."""
     begin = 0
     for end in range(1, len(slots) + 1):
         if end == len(slots) or slots[end] != slots[begin]:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from .core import Core
-from .grouped import find_runs
+from .grouped import Run, find_runs
 from .grouped import grouped_mm as run_groups
 from .masked_rows import find_rows, stream_rows
 
@@ -100,8 +100,8 @@ class PackedWeight(Protocol):
     def unpack(self, row: Tensor, out: Tensor) -> None:
         """Write one expert's weight into `out`, of its shape and dtype."""
 
-    def multiply(self, x_MI: Tensor, row: Tensor, out_MO: Tensor, transposed: bool) -> None:
-        """The product with one expert's weight, or with its transpose."""
+    def multiply(self, x_PI: Tensor, rows_SB: Tensor, runs: Sequence[Run], out_PO: Tensor, transposed: bool) -> None:
+        """For each run (slot, begin, end), the product of those x with the weight in that row, or its transpose."""
 
 
 class UnservedGraph(RuntimeError):
@@ -217,8 +217,7 @@ def _run_masked_experts(x: Tensor, key: Tensor) -> Tensor:
 def _run_packed_mm(x: Tensor, bank: Tensor, slots: Tensor, weight: int, transposed: bool) -> Tensor:
     packed, rows = _PACKED[weight], bank.view(torch.uint8)
     out = x.new_empty((x.shape[0], outputs_of(weight, transposed)))
-    for slot, begin, end in find_runs(slots.tolist()):
-        packed.multiply(x[begin:end], rows[slot], out[begin:end], transposed)
+    packed.multiply(x, rows, list(find_runs(slots.tolist())), out, transposed)
     return out
 
 

@@ -53,7 +53,8 @@ class RowIndex:
     """`rows[layer][expert]`, layers numbered like the MoE layers; `keys` are all checkpoint keys of experts.
 
     `names` are the layers' module names, for messages; `stamps` say which files the index was made from; `packings`
-    tell of each layer that is quantised how its rows rest.
+    tell of each layer that is quantised how its rows rest. `first[layer]` is the number that the checkpoint gives to
+    expert 0, where the index has one process's share only.
     """
 
     names: tuple[str, ...]
@@ -61,6 +62,16 @@ class RowIndex:
     keys: frozenset[str]
     stamps: Mapping[Path, FileStamp]
     packings: tuple[Packing | None, ...] = ()
+    first: tuple[int, ...] = ()
+
+    def share_of(self, moe_layers: Sequence[MoELayer]) -> RowIndex:
+        """The index of those experts alone that this process has, numbered from 0."""
+        first = tuple(moe.first_expert for moe in moe_layers)
+        rows = tuple(
+            layer[begin : begin + moe.num_experts]
+            for layer, begin, moe in zip(self.rows, first, moe_layers, strict=True)
+        )
+        return replace(self, rows=rows, first=first)
 
     def pack(self, moe_layers: Sequence[MoELayer]) -> list[MoELayer]:
         """The layers, with rows as they rest in this checkpoint."""

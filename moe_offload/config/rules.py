@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from ..cache import POLICIES
 from ..errors import ConfigError
 from .device_map import device_name
+from .launched import budget_of_rank
 from .sizes import parse_size, size_problem
 from .usage import plain_profile, profile_problem
 
@@ -79,7 +80,7 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_half_life(value: Any) -> bool:
+def _is_positive(value: Any) -> bool:
     return (_is_int(value) or isinstance(value, float)) and 0 < value < math.inf
 
 
@@ -135,6 +136,7 @@ RULES: dict[str, Rule] = {
         _or_none(_wrong_size),
         lambda: 'bytes, a size such as "8GB" or "8GiB", "80%" of the memory available, "auto", or None',
         _wrong_size,
+        lambda value: to_plain(budget_of_rank(value)),
     ),
     "device_map": Rule(
         _or_none(_wrong_device_map),
@@ -153,7 +155,7 @@ RULES: dict[str, Rule] = {
         plain_profile,
     ),
     "policy": Rule(lambda value: isinstance(value, str) and value in POLICIES, lambda: _any_of(POLICIES)),
-    "half_life": Rule(_is_half_life, lambda: "tokens: a finite number above 0"),
+    "half_life": Rule(_is_positive, lambda: "tokens: a finite number above 0"),
     "experts_implementation": _choice("auto", "grouped_mm", "batched_mm"),
     "compile": _choice("auto", "inductor", "graph"),
     "compute": _choice("exact", "fast", "packed"),
@@ -171,6 +173,7 @@ RULES: dict[str, Rule] = {
     ),
     "offload_folder": _path("the path of a folder"),
     "lock_memory": Rule(lambda value: value == "auto" or isinstance(value, bool), lambda: 'True, False, or "auto"'),
+    "rank_timeout": Rule(_is_positive, lambda: "seconds: a finite number above 0"),
     "untested": _flag(),
     "poison": _flag(),
     "prewarm": _flag(),

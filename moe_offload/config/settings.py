@@ -70,6 +70,8 @@ class OffloadConfig:
         lock_memory: Whether slots and scratch are locked in main memory, so that they are neither swapped out nor
             compressed: True, or an error where the system's limit does not allow it; False; or "auto": as far as it
             allows, where the budget is more than half of the machine's memory.
+        rank_timeout: Seconds that one process of several (`docs/several-machines.md`) waits for another before it gives
+            up, with an error that names it. A rank that was killed or has failed is noticed at once.
         untested: Compute on a GPU, which no version has done yet. Compare its tokens with those of the resident model.
         poison: Fill free slots with NaN, so that reading one shows. For tests; costs a fill per eviction.
         prewarm: Load the expected hottest experts before the first token.
@@ -106,6 +108,7 @@ class OffloadConfig:
     reserve: str | int = "auto"
     offload_folder: str | None = None
     lock_memory: str | bool = "auto"
+    rank_timeout: float = 600.0
     untested: bool = False
     poison: bool = False
     prewarm: bool = True

@@ -3,6 +3,7 @@
     layout.py      a row, and the fields in it
     layer.py       `MoELayer`: the experts of one layer, whatever form they have, and where each parameter is
     table.py       `FORMS`, a function a form: interface.py, modules.py ...
+    share.py       which of a layer's experts this process has, where several share them
     none.py        what is said of a model in which none of them finds anything
 
 Recognising is not serving: nothing here changes a model (that is `patch/` and `forward/`), or knows files.
@@ -12,6 +13,7 @@ from .interface import is_experts
 from .layer import MoELayer, Place
 from .layout import FIELD_ALIGN, ROW_ALIGN, Field, PackedWeight, RowLayout, round_up
 from .modules import members_of
+from .share import Share, local_part
 from .table import FORMS, find_experts
 
 __all__ = [
@@ -23,8 +25,10 @@ __all__ = [
     "PackedWeight",
     "Place",
     "RowLayout",
+    "Share",
     "find_experts",
     "is_experts",
+    "local_part",
     "members_of",
     "round_up",
 ]

@@ -12,7 +12,8 @@ from torch import nn
 from ..errors import UnsupportedModelError
 from .layer import MoELayer, Place
 from .layout import RowLayout
-from .top_k import TOP_K_NAMES, find_top_k
+from .names import TOP_K_NAMES, find_top_k
+from .share import find_share, local_part
 
 
 def find_interface(model: nn.Module) -> list[MoELayer]:
@@ -29,14 +30,15 @@ def find_interface(model: nn.Module) -> list[MoELayer]:
     for members in found.values():
         name, module = members[0]
         params = stacked_params(name, module)
-        num_experts = next(iter(params.values())).shape[0]
+        held = {field: local_part(param) for field, param in params.items()}
+        num_experts = next(iter(held.values())).shape[0]
         top_k = find_top_k(name, module, model)
         if top_k is None:
             raise UnsupportedModelError(
                 f"{name}: cannot tell how many experts a token uses; looked for {', '.join(TOP_K_NAMES)} on the "
                 "module, its router and the configuration"
             )
-        layout = RowLayout.of(params)
+        layout = RowLayout.of(held)
         layers.append(
             MoELayer(
                 len(layers),
@@ -47,6 +49,7 @@ def find_interface(model: nn.Module) -> list[MoELayer]:
                 layout,
                 layout,
                 places=tuple(tuple(Place(m, field, field, field) for field in params) for _, m in members),
+                share=find_share(name, module, params),
             )
         )
     return layers
@@ -59,11 +62,6 @@ def is_experts(module: nn.Module) -> bool:
 
 def stacked_params(name: str, module: nn.Module) -> dict[str, torch.Tensor]:
     """The parameters that routing selects from, `{name: [E, ...]}`; raises where the module cannot be rewritten."""
-    if getattr(module, "_is_expert_parallel", False):  # transformers 5.17 has no such attribute
-        raise UnsupportedModelError(
-            f"{name}: its experts are split over processes by expert parallelism, which moe_offload does not handle "
-            "yet; load the model in one process, without a DistributedConfig"
-        )
     wanted = ["gate_up_proj" if module.has_gate else "up_proj", "down_proj"]
     if module.has_bias:
         wanted = [n for w in wanted for n in (w, f"{w}_bias")]

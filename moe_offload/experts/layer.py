@@ -10,6 +10,7 @@ all: which parameters are experts' (`tensors`), what one expert's are (`expert`)
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .layout import PackedWeight, RowLayout
+from .share import Share, local_part
 
 
 @dataclass(frozen=True)
@@ -39,18 +41,23 @@ class Place:
         found: Tensor = getattr(self.module, self.attribute)
         return found
 
+    @property
+    def held(self) -> Tensor:
+        """What this process holds of it: all, but for a model that is split over several."""
+        return local_part(self.tensor)
+
     def holds(self, e: int, shape: tuple[int, ...]) -> bool:
         """Whether it has a share of expert `e`, of the field's `shape`: a stack may be shorter than another."""
         return e < self.count(shape) if self.expert is None else e == self.expert
 
     def count(self, shape: tuple[int, ...]) -> int:
         """How many experts' shares, of the field's `shape`, it has."""
-        tensor = self.tensor
+        tensor = self.held
         return 1 if self.expert is not None else tensor.numel() // math.prod(shape)
 
     def of_expert(self, e: int, shape: tuple[int, ...]) -> Tensor:
         """The share of expert `e`, of the field's `shape`; a view."""
-        tensor = self.tensor.detach()
+        tensor = self.held.detach()
         if self.expert is not None:
             return tensor
         return tensor[e] if tuple(tensor.shape[1:]) == shape else tensor.view(-1, *shape)[e]
@@ -64,7 +71,8 @@ class MoELayer:
     each where its parameters are. `layout` is how a row rests and moves, `unpacked` how the module's parameters would
     lie in one; they differ where `packed` names the weights that rest packed. `form` is the name, in `FORMS`, of how
     the model holds and uses them. With `called` the model's own code calls or reads one expert at a time, outside of
-    any graph; else its experts are seen in a graph, and the passes rewrite that.
+    any graph; else its experts are seen in a graph, and the passes rewrite that. Of a model that is split over several
+    processes these are the experts of this one, numbered from 0, and `share` says which they are.
     """
 
     index: int
@@ -78,6 +86,7 @@ class MoELayer:
     form: str = "interface"
     called: bool = False
     places: tuple[tuple[Place, ...], ...] = ()
+    share: Share | None = None
 
     @property
     def name(self) -> str:
@@ -87,6 +96,30 @@ class MoELayer:
     def floor(self) -> int:
         """The fewest slots that work: those of one token; where experts are called one by one, a single one."""
         return 1 if self.called else min(self.top_k, self.num_experts)
+
+    @property
+    def all_experts(self) -> int:
+        """How many experts the layer has, in all processes."""
+        return self.num_experts if self.share is None else self.share.total
+
+    @property
+    def first_expert(self) -> int:
+        """Which of them expert 0 of this process is."""
+        return 0 if self.share is None else self.share.first
+
+    def has_any(self, ids_TK: Tensor) -> bool:
+        """Whether any of these experts is one of this process: else there is nothing to compute."""
+        return self.share is None or bool(((ids_TK >= 0) & (ids_TK < self.num_experts)).any())
+
+    def own_uses(self, ids: list[int]) -> tuple[list[int], Counter[int]]:
+        """The ids, and how often each of this process is there; those of other processes all become E, and do not
+        count."""
+        if self.share is None:
+            return ids, Counter(ids)
+        ids = [self.num_experts if e == -1 else e for e in ids]
+        used = Counter(ids)
+        del used[self.num_experts]
+        return ids, used
 
     @property
     def complete(self) -> int:
@@ -134,7 +167,7 @@ class MoELayer:
     @property
     def is_meta(self) -> bool:
         """Whether the experts have no bytes yet: they are read from the checkpoint."""
-        return bool(self.own_places) and self.own_places[0].tensor.is_meta
+        return bool(self.own_places) and self.own_places[0].held.is_meta
 
     def expert(self, e: int) -> dict[str, Tensor]:
         """The parameters of expert `e` by field, as the model holds them now; views. An expert that has no weights of

@@ -17,7 +17,7 @@ Of a quantised checkpoint a row holds what the files hold, *packed*, and its wei
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -79,7 +79,7 @@ class RowLayout:
 class PackedWeight(Protocol):
     """One parameter of an expert that lies packed in its row, and is unpacked where it is used.
 
-    Shapes: M token-expert pairs, I inputs, O outputs of the product. Rows are uint8 [row_bytes], contiguous.
+    Shapes: P token-expert pairs, I inputs, O outputs of the product, S slots. Rows are uint8 [row_bytes], contiguous.
     """
 
     @property
@@ -103,5 +103,13 @@ class PackedWeight(Protocol):
     def unpack(self, row: torch.Tensor, out: torch.Tensor) -> None:
         """Write the parameter into `out`, of its shape and dtype."""
 
-    def multiply(self, x_MI: torch.Tensor, row: torch.Tensor, out_MO: torch.Tensor, transposed: bool) -> None:
-        """`out = x @ W`, or `x @ W.T` if `transposed`: the bits of that product with the unpacked parameter."""
+    def multiply(
+        self,
+        x_PI: torch.Tensor,
+        rows_SB: torch.Tensor,
+        runs: Sequence[tuple[int, int, int]],
+        out_PO: torch.Tensor,
+        transposed: bool,
+    ) -> None:
+        """For each run (slot, begin, end): `out = x @ W` of its pairs and the row in its slot, or `x @ W.T` if
+        `transposed`, with the bits of that product with the unpacked parameter."""

@@ -12,8 +12,7 @@ from torch import nn
 from ..errors import UnsupportedModelError
 from .layer import MoELayer, Place
 from .layout import RowLayout
-from .names import says_expert
-from .top_k import find_top_k
+from .names import find_top_k, says_expert
 
 Lists = dict[str, nn.ParameterList]
 

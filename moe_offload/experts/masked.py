@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from .layer import MoELayer, Place
 from .layout import RowLayout
-from .names import says_expert
-from .top_k import find_top_k
+from .names import find_top_k, says_expert
 
 
 def find_masked(model: nn.Module) -> list[MoELayer]:

@@ -18,7 +18,7 @@ from torch import nn
 from ..errors import UnsupportedModelError
 from .layer import MoELayer, Place
 from .layout import RowLayout
-from .top_k import find_top_k
+from .names import find_top_k
 
 Members = list[tuple[str, nn.Module]]
 

@@ -18,8 +18,7 @@ from .interface import is_experts
 from .layer import MoELayer, Place
 from .layout import RowLayout
 from .masked import is_masked
-from .names import said_count, says_expert
-from .top_k import find_top_k
+from .names import find_top_k, said_count, says_expert
 
 Stacks = dict[str, Tensor]
 

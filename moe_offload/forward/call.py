@@ -74,16 +74,17 @@ class Call:
             self._check_places()
             sequences, tokens = _size(args, kwargs)
             self._check_length(sequences * tokens)
-            self.advisor.begins(is_decode(tokens))
+            decode = is_decode(tokens, begun=tokens > 1 or _has_begun(args, kwargs))
+            self.advisor.begins(decode)
             if self.runtime.device_caches is not None:
                 self.static_caches.mark(kwargs.get("past_key_values"))
             begun_s = time.perf_counter()
             if self.runtime.recorder is not None:
-                self.runtime.recorder.begin_forward(is_decode(tokens))
+                self.runtime.recorder.begin_forward(decode)
             try:
                 output = self.run(sequences, tokens, args, kwargs)
                 self.runtime.check_ids()
-                self.advisor.ended(is_decode(tokens), time.perf_counter() - begun_s)
+                self.advisor.ended(decode, time.perf_counter() - begun_s)
                 return output
             except torch._dynamo.exc.BackendCompilerFailed as error:
                 if isinstance(error.inner_exception, OffloadError):  # an error of ours, which Dynamo has wrapped
@@ -94,7 +95,7 @@ class Call:
                 if self.runtime.recorder is not None:
                     self.runtime.recorder.end_forward()
                 if self.runtime.timeline is not None:
-                    self.runtime.timeline.forward(begun_s, sequences, tokens)
+                    self.runtime.timeline.forward(begun_s, sequences, tokens, decode)
 
     def _check_length(self, tokens: int) -> None:
         """Say once that activations may take more than the reserve has."""
@@ -127,6 +128,21 @@ def _size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
     sizes = [x.shape[:2] for x in find_inputs(args, kwargs)]
     *sequences, tokens = max(sizes, key=torch.Size.numel, default=(0, 0))
     return math.prod(sequences), tokens
+
+
+def _has_begun(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the forward is given a KV cache that holds tokens. Yes, where the cache does not say."""
+    cache: Any = kwargs.get("past_key_values")
+    if cache is None:
+        cache = next((one for one in args if hasattr(one, "get_seq_length")), None)
+    if not hasattr(cache, "get_seq_length"):  # none, or tuples of tensors, as code for transformers 4 has them
+        return bool(cache)
+    try:
+        length = cache.get_seq_length()
+    except ValueError:  # of linear attention alone, which counts no tokens
+        return bool(cache.has_previous_state())
+    # A device is not asked how many there are: the host would wait for it.
+    return length.device.type != "cpu" or bool(length > 0) if isinstance(length, torch.Tensor) else length > 0
 
 
 def whole_call(model: nn.Module) -> Callable[..., Any]:

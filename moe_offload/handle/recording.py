@@ -10,6 +10,7 @@ from ..observe.profile import Profile
 from ..observe.timeline import Timeline
 from ..observe.trace import Trace
 from ..observe.trace.recorder import ForwardRecord, TraceRecorder
+from ..ranks.merge import gather_uses, save_once
 from .state import State
 
 
@@ -21,6 +22,8 @@ class Recording(State):
 
     def profile(self, **meta: str) -> Profile:
         """The activation profile so far: how often each layer used each expert, since the model was optimised.
+
+        Where several ranks share the experts, every rank calls it, and gets the uses of all experts.
 
         Args:
             meta: Free text about the workload, kept in the profile.
@@ -35,10 +38,15 @@ class Recording(State):
             ```
         """
         counters = [layer.counters.snapshot() for layer in self._runtime.layers]
+        if self.ranks is not None:
+            counters = gather_uses(self.ranks, self.moe_layers, counters)
         return Profile.of_layers(self.fingerprint, counters, meta)
 
     def save_profile(self, path: str | Path, **meta: str) -> Path:
         """Write the profile so far to a file, whole or not at all. Load it with `optimize(..., profile=path)`.
+
+        Where several ranks share the experts, every rank calls it, rank 0 writes, and all return when it has. The file
+        is for any number of ranks.
 
         Args:
             path: The JSON file to write. One that is there is replaced.
@@ -56,13 +64,15 @@ class Recording(State):
             model.moe_offload.save_profile("italian.json", language="it")
             ```
         """
-        return self.profile(**meta).save(path)
+        profile = self.profile(**meta)
+        return profile.save(path) if self.ranks is None else save_once(self.ranks, profile, Path(path))
 
     def start_trace(self) -> None:
         """Write down from now on which experts are asked for, forward by forward: 64 MB of ids at most.
 
         Raises:
-            TraceError: The device decides what is in the slots, and the host does not hear of it.
+            TraceError: The device decides what is in the slots, or several ranks share the experts, and nobody hears
+                of all ids.
             ClosedError: The model was closed.
 
         Example:
@@ -73,6 +83,10 @@ class Recording(State):
             model.moe_offload.save_trace("run.npz")  # moe-offload simulate run.npz
             ```
         """
+        if self.ranks is not None:
+            raise TraceError(
+                "several ranks share the experts, and none hears of all ids; to record a trace, run in one process"
+            )
         if self._runtime.device_caches is not None:
             raise TraceError(
                 "the device decides which experts are in the slots, and the host does not hear their ids; to record a "

@@ -20,6 +20,8 @@ from ..plan.arrange import Arrangement
 from ..plan.budget import Plan
 from ..plan.explain import explain_arrangement
 from ..plan.prepare import name_of
+from ..ranks.group import Group
+from ..ranks.merge import gather_counters
 from ..runtime.model import Runtime
 
 
@@ -36,11 +38,13 @@ class State:
         compile: str,
         implementation: str,
         graphs: list[Any],
+        ranks: Group | None = None,
         on_close: Callable[[], None],
     ):
         self._arranged, self.tiers, self.fingerprint = arrangement, arrangement.tiers, fingerprint
         self.compile, self.implementation, self.graphs = compile, implementation, graphs
         self.model, self._runtime, self._on_close = model, runtime, on_close
+        self.ranks = ranks
         self._begun_s = time.monotonic()
 
     @property
@@ -105,6 +109,25 @@ class State:
             for layer in self._runtime.layers
         ]
         return Stats(**Counters.total(layers).values(), graphs=len(self.graphs), layers=layers)
+
+    def stats_of_ranks(self) -> list[Counters]:
+        """The totals of every rank that shares the model's experts. Every rank calls it, and gets the same.
+
+        Returns:
+            `Counters` by rank; of a model in one process a list of one. `Counters.total` of it sums up what was
+            read, and counts each token once.
+
+        Raises:
+            RankError: Another rank does not call it, or has ended.
+
+        Example:
+
+            ```python
+            reads = [one.bytes_read for one in model.moe_offload.stats_of_ranks()]
+            ```
+        """
+        own = self.stats()
+        return [own] if self.ranks is None else gather_counters(self.ranks, own)
 
     def depth(self) -> Depth:
         """How much is being read at this moment.

@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..cache.phase import is_decode
 from ..errors import TraceError
 from ..files.untrusted import open_regular, refusing_file
 from ..files.whole_file import save_whole
@@ -72,7 +71,7 @@ def make_events(timeline: Timeline, base_ns: int) -> Iterator[Event]:
     readers = {name: READERS + i for i, name in enumerate(sorted({read.thread for read in reads}))}
     yield from _names(readers)
     for forward in timeline.forwards:
-        name = "decode" if is_decode(forward.tokens) else "prefill"
+        name = "decode" if forward.decode else "prefill"
         sizes = {"tokens": forward.sequences * forward.tokens, "sequences": forward.sequences}
         yield slice_(FORWARDS, name, forward.begun_s, forward.ended_s, **sizes)
     for wait in timeline.waits:

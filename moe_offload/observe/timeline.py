@@ -30,12 +30,13 @@ SHORT_S = 10e-6  # a shorter wait is not recorded: it is the time it takes to se
 
 
 class Forward(NamedTuple):
-    """One call of the model, with `tokens` tokens of each of `sequences` sequences."""
+    """One call of the model, with `tokens` tokens of each of `sequences` sequences; whether it decoded."""
 
     begun_s: float
     ended_s: float
     sequences: int
     tokens: int
+    decode: bool
 
 
 @dataclass(slots=True)
@@ -96,11 +97,11 @@ class Timeline:
         self._totals: deque[tuple[int, int]] = deque([self._hits_and_misses()], maxlen=LAST + 1)
         self._lock = threading.Lock()
 
-    def forward(self, begun_s: float, sequences: int, tokens: int) -> None:
+    def forward(self, begun_s: float, sequences: int, tokens: int, decode: bool) -> None:
         """A forward has ended, however it did."""
         if self._room(2):
             now_s = time.perf_counter()
-            self.forwards.append(Forward(begun_s, now_s, sequences, tokens))
+            self.forwards.append(Forward(begun_s, now_s, sequences, tokens, decode))
             self._totals.append(self._hits_and_misses())
             hits, misses = (new - old for new, old in zip(self._totals[-1], self._totals[0], strict=True))
             resident = sum(cache.slots - len(cache.free) - len(cache.pending) for cache in self.caches)

@@ -25,8 +25,11 @@ EDGE = 2.0**-64  # the product of two such numbers is 2^-128, and float32 is den
 FEW = 4  # M that are tried: decode and small batches. With more rows the kernels differ (measured with 8 to 32)
 
 
+Run = tuple[int, int, int]  # a slot, and the token-expert pairs [begin, end) that are for the expert in it
+
+
 class Order(NamedTuple):
-    """How torch adds up a product of a few bfloat16 rows: see `compiled/in_order.py`."""
+    """How torch adds up a product of a few bfloat16 rows: see `compiled/in_order/sums.py`."""
 
     paired: bool
     chunk: int
@@ -80,14 +83,20 @@ def repeats(expected_MO: Tensor, x_MI: Tensor, matrix_OI: Tensor, order: Order, 
     return torch.equal(out_MO.repeat(1, -(-outputs // few))[:, :outputs], expected_MO)
 
 
-@cache
 def multiplier() -> Any:
     """The kernel that adds up in an order that is asked for; None where numba or the processor has none."""
+    kernels = load_dense_kernels()
+    return None if kernels is None else kernels.multiply
+
+
+@cache
+def load_dense_kernels() -> Any:
+    """The module of those kernels, or None."""
     try:
-        from .compiled.in_order import can_run, multiply
+        from .compiled.in_order import dense
     except ImportError:  # as in formats.py
         return None
-    return multiply if can_run() else None
+    return dense if dense.can_run() else None
 
 
 def strips_are_exact(heights: tuple[int, ...], inputs: int, dtype: torch.dtype) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -12,6 +13,8 @@ from ..config.settings import OffloadConfig
 from ..forward.advise import Advisor
 from ..handle import Handle
 from ..plan.prepare import Prepared
+from ..ranks.call import RankCall
+from ..ranks.group import Group
 from ..runtime.model import Runtime
 from . import install as patch
 from .exact_products import serve_exact, sharpen_linears
@@ -19,12 +22,15 @@ from .fast_products import FEW_TOKENS, restore_linears, serve_fast, speed_up_lin
 from .refusals import refuse_what_reaches_experts
 from .saving.original import Original
 from .saving.saver import save_real_rows
+from .saving.split import refuse_saving
 
 
-def attach_runtime(model: nn.Module, runtime: Runtime, prepared: Prepared, found: Outline | None = None) -> Handle:
+def attach_runtime(
+    model: Any, runtime: Runtime, prepared: Prepared, found: Outline | None = None, group: Group | None = None
+) -> Handle:
     """Let `model` run on `runtime` from now on. Returns the handle, whose `close` takes the runtime off again.
 
-    `found` is what the model was loaded from, where it came from files.
+    `found` is what the model was loaded from, where it came from files; `group` are the ranks that share its experts.
     """
     settings, arrangement = prepared.settings, prepared.arrangement
     wanted = settings.experts_implementation
@@ -52,7 +58,11 @@ def attach_runtime(model: nn.Module, runtime: Runtime, prepared: Prepared, found
         advisor=Advisor(runtime, arrangement.plan),
     )
     refuse_what_reaches_experts(model, runtime)
-    save_real_rows(model, runtime, Original.of(found))
+    if group is None:
+        save_real_rows(model, runtime, Original.of(found))
+    else:
+        model._compiled_call_impl = RankCall(model._compiled_call_impl, group)
+        refuse_saving(model)
     linears = speed_up_linears(model) if fast else sharpen_linears(model) if exact else []
     weakref.finalize(model, runtime.when_idle, lambda: _detach_runtime(runtime))
     return Handle(
@@ -63,6 +73,7 @@ def attach_runtime(model: nn.Module, runtime: Runtime, prepared: Prepared, found
         compile=inner,
         implementation="called" if all(moe.called for moe in moe_layers) else implementation,
         graphs=graphs,
+        ranks=group,
         on_close=lambda: runtime.when_idle(lambda: _detach_runtime(runtime, linears)),
     )
 

@@ -10,6 +10,7 @@ from functools import partial
 
 from torch import nn
 
+from ..experts import local_part
 from ..runtime.model import Runtime
 
 
@@ -22,6 +23,6 @@ def count_what_is_held(model: nn.Module, runtime: Runtime) -> None:
 def _held_bytes(model: nn.Module, runtime: Runtime, return_buffers: bool = True) -> int:
     phantoms = {id(phantom) for layer in runtime.layers for phantom in layer.moe.tensors}
     tensors = [*model.parameters(), *(model.buffers() if return_buffers else ())]
-    dense_bytes = sum(t.numel() * t.element_size() for t in tensors if id(t) not in phantoms)
+    dense_bytes = sum(local_part(t).numel() * t.element_size() for t in tensors if id(t) not in phantoms)
     slot_bytes = sum(layer.slots.bytes.numel() for layer in runtime.layers)
     return int(dense_bytes + slot_bytes)

@@ -142,6 +142,8 @@ def patch_model(
     for layer in graphed:
         form = layer.moe.form
         run_eager = regions[form].run if regions else codes[form][1]
+        if layer.moe.share is not None:
+            run_eager = skip_where_none(layer, run_eager)
         # A CPU's autocast knows no grouped_mm.
         casts = form == "masked" or implementation != "grouped_mm" or layer.device.type != "cpu"
         link = Link(scope, run_eager, whole, ops.rows_of(layer), layer.moe.name, casts, inner == "inductor")
@@ -165,15 +167,29 @@ def _install_layer(layer: LayerRuntime, link: Link, implementation: str, nan_row
     views = ops.bank_of(layer).views
     is_masked = moe.form == "masked"
     core: RunCore = MaskedModuleCore(moe, views) if is_masked else ModuleCore(moe, implementation, views)
-    layer.module_core = core
+    layer.module_core, layer.sorts_pairs = core, implementation == "grouped_mm"
     phantoms = {f.name: Phantom.of(layer, f, nan_rows) for f in moe.unpacked.fields}
     for module in moe.modules:
         for name, phantom in phantoms.items():
             setattr(module, name, phantom)
         module._moe_offload = link
+        if moe.share is not None:  # transformers' guards against ids of other processes are ours to keep: see stream()
+            module._is_expert_parallel = False
         if is_masked:
             masked.replace_forward(module)
     connect_bank(layer)
+
+
+def skip_where_none(layer: LayerRuntime, run: RunExperts) -> RunExperts:
+    """`run`, but for a call in which no expert is one of this process: it gives zeros, and asks for nothing."""
+
+    def run_where_any(module: Any, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        if layer.moe.has_any(ids_TK):
+            return run(module, x_TH, ids_TK, weights_TK)
+        layer.cache.counters.tokens += len(x_TH)
+        return torch.zeros_like(x_TH)
+
+    return run_where_any
 
 
 def _name_implementation(layers: Sequence[LayerRuntime], name: str) -> None:

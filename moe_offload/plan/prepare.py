@@ -21,6 +21,7 @@ from ..memory.machine import main_memory
 from ..observe.profile import Fingerprint, Profile
 from ..observe.usage import UsageFile
 from .arrange import Arrangement, arrange_layers
+from .shares import profile_of_share
 from .weights import take_fingerprint
 
 logger = logging.getLogger("moe_offload")
@@ -82,8 +83,11 @@ def prepare_model(
         )
     expected = take_fingerprint(model, moe_layers)
     _warn_beyond_memory(arrangement)
-    usage = None if isinstance(profile, Profile) else _usage_file(settings.profile, name_of(model, asked_for), expected)
+    usage = None  # a rank uses its share of the experts only, so its usage is no one else's
+    if not isinstance(profile, Profile) and all(moe.share is None for moe in moe_layers):
+        usage = _usage_file(settings.profile, name_of(model, asked_for), expected)
     loaded = load_profile(profile, settings, expected) if usage is None else usage.read()
+    loaded = loaded and profile_of_share(loaded, moe_layers)
     rows = tuple(moe.layout.row_bytes for moe in moe_layers)
     return Prepared(settings, arrangement, expected, loaded, usage, rows, _bytes_to_lock(arrangement, settings))
 

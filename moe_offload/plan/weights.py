@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..config.settings import OffloadConfig
-from ..experts import Field, MoELayer
+from ..experts import Field, MoELayer, local_part
 from ..observe.profile import Fingerprint
 from .budget import Costs, LayerShape
 
@@ -60,7 +60,7 @@ def dense_bytes(model: nn.Module, moe_layers: Sequence[MoELayer]) -> int:
     """Bytes of every parameter and buffer that is no expert's; tied ones count once."""
     experts = {id(param) for moe in moe_layers for param in moe.tensors}
     tensors = [*model.parameters(), *model.buffers()]
-    return sum(t.numel() * t.element_size() for t in tensors if id(t) not in experts)
+    return sum(local_part(t).numel() * t.element_size() for t in tensors if id(t) not in experts)
 
 
 def dense_bytes_on(model: nn.Module, moe_layers: Sequence[MoELayer], device: Callable[[str], str]) -> dict[str, int]:
@@ -72,7 +72,9 @@ def dense_bytes_on(model: nn.Module, moe_layers: Sequence[MoELayer], device: Cal
             if id(tensor) not in seen:
                 seen.add(id(tensor))
                 name_of_device = device(name)
-                found[name_of_device] = found.get(name_of_device, 0) + tensor.numel() * tensor.element_size()
+                found[name_of_device] = (
+                    found.get(name_of_device, 0) + local_part(tensor).numel() * tensor.element_size()
+                )
     return found
 
 
@@ -89,6 +91,16 @@ def kv_bytes(model: Any, tokens: int) -> int:
     longest = longest_context(model) or tokens
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     return int(2 * layers * kv_heads * head_dim * min(tokens, longest) * dtype.itemsize)
+
+
+def planned_context(model: Any, settings: OffloadConfig) -> int | None:
+    """For how many tokens of a prompt and its answer the plan has room in its reserve; None where it was told to keep
+    none. A `reserve` of so many bytes has room for what fits into it, and for `kv_tokens` at most."""
+    tokens, token_bytes = settings.kv_tokens or None, kv_bytes(model, 1)
+    if not settings.reserve_bytes or not token_bytes:
+        return tokens
+    fitting = max(1, settings.reserve_bytes // token_bytes)
+    return fitting if tokens is None else min(tokens, fitting)
 
 
 def longest_context(model: Any) -> int | None:
@@ -119,7 +131,7 @@ def take_fingerprint(model: Any, moe_layers: Sequence[MoELayer]) -> Fingerprint:
     return Fingerprint(
         model_type=str(model.config.model_type),
         layers=len(moe_layers),
-        experts=[moe.num_experts for moe in moe_layers],
+        experts=[moe.all_experts for moe in moe_layers],
         top_k=[moe.top_k for moe in moe_layers],
         hidden=hidden,
         inner=[math.prod(f.shape) // hidden for f in down],

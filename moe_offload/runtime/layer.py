@@ -73,6 +73,7 @@ class LayerRuntime:
         self.device_cache: DeviceCache | None = None  # where the device decides
         self.device_caches: DeviceCaches | None = None  # of the model, likewise
         self.module_core: RunCore | None = None  # set where the model is patched; serves `experts`
+        self.sorts_pairs = False  # whether its code is given pairs in the order of their experts
 
     @property
     def cache(self) -> LayerCache:
@@ -86,7 +87,7 @@ class LayerRuntime:
 
     def prefetch(self, ids_P: Tensor) -> None:
         trial = self.guesses.trial
-        self._refuse_capture()
+        self.arrivals.transfer.refuse_capture(self.moe.name)
         if ids_P.numel() >= self.cache.slots:  # no slot is left for a guess; a prompt leaves none anyway
             trial.skip()
             return
@@ -97,7 +98,7 @@ class LayerRuntime:
             self.guesses.hold_back(self.arrivals, [e for e in ids if 0 <= e < self.cache.num_experts])
 
     def fetch(self, ids_P: Tensor) -> Tensor:
-        self._refuse_capture()
+        self.arrivals.transfer.refuse_capture(self.moe.name)
         if self.device_cache is not None:  # else this layer is the host's, and those of the device are not touched
             self._hand_back()
         ids, used = self._event(ids_P)
@@ -127,15 +128,14 @@ class LayerRuntime:
         return slots_P.clone()
 
     def stream(self, x_P: Tensor, ids_P: Tensor, core: RunCore, others: Sequence[Tensor] = ()) -> Tensor:
-        self._refuse_capture()
+        self.arrivals.transfer.refuse_capture(self.moe.name)
         self._hand_back()  # all layers: while this one computes, rows of the next are read ahead
         ids, used = self._event(ids_P)
         cache, arrivals = self.cache, self.arrivals
         ids_P, pairs, runs_ahead = ids_P.reshape(-1), ids_P.numel(), arrivals.transfer.runs_ahead
-        tokens = self.moe.tokens_of(pairs)
-        without_slot: list[int] = []
+        tokens, here, without_slot = self.moe.tokens_of(pairs), sum(used.values()), list[int]()
         try:
-            if cache.fits(pairs):
+            if cache.fits(here):
                 loads = cache.lookup(used, tokens)
             else:
                 loads, without_slot = cache.fill(used, tokens)
@@ -143,7 +143,7 @@ class LayerRuntime:
             arrivals.start(loads)
             if self.guesses.waiting:
                 self.guesses.start()
-            if not arrivals.awaited and not without_slot:
+            if not arrivals.awaited and not without_slot and here == pairs:
                 return core(x_P, self._slots_of(ids_P, ids), self.slots.bank_SN, others)
             if runs_ahead:
                 return compute_in_groups(arrivals, self.following, x_P, ids_P, used, core, others, without_slot)
@@ -158,11 +158,15 @@ class LayerRuntime:
     def experts(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The output of the whole experts module, for code that no pass has rewritten: slower, never wrong."""
         tokens, k = ids_TK.shape
+        if not self.moe.has_any(ids_TK):
+            return torch.zeros_like(x_TH)
         with self.lock.here(), self.arrivals.transfer.current(), torch.autocast(x_TH.device.type, enabled=False):
             if self.module_core is None:
                 raise closed_error(self.moe.name)
-            out_PH = self.stream(x_TH.repeat_interleave(k, dim=0), ids_TK.reshape(-1), self.module_core)
-            weighted_PH = out_PH * weights_TK.reshape(-1, 1)
+            ids_P = ids_TK.reshape(-1)
+            order_P = ids_P.sort().indices if self.sorts_pairs else torch.arange(len(ids_P), device=ids_P.device)
+            sorted_PH = self.stream(x_TH[order_P // k], ids_P[order_P], self.module_core)
+            weighted_PH = torch.empty_like(sorted_PH).index_copy_(0, order_P, sorted_PH) * weights_TK.reshape(-1, 1)
             return weighted_PH.view(tokens, k, -1).sum(dim=1).to(x_TH.dtype)
 
     @property
@@ -213,12 +217,11 @@ class LayerRuntime:
 
         Of a prompt on a device the host hears no more than the counts, and there are no ids.
         """
-        ids_P, pairs, ids = ids_P.reshape(-1), ids_P.numel(), []
+        ids_P, pairs = ids_P.reshape(-1), ids_P.numel()
         if self.arrivals.transfer.runs_ahead and pairs > self.moe.num_experts and self.recorder is None:
-            used = count_uses(ids_P, self.moe.num_experts)
+            ids, used = list[int](), count_uses(ids_P, self.moe.num_experts)
         else:
-            ids = ids_P.tolist()
-            used = Counter(ids)
+            ids, used = self.moe.own_uses(ids_P.tolist())
         try:
             self.cache.check(used)
         except RoutingError:
@@ -232,9 +235,6 @@ class LayerRuntime:
     def _hand_back(self) -> None:
         if self.device_caches is not None:
             self.device_caches.hand_back()
-
-    def _refuse_capture(self) -> None:
-        self.arrivals.transfer.refuse_capture(self.moe.name)
 
     def _slots_of(self, ids_P: Tensor, ids: Sequence[int]) -> Tensor:
         """Where the experts of an event are that are all resident; where the device runs ahead, without its ids."""

@@ -47,7 +47,7 @@ def compute_while_loading(
     others: Sequence[Tensor],
     without_slot: Sequence[int],
 ) -> Tensor:
-    """The result of every pair, in their order.
+    """The result of every pair, in their order; zeros for those of experts of other processes, with the id E.
 
     `without_slot` are experts without a slot: as many of their rows as there is scratch are on their way at any time.
     Rows of `following` that will probably be asked for are read into scratch that has done its part.
@@ -85,14 +85,15 @@ class _Wave:
         self.out_P: Tensor | None = None
         cache = arrivals.cache
         absent = [one.expert for one in arrivals.awaited] + list(feed.without_slot)
-        resident_E = torch.ones(cache.num_experts, dtype=torch.bool)
-        resident_E[absent] = False
-        self.resident_R = resident_E[ids_P].nonzero().flatten()
+        here = torch.ones(cache.num_experts + 1, dtype=torch.bool)
+        here[[*absent, cache.num_experts]] = False
+        self.resident_R = here[ids_P].nonzero().flatten()
         self.resident_slots_R = torch.tensor(cache.slot_of)[ids_P[self.resident_R]]
         # Grouped experts code has sorted its pairs: those of one expert are neighbours, and need no gathering.
         in_order = bool((ids_P[1:] >= ids_P[:-1]).all())
         self.order_P = None if in_order else ids_P.argsort(stable=True)
         self.ends_E = ids_P.bincount(minlength=cache.num_experts).cumsum(0).tolist()
+        self.all_here = self.ends_E[cache.num_experts - 1] == len(ids_P)
 
     def next_is_in_scratch(self) -> bool:
         awaited = self.arrivals.awaited
@@ -121,7 +122,8 @@ class _Wave:
     def _compute(self, pairs_R: Tensor | slice, slots_R: Tensor, source: Rows) -> None:
         part = self.core(self.x_P, slots_R, source.bank_SN, self.others, pairs_R)
         if self.out_P is None:
-            self.out_P = part.new_empty((len(self.ids_P), *part.shape[1:]))
+            make = part.new_empty if self.all_here else part.new_zeros
+            self.out_P = make((len(self.ids_P), *part.shape[1:]))
         if isinstance(pairs_R, slice):
             self.out_P[pairs_R] = part
         else:

@@ -10,7 +10,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe_offload import ClosedError, OffloadError, UnsupportedModelError
-from tests.fakes.offloaded import IDS, SETTINGS, offloaded, resident
+from moe_offload.apps.families.tiny import build
+from tests.fakes.offloaded import IDS, SETTINGS, offload, offloaded, resident
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -51,6 +52,21 @@ def test_within_autocast_the_result_is_exact_or_refused(backend):
                 model(IDS)
         with torch.no_grad():
             assert torch.equal(compiled(IDS).logits, plain(IDS).logits)
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+def test_the_op_of_last_resort_has_the_bits_of_the_whole_call(implementation):
+    """Elementwise kernels round the end of a tensor otherwise, and a pair of 24 elements does not fill a vector: each
+    has the place that it has in the whole call, whichever experts are computed with it."""
+    sizes = {"num_hidden_layers": 1, "hidden_size": 48, "intermediate_size": 24}
+    plain, ids = build("gpt_oss", **sizes).eval(), torch.arange(99).view(3, 33)
+    plain.set_experts_implementation(implementation)
+    for residency in (0.0, 1.0):
+        config = replace(SETTINGS, experts_implementation=implementation)
+        model = offload(build("gpt_oss", **sizes), residency, config=config)
+        with torch.no_grad(), FlopCounterMode(display=False):
+            assert torch.equal(model(ids).logits, plain(ids).logits), residency
+        model.moe_offload.close()
 
 
 @pytest.mark.long

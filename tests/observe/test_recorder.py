@@ -124,6 +124,20 @@ def test_a_forward_that_fails_before_its_first_event_is_none():
     (first, second) = run.forwards()
     assert (first.decode, first.tokens, second.decode, second.tokens) == (True, 2, False, 1)
     assert first.began_s <= first.ended_s <= second.began_s <= second.ended_s
+    assert run.trace().request_start.tolist() == [0, 2], "a prompt of one token is a request of its own"
+
+
+def test_a_prompt_of_one_token_is_no_decoding():
+    """By the KV cache: empty before the prompt. Batches, static caches and calls without a cache as well."""
+    model = optimize(build("qwen3_moe"), "200MB", device_map="cpu")
+    model.moe_offload.start_trace()
+    ids = torch.tensor([[5], [6]])
+    model.generate(ids, max_new_tokens=3, do_sample=False)
+    model.generate(ids, max_new_tokens=3, do_sample=False, cache_implementation="static")
+    model(ids)
+    forwards = model.moe_offload.forwards()
+    assert [forward.decode for forward in forwards] == [False, True, True] * 2 + [False]
+    assert model.moe_offload.trace().request_start.tolist() == [0, 6, 12]
 
 
 def test_nothing_recorded():

@@ -89,12 +89,15 @@ def test_a_batch_is_named_for_what_it_is(tmp_path):
     model = offloaded()
     model.moe_offload.start_timeline()
     with torch.no_grad():
-        model(input_ids=torch.tensor([[5], [6], [7]]))
+        cache = model(input_ids=torch.tensor([[5], [6], [7]])).past_key_values
+        model(input_ids=torch.tensor([[6], [7], [8]]), past_key_values=cache)
         model(torch.tensor([[5, 6], [6, 7]]))
     slices, _, _ = ours(model.moe_offload.save_timeline(tmp_path / "run.json"))
     assert [(e["name"], e["args"]) for e in slices[FORWARDS]] == [
-        ("decode", {"tokens": 3, "sequences": 3}), ("prefill", {"tokens": 4, "sequences": 2})
-    ]  # fmt: skip
+        ("prefill", {"tokens": 3, "sequences": 3}),
+        ("decode", {"tokens": 3, "sequences": 3}),
+        ("prefill", {"tokens": 4, "sequences": 2}),
+    ]
 
 
 @pytest.mark.parametrize("name", ["torch.json", "torch.json.gz"])

@@ -76,7 +76,7 @@ def test_the_strips_that_are_tried_are_those_that_are_multiplied(kind, monkeypat
 
     monkeypatch.setattr(torch, "mm", recorded)
     x, out = torch.ones(1, 256, dtype=torch.bfloat16), torch.empty(1, rows, dtype=torch.bfloat16)
-    weight.multiply(x, torch.empty(0), out, transposed=True)
+    weight.multiply(x, torch.empty(1, 0), [(0, 0, 1)], out, transposed=True)
     assert tried == multiplied and sum(tried) == rows
     assert same_bits(out, torch.cat([mm(x, part.t()) for part in whole.split(tried)], 1))
 

@@ -7,9 +7,10 @@ import sys
 import pytest
 import torch
 
+from moe_offload.experts import RowLayout
 from moe_offload.packed import FORMATS, exact
 from moe_offload.packed.exact import ORDERS, Order, find_order
-from moe_offload.packed.ordered import multiply_in_order
+from moe_offload.packed.ordered import Place, multiply_in_order, multiply_rows_in_order, shape_for_kernels
 from tests.packed.matrices import fp8, int4, mxfp4
 from tests.paths import ROOT
 
@@ -55,7 +56,7 @@ def test_the_orders_are_told_apart():
 
 
 def in_order(x, matrix, *, paired, chunk):
-    """What `compiled/in_order.py` says, in plain torch, with one rounding for each sum."""
+    """What `compiled/in_order/sums.py` says, in plain torch, with one rounding for each sum."""
     total = torch.zeros(len(x), len(matrix))
     products = x.float()[:, None] * matrix.float()
     for begin in range(0, products.shape[-1], chunk):
@@ -126,6 +127,7 @@ MATRICES = {
     "mxfp4": lambda: mxfp4(OUTPUTS, INPUTS // 32),
     "fp8": lambda: fp8(OUTPUTS, INPUTS, torch.rand(5, 12, generator=torch.Generator().manual_seed(3)) * 0.01 + 1e-4),
     "fp8 rows": lambda: fp8(OUTPUTS, INPUTS, torch.rand(OUTPUTS, 1, generator=torch.Generator().manual_seed(3)) + 0.1),
+    "fp8 blocks": lambda: fp8(128, INPUTS, torch.rand(2, 12, generator=torch.Generator().manual_seed(3)) * 0.01 + 1e-4),
     "int4": lambda: int4(OUTPUTS, INPUTS, INPUTS // 32, torch.bfloat16),
     "int4 wide": lambda: int4(OUTPUTS, INPUTS, INPUTS // 128, torch.float32),
 }
@@ -137,13 +139,53 @@ MATRICES = {
 def test_codes_are_multiplied_as_if_they_were_unpacked(kind, rows, order):
     tensors = MATRICES[kind]()
     format = FORMATS[kind.split()[0]].fit(tensors)
-    matrix = torch.empty(OUTPUTS, INPUTS, dtype=torch.bfloat16)
+    outputs, _ = format.shape(tensors)
+    matrix = torch.empty(outputs, INPUTS, dtype=torch.bfloat16)
     format.unpack(tensors, matrix)
     x = torch.randn(rows, INPUTS, generator=torch.Generator().manual_seed(1)).bfloat16()
-    found, expected = (torch.empty(rows, OUTPUTS, dtype=torch.bfloat16) for _ in range(2))
+    found, expected = (torch.empty(rows, outputs, dtype=torch.bfloat16) for _ in range(2))
     assert multiply_in_order(format, tensors, x, found, order)
     exact.multiplier()(x, matrix, expected, *order)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("kind", MATRICES)
+def test_matrices_of_many_rows_are_multiplied_together(kind, order):
+    """Two matrices below each other in each row, and a lower one: as gate, up, and something else would be."""
+    tensors = MATRICES[kind]()
+    format = FORMATS[kind.split()[0]].fit(tensors)
+    outputs, low = format.shape(tensors)[0], format.rows(tensors, 0, 64)
+    parts = [part for matrix in (tensors, tensors, low) for part in matrix]
+    layout = RowLayout.in_order((str(i), tuple(part.shape), part.dtype) for i, part in enumerate(parts))
+    rows = torch.zeros(4, layout.row_bytes, dtype=torch.uint8)
+    for slot in range(4):
+        for i, (field, part) in enumerate(zip(layout.fields, parts, strict=True)):
+            rolled = part.view(torch.uint8).roll(slot + i // 2, 0)
+            field.view_in(rows[slot]).view(torch.uint8).copy_(rolled)
+    pairs = [tuple(layout.fields[i : i + 2]) for i in (0, 2, 4)]
+    places = []
+    for codes, scales in pairs:
+        view = (codes.view_in(rows[0]), scales.view_in(rows[0]))
+        places.append(Place(codes.offset, scales.offset, codes.shape[0], shape_for_kernels(format, view)))
+    x = torch.randn(7, INPUTS, generator=torch.Generator().manual_seed(1)).bfloat16()
+    out = torch.full((7, 2 * outputs + 64), 7.0, dtype=torch.bfloat16)
+    runs = [(2, 1, 3), (0, 3, 5), (3, 5, 7)]
+    assert multiply_rows_in_order(places, x, rows, runs, out, order) == []
+    assert (out[0] == 7).all()
+    for slot, begin, end in runs:
+        first = 0
+        for codes, scales in pairs:
+            height = codes.shape[0]
+            matrix = torch.empty(height, INPUTS, dtype=torch.bfloat16)
+            format.unpack((codes.view_in(rows[slot]), scales.view_in(rows[slot])), matrix)
+            expected = torch.empty(2, height, dtype=torch.bfloat16)
+            exact.multiplier()(x[begin:end], matrix, expected, *order)
+            assert torch.equal(out[begin:end, first : first + height], expected)
+            first += height
+    pairs[1][1].view_in(rows[0]).view(torch.uint8)[-1].fill_(0)  # the smallest power of two; elsewhere zero
+    left = multiply_rows_in_order(places, x, rows, runs, out, order)
+    assert left == ([(0, 3, 5)] if kind in ("mxfp4", "fp8 blocks") else [])
 
 
 def test_a_result_of_another_shape_is_refused():

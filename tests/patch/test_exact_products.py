@@ -7,7 +7,7 @@ import moe_offload
 from moe_offload.apps.families.tiny import build
 from moe_offload.forward.graphs import products
 from moe_offload.packed import exact, exact_linear
-from moe_offload.packed.compiled import in_order
+from moe_offload.packed.compiled.in_order import dense
 from moe_offload.patch import exact_products
 from moe_offload.runtime.kernels import exact_rows
 
@@ -23,13 +23,13 @@ def small_is_large(monkeypatch):
 @needs_kernel
 @pytest.mark.parametrize("batch", [1, 3])
 def test_generation_has_the_bits_of_the_resident_model(batch, small_is_large, monkeypatch):
-    calls = []
+    calls, multiply_each = [], dense.multiply_each
 
-    def counted(*args):
-        calls.append(args[0].shape)
-        in_order.multiply(*args)
+    def counted(products, shape, *args):
+        calls.append(shape)
+        multiply_each(products, shape, *args)
 
-    monkeypatch.setattr(exact_rows, "multiplier", lambda: counted)
+    monkeypatch.setattr(dense, "multiply_each", counted)
     model = build("qwen3_moe", dtype=torch.bfloat16, hidden_size=64, moe_intermediate_size=32)
     prompt = torch.randint(3, 90, (batch, 5), generator=torch.Generator().manual_seed(0))
     wanted = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
@@ -112,7 +112,7 @@ def test_an_output_head_shows_its_order_where_orders_hardly_differ(order, monkey
 
     def linear(x, weight, bias=None):
         out = torch.empty((x.numel() // weight.shape[1], len(weight)), dtype=torch.bfloat16)
-        in_order.multiply(x.reshape(-1, weight.shape[1]), weight, out, *order, bias)
+        dense.multiply(x.reshape(-1, weight.shape[1]), weight, out, *order, bias)
         return out
 
     monkeypatch.setattr(exact_linear.functional, "linear", linear)
@@ -139,18 +139,34 @@ def test_inputs_of_other_shapes_and_strides_than_were_tried_are_torchs(small_is_
 
 @needs_kernel
 def test_what_is_no_plain_product_of_few_rows_is_torchs():
-    x, matrix = torch.randn(1, 1024).bfloat16(), torch.randn(1024, 1024).bfloat16()
-    out = torch.empty(1, 1024, dtype=torch.bfloat16)
-    assert not exact_rows.multiply(x, matrix, out)  # columns of outputs lie together
-    assert not exact_rows.multiply(x.repeat(9, 1), matrix.t(), out.repeat(9, 1))
-    assert not exact_rows.multiply(x.float(), matrix.t().float(), out.float())
-    assert not exact_rows.multiply(x[:, :64], matrix.t()[:64, :64], out[:, :64])
-    assert not exact_rows.multiply(x.repeat(1, 2)[:, ::2], matrix.t(), out)  # elements of a row lie apart
-    assert not exact_rows.multiply(x, matrix.t(), out.repeat(1, 2)[:, ::2])
+    x, stack = torch.randn(1, 1024).bfloat16(), torch.randn(2, 1024, 1024).bfloat16()
+    out, runs, turned = torch.empty(1, 1024, dtype=torch.bfloat16), [(1, 0, 1)], stack.transpose(1, 2)
+    assert exact_rows.multiply(x, stack, runs, out) == runs  # columns of outputs lie together
+    assert exact_rows.multiply(x.repeat(9, 1), turned, [(1, 0, 9)], out.repeat(9, 1)) == [(1, 0, 9)]
+    assert exact_rows.multiply(x.float(), turned.float(), runs, out.float()) == runs
+    assert exact_rows.multiply(x[:, :64], turned[:, :64, :64], runs, out[:, :64]) == runs
+    assert exact_rows.multiply(x.repeat(1, 2)[:, ::2], turned, runs, out) == runs  # elements of a row lie apart
+    assert exact_rows.multiply(x, turned, runs, out.repeat(1, 2)[:, ::2]) == runs
+
+
+@needs_kernel
+def test_runs_of_all_lengths_have_torchs_bits_each(small_is_large):
+    """Some are computed together, by how many pairs they have; some are left to torch."""
+    g = torch.Generator().manual_seed(0)
+    stack, x = (torch.randn(shape, generator=g).bfloat16() for shape in ((5, 80, 1536), (20, 1536)))
+    runs = [(4, 0, 1), (0, 1, 3), (2, 3, 4), (3, 4, 13), (1, 13, 16), (0, 16, 18), (2, 18, 20)]
+    out = torch.full((20, 80), 7.0, dtype=torch.bfloat16)
+    left = exact_rows.multiply(x, stack.transpose(1, 2), runs, out)
+    assert (3, 4, 13) in left
+    for slot, begin, end in runs:
+        if (slot, begin, end) in left:
+            assert (out[begin:end] == 7).all()
+        else:
+            assert torch.equal(out[begin:end], torch.mm(x[begin:end], stack[slot].t()))
 
 
 def test_graphs_leave_to_torch_what_the_kernel_does_not_take():
-    products.serve_few_rows(lambda x, matrix, out: False)
+    products.serve_few_rows(lambda x, weight, runs, out: runs)
     x, weight = torch.randn(3, 32).bfloat16(), torch.randn(4, 48, 32).bfloat16().transpose(1, 2)
     slots = torch.tensor([2, 2, 0])
     expected = torch.cat([x[:2] @ weight[2], x[2:] @ weight[0]])

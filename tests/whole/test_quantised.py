@@ -163,5 +163,5 @@ def test_packed_products_are_nearer_to_float32_or_as_near(reference, kind: str) 
         transposed = weight.shape[-1] == plain.config.hidden_size
         for x in (few, many):
             out = torch.full((len(x), weight.shape[0 if transposed else 1]), 7.0, dtype=weight.dtype)
-            weight.multiply(x, row, out, transposed)
+            weight.multiply(x, row[None], [(0, 0, len(x))], out, transposed)
             assert not out.any()

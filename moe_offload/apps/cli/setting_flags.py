@@ -66,6 +66,9 @@ class SettingFlags:
         str | None,
         typer.Option("--lock-memory", help="yes, no or auto: keep slots and scratch from being swapped out."),
     ] = None
+    rank_timeout: Annotated[
+        str | None, typer.Option("--rank-timeout", help="Seconds that one process of several waits for another.")
+    ] = None
     live: Annotated[str | None, typer.Option("--live", help="yes or no: let `moe-offload top` watch.")] = None
     untested: Annotated[
         str | None, typer.Option("--untested", help="yes or no: compute on a GPU, which nobody has tried yet.")

@@ -30,6 +30,7 @@ def chat(
     check_tokenizer(model)
     check_output("--save-profile", save_profile)
     from ...api import from_pretrained
+    from ...plan.weights import planned_context
     from .conversation import HELP, Conversation
     from .tokenizer import load_tokenizer
 
@@ -38,7 +39,7 @@ def chat(
     loaded: Any = from_pretrained(model, config=wanted, **flags.loading())
     with loaded.moe_offload as handle:
         typer.echo(str(handle.plan), err=True)
-        talk = Conversation(loaded, tokenizer, sampling, system, wanted.kv_tokens or None)
+        talk = Conversation(loaded, tokenizer, sampling, system, planned_context(loaded, wanted))
         if tokenizer.chat_template is None:
             typer.echo("The model has no chat template: it continues what was said as one plain text.", err=True)
         typer.echo(HELP, err=True)

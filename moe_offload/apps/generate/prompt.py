@@ -60,7 +60,7 @@ def room_for_answer(prompt_tokens: int, longest: int | None, max_new_tokens: int
     """How many of `max_new_tokens` there is room for. Raises ConfigError if the prompt alone is too long.
 
     `longest` is the most tokens that the model takes; None where it does not say. `context` is what the KV cache has
-    room for in the budget (--context, kv_tokens): longer texts would not stay inside it.
+    room for in the budget (--context, kv_tokens; reserve): longer texts would not stay inside it.
     """
     if longest is not None and prompt_tokens >= longest:
         raise ConfigError(
@@ -69,6 +69,6 @@ def room_for_answer(prompt_tokens: int, longest: int | None, max_new_tokens: int
     if context is not None and prompt_tokens >= context:
         raise ConfigError(
             f"the prompt has {prompt_tokens} tokens, and the budget has room for {context} with its answer; raise "
-            "--context (MOE_OFFLOAD_KV_TOKENS), or shorten the prompt"
+            "--context (MOE_OFFLOAD_KV_TOKENS) and any reserve (MOE_OFFLOAD_RESERVE), or shorten the prompt"
         )
     return min([max_new_tokens] + [most - prompt_tokens for most in (longest, context) if most is not None])

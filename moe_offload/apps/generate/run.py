@@ -64,6 +64,7 @@ def run(
     check_model(model, revision=flags.revision)
     check_tokenizer(model)
     from ...api import from_pretrained
+    from ...plan.weights import planned_context
     from .tokenizer import load_tokenizer, read_longest_context
 
     flags.set_threads()
@@ -76,13 +77,12 @@ def run(
     )
     prompt_tokens = inputs["input_ids"].shape[-1]
     context = given_context(wanted, flags)
-    new_tokens = room_for_answer(prompt_tokens, longest, sampling.max_new_tokens, context)
-    if new_tokens < sampling.max_new_tokens:
-        typer.echo(f"moe-offload: {new_tokens} tokens are generated at most: the context ends there", err=True)
+    new_tokens = _say_room(prompt_tokens, longest, sampling.max_new_tokens, context)
     if context is None:
         wanted = dataclasses.replace(wanted, kv_tokens=max(prompt_tokens + new_tokens, wanted.kv_tokens))
     loaded: Any = from_pretrained(model, config=wanted, **flags.loading())
     with loaded.moe_offload as handle:
+        new_tokens = _say_room(prompt_tokens, longest, new_tokens, planned_context(loaded, wanted))
         typer.echo(str(handle.plan), err=True)
         if metrics_port is not None:
             typer.echo(f"metrics: {handle.serve_metrics(metrics_port)}", err=True)
@@ -94,6 +94,14 @@ def run(
         outputs.save(handle, model, wanted)
     if not complete:
         raise typer.Exit(INTERRUPTED)
+
+
+def _say_room(prompt_tokens: int, longest: int | None, wanted: int, context: int | None) -> int:
+    """`room_for_answer`, which is said where it is less than was `wanted`."""
+    room = room_for_answer(prompt_tokens, longest, wanted, context)
+    if room < wanted:
+        typer.echo(f"moe-offload: {room} tokens are generated at most: the context ends there", err=True)
+    return room
 
 
 def write_answer(

@@ -145,6 +145,7 @@ def running_server(
 
     with open_listener(host, port) as sock:
         from ...api import from_pretrained
+        from ...plan.weights import planned_context
         from ..generate.tokenizer import load_tokenizer
         from .app import App
 
@@ -159,7 +160,7 @@ def running_server(
                 handle,
                 tokenizer,
                 name,
-                context=wanted.kv_tokens or None,
+                context=planned_context(loaded, wanted),
                 api_key=api_key,
                 longest_queue=max_waiting,
             )

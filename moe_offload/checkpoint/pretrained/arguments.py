@@ -32,7 +32,7 @@ class Argument(NamedTuple):
 
 
 _READ_IN_PLACE = "experts are read from the checkpoint's own files, and dense weights are held"
-_ONE_PROCESS = "moe_offload runs a model in one process: leave it out"
+_BY_CONFIG = "several processes share a model's experts by distributed_config=DistributedConfig(tp_size=N, ep_size=N)"
 _NO_QUANTIZATION = (
     "nothing is quantised while it is loaded, and of a checkpoint that is quantised its config.json says how: leave it "
     "out, and give a checkpoint in a format that is read (docs/quantised.md)"
@@ -75,10 +75,10 @@ ARGUMENTS: dict[str, Argument] = {
     "quantization_config": Argument(REFUSED, _NO_QUANTIZATION),
     "load_in_4bit": Argument(REFUSED, _NO_QUANTIZATION),
     "load_in_8bit": Argument(REFUSED, _NO_QUANTIZATION),
-    "distributed_config": Argument(REFUSED, _ONE_PROCESS),
-    "device_mesh": Argument(REFUSED, _ONE_PROCESS),
-    "tp_plan": Argument(REFUSED, _ONE_PROCESS),
-    "tp_size": Argument(REFUSED, _ONE_PROCESS),
+    "distributed_config": Argument(MODEL, "expert parallelism; see ranks/"),
+    "device_mesh": Argument(REFUSED, _BY_CONFIG),
+    "tp_plan": Argument(REFUSED, _BY_CONFIG),
+    "tp_size": Argument(REFUSED, _BY_CONFIG),
     "use_kernels": Argument(REFUSED, _KERNELS),
     "kernel_config": Argument(REFUSED, _KERNELS),
     "allow_all_kernels": Argument(REFUSED, _KERNELS),

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
-from ..headers import DTYPE_NAMES, Headers, TensorRange
+from ..headers import DTYPE_NAMES, Headers
 from ..origins import find_origins, own_key
 from ..outline import Outline
 from ..quantised.blocks import unpack_uneven
@@ -33,11 +33,15 @@ logger = logging.getLogger("moe_offload")
 class Absent:
     """An entry of a state dict in place of an expert tensor: it has a shape and a dtype, and no bytes."""
 
-    def __init__(self, range_: TensorRange):
-        self.shape, self.dtype = range_.shape, range_.dtype
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype):
+        self.shape, self.dtype = shape, dtype
 
-    def __getitem__(self, _: Any) -> Absent:
-        return self
+    def __getitem__(self, part: Any) -> Absent:
+        """All of it, or the slices of it that one process of several loads."""
+        if not isinstance(part, tuple):
+            return self
+        sizes = (len(range(*one.indices(size))) for one, size in zip(part, self.shape, strict=True))
+        return Absent(tuple(sizes), self.dtype)
 
     def get_shape(self) -> list[int]:
         return list(self.shape)
@@ -81,7 +85,7 @@ def load_tensors(
     mean no number.
     """
     state: Mapping[str, Any] = {
-        key: Absent(range_) if key in absent else headers.opened[range_.file].get_slice(key)
+        key: Absent(range_.shape, range_.dtype) if key in absent else headers.opened[range_.file].get_slice(key)
         for key, range_ in headers.items()
     }
     state = unpack_uneven(config, headers, state)

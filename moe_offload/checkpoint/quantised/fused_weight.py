@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...experts import MoELayer
+from ...packed.exact import Run
 from ...packed.fused import multiply_fused
 from ..conversion import Swap, joins_bytes
 from .weights import MatrixWeight
@@ -31,17 +32,17 @@ class FusedWeight(WrappedWeight):
     def unpack(self, row: Tensor, out: Tensor) -> None:
         self.weight.unpack(row, out)
 
-    def multiply(self, x_MI: Tensor, row: Tensor, out_MO: Tensor, transposed: bool) -> None:
+    def multiply(self, x_PI: Tensor, rows_SB: Tensor, runs: Sequence[Run], out_PO: Tensor, transposed: bool) -> None:
         by_rows = transposed if joins_bytes(self.weight.conversions) else not transposed
-        if len(x_MI) > FEW or not by_rows or not _keeps_rows(self.weight):
-            self.weight.multiply(x_MI, row, out_MO, transposed)
-            return
-        first = 0
-        for matrix in self.weight.matrices:
-            out = torch.empty((len(x_MI), matrix.shape[0]), dtype=out_MO.dtype)
-            multiply_fused(matrix.format, matrix.tensors(row), x_MI, out)
-            out_MO[:, first : first + matrix.shape[0]] = out
-            first += matrix.shape[0]
+        few = [run for run in runs if by_rows and run[2] - run[1] <= FEW and _keeps_rows(self.weight)]
+        for slot, begin, end in few:
+            first = 0
+            for matrix in self.weight.matrices:
+                out = torch.empty((end - begin, matrix.shape[0]), dtype=out_PO.dtype)
+                multiply_fused(matrix.format, matrix.tensors(rows_SB[slot]), x_PI[begin:end], out)
+                out_PO[begin:end, first : first + matrix.shape[0]] = out
+                first += matrix.shape[0]
+        self.weight.multiply(x_PI, rows_SB, [run for run in runs if run not in few], out_PO, transposed)
 
 
 def fuse_weights(moe_layers: Sequence[MoELayer]) -> list[MoELayer]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...experts import MoELayer, PackedWeight
+from ...packed.exact import Run
 from ...packed.workspace import borrow_workspace
 from .columns import MadeBy, Packing
 from .weights import MatrixWeight
@@ -59,10 +60,11 @@ class ConvertedWeight(WrappedWeight):
     def unpack(self, row: Tensor, out: Tensor) -> None:
         out.copy_(convert_one(self.made_by, self.weight, row, self.model))
 
-    def multiply(self, x_MI: Tensor, row: Tensor, out_MO: Tensor, transposed: bool) -> None:
+    def multiply(self, x_PI: Tensor, rows_SB: Tensor, runs: Sequence[Run], out_PO: Tensor, transposed: bool) -> None:
         whole = borrow_workspace(self.shape, self.dtype)
-        self.unpack(row, whole)
-        torch.mm(x_MI, whole.t() if transposed else whole, out=out_MO)
+        for slot, begin, end in runs:
+            self.unpack(rows_SB[slot], whole)
+            torch.mm(x_PI[begin:end], whole.t() if transposed else whole, out=out_PO[begin:end])
 
 
 def verify_unpacking(

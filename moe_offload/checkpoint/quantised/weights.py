@@ -13,6 +13,7 @@ depends on in torch's kernels is tried out once (`packed/exact.py`), and not rel
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,8 +23,8 @@ from torch import Tensor
 
 from ...experts import Field
 from ...packed import Format
-from ...packed.exact import FEW, STRIP_BYTES, Order, find_order, strips_are_exact, transposed_is_exact
-from ...packed.ordered import multiply_in_order
+from ...packed.exact import FEW, STRIP_BYTES, Order, Run, find_order, strips_are_exact, transposed_is_exact
+from ...packed.ordered import Place, multiply_rows_in_order, shape_for_kernels
 from ...packed.workspace import borrow_workspace
 from ..conversion import Conversion, Swap, convert_tensors, joins_bytes
 
@@ -38,6 +39,13 @@ class Matrix:
 
     def tensors(self, row: Tensor) -> list[Tensor]:
         return [field.view_in(row) for field in self.fields]
+
+    @cached_property
+    def place(self) -> Place:
+        """Where it lies in a row, for kernels."""
+        alike = [torch.empty(field.shape, dtype=field.dtype, device="meta") for field in self.fields]
+        codes, scales = self.fields
+        return Place(codes.offset, scales.offset, self.shape[0], shape_for_kernels(self.format, alike))
 
 
 @dataclass(frozen=True)
@@ -85,20 +93,9 @@ class MatrixWeight:
             matrix.format.unpack(matrix.tensors(row), part)
         out.copy_(convert_tensors(self.conversions, parts))
 
-    def multiply(self, x_MI: Tensor, row: Tensor, out_MO: Tensor, transposed: bool) -> None:
-        order = self._find_order(transposed, len(x_MI))
-        if order is not None and self._multiply_in_order(x_MI, row, out_MO, order):
-            return
-        if not self._as_in_file(transposed, len(x_MI)):
-            whole = borrow_workspace(self.shape, self.dtype)
-            self.unpack(row, whole)
-            torch.mm(x_MI, whole.t() if transposed else whole, out=out_MO)
-        elif len(x_MI) == 1 and strips_are_exact(self._heights, x_MI.shape[1], self.dtype):
-            self._multiply_in_strips(x_MI, row, out_MO)
-        else:
-            whole = borrow_workspace((self.rows, x_MI.shape[1]), self.dtype)
-            self._unpack_below(row, whole)
-            torch.mm(x_MI, whole.t(), out=out_MO)
+    def multiply(self, x_PI: Tensor, rows_SB: Tensor, runs: Sequence[Run], out_PO: Tensor, transposed: bool) -> None:
+        for slot, begin, end in self._multiply_in_order(x_PI, rows_SB, runs, out_PO, transposed):
+            self._multiply_one(x_PI[begin:end], rows_SB[slot], out_PO[begin:end], transposed)
 
     def try_products(self) -> None:
         """Find out now what may be computed in another way: it takes memory that is not there once slots are full."""
@@ -115,14 +112,33 @@ class MatrixWeight:
             return None
         return find_order(rows, self.rows, self.matrices[0].shape[1], self.dtype, turned=turned)
 
-    def _multiply_in_order(self, x_MI: Tensor, row: Tensor, out_MO: Tensor, order: Order) -> bool:
-        first = 0
-        for matrix in self.matrices:
-            out = out_MO[:, first : first + matrix.shape[0]]
-            if not multiply_in_order(matrix.format, matrix.tensors(row), x_MI, out, order):
-                return False
-            first += matrix.shape[0]
-        return True
+    def _multiply_in_order(
+        self, x_PI: Tensor, rows_SB: Tensor, runs: Sequence[Run], out_PO: Tensor, transposed: bool
+    ) -> list[Run]:
+        """By our kernels, all runs of as many pairs at once. Returns the runs that are left."""
+        left, some = [], defaultdict(list)
+        for run in runs:
+            some[run[2] - run[1]].append(run)
+        for pairs, alike in some.items():
+            order = self._find_order(transposed, pairs) if pairs <= FEW else None
+            if order is None:
+                left += alike
+            else:
+                places = [matrix.place for matrix in self.matrices]
+                left += multiply_rows_in_order(places, x_PI, rows_SB, alike, out_PO, order)
+        return left
+
+    def _multiply_one(self, x_MI: Tensor, row: Tensor, out_MO: Tensor, transposed: bool) -> None:
+        if not self._as_in_file(transposed, len(x_MI)):
+            whole = borrow_workspace(self.shape, self.dtype)
+            self.unpack(row, whole)
+            torch.mm(x_MI, whole.t() if transposed else whole, out=out_MO)
+        elif len(x_MI) == 1 and strips_are_exact(self._heights, x_MI.shape[1], self.dtype):
+            self._multiply_in_strips(x_MI, row, out_MO)
+        else:
+            whole = borrow_workspace((self.rows, x_MI.shape[1]), self.dtype)
+            self._unpack_below(row, whole)
+            torch.mm(x_MI, whole.t(), out=out_MO)
 
     def _as_in_file(self, transposed: bool, rows: int) -> bool:
         """Whether the product's outputs are rows of the file's matrices, and may be computed from them."""

@@ -9,7 +9,9 @@ from torch import Tensor
 
 import passes
 from passes import ops
+from passes.core_graph import VECTORS
 
+from ...experts import MoELayer
 from ...runtime.layer import LayerRuntime
 
 
@@ -29,6 +31,11 @@ def rows_of(layer: LayerRuntime) -> str:
     """
     bank = bank_of(layer)
     return repr((bank.fields, bank.packed)) if bank.packed else ""
+
+
+def fills_vectors(moe: MoELayer) -> bool:
+    """`passes.core_graph.fills_vectors` of code that is not traced: its tensors are as wide as the weights are."""
+    return all(size % VECTORS == 0 for field in moe.unpacked.fields for size in field.shape)
 
 
 def bind(bank_SN: Tensor, layer: Any) -> None:

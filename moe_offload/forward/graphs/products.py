@@ -6,13 +6,13 @@ Shapes: P token-expert pairs, S slots, H hidden, O outputs of the product.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from passes import ops
-from passes.grouped import find_runs
+from passes.grouped import Run, find_runs
 
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -32,16 +32,14 @@ def serve_products(few: Product, many: Product) -> None:
         ops.serve_product("grouped_mm", grouped_mm, "CUDA")
 
 
-def serve_few_rows(multiply: Callable[[Tensor, Tensor, Tensor], bool]) -> None:
-    """On a CPU, let the product of each run of equal slots go through `multiply` (x [M, H], matrix [H, O], out [M, O]),
-    which gives the bits of torch.mm, or leaves it to that."""
+def serve_few_rows(multiply: Callable[[Tensor, Tensor, Sequence[Run], Tensor], Sequence[Run]]) -> None:
+    """On a CPU, let the products of the runs of equal slots go through `multiply` (x [P, H], weight [S, H, O], runs,
+    out [P, O]), which gives the bits of torch.mm, and returns those that it leaves to that."""
 
     def grouped_mm(x_P: Tensor, weight_S: Tensor, slots_P: Tensor) -> Tensor:
         out_PO = x_P.new_empty((x_P.shape[0], weight_S.shape[2]))
-        for slot, begin, end in find_runs(slots_P.tolist()):
-            x, matrix, out = x_P[begin:end], weight_S[slot], out_PO[begin:end]
-            if not multiply(x, matrix, out):
-                torch.mm(x, matrix, out=out)
+        for slot, begin, end in multiply(x_P, weight_S, list(find_runs(slots_P.tolist())), out_PO):
+            torch.mm(x_P[begin:end], weight_S[slot], out=out_PO[begin:end])
         return out_PO
 
     if not torch._C._dispatch_has_kernel_for_dispatch_key("moe_offload::grouped_mm", "CPU"):

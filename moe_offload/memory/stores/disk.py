@@ -40,6 +40,7 @@ class DiskStore:
         self._row_bytes = [layout.row_bytes for layout in layouts]
         self._counts = [len(layer) for layer in index.rows]
         self._names, self._stamps = index.names, dict(index.stamps)
+        self._first = index.first or (0,) * len(index.rows)
         self._packings = index.packings or (None,) * len(index.rows)
         self._lock = threading.Lock()
         self._reading, self._pid = 0, os.getpid()
@@ -80,7 +81,7 @@ class DiskStore:
         check_request(layer, expert, self._counts, row, self._row_bytes)
         plan = self._plans[layer][expert]
         scratch = torch.empty(plan.scratch_bytes, dtype=torch.uint8).numpy().data
-        who = f"{self._names[layer]} expert {expert}"
+        who = f"{self._names[layer]} expert {self._first[layer] + expert}"
         parts = [partial(self._fill, part, row, scratch, who) for part in plan.parts]
         return RowRead(parts, partial(self._finish, plan, row, scratch, who, layer))
 

@@ -1,7 +1,7 @@
 """What a run asks of its caches, written down while it runs: a trace that replays to the run's own counters.
 
-One `event` is what one layer is asked in one forward. A forward ends where the layers begin anew. One with more tokens
-than the one before begins a request: a prompt after decoding.
+One `event` is what one layer is asked in one forward. A forward ends where the layers begin anew. A prompt after
+decoding begins a request; where nobody says what a forward is, one with more tokens than the one before does.
 
 Which token used which expert is kept where the graph still knows it. Grouped experts sort the pairs of a forward by
 expert first; then they are dealt out to as many rows as there are tokens, which no counter can tell from the truth.
@@ -98,7 +98,8 @@ class TraceRecorder:
 
     def trace(self, meta: Mapping[str, str] | None = None) -> Trace:
         """What has been recorded. Raises TraceError when that is nothing."""
-        forwards = [forward for forward in self.ids if any(len(rows) for rows in forward.values())]
+        found = [i for i, forward in enumerate(self.ids) if any(len(rows) for rows in forward.values())]
+        forwards, decodes = [self.ids[i] for i in found], [bool(self.marks[i].decode) for i in found]
         if not forwards:
             raise TraceError("nothing has been recorded: run the model between start_trace() and trace()")
         tokens = [max(map(len, forward.values())) for forward in forwards]
@@ -108,7 +109,11 @@ class TraceRecorder:
         for begin, forward in zip(begins.tolist(), forwards, strict=False):
             for layer, rows in forward.items():
                 experts_TLK[begin : begin + len(rows), layer, : rows.shape[1]] = rows
-        requests = [i for i in range(len(forwards)) if i == 0 or tokens[i] > tokens[i - 1]]
+        requests = [
+            i
+            for i in range(len(forwards))
+            if i == 0 or tokens[i] > tokens[i - 1] or (decodes[i - 1] and not decodes[i])
+        ]
         return Trace.of(
             experts_TLK,
             begins[requests],

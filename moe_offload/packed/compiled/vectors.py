@@ -132,14 +132,12 @@ def expand_fp8(typingctx, codes, steps, scale, out):  # type: ignore[no-untyped-
 
     def build(context, b, signature, args):  # type: ignore[no-untyped-def]
         codes, steps, scale, out = args
+        table = table_of_fp8(b, scale) if can_look_up(context) else None
         scale = spread(b, FLOATS, scale)
-        values = [2.0**-7 * (1 + n / 8) for n in range(8)] + [2.0**-9 * n for n in range(8)]
-        values = ir.Constant(FLOATS, [ir.Constant(F32, value) for value in values])
-        table = table_of(b, b.fmul(values, scale)) if can_look_up(context) else None
         with cgutils.for_range(b, steps) as loop:
             source, target = moved(b, codes, loop.index, 32), moved(b, out, loop.index, 64)
             if table is not None:
-                store(b, _fp8_looked_up(b, b.zext(load(b, BYTES_32, source), HALVES), table), target)
+                store(b, fp8_looked_up(b, b.zext(load(b, BYTES_32, source), HALVES), table), target)
             else:
                 two = [_fp8_computed(b, load(b, BYTES, moved(b, source, half, 16)), scale) for half in (I64(0), I64(1))]
                 store(b, b.shuffle_vector(*two, ir.Constant(ir.VectorType(I32, 32), list(range(32)))), target)
@@ -147,7 +145,17 @@ def expand_fp8(typingctx, codes, steps, scale, out):  # type: ignore[no-untyped-
     return STEPS, build
 
 
-def _fp8_looked_up(b: Any, code: Any, table: Any) -> Any:
+def table_of_fp8(b: Any, scale: Any) -> Any:
+    """Under one scale: the values of the last three bits with exponent 0 as if it were that of a normal one, and those
+    without exponent bits."""
+    values = [2.0**-7 * (1 + n / 8) for n in range(8)] + [2.0**-9 * n for n in range(8)]
+    return table_of(
+        b, b.fmul(ir.Constant(FLOATS, [ir.Constant(F32, value) for value in values]), spread(b, FLOATS, scale))
+    )
+
+
+def fp8_looked_up(b: Any, code: Any, table: Any) -> Any:
+    """The bits of bfloat16 of 32 codes."""
     exponent, last = b.and_(code, lanes(HALVES, 0x78)), b.and_(code, lanes(HALVES, 7))
     none = b.icmp_unsigned("==", exponent, lanes(HALVES, 0))
     value = look_up(b, table, b.select(none, b.or_(last, lanes(HALVES, 8)), last))

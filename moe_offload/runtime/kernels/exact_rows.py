@@ -1,19 +1,20 @@
 """Products of few rows with the bits of torch.mm, each weight read once as fast as memory gives it.
 
-Shapes: M rows, I inputs, O outputs of one matrix.
+Shapes: P token-expert pairs, S slots, I inputs, O outputs of one matrix.
 
 In which order torch adds up is tried out for each kind of product (`packed/exact.py`: `find_order`), and the kernel
-adds up in the same one (`packed/compiled/in_order.py`). Where it is unknown, the product is torch's.
+adds up in the same one (`packed/compiled/in_order/`). Where it is unknown, the product is torch's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from ...packed.exact import FEW, LARGE, find_order, multiplier
+from ...packed.exact import FEW, LARGE, Run, find_order, load_dense_kernels
 
 
 def try_products(shapes: Iterable[tuple[int, int]]) -> bool:
@@ -22,21 +23,27 @@ def try_products(shapes: Iterable[tuple[int, int]]) -> bool:
     return any(order is not None for order in orders)
 
 
-def multiply(x_MI: Tensor, matrix_IO: Tensor, out_MO: Tensor) -> bool:
-    """Write x @ matrix as torch.mm would. False, and nothing written, where that is to compute it itself."""
-    inputs, outputs = matrix_IO.shape
+def multiply(x_PI: Tensor, weight_SIO: Tensor, runs: Sequence[Run], out_PO: Tensor) -> Sequence[Run]:
+    """Write x @ W of each run (slot, begin, end) as torch.mm would, all of as many pairs at once. Returns the runs that
+    torch is to compute itself, for which nothing is written."""
+    _, inputs, outputs = weight_SIO.shape
     if not (
-        len(x_MI) <= FEW
-        and outputs * inputs >= LARGE
-        and matrix_IO.stride() == (1, inputs)
-        and x_MI.dtype == matrix_IO.dtype == out_MO.dtype == torch.bfloat16
-        and x_MI.device.type == matrix_IO.device.type == "cpu"
-        and x_MI.shape[1] == inputs
-        and x_MI.stride() == (inputs, 1)
-        and out_MO.stride(1) == 1
+        outputs * inputs >= LARGE
+        and weight_SIO.stride()[1:] == (1, inputs)
+        and x_PI.dtype == weight_SIO.dtype == out_PO.dtype == torch.bfloat16
+        and x_PI.device.type == weight_SIO.device.type == "cpu"
+        and x_PI.shape[1] == inputs
+        and x_PI.stride() == (inputs, 1)
+        and out_PO.stride(1) == 1
     ):
-        return False
-    order = find_order(len(x_MI), outputs, inputs, x_MI.dtype, turned=False)
-    if order is not None:
-        multiplier()(x_MI, matrix_IO.t(), out_MO, *order)
-    return order is not None
+        return runs
+    left, some = [], defaultdict(list)
+    for run in runs:
+        some[run[2] - run[1]].append(run)
+    for pairs, alike in some.items():
+        order = find_order(pairs, outputs, inputs, x_PI.dtype, turned=False) if pairs <= FEW else None
+        if order is None:
+            left += alike
+        else:
+            load_dense_kernels().multiply_runs(x_PI, weight_SIO.transpose(1, 2), alike, out_PO, order)
+    return left

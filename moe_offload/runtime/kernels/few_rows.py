@@ -23,7 +23,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-from ...packed.compiled.in_order import rounded
+from ...packed.compiled.in_order.dense import rounded
 from ...packed.compiled.pool import array_at, compiled, kernel, run, share
 
 TILE = 4  # outputs at a time: so many streams from memory, and 16 accumulators of registers in flight

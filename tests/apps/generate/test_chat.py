@@ -20,6 +20,8 @@ from moe_offload.errors import ExpertReadError
 from moe_offload.observe.profile import Profile
 from tests.paths import MODEL_NAME as MODEL
 
+TOKEN_BYTES = 2 * 4 * 2 * 32 * 2  # of its KV cache: keys and values, layers, heads, their width, bfloat16
+
 
 @pytest.fixture(scope="module")
 def tokenizer():
@@ -150,10 +152,11 @@ def test_without_a_flag_a_chat_is_bounded_by_the_plan(monkeypatch):
         raise Stop
 
     monkeypatch.setattr("moe_offload.apps.generate.conversation.Conversation", made)
-    for flags in ([], ["--context", "64"]):
+    for flags, reserve in (([], "auto"), (["--context", "64"], "auto"), ([], "102400"), (["--context", "64"], "1MB")):
+        monkeypatch.setenv("MOE_OFFLOAD_RESERVE", reserve)
         result = CliRunner().invoke(app, ["chat", MODEL, "--budget", "8MB", *flags])
         assert isinstance(result.exception, Stop), result.output
-    assert contexts == [2048, 64]
+    assert contexts == [2048, 64, 102400 // TOKEN_BYTES, 64], "a reserve of so many bytes has room for no more"
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,8 @@ from moe_offload.cache.counters import Stats
 from moe_offload.errors import ConfigError, OffloadError
 from tests.paths import MODEL_NAME as MODEL
 
+TOKEN_BYTES = 2 * 4 * 2 * 32 * 2  # of its KV cache: keys and values, layers, heads, their width, bfloat16
+
 
 def run(*arguments: str, **how):
     return CliRunner().invoke(app, ["run", MODEL, "--budget", "6MB", *arguments], **how)
@@ -181,6 +183,16 @@ def test_a_given_context_bounds_prompt_and_answer(no_model, monkeypatch):
     )
     monkeypatch.setenv("MOE_OFFLOAD_KV_TOKENS", "16")
     assert "the budget has room for 16 with its answer" in run("--prompt", "ls " * 100).stderr
+
+
+def test_a_given_reserve_bounds_prompt_and_answer(monkeypatch):
+    """The KV cache has so many bytes and no more, whatever the context."""
+    monkeypatch.setenv("MOE_OFFLOAD_RESERVE", "102400")
+    room = f"the budget has room for {102400 // TOKEN_BYTES} with its answer"
+    result = run("--prompt", "ls " * 200)
+    assert result.exit_code == 2 and room in result.stderr and "MOE_OFFLOAD_RESERVE" in result.stderr, result.stderr
+    result = run("--prompt", "ls", "--max-new-tokens", "100")
+    assert "tokens are generated at most: the context ends there" in result.stderr and result.exit_code == 0
 
 
 def test_room_for_an_answer():

@@ -11,7 +11,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from .vectors import I32, WORDS
+from ..vectors import I32, WORDS
 
 ROWS = 16
 MASK = ir.VectorType(I32, 16)

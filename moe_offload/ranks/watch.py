@@ -1,0 +1,147 @@
+"""`Watch`: which ranks are still there.
+
+A collective that waits for a rank cannot be interrupted from Python. A rank that was killed closes its connections, and
+the others get an error at once; who it was, they find here. A rank that stops without closing them (SIGSTOP, a machine
+that loses its network) is missed by this thread, which then ends the process, as NCCL's watchdog does.
+
+    <prefix>/beat/<rank>   a number that grows while the rank's process runs
+    <prefix>/end/<rank>    why it ended, in its own words, and because of which rank
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ..errors import RankError
+from .names import RankName
+
+EVERY_S = 1.0
+#: Looks without a new beat after which a rank counts as lost. Looks and not seconds: a laptop that was asleep, and a
+#: job that was stopped as a whole, have missed none. Fewer would miss beats of a rank that swaps or compiles.
+PATIENCE = 15
+GRACE_S = 3.0  # for a call to end by itself once a rank is lost
+FIND_S = 20.0  # to find out who closed a connection: a process on another machine is missed after PATIENCE looks
+
+
+class Watch:
+    """Beats for this rank, and looks for the beats of the others, until the process ends."""
+
+    def __init__(self, store: Any, prefix: str, names: Sequence[RankName], rank: int):
+        self.names, self.rank = names, rank
+        self._store, self._asking, self._prefix = store, store.clone(), prefix
+        self._calls = 0  # of a model, that are under way
+        self._silent = [0] * len(names)
+        self._unheard = False  # the store itself does not answer
+        self._ended = False
+        self._stop = threading.Event()
+        self._beat(0)
+        threading.Thread(target=self._run, name="moe_offload_ranks", daemon=True).start()
+        atexit.register(self._end)
+
+    @contextlib.contextmanager
+    def calling(self) -> Iterator[None]:
+        """While it is entered, this process waits for others, and ends with one that is lost."""
+        self._calls += 1
+        try:
+            yield
+        finally:
+            self._calls -= 1
+
+    def tell_end(self, why: str, because: int | None = None) -> None:
+        """Let the others know that this rank takes no further part: `why`, and because of which rank."""
+        if not self._ended:
+            self._ended = True
+            told = {"why": why[:500], "because": self.rank if because is None else because}
+            with contextlib.suppress(Exception):  # the store may be what is gone
+                self._asking.set(f"{self._prefix}/end/{self.rank}", json.dumps(told))
+
+    def check(self) -> None:
+        """Raise `RankError` if a rank is known to have ended."""
+        found = self.find_ended()
+        if found is not None:
+            raise self.error(*found)
+
+    def find_ended(self, within_s: float = 0.0) -> tuple[int, str] | None:
+        """The rank that ended first, as far as is known, and how; waits up to `within_s` for it to be known."""
+        ends_s = time.monotonic() + within_s
+        while (found := self._find_ended()) is None and time.monotonic() < ends_s:
+            time.sleep(0.05)
+        return found
+
+    def error(self, rank: int, how: str) -> RankError:
+        return RankError(
+            f"{self.names[rank]} {how}, and rank {self.rank} cannot go on without it. What it said itself is in its "
+            "own output; start all ranks anew"
+        )
+
+    def _find_ended(self) -> tuple[int, str] | None:
+        told = self._told()
+        for rank, end in told.items():
+            if end["because"] == rank:
+                return rank, f"has ended: {end['why']}"
+        for name in self.names:
+            if name.rank not in told and name.rank != self.rank and name.has_ended():
+                return name.rank, "was killed, or has ended without a word"
+        for end in told.values():
+            return end["because"], "has ended, other ranks say"
+        for name in self.names:
+            if self._silent[name.rank] >= PATIENCE:
+                return name.rank, f"has not been heard of for {PATIENCE * EVERY_S:.0f} s"
+        if self._unheard and self.rank != 0:
+            return 0, "does not answer, nor does the store in which the ranks met"
+        return None
+
+    def _told(self) -> dict[int, dict[str, Any]]:
+        """What ranks have said about their end."""
+        told: dict[int, dict[str, Any]] = {}
+        with contextlib.suppress(Exception):
+            for name in self.names:
+                key = f"{self._prefix}/end/{name.rank}"
+                if name.rank != self.rank and self._asking.check([key]):
+                    told[name.rank] = json.loads(self._asking.get(key))
+        return told
+
+    def _beat(self, n: int) -> None:
+        self._store.set(f"{self._prefix}/beat/{self.rank}", str(n))
+
+    def _run(self) -> None:
+        heard: list[bytes | None] = [None] * len(self.names)
+        n = failed = 0
+        while not self._stop.wait(EVERY_S):
+            n += 1
+            try:
+                self._beat(n)
+                for name in self.names:
+                    key = f"{self._prefix}/beat/{name.rank}"
+                    found = self._store.get(key) if self._store.check([key]) else None
+                    self._silent[name.rank] = self._silent[name.rank] + 1 if found == heard[name.rank] else 0
+                    heard[name.rank] = found
+                failed = 0
+            except Exception:  # whatever a store raises: what counts is that it does not answer
+                failed += 1
+                self._unheard = failed >= 3
+            if self._unheard or max(self._silent) >= PATIENCE:
+                self._end_call()
+
+    def _end_call(self) -> None:
+        """A rank is lost: end the process, if it is in a call that does not end by itself."""
+        time.sleep(GRACE_S)
+        found = self._find_ended()
+        if self._calls and found is not None and not self._stop.is_set():
+            error = self.error(*found)
+            self.tell_end(str(error), because=found[0])
+            sys.stderr.write(f"moe_offload: {error}\n")
+            sys.stderr.flush()
+            os._exit(1)
+
+    def _end(self) -> None:
+        self._stop.set()
+        self.tell_end("its program is over")

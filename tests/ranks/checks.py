@@ -1,0 +1,77 @@
+"""What a rank does in the tests of this folder: each function runs on all ranks, in a group of their own."""
+
+import torch
+import transformers
+
+import moe_offload
+from moe_offload.plan.budget import budget_for
+from moe_offload.plan.weights import layer_shapes, sum_costs
+from moe_offload.ranks.join import config_of_ranks, form_ranks
+
+ONE, THREE = torch.arange(3, 15).view(1, -1), torch.arange(3, 33).view(3, -1)
+CONFIG = {"poison": True, "kv_tokens": 64, "wave_rows": 1, "rank_timeout": 60.0, "profile": "off"}
+
+
+def settings(**changed):
+    return moe_offload.OffloadConfig(**{**CONFIG, **changed})
+
+
+def plain(folder, world, implementation="grouped_mm", exchange="auto"):
+    """transformers' own model, split over the ranks."""
+    how = {**config_of_ranks(world), "ep_implementation": exchange}
+    form_ranks(how, settings())
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, distributed_config=how, experts_implementation=implementation
+    )
+
+
+def ours(folder, world, residency=0.5, exchange="auto", **changed):
+    """The same, of which each rank keeps a cache of this share of its experts."""
+    how = {**config_of_ranks(world), "ep_implementation": exchange}
+    wanted = settings(**changed)
+    return moe_offload.from_pretrained(
+        folder, budget_of(folder, residency, wanted, how), config=wanted, distributed_config=how
+    )
+
+
+def budget_of(folder, residency, wanted, how):
+    """Bytes that hold this share of a rank's experts."""
+    from pathlib import Path
+
+    from moe_offload.checkpoint.outline import outline_folder
+    from moe_offload.checkpoint.pretrained.split import split_outline
+
+    form_ranks(how, wanted)
+    found = split_outline(outline_folder(Path(folder)), how)
+    return budget_for(residency, layer_shapes(found.moe_layers), sum_costs(found.model, found.moe_layers, wanted))
+
+
+def say(model, new=12):
+    """Logits of a prompt, tokens of one sequence and of three."""
+    logits = model(ONE).logits
+    return [
+        logits.full_tensor() if hasattr(logits, "full_tensor") else logits,
+        *(model.generate(ids, max_new_tokens=new, do_sample=False, pad_token_id=0) for ids in (ONE, THREE)),
+    ]
+
+
+def says_what_transformers_says(rank, world, folder, implementation, exchange, residencies):
+    """Bits against transformers' own run on the same ranks; tokens, counters."""
+    with torch.no_grad():
+        want = say(plain(folder, world, implementation, exchange))
+        found = []
+        for residency in residencies:
+            model = ours(folder, world, residency, exchange, experts_implementation=implementation)
+            got = say(model)
+            stats = model.moe_offload.stats()
+            found.append(
+                {
+                    "same": [torch.equal(a, b) for a, b in zip(want, got, strict=True)],
+                    "tokens": [ids.tolist() for ids in got[1:]],
+                    "slots": list(model.moe_offload.plan.slots),
+                    "hits": stats.hits,
+                    "misses": stats.misses,
+                }
+            )
+            model.moe_offload.close()
+    return found
