@@ -1,0 +1,41 @@
+"""python -m tests.fakes.generated_child FAMILY: the code that Inductor generates for a GPU from the decode step of a
+small model with a static KV cache, and what it knows of its inputs, as one line of JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from moe_offload.forward.graphs import compiling
+from passes import ops
+from tests.fakes.fake_gpu import generate_code
+from tests.fakes.offloaded import IDS, SETTINGS, offload, resident
+
+
+def main(family):
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+
+        def inner(gm, inputs):
+            if any(node.target is ops.place for node in gm.graph.nodes):
+                found.append(generate_code(gm, inputs, compiling.CUDA_GRAPH, patch))
+            return gm.forward
+
+        patch.setattr(compiling, "run_graph", inner)
+        plain = resident(family, layers=2)
+        plain.set_attn_implementation("eager")
+        device = replace(SETTINGS, decide="device", poison=False, dynamic=None)
+        model = offload(plain, 0.5, config=device, device_map="cpu", profile="off")
+        model.generate(IDS, max_new_tokens=3, do_sample=False, pad_token_id=0, cache_implementation="static")
+        layers = len(model.moe_offload.moe_layers)
+    one = {name: sorted(x) if isinstance(x, set) else x for name, x in asdict(found[0]).items()}
+    print(json.dumps({"graphs": len(found), "layers": layers, **one}))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(*sys.argv[1:])

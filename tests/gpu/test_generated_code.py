@@ -1,0 +1,79 @@
+"""What Inductor makes of a decode step for a GPU, read on a machine without one: the whole step is one CUDA graph, the
+device decides within it, and nothing that is large is copied."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+from tests.paths import ROOT
+
+pytest.importorskip("triton")
+
+
+@dataclass
+class Step:
+    code: str
+    graphs: int
+    layers: int
+    partitions: int
+    mutated: list[int]
+    static: list[int]
+
+    @property
+    def recorded(self):
+        """The code that the CUDA graph is recorded from."""
+        return self._body("def partition_0(")
+
+    @property
+    def left_out(self):
+        """The code around it, which runs at every step."""
+        return self._body("def call(self, args)")
+
+    def _body(self, head):
+        lines = self.code[self.code.index(head) :].splitlines()
+        lines = [line for line in lines if not line.lstrip().startswith("#")]
+        indent = len(lines[1]) - len(lines[1].lstrip())
+        end = next(
+            (i for i, line in enumerate(lines[1:], 1) if line.strip() and not line.startswith(" " * indent)), None
+        )
+        return "\n".join(lines[:end])
+
+
+@pytest.fixture(scope="module", params=["qwen3_moe", "gpt_oss"])
+def step(request):
+    child = [sys.executable, "-m", "tests.fakes.generated_child", request.param]
+    done = subprocess.run(child, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return Step(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_a_step_is_one_cuda_graph_and_the_device_decides_in_it(step):
+    assert step.graphs == 1 and step.partitions == 1
+    for op in ("place", "grouped_mm"):
+        calls = step.recorded.count(f"torch.ops.moe_offload.{op}.default(")
+        assert calls == step.layers * {"place": 1, "grouped_mm": 2}[op]
+
+
+def test_nothing_is_left_outside_that_copies_or_computes(step):
+    assert "partitions[0]" in step.left_out
+    for call in ("moe_offload", "extern_kernels", ".run(", "copy_(", "DeviceCopy", "clone"):
+        assert call not in step.left_out, call
+
+
+def test_no_bank_is_copied(step):
+    """A copy would be as large as all slots of a layer, at each step, and unknown to `place` besides."""
+    placed = re.findall(r"moe_offload\.place\.default\(.*, (\w+)\)", step.recorded)
+    assert len(set(placed)) == step.layers
+    assert all(bank.startswith("arg") for bank in placed), "an input of the graph itself"
+    assert "copy_(" not in step.recorded and "clone(" not in step.recorded
+
+
+def test_what_is_mutated_stays_where_it_is(step):
+    assert len(step.mutated) >= 3 * step.layers  # a bank, keys and values
+    assert set(step.mutated) <= set(step.static)

@@ -1,0 +1,36 @@
+"""The Triton kernels in CI: `test_contract.py` under Triton's interpreter, which needs no GPU, in a process of its own.
+
+A slice of it always, all of it (minutes) with -m long. TRITON_INTERPRET must be set before Triton is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.paths import ROOT
+
+pytest.importorskip("triton")
+CONTRACT = "tests/runtime/kernels/test_contract.py"
+SLICE = (
+    "renormalised or any_small or (ids_in_and_out and 10-6-4) or gather or refused "
+    "or (indexed_mm and 300) or (test_grouped_mm and 70-150 and (transposed or field-back))"
+)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "least"), [(SLICE, 25), pytest.param("not recorded", 120, marks=pytest.mark.long)], ids=["slice", "all"]
+)
+def test_the_kernels_keep_their_contract_under_the_interpreter(chosen, least):
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    done = subprocess.run(
+        [*command, CONTRACT, "-k", f"interpreted and ({chosen})"],
+        cwd=ROOT, capture_output=True, text=True, timeout=280, env={**os.environ, "TRITON_INTERPRET": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed and int(passed[1]) >= least, done.stdout[-500:]
