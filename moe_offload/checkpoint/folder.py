@@ -26,7 +26,13 @@ def is_folder(path_or_id: str | Path, subfolder: str = "") -> bool:
     Raises `CheckpointError` for what can be neither, for a folder without config.json, and `UnsupportedModelError` for
     a checkpoint that is quantised in a way that is not read.
     """
-    path = Path(path_or_id)
+    try:
+        path = Path(path_or_id)
+    except TypeError:
+        raise CheckpointError(
+            f"expected the folder of a checkpoint or the name of a Hub repository, found {type(path_or_id).__name__}; "
+            "give a text or a Path. A model that is loaded goes to optimize()"
+        ) from None
     if path.is_dir():
         place = path / subfolder
         if not (place / "config.json").is_file():

@@ -45,7 +45,7 @@ def budget_of_rank(budget: Any) -> Any:
     Raises `ConfigError` where there are not as many as ranks.
     """
     parts: Any = budget.split(",") if isinstance(budget, str) and "," in budget else budget
-    if isinstance(parts, str) or not isinstance(parts, Sequence):
+    if isinstance(parts, (str, bytes)) or not isinstance(parts, Sequence):
         return budget
     launched = read_launched()
     ranks = 1 if launched is None else launched.world

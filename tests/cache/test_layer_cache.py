@@ -206,6 +206,15 @@ def test_ids_outside_the_layer_are_refused(bad):
     make().check([])
 
 
+def test_an_event_loads_the_same_rows_in_whichever_order_its_experts_come():
+    """Gather and grouped code list the same ids in different orders."""
+    found = []
+    for order in ([4, 1, 2], [1, 2, 4], [2, 4, 1]):
+        cache = make()
+        found.append(cache.lookup(once(order)))
+    assert found[0] == found[1] == found[2]
+
+
 @pytest.mark.parametrize("again", [[0, 1], [1, 2]])
 def test_an_expert_already_loading_is_not_loaded_twice(again):
     """An event that meets the loads of an earlier one, which was interrupted before they could be taken back."""

@@ -51,7 +51,8 @@ def read_configuration(place: Path | str, arguments: Arguments, **where: Any) ->
     except ConfigError:
         raise
     except (OSError, ValueError, StrictDataclassError) as error:
-        raise CheckpointError(f"{place}: cannot read the model's configuration: {error}") from error
+        said = " ".join(str(error).split())  # a field of another type is told in two lines
+        raise CheckpointError(f"{place}: cannot read the model's configuration: {said}") from error
     except ImportError as error:
         raise UnsupportedModelError(f"{place}: its configuration needs what is not installed: {error}") from error
     except Exception as error:
