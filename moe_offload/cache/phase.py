@@ -1,4 +1,6 @@
-"""Prompt or decoding, by the tokens of a forward and those before it: decided here and nowhere else. (`LayerCache.fits` asks by the slots.)
+"""Prompt or decoding, by the tokens of a forward and those before it: decided here and nowhere else.
+
+`LayerCache.fits` asks by the slots.
 
 Decoding repeats small forwards that the same experts serve again and again; a prompt reads nearly all experts of a
 layer once. What is right for one is wrong for the other, so every file that treats them differently asks here.

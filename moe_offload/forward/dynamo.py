@@ -13,6 +13,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from types import FunctionType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -78,11 +79,13 @@ class Settings:
 
 
 def with_own_code(function: Function, name: str) -> Function:
-    """Give `function` a code object of its own: Dynamo keeps graphs, and counts them, per code object, and functions
-    that are made in one place share theirs. The graphs go with the function."""
+    """`function` with a code object and global names of its own. Dynamo keeps graphs, and counts them, per code object,
+    and functions that are made in one place share theirs; what it compiles it keeps among the function's globals, which
+    would be those of our module, for ever. So the graphs go with the function."""
     warnings.filterwarnings("ignore", VERSIONS_ARE_CACHED)
-    made: Any = function
-    made.__code__ = made.__code__.replace(co_name=f"moe_offload_{name}_{next(_numbers)}")
+    given: Any = function
+    code = given.__code__.replace(co_name=f"moe_offload_{name}_{next(_numbers)}")
+    made = FunctionType(code, dict(given.__globals__), given.__name__, given.__defaults__, given.__closure__)
     # Dynamo's own table has the code live as long as its graphs, which it holds itself: neither would ever go.
     weakref.finalize(made, torch._dynamo.eval_frame.remove_from_cache, made.__code__).atexit = False
     return cast(Function, made)

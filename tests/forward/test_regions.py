@@ -72,6 +72,7 @@ def test_what_was_traced_goes_with_its_model():
     use_one_more()
     before = use_one_more()
     assert use_one_more() <= before
+    assert not [name for name in vars(regions) if "compiled_fn" in name], "Dynamo keeps what it compiles in globals"
 
 
 def test_a_part_of_the_model_runs_in_the_same_graphs():
