@@ -158,13 +158,13 @@ def _server_of(tensor: Tensor) -> Any:
 
 
 def _run_fetch(ids: Tensor, bank: Tensor) -> Tensor:
-    slots: Tensor = _server_of(bank).fetch(ids)
+    slots: Tensor = _server_of(bank).fetch(ids.contiguous())
     return slots
 
 
 def _run_place(ids: Tensor, bank: Tensor) -> Tensor:
-    slots: Tensor = _server_of(bank).place(ids)
-    return slots
+    slots: Tensor = _server_of(bank).place(ids.contiguous())
+    return slots.to(torch.int64)  # what the kernels give, whatever the dtype of the ids
 
 
 def _run_wait(slots: Tensor, bank: Tensor) -> Tensor:
@@ -281,8 +281,9 @@ for _name in ("grouped_mm", "fast_grouped_mm"):
 _untraced: Any = torch._disable_dynamo  # type: ignore[attr-defined]
 LIB.impl("packed_mm", _untraced(_run_packed_mm), "CompositeExplicitAutograd")  # loops, as that of grouped_mm
 LIB.impl("unpack", _untraced(_run_unpack), "CompositeExplicitAutograd")
-LIB._register_fake("fetch", lambda ids, bank: torch.empty_like(ids))
-LIB._register_fake("place", lambda ids, bank: torch.empty_like(ids))
+# Dtype and strides of a fake are those of the real result: a compiler reads the buffer by them.
+LIB._register_fake("fetch", lambda ids, bank: ids.new_empty(ids.shape))
+LIB._register_fake("place", lambda ids, bank: ids.new_empty(ids.shape, dtype=torch.int64))
 LIB._register_fake("wait", lambda slots, bank: torch.empty_like(slots))
 LIB._register_fake(
     "stream", lambda x, ids, bank, others, core, shape, dtype: x.new_empty((x.shape[0], *shape), dtype=dtype)
@@ -304,7 +305,7 @@ LIB._register_fake("unserved", lambda ids, rows: torch.empty_like(ids))
 LIB._register_fake("observe", lambda ids, weight: torch.empty_like(ids))
 LIB._register_fake("observe_masked", lambda x, weight: torch.empty_like(x))
 LIB._register_fake("masked_experts", lambda x, key: torch.empty_like(x))
-LIB._register_fake("experts", lambda x, ids, weights, key: torch.empty_like(x))
+LIB._register_fake("experts", lambda x, ids, weights, key: x.new_empty(x.shape))
 
 LIB._register_fake("no_gradient", lambda grad, input: torch.empty_like(input))
 torch.library.register_autograd(

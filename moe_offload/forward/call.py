@@ -72,6 +72,7 @@ class Call:
         with self.scope.entered():
             self._check_implementation()
             self._check_places()
+            self._check_capture()
             sequences, tokens = _size(args, kwargs)
             self._check_length(sequences * tokens)
             decode = is_decode(tokens, begun=tokens > 1 or _has_begun(args, kwargs))
@@ -111,6 +112,12 @@ class Call:
         """Refuse adapters on experts: peft wraps the module, and would add its delta to phantoms."""
         if any(children.get(name) is not module for children, name, module in self.places):
             raise OffloadError(ADAPTED)
+
+    def _check_capture(self) -> None:
+        """Refuse a CUDA graph captured around a model that has decoded nothing yet: the compiler would fail in it."""
+        first, caches = self.runtime.layers[0], self.runtime.device_caches
+        if caches is None or not caches.in_charge:
+            first.arrivals.transfer.refuse_capture(first.moe.name)
 
     def _check_implementation(self) -> None:
         """Refuse an experts implementation that was set after `optimize`: it would have no effect."""

@@ -56,6 +56,7 @@ def attach_runtime(
         fullgraph=settings.fullgraph,
         few_tokens=FEW_TOKENS if fast else 0,
         advisor=Advisor(runtime, arrangement.plan),
+        static_tokens=settings.kv_tokens if inner == "inductor" and _all_on_gpu(arrangement.device, runtime) else None,
     )
     refuse_what_reaches_experts(model, runtime)
     if group is None:
@@ -103,5 +104,9 @@ def _overlaps(settings: OffloadConfig, inner: str, runtime: Runtime) -> bool:
 def _choose_dynamic(settings: OffloadConfig, device: str, runtime: Runtime) -> bool | None:
     """On a GPU a step with a static KV cache has constant shapes, and must be traced so to become a CUDA graph; it
     does where no layer needs the host."""
-    everywhere = len(runtime.device_layers) == len(runtime.layers)
-    return None if settings.dynamic and device != "cpu" and everywhere else settings.dynamic
+    return None if settings.dynamic and _all_on_gpu(device, runtime) else settings.dynamic
+
+
+def _all_on_gpu(device: str, runtime: Runtime) -> bool:
+    """Whether decode steps can be CUDA graphs: a GPU decides for all layers."""
+    return device != "cpu" and len(runtime.device_layers) == len(runtime.layers)

@@ -46,6 +46,7 @@ from ..forward.called.rows import keep_untraced
 from ..forward.called.table import SERVED
 from ..forward.dynamo import Settings
 from ..forward.graphs import compiling, ops, products
+from ..forward.graphs.kv_pool import KVPool
 from ..forward.graphs.masked import MaskedModuleCore
 from ..forward.graphs.phantom import Phantom
 from ..forward.inference_only import refuse_backward
@@ -59,6 +60,7 @@ from .compiled_call import keep_compiled_call
 from .experts_config import experts_view
 from .footprint import count_what_is_held
 from .module_core import ModuleCore, original_code
+from .static_cache import keep_static_caches
 
 logger = logging.getLogger("moe_offload")
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
@@ -90,10 +92,12 @@ def patch_model(
     fullgraph: bool,
     few_tokens: int,
     advisor: Advisor,
+    static_tokens: int | None = None,
 ) -> list[Any]:
     """Patch `model` to run on `runtime`. Returns the list to which each compiled graph's pass reports are added.
 
-    Products of up to `few_tokens` may round otherwise than the model's own.
+    Products of up to `few_tokens` may round otherwise than the model's own. Where decode steps are CUDA graphs,
+    `static_tokens` is how long a static KV cache the plan has room for.
     """
     _register_implementations()
     log: list[Any] = []
@@ -122,13 +126,15 @@ def patch_model(
     forms = [] if whole else dict.fromkeys(layer.moe.form for layer in graphed)
     regions = {form: Regions(scope, *codes[form], made, log, dynamic) for form in forms}
 
-    def compile() -> Callable[..., Any]:
+    def compile(dynamic: bool | None = dynamic) -> Callable[..., Any]:
         for region in regions.values():
             region.renew()
         if not whole:
             return model._call_impl
         run: Callable[..., Any] = torch.compile(whole_call(model), backend=made, dynamic=dynamic, fullgraph=fullgraph)
         return run
+
+    growing = partial(compile, True) if whole and dynamic is None else None
 
     nan_rows: dict[Hashable, Tensor] = {}
     _name_implementation(graphed, f"moe_offload_{implementation}")
@@ -148,8 +154,12 @@ def patch_model(
         casts = form == "masked" or implementation != "grouped_mm" or layer.device.type != "cpu"
         link = Link(scope, run_eager, whole, ops.rows_of(layer), layer.moe.name, casts, inner == "inductor")
         _install_layer(layer, link, implementation, nan_rows)
-    model._compiled_call_impl = Call(model, runtime, scope, Retry(runtime, scope, compile), advisor)
+    model._compiled_call_impl = Call(model, runtime, scope, Retry(runtime, scope, compile, growing), advisor)
     keep_compiled_call(model)
+    if static_tokens is not None:
+        pool = KVPool()
+        scope.on_renewal(pool.drop)
+        keep_static_caches(model, pool, static_tokens)
     # On some devices generate() swaps the experts implementation for its decode steps, which cannot reach ours.
     model.__dict__["_optimize_model_for_decode"] = contextlib.nullcontext
     count_what_is_held(model, runtime)

@@ -98,10 +98,11 @@ class DeviceCache:
     def prepare(self, sizes: Collection[int]) -> None:
         """Allocate what events of so many pairs need, before a CUDA graph is recorded: what is allocated while
         recording lies in the graph's memory pool, which may hold nothing but the graph's own tensors."""
-        for pairs in set(sizes) - self._loads.keys():
-            tokens = self.arrivals.moe.tokens_of(pairs)
-            self._paces[pairs] = make_pace(tokens, self.half_life, self.device)
-            self._loads[pairs] = Loads.empty(pairs, self.device)
+        with torch.inference_mode(False):  # what is made within that mode cannot be written outside of it
+            for pairs in set(sizes) - self._loads.keys():
+                tokens = self.arrivals.moe.tokens_of(pairs)
+                self._paces[pairs] = make_pace(tokens, self.half_life, self.device)
+                self._loads[pairs] = Loads.empty(pairs, self.device)
 
     def place(self, ids_P: Tensor) -> Tensor:
         """The slots of `ids_P`, all of which hold their rows once what has been launched here is done."""
@@ -147,7 +148,8 @@ class DeviceCache:
     def resize(self) -> None:
         """Follow the host's cache, which has another number of slots now. Call it while the host decides."""
         cache = self.arrivals.cache
-        self.state = DeviceState.empty(cache.num_experts, cache.slots, self.device, self.state.totals_4)
+        with torch.inference_mode(False):
+            self.state = DeviceState.empty(cache.num_experts, cache.slots, self.device, self.state.totals_4)
 
     def counters(self) -> LayerCounters:
         moe = self.arrivals.moe

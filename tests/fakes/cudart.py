@@ -48,5 +48,6 @@ def cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(pinned, "clear_last_error", runtime.clear)
+    monkeypatch.setattr(pinned, "device_address", lambda address: address if address in runtime.registered else None)
     monkeypatch.setattr(pinned, "PIECE_BYTES", 2 * PAGE)
     return runtime

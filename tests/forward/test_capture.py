@@ -67,6 +67,17 @@ def test_a_capture_around_a_prompt_or_a_first_step_is_refused(streams):
     model.moe_offload.close()
 
 
+def test_a_capture_around_a_model_that_never_ran_is_refused_before_anything_is_compiled(streams, monkeypatch):
+    """The compiler saves the state of the GPU's random numbers, which fails within a capture, in torch's own words."""
+    model = decided()
+    monkeypatch.setattr(model._compiled_call_impl, "run", lambda *_: pytest.fail("it went on to compile"))
+    streams.captures = True
+    with pytest.raises(OffloadError, match=r"layers\.0.*captured"):
+        model(STEP)
+    streams.captures = False
+    model.moe_offload.close()
+
+
 def test_a_capture_around_what_the_passes_did_not_see_is_refused(streams):
     model = decided()
     streams.captures = True

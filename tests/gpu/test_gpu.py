@@ -6,6 +6,7 @@ python -m pytest -m gpu            everything that needs a GPU; benchmarks/gpu.p
 from __future__ import annotations
 
 import gc
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,8 @@ import moe_offload
 from moe_offload import OffloadConfig, OffloadError
 from moe_offload.apps.families.tiny import build
 from moe_offload.experts import find_experts
+from moe_offload.forward.graphs.one_thread import launch
+from moe_offload.memory.buffers import page_aligned
 from moe_offload.plan.budget import budget_for
 from moe_offload.plan.weights import layer_shapes, sum_costs
 from tests.fakes.offloaded import IDS
@@ -101,8 +104,11 @@ def test_where_every_expert_has_a_slot_the_device_decides():
 
 
 @pytest.mark.parametrize("where", ["cpu", "mixed"])
-def test_a_capture_that_needs_the_host_is_refused_and_leaves_nothing_behind(where):
+@pytest.mark.parametrize("run_before", [False, True])
+def test_a_capture_that_needs_the_host_is_refused_and_leaves_nothing_behind(where, run_before):
     model = offloaded("qwen3_moe", DEVICE, where=where)
+    if run_before:
+        say(model)
     ids = IDS.cuda()
     side = torch.cuda.Stream()
     with pytest.raises(OffloadError, match="captured"), torch.no_grad(), torch.cuda.stream(side):
@@ -169,10 +175,40 @@ def test_a_step_replayed_as_a_graph_says_the_same_over_200_steps(family):
     counters.clear()
     assert torch.equal(say(model, n=200, cache_implementation="static"), want)
     assert not counters["inductor"]["cudagraph_skips"]
-    recorded = list(get_manager(0, create_if_none_exists=False).get_roots())
+    recorded = launch(lambda: list(get_manager(0, create_if_none_exists=False).get_roots()), torch.device("cuda:0"))
     assert 1 <= len(recorded) <= 4, "none, or one for nearly every step"
     # Ids, positions, masks, which are small. Banks and KV caches must not be among what each replay copies.
     assert counters["inductor"]["cudagraph_recorded_non_static_inputs"] <= 6 * len(recorded)
+    model.moe_offload.close()
+
+
+def test_requests_of_any_length_and_thread_replay_a_few_recordings():
+    """By default: nobody asks for a static cache. Two hundred requests, and the last ones from other threads."""
+    from torch._dynamo.utils import counters
+    from torch._inductor.cudagraph_trees import get_manager
+
+    plain, model = on_gpu("qwen3_moe"), offloaded("qwen3_moe", replace(DEVICE, compile="inductor"))
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+
+    def ask(i):
+        ids = (torch.arange(2 + i * 7 % 40) % 90 + 3).view(1, -1).cuda()
+        return model.generate(ids, **options).cpu(), plain.generate(ids, **options).cpu()
+
+    def roots():
+        return launch(
+            lambda: len(list(get_manager(0, create_if_none_exists=False).get_roots())), torch.device("cuda:0")
+        )
+
+    for i in range(10):
+        assert torch.equal(*ask(i))
+    counters.clear()
+    warm, reserved = roots(), torch.cuda.memory_reserved()
+    for i in range(190):
+        assert torch.equal(*ask(i))
+    with ThreadPoolExecutor(1) as other:
+        assert all(torch.equal(*both) for both in other.map(ask, range(4)))
+    assert roots() == warm <= 4 and not counters["inductor"]["cudagraph_skips"]
+    assert torch.cuda.memory_reserved() <= reserved + (4 << 20)
     model.moe_offload.close()
 
 
@@ -217,10 +253,11 @@ def test_what_was_pinned_is_given_back():
     for _ in range(3):
         model = offloaded("qwen3_moe", DEVICE)
         rows = model.moe_offload._runtime.layers[0].store.rows_EN(0)
-        assert rows.is_pinned()
+        # Not `is_pinned`, which asks about the storage: that begins before the page that the rows begin at.
+        assert pinned.device_address(rows.data_ptr()) == rows.data_ptr()
         model.moe_offload.close()
-        assert not rows.is_pinned()
-    fresh = torch.zeros(2, 4096, dtype=torch.uint8)
+        assert pinned.device_address(rows.data_ptr()) is None
+    fresh = page_aligned(2 * 4096).view(2, -1).zero_()
     assert pinned.pin_rows(fresh) == "" and torch.equal(pinned.device_view(fresh, "cuda:0").cpu(), fresh)
     pinned.unpin_rows(fresh)
 
@@ -228,7 +265,7 @@ def test_what_was_pinned_is_given_back():
 def test_an_error_of_pinning_does_not_come_up_again():
     from moe_offload.memory.transfer import pinned
 
-    rows = torch.zeros(2, 4096, dtype=torch.uint8)
+    rows = page_aligned(2 * 4096).view(2, -1)
     assert pinned._register(rows) == "" and pinned._register(rows) != ""
     assert (torch.ones(3, device="cuda") + 1).tolist() == [2, 2, 2]
     pinned.unpin_rows(rows)

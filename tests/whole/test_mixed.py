@@ -268,6 +268,7 @@ def cudart(monkeypatch):
     monkeypatch.setattr("torch.cuda.cudart", lambda: made)
     monkeypatch.setattr("torch.cuda.device", lambda device: torch.no_grad())
     monkeypatch.setattr(pinned, "clear_last_error", lambda: None)
+    monkeypatch.setattr(pinned, "device_address", lambda address: address)
     return made
 
 

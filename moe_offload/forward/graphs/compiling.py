@@ -27,6 +27,7 @@ from ...errors import OffloadError, UnsupportedModelError
 from ...observe import progress
 from ..changed_parts import explain_refusal
 from .cuda_graphs import can_be_recorded, copy_outputs
+from .one_thread import launch
 from .ops import bank_of
 from .phantom import Phantom, phantoms_in
 
@@ -84,7 +85,9 @@ def make_backend(
                 served[position] = args[position].layer.slots.bank_SN
             if placed:
                 args[placed[0]].layer.take_over(sizes)
-            return copy_outputs(compiled(*served)) if recorded else compiled(*served)
+            if not recorded:
+                return compiled(*served)
+            return launch(lambda: copy_outputs(compiled(*served)), served[placed[0]].device)
 
         return call
 

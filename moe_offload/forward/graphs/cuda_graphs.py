@@ -5,7 +5,7 @@ one that is mutated without being static keeps the step from being recorded at a
 
     bank       static: it comes in through the placeholder of a parameter, and all parameters are
     KV cache   a static one is, once marked: transformers marks what it makes outside of a trace, and our prefill is one
-    sizes      constants, or lengths of a static KV cache: recorded anew for each, which is once a request at most
+    sizes      constants, or lengths of a static KV cache, of which there are few (`kv_pool.py`): recorded for each
     counters   of a sliding window, numbers that go in and come out: Inductor's partitions leave them outside
     outputs    copied out: the next launch writes over them, and torch refuses one that was kept
 """
@@ -49,12 +49,15 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 def can_be_recorded(graph: Graph) -> bool:
     """Whether all sizes in a decode step are constants, or those of inputs that stay where they are.
 
-    A KV cache that grows is another size at each step, and recording takes a hundred times longer than running. A
-    number that changes does no harm while it is only counted on and handed back: kernels never see it.
+    A KV cache that grows is another size at each step, and recording takes a hundred times longer than running; the
+    first step with one has constants as well, so there must be a static cache. A number that changes does no harm while
+    it is only counted on and handed back: kernels never see it.
     """
     from torch.fx.experimental.symbolic_shapes import free_symbols
 
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    if not any(_static_type(node) == "unguarded" for node in inputs):
+        return False
     steady = {symbol for node in inputs if _is_static(node) for symbol in free_symbols(_value(node))}
     moved = {node for node in inputs if not steady.issuperset(free_symbols(_value(node)))}
     if any(isinstance(_value(node), Tensor) for node in moved):
@@ -72,7 +75,13 @@ def _value(node: Node) -> Any:
 
 
 def _is_static(node: Node) -> bool:
-    return node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") is not None
+    return _static_type(node) is not None
+
+
+def _static_type(node: Node) -> str | None:
+    """'unguarded' for what `StaticCaches` marks; parameters are 'guarded'."""
+    marked: str | None = node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type")
+    return marked
 
 
 def copy_outputs(outputs: Any) -> Any:

@@ -20,6 +20,7 @@ from ...plan.weights import RESERVED_PROMPT_TOKENS
 from ...runtime.model import Runtime
 from ..batch_sizes import Steps
 from ..binding import Scope
+from ..graphs.one_thread import forget_recordings
 from .kv_undo import remember_caches
 from .shrink import shrink_banks
 
@@ -34,17 +35,27 @@ NO_MEMORY = ("CUDA error: out of memory", "CUDA_ERROR_OUT_OF_MEMORY", "CUBLAS_ST
 
 
 class Retry:
-    """What runs the forwards of one model. `compile` returns the compiled model, without any graph as yet."""
+    """What runs the forwards of one model. `compile` returns the compiled model, without any graph as yet.
 
-    def __init__(self, runtime: Runtime, scope: Scope, compile: Callable[[], Callable[..., Any]]):
-        self.runtime, self.scope, self.compile = runtime, scope, compile
+    `compile_growing` is given where steps with a KV cache that grows are compiled otherwise than those with a static
+    one: with sizes that are constants until they change they would be compiled twice, and the first never used again.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        scope: Scope,
+        compile: Callable[[], Callable[..., Any]],
+        compile_growing: Callable[[], Callable[..., Any]] | None = None,
+    ):
+        self.runtime, self.scope, self.compile, self.compile_growing = runtime, scope, compile, compile_growing
         scope.on_renewal(self._begin)
         self._begin()
 
     def __call__(self, sequences: int, tokens: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The output of a forward of so many `tokens` in each of the `sequences`."""
         take_back = remember_caches((args, kwargs), tokens) if self._runs_out() else None
-        run = self.steps.find(sequences, tokens) or self.compiled
+        run = self._find(sequences, tokens, kwargs)
         try:
             return run(*args, **kwargs)
         except BaseException as error:
@@ -54,6 +65,7 @@ class Retry:
         del run
         _forget(failed)
         self.scope.renew()  # before the banks shrink: the graphs hold memory
+        forget_recordings(self.runtime.layers[0].device)  # one may have been interrupted
         before = self.runtime.slots
         freed = shrink_banks(self.runtime)
         if not freed:
@@ -74,7 +86,7 @@ class Retry:
             sequences * tokens, given, ADVICE,
         )  # fmt: skip
         try:
-            return (self.steps.find(sequences, tokens) or self.compiled)(*args, **kwargs)
+            return self._find(sequences, tokens, kwargs)(*args, **kwargs)
         except BaseException as error:
             again = _out_of_memory(error)
             if again is None:
@@ -82,7 +94,13 @@ class Retry:
         raise _advised(again, f"a second time, after {given}")
 
     def _begin(self) -> None:
-        self.compiled, self.steps = self.compile(), Steps(self.compile, self._most_sequences)
+        makers = [self.compile, self.compile_growing or self.compile]
+        self._runs = [(make(), Steps(make, self._most_sequences)) for make in dict.fromkeys(makers)]
+
+    def _find(self, sequences: int, tokens: int, kwargs: Mapping[str, Any]) -> Callable[..., Any]:
+        grows = not getattr(kwargs.get("past_key_values"), "is_compileable", False)
+        compiled, steps = self._runs[-1 if grows else 0]
+        return steps.find(sequences, tokens) or compiled
 
     def _runs_out(self) -> bool:
         """Whether the device can run out of memory with an error. A CPU cannot, and to remember its cache takes 3 us a

@@ -7,6 +7,7 @@ registered stays as it is, and is copied by the driver through memory of its own
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 from collections.abc import Mapping
@@ -29,13 +30,14 @@ def pin_layers(rows_EN: Mapping[int, Tensor], device: str) -> frozenset[int]:
     Other layers may be pinned in part: what of it was registered stays so until `unpin`, and is copied faster.
     """
     with torch.cuda.device(device):
-        errors = {layer: pin_rows(rows) for layer, rows in rows_EN.items()}
+        errors = {layer: pin_rows(rows) or _not_readable(rows) for layer, rows in rows_EN.items()}
     refused = [layer for layer, error in errors.items() if error]
     if refused:
         size = format_size(sum(rows_EN[layer].nbytes for layer in refused))
         logger.warning(
             "CUDA could pin the rows of %d of %d layers in RAM (%s): the other %s are copied more slowly, and there "
-            "the host decides which experts are in the slots. Raise the memlock limit (ulimit -l), or free RAM",
+            "the host decides which experts are in the slots. Free RAM, or raise the limits of the container and of "
+            "locked memory (ulimit -l)",
             len(errors) - len(refused), len(errors), errors[refused[0]], size,
         )  # fmt: skip
     return frozenset(errors) - frozenset(refused)
@@ -67,8 +69,28 @@ def unpin_rows(rows: Tensor) -> None:
         clear_last_error()
 
 
+def device_address(host_address: int) -> int | None:
+    """Where the current device sees that host memory, by the driver; None where it does not."""
+    address = ctypes.c_uint64()
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    code = driver.cuMemHostGetDevicePointer_v2(ctypes.byref(address), ctypes.c_void_p(host_address), 0)
+    return None if code else address.value
+
+
+def _not_readable(rows: Tensor) -> str:
+    """'' if the device sees all of the pinned `rows` where the host does, as kernels and `device_view` need; else what
+    is wrong. It is so on Linux, but not under every hypervisor."""
+    if all(device_address(piece.data_ptr()) == piece.data_ptr() for piece in _pieces(rows) if piece.nbytes):
+        return ""
+    return "the device sees them at other addresses than the host, or not at all"
+
+
 def device_view(rows: Tensor, device: str) -> Tensor:
-    """`rows`, all pinned, as the device sees them, nothing copied. Keep `rows` alive beside the view."""
+    """`rows`, all of them in a layer that `pin_layers` returned, as the device sees them, nothing copied. Keep `rows`
+    alive beside the view."""
     storage = torch._C._construct_storage_from_data_pointer(rows.data_ptr(), torch.device(device), rows.nbytes)
     return torch.empty(0, dtype=rows.dtype, device=device).set_(storage, 0, rows.shape, rows.stride())
 

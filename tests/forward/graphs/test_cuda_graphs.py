@@ -68,7 +68,7 @@ def test_a_step_mutates_nothing_but_what_stays_where_it_is(family, steps):
 def test_a_step_with_a_cache_that_grows_is_not_recorded(steps):
     model = offload(resident(layers=2), 0.5, config=DEVICE, device_map="cpu")
     generate(model, 6)
-    assert [constant for _, constant in steps] == [True, False], "constants, before a second length has been seen"
+    assert [constant for _, constant in steps] == [False], "compiled once, and not with the first length as a constant"
     model.moe_offload.close()
 
 
@@ -85,7 +85,9 @@ def test_a_number_that_changes_may_be_counted_and_no_more(used, says):
         return gm.forward
 
     run = torch.compile(lambda n, x: (used(n, x), x + 1), backend=look, dynamic=True)
-    run(5, torch.ones(1))
+    kept = torch.ones(1)
+    torch._dynamo.mark_static_address(kept, guard=False)  # as a static KV cache is
+    run(5, kept)
     assert seen == [says]
 
 

@@ -45,6 +45,25 @@ def test_refused_in_the_middle(cuda, caplog):  # noqa: F811
     assert "1 of 2 layers" in said and "out of memory" in said and "ulimit -l" in said
 
 
+@pytest.mark.parametrize("elsewhere", [None, 1])
+def test_rows_that_the_device_sees_elsewhere_are_the_hosts(elsewhere, cuda, monkeypatch, caplog):  # noqa: F811
+    """A kernel would read at the host's address, which there is none of its own: an error that ends the process."""
+    rows = layers(2)
+    first = rows[0].data_ptr()
+    seen = pinned.device_address
+    monkeypatch.setattr(pinned, "device_address", lambda address: elsewhere if address == first else seen(address))
+    assert pinned.pin_layers(rows, "cuda:0") == {1}
+    assert "1 of 2 layers" in caplog.text and "other addresses" in caplog.text
+    pinned.unpin_layers(rows, "cuda:0")
+    assert cuda.registered == {}
+
+
+def test_without_a_driver_no_address_is_known():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert pinned.device_address(4096) is None
+
+
 def test_what_was_unpinned_in_part_can_be_unpinned(cuda):  # noqa: F811
     """Ctrl-C came between two pieces, and `close` is called again."""
     rows = layers(1)

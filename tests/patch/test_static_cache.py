@@ -1,0 +1,133 @@
+"""The KV cache of `generate` where decode steps are CUDA graphs: static, in the same memory, and nobody else's."""
+
+from __future__ import annotations
+
+import gc
+import random
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from moe_offload.forward.graphs.kv_pool import KVPool, bucket_tokens
+from moe_offload.patch.static_cache import keep_static_caches
+from tests.fakes.offloaded import IDS, SETTINGS, offload, resident
+
+PLANNED = 48
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return resident()
+
+
+@pytest.fixture
+def model():
+    torch._dynamo.reset()
+    model = offload(resident(), 0.5, config=replace(SETTINGS, decide="device"), device_map="cpu")
+    keep_static_caches(model, KVPool(), PLANNED)
+    yield model
+    model.moe_offload.close()
+
+
+def generate(model, ids=IDS, n=4, **options):
+    return model.generate(ids, max_new_tokens=n, do_sample=False, pad_token_id=0, **options)
+
+
+def addresses(cache):
+    names = ("keys", "values", "cumulative_length")
+    return [getattr(layer, name).data_ptr() for layer in cache.layers for name in names if name in vars(layer)]
+
+
+@pytest.fixture
+def used(model):
+    """The addresses of the cache that each decode step was given."""
+    found, run = [], model._compiled_call_impl.run
+
+    def watched(sequences, tokens, args, kwargs):
+        if tokens == 1:
+            found.append((type(kwargs["past_key_values"]), tuple(addresses(kwargs["past_key_values"]))))
+        return run(sequences, tokens, args, kwargs)
+
+    model._compiled_call_impl.run = watched
+    return found
+
+
+def test_requests_of_any_length_decode_in_the_same_memory(model, plain, used):
+    draw = random.Random(0)
+    for i in range(15):
+        if i == 3:  # what is compiled holds the caches that it was traced with, for a while
+            gc.collect()
+            used.clear()
+        ids = torch.tensor([[draw.randrange(3, 90) for _ in range(draw.randrange(2, 30))]])
+        assert torch.equal(generate(model, ids), generate(plain, ids)), i
+    assert {kind for kind, _ in used} == {StaticCache}
+    assert len({places for _, places in used}) == 1, "planned for one length: one cache, at one place"
+
+
+def test_a_cache_that_somebody_holds_is_not_lent_again(model, plain):
+    kept = generate(model, return_dict_in_generate=True).past_key_values
+    before = kept.layers[0].keys.clone()
+    again = generate(model, IDS + 1, return_dict_in_generate=True).past_key_values
+    assert torch.equal(kept.layers[0].keys, before) and set(addresses(kept)).isdisjoint(addresses(again))
+    keys = again.layers[0].keys
+    held = keys.clone()
+    del again
+    assert torch.equal(generate(model), generate(plain))
+    assert torch.equal(keys, held), "held by its tensor alone"
+
+
+def test_what_is_asked_for_is_given(model, plain, used):
+    generate(model, cache_implementation="dynamic")
+    generate(model, past_key_values=DynamicCache(config=model.config))
+    assert {kind for kind, _ in used} == {DynamicCache}
+    used.clear()
+    assert torch.equal(generate(model, num_beams=2), generate(plain, num_beams=2))
+    assert {kind for kind, _ in used} == {DynamicCache}, "beams go back in a cache"
+    for options in ({"cache_implementation": "static"}, {}) * 2:  # what is compiled holds a cache for a while
+        generate(model, n=2, **options)
+    used.clear()
+    gc.collect()
+    generate(model, cache_implementation="static")
+    generate(model)
+    assert {kind for kind, _ in used} == {StaticCache} and len({places for _, places in used}) == 1
+
+
+def test_generation_settings_of_the_model_stay_as_they_are(model):
+    generate(model)
+    assert model.generation_config.cache_implementation is None
+
+
+def test_inference_mode_has_a_cache_of_its_own(model, plain):
+    with torch.inference_mode():
+        generate(model)
+    assert torch.equal(generate(model), generate(plain))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "length"), [(1, 256), (257, 512), (1025, 2000), (2000, 2000), (2001, 2048), (5000, 5120)]
+)
+def test_lengths_are_few_and_within_the_plan_where_they_can_be(tokens, length):
+    assert bucket_tokens(tokens, 2000) == length >= tokens
+
+
+def test_spare_caches_are_few_and_given_up_on_demand():
+    class Cache(SimpleNamespace):
+        __hash__ = object.__hash__
+
+        def reset(self):
+            pass
+
+    def make():
+        return Cache(layers=[SimpleNamespace(is_initialized=True, keys=torch.zeros(1))])
+
+    pool = KVPool()
+    for key in range(5):
+        pool.lend(key, make)
+    assert len(pool._spare) == 2
+    layers = pool._spare[0][1]
+    assert pool.lend(4, make).layers is layers
+    pool.drop()
+    assert not pool._spare
