@@ -51,8 +51,8 @@ def read_configuration(place: Path | str, arguments: Arguments, **where: Any) ->
     except ConfigError:
         raise
     except (OSError, ValueError, StrictDataclassError) as error:
-        said = " ".join(str(error).split())  # a field of another type is told in two lines
-        raise CheckpointError(f"{place}: cannot read the model's configuration: {said}") from error
+        why = " ".join(str(error).split())  # a field of another type is told in two lines
+        raise CheckpointError(f"{place}: cannot read the model's configuration: {why}") from error
     except ImportError as error:
         raise UnsupportedModelError(f"{place}: its configuration needs what is not installed: {error}") from error
     except Exception as error:
