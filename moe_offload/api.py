@@ -102,11 +102,6 @@ def optimize(
         profile=profile,
         offload_folder=offload_folder,
     )
-    if not isinstance(model, nn.Module):
-        raise OffloadError(
-            f"optimize() takes a model that is loaded, and was given {type(model).__name__}; from_pretrained() loads one "
-            "by its folder or name"
-        )
     if hasattr(model, "moe_offload"):
         raise OffloadError(
             "this model was already offloaded (model.moe_offload is its handle); to offload it anew, load it again: "

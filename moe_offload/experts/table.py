@@ -33,8 +33,14 @@ FORMS: dict[str, Callable[[nn.Module], list[MoELayer]]] = {
 def find_experts(model: nn.Module) -> list[MoELayer]:
     """Every layer of routed experts of `model`, in order, one `MoELayer` per distinct set of parameters.
 
-    Raises `UnsupportedModelError`, naming the module, when there is none, or when one cannot be run exactly.
+    Raises `UnsupportedModelError`, naming the module, when there is none, or when one cannot be run exactly; and
+    `OffloadError` for what is no model.
     """
+    if not isinstance(model, nn.Module):
+        raise OffloadError(
+            f"expected a model that is loaded, found {type(model).__name__}; from_pretrained() loads one by its folder "
+            "or name"
+        )
     refuse_offloaded(model)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     found = [layer for find in FORMS.values() for layer in find(model)]

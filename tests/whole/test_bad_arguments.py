@@ -125,8 +125,8 @@ def test_what_is_no_model_with_experts_is_named():
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     dense = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
     for given, says in (
-        (None, "was given NoneType; from_pretrained"),
-        ("Qwen/Qwen3-30B-A3B", "was given str; from_pretrained"),
+        (None, "found NoneType; from_pretrained"),
+        ("Qwen/Qwen3-30B-A3B", "found str; from_pretrained"),
         (torch.nn.Linear(2, 2), "Linear has no routed experts"),
         (dense, "LlamaForCausalLM has no routed experts"),
     ):
