@@ -44,11 +44,13 @@ def budget_of_rank(budget: Any) -> Any:
 
     Raises `ConfigError` where there are not as many as ranks.
     """
-    parts: Any = budget.split(",") if isinstance(budget, str) and "," in budget else budget
-    if isinstance(parts, (str, bytes)) or not isinstance(parts, Sequence):
-        return budget
     launched = read_launched()
     ranks = 1 if launched is None else launched.world
+    parts: Any = budget
+    if isinstance(budget, str) and launched is not None and "," in budget:  # alone, the comma is a decimal one, refused
+        parts = budget.split(",")
+    if isinstance(parts, (str, bytes)) or not isinstance(parts, Sequence):
+        return budget
     if len(parts) != ranks:
         raise ConfigError(
             f"budget={budget!r} names {len(parts)} budgets, and there are {ranks} processes; give one for all, or one "

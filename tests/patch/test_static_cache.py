@@ -113,7 +113,12 @@ def test_lengths_are_few_and_within_the_plan_where_they_can_be(tokens, length):
     assert bucket_tokens(tokens, 2000) == length >= tokens
 
 
-def test_spare_caches_are_few_and_given_up_on_demand():
+@pytest.mark.parametrize("call", [lambda test: test(), torch._dynamo.run(lambda test: test())], ids=["", "dynamo"])
+def test_spare_caches_are_few_and_given_up_on_demand(call):
+    call(check_spare_caches)
+
+
+def check_spare_caches():
     class Cache(SimpleNamespace):
         __hash__ = object.__hash__
 

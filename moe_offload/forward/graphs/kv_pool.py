@@ -10,6 +10,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Hashable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -52,13 +53,19 @@ class KVPool:
             self._spare.clear()
 
     def _take_back(self, key: Hashable, layers: list[Any]) -> None:
-        if not all(getattr(layer, "is_initialized", False) and not _is_held(layer.keys) for layer in layers):
+        if not all(getattr(layer, "is_initialized", False) and not _is_held(layer) for layer in layers):
             return
         with self._lock:
             self._spare.insert(0, (key, layers))
             del self._spare[SPARE:]
 
 
-def _is_held(tensor: torch.Tensor) -> bool:
-    """Whether somebody else holds what was a cache's tensor. Here it is known as one attribute and two arguments."""
-    return sys.getrefcount(tensor) > 3
+def _is_held(layer: Any) -> bool:
+    """Whether somebody else holds what was a cache's tensor, and so has one reference more than a tensor held by none.
+
+    Both are counted in the same way: how many references a call itself takes depends on whether Dynamo is at work.
+    """
+    return sys.getrefcount(layer.keys) > sys.getrefcount(_HELD_BY_NONE.keys)
+
+
+_HELD_BY_NONE = SimpleNamespace(keys=torch.empty(0))
