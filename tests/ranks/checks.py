@@ -9,6 +9,7 @@ from moe_offload.plan.weights import layer_shapes, sum_costs
 from moe_offload.ranks.join import config_of_ranks, form_ranks
 
 ONE, THREE = torch.arange(3, 15).view(1, -1), torch.arange(3, 33).view(3, -1)
+TEXT = "The ls command lists"
 CONFIG = {"poison": True, "kv_tokens": 64, "wave_rows": 1, "rank_timeout": 60.0, "profile": "off"}
 
 
@@ -126,7 +127,7 @@ def answers_as_one_process(rank, world, requests):
             leader.generate(
                 model,
                 tokenizer,
-                [5, 6, 7, 8],
+                tokenizer(TEXT)["input_ids"],
                 sampling,
                 lambda: None,
                 pieces.append,

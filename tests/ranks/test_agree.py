@@ -4,6 +4,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from moe_offload.apps.serving.generation import Sampling, generate_answer
 from tests.paths import MODEL_NAME as MODEL
+from tests.ranks.checks import TEXT
 
 
 def test_a_budget_that_one_rank_cannot_hold_is_refused_by_all_and_may_be_mended(pair, folder):
@@ -15,15 +16,15 @@ def test_a_budget_that_one_rank_cannot_hold_is_refused_by_all_and_may_be_mended(
 
 def test_every_rank_generates_what_rank_0_answers(pair):
     """Greedy, with a stop string, sampled with and without a seed, one that is refused, one whose client leaves."""
-    length = {"max_new_tokens": 12, "do_sample": False}
+    length = {"max_new_tokens": 6, "do_sample": False}
     sampled = {**length, "do_sample": True, "temperature": 0.9}
     requests = [
         {"config": length},
         {"config": length, "stop": ["e"]},
         {"config": sampled, "seed": 3, "logit_bias": {7: -5.0}, "frequency_penalty": 0.5},
         {"config": sampled},
-        {"config": {**length, "num_beams": 0}},
-        {"config": {**length, "max_new_tokens": 100}, "gone_after": 3},
+        {"config": length, "logit_bias": {-1: 5.0}},
+        {"config": {**length, "max_new_tokens": 30}, "gone_after": 3},
         {"config": length},
     ]
     (texts, tokens), followed = pair.run("answers_as_one_process", requests=requests)
@@ -32,10 +33,12 @@ def test_every_rank_generates_what_rank_0_answers(pair):
     def alone(config, stop=(), seed=None, **more):
         pieces = []
         sampling = Sampling(GenerationConfig(**config, pad_token_id=0), tuple(stop), seed, **more)
-        generate_answer(model, tokenizer, [5, 6, 7, 8], sampling, lambda: None, pieces.append, lambda: False)
+        generate_answer(
+            model, tokenizer, tokenizer(TEXT)["input_ids"], sampling, lambda: None, pieces.append, lambda: False
+        )
         return "".join(piece.text for piece in pieces)
 
     assert texts[:3] == [alone(**request) for request in requests[:3]]
     assert texts[4] == "ValueError" and texts[6] == texts[0] != texts[1] and texts[3]
-    assert 0 < len(texts[5]) < len(alone({**length, "max_new_tokens": 100}))
+    assert 0 < len(texts[5]) < len(alone({**length, "max_new_tokens": 30}))
     assert followed == tokens
