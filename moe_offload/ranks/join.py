@@ -24,8 +24,13 @@ SIZES = ("tp_size", "fsdp_size", "pp_size", "dp_replicate_size")
 
 
 def config_of_ranks(world: int) -> dict[str, Any]:
-    """The `distributed_config` by which so many processes share all experts evenly."""
-    return {"tp_size": world, "ep_size": world}
+    """The `distributed_config` by which so many processes share all experts evenly, in the words of the transformers
+    that is installed: before there was `ep_size`, dense weights were whole on every rank."""
+    from transformers.distributed import DistributedConfig
+
+    if "ep_size" in DistributedConfig.__dataclass_fields__:
+        return {"tp_size": world, "ep_size": world}
+    return {"tp_size": world, "enable_expert_parallel": True}
 
 
 def form_ranks(distributed_config: Any, settings: OffloadConfig) -> Group | None:
