@@ -26,7 +26,7 @@ def test_the_text_is_that_of_one_process(launcher, tmp_path):
     alone = CliRunner().invoke(app, [word.replace("5.5MB", "6MB") for word in COMMAND])
     command = [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "moe_offload", *COMMAND]
     told = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command, cwd=ROOT, capture_output=True, text=True, timeout=280, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert told.returncode == 0, told.stderr
     assert told.stdout == alone.stdout and len(told.stdout) > 30
