@@ -26,7 +26,7 @@ SIZES = ("tp_size", "fsdp_size", "pp_size", "dp_replicate_size")
 def config_of_ranks(world: int) -> dict[str, Any]:
     """The `distributed_config` by which so many processes share all experts evenly, in the words of the transformers
     that is installed: before there was `ep_size`, dense weights were whole on every rank."""
-    from transformers.distributed import DistributedConfig
+    from transformers.distributed.configuration_utils import DistributedConfig
 
     if "ep_size" in DistributedConfig.__dataclass_fields__:
         return {"tp_size": world, "ep_size": world}
