@@ -36,7 +36,7 @@ def chat(
 
     flags.set_threads()
     tokenizer = load_tokenizer(model, **flags.hub())
-    loaded: Any = from_pretrained(model, config=wanted, **flags.loading())
+    loaded: Any = from_pretrained(model, config=wanted, **flags.loading(model))
     with loaded.moe_offload as handle:
         typer.echo(str(handle.plan), err=True)
         talk = Conversation(loaded, tokenizer, sampling, system, planned_context(loaded, wanted))

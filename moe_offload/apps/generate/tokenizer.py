@@ -1,4 +1,4 @@
-"""The tokenizer and the context length of a checkpoint, read before its weights are."""
+"""The tokenizer and the configuration of a checkpoint, read before its weights are."""
 
 from __future__ import annotations
 
@@ -21,16 +21,20 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False, **hub: Any) -
         raise CheckpointError(f"{model}: its tokenizer cannot be loaded: {_reason(model, error)}") from error
 
 
-def read_longest_context(model: str, *, trust_remote_code: bool = False, **hub: Any) -> int | None:
+def read_longest_context(model: str, **hub: Any) -> int | None:
     """The most tokens that the model takes, where its configuration says. Raises CheckpointError."""
+    return getattr(read_config(model, **hub).get_text_config(), "max_position_embeddings", None) or None
+
+
+def read_config(model: str, *, trust_remote_code: bool = False, **hub: Any) -> Any:
+    """The configuration of a folder or Hub repository. Raises CheckpointError."""
     from huggingface_hub.errors import StrictDataclassError  # a field of another type
     from transformers import AutoConfig
 
     try:
-        config: Any = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code, **hub)
+        return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code, **hub)
     except (OSError, ValueError, StrictDataclassError) as error:
         raise CheckpointError(f"{model}: its configuration cannot be read: {_reason(model, error)}") from error
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or None
 
 
 def _reason(model: str, error: Exception) -> str:

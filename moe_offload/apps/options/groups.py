@@ -78,16 +78,17 @@ class ModelFlags:
         asked = {"revision": self.revision, "token": self.token, "trust_remote_code": self.trust_remote_code or None}
         return {name: value for name, value in asked.items() if value is not None}
 
-    def loading(self) -> dict[str, Any]:
-        """Further arguments of `from_pretrained`."""
+    def loading(self, model: str) -> dict[str, Any]:
+        """Further arguments of `from_pretrained`, for this model."""
         asked: dict[str, Any] = {}
         if self.attn_implementation is not None:
             asked["attn_implementation"] = self.attn_implementation
         launched = read_launched()
         if launched is not None:
             from ...ranks.join import config_of_ranks
+            from ..generate.tokenizer import read_config
 
-            asked["distributed_config"] = config_of_ranks(launched.world)
+            asked["distributed_config"] = config_of_ranks(launched.world, read_config(model, **self.hub()))
         return {"dtype": self.dtype, **self.hub(), **asked}
 
     def set_threads(self) -> None:

@@ -159,7 +159,7 @@ def running_server(
         from .in_step import Leader
 
         flags.set_threads()
-        loaded: Any = from_pretrained(model, config=wanted, **flags.loading())
+        loaded: Any = from_pretrained(model, config=wanted, **flags.loading(model))
         with loaded.moe_offload as handle:
             typer.echo(str(handle.plan), err=True)
             tokenizer = load_tokenizer(model, **flags.hub())
@@ -202,7 +202,7 @@ def follow_server(model: str, wanted: OffloadConfig, flags: ModelFlags, stop: St
     from .in_step import follow
 
     flags.set_threads()
-    loaded: Any = from_pretrained(model, config=wanted, **flags.loading())
+    loaded: Any = from_pretrained(model, config=wanted, **flags.loading(model))
     with loaded.moe_offload:
         tokenizer = load_tokenizer(model, **flags.hub())
         stop.serving = True
