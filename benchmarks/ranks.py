@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import json
 import multiprocessing
 import os
+import queue
 import random
 import re
 import signal
@@ -87,8 +89,9 @@ def one_time(folder: str, world: int, spans_s: dict[str, float], context: Any) -
     ]
     for one in ranks:
         one.start()
-    while told.get(timeout=120) != (victim, phase):
-        pass
+    with contextlib.suppress(queue.Empty):  # then it has ended before: the error of another rank says why
+        while told.get(timeout=60) != (victim, phase):
+            pass
     if raises is None:
         time.sleep(after_s)
         if ranks[victim].is_alive():
