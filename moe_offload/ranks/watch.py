@@ -28,6 +28,7 @@ EVERY_S = 1.0
 #: job that was stopped as a whole, have missed none. Fewer would miss beats of a rank that swaps or compiles.
 PATIENCE = 15
 GRACE_S = 3.0  # for a call to end by itself once a rank is lost, and for all to see which rank was the first
+ENDS_S = 8.0  # for a call to end once a rank has: its connections are closed, so the next exchange fails
 LINGER_S = 10.0  # for the others to end, once the rank that holds the store has
 FIND_S = 20.0  # to find out who closed a connection: a process on another machine is missed after PATIENCE looks
 
@@ -132,16 +133,18 @@ class Watch:
                     self._silent[name.rank] = self._silent[name.rank] + 1 if found == heard[name.rank] else 0
                     heard[name.rank] = found
                 failed = 0
-                self._found = self._found or self._look()  # now, before others end because of it
             except Exception:  # whatever a store raises: what counts is that it does not answer
                 failed += 1
                 self._unheard = failed >= 3
+            self._found = self._found or self._look()  # now, before others end because of it
             if self._unheard or max(self._silent) >= PATIENCE:
-                self._end_call()
+                self._end_call(GRACE_S)
+            elif self._found is not None and self._calls:
+                self._end_call(ENDS_S)
 
-    def _end_call(self) -> None:
+    def _end_call(self, grace_s: float) -> None:
         """A rank is lost: end the process, if it is in a call that does not end by itself."""
-        time.sleep(GRACE_S)
+        time.sleep(grace_s)
         found = self.find_ended()
         if self._calls and found is not None and not self._stop.is_set():
             error = self.error(*found)
