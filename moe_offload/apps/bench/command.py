@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...checkpoint.outline import outline_folder
+from ...checkpoint.outline import Outline, outline_folder
 from ...checkpoint.pretrained.download import get_folder
 from ...errors import CheckpointError, ConfigError, ReportError
 from ...files.whole_file import save_whole
@@ -59,8 +59,20 @@ def make_workload(
         str(routing) if routing else None,
         prompt=ids,
         packed=packed,
+        forced=of_its_own,
+        touched_bytes=_touched_bytes(outline),
         **amounts,
     )
+
+
+def _touched_bytes(outline: Outline) -> int:
+    """What one decoded token computes with: all dense weights but the table of embeddings, and a few rows a layer."""
+    model = outline.model
+    inside = tuple(f"{name}." for moe in outline.moe_layers for name in moe.names)
+    dense = {id(p): p.nbytes for name, p in model.named_parameters() if not name.startswith(inside)}
+    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        del dense[id(model.get_input_embeddings().weight)]
+    return sum(dense.values()) + sum(moe.top_k * moe.layout.row_bytes for moe in outline.moe_layers)
 
 
 def scratch_folder(cache: Path | None) -> Path:
