@@ -14,7 +14,7 @@ from moe_offload.apps.bench.devices import Cuda
 from moe_offload.apps.bench.run import choose_plans, missing_rivals
 from moe_offload.apps.bench.sides.contenders import Job
 from moe_offload.apps.bench.sides.gpu_contenders import GPU_SIDES, settings_of_ours
-from moe_offload.apps.bench.sides.names import NAMES
+from moe_offload.apps.bench.sides.names import DEFAULT
 from moe_offload.apps.bench.sides.side import SIDES
 from moe_offload.errors import ConfigError
 
@@ -80,7 +80,7 @@ def test_what_does_not_count_is_at_most_half(work):
 
 def test_no_warm_up_is_longer_than_there_is_room_for(planned):
     """The routing of a side has room for a request, and no more."""
-    assert {device: tuple(sides) for device, sides in SIDES.items()} == NAMES
+    assert {device: tuple(sides) for device, sides in SIDES.items()} == DEFAULT
     for device, sides in SIDES.items():
         few = replace(planned(device), new_tokens=3)
         assert all(few.effort(side).warm_up_tokens <= 3 for side in sides)
