@@ -12,7 +12,8 @@ import re
 import pytest
 import torch
 
-from moe_offload.runtime.kernels import KERNELS, DeviceState, Loads, make_pace
+from moe_offload.runtime.kernels import KERNELS, Loads, make_pace
+from moe_offload.runtime.kernels.state_block import StateBlock
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -66,7 +67,11 @@ def compiled(monkeypatch, function, name):
 @pytest.mark.parametrize(("experts", "slots", "pairs"), [(128, 32, 8), (32, 16, 4), (512, 512, 512)])
 def test_scores_are_never_fused_into_one_rounding(kernels, monkeypatch, experts, slots, pairs):
     kernel = compiled(monkeypatch, kernels.decide, "_decide")
-    state, loads, ids_P = DeviceState.empty(experts, slots, "cpu"), Loads.empty(pairs, "cpu"), torch.arange(pairs)
+    state, loads, ids_P = (
+        StateBlock([(experts, slots)], "cpu").states[0],
+        Loads.empty(pairs, "cpu"),
+        torch.arange(pairs),
+    )
     kernels.decide(ids_P, state, loads, make_pace(1, 32.0, "cpu"))
     doubles = set(re.findall(r"\w+(?:\.\w+)*\.f64\b", kernel.ptx))
     assert {"mul.rn.f64", "add.rn.f64", "div.rn.f64"} <= doubles and not any("fma" in op for op in doubles)
