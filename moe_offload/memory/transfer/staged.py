@@ -171,6 +171,10 @@ class DeviceTransfer(ThreadTransfer):
     def send(self, values: Tensor) -> Tensor:
         return self.streams.send(values)
 
+    def hurry(self, ticket: Ticket) -> None:
+        ticket.demanded = True  # first: threads that have taken up its pieces look at it
+        super().hurry(ticket)
+
     def cancel(self, tickets: Iterable[Ticket]) -> None:
         """As in `Transfer`. A copy that was launched already is not dropped: later launches begin after it, as for
         `wait`."""
