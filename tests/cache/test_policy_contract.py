@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from moe_offload.cache import POLICIES, DecayedLFU, Successors, successors
-from moe_offload.cache.decay import Rate
+from moe_offload.cache.decay import Rate, mean_decay
 from tests.paths import ROOT
 
 E = 8
@@ -281,6 +281,11 @@ def test_so_many_half_lives_pass(tokens, half_lives):
     rate.add({0: 1}, 1)
     rate.add({1: 1}, tokens)
     assert rate.used[0] / rate.unit == 2.0**-half_lives
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 50])
+def test_uses_of_a_prompt_are_spread_over_its_tokens(tokens):
+    assert mean_decay(tokens, 2.0) == pytest.approx(sum(2.0 ** (-t / 2) for t in range(tokens)) / tokens)
 
 
 # The others, on small examples.
