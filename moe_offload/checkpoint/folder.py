@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import CheckpointError, UnsupportedModelError
 from .quantised.methods import check_quantization
 
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 #: The file that the index of a packed checkpoint names for the experts. It is never written: its name tells people why.
 ABSENT = "experts-are-packed-see-PACKED.md.safetensors"
