@@ -130,9 +130,8 @@ class LayerRuntime:
     def stream(self, x_P: Tensor, ids_P: Tensor, core: RunCore, others: Sequence[Tensor] = ()) -> Tensor:
         self.arrivals.transfer.refuse_capture(self.moe.name)
         self._hand_back()  # all layers: while this one computes, rows of the next are read ahead
-        cache, arrivals = self.cache, self.arrivals
-        ids_P, pairs, runs_ahead = ids_P.reshape(-1), ids_P.numel(), arrivals.transfer.runs_ahead
-        tokens = self.moe.tokens_of(pairs)
+        cache, arrivals, runs_ahead = self.cache, self.arrivals, self.arrivals.transfer.runs_ahead
+        ids_P, pairs, tokens = ids_P.reshape(-1), ids_P.numel(), self.moe.tokens_of(ids_P.numel())
         try:
             ids, used = self._event(ids_P)
             here, without_slot = sum(used.values()), list[int]()
