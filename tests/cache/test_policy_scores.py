@@ -7,7 +7,7 @@ import random
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_offload.cache import POLICIES, DecayedLFU, Successors, successors
@@ -42,7 +42,6 @@ def test_the_victim_has_the_smallest_score(history, half_life):
     assert scores[victim] <= min(scores) * (1 + 1e-6) + 1e-9
 
 
-@settings(deadline=None)
 @given(prior=counts.filter(any), half_life=st.floats(1.0, 1e5))
 def test_a_seeded_score_is_in_proportion_to_its_count(prior, half_life):
     policy = after(DecayedLFU, [], half_life, prior)
@@ -96,7 +95,6 @@ class PlainSuccessors:
 
 
 @given(history=events.filter(bool), again=st.integers(1, 40))
-@settings(deadline=None)
 def test_victims_have_the_smallest_scores(history, again):
     policy, plain = Successors(E), PlainSuccessors()
     for used, tokens in history * again:
