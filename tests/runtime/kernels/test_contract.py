@@ -117,7 +117,7 @@ def small_events(draw):
     return experts, draw(st.integers(least, least + 3)), draw(st.floats(0.1, 1e4)), events
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(small_events())
 def test_any_small_events(entry, drawn):
     experts, slots, half_life, events = drawn

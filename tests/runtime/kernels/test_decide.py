@@ -80,7 +80,7 @@ events = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(events=events, slots=st.integers(6, 7), half_life=st.floats(0.1, 1e4))
 def test_any_events(events, slots, half_life):
     both = Both(7, slots, half_life)
