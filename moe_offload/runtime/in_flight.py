@@ -77,7 +77,7 @@ class Arrivals:
         for e in [e for e in self.guessed if e in used]:
             arrival = self.guessed[e]
             self.cache.counters.ahead += 1
-            if arrival.load is not None and arrival.ticket.done.is_set() and arrival.ticket.error is None:
+            if arrival.load is not None and self.transfer.arrived(arrival.ticket) and arrival.ticket.error is None:
                 self.cache.commit(arrival.load, self.transfer.wait(arrival.ticket))
             else:
                 self.cache.counters.late += 1
@@ -97,7 +97,7 @@ class Arrivals:
         held = self.held.pop(expert, None)
         if held is not None:
             self.cache.counters.ahead += 1
-            self.cache.counters.late += not held.ticket.done.is_set()
+            self.cache.counters.late += not self.transfer.arrived(held.ticket)
             self.awaited.append(Arrival(expert, load, held.scratch_row, held.ticket))
             return
         self.awaited.append(Arrival(expert, load, scratch_row, self._read(expert, load, scratch_row, demanded)))
@@ -201,7 +201,7 @@ class Arrivals:
             load, ticket = arrival.load, arrival.ticket
             if load is None:
                 raise AssertionError("a guess has a slot")
-            done = ticket.done.is_set()
+            done = self.transfer.arrived(ticket)
             if done and ticket.error is None:
                 if e not in used:
                     del self.guessed[e]
@@ -218,7 +218,7 @@ class Arrivals:
 
     def _waited(self, begun_s: float, rows: int) -> None:
         ended_s = time.perf_counter()
-        self.cache.counters.stall_s += ended_s - begun_s
+        self.cache.counters.stall_s += ended_s - begun_s + self.transfer.stalled_s(self.moe.index)
         if self.transfer.timeline is not None:
             self.transfer.timeline.wait(self.moe.index, rows, begun_s, ended_s)
 

@@ -86,6 +86,12 @@ class ThreadTransfer:
             raise ticket.error
         return ticket.nbytes
 
+    def arrived(self, ticket: Ticket) -> bool:
+        return ticket.done.is_set()
+
+    def stalled_s(self, layer: int) -> float:
+        return 0.0  # a CPU waits in `wait`
+
     def get_going(self) -> None:
         """Wait until the reader threads have begun.
 

@@ -61,6 +61,12 @@ class Transfer(Protocol):
     def wait(self, ticket: Ticket) -> int:
         """Return the bytes moved, once the row is complete. Errors of the store surface here too."""
 
+    def arrived(self, ticket: Ticket) -> bool:
+        """Whether the row is complete where it is computed, or has failed: to wait for it would take no time."""
+
+    def stalled_s(self, layer: int) -> float:
+        """Seconds that the device has waited for rows of `layer` while the host did not; each is told once, late."""
+
     def get_going(self) -> None:
         """Return once as much as can be on its way at once is; the caller is about to keep every core busy."""
 

@@ -76,6 +76,7 @@ FLAGS: dict[str, tuple[str, str]] = {
     "--prompt": (TEXT, "Text to continue"),
     "--prompt-tokens": (NUMBER, "Tokens of each prompt"),
     "--quantised": (SWITCH, "Every format of quantised experts"),
+    "--ranks": (NUMBER, "Processes that share"),
     "--rank-timeout": (TEXT, "Seconds that one process of several"),
     "--requests": (NUMBER, "Requests measured"),
     "--residency": (TEXT, "Share of the experts that is resident"),
