@@ -121,7 +121,8 @@ class Arrivals:
             self.awaited.popleft()
             if arrival.load is not None:
                 if arrival.scratch_row >= 0:
-                    self.slots.bytes[arrival.load.slot].copy_(self.scratch_rows.bytes[arrival.scratch_row])
+                    row = self.scratch_rows.bytes[arrival.scratch_row]
+                    self.slots.unversioned[arrival.load.slot].copy_(row)
                 self.cache.commit(arrival.load, nbytes, demanded)
             else:
                 self.cache.count_miss(nbytes)
@@ -225,7 +226,7 @@ class Arrivals:
     def _read(self, expert: int, load: Load | None, scratch_row: int, demanded: bool) -> Ticket:
         rows, i = (self.slots, load.slot) if load is not None else (self.scratch_rows, scratch_row)
         if self.poison:
-            rows.bytes[i].fill_(POISON)
+            rows.unversioned[i].fill_(POISON)
         return self.transfer.start(self.store, self.moe.index, expert, rows.rows[i], demanded)
 
     def _refuse_infinite(self, arrival: Arrival) -> None:
@@ -241,4 +242,4 @@ class Arrivals:
 
     def _poison(self, load: Load) -> None:
         if self.poison:
-            self.slots.bytes[load.slot].fill_(POISON)
+            self.slots.unversioned[load.slot].fill_(POISON)
