@@ -25,7 +25,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 import moe_offload
 from moe_offload.runtime.prewarm import prewarm_slots
 
-
 FORMS = ("modules", "stacks", "lists")
 
 
