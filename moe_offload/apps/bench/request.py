@@ -94,8 +94,8 @@ def ask_model(
     """`1 + new_tokens` greedy tokens after `prompt` (ids); `mark()` is read wherever the clock stops.
 
     With `forced`, as many ids, those are what each next token is computed after, and the answer still has the model's
-    own choices. The first `left_out` tokens after the first, fewer than `new_tokens`, do not count as decoded. `options`
-    are those of `generate`.
+    own choices. The first `left_out` tokens after the first, fewer than `new_tokens`, do not count as decoded.
+    `options` are those of `generate`.
     """
     from transformers import LogitsProcessorList
 

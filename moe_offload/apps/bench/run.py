@@ -61,7 +61,7 @@ def run_bench(
     with unwound_by_signals(), staging_folder(scratch, "bench") as temporary:
         if work.packed and "ours" in chosen:
             say("ours: packing")
-            pack_checkpoint(work.folder, temporary / PACKED, verify="none")
+            pack_checkpoint(work.folder, temporary / PACKED, verify="none", trust_remote_code=work.trust_remote_code)
         room = device.room_bytes() - KEPT_FREE_BYTES[work.device]
         size = sum(file.stat().st_size for file in weight_files(work.folder).files)
         if "resident" in chosen and size > room:
@@ -77,6 +77,7 @@ def run_bench(
             "scratch": str(temporary),
             "routing": work.routing,
             "tokens": work.tokens,
+            "trust_remote_code": work.trust_remote_code,
         }
         with _roof(work, temporary) as roof:
             stage = Stage(work, settings, roof, say)
@@ -134,7 +135,7 @@ def _others(stage: Stage, chosen: Chosen) -> Iterator[list[Measured]]:
         scratch = Path(stage.settings["scratch"])
         if side == "mmap":
             stage.say("mmap: writing the file to map")
-            write_mapped(stage.work.folder, scratch)
+            write_mapped(stage.work.folder, scratch, stage.work.trust_remote_code)
         if side == LLAMA:
             stage.say(f"{LLAMA}: writing the GGUF file")
             write_gguf(stage.work.folder, scratch / FILE)

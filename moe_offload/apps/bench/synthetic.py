@@ -4,8 +4,8 @@ They have the file layout, the shapes and the dtypes of the real thing, in as ma
 mean nothing. Experts may be quantised: their codes are random, their scales such that weights are as large as usual.
 
 Their routers have favourites, as trained ones do, so that a cache has something to keep: one dimension of every
-embedding is a constant, large beside what the layers add to it, and each router has random weights there; the rest of its
-weights sees the token. A quarter of the experts then gets about four fifths of the choices.
+embedding is a constant, large beside what the layers add to it, and each router has random weights there; the rest of
+its weights sees the token. A quarter of the experts then gets about four fifths of the choices.
 """
 
 from __future__ import annotations

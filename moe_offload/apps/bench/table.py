@@ -174,4 +174,5 @@ def _agreement(result: dict[str, Any]) -> str:
     if result["device"] == "cpu" and wrong:
         return f"OTHER TOKENS than {first}: {', '.join(wrong)}"
     shares = ", ".join(f"{_name(one)} {one['agree']} of {one['of']}" for one in parting)
-    return f"tokens as those of {first}, whose products round otherwise{'' if result['forced'] else ', until they part'}: {shares}"
+    until = "" if result["forced"] else ", until they part"
+    return f"tokens as those of {first}, whose products round otherwise{until}: {shares}"

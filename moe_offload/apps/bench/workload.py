@@ -52,6 +52,7 @@ class Workload:
     packed: bool = False
     forced: bool = False
     touched_bytes: int = 0
+    trust_remote_code: bool = False
 
     @property
     def row_bytes(self) -> int:

@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from ...config.usage import is_workload
 from ...plan.weights import longest_context
-from .generation import Piece, Sampling, generate_answer
+from .generation import Generate, Piece, Sampling, generate_answer
 from .guards import Bodies
 from .protocol import fields, prompts
 from .protocol.answers import DONE, Choice, Form
@@ -46,10 +46,20 @@ class Answering:
         name: what clients call the model.
         queue: where requests wait.
         context: the most tokens of a prompt and its answer, if fewer than the model's own.
+        generate: what makes an answer, as `generate_answer` does.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, name: str, queue: Queue, context: int | None = None):
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        name: str,
+        queue: Queue,
+        context: int | None = None,
+        generate: Generate = generate_answer,
+    ):
         self._model, self._tokenizer, self._name, self._queue = model, tokenizer, name, queue
+        self._generate_answer = generate
         bounds = [bound for bound in (context, longest_context(model)) if bound is not None]
         context = min(bounds, default=None)
         self._bounds = prompts.Bounds.of(model.config.get_text_config().vocab_size, context, tokenizer)
@@ -64,11 +74,16 @@ class Answering:
         sampling = fields.choose_sampling(asked, self._model.generation_config, WARM_UP_ANSWER, self._bounds.vocabulary)
         sampling.config.min_new_tokens = WARM_UP_ANSWER  # the end of the text must not come before a step of one token
         some = list(self._tokenizer("The first of many requests, and some more")["input_ids"]) or [0]
-        chunk = sampling.config.prefill_chunk_size
+        chunk, longest = sampling.config.prefill_chunk_size, self._bounds.context
+        handle = self._model.moe_offload
+        if chunk is None and handle.compile == "inductor" and longest is not None:
+            chunk = handle.prefill_chunk_size(longest)
         longer = [] if chunk is None else [chunk + max(WARM_UP_TOKENS)]  # its second piece has a graph of its own
         for tokens in (*WARM_UP_TOKENS, *longer):
             ids = (some * tokens)[: min(tokens, (self._bounds.context or tokens) - WARM_UP_ANSWER)]
-            generate_answer(self._model, self._tokenizer, ids, sampling, lambda: None, lambda _: None, lambda: False)
+            self._generate_answer(
+                self._model, self._tokenizer, ids, sampling, lambda: None, lambda _: None, lambda: False
+            )
 
     async def answer(self, request: Request, kind: type[fields.Common]) -> Response:
         """The response to a request whose body is a `kind`. Nothing is raised but that the client has left."""
@@ -135,7 +150,9 @@ class Answering:
                     tell(Piece(prompt.text, []))
                 if sampling.seed is not None and k:  # the choices differ, and are the same again next time
                     sampling = dataclasses.replace(sampling, seed=sampling.seed + 1)
-                generate_answer(self._model, self._tokenizer, prompt.ids, sampling, job.count_token, tell, job.gone)
+                self._generate_answer(
+                    self._model, self._tokenizer, prompt.ids, sampling, job.count_token, tell, job.gone
+                )
 
     async def _respond(self, request: Request, asked: fields.Common, job: Job, choices: int) -> Response:
         """Nothing is sent before the first piece is there: what fails until then has its own status."""

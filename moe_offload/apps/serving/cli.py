@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ...config.launched import is_first
 from ...config.settings import KEY_VARIABLE, OffloadConfig, given_key
 from ..options.checks import check_model, check_output, check_tokenizer
 from ..options.ending import INTERRUPTED, USAGE, fail_with
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .server import Server
 
 ATTENTION_S = 0.2  # a signal that another thread has caught is acted on when the main thread runs next
+FAREWELL_S = 20.0  # for rank 0 to end running requests; a rank that was told alone to stop does so then
 LAST_TOKEN_S = 60.0  # for the forward that runs, which may be compiling, before its counts are saved
 
 
@@ -47,7 +49,11 @@ def serve(
     ] = LONGEST_QUEUE,
     prefill_chunk_size: Annotated[
         int | None,
-        typer.Option("--prefill-chunk-size", help="Read the prompt in pieces of so many tokens.", **whole(1)),
+        typer.Option(
+            "--prefill-chunk-size",
+            help="Tokens of the prompt to read at a time; without it as many as the budget has room for.",
+            **whole(1),
+        ),
     ] = None,
     save_profile: SaveProfile = None,
 ) -> None:
@@ -65,6 +71,10 @@ def serve(
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
         fail_with(f"--api-key, {KEY_VARIABLE}: a key is printable ASCII, not empty, without spaces around it", USAGE)
     stop = Stop()
+    if not is_first():
+        with on_signals(stop):
+            follow_server(model, wanted, flags, stop)
+        return
     _log_requests()
     try:
         with (
@@ -91,7 +101,7 @@ def serve(
             stop.serving = True
             typer.echo(f"Serving {server.app.name} on {server.url} (Ctrl-C stops)", err=True)
             while not stop.asked.wait(ATTENTION_S):
-                pass
+                server.app.check_ranks()
             typer.echo("moe-offload: stopping", err=True)
     except KeyboardInterrupt:
         fail_with("interrupted", INTERRUPTED)
@@ -111,11 +121,12 @@ class Stop:
     makes an interrupt."""
 
     def __init__(self) -> None:
-        self.serving, self.asked = False, threading.Event()
+        self.serving, self.asked, self.asked_s = False, threading.Event(), 0.0
 
     def __call__(self, number: int, _: object) -> None:
         if not self.serving or (self.asked.is_set() and number == signal.SIGINT):
             raise KeyboardInterrupt
+        self.asked_s = time.monotonic()
         self.asked.set()
 
 
@@ -148,6 +159,8 @@ def running_server(
         from ...plan.weights import planned_context
         from ..generate.tokenizer import load_tokenizer
         from .app import App
+        from .generation import generate_answer
+        from .in_step import Leader
 
         flags.set_threads()
         loaded: Any = from_pretrained(model, config=wanted, **flags.loading())
@@ -156,6 +169,7 @@ def running_server(
             tokenizer = load_tokenizer(model, **flags.hub())
             if prefill_chunk_size is not None:
                 loaded.generation_config.prefill_chunk_size = prefill_chunk_size
+            leader = None if handle.ranks is None else Leader(handle.ranks)
             app = App(
                 handle,
                 tokenizer,
@@ -163,6 +177,7 @@ def running_server(
                 context=planned_context(loaded, wanted),
                 api_key=api_key,
                 longest_queue=max_waiting,
+                generate=generate_answer if leader is None else leader.generate,
             )
             begun_s = time.perf_counter()
             app.warm_up()
@@ -176,10 +191,31 @@ def running_server(
                 app.close()
                 with suppress(KeyboardInterrupt):
                     app.queue.join(LAST_TOKEN_S)
+                if leader is not None:
+                    leader.end(None if save_profile is None else str(save_profile))
                 typer.echo(handle.summary(), err=True)
                 if save_profile is not None:
                     saved = handle.save_profile(save_profile)
                     typer.echo(f"profile saved to {saved}", err=True)
+
+
+def follow_server(model: str, wanted: OffloadConfig, flags: ModelFlags, stop: Stop) -> None:
+    """The server's model on a rank that answers nobody: it generates what rank 0 does, until rank 0 has ended."""
+    from ...api import from_pretrained
+    from ..generate.tokenizer import load_tokenizer
+    from .in_step import follow
+
+    flags.set_threads()
+    loaded: Any = from_pretrained(model, config=wanted, **flags.loading())
+    with loaded.moe_offload:
+        tokenizer = load_tokenizer(model, **flags.hub())
+        stop.serving = True
+
+        def check() -> None:
+            if stop.asked.is_set() and time.monotonic() - stop.asked_s > FAREWELL_S:
+                raise KeyboardInterrupt
+
+        follow(loaded, tokenizer, check)
 
 
 @contextmanager

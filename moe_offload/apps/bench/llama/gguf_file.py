@@ -24,7 +24,6 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ....checkpoint.pretrained.weight_files import weight_files
-from ....errors import ConfigError
 from ....packed.mxfp4 import GROUP
 
 ARCHITECTURE = {"qwen3_moe": "qwen3moe"}
@@ -51,7 +50,7 @@ def write_gguf(folder: Path, target: Path) -> None:
     _describe(writer, config)
     with ExitStack() as opened:
         shards = [opened.enter_context(safe_open(file, "pt")) for file in weight_files(folder).files]
-        owner = {key: shard for shard in shards for key in shard.keys()}  # noqa: SIM118  a safe_open is no mapping
+        owner = {key: shard for shard in shards for key in shard.keys()}
         tensors = list(_tensors(owner, config))
         for one in tensors:
             raw_shape = gguf.quant_shape_to_byte_shape(one.shape, one.kind)
