@@ -23,7 +23,7 @@ from torch.nn import Parameter
 
 from ...errors import UnsupportedModelError
 from ..inference_only import refuse_backward_of
-from .looks import METADATA, answer_looks, as_looks, copies, name_of, refuse_looks
+from .looks import METADATA, answer_looks, as_looks, copies, is_write, name_of, refuse_looks
 
 #: What may be a view of a row. Whether it is one is seen: a dtype that changes is a copy.
 VIEWS = frozenset(
@@ -243,12 +243,3 @@ def _refuse_writes(name: str, rows: list[ExpertRow], args: tuple[Any, ...], kwar
         written += find_rows(args[:1])
     if written:
         written[0].refuse(name)
-
-
-def is_write(name: str) -> bool:
-    """Whether a function of that name changes its first argument."""
-    if name.startswith("__"):
-        return name in ("__setitem__", "__set__", "__delete__") or (
-            name.startswith("__i") and name not in ("__invert__", "__index__", "__int__", "__iter__")
-        )
-    return name.endswith("_")
