@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from torch.fx import Graph, GraphModule
@@ -58,7 +61,8 @@ def test_a_pair_is_never_multiplied_alone():
     """A batched matmul of one takes another kernel, which rounds otherwise."""
     core, runs = make_core(grouped=False, pairs_independent=True)
     core(X_P, torch.tensor([2]), BANK_SN, (), torch.tensor([4]))
-    assert runs.calls == [("whole", [4.0, 4.0], [2, 2])]
+    core(X_P, torch.tensor([2]), BANK_SN, (), slice(4, 5))
+    assert runs.calls == [("whole", [4.0, 4.0], [2, 2])] * 2
     core, runs = make_core(grouped=False, pairs_independent=False)
     core(X_P, torch.tensor([2]), BANK_SN, (), torch.tensor([4]))
     assert runs.calls == [("part", [4, 4], [0, 0, 0, 0, 2])]
@@ -67,7 +71,8 @@ def test_a_pair_is_never_multiplied_alone():
 def test_groups_of_one_pair_are_run_as_they_are():
     core, runs = make_core(grouped=True, pairs_independent=True)
     core(X_P, torch.tensor([2]), BANK_SN, (), slice(4, 5))
-    assert runs.calls == [("whole", [4.0], [2])]
+    core(X_P, torch.tensor([2]), BANK_SN, (), torch.tensor([4]))
+    assert runs.calls == [("whole", [4.0], [2])] * 2, "a group of one: among others, rows are rounded otherwise"
 
 
 def test_pairs_that_depend_on_others_run_in_their_places():
@@ -89,3 +94,53 @@ def test_cores_that_take_a_number_and_a_tensor_there_are_not_one():
     """Their code is the same: what is a number is said beside it."""
     (one, _), (other, _) = make_core(True, True), make_core(True, True, scalars=(0,))
     assert one.key != other.key and one.key == make_core(True, True)[0].key
+
+
+def graph_of(function, *others) -> GraphModule:
+    graph = Graph()
+    graph.output(graph.call_function(function, (graph.placeholder("x"), *others)))
+    return GraphModule(torch.nn.Module(), graph)
+
+
+def functions_of_one_name():
+    """Two, that the code of a graph calls by the same name."""
+
+    def made():
+        def function(x):
+            return x
+
+        return function
+
+    return made(), made()
+
+
+ONE, OTHER = functions_of_one_name()
+CHANGES = {
+    "another graph": {"part": graph_of(torch.neg)},
+    "another number in it": {"part": graph_of(torch.add, 2)},
+    "another function of that name": {"part": graph_of(OTHER)},
+    "groups": {"grouped": False},
+    "weights": {"fields": ("bias",)},
+    "numbers": {"scalars": (0,)},
+    "pairs that depend on others": {"pairs_independent": False},
+    "places in a row": {"bank": Bank((FakeField("weight", (1,), torch.float32, 4, 4),), 4, torch.float32)},
+    "type of a bank": {"bank": Bank(BANK.fields, 4, torch.bfloat16)},
+    "what compiles it": {"compiler": lambda gm: gm.forward},
+    "products of few pairs": {"few_pairs": 4},
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_layers_share_a_core_only_if_all_that_it_runs_is_the_same(name):
+    changes: dict[str, Any] = CHANGES[name]
+    core = replace(make_core(True, True)[0], part=graph_of(*((torch.add, 1) if "number" in name else (ONE,))))
+    assert replace(core, whole=core.whole).key == core.key != replace(core, **changes).key
+
+
+@pytest.mark.parametrize(("pairs", "which"), [(4, "few"), (5, "few"), (6, "all")])
+def test_up_to_so_many_pairs_are_few(pairs, which):
+    core, called = replace(make_core(True, True)[0], few_pairs=5), []
+    core.run_whole = core.run_part = lambda x_P, *others: called.append("all") or x_P
+    core.run_few = (lambda x_P, *others: called.append("few") or x_P, None)
+    core(torch.zeros(pairs, 1), torch.zeros(pairs, dtype=torch.int64), BANK_SN, ())
+    assert called == [which]

@@ -85,10 +85,13 @@ class ModelFlags:
             asked["attn_implementation"] = self.attn_implementation
         launched = read_launched()
         if launched is not None:
+            from ...checkpoint.pretrained.arguments import Arguments
+            from ...checkpoint.pretrained.skeleton import read_configuration
             from ...ranks.join import config_of_ranks
-            from ..generate.tokenizer import read_config
 
-            asked["distributed_config"] = config_of_ranks(launched.world, read_config(model, **self.hub()))
+            hub = self.hub()
+            said = Arguments(trust_remote_code=hub.pop("trust_remote_code", False))
+            asked["distributed_config"] = config_of_ranks(launched.world, read_configuration(model, said, **hub))
         return {"dtype": self.dtype, **self.hub(), **asked}
 
     def set_threads(self) -> None:

@@ -3,7 +3,8 @@
 python -m moe_offload.apps.bench.sides.side '{"side": "ours", "device": "cpu", "folder": ..., ...}' LIFELINE
 <- {"ready": ..., "baseline_bytes": ...}                       nothing loaded yet: now a limit may be put around it
 -> {"do": "load"}                                              <- {"load_s": ..., "slots": [...]}
--> {"do": "ask", "prompt": [...], "new_tokens": 32, "row": 0}  <- an Answer, with counters and the ids it used
+-> {"do": "ask", "prompt": [...], "new_tokens": 32, "row": 0, "forced": [...]}
+                                                               <- an Answer, with counters and the ids it used
 -> {"do": "read", "seconds": 1.0, "seed": 1}                   <- {"bandwidth": ...}    ours: rows, nothing computed
 -> {"do": "memory"}                                            <- {"peak_bytes": ...}
 """
@@ -16,6 +17,7 @@ import os
 import random
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,15 @@ import torch
 
 from ....cache.counters import Stats
 from ....checkpoint.outline import outline_folder
+from ....experts import MoELayer
 from ..devices import DEVICES
-from ..request import ask_model
-from ..routing import Routing, install_routing, load_recorded
+from ..llama.side import LlamaSide
+from ..request import ask_model, counted_read
+from ..routing import Routing, install_routing, is_replayable, load_recorded
 from .contenders import CPU_SIDES, Contender, Job
 from .gpu_contenders import GPU_SIDES
 from .lifeline import end_with
+from .names import LLAMA
 
 SIDES: dict[str, dict[str, Contender]] = {"cpu": CPU_SIDES, "cuda": GPU_SIDES}
 
@@ -37,10 +42,20 @@ class Side:
     """The loaded model, its routing, and what may be asked of it: requests of at most `tokens` tokens."""
 
     def __init__(
-        self, side: str, device: str, folder: str, budget: int, scratch: str, routing: str | None, tokens: int
+        self,
+        side: str,
+        device: str,
+        folder: str,
+        budget: int,
+        scratch: str,
+        routing: str | None,
+        tokens: int,
+        trust_remote_code: bool = False,
     ):
         self.contender, self.device = SIDES[device][side], DEVICES[device]()
-        self.job, self.routing_file = Job(Path(folder), budget, Path(scratch), tokens), routing
+        self.job = Job(Path(folder), budget, Path(scratch), tokens, trust_remote_code)
+        self.routing: Routing | None = None
+        self.routing_file = routing
         self.model: Any = None
         self._peaks: list[int | None] = []
 
@@ -50,20 +65,26 @@ class Side:
         self.model = self.contender.load(self.job)
         self.device.settle()
         load_s = time.perf_counter() - begun
-        moe_layers = outline_folder(self.job.folder).moe_layers
-        first = moe_layers[0]
-        recorded = None
-        if self.routing_file is not None:
-            recorded = load_recorded(self.routing_file, len(moe_layers), first.num_experts, first.top_k)
-        top_ks = [moe.top_k for moe in moe_layers]
-        self.routing = Routing(recorded, top_ks, self.job.tokens, self.device.name)
-        install_routing(self.model, [moe.name for moe in moe_layers], self.routing)
-        note = recorded.note if recorded else None
+        moe_layers = outline_folder(self.job.folder, self.job.arguments).moe_layers
+        note = self._route(moe_layers) if is_replayable(moe_layers) else None
         plan = self._handle.plan if self._handle else None
         return {"load_s": load_s, "routing": note, "slots": list(plan.slots) if plan else None}
 
-    def ask(self, prompt: list[int], new_tokens: int, row: int, left_out: int = 0) -> dict[str, Any]:
-        self.routing.seek(row, len(prompt) + new_tokens)
+    def _route(self, moe_layers: Sequence[MoELayer]) -> str | None:
+        """Replay the trace that was asked for, if any, and note which experts are used. Returns how it is replayed."""
+        first, recorded = moe_layers[0], None
+        if self.routing_file is not None:
+            recorded = load_recorded(self.routing_file, len(moe_layers), first.num_experts, first.top_k)
+        top_ks = [moe.top_k for moe in moe_layers]
+        self.routing = routing = Routing(recorded, top_ks, self.job.tokens, self.device.name)
+        install_routing(self.model, [moe.name for moe in moe_layers], routing)
+        return recorded.note if recorded else None
+
+    def ask(
+        self, prompt: list[int], new_tokens: int, row: int, left_out: int = 0, forced: list[int] | None = None
+    ) -> dict[str, Any]:
+        if self.routing is not None:
+            self.routing.seek(row, len(prompt) + new_tokens)
         self._peaks = []
         answer = ask_model(
             self.model,
@@ -73,9 +94,10 @@ class Side:
             device=self.device.name,
             settle=self.device.settle,
             left_out=left_out,
+            forced=forced,
             **self.contender.options,
         )
-        used = self.routing.used(len(prompt), new_tokens) if self._handle else None
+        used = self.routing.used(len(prompt), new_tokens) if self._handle and self.routing is not None else None
         return {**dataclasses.asdict(answer), "used": used, "peaks_bytes": self._peaks[1:]}
 
     def read(self, seconds: float, seed: int) -> dict[str, Any]:
@@ -109,10 +131,11 @@ class Side:
     def _mark(self) -> dict[str, float]:
         """Where a phase ends: what has been counted so far, and the memory that the phase took."""
         self._peaks.append(self.device.take_peak())
-        if not self._handle:
-            return {}
-        stats: Stats = self._handle.stats()
-        return dict(stats.values())
+        counted = counted_read()
+        if self._handle:
+            stats: Stats = self._handle.stats()
+            counted |= dict(stats.values())
+        return counted
 
 
 def main() -> None:
@@ -125,7 +148,8 @@ def main() -> None:
     from transformers import AutoModelForCausalLM, PreTrainedModel  # noqa: F401  what any side imports is no memory of it
 
     torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1))  # nor is what tracing imports
-    side = Side(**json.loads(sys.argv[1]))
+    given = json.loads(sys.argv[1])
+    side = LlamaSide(**given) if given["side"] == LLAMA else Side(**given)
 
     def say(answer: dict[str, Any]) -> None:
         answers.write(json.dumps(answer) + "\n")
