@@ -21,6 +21,7 @@ from starlette.routing import Route
 
 from ...errors import OffloadError, ServeError
 from ...handle import Handle
+from ..prompt_cache.cache import PromptCache
 from . import LONGEST_QUEUE
 from .answering import Answering, unknown_model
 from .guards import LEFT, Guards
@@ -46,6 +47,7 @@ class App:
         context: the most tokens of a prompt and its answer; None: what the model's configuration says.
         api_key: what clients must send as `Authorization: Bearer ...`; None: nothing.
         longest_queue: how many requests may wait beside the one that runs.
+        prompts: keeps what was read for requests that begin with it; None: each prompt is read whole.
 
     Raises:
         ServeError: the model's generation settings ask for beams, which write no text token by token.
@@ -60,13 +62,14 @@ class App:
         context: int | None = None,
         api_key: str | None = None,
         longest_queue: int = LONGEST_QUEUE,
+        prompts: PromptCache | None = None,
     ):
         if (getattr(handle.model.generation_config, "num_beams", None) or 1) > 1:
             raise ServeError(f"{name}: its generation_config.json asks for beam search (num_beams); remove it to serve")
         give_chat_template(tokenizer, name)
         self._handle, self.name, self._created, self._registry = handle, name, int(time.time()), _registry(handle)
         self.queue = Queue(longest_queue)
-        self._answering = Answering(handle.model, tokenizer, name, self.queue, context)
+        self._answering = Answering(handle.model, tokenizer, name, self.queue, context, prompts)
         gets = {"/health": self._health, "/v1/models": self._models, "/v1/moe_offload/stats": self._stats}
         if self._registry is not None:
             gets["/metrics"] = self._metrics

@@ -16,7 +16,7 @@ import typer
 from ...config.settings import KEY_VARIABLE, OffloadConfig, given_key
 from ..options.checks import check_model, check_output, check_tokenizer
 from ..options.ending import INTERRUPTED, USAGE, fail_with
-from ..options.flags import Model, SaveProfile
+from ..options.flags import Model, PromptCacheOption, SaveProfile
 from ..options.groups import ModelFlags, flatten_groups
 from ..options.numbers import whole
 from . import ACCESS, LONGEST_QUEUE
@@ -53,6 +53,7 @@ def serve(
             **whole(1),
         ),
     ] = None,
+    prompt_cache: PromptCacheOption = None,
     save_profile: SaveProfile = None,
 ) -> None:
     """Answer OpenAI-compatible requests (completions and chat completions) with a model inside a budget.
@@ -83,6 +84,7 @@ def serve(
                 api_key=api_key,
                 max_waiting=max_waiting,
                 prefill_chunk_size=prefill_chunk_size,
+                prompt_cache=prompt_cache,
                 save_profile=save_profile,
             ) as server,
         ):
@@ -135,6 +137,7 @@ def running_server(
     api_key: str | None,
     max_waiting: int,
     prefill_chunk_size: int | None,
+    prompt_cache: str | None,
     save_profile: Path | None,
 ) -> Iterator[Server]:
     """A running server for `model`, compiled and warm. An address that cannot be had is refused before torch
@@ -151,8 +154,10 @@ def running_server(
         from ...api import from_pretrained
         from ...plan.weights import planned_context
         from ..generate.tokenizer import load_tokenizer
+        from ..prompt_cache.open import check_folder, open_prompt_cache
         from .app import App
 
+        check_folder(prompt_cache)
         flags.set_threads()
         loaded: Any = from_pretrained(model, config=wanted, **flags.loading())
         with loaded.moe_offload as handle:
@@ -160,6 +165,7 @@ def running_server(
             tokenizer = load_tokenizer(model, **flags.hub())
             if prefill_chunk_size is not None:
                 loaded.generation_config.prefill_chunk_size = prefill_chunk_size
+            prompts = open_prompt_cache(loaded, wanted, prompt_cache)
             app = App(
                 handle,
                 tokenizer,
@@ -167,6 +173,7 @@ def running_server(
                 context=planned_context(loaded, wanted),
                 api_key=api_key,
                 longest_queue=max_waiting,
+                prompts=prompts,
             )
             begun_s = time.perf_counter()
             app.warm_up()
@@ -179,7 +186,8 @@ def running_server(
             finally:  # an interrupt leaves requests unanswered, never the profile unsaved
                 app.close()
                 with suppress(KeyboardInterrupt):
-                    app.queue.join(LAST_TOKEN_S)
+                    if app.queue.join(LAST_TOKEN_S) and prompts is not None:
+                        prompts.save()
                 typer.echo(handle.summary(), err=True)
                 if save_profile is not None:
                     saved = handle.save_profile(save_profile)

@@ -74,6 +74,7 @@ FLAGS: dict[str, tuple[str, str]] = {
     "--prefill-chunk-size": (NUMBER, "Read the prompt in pieces"),
     "--profile": (TEXT, "Which experts to expect"),
     "--prompt": (TEXT, "Text to continue"),
+    "--prompt-cache": (TEXT, "Keep what was read"),
     "--prompt-tokens": (NUMBER, "Tokens of each prompt"),
     "--quantised": (SWITCH, "Every format of quantised experts"),
     "--rank-timeout": (TEXT, "Seconds that one process of several"),
