@@ -28,7 +28,8 @@ from gpu_timing import copy_batch, graph, replaced
 from torch import Tensor
 
 from moe_offload.apps.bench.roofs.link import copy_rows, measure_us, registered_memory
-from moe_offload.runtime.kernels import KERNELS, DeviceState, Loads, make_pace
+from moe_offload.runtime.kernels import KERNELS, Loads, make_pace
+from moe_offload.runtime.kernels.state_block import StateBlock
 
 LINK_ROWS_MB = (4.7, 9.4, 26.0)  # Qwen3-30B-A3B in 8 bits and in bf16, gpt-oss-20b in 8 bits
 PROGRAMS = (16, 32, 64, 96, 132, 264)
@@ -139,7 +140,7 @@ def decide(options: argparse.Namespace) -> None:
         for what, events in (("all hits", everyone[:1].repeat(16, 1)), ("all misses", everyone)):
             if what == "all misses" and experts <= slots:
                 continue
-            state, loads = DeviceState.empty(experts, slots, device), Loads.empty(pairs, device)
+            state, loads = StateBlock([(experts, slots)], device).states[0], Loads.empty(pairs, device)
             one = partial(kernels.decide, state=state, loads=loads, pace_2=make_pace(1, 32.0, device))
             run = graph([partial(one, ids_P) for ids_P in events], device)
             taken = measure_us(run, device) / len(events)

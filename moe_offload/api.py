@@ -22,7 +22,6 @@ from .checkpoint.outline import Outline, outline_folder
 from .checkpoint.pretrained.arguments import sort_arguments
 from .checkpoint.pretrained.dense import find_adapter, load_adapter, load_dense
 from .checkpoint.pretrained.download import get_folder
-from .checkpoint.pretrained.split import split_outline
 from .checkpoint.quantised.fused_weight import fuse_weights
 from .checkpoint.quantised.verify import verify_unpacking
 from .config.device_map import DeviceMap, MaxMemory
@@ -37,8 +36,9 @@ from .observe.profile import Profile
 from .patch.attach import attach_runtime
 from .patch.dense_weights import find_dense_device, place_dense
 from .plan.prepare import Prepared, prepare_model, settings_of
+from .ranks.call import exchanging
 from .ranks.group import Group
-from .ranks.join import form_ranks, join_ranks, or_end_for_all
+from .ranks.join import agreed, form_ranks, join_ranks, or_end_for_all, split_over
 from .runtime.assemble import build_runtime, on_device
 from .runtime.prewarm import prewarm_from, prewarm_when_idle
 
@@ -110,8 +110,9 @@ def optimize(
     moe_layers = find_experts(model)
     device = find_dense_device(model, moe_layers, settings.untested)
     group = join_ranks(model, moe_layers, settings, device)
-    with or_end_for_all(group):
+    with agreed(group):
         prepared = prepare_model(model, moe_layers, settings, profile, found_on=device)
+    with or_end_for_all(group):
         return _offload(model, moe_layers, prepared, group=group)
 
 
@@ -171,13 +172,13 @@ def from_pretrained(
         experts_implementation=said.experts_implementation,
     )
     group = form_ranks(said.model.get("distributed_config"), settings)
-    with or_end_for_all(group):
+    with agreed(group):
         folder = get_folder(path_or_id, said)
         found = outline_folder(folder, said)
-        if group is not None:
-            found = split_outline(found, said.model["distributed_config"])
-            join_ranks(found.model, found.moe_layers, settings, "cpu", found.stored)
+    found = split_over(group, found, said.model.get("distributed_config"), settings)
+    with agreed(group):
         prepared = prepare_model(found.model, found.moe_layers, settings, profile, path_or_id)
+    with exchanging(group):
         model: nn.Module = load_dense(found, said, path_or_id)
         trim_heap()  # for each of the loader's threads it keeps tens of MB
         moe_layers = found.pack(find_experts(model))

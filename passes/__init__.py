@@ -6,6 +6,7 @@ Imports torch and nothing else: what serves the rewritten graph is bound to it a
     sentinels   drop_sentinels    the guards against ids that mean "not mine" go
     lookahead   insert_prefetch   the next layer's router is asked early
     slots       rename_to_slots   decode: W[ids] becomes bank[slots]
+    unsorted    leave_unsorted    few pairs on a GPU: their sort goes
     fast        speed_up_products few pairs, where asked for: kernels that may round otherwise
     waves       stream_in_waves   prefill: the experts code becomes one `stream` op
     masked      one product over all experts, most of them handed zeros: a core of those that are not
@@ -29,6 +30,7 @@ from .lookahead import insert_prefetch
 from .pipeline import Pass, Report, observe_pipeline, offload_pipeline, run_passes
 from .sites import Site, UnknownUse, Weight
 from .slots import rename_to_slots
+from .unsorted import leave_unsorted
 from .waves import stream_in_waves
 
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "find_sites",
     "insert_observe",
     "insert_prefetch",
+    "leave_unsorted",
     "observe_pipeline",
     "offload_pipeline",
     "rename_to_slots",

@@ -22,6 +22,7 @@ Longer than 250 lines: each op is here three times, as declared, as run, and as 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -108,14 +109,14 @@ class UnservedGraph(RuntimeError):
     """A graph reads offloaded weights, and no pass has put their bank in their place."""
 
 
-_BOUND: dict[int, Any] = {}
+_BOUND: dict[int, tuple[Any, weakref.ref[Tensor]]] = {}  # by address: a server, and what lies there
 _CORES: list[Core] = []
 _PACKED: list[PackedWeight] = []
 
 
 def bind(tensor: Tensor, server: Layer | Observer) -> None:
     """Let graphs that are handed `tensor` (a bank, or an observed weight) reach `server`."""
-    _BOUND[tensor.data_ptr()] = server
+    _BOUND[tensor.data_ptr()] = server, weakref.ref(tensor)
 
 
 def unbind(tensor: Tensor) -> None:
@@ -148,13 +149,13 @@ def knows_core(core: Core) -> bool:
 
 
 def _server_of(tensor: Tensor) -> Any:
-    try:
-        return _BOUND[tensor.data_ptr()]
-    except KeyError:
+    server, bound = _BOUND.get(tensor.data_ptr(), (None, None))
+    if bound is None or bound() is None:  # memory that was given back may have gone to another tensor
         raise RuntimeError(
-            "moe_offload: a rewritten graph was handed a tensor that nothing is bound to; its model was closed, or its "
-            "weights were replaced after optimize()"
-        ) from None
+            "moe_offload: a rewritten graph was handed a tensor that nothing is bound to; its model was closed, its "
+            "weights were replaced after optimize(), or a compiler has copied them"
+        )
+    return server
 
 
 def _run_fetch(ids: Tensor, bank: Tensor) -> Tensor:
@@ -176,7 +177,7 @@ def _run_stream(
     x: Tensor, ids: Tensor, bank: Tensor, others: list[Tensor], core: int, shape: list[int], dtype: torch.dtype
 ) -> Tensor:
     out: Tensor = _server_of(bank).stream(x, ids, _CORES[core], others)
-    return out
+    return out.contiguous()
 
 
 def _run_stream_masked(x: Tensor, bank: Tensor, core: int, outputs: int, dtype: torch.dtype) -> Tensor:
@@ -206,12 +207,12 @@ def _run_unserved(ids: Tensor, rows: str) -> Tensor:
 
 def _run_experts(x: Tensor, ids: Tensor, weights: Tensor, key: Tensor) -> Tensor:
     out: Tensor = _server_of(key).experts(x, ids, weights)
-    return out
+    return out.contiguous()
 
 
 def _run_masked_experts(x: Tensor, key: Tensor) -> Tensor:
     out: Tensor = _server_of(key).masked_experts(x)
-    return out
+    return out.contiguous()
 
 
 def _run_packed_mm(x: Tensor, bank: Tensor, slots: Tensor, weight: int, transposed: bool) -> Tensor:
@@ -223,7 +224,7 @@ def _run_packed_mm(x: Tensor, bank: Tensor, slots: Tensor, weight: int, transpos
 
 def _run_unpack(bank: Tensor, slots: Tensor, weight: int) -> Tensor:
     packed, rows = _PACKED[weight], bank.view(torch.uint8)
-    out = torch.empty((len(slots), *packed.shape), dtype=packed.dtype)
+    out = bank.new_empty((len(slots), *packed.shape), dtype=packed.dtype)
     for i, slot in enumerate(slots.tolist()):
         packed.unpack(rows[slot], out[i])
     return out
@@ -304,7 +305,7 @@ LIB._register_fake("prefetch", lambda ids, bank: None)
 LIB._register_fake("unserved", lambda ids, rows: torch.empty_like(ids))
 LIB._register_fake("observe", lambda ids, weight: torch.empty_like(ids))
 LIB._register_fake("observe_masked", lambda x, weight: torch.empty_like(x))
-LIB._register_fake("masked_experts", lambda x, key: torch.empty_like(x))
+LIB._register_fake("masked_experts", lambda x, key: x.new_empty(x.shape))
 LIB._register_fake("experts", lambda x, ids, weights, key: x.new_empty(x.shape))
 
 LIB._register_fake("no_gradient", lambda grad, input: torch.empty_like(input))

@@ -1,6 +1,6 @@
 """Which passes run, in which order, and the one place that runs them.
 
-drop_sentinels -> [insert_prefetch] -> [rename_to_slots] -> [speed_up_products] -> stream_in_waves
+drop_sentinels -> [insert_prefetch] -> [rename_to_slots] -> [leave_unsorted] -> [speed_up_products] -> stream_in_waves
                                                                                 offloaded; in brackets: on request
 insert_observe                                                          a model whose routing is only counted
 
@@ -30,6 +30,7 @@ from .lookahead import insert_prefetch
 from .sentinels import drop_sentinels
 from .sites import Site
 from .slots import rename_to_slots
+from .unsorted import leave_unsorted
 from .waves import stream_in_waves
 
 #: A pass: a plain function of a graph, which returns the sites it rewrote.
@@ -57,13 +58,14 @@ def offload_pipeline(
     guess: bool = False,
     on_device: Collection[Hashable] = (),
     few_pairs: Mapping[Hashable, int] | None = None,
+    in_any_order: Mapping[Hashable, int] | None = None,
 ) -> list[Pass]:
     """Serve every site from its bank: decode sites by slot, the rest in waves.
 
     With `overlap` decode sites become waves as well: a wave computes what is resident while the rest loads, which a
     renamed index cannot. With `guess` each layer's router is asked a layer earlier, too. In the layers `on_device` it
     is the device that decides which slots a decode step gets. `few_pairs` are the pairs of each layer up to which its
-    products may round otherwise; None: never.
+    products may round otherwise, `in_any_order` those up to which its pairs need not be sorted; None: never.
     """
     core: dict[str, Any] = {} if compile_core is None else {"compile_core": compile_core}
     few: dict[str, Any] = {} if few_pairs is None else {"few_pairs": few_pairs}
@@ -72,6 +74,8 @@ def offload_pipeline(
     early: list[Pass] = [partial(drop_sentinels, sites=sites)]
     early += [partial(insert_prefetch, sites=sites)] if guess else []
     decode: list[Pass] = [] if overlap else [by_slot]
+    if decode and in_any_order:
+        decode.append(partial(leave_unsorted, sites=sites, few_pairs=in_any_order))
     decode += [partial(speed_up_products, sites=sites, **few)] if few and decode else []
     return [*early, *decode, in_waves]
 

@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import CheckpointError, UnsupportedModelError
 from .quantised.methods import check_quantization
 
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 #: The file that the index of a packed checkpoint names for the experts. It is never written: its name tells people why.
 ABSENT = "experts-are-packed-see-PACKED.md.safetensors"
@@ -33,6 +34,10 @@ def is_folder(path_or_id: str | Path, subfolder: str = "") -> bool:
             f"expected the folder of a checkpoint or the name of a Hub repository, found {type(path_or_id).__name__}; "
             "give a text or a Path. A model that is loaded goes to optimize()"
         ) from None
+    if not str(path_or_id):  # as a path it is the working directory, which nobody has named
+        raise CheckpointError(
+            "the path of the checkpoint is empty; give a folder ('.' for the working directory), or a Hub repository"
+        )
     if path.is_dir():
         place = path / subfolder
         if not (place / "config.json").is_file():

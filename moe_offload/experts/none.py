@@ -20,7 +20,7 @@ def explain_none(model: nn.Module) -> str:
     return (
         f"{type(model).__name__} has no routed experts: no module dispatches through transformers' experts interface "
         "(use_experts_implementation), and none is a list of modules called experts. moe_offload helps "
-        "Mixture-of-Experts models only."
+        "Mixture-of-Experts models only"
     )
 
 

@@ -93,6 +93,10 @@ class Call:
             except torch._dynamo.exc.BackendCompilerFailed as error:
                 if isinstance(error.inner_exception, OffloadError):  # an error of ours, which Dynamo has wrapped
                     raise error.inner_exception from None
+                self._explain_capture(error)
+                raise
+            except RuntimeError as error:
+                self._explain_capture(error)
                 raise
             finally:
                 self.runtime.end_events()
@@ -122,6 +126,13 @@ class Call:
         """Refuse a CUDA graph captured around a model that has decoded nothing yet: the compiler would fail in it."""
         first, caches = self.runtime.layers[0], self.runtime.device_caches
         if caches is None or not caches.in_charge:
+            first.arrivals.transfer.refuse_capture(first.moe.name)
+
+    def _explain_capture(self, error: RuntimeError) -> None:
+        """Raise our refusal in place of an error of torch that a captured graph is the reason of: what was about to be
+        compiled saves the state of the GPU's random numbers, which no capture allows."""
+        if "captur" in str(error) and not isinstance(error, OffloadError):
+            first = self.runtime.layers[0]
             first.arrivals.transfer.refuse_capture(first.moe.name)
 
     def _check_implementation(self) -> None:

@@ -5,6 +5,8 @@ Shapes: N elements of one row.
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from ..experts import ROW_ALIGN
 
+HUGE_PAGE = 2 << 20  # bytes
 POISON = 0xFF  # every byte of a free slot in tests: NaN in each floating type we hold
 
 
@@ -32,8 +35,10 @@ class Rows:
     ):
         # Not initialised: the system gives memory out page by page, and a slot that was never filled takes none.
         self.bytes = allocate_unfilled(count * row_bytes, device).view(count, row_bytes) if raw is None else raw
+        #: The same memory, which counts versions by itself: what is loaded through it is no change of a weight.
+        self.unversioned = self.bytes.data
         if poison:
-            self.bytes.fill_(POISON)
+            self.unversioned.fill_(POISON)
         self.bank_SN = self.bytes.view(dtype)
         rows = self.bytes.unbind() if count else ()
         self.rows: list[Any] = [memoryview(row.numpy()) if row.device.type == "cpu" else row for row in rows]
@@ -51,6 +56,24 @@ def page_aligned(nbytes: int) -> Tensor:
     raw = torch.empty(nbytes + ROW_ALIGN, dtype=torch.uint8)
     begin = -raw.data_ptr() % ROW_ALIGN
     return raw[begin : begin + nbytes]
+
+
+def map_pages(nbytes: int, huge: bool = False) -> Tensor:
+    """Uninitialised bytes that are a mapping of their own: whole pages, which go back to the system when nobody holds
+    them any more. What a GPU registers is then the storage itself, so torch knows that it is pinned.
+
+    `huge`: in pages of 2 MiB, where the system has them. A device reads them with fewer translations of addresses.
+    """
+    if not nbytes:
+        return torch.empty(0, dtype=torch.uint8)
+    begin, extent = 0, -(-nbytes // ROW_ALIGN) * ROW_ALIGN
+    huge = huge and hasattr(mmap, "MADV_HUGEPAGE") and extent >= HUGE_PAGE
+    pages = mmap.mmap(-1, extent + (HUGE_PAGE if huge else 0), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if huge:
+        begin = -torch.frombuffer(pages, dtype=torch.uint8).data_ptr() % HUGE_PAGE
+        with contextlib.suppress(OSError):  # a kernel without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8, count=nbytes, offset=begin)
 
 
 #: The empty buffer that takes the place of one whose memory was given back. It is made at import because a model may be

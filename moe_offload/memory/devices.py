@@ -11,9 +11,16 @@ def usable_kinds(untested: bool = True) -> list[str]:
 
 
 def free_bytes(device: str) -> int:
-    """Memory of a device that nothing holds yet, what torch keeps for reuse included."""
+    """Memory of a device that nothing holds yet, what torch keeps for reuse included; but not what it keeps in the
+    pools of CUDA graphs, which nothing else is given."""
     free, _ = torch.cuda.mem_get_info(device)
-    return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    index, whole = torch.device(device).index or 0, (0, 0)
+    kept = [
+        one
+        for one in torch.cuda.memory_snapshot()
+        if one["device"] == index and tuple(one.get("segment_pool_id", whole)) == whole
+    ]
+    return int(free) + sum(int(one["total_size"] - one["allocated_size"]) for one in kept)
 
 
 def release_unused(device: str) -> None:

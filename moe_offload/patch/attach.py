@@ -39,7 +39,7 @@ def attach_runtime(
     if settings.compute == "fast" and wanted == "auto":
         wanted = "grouped_mm"  # the one that has fast products
     moe_layers = [layer.moe for layer in runtime.layers]
-    implementation = patch.choose_implementation(moe_layers, wanted)
+    implementation = patch.choose_implementation(moe_layers, wanted, arrangement.device)
     fast = settings.compute == "fast" and serve_fast(arrangement.device, implementation)
     exact = arrangement.device == "cpu" and settings.compute == "exact"
     if exact:

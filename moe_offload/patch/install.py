@@ -48,6 +48,7 @@ from ..forward.dynamo import Settings
 from ..forward.graphs import compiling, ops, products
 from ..forward.graphs.kv_pool import KVPool
 from ..forward.graphs.masked import MaskedModuleCore
+from ..forward.graphs.one_thread import forget_recordings
 from ..forward.graphs.phantom import Phantom
 from ..forward.inference_only import refuse_backward
 from ..forward.out_of_memory.retry import Retry
@@ -74,10 +75,13 @@ def serve_products(device: str) -> None:
     products.serve_products(kernels.indexed_mm, kernels.grouped_mm)
 
 
-def choose_implementation(moe_layers: Sequence[MoELayer], wanted: str) -> str:
-    """'auto' keeps the model's own choice where the passes can see it, else grouped_mm."""
+def choose_implementation(moe_layers: Sequence[MoELayer], wanted: str, device: str = "cpu") -> str:
+    """'auto' keeps the model's own choice where the passes can see it, else grouped_mm. On a GPU, where batched_mm
+    would copy a matrix for each pair, it is always grouped_mm."""
     if wanted in IMPLEMENTATIONS:
         return wanted
+    if device != "cpu":
+        return "grouped_mm"
     own: set[str] = {moe.modules[0].config._experts_implementation for moe in moe_layers if moe.form == "interface"}
     return own.pop() if len(own) == 1 and own <= set(IMPLEMENTATIONS) else "grouped_mm"
 
@@ -162,7 +166,7 @@ def patch_model(
     keep_compiled_call(model)
     read_in_pieces(model, room)
     if static_tokens is not None:
-        pool = KVPool()
+        pool = KVPool(2 * static_tokens, partial(forget_recordings, runtime.layers[0].device))
         scope.on_renewal(pool.drop)
         keep_static_caches(model, pool, static_tokens)
     # On some devices generate() swaps the experts implementation for its decode steps, which cannot reach ours.

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..config.device_map import Spot, compute_device, expand_map, find_spots, parse_limits, refuse_absent, settle_tiers
+from ..config.launched import read_launched
 from ..config.settings import OffloadConfig
 from ..config.sizes import format_size, parse_size
 from ..errors import BudgetError, ConfigError
@@ -84,7 +85,7 @@ def arrange_layers(
     nothing, `BudgetError` for what does not fit, `UnsupportedModelError` for a device that is not among them.
     """
     names = [moe.name for moe in moe_layers]
-    available = main_memory().free
+    available = _free_memory(moe_layers)
     allowed = parse_limits(settings.max_memory, available)
     accelerators = [device for device in allowed if device != "cpu"]
     found = find_spots(names, [name for name, _ in model.named_modules()], settings.device_map, accelerators)
@@ -120,6 +121,12 @@ def arrange_layers(
     settled = settle_tiers(found, needs, room)
     host = sum(moe.nbytes for moe, spot in zip(moe_layers, settled, strict=True) if spot.tier == "host")
     return Arrangement(tuple(names), tuple(settled), plans, host, room)
+
+
+def _free_memory(moe_layers: Sequence[MoELayer]) -> int:
+    """What is available of main memory to this process: an even part, where several on this machine share a model."""
+    launched = read_launched() if any(moe.share is not None for moe in moe_layers) else None
+    return main_memory().free // (1 if launched is None else launched.here)
 
 
 def _slots_per_layer(spots: Sequence[Spot], plans: dict[str, Plan]) -> tuple[int, ...]:

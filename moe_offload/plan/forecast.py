@@ -25,6 +25,7 @@ from .budget import Plan, budget_for, floor_budget
 from .expected_hits import HitRate, covered_hit_rate, typical_hit_rate
 from .explain import explain_arrangement
 from .prepare import load_profile, settings_of
+from .shares import profile_of_share
 from .weights import kv_bytes, layer_shapes, longest_context, sum_costs, take_fingerprint
 
 
@@ -210,6 +211,7 @@ def of_outline(found: Outline, settings: OffloadConfig, profile: Profile | None 
     model, moe_layers = found.model, found.moe_layers
     arrangement = arrange_layers(model, moe_layers, settings)
     loaded = load_profile(profile, settings, take_fingerprint(model, moe_layers))
+    loaded = loaded and profile_of_share(loaded, moe_layers)
     shapes, whole = layer_shapes(moe_layers), sum_costs(model, moe_layers, settings, next(iter(arrangement.plans)))
     experts = [moe.num_experts for moe in moe_layers]
     return Forecast(

@@ -12,7 +12,7 @@ from typing import Any
 from ..config.settings import Config, OffloadConfig, resolve_settings
 from ..config.sizes import format_size
 from ..config.usage import profile_path, usage_folder, workload_of
-from ..errors import UnsupportedModelError
+from ..errors import ConfigError, UnsupportedModelError
 from ..experts import MoELayer
 from ..files.system import missing_call
 from ..memory.devices import usable_kinds
@@ -80,6 +80,12 @@ def prepare_model(
         raise UnsupportedModelError(
             f"asked to compute on {arrangement.device} with quantised experts; their weights are unpacked by the CPU "
             'alone so far. Leave device_map out (or device_map="cpu"), or use a checkpoint in bfloat16'
+        )
+    if arrangement.device != "cpu" and settings.experts_implementation == "batched_mm":
+        raise ConfigError(
+            f"experts_implementation='batched_mm' on {arrangement.device}: that code copies the matrices of every "
+            "token-expert pair at each step before it multiplies by them. Use 'grouped_mm', whose products read them "
+            "where they are, or 'auto'"
         )
     expected = take_fingerprint(model, moe_layers)
     _warn_beyond_memory(arrangement)

@@ -18,6 +18,9 @@ RESERVED_PROMPT_TOKENS = 512  # the automatic reserve has room for the attention
 #: as it comes, once more in the memory of CUDA graphs (clear_cublass_cache in cudagraph_trees.py). The allocator takes
 #: memory from the device 2 MiB at a time: a bank may leave nearly as much unused.
 CUBLAS_BYTES, CUDA_BLOCK_BYTES = 2 * 32 << 20, 2 << 20
+#: What the driver holds for the recorded decode steps of one model, and torch for what is computed within them: four
+#: lengths of a KV cache, of some thousand kernels each. An estimate: no GPU has been asked.
+GRAPHS_BYTES = 4 * 16 << 20
 
 AUTO_SCRATCH = 128 * 10**6, 16  # bytes and rows at most, on a CPU
 #: The same on a device with its own memory: what its link brings in 5 to 6 ms, so that the link is busy from one
@@ -34,7 +37,7 @@ def sum_costs(model: Any, moe_layers: Sequence[MoELayer], settings: OffloadConfi
     row_bytes = max(moe.layout.row_bytes for moe in moe_layers)
     return Costs(
         dense_bytes=dense_bytes(model, moe_layers),
-        kv_bytes=kv_bytes(model, settings.kv_tokens),
+        kv_bytes=kv_bytes(model, settings.kv_tokens) * (2 if device.startswith("cuda") else 1),  # in use, and kept
         scores_bytes=scores_bytes(model),
         library_bytes=library_bytes(len(moe_layers), device),
         scratch_bytes=scratch_rows(settings, row_bytes, device) * row_bytes,
@@ -52,8 +55,8 @@ def scratch_rows(settings: OffloadConfig, row_bytes: int, device: str = "cpu") -
 
 
 def library_bytes(moe_layers: int, device: str) -> int:
-    """Bytes that a device's libraries hold, and that its allocator may leave unused beside the banks."""
-    return CUBLAS_BYTES + moe_layers * CUDA_BLOCK_BYTES if device.startswith("cuda") else 0
+    """Bytes that a device's libraries and recordings hold, and that its allocator may leave unused beside the banks."""
+    return CUBLAS_BYTES + GRAPHS_BYTES + moe_layers * CUDA_BLOCK_BYTES if device.startswith("cuda") else 0
 
 
 def dense_bytes(model: nn.Module, moe_layers: Sequence[MoELayer]) -> int:

@@ -9,8 +9,10 @@ asks of the others, and nothing that a process alone needs.
     watch.py       `Watch`: who is still there
     peers.py       what must be the same on every rank, compared before anything runs
     call.py        a model's call on every rank: the same input, and an end for all when one ends
+    orders.py      what rank 0 gives the others to do
     merge.py       counters and profiles of all ranks together
     names.py       how a rank is called in messages
+    pretend.py     a rank that is not there, to plan for
 
 Words: a *rank* is one process, the *world* how many there are. Which experts a rank has is `experts/share.py`.
 """

@@ -6,8 +6,9 @@ add up what does not belong together, so they compare what they are given: 16 by
 
 from __future__ import annotations
 
+import contextlib
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -23,51 +24,54 @@ LOST = ("gloo", "onnection", "Timed out", "timed out", "ocket", "Application tim
 
 
 class RankCall:
-    """What `model(...)` runs on a rank: `call`, the model's own, between two looks at the other ranks."""
+    """What `model(...)` runs on a rank: `call`, the model's own, once all ranks are known to be given the same."""
 
     def __init__(self, call: Callable[..., Any], group: Group):
         self._call, self._group = call, group
-        self._failed = ""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             return self._call(*args, **kwargs)
-        watch = self._group.watch
-        if watch is None:
-            raise AssertionError("a group without a watch")
-        if self._failed:
-            raise RankError(
-                f"an earlier call failed on this rank ({self._failed}), so the ranks are no longer in step; start all "
-                "of them anew"
-            )
-        try:
-            watch.check()
-            with watch.calling():
-                _compare((*args, *kwargs.values()))
-                return self._call(*args, **kwargs)
-        except BaseException as error:
-            self._failed = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-            raise self._end(error) from (error if _is_lost(error) else None)
+        with exchanging(self._group):
+            _compare((*args, *kwargs.values()))
+            return self._call(*args, **kwargs)
 
-    def _end(self, error: BaseException) -> BaseException:
-        """The error to raise for `error`, once the others know: this rank takes no further part."""
-        watch = self._group.watch
-        found = None
-        if watch is not None and _is_lost(error):
-            found = watch.find_ended(FIND_S)
-            if found is None:
-                found_error: BaseException = RankError(
-                    f"an exchange with the other ranks failed, and all of them are there ({self._failed}). Check the "
-                    "network, or allow more time (rank_timeout)"
-                )
-            else:
-                found_error = watch.error(*found)
-            error = found_error
-        if watch is not None:
-            watch.tell_end(self._failed, because=None if found is None else found[0])
-        if dist.is_initialized():  # closes the connections, for which the others wait
-            dist.destroy_process_group()
-        return error
+
+@contextlib.contextmanager
+def exchanging(group: Group | None) -> Iterator[None]:
+    """Ranks exchange tensors inside. One that fails there takes no further part, and an exchange that was lost is a
+    `RankError` which names the rank that has ended."""
+    watch = None if group is None else group.watch
+    if group is None or watch is None:
+        yield
+        return
+    if group.failed:
+        group.check()
+    try:
+        watch.check()
+        with watch.calling():
+            yield
+    except BaseException as error:
+        group.failed = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+        if not _is_lost(error):
+            leave(group)
+            raise
+        found = watch.find_ended(FIND_S)
+        leave(group, None if found is None else found[0])
+        if found is not None:
+            raise watch.error(*found) from error
+        raise RankError(
+            f"an exchange with the other ranks failed, and all of them are there ({group.failed}). Check the network, "
+            "or allow more time (rank_timeout)"
+        ) from error
+
+
+def leave(group: Group, because: int | None = None) -> None:
+    """Take no further part, and let the others know: `group.failed`, and because of which rank."""
+    if group.watch is not None:
+        group.watch.tell_end(group.failed, because=because)
+    if dist.is_initialized():  # closes the connections, for which the others wait
+        dist.destroy_process_group()
 
 
 def _is_lost(error: BaseException) -> bool:

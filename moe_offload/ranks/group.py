@@ -4,88 +4,132 @@ What ranks compute goes through transformers' collectives. What they tell each o
 torch's process group was formed, as JSON: it takes no part in the order of collectives, so a rank that is late, or
 never comes, is found out and named.
 
-    said/<what>/<n>/<rank>    the n-th time that the ranks tell each other this
+    <group>/said/<what>/<n>/<rank>    the n-th time that the ranks tell each other this
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, cast
 
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from ..config.launched import read_launched
-from ..errors import ConfigError, RankError
+from ..errors import ConfigError, OffloadError, RankError
 from .names import RankName
-from .watch import Watch
+from .watch import FIND_S, Watch
 
 PREFIX = "moe_offload"
 POLL_S = 0.02
+_numbers = itertools.count()  # of groups in this process; ranks that are in step count alike
 
 
 class Group:
-    """All processes of torch's default process group, this one among them.
+    """All processes that met in `store`, this one among them.
 
     `timeout_s` is how long any of them may keep the others waiting: the longest honest wait is for a rank that reads
     all its experts of a layer from a slow disk.
     """
 
-    def __init__(self, timeout_s: float):
-        self.timeout_s = timeout_s
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.formed_in = cast(Any, dist.distributed_c10d._get_default_store())
-        self._store: Any = self.formed_in.clone()  # a wait in one holds up whoever else uses the same
+    def __init__(self, store: Any, rank: int, world: int, timeout_s: float):
+        self.rank, self.world, self.timeout_s = rank, world, timeout_s
+        self.prefix = f"{PREFIX}/{next(_numbers)}"  # a store may outlive a group: torchrun's does
+        self.formed_in, self._store = store, store.clone()  # a wait in one holds up whoever else uses the same
         self._said: dict[str, int] = {}
+        self.failed = ""  # how a call ended after which this rank takes no further part
         self.names: tuple[RankName, ...] = ()
         self.watch: Watch | None = None
-        # transformers forms it with two hours, for which a rank that does not answer would hang all others.
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), dist.group.WORLD)
-        told = self.exchange("name", RankName.of_this_process(self.rank).to_dict(), "start")
+        told = self.exchange("name", RankName.of_this_process(rank).to_dict(), "start")
         self.names = tuple(RankName.from_dict(one) for one in told)
-        self.watch = Watch(self.formed_in.clone(), PREFIX, self.names, self.rank)
+        self.watch = Watch(store.clone(), self.prefix, self.names, rank)
 
-    def exchange(self, what: str, value: Any, why: str) -> list[Any]:
+    def check(self) -> None:
+        """Raise `RankError` where another rank is known to have ended, or this one takes no further part."""
+        if self.failed:
+            raise RankError(
+                f"an earlier call failed on this rank ({self.failed}), so the ranks are no longer in step; start all "
+                "of them anew"
+            )
+        if self.watch is not None:
+            self.watch.check()
+
+    def exchange(self, what: str, value: Any, why: str, within_s: float | None = None) -> list[Any]:
         """What every rank says of `what`, a JSON value each, by rank. All of them call it, equally often.
 
-        Raises `RankError` where one does not come within the time limit, or has ended; `why` says what they were to do.
+        Raises `RankError` where one does not come within the time limit (`within_s`, where it is another one), or has
+        ended; `why` says what they were to do.
         """
         n = self._said[what] = self._said.get(what, -1) + 1
-        keys = [f"{PREFIX}/said/{what}/{n}/{rank}" for rank in range(self.world)]
-        self._store.set(keys[self.rank], json.dumps(value))
-        ends_s = time.monotonic() + self.timeout_s
-        for rank, key in enumerate(keys):
-            while not self._store.check([key]):
-                if self.watch is not None:
-                    self.watch.check()
-                if time.monotonic() > ends_s:
-                    who = str(self.names[rank]) if self.names else f"rank {rank}"
-                    raise RankError(
-                        f"waited {self.timeout_s:.0f} s for {who} to {why}, which every rank has to do; see what that "
-                        "process does, or allow more time (rank_timeout)"
-                    )
-                time.sleep(POLL_S)
-        return [json.loads(self._store.get(key)) for key in keys]
+        keys = [f"{self.prefix}/said/{what}/{n}/{rank}" for rank in range(self.world)]
+        within_s = self.timeout_s if within_s is None else within_s
+        ends_s = time.monotonic() + within_s
+        with self.store_answers():
+            self._store.set(keys[self.rank], json.dumps(value))
+            for rank, key in enumerate(keys):
+                while not self._store.check([key]):
+                    if self.watch is not None:
+                        self.watch.check()
+                    if time.monotonic() > ends_s:
+                        raise self._not_there(rank, within_s, why)
+                    time.sleep(POLL_S)
+            return [json.loads(self._store.get(key)) for key in keys]
+
+    def watching(self) -> contextlib.AbstractContextManager[None]:
+        """While it is entered, this process waits for the others, and ends with one that is lost."""
+        return contextlib.nullcontext() if self.watch is None else self.watch.calling()
+
+    @contextlib.contextmanager
+    def store_answers(self) -> Iterator[None]:
+        """Where the store does not, it has ended with whoever held it: rank 0, or the launcher. Raises `RankError`."""
+        try:
+            yield
+        except OffloadError:
+            raise
+        except RuntimeError as error:
+            found = None if self.watch is None else self.watch.find_ended(FIND_S)
+            if self.watch is not None and found is not None:
+                raise self.watch.error(*found) from error
+            raise RankError(
+                f"rank {self.rank} cannot reach the store in which the ranks met ({str(error).splitlines()[0][:200]}): "
+                "rank 0 or its launcher has ended, or the network has; start all ranks anew"
+            ) from error
+
+    def _not_there(self, rank: int, within_s: float, why: str) -> RankError:
+        who = str(self.names[rank]) if self.names else f"rank {rank}"
+        return RankError(
+            f"waited {within_s:.0f} s for {who} to {why}, which every rank has to do; see what that process does, or "
+            "allow more time (rank_timeout)"
+        )
 
 
-_formed: list[Group] = []  # that of this process; one for each process group that torch has formed
+#: That of this process, and the store in which torch formed it: it is another one for each process group.
+_formed: list[tuple[Any, Group]] = []
 
 
 def join_group(timeout_s: float) -> Group:
     """The group of this process, which torch has formed. Every rank calls it."""
-    if not _formed or _formed[0].formed_in is not dist.distributed_c10d._get_default_store():
-        _formed[:] = [Group(timeout_s)]
-    return _formed[0]
+    store = cast(Any, dist.distributed_c10d._get_default_store())
+    if not _formed or _formed[0][0] is not store:
+        # transformers forms it with two hours, for which a rank that does not answer would hang all others.
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), dist.group.WORLD)
+        _keep(store, Group(store, dist.get_rank(), dist.get_world_size(), timeout_s))
+    return _formed[0][1]
 
 
-def form_group(timeout_s: float) -> None:
-    """Let torch form its process group, as transformers would, but with a time limit of ours.
+def form_group(timeout_s: float) -> Group:
+    """The group of this process; torch forms it here where it has not, as transformers would, with our time limit.
 
-    Raises `ConfigError` where this process was not started as one of several, or the others do not come.
+    Raises `ConfigError` where this process was not started as one of several, or the others do not come; `RankError`
+    where one ends meanwhile.
     """
     if dist.is_initialized():
-        return
+        return join_group(timeout_s)
     launched = read_launched()
     if launched is None:
         raise ConfigError(
@@ -93,9 +137,25 @@ def form_group(timeout_s: float) -> None:
             "--nproc-per-node N` or `accelerate launch`"
         )
     try:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
+        store, rank, world = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+        group = Group(store, rank, world, timeout_s)
+        with group.watching():  # torch waits for all of them, deaf to whether they still live
+            dist.init_process_group(
+                "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s)
+            )
+    except OffloadError:
+        raise
     except (RuntimeError, ValueError, OSError) as error:
         raise ConfigError(
             f"rank {launched.rank} of {launched.world} could not form a group with the others within {timeout_s:.0f} "
             f"s: {str(error).splitlines()[0][:300]}. Start as many processes as WORLD_SIZE says, with one MASTER_ADDR"
         ) from error
+    return _keep(dist.distributed_c10d._get_default_store(), group)
+
+
+def _keep(store: Any, group: Group) -> Group:
+    for _, before in _formed:
+        if before.watch is not None:
+            before.watch.stop()
+    _formed[:] = [(store, group)]
+    return group

@@ -7,21 +7,30 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ..checkpoint.outline import Outline
 from ..checkpoint.packed import Stored
+from ..checkpoint.pretrained.split import split_outline
 from ..config.settings import OffloadConfig
-from ..errors import UnsupportedModelError
+from ..errors import RankError
 from ..experts import MoELayer
+from .call import exchanging
 from .group import Group, form_group, join_group
 from .peers import check_peers
 from .settings import check_settings
 
+AGREE = "load the model"  # what each is doing when all wait for each other
 #: The sizes of a DistributedConfig whose product is the number of processes.
 SIZES = ("tp_size", "fsdp_size", "pp_size", "dp_replicate_size")
 
 
 def config_of_ranks(world: int) -> dict[str, Any]:
-    """The `distributed_config` by which so many processes share all experts evenly."""
-    return {"tp_size": world, "ep_size": world}
+    """The `distributed_config` by which so many processes share all experts evenly, in the words of the transformers
+    that is installed: before there was `ep_size`, dense weights were whole on every rank."""
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    if "ep_size" in DistributedConfig.__dataclass_fields__:
+        return {"tp_size": world, "ep_size": world}
+    return {"tp_size": world, "enable_expert_parallel": True}
 
 
 def form_ranks(distributed_config: Any, settings: OffloadConfig) -> Group | None:
@@ -34,8 +43,17 @@ def form_ranks(distributed_config: Any, settings: OffloadConfig) -> Group | None
     said = distributed_config if isinstance(distributed_config, Mapping) else vars(distributed_config)
     if math.prod(said.get(name) or 1 for name in SIZES) == 1 and said.get("tp_plan") is None:
         return None
-    form_group(settings.rank_timeout)
-    return join_group(settings.rank_timeout)
+    return form_group(settings.rank_timeout)
+
+
+def split_over(group: Group | None, found: Outline, distributed_config: Any, settings: OffloadConfig) -> Outline:
+    """What this rank has of a checkpoint, known to be that of the others. Raises what `join_ranks` does."""
+    if group is None:
+        return found
+    with exchanging(group):
+        found = split_outline(found, distributed_config)
+    join_ranks(found.model, found.moe_layers, settings, "cpu", found.stored)
+    return found
 
 
 def join_ranks(
@@ -47,15 +65,35 @@ def join_ranks(
     """
     if all(moe.share is None for moe in moe_layers):
         return None
-    check_settings(moe_layers, settings, device)
-    if any(moe.packed for moe in moe_layers):
-        raise UnsupportedModelError(
-            "the experts are quantised, and split over ranks; that was not tried. Use a checkpoint in bfloat16, or run "
-            "in one process"
-        )
     group = join_group(settings.rank_timeout)
+    with agreed(group):
+        check_settings(moe_layers, settings, device)
     check_peers(group, model, moe_layers, settings, stored.headers if stored else None)
     return group
+
+
+@contextlib.contextmanager
+def agreed(group: Group | None) -> Iterator[None]:
+    """What each rank does by itself inside, all have done, or none goes on: an error of one is the end of the block for
+    all, and nothing more, so they may try again. Nothing is exchanged inside.
+
+    Raises the error of this rank, else `RankError` for that of another.
+    """
+    if group is None:
+        yield
+        return
+    try:
+        yield
+    except Exception as error:
+        group.exchange("agreed", _in_a_line(error), AGREE)
+        raise
+    except BaseException as error:  # Ctrl-C: of this rank alone, perhaps
+        if group.watch is not None:
+            group.watch.tell_end(_in_a_line(error))
+        raise
+    for rank, told in enumerate(group.exchange("agreed", "", AGREE)):
+        if told:
+            raise RankError(f"{group.names[rank]} cannot go on, so none can: {told}")
 
 
 @contextlib.contextmanager
@@ -65,5 +103,9 @@ def or_end_for_all(group: Group | None) -> Iterator[None]:
         yield
     except BaseException as error:
         if group is not None and group.watch is not None:
-            group.watch.tell_end(f"{type(error).__name__}: {' '.join(str(error).split())[:400]}")
+            group.watch.tell_end(_in_a_line(error))
         raise
+
+
+def _in_a_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"

@@ -37,3 +37,8 @@ def check_settings(moe_layers: Sequence[MoELayer], settings: OffloadConfig, devi
         raise UnsupportedModelError(
             f"{alone}: its experts are not split over the ranks, those of other layers are; run in one process"
         )
+    if any(moe.packed for moe in moe_layers):
+        raise UnsupportedModelError(
+            "the experts are quantised, and split over ranks; that was not tried. Use a checkpoint in bfloat16, or run "
+            "in one process"
+        )

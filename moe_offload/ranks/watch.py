@@ -44,7 +44,7 @@ class Watch:
         self._stop = threading.Event()
         self._beat(0)
         threading.Thread(target=self._run, name="moe_offload_ranks", daemon=True).start()
-        atexit.register(self._end)
+        atexit.register(self.stop)
 
     @contextlib.contextmanager
     def calling(self) -> Iterator[None]:
@@ -138,10 +138,10 @@ class Watch:
         if self._calls and found is not None and not self._stop.is_set():
             error = self.error(*found)
             self.tell_end(str(error), because=found[0])
-            sys.stderr.write(f"moe_offload: {error}\n")
-            sys.stderr.flush()
+            print(f"moe_offload: {error}", file=sys.__stderr__, flush=True)  # a rank may be told to write nothing
             os._exit(1)
 
-    def _end(self) -> None:
+    def stop(self) -> None:
+        """Beat no more: the program is over, or another group has taken this one's place."""
         self._stop.set()
         self.tell_end("its program is over")

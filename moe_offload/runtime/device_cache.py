@@ -6,8 +6,9 @@ Shapes: P = T*K token-expert pairs, E experts, S slots, N elements of one row.
     the rest  the host       `LayerCache`: prompts, profiles, calls that no pass has rewritten, layers on disk
 
 Both are the same cache with the same policy. Only one of them is in charge, and the other is out of date: `take_over`
-and `hand_back` carry the tables over, once at each change. A layer whose rows the device cannot read has no cache here,
-and the host's is always right: it may serve such a layer while the device decides for the others.
+and `hand_back` carry the tables of all layers over, in one copy at each change. A layer whose rows the device cannot
+read has no cache here, and the host's is always right: it may serve such a layer while the device decides for the
+others.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from torch import Tensor
 from ..cache.counters import LayerCounters
 from ..errors import RoutingError
 from .in_flight import Arrivals
-from .kernels import DeviceState, Kernels, Loads, make_pace
+from .kernels import Kernels, Loads, make_pace
 from .kernels.state import REFUSED
+from .kernels.state_block import StateBlock
 
 
 class DeviceCaches:
@@ -34,10 +36,12 @@ class DeviceCaches:
         device = layers[0].slots.bank_SN.device
         self.in_charge = False
         self._prepared: set[int] = set()
-        self._totals_L4 = torch.zeros((len(layers), 4), dtype=torch.int64, device=device)
+        self._block = StateBlock([(one.cache.num_experts, one.cache.slots) for one in layers], device)
         self._seen_L = torch.zeros(len(layers), dtype=torch.int64, pin_memory=device.type == "cuda")
-        parts = zip(layers, rows, self._totals_L4, strict=True)
-        self.caches = [DeviceCache(arrivals, rows_EN, part, half_life, kernels) for arrivals, rows_EN, part in parts]
+        parts = zip(layers, rows, range(len(layers)), strict=True)
+        self.caches = [
+            DeviceCache(arrivals, rows_EN, self._block, i, half_life, kernels) for arrivals, rows_EN, i in parts
+        ]
 
     def take_over(self, sizes: Collection[int]) -> None:
         """The device decides from now on; its events have so many pairs."""
@@ -52,6 +56,7 @@ class DeviceCaches:
             first.scratch.drop()  # read ahead for what the device may load itself
             for cache in self.caches:
                 cache.push()
+            self._block.send()
             self.in_charge = True
 
     def hand_back(self) -> None:
@@ -62,8 +67,9 @@ class DeviceCaches:
         if self.in_charge:
             first = self.caches[0].arrivals
             first.transfer.refuse_capture(first.moe.name)
+            self._block.fetch()
             refused = [(cache.pull(), cache.arrivals) for cache in self.caches]
-            self._seen_L.zero_()  # what was on its way there has arrived: `pull` has waited
+            self._seen_L.zero_()  # what was on its way there has arrived: `fetch` has waited
             self.in_charge = False  # not before: interrupted, it is done again
             for count, arrivals in refused:
                 if count:
@@ -72,7 +78,7 @@ class DeviceCaches:
     def check_ids(self) -> None:
         """Raise `RoutingError` if the device met an id that is no expert's. A GPU is not waited for: it may be seen a
         forward later."""
-        self._seen_L.copy_(self._totals_L4[:, REFUSED], non_blocking=True)
+        self._seen_L.copy_(self._block.totals_L4[:, REFUSED], non_blocking=True)
         if self._seen_L.any():
             self.hand_back()
 
@@ -81,16 +87,23 @@ class DeviceCache:
     """One layer's cache on the device.
 
     `rows_EN` are all rows of the layer, in memory that the device can read; None if it cannot. Where every expert has a
-    slot, the host loads all of them before the device takes over, and nothing is ever missing. `totals_4` is this
-    layer's part of the model's counters.
+    slot, the host loads all of them before the device takes over, and nothing is ever missing. Its state is layer `i`
+    of the `block`; `mirror` is that on the host, which `push` writes to and `pull` reads.
     """
 
     def __init__(
-        self, arrivals: Arrivals, rows_EN: Tensor | None, totals_4: Tensor, half_life: float, kernels: Kernels
+        self,
+        arrivals: Arrivals,
+        rows_EN: Tensor | None,
+        block: StateBlock,
+        i: int,
+        half_life: float,
+        kernels: Kernels,
     ):
-        cache, self.device = arrivals.cache, arrivals.slots.bank_SN.device
+        self.device = arrivals.slots.bank_SN.device
         self.arrivals, self.rows_EN, self.half_life, self.kernels = arrivals, rows_EN, half_life, kernels
-        self.state = DeviceState.empty(cache.num_experts, cache.slots, self.device, totals_4)
+        self._block, self._i = block, i
+        self.state, self.mirror = block.states[i], block.mirrors[i]
         # One of each per size of event, made once: a graph that was captured goes on using them.
         self._paces: dict[int, Tensor] = {}
         self._loads: dict[int, Loads] = {}
@@ -121,13 +134,14 @@ class DeviceCache:
         return slots_P.view(ids_P.shape)
 
     def push(self) -> None:
+        """Write what the host decided to the mirror; an error of the store leaves the host in charge."""
         self.arrivals.abort_interrupted()
         if self.whole:
             self._load_all()
-        self.state.push(self.arrivals.cache)
+        self.mirror.push(self.arrivals.cache)
 
     def _load_all(self) -> None:
-        """Load what has no slot yet; an error of the store leaves the host in charge."""
+        """Load what has no slot yet."""
         arrivals, cache = self.arrivals, self.arrivals.cache
         for e in range(cache.num_experts):
             arrivals.start_prewarm(e)
@@ -147,19 +161,16 @@ class DeviceCache:
 
     def resize(self) -> None:
         """Follow the host's cache, which has another number of slots now. Call it while the host decides."""
-        cache = self.arrivals.cache
-        with torch.inference_mode(False):
-            self.state = DeviceState.empty(cache.num_experts, cache.slots, self.device, self.state.totals_4)
+        self.state, self.mirror = self._block.resize(self._i, self.arrivals.cache.slots)
 
     def counters(self) -> LayerCounters:
         moe = self.arrivals.moe
         return self.state.counters(self.arrivals.cache.counters, moe.top_k, moe.layout.row_bytes)
 
     def pull(self) -> int:
-        """How many ids were out of range."""
-        refused = int(self.state.totals_4[REFUSED])
-        self.state.pull(self.arrivals.cache, self.arrivals.moe.top_k, self.arrivals.moe.layout.row_bytes)
-        return refused
+        """Let the host's cache be what the mirror says; return how many ids were out of range."""
+        self.mirror.pull(self.arrivals.cache, self.arrivals.moe.top_k, self.arrivals.moe.layout.row_bytes)
+        return int(self.mirror.totals_4[REFUSED])
 
 
 def no_such_expert(name: str, refused: int, num_experts: int) -> RoutingError:

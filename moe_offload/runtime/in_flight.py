@@ -77,7 +77,7 @@ class Arrivals:
         for e in [e for e in self.guessed if e in used]:
             arrival = self.guessed[e]
             self.cache.counters.ahead += 1
-            if arrival.load is not None and arrival.ticket.done.is_set() and arrival.ticket.error is None:
+            if arrival.load is not None and self.transfer.arrived(arrival.ticket) and arrival.ticket.error is None:
                 self.cache.commit(arrival.load, self.transfer.wait(arrival.ticket))
             else:
                 self.cache.counters.late += 1
@@ -97,7 +97,7 @@ class Arrivals:
         held = self.held.pop(expert, None)
         if held is not None:
             self.cache.counters.ahead += 1
-            self.cache.counters.late += not held.ticket.done.is_set()
+            self.cache.counters.late += not self.transfer.arrived(held.ticket)
             self.awaited.append(Arrival(expert, load, held.scratch_row, held.ticket))
             return
         self.awaited.append(Arrival(expert, load, scratch_row, self._read(expert, load, scratch_row, demanded)))
@@ -121,7 +121,8 @@ class Arrivals:
             self.awaited.popleft()
             if arrival.load is not None:
                 if arrival.scratch_row >= 0:
-                    self.slots.bytes[arrival.load.slot].copy_(self.scratch_rows.bytes[arrival.scratch_row])
+                    row = self.scratch_rows.bytes[arrival.scratch_row]
+                    self.slots.unversioned[arrival.load.slot].copy_(row)
                 self.cache.commit(arrival.load, nbytes, demanded)
             else:
                 self.cache.count_miss(nbytes)
@@ -201,7 +202,7 @@ class Arrivals:
             load, ticket = arrival.load, arrival.ticket
             if load is None:
                 raise AssertionError("a guess has a slot")
-            done = ticket.done.is_set()
+            done = self.transfer.arrived(ticket)
             if done and ticket.error is None:
                 if e not in used:
                     del self.guessed[e]
@@ -218,14 +219,14 @@ class Arrivals:
 
     def _waited(self, begun_s: float, rows: int) -> None:
         ended_s = time.perf_counter()
-        self.cache.counters.stall_s += ended_s - begun_s
+        self.cache.counters.stall_s += ended_s - begun_s + self.transfer.stalled_s(self.moe.index)
         if self.transfer.timeline is not None:
             self.transfer.timeline.wait(self.moe.index, rows, begun_s, ended_s)
 
     def _read(self, expert: int, load: Load | None, scratch_row: int, demanded: bool) -> Ticket:
         rows, i = (self.slots, load.slot) if load is not None else (self.scratch_rows, scratch_row)
         if self.poison:
-            rows.bytes[i].fill_(POISON)
+            rows.unversioned[i].fill_(POISON)
         return self.transfer.start(self.store, self.moe.index, expert, rows.rows[i], demanded)
 
     def _refuse_infinite(self, arrival: Arrival) -> None:
@@ -241,4 +242,4 @@ class Arrivals:
 
     def _poison(self, load: Load) -> None:
         if self.poison:
-            self.slots.bytes[load.slot].fill_(POISON)
+            self.slots.unversioned[load.slot].fill_(POISON)

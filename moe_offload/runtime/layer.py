@@ -101,9 +101,9 @@ class LayerRuntime:
         self.arrivals.transfer.refuse_capture(self.moe.name)
         if self.device_cache is not None:  # else this layer is the host's, and those of the device are not touched
             self._hand_back()
-        ids, used = self._event(ids_P)
         cache, arrivals = self.cache, self.arrivals
         try:
+            ids, used = self._event(ids_P)
             loads = cache.lookup(used, self.moe.tokens_of(len(ids)))
             arrivals.claim_guesses(used)
             arrivals.start(loads)
@@ -130,11 +130,11 @@ class LayerRuntime:
     def stream(self, x_P: Tensor, ids_P: Tensor, core: RunCore, others: Sequence[Tensor] = ()) -> Tensor:
         self.arrivals.transfer.refuse_capture(self.moe.name)
         self._hand_back()  # all layers: while this one computes, rows of the next are read ahead
-        ids, used = self._event(ids_P)
-        cache, arrivals = self.cache, self.arrivals
-        ids_P, pairs, runs_ahead = ids_P.reshape(-1), ids_P.numel(), arrivals.transfer.runs_ahead
-        tokens, here, without_slot = self.moe.tokens_of(pairs), sum(used.values()), list[int]()
+        cache, arrivals, runs_ahead = self.cache, self.arrivals, self.arrivals.transfer.runs_ahead
+        ids_P, pairs, tokens = ids_P.reshape(-1), ids_P.numel(), self.moe.tokens_of(ids_P.numel())
         try:
+            ids, used = self._event(ids_P)
+            here, without_slot = sum(used.values()), list[int]()
             if cache.fits(here):
                 loads = cache.lookup(used, tokens)
             else:

@@ -147,7 +147,7 @@ class CacheMachine(RuleBasedStateMachine):
             assert self.cache.counters.events == self.events
 
 
-CacheMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=25, deadline=None)
+CacheMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=25)
 test_cache_machine = CacheMachine.TestCase
 
 

@@ -1,17 +1,15 @@
-"""What every policy promises, checked on every entry of POLICIES; DecayedLFU and Successors against their formulas."""
+"""What every policy promises, checked on every entry of POLICIES."""
 
 from __future__ import annotations
 
-import math
 import subprocess
 import sys
-from itertools import pairwise
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from moe_offload.cache import POLICIES, DecayedLFU, Successors, successors
+from moe_offload.cache import POLICIES
 from tests.paths import ROOT
 
 E = 8
@@ -74,6 +72,37 @@ def test_asking_for_a_victim_changes_nothing(make, history, candidates):
     assert order(asked) == order(not_asked)
 
 
+class Cut:
+    """KeyboardInterrupt at the `at`th line that runs, counted from 1."""
+
+    def __init__(self, at):
+        self.left = at
+
+    def __call__(self, frame, event, _):
+        if event == "line":
+            self.left -= 1
+            if self.left == 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return self
+
+
+@every_policy
+def test_ctrl_c_in_an_access_leaves_it_working(make):
+    """Counts that were raised and their sum, which was not, drifted apart, until they no longer fitted a byte."""
+    policy, used, before = make(E, 32.0), once([0, 1, 2]), sys.gettrace()
+    for turn in range(900):
+        sys.settrace(Cut(turn % 60 + 1))
+        try:
+            policy.access(used, 1)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+        policy.access(used, 1)
+        assert sorted(order(policy)) == list(range(E))
+
+
 @every_policy
 @given(prior=counts)
 def test_a_higher_count_in_the_profile_gives_way_later(make, prior):
@@ -104,118 +133,7 @@ def test_what_was_just_used_outlives_what_never_was(make, history, used):
     assert policy.victims([*used, *never], 1)[0] in never
 
 
-# The scores of DecayedLFU.
-
-
-def reference(history, half_life):
-    """The definition, with nothing clever: every score is multiplied at every event."""
-    scores = [0.0] * E
-    for used, tokens in history:
-        scores = [score * 2.0 ** (-tokens / half_life) for score in scores]
-        left = sum(2.0 ** (-t / half_life) for t in range(tokens)) / tokens  # of uses spread over the tokens
-        for e, uses in used.items():
-            scores[e] += uses * left
-    return scores
-
-
-@given(history=events, half_life=half_lives)
-def test_scores_are_those_of_the_definition(history, half_life):
-    policy = after(DecayedLFU, history, half_life)
-    for got, want in zip(map(policy.score, range(E)), reference(history, half_life), strict=True):
-        assert math.isclose(got, want, rel_tol=1e-6, abs_tol=1e-9)
-
-
-@given(history=events, half_life=half_lives)
-def test_the_victim_has_the_smallest_score(history, half_life):
-    scores = reference(history, half_life)
-    victim = after(DecayedLFU, history, half_life).victims(range(E), 1)[0]
-    assert scores[victim] <= min(scores) * (1 + 1e-6) + 1e-9
-
-
-@settings(deadline=None)
-@given(prior=counts.filter(any), half_life=st.floats(1.0, 1e5))
-def test_a_seeded_score_is_in_proportion_to_its_count(prior, half_life):
-    policy = after(DecayedLFU, [], half_life, prior)
-    total, got = sum(prior), [policy.score(e) for e in range(E)]
-    for score, count in zip(got, prior, strict=True):
-        assert math.isclose(score / sum(got), count / total, rel_tol=1e-6)
-
-
-@pytest.mark.parametrize("half_life", [1e7, 32.0, 1e-3, 1e-9])
-def test_scores_stay_finite_for_ten_million_tokens(half_life):
-    policy = DecayedLFU(E, half_life)
-    policy.seed([1000, *[0] * (E - 1)])
-    for step in range(10_000):
-        policy.access({step % (E - 1): 1}, 1000)
-    assert all(math.isfinite(policy.score(e)) for e in range(E))
-    assert all(map(math.isfinite, [*policy.rate.used, policy.rate.unit]))
-    assert policy.victims(range(E), 1) == [E - 1]  # the one that was never used
-    if half_life < 1:  # hardly any memory: least recently used
-        assert policy.victims(range(E - 1), 1) == [10_000 % (E - 1)]
-
-
-# The scores of Successors.
-
-
-class PlainSuccessors:
-    """The definition: every rate is multiplied at every event."""
-
-    def __init__(self):
-        self.fast, self.slow = [0.0] * E, [0.0] * E
-        self.by, self.followed, self.sets = [[0] * E for _ in range(E)], [0] * E, []
-
-    def access(self, used, tokens):
-        for rates, half_life in ((self.fast, successors.FAST), (self.slow, successors.SLOW)):
-            for e in range(E):
-                left = sum(2 ** (-t / half_life) for t in range(tokens)) / tokens  # of uses spread over the tokens
-                fresh = used.get(e, 0) * left * (1 - 2 ** (-1 / half_life))
-                rates[e] = rates[e] * 2 ** (-tokens / half_life) + fresh
-        back = (len(self.sets) + 1) % 2 + 1  # in turns for the set before, and the set before that
-        for f in self.sets[-back] if back <= len(self.sets) else []:
-            self.followed[f] += 1
-            for e in used:
-                self.by[f][e] += 1
-            if self.followed[f] == 255:
-                self.followed[f], self.by[f] = 127, [count // 2 for count in self.by[f]]
-        self.sets.append(used)
-
-    def score(self, e):
-        current = self.sets[-1]
-        follows = sum(self.by[f][e] / (self.followed[f] + successors.DOUBT) for f in current) / len(current)
-        return self.fast[e] + self.slow[e] + successors.WEIGHT * follows
-
-
-@given(history=events.filter(bool), again=st.integers(1, 40))
-@settings(deadline=None)
-def test_victims_have_the_smallest_scores(history, again):
-    policy, plain = Successors(E), PlainSuccessors()
-    for used, tokens in history * again:
-        policy.access(used, tokens)
-        plain.access(used, tokens)
-    scores = [plain.score(e) for e in policy.victims(range(E), E)]
-    assert all(a <= b + 1e-6 for a, b in pairwise(scores))
-
-
-def test_rates_stay_finite_for_ten_million_tokens():
-    policy = Successors(E)
-    policy.seed([1.0, *[0.0] * (E - 1)])
-    for step in range(20_000):
-        policy.access({step % (E - 1): 1}, 1000 if step % 2 else 1)
-    for rate in (policy.fast, policy.slow):
-        assert all(map(math.isfinite, [*rate.used, rate.unit]))
-    assert policy.victims(range(E), 1) == [E - 1]
-
-
 def test_policies_need_no_torch():
     program = "import sys, moe_offload.cache, moe_offload.cache.layer_cache; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-
-
-def test_a_prompt_says_nothing_of_what_follows_what():
-    """Nor does what was used before it: the event after a prompt is no successor of one that came before."""
-    policy = Successors(64)
-    policy.access({0: 1}, 1)
-    policy.access(dict.fromkeys(range(successors.LARGEST_CONTEXT + 1), 1), 9)
-    policy.access({1: 1}, 1)
-    assert policy.followed == [0] * 64

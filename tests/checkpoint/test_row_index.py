@@ -321,7 +321,7 @@ def test_truncated_shard_is_named(size: int, tmp_path: Path) -> None:
         read_headers([file])
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(at=st.integers(0, 400), value=st.integers(0, 255), cut=st.integers(0, 3))
 def test_mutated_header_is_refused_or_stays_inside_the_file(at: int, value: int, cut: int, tmp_path: Path) -> None:
     file = tmp_path / "m.safetensors"

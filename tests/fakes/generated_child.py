@@ -26,8 +26,8 @@ def main(family):
             return gm.forward
 
         patch.setattr(compiling, "run_graph", inner)
+        patch.setattr(compiling, "is_on_gpu", lambda bank_SN: True)
         plain = resident(family, layers=2)
-        plain.set_attn_implementation("eager")
         device = replace(SETTINGS, decide="device", poison=False, dynamic=None)
         model = offload(plain, 0.5, config=device, device_map="cpu", profile="off")
         model.generate(IDS, max_new_tokens=3, do_sample=False, pad_token_id=0, cache_implementation="static")

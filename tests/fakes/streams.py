@@ -41,11 +41,17 @@ class InstantStreams:
     def drain(self):
         pass
 
-    mark = drain
+    mark = moment = drain
 
-    def copy(self, target, source, after):
+    def copy(self, target, source, after, background=False):
         target.copy_(source)
         return True
+
+    def ended(self, event):
+        return True
+
+    def seconds(self, begin, end):
+        return 0.0
 
     def send(self, values):
         return values.clone()
@@ -59,7 +65,7 @@ class InstantStreams:
 
 class SlowStreams:
     def __init__(self, delay_s=SLOW_S):
-        self.compute, self.beside, self.delay_s = Lane(), Lane(), delay_s
+        self.compute, self.beside, self.behind, self.delay_s = Lane(), Lane(), Lane(), delay_s
         self.is_current, self.captures = False, False
 
     def pin(self, buffer):
@@ -77,18 +83,19 @@ class SlowStreams:
         return self.captures
 
     def drain(self):
-        self.finish(self.beside.launch(lambda: None))
+        for lane in (self.beside, self.behind):
+            self.finish(lane.launch(lambda: None))
 
     def mark(self):
         return self.compute.launch(lambda: None)
 
-    def copy(self, target, source, after):
+    def copy(self, target, source, after, background=False):
         def kernel():
             after.wait(120)
             time.sleep(self.delay_s)
             target.copy_(source)
 
-        return self.beside.launch(kernel)
+        return (self.behind if background else self.beside).launch(kernel)
 
     def send(self, values):
         return values.clone()
@@ -98,6 +105,20 @@ class SlowStreams:
 
     def finish(self, event):
         assert event.wait(120)
+
+    def ended(self, event):
+        return event.is_set()
+
+    def moment(self):
+        moment = [None]
+
+        def kernel():
+            moment[0] = time.perf_counter()
+
+        return moment, self.compute.launch(kernel)
+
+    def seconds(self, begin, end):
+        return end[0][0] - begin[0][0] if end[1].is_set() else None
 
 
 class HostStreams(SlowStreams):

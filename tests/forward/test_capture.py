@@ -78,6 +78,26 @@ def test_a_capture_around_a_model_that_never_ran_is_refused_before_anything_is_c
     model.moe_offload.close()
 
 
+@pytest.mark.parametrize("message", ["Cannot call CUDAGeneratorImpl::current_seed during CUDA graph capture", "else"])
+def test_an_error_of_torch_that_a_capture_is_the_reason_of_is_ours(streams, monkeypatch, message):
+    """A prompt, within a capture, on a model that has decoded: it is compiled, and torch raises before ours can."""
+    model = decided()
+    past = after_the_prompt(model)
+    model(STEP, past_key_values=past)
+
+    def compile(*_):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(model._compiled_call_impl, "run", compile)
+    streams.captures = True
+    with pytest.raises(RuntimeError, match=r"layers\.0.*captured" if "capture" in message else "^else$") as raised:
+        model(IDS)
+    assert isinstance(raised.value, OffloadError) == ("capture" in message)
+    streams.captures = False
+    monkeypatch.undo()
+    model.moe_offload.close()
+
+
 def test_a_capture_around_what_the_passes_did_not_see_is_refused(streams):
     model = decided()
     streams.captures = True
@@ -128,7 +148,7 @@ def test_kernels_and_copies_are_launched_while_the_device_is_current(streams, mo
 
 def test_the_streams_of_a_gpu_make_it_current(monkeypatch):
     entered = []
-    monkeypatch.setattr("torch.cuda.Stream", lambda device: SimpleNamespace(synchronize=lambda: None))
+    monkeypatch.setattr("torch.cuda.Stream", lambda device, priority=0: SimpleNamespace(synchronize=lambda: None))
     monkeypatch.setattr("torch.cuda.device", lambda device: entered.append(str(device)) or torch.no_grad())
     monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: True)
     monkeypatch.setattr("torch.cuda.cudart", lambda: SimpleNamespace(cudaHostRegister=lambda *_: 0))

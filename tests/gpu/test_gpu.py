@@ -253,8 +253,7 @@ def test_what_was_pinned_is_given_back():
     for _ in range(3):
         model = offloaded("qwen3_moe", DEVICE)
         rows = model.moe_offload._runtime.layers[0].store.rows_EN(0)
-        # Not `is_pinned`, which asks about the storage: that begins before the page that the rows begin at.
-        assert pinned.device_address(rows.data_ptr()) == rows.data_ptr()
+        assert rows.is_pinned() and pinned.device_address(rows.data_ptr()) == rows.data_ptr()
         model.moe_offload.close()
         assert pinned.device_address(rows.data_ptr()) is None
     fresh = page_aligned(2 * 4096).view(2, -1).zero_()

@@ -21,6 +21,7 @@ from tests.paths import ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks" / "README.md"])
 LONGEST_README = 120
+LAUNCHERS = {"torchrun", "accelerate"}
 
 
 class Block(NamedTuple):
@@ -52,6 +53,10 @@ def refuse_unknown(command: list[str]) -> None:
     while command and re.fullmatch(r"[A-Z_]+=\S*", command[0]):
         command = command[1:]
     program, *arguments = command
+    if program in LAUNCHERS:  # torchrun ... -m moe_offload COMMAND
+        words = arguments.index("-m")
+        assert arguments[words + 1] == "moe_offload", f"{arguments[words + 1]} is not known here"
+        program, arguments = "moe-offload", arguments[words + 2 :]
     if program == "moe-offload":
         found = typer.main.get_command(app)
         context = found.make_context("moe-offload", list(arguments))
@@ -95,6 +100,8 @@ def test_commands_exist(page):
         "python examples/nothing.py",
         "pip install -e .[fly]",
         "fly MODEL",
+        "torchrun --nproc-per-node 2 -m moe_offload fly MODEL",
+        "torchrun --nproc-per-node 2 -m fly MODEL",
     ],
 )
 def test_a_command_that_does_not_exist_is_found(command):

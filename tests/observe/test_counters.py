@@ -42,7 +42,7 @@ from moe_offload.apps.report.collect import collect_run
 from moe_offload.apps.report.run_record import RunRecord
 from moe_offload.cache.counters import LayerCounters
 from moe_offload.observe.live.snapshot import Snapshot
-from moe_offload.runtime.kernels.state import DeviceState
+from moe_offload.runtime.kernels.state_block import StateBlock
 from tests.fakes.offloaded import offloaded, say
 
 model = offloaded(layers=2)
@@ -64,7 +64,7 @@ run = collect_run(handle, model="m")
 assert run.forwards[-1].weighed == 6 and run.layers[0].weighed == 3
 assert RunRecord.model_validate_json(run.model_dump_json()) == run
 known = LayerCounters(weighed=3, counts=[0] * 4)
-assert DeviceState.empty(4, 2, "cpu").counters(known, 2, 10).weighed == 3
+assert StateBlock([(4, 2)], "cpu").states[0].counters(known, 2, 10).weighed == 3
 print("everywhere")
 """
 

@@ -292,7 +292,7 @@ def test_truncation_at_every_byte(path):
         refused(path)
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=st.lists(st.tuples(st.integers(0, 10**4), st.integers(0, 255)), min_size=1, max_size=8))
 def test_flipped_bits(path, changes):
     """Any damage is refused, or leaves a file that is a consistent profile: nothing else comes out of `load`."""
@@ -310,7 +310,7 @@ def test_flipped_bits(path, changes):
     assert all(sum(layer) <= profile.tokens * k for layer, k in zip(profile.counts, of.top_k, strict=True))
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.binary(max_size=200))
 def test_random_bytes(path, data):
     path.write_bytes(data)

@@ -160,7 +160,7 @@ def test_what_is_no_file(path, tmp_path):
     refused(path, "not a regular file")
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=st.lists(st.tuples(st.integers(0, 10**4), st.integers(1, 255)), min_size=1, max_size=4))
 def test_damage_is_refused_or_harmless(path, changes):
     trace().save(path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.fx import Graph, GraphModule
@@ -89,3 +91,51 @@ def test_cores_that_take_a_number_and_a_tensor_there_are_not_one():
     """Their code is the same: what is a number is said beside it."""
     (one, _), (other, _) = make_core(True, True), make_core(True, True, scalars=(0,))
     assert one.key != other.key and one.key == make_core(True, True)[0].key
+
+
+def graph_of(function) -> GraphModule:
+    graph = Graph()
+    graph.output(graph.call_function(function, (graph.placeholder("x"),)))
+    return GraphModule(torch.nn.Module(), graph)
+
+
+def functions_of_one_name():
+    """Two, that the code of a graph calls by the same name."""
+
+    def made():
+        def function(x):
+            return x
+
+        return function
+
+    return made(), made()
+
+
+ONE, OTHER = functions_of_one_name()
+CHANGES = {
+    "another graph": {"part": graph_of(torch.neg)},
+    "another function of that name": {"part": graph_of(OTHER)},
+    "groups": {"grouped": False},
+    "weights": {"fields": ("bias",)},
+    "numbers": {"scalars": (0,)},
+    "pairs that depend on others": {"pairs_independent": False},
+    "places in a row": {"bank": Bank((FakeField("weight", (1,), torch.float32, 4, 4),), 4, torch.float32)},
+    "type of a bank": {"bank": Bank(BANK.fields, 4, torch.bfloat16)},
+    "what compiles it": {"compiler": lambda gm: gm.forward},
+    "products of few pairs": {"few_pairs": 4},
+}
+
+
+@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
+def test_layers_share_a_core_only_if_all_that_it_runs_is_the_same(changes):
+    core = replace(make_core(True, True)[0], part=graph_of(ONE))
+    assert replace(core, whole=core.whole).key == core.key != replace(core, **changes).key
+
+
+@pytest.mark.parametrize(("pairs", "which"), [(4, "few"), (5, "few"), (6, "all")])
+def test_up_to_so_many_pairs_are_few(pairs, which):
+    core, called = replace(make_core(True, True)[0], few_pairs=5), []
+    core.run_whole = core.run_part = lambda x_P, *others: called.append("all") or x_P
+    core.run_few = (lambda x_P, *others: called.append("few") or x_P, None)
+    core(torch.zeros(pairs, 1), torch.zeros(pairs, dtype=torch.int64), BANK_SN, ())
+    assert called == [which]

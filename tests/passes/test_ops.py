@@ -33,6 +33,21 @@ def bank():
     ops.unbind(bank)
 
 
+def test_memory_that_was_given_back_leads_to_no_layer():
+    """The next tensor there may be another layer's bank, or a copy that a compiler has made."""
+    memory = torch.zeros(4, 8)
+    bank = memory.view(4, 8)
+    ops.bind(bank, Layer())
+    ids = torch.arange(3)
+    assert ops.place(ids, memory).tolist() == [0, 1, 2], "the same memory, whoever asks"
+    del bank
+    with pytest.raises(RuntimeError, match="nothing is bound to"):
+        ops.place(ids, memory)
+    with pytest.raises(RuntimeError, match="copied"):
+        ops.place(ids, memory.clone())
+    ops.unbind(memory)
+
+
 def looks(x):
     return x.dtype, tuple(x.shape), x.stride()
 

@@ -14,6 +14,7 @@ from moe_offload.plan.budget import budget_for
 from moe_offload.plan.weights import (
     CUBLAS_BYTES,
     CUDA_BLOCK_BYTES,
+    GRAPHS_BYTES,
     dense_bytes,
     dense_bytes_on,
     layer_shapes,
@@ -84,7 +85,7 @@ def test_two_devices_each_have_a_plan_and_a_bank_a_layer(model, moe_layers, devi
     for device, size in (("cuda:0", budget), ("cuda:1", budget - 1)):
         plan = found.plans[device]
         assert plan.budget_bytes == size and len(plan.slots) == 2 and plan.unused_bytes >= 0
-        assert plan.costs.library_bytes == CUBLAS_BYTES + 2 * CUDA_BLOCK_BYTES
+        assert plan.costs.library_bytes == CUBLAS_BYTES + GRAPHS_BYTES + 2 * CUDA_BLOCK_BYTES
     assert found.slots == found.plans["cuda:0"].slots + found.plans["cuda:1"].slots
     assert sum(plan.costs.dense_bytes for plan in found.plans.values()) == dense_bytes(model, moe_layers)
     with pytest.raises(ConfigError, match="plan of its own"):
@@ -95,7 +96,7 @@ def test_experts_beside_the_device_that_computes(model, moe_layers):
     budget = budget_of(model, moe_layers, device="cuda:0")
     found = arranged(model, moe_layers, device_map={"": 0, EXPERTS: "cpu"}, max_memory={0: budget})
     assert found.tiers == ["host"] * L and list(found.plans) == ["cuda:0"]
-    assert found.plan.costs.library_bytes == CUBLAS_BYTES + L * CUDA_BLOCK_BYTES
+    assert found.plan.costs.library_bytes == CUBLAS_BYTES + GRAPHS_BYTES + L * CUDA_BLOCK_BYTES
     assert found.plan.slots == arranged(model, moe_layers, budget=budget_of(model, moe_layers)).slots, (
         "which is no expert's room"
     )

@@ -9,6 +9,7 @@ from moe_offload.plan.weights import layer_shapes, sum_costs
 from moe_offload.ranks.join import config_of_ranks, form_ranks
 
 ONE, THREE = torch.arange(3, 15).view(1, -1), torch.arange(3, 33).view(3, -1)
+TEXT = "The ls command lists"
 CONFIG = {"poison": True, "kv_tokens": 64, "wave_rows": 1, "rank_timeout": 60.0, "profile": "off"}
 
 
@@ -75,3 +76,65 @@ def says_what_transformers_says(rank, world, folder, implementation, exchange, r
             )
             model.moe_offload.close()
     return found
+
+
+def agrees_and_tries_again(rank, world, folder):
+    """Rank 1 has too small a budget: both refuse, and both load the model afterwards. With `optimize` as well."""
+    how = config_of_ranks(world)
+    small, enough = ("100KB" if rank == 1 else "50MB"), "50MB"
+    errors = []
+    for again in (False, True):
+        try:
+            model = moe_offload.from_pretrained(
+                folder, enough if again else small, config=settings(), distributed_config=how
+            )
+        except moe_offload.OffloadError as error:
+            errors.append(f"{type(error).__name__}: {error}")
+    text = model.generate(ONE, max_new_tokens=4, do_sample=False, pad_token_id=0).tolist()
+    model.moe_offload.close()
+    loaded = plain(folder, world)
+    try:
+        moe_offload.optimize(loaded, small, config=settings())
+    except moe_offload.OffloadError as error:
+        errors.append(f"{type(error).__name__}: {error}")
+    moe_offload.optimize(loaded, enough, config=settings())
+    again = loaded.generate(ONE, max_new_tokens=4, do_sample=False, pad_token_id=0).tolist()
+    return errors, text == again
+
+
+def answers_as_one_process(rank, world, requests):
+    """What rank 0 answers to requests, as `serve` does; the others follow. The text of each, and how many followed."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    from moe_offload.apps.serving.generation import Sampling
+    from moe_offload.apps.serving.in_step import Leader, follow
+    from tests.paths import MODEL_NAME
+
+    model = moe_offload.from_pretrained(
+        MODEL_NAME, "8MB", config=settings(kv_tokens=128), distributed_config=config_of_ranks(world)
+    )
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_NAME)
+    if rank:
+        follow(model, tokenizer, lambda: None)
+        return model.moe_offload.stats().tokens
+    leader, texts = Leader(model.moe_offload.ranks), []
+    for asked in requests:
+        pieces, most = [], asked.pop("gone_after", 10**6)
+        config = GenerationConfig(**asked.pop("config"), pad_token_id=0)
+        biases = {int(token): bias for token, bias in asked.pop("logit_bias", {}).items()}
+        sampling = Sampling(config, tuple(asked.pop("stop", ())), asked.pop("seed", None), logit_bias=biases, **asked)
+        try:
+            leader.generate(
+                model,
+                tokenizer,
+                tokenizer(TEXT)["input_ids"],
+                sampling,
+                lambda: None,
+                pieces.append,
+                lambda pieces=pieces, most=most: len(pieces) >= most,
+            )
+            texts.append("".join(piece.text for piece in pieces))
+        except ValueError as error:
+            texts.append(f"{type(error).__name__}")
+    leader.end(None)
+    return texts, model.moe_offload.stats().tokens

@@ -205,7 +205,7 @@ def test_what_the_device_refused_is_told_once(monkeypatch):
     model = decided()
     say(model)
     caches = model.moe_offload._runtime.device_caches
-    caches._totals_L4[0, REFUSED] = 3
+    caches._block.totals_L4[0, REFUSED] = 3
     with pytest.raises(RoutingError, match="asked 3 times"):
         caches.check_ids()
     caches.take_over([model.moe_offload._runtime.layers[0].moe.top_k])

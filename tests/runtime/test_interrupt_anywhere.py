@@ -223,3 +223,44 @@ def test_while_what_is_claimed_waits_for_what_is_dropped(runtime, monkeypatch):
     assert ticket.done.is_set()
     monkeypatch.undo()
     after(runtime)
+
+
+def test_between_what_is_claimed_and_what_is_looked_up(runtime, monkeypatch):
+    """The first event after it may be another layer's, which streams through scratch that was still being written."""
+    first, second = runtime.layers
+    first.store.late_s = dict.fromkeys(range(E), 0.05)
+    prefill(first, long_prompt())
+    tickets = [held.ticket for held in second.arrivals.scratch.ahead.values()]
+    assert tickets and not all(ticket.done.is_set() for ticket in tickets)
+    real = second._event
+
+    def event(ids_P):
+        real(ids_P)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(second, "_event", event)
+    for step in (prefill, decode):
+        with pytest.raises(KeyboardInterrupt):
+            step(second, [0, 1] if step is decode else long_prompt())
+        assert all(ticket.done.is_set() for ticket in tickets) and not second.arrivals.under_way
+    monkeypatch.undo()
+    after(runtime)
+
+
+@pytest.mark.parametrize("left", ["claimed", "without a slot", "in a slot"])
+def test_an_event_begins_with_nothing_on_its_way(runtime, left):
+    """Whatever an earlier one has left that was interrupted before anybody could take it back."""
+    first, second = runtime.layers
+    first.store.late_s = dict.fromkeys(range(E), 0.05)
+    if left == "claimed":
+        prefill(first, long_prompt())
+        second.arrivals.begin(range(E))
+        tickets = [held.ticket for held in second.arrivals.held.values()]
+    else:
+        load = second.cache.lookup({7: 1})[0] if left == "in a slot" else None
+        second.arrivals.send(7, load, 0 if load is None else -1)
+        tickets = [arrival.ticket for arrival in second.arrivals.awaited]
+    assert tickets and not all(ticket.done.is_set() for ticket in tickets)
+    second.arrivals.begin([0])
+    assert all(ticket.done.is_set() for ticket in tickets) and not second.arrivals.under_way
+    after(runtime)

@@ -105,7 +105,7 @@ def test_an_id_that_is_no_expert_s_is_named():
 
 
 class FarStreams(InstantStreams):
-    def copy(self, target, source, after):
+    def copy(self, target, source, after, background=False):
         target.near.copy_(source)
         return True
 
@@ -186,12 +186,29 @@ class Clock:
     def mark(self):
         return self.compute_s
 
-    def copy(self, target, source, after):
+    def copy(self, target, source, after, background=False):
+        if background:  # launched and waited for by a thread of its own
+            return self._copy_behind(target, source, after)
         self.host_s += self.machine.copy_launch_s
         self.link_s = max(self.link_s, after, self.host_s) + self.machine.row_s
         self.copies += 1
         target.copy_(source)
         return self.link_s
+
+    def _copy_behind(self, target, source, after):
+        self.link_s = max(self.link_s, after, self.host_s) + self.machine.row_s
+        self.copies += 1
+        target.copy_(source)
+        return Behind(self.link_s)
+
+    def ended(self, event):
+        return event <= self.host_s
+
+    def moment(self):
+        return self.compute_s
+
+    def seconds(self, begin, end):
+        return end - begin
 
     def send(self, values):
         return values.clone()
@@ -206,12 +223,29 @@ class Clock:
         self.compute_s = max(self.compute_s, event)
 
     def finish(self, event):
-        self.host_s = max(self.host_s, event)
+        if not isinstance(event, Behind):
+            self.host_s = max(self.host_s, event)
 
     def kernel(self, duration_s, launch_s):
         self.host_s += launch_s
         self.compute_s = max(self.compute_s, self.host_s) + duration_s
         self.busy_s += duration_s
+
+
+class Behind(float):
+    """The end of a copy that a thread of its own waits for, and not the host."""
+
+
+class AtOnce(DeviceTransfer):
+    """What its threads would do happens when it is asked for: this clock has one thread, and one link in order."""
+
+    _last_demanded = property(lambda self: None, lambda self, copied: None)
+
+    def _queue(self, ticket):
+        while ticket.queued:
+            ticket.queued.popleft()()
+        ticket.nbytes, ticket.unfinished = ticket.finish(), 0
+        self._ended(ticket)
 
 
 QWEN = 9_437_184  # bytes of a row
@@ -225,7 +259,7 @@ def share_of_the_bound(machine, scratch_rows, layers=8, experts=128, slots=32, p
     layout = RowLayout.of({"w": torch.zeros(experts, 4)})
     rows = torch.arange(experts).view(-1, 1).expand(experts, layout.row_bytes // 4).float().contiguous()
     store, clock = HostStore([rows.view(torch.uint8)] * layers), Clock(machine)
-    transfer = DeviceTransfer(clock)
+    transfer = AtOnce(clock)
     scratch = Scratch(torch.zeros(scratch_rows * layout.row_bytes, dtype=torch.uint8), transfer)
     made = [
         LayerRuntime(

@@ -80,6 +80,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"path_or_id": "hollow.gguf"}, "CheckpointError", "GGUF"),
     ({"path_or_id": "qwen3:30b"}, "CheckpointError", "no Hub repository can have it"),
     ({"path_or_id": "nobody/nothing"}, "CheckpointError", "nobody/nothing"),
+    ({"path_or_id": ""}, "CheckpointError", "the path of the checkpoint is empty"),
     ({"path_or_id": 3}, "CheckpointError", "found int"),
     ({"path_or_id": None}, "CheckpointError", "found NoneType"),
     ({"path_or_id": "truncated"}, "CheckpointError", "model.safetensors"),
@@ -106,6 +107,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"load_in_4bit": True}, "UnsupportedModelError", "load_in_4bit"),
     ({"attn_implementation": "flash_attention_2"}, "ConfigError", "flash_attention_2"),
     ({"use_safetensors": False}, "ConfigError", "pickle"),
+    ({"trust_remote_code": "no"}, "ConfigError", "trust_remote_code='no' is neither True nor False"),
     ({"nosuch_argument": 1}, "ConfigError", "nosuch_argument"),
     ({"num_experts_per_tok": 99}, "BudgetError", "below the floor"),
 ]
@@ -142,6 +144,7 @@ def test_files_that_are_none_are_named(folder):
         lambda: moe_offload.pack_checkpoint(MODEL, folder),
         lambda: moe_offload.make_plan(MODEL, "10"),
         lambda: moe_offload.forecast(MODEL, "banana"),
+        lambda: moe_offload.forecast(MODEL, "8MB", trust_remote_code="no"),
     ):
         with pytest.raises(OffloadError) as error:
             use()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ...config.launched import is_first
 from ...config.settings import OffloadConfig
 from ...config.sizes import parse_size
 from ...errors import BudgetError, ConfigError
@@ -25,9 +28,12 @@ from ..options.flags import (
     ProfileIn,
     TrustRemoteCode,
 )
+from ..options.numbers import whole
+from .plan_ranks import NoPlanError, RankPlans, budgets_of_ranks, plan_ranks, world_to_plan
 
 if TYPE_CHECKING:
     from ...checkpoint.outline import Outline
+    from ...plan.forecast import Forecast
 
 
 def plan(
@@ -42,33 +48,56 @@ def plan(
     explain: Annotated[
         bool, typer.Option("--explain", help="Add which rule puts what where, and what is not offloaded and why.")
     ] = False,
+    ranks: Annotated[
+        int | None,
+        typer.Option(
+            "--ranks", help="Processes that share the experts (docs/several-machines.md): what each holds.", **whole(1)
+        ),
+    ] = None,
     config_file: ConfigFile = None,
     as_json: Json = False,
 ) -> None:
     """What fits where, and the smallest budget that works. Reads headers only.
 
     Devices need not be there: --device-map '{"": 0}' --max-memory '{0: 8GB, cpu: 60GiB}' plans for a GPU.
+    With --ranks N a budget by commas is one for each of them.
     Exit code 3 if it does not fit; --json then prints the smallest budget that would.
     """
-    wanted = settings_of_flags(
-        config_file, budget=budget, device_map=device_map, max_memory=max_memory, profile=profile, kv_tokens=context
-    )
+    world = world_to_plan(ranks)
+    wanted = [
+        settings_of_flags(
+            config_file, budget=one, device_map=device_map, max_memory=max_memory, profile=profile, kv_tokens=context
+        )
+        for one in budgets_of_ranks(budget, world)
+    ]
     check_model(model, weights=False)
-    from ...plan.forecast import of_outline, read_outline
+    if not is_first():
+        return
+    from ...plan.forecast import read_outline
 
-    outline = read_outline(model, dtype, trust_remote_code)
+    read, without = partial(read_outline, model, dtype, trust_remote_code), partial(_what_would_fit, model)
     try:
-        found = of_outline(outline, wanted)
-    except BudgetError as error:
+        found = plan_ranks(read, wanted, without) if world > 1 else _plan_alone(read(), wanted[0], without)
+    except NoPlanError as none:
         if not as_json:
-            raise
-        typer.echo(json.dumps({**_what_would_fit(model, outline, wanted), **error_json(error)}))
-        fail_with(str(error), exit_code(error))
+            raise none.error from None
+        typer.echo(json.dumps({**none.facts, **error_json(none.error)}))
+        fail_with(str(none.error), exit_code(none.error))
     if as_json:
-        facts = {"fits": True, **found.to_dict()}
-        typer.echo(json.dumps({**facts, **({"explain": found.explain()} if explain else {})}))
+        typer.echo(json.dumps({"fits": True, **found.to_dict(), **({"explain": found.explain()} if explain else {})}))
     else:
         typer.echo(f"{found}\n\n{found.explain()}" if explain else str(found))
+
+
+def _plan_alone(
+    outline: Outline, wanted: OffloadConfig, without: Callable[[Outline, OffloadConfig], dict[str, Any]]
+) -> Forecast | RankPlans:
+    from ...plan.forecast import of_outline
+
+    try:
+        return of_outline(outline, wanted)
+    except BudgetError as error:
+        raise NoPlanError(error, without(outline, wanted)) from error
 
 
 def _what_would_fit(model: str, outline: Outline, wanted: OffloadConfig) -> dict[str, Any]:

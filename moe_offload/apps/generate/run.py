@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ...cache.counters import Counters
+from ...config.launched import is_first
 from ...config.settings import DEFAULT, OffloadConfig, find_origins
 from ...config.usage import profile_path
 from ..options.checks import check_model, check_output, check_tokenizer
@@ -17,6 +19,7 @@ from ..options.ending import INTERRUPTED
 from ..options.flags import Model, SaveProfile, SaveReport, SaveTimeline, SaveTrace, System
 from ..options.groups import ModelFlags, SamplingFlags, flatten_groups
 from ..options.numbers import whole
+from .on_ranks import common_seed, lines_of_ranks, refuse_for_ranks
 from .prompt import encode_chat, encode_text, read_prompt, room_for_answer
 
 DEFAULT_PROMPT = "The "
@@ -57,10 +60,11 @@ def run(
 
     Greedy, unless --temperature, --top-p, --top-k or --seed asks for sampling. Ctrl-C ends the text and keeps it.
     """
-    text = read_prompt(prompt, file, DEFAULT_PROMPT)
     outputs = Outputs(save_profile, save_trace, save_timeline, save_report)
+    refuse_for_ranks(prompt=prompt, save_trace=save_trace, save_report=save_report)
+    text = read_prompt(prompt, file, DEFAULT_PROMPT)
     outputs.check()
-    if metrics_port is not None:
+    if metrics_port is not None and is_first():
         from ...observe.metrics import check_port
 
         check_port(metrics_port)
@@ -88,14 +92,16 @@ def run(
     with loaded.moe_offload as handle:
         new_tokens = _say_room(prompt_tokens, longest, new_tokens, planned_context(loaded, wanted))
         typer.echo(str(handle.plan), err=True)
-        if metrics_port is not None:
+        if metrics_port is not None and is_first():
             typer.echo(f"metrics: {handle.serve_metrics(metrics_port)}", err=True)
         outputs.start(handle)
         how = {**sampling.generate_kwargs(), "max_new_tokens": new_tokens}
         if prefill_chunk_size is not None:
             how["prefill_chunk_size"] = prefill_chunk_size
-        complete = write_answer(loaded, tokenizer, inputs, how, sampling.seed, skip_prompt=talks)
-        outputs.save(handle, model, wanted)
+        seed = common_seed(handle, sampling.seed, how)
+        complete = write_answer(loaded, tokenizer, inputs, how, seed, skip_prompt=talks)
+        if complete or handle.ranks is None:  # ranks that were interrupted are not in step any more
+            outputs.save(handle, model, wanted)
     if not complete:
         raise typer.Exit(INTERRUPTED)
 
@@ -121,7 +127,7 @@ def write_answer(
     if seed is not None:
         set_seed(seed)
     handle = model.moe_offload
-    before, complete = handle.stats(), True
+    before, complete = Counters.total(handle.stats_of_ranks()), True
     with Clock() as clock:
         streamer = Streamer(tokenizer, write_now, clock, skip_prompt=skip_prompt)
         try:
@@ -132,7 +138,11 @@ def write_answer(
     write_now("\n")
     if not complete:
         typer.echo("moe-offload: interrupted", err=True)
-    typer.echo(speed_line(streamer, before, handle.stats()), err=True)
+    ranks = handle.stats_of_ranks() if complete else [handle.stats()]
+    typer.echo(speed_line(streamer, before, Counters.total(ranks)), err=True)
+    if complete:
+        for line in lines_of_ranks(handle, ranks):
+            typer.echo(line, err=True)
     return complete
 
 
@@ -169,13 +179,13 @@ class Outputs:
 
     def check(self) -> None:
         """Raises ConfigError for one that cannot be written."""
-        for field in dataclasses.fields(self):
+        for field in dataclasses.fields(self) if is_first() else ():
             check_output(f"--save-{field.name}", getattr(self, field.name))
 
     def start(self, handle: Any) -> None:
         if self.trace is not None or self.report is not None:
             handle.start_trace()
-        if self.timeline is not None:
+        if self.timeline is not None and is_first():
             handle.start_timeline()
 
     def save(self, handle: Any, model: str, wanted: OffloadConfig) -> None:
@@ -189,7 +199,7 @@ class Outputs:
             yield f"profile saved to {handle.save_profile(self.profile)}"
         if self.trace is not None:
             yield f"trace saved to {handle.save_trace(self.trace)}"
-        if self.timeline is not None:
+        if self.timeline is not None and is_first():
             yield f"timeline saved to {handle.save_timeline(self.timeline)}; ui.perfetto.dev opens it"
         if self.report is not None:
             from ..report.collect import collect_run

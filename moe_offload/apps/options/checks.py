@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ...checkpoint.folder import ABSENT, INDEX, LFS_POINTER, is_folder, unknown_model_type, without_weights
+from ...checkpoint.folder import ABSENT, INDEX, LFS_POINTER, SINGLE, is_folder, unknown_model_type, without_weights
 from ...config.device_map import AUTO, TIERS, device_name, refuse_absent
 from ...config.settings import DEFAULT, OffloadConfig, find_origins, from_text, resolve_settings
 from ...config.sizes import parse_share
@@ -66,15 +66,18 @@ def check_model(model: str, *, weights: bool = True, revision: str | None = None
             f"--revision {revision}: {model} is a folder, which has no revisions; leave it out, or name a repository"
         )
     folder = Path(model)
-    _check_model_type(folder, _read_json(folder / "config.json"))
-    shards = _shards(folder)
+    said = _read_json(folder / "config.json")
+    _check_model_type(folder, said)
+    shards, listed_in = _shards(folder, said.get("transformers_weights"))
     if weights and not shards:
+        if (folder / INDEX).is_file():
+            raise CheckpointError(f"{folder / INDEX}: it lists no file that is there; download the weights")
         raise without_weights(folder, f"model.safetensors or {INDEX}")
     for file in shards:
         if file.name == ABSENT:
             continue  # a packed checkpoint: its experts lie in files of their own
         if not file.exists():
-            raise CheckpointError(f"{file}: the index lists this file, and it is not there; download it")
+            raise CheckpointError(f"{file}: {listed_in} lists this file, and it is not there; download it")
         try:
             with safe_open(file, framework="np"):
                 pass
@@ -128,14 +131,20 @@ def _is_lfs_pointer(file: Path) -> bool:
         return False
 
 
-def _shards(folder: Path) -> list[Path]:
-    """The shards that the index lists, else all there are; none where only a plan is possible."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return sorted(folder.glob("*.safetensors"))
+def _shards(folder: Path, named: Any) -> tuple[list[Path], str]:
+    """The files that will be read, in transformers' order of preference, and what lists them; none where only a plan is
+    possible. `named` is what config.json says of them."""
+    if isinstance(named, str) and named == Path(named).name and named.endswith(".safetensors"):
+        return [folder / named], "transformers_weights in config.json"
+    if named is None and (folder / SINGLE).is_file():
+        return [folder / SINGLE], ""
+    index = folder / INDEX
+    if named is not None or not index.is_file():
+        return sorted(folder.glob("*.safetensors")), ""
     listed = _read_json(index).get("weight_map")
     names = sorted(set(listed.values())) if isinstance(listed, dict) else []
-    return [folder / name for name in names if isinstance(name, str)] if any(folder.glob("*.safetensors")) else []
+    found = [folder / name for name in names if isinstance(name, str)]
+    return found if any(folder.glob("*.safetensors")) else [], "the index"
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from ...errors import (
     TraceError,
     UnsupportedModelError,
 )
+from .ranks import first_speaks, rank_prefix, refuse_ranks
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 EXIT_CODES: dict[type[OffloadError], int] = {
@@ -60,13 +61,24 @@ class Command(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with first_speaks():
+                refuse_ranks(_path_of(ctx))
+                return super().invoke(ctx)
         except OffloadError as error:
-            if ctx.params.get("as_json"):
+            if ctx.params.get("as_json") and rank_prefix() in ("", "rank 0: "):
                 typer.echo(json.dumps(error_json(error)))
             fail_with(str(error), exit_code(error))
         except KeyboardInterrupt:
             fail_with("interrupted", INTERRUPTED)
+
+
+def _path_of(context: Any) -> str:
+    """The command as it is typed after `moe-offload`: "profile record"."""
+    words: list[str] = []
+    while context.parent is not None:
+        words.insert(0, context.info_name)
+        context = context.parent
+    return " ".join(words)
 
 
 def exit_code(error: OffloadError) -> int:
@@ -81,5 +93,5 @@ def error_json(error: OffloadError) -> dict[str, Any]:
 
 def fail_with(message: str, code: int) -> NoReturn:
     """End the command: one line on standard error, however many lines the message has."""
-    typer.echo(f"moe-offload: {' '.join(message.split())}", err=True)
+    typer.echo(f"moe-offload: {rank_prefix()}{' '.join(message.split())}", err=True)
     raise typer.Exit(code)

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, get_args, get_type_hints
 
+from ...config.launched import read_launched
 from ...config.settings import OffloadConfig
 from .checks import check_devices, live_or_default, settings_of_flags
 from .flags import (
@@ -79,7 +80,14 @@ class ModelFlags:
 
     def loading(self) -> dict[str, Any]:
         """Further arguments of `from_pretrained`."""
-        asked = {} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}
+        asked: dict[str, Any] = {}
+        if self.attn_implementation is not None:
+            asked["attn_implementation"] = self.attn_implementation
+        launched = read_launched()
+        if launched is not None:
+            from ...ranks.join import config_of_ranks
+
+            asked["distributed_config"] = config_of_ranks(launched.world)
         return {"dtype": self.dtype, **self.hub(), **asked}
 
     def set_threads(self) -> None:

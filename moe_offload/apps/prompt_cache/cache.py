@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
-from transformers.generation import GenerationMode
+from transformers.generation.configuration_utils import GenerationMode
 
 from ...patch.generation.kv_kinds import why_not_continued
 from ...plan.weights import kv_bytes
@@ -168,6 +168,8 @@ def _why_off(model: Any, most_bytes: int) -> str:
         return "the budget keeps no room for a KV cache"
     if model.device.type != "cpu":
         return f"decode steps on {model.device} are recorded for KV caches of one place in memory"
+    if getattr(getattr(model, "moe_offload", None), "ranks", None) is not None:
+        return "several processes read it in step"
     if model.config.is_encoder_decoder or not model._supports_default_dynamic_cache():
         return f"{type(model).__name__} has a KV cache of its own kind"
     return why_not_continued(model, new_cache(model))

@@ -123,7 +123,7 @@ def _tensors_of(cache: Any, tokens: int) -> dict[str, Tensor] | None:
     """Keys and values of each layer; None for a cache that has something else, or another number of tokens."""
     if lengths(cache) != {tokens} or {type(layer).__name__ for layer in cache.layers} - CUTTABLE:
         return None
-    found = {}
+    found: dict[str, Tensor] = {}
     for i, layer in enumerate(cache.layers):
         if isinstance(getattr(layer, "keys", None), Tensor):
             found |= {f"{i}.keys": layer.keys.contiguous(), f"{i}.values": layer.values.contiguous()}

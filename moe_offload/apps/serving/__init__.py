@@ -5,6 +5,7 @@ server.py, connections.py  a socket, before minutes are spent on loading; start 
 app.py, guards.py          routes, and what stands before them: the key, bounds on bodies, the log
 answering.py, queue.py     a request from its body to its answer; who is answered when
 generation.py, text.py     one answer of the model, token by token; its text up to a stop string
+in_step.py                 the same answer on several ranks
 protocol/                  OpenAI's fields, answers, events and errors
 request_metrics.py         counts and latencies, for Prometheus and the log
 """

@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from ...config.usage import is_workload
 from ...plan.weights import longest_context
 from ..prompt_cache.cache import PromptCache
-from .generation import Piece, Sampling, generate_answer
+from .generation import Generate, Piece, Sampling, generate_answer
 from .guards import Bodies
 from .protocol import fields, prompts
 from .protocol.answers import DONE, Choice, Form
@@ -47,7 +47,8 @@ class Answering:
         name: what clients call the model.
         queue: where requests wait.
         context: the most tokens of a prompt and its answer, if fewer than the model's own.
-        known: keeps what was read for requests that begin with it, if that is wanted.
+        generate: what makes an answer, as `generate_answer` does.
+        known: where that keeps what was read, if it does.
     """
 
     def __init__(
@@ -57,10 +58,11 @@ class Answering:
         name: str,
         queue: Queue,
         context: int | None = None,
+        generate: Generate = generate_answer,
         known: PromptCache | None = None,
     ):
         self._model, self._tokenizer, self._name, self._queue = model, tokenizer, name, queue
-        self._known = known
+        self._generate_answer, self._known = generate, known
         bounds = [bound for bound in (context, longest_context(model)) if bound is not None]
         context = min(bounds, default=None)
         self._bounds = prompts.Bounds.of(model.config.get_text_config().vocab_size, context, tokenizer)
@@ -82,7 +84,11 @@ class Answering:
         longer = [] if chunk is None else [chunk + max(WARM_UP_TOKENS)]
         for tokens in (*WARM_UP_TOKENS, *longer):
             ids = (some * tokens)[: min(tokens, (self._bounds.context or tokens) - WARM_UP_ANSWER)]
-            generate_answer(self._model, self._tokenizer, ids, sampling, lambda: None, lambda _: None, lambda: False)
+            self._generate_answer(
+                self._model, self._tokenizer, ids, sampling, lambda: None, lambda _: None, lambda: False
+            )
+        if self._known is not None:
+            self._known.forget()
 
     async def answer(self, request: Request, kind: type[fields.Common]) -> Response:
         """The response to a request whose body is a `kind`. Nothing is raised but that the client has left."""
@@ -149,9 +155,8 @@ class Answering:
                     tell(Piece(prompt.text, []))
                 if sampling.seed is not None and k:  # the choices differ, and are the same again next time
                     sampling = dataclasses.replace(sampling, seed=sampling.seed + 1)
-                generate = self._model.generate if self._known is None else self._known.generate
-                generate_answer(
-                    self._model, self._tokenizer, prompt.ids, sampling, job.count_token, tell, job.gone, generate
+                self._generate_answer(
+                    self._model, self._tokenizer, prompt.ids, sampling, job.count_token, tell, job.gone
                 )
                 if self._known is not None and not k:
                     job.known_tokens += self._known.known_tokens

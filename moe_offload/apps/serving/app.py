@@ -24,6 +24,7 @@ from ...handle import Handle
 from ..prompt_cache.cache import PromptCache
 from . import LONGEST_QUEUE
 from .answering import Answering, unknown_model
+from .generation import Generate, generate_answer
 from .guards import LEFT, Guards
 from .protocol import fields
 from .protocol.failures import error_response
@@ -47,7 +48,8 @@ class App:
         context: the most tokens of a prompt and its answer; None: what the model's configuration says.
         api_key: what clients must send as `Authorization: Bearer ...`; None: nothing.
         longest_queue: how many requests may wait beside the one that runs.
-        prompts: keeps what was read for requests that begin with it; None: each prompt is read whole.
+        generate: what makes an answer, as `generate_answer` does.
+        known: where that keeps what was read, if it does.
 
     Raises:
         ServeError: the model's generation settings ask for beams, which write no text token by token.
@@ -62,14 +64,15 @@ class App:
         context: int | None = None,
         api_key: str | None = None,
         longest_queue: int = LONGEST_QUEUE,
-        prompts: PromptCache | None = None,
+        generate: Generate = generate_answer,
+        known: PromptCache | None = None,
     ):
         if (getattr(handle.model.generation_config, "num_beams", None) or 1) > 1:
             raise ServeError(f"{name}: its generation_config.json asks for beam search (num_beams); remove it to serve")
         give_chat_template(tokenizer, name)
         self._handle, self.name, self._created, self._registry = handle, name, int(time.time()), _registry(handle)
         self.queue = Queue(longest_queue)
-        self._answering = Answering(handle.model, tokenizer, name, self.queue, context, prompts)
+        self._answering = Answering(handle.model, tokenizer, name, self.queue, context, generate, known)
         gets = {"/health": self._health, "/v1/models": self._models, "/v1/moe_offload/stats": self._stats}
         if self._registry is not None:
             gets["/metrics"] = self._metrics
@@ -91,6 +94,11 @@ class App:
     def warm_up(self) -> None:
         """Compile what requests will run, so that none waits for it."""
         self._answering.warm_up()
+
+    def check_ranks(self) -> None:
+        """Raise `RankError` where another of the ranks that share the model has ended, or this one is out of step."""
+        if self._handle.ranks is not None:
+            self._handle.ranks.check()
 
     def close(self) -> None:
         """End what runs and what waits, with an error for whoever waits for it. Idempotent, from any thread."""

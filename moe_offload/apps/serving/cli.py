@@ -8,11 +8,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ...config.launched import is_first
 from ...config.settings import KEY_VARIABLE, OffloadConfig, given_key
 from ..options.checks import check_model, check_output, check_tokenizer
 from ..options.ending import INTERRUPTED, USAGE, fail_with
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from .server import Server
 
 ATTENTION_S = 0.2  # a signal that another thread has caught is acted on when the main thread runs next
+FAREWELL_S = 20.0  # for rank 0 to end running requests; a rank that was told alone to stop does so then
 LAST_TOKEN_S = 60.0  # for the forward that runs, which may be compiling, before its counts are saved
 
 
@@ -70,6 +73,10 @@ def serve(
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
         fail_with(f"--api-key, {KEY_VARIABLE}: a key is printable ASCII, not empty, without spaces around it", USAGE)
     stop = Stop()
+    if not is_first():
+        with on_signals(stop):
+            follow_server(model, wanted, flags, stop)
+        return
     _log_requests()
     try:
         with (
@@ -97,7 +104,7 @@ def serve(
             stop.serving = True
             typer.echo(f"Serving {server.app.name} on {server.url} (Ctrl-C stops)", err=True)
             while not stop.asked.wait(ATTENTION_S):
-                pass
+                server.app.check_ranks()
             typer.echo("moe-offload: stopping", err=True)
     except KeyboardInterrupt:
         fail_with("interrupted", INTERRUPTED)
@@ -117,11 +124,12 @@ class Stop:
     makes an interrupt."""
 
     def __init__(self) -> None:
-        self.serving, self.asked = False, threading.Event()
+        self.serving, self.asked, self.asked_s = False, threading.Event(), 0.0
 
     def __call__(self, number: int, _: object) -> None:
         if not self.serving or (self.asked.is_set() and number == signal.SIGINT):
             raise KeyboardInterrupt
+        self.asked_s = time.monotonic()
         self.asked.set()
 
 
@@ -156,6 +164,8 @@ def running_server(
         from ..generate.tokenizer import load_tokenizer
         from ..prompt_cache.open import check_folder, open_prompt_cache
         from .app import App
+        from .generation import Generate, generate_answer
+        from .in_step import Leader
 
         check_folder(prompt_cache)
         flags.set_threads()
@@ -165,7 +175,11 @@ def running_server(
             tokenizer = load_tokenizer(model, **flags.hub())
             if prefill_chunk_size is not None:
                 loaded.generation_config.prefill_chunk_size = prefill_chunk_size
-            prompts = open_prompt_cache(loaded, wanted, prompt_cache)
+            leader = None if handle.ranks is None else Leader(handle.ranks)
+            known = open_prompt_cache(loaded, wanted, prompt_cache)
+            generate: Generate = generate_answer if leader is None else leader.generate
+            if known is not None:
+                generate = partial(generate_answer, generate=known.generate)
             app = App(
                 handle,
                 tokenizer,
@@ -173,7 +187,8 @@ def running_server(
                 context=planned_context(loaded, wanted),
                 api_key=api_key,
                 longest_queue=max_waiting,
-                prompts=prompts,
+                generate=generate,
+                known=known,
             )
             begun_s = time.perf_counter()
             app.warm_up()
@@ -186,12 +201,33 @@ def running_server(
             finally:  # an interrupt leaves requests unanswered, never the profile unsaved
                 app.close()
                 with suppress(KeyboardInterrupt):
-                    if app.queue.join(LAST_TOKEN_S) and prompts is not None:
-                        prompts.save()
+                    if app.queue.join(LAST_TOKEN_S) and known is not None:
+                        known.save()
+                if leader is not None:
+                    leader.end(None if save_profile is None else str(save_profile))
                 typer.echo(handle.summary(), err=True)
                 if save_profile is not None:
                     saved = handle.save_profile(save_profile)
                     typer.echo(f"profile saved to {saved}", err=True)
+
+
+def follow_server(model: str, wanted: OffloadConfig, flags: ModelFlags, stop: Stop) -> None:
+    """The server's model on a rank that answers nobody: it generates what rank 0 does, until rank 0 has ended."""
+    from ...api import from_pretrained
+    from ..generate.tokenizer import load_tokenizer
+    from .in_step import follow
+
+    flags.set_threads()
+    loaded: Any = from_pretrained(model, config=wanted, **flags.loading())
+    with loaded.moe_offload:
+        tokenizer = load_tokenizer(model, **flags.hub())
+        stop.serving = True
+
+        def check() -> None:
+            if stop.asked.is_set() and time.monotonic() - stop.asked_s > FAREWELL_S:
+                raise KeyboardInterrupt
+
+        follow(loaded, tokenizer, check)
 
 
 @contextmanager

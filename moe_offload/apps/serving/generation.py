@@ -57,6 +57,11 @@ class Piece:
     finish_reason: str | None = None  # of the last piece: "stop" or "length"
 
 
+Generate = Callable[
+    [Any, Any, list[int], Sampling, Callable[[], None], Callable[[Piece], None], Callable[[], bool]], None
+]
+
+
 def generate_answer(
     model: Any,
     tokenizer: Any,

@@ -117,6 +117,10 @@ class Arguments:
     adapter: Mapping[str, Any] = field(default_factory=dict)
     experts_implementation: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.trust_remote_code not in (True, False):  # by its truth, "no" and "false" would let code run
+            raise ConfigError(f"trust_remote_code={self.trust_remote_code!r} is neither True nor False: say which")
+
 
 def sort_arguments(dtype: Any, said: Mapping[str, Any]) -> Arguments:
     """`said` are from_pretrained's keywords beside its own parameters.
@@ -136,7 +140,7 @@ def sort_arguments(dtype: Any, said: Mapping[str, Any]) -> Arguments:
         hub=by_fate.get(HUB, {}),
         subfolder=str(files.get("subfolder", "")).strip("/"),
         variant=files.get("variant"),
-        trust_remote_code=bool(code.get("trust_remote_code", False)),
+        trust_remote_code=code.get("trust_remote_code", False),
         code_revision=code.get("code_revision"),
         overrides=by_fate.get(CONFIGURATION, {}),
         model=by_fate.get(MODEL, {}),

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CheckpointError, ConfigError
-from ..folder import ABSENT, is_folder
+from ..folder import ABSENT, SINGLE, is_folder
 from ..packed import ROWS
 from .arguments import Arguments
-from .weight_files import SINGLE, listed_names, with_variant
+from .weight_files import listed_names, with_variant
 
 SMALL = ("*.json", "*.txt", "*.model", "*.jinja")  # never .bin, nor any other pickle
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")

@@ -17,10 +17,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ...errors import CheckpointError
-from ..folder import INDEX, LFS_POINTER, without_weights
+from ..folder import INDEX, LFS_POINTER, SINGLE, without_weights
 from ..headers import MAX_HEADER_BYTES
 
-SINGLE = "model.safetensors"
 #: What save_pretrained(distributed_checkpoint=True) writes.
 DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
@@ -30,6 +31,7 @@ from .cuda_graphs import can_be_recorded, copy_outputs
 from .one_thread import launch
 from .ops import bank_of
 from .phantom import Phantom, phantoms_in
+from .products import PRODUCT_PER_PAIR
 
 logger = logging.getLogger("moe_offload")
 
@@ -66,7 +68,10 @@ def make_backend(
         on_device = {one.layer.moe.name for one in phantoms.values() if one.layer.device_cache is not None}
         moe_layers = {one.layer.moe.name: one.layer.moe for one in phantoms.values()}
         few_pairs = {name: few_tokens * moe.top_k for name, moe in moe_layers.items()} if few_tokens else None
-        reports, banked = rewrite_graph(gm, phantoms, partial(pipeline, on_device=on_device, few_pairs=few_pairs))
+        on_gpu = {one.layer.moe.name for one in phantoms.values() if is_on_gpu(one.layer.slots.bank_SN)}
+        any_order = dict.fromkeys(on_device & on_gpu, PRODUCT_PER_PAIR)
+        how = {"on_device": on_device, "few_pairs": few_pairs, "in_any_order": any_order}
+        reports, banked = rewrite_graph(gm, phantoms, partial(pipeline, **how))
         log.append(reports)
         inputs = list(example_inputs)
         for position in banked:
@@ -75,8 +80,8 @@ def make_backend(
         places = [node for node in gm.graph.nodes if node.target is ops.place]
         placed = [nodes.index(node.args[1]) for node in places]
         sizes = {node.args[0].meta["example_value"].numel() for node in places}
-        on_gpu = any(inputs[position].is_cuda for position in placed)
-        recorded = on_gpu and inner is run_inductor and can_be_recorded(gm.graph) and not _needs_host(gm.graph)
+        recorded = bool(on_gpu and placed) and inner is run_inductor and can_be_recorded(gm.graph)
+        recorded = recorded and not _needs_host(gm.graph)
         compiled = run_inductor(gm, inputs, **CUDA_GRAPH) if recorded else inner(gm, inputs)
 
         def call(*args: Any) -> Any:
@@ -92,6 +97,10 @@ def make_backend(
         return call
 
     return backend
+
+
+def is_on_gpu(bank_SN: Tensor) -> bool:
+    return bank_SN.is_cuda
 
 
 def _needs_host(graph: Graph) -> bool:

@@ -1,7 +1,8 @@
 """Static KV caches that are used again: a step recorded as a CUDA graph runs only on the memory it was recorded on.
 
 transformers makes a new static cache at each `generate`, elsewhere in memory, and each would be recorded anew. So the
-layers of one that nobody holds any more are kept, and lent to the next of the same length.
+layers of one that nobody holds any more are kept, and lent to the next of the same length. Those in
+use and those kept hold twice the planned context at most, so that there may be one of each length: the plan counts it.
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-SPARE = 2  # caches kept that nobody uses: each is as large as the context it was made for
+MOST_MADE = 8  # caches, until the recordings of all of them are freed: those of a cache that is gone never run again
 SHORTEST = 256  # tokens
 STEP = 1024  # tokens: what lengths beyond the planned context are rounded to
 
@@ -26,24 +27,43 @@ def bucket_tokens(tokens: int, planned_tokens: int) -> int:
     return min(power, planned_tokens if tokens <= planned_tokens else -(-tokens // STEP) * STEP)
 
 
-class KVPool:
-    """The spare caches of one model. Two `generate` at once are lent two."""
+class Key(NamedTuple):
+    """What a cache was made for. What was made in inference mode cannot be written outside of it."""
 
-    def __init__(self) -> None:
-        self._spare: list[tuple[Hashable, list[Any]]] = []
+    sequences: int
+    tokens: int
+    inference: bool
+
+
+class KVPool:
+    """The caches of one model, of `most_tokens` in all if no more are in use. Two `generate` at once are lent two.
+
+    `forget_recordings` frees those of all caches; it is called when so many have been made that most of them are gone.
+    """
+
+    def __init__(self, most_tokens: int, forget_recordings: Callable[[], None] = lambda: None) -> None:
+        self._most_tokens, self._forget, self._made, self._lent_tokens = most_tokens, forget_recordings, 0, 0
+        self._spare: list[tuple[Key, list[Any]]] = []  # the last one used first
         self._lock = threading.RLock()  # a finalizer may run within any of the lines below
 
-    def lend(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """An empty static cache, of layers used before where there are some of that `key`. `make` makes a new one."""
+    def lend(self, sequences: int, tokens: int, make: Callable[[], Any]) -> Any:
+        """An empty static cache, of layers used before where there are some of that size. `make` makes a new one."""
         cache = make()
-        key = key, torch.is_inference_mode_enabled()  # what was made there cannot be written elsewhere
+        key = Key(sequences, tokens, torch.is_inference_mode_enabled())
         with self._lock:
             kept = next((one for one in self._spare if one[0] == key), None)
             if kept is not None:
                 self._spare.remove(kept)
+            self._lent_tokens += sequences * tokens
+            self._drop_oldest()
         if kept is not None:
             cache.layers = kept[1]
             cache.reset()
+        else:
+            self._made += 1
+            if self._made > MOST_MADE:
+                self._made = 1 + len(self._spare)
+                self._forget()
         weakref.finalize(cache, self._take_back, key, cache.layers).atexit = False
         return cache
 
@@ -52,12 +72,21 @@ class KVPool:
         with self._lock:
             self._spare.clear()
 
-    def _take_back(self, key: Hashable, layers: list[Any]) -> None:
-        if not all(getattr(layer, "is_initialized", False) and not _is_held(layer) for layer in layers):
-            return
+    def _take_back(self, key: Key, layers: list[Any]) -> None:
         with self._lock:
-            self._spare.insert(0, (key, layers))
-            del self._spare[SPARE:]
+            self._lent_tokens -= key.sequences * key.tokens
+            if all(getattr(layer, "is_initialized", False) and not _is_held(layer) for layer in layers):
+                self._spare.insert(0, (key, layers))
+                self._drop_oldest()
+
+    def _drop_oldest(self) -> None:
+        """Drop what was used longest ago, until there is no more than there may be."""
+        room = self._most_tokens - self._lent_tokens
+        for i, (key, _) in enumerate(self._spare):
+            room -= key.sequences * key.tokens
+            if room < 0:
+                del self._spare[i:]
+                break
 
 
 def _is_held(layer: Any) -> bool:

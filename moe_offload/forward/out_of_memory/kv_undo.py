@@ -150,14 +150,16 @@ def _undo_of_sliding(layer: Any, tokens: int) -> Undo:
 
 
 def _undo_of_static(layers: list[Any], tokens: int) -> Undo:
-    before_L = torch.stack([layer.cumulative_length for layer in layers])
+    """Between forwards all layers of a cache are as long, so one is remembered at each step. Where another turns out
+    not to be, the cache had been left half written before."""
+    before = layers[0].cumulative_length.clone()
 
     def undo() -> bool:
-        grown_L = torch.stack([layer.cumulative_length for layer in layers]) - before_L
+        grown_L = torch.stack([layer.cumulative_length for layer in layers]) - before
         if not ((grown_L == 0) | (grown_L == tokens)).all():
             return False
-        for layer, length in zip(layers, before_L, strict=True):
-            layer.cumulative_length.copy_(length)
+        for layer in layers:
+            layer.cumulative_length.copy_(before)
         return True
 
     return undo

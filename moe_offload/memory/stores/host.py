@@ -11,7 +11,7 @@ import torch
 
 from ...errors import ClosedError
 from ...experts import MoELayer
-from ..buffers import page_aligned
+from ..buffers import map_pages
 from ..finite import refuse_infinite
 from .row_read import RowRead, check_request
 
@@ -70,9 +70,12 @@ class HostStore:
         self._rows, self._release = None, lambda: None  # which may hold the rows, too
 
 
-def pack_rows(moe: MoELayer) -> torch.Tensor:
-    """The layer's rows `[E, row_bytes]`, uint8, on the CPU, from the model's own parameters. Padding is zero."""
-    rows = page_aligned(moe.nbytes).view(moe.num_experts, -1).zero_()
+def pack_rows(moe: MoELayer, huge: bool = False) -> torch.Tensor:
+    """The layer's rows `[E, row_bytes]`, uint8, on the CPU, from the model's own parameters. Padding is zero.
+
+    `huge` is that of `map_pages`.
+    """
+    rows = map_pages(moe.nbytes, huge).view(moe.num_experts, -1).zero_()
     for e in range(moe.num_experts):
         pack_row(moe, e, rows[e])
     return rows

@@ -36,8 +36,8 @@ def pin_layers(rows_EN: Mapping[int, Tensor], device: str) -> frozenset[int]:
         size = format_size(sum(rows_EN[layer].nbytes for layer in refused))
         logger.warning(
             "CUDA could pin the rows of %d of %d layers in RAM (%s): the other %s are copied more slowly, and there "
-            "the host decides which experts are in the slots. Free RAM, or raise the limits of the container and of "
-            "locked memory (ulimit -l)",
+            "the host decides which experts are in the slots. Free RAM, or raise the memory limit of the container "
+            "(and of locked memory, ulimit -l, where the driver counts it)",
             len(errors) - len(refused), len(errors), errors[refused[0]], size,
         )  # fmt: skip
     return frozenset(errors) - frozenset(refused)

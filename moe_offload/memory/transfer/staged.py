@@ -1,10 +1,14 @@
 """Rows into the memory of a device that has its own: staged through pinned host memory, copied on a stream beside.
 
     store ──reader threads──> staging (pinned) ──copy stream──> slot        rows on disk, or converted
-    rows in pinned RAM        ─────────────────────copy stream──> slot      no staging, no thread
+    rows in pinned RAM        ─────────────────────copy stream──> slot      demanded: no staging, no thread
+    rows in pinned RAM ──reader threads, piece by piece── stream of its own ──> slot      in the background
 
 Two orders hold, and neither makes the host wait: a copy into a slot begins after the last kernel that read the slot
 (`mark`, taken when the row is asked for), and kernels that are launched after `wait` begin after the copy.
+
+A copy that was launched cannot be taken back. So what nobody has asked for is launched a piece at a time, by threads
+that wait for it, and not while a demanded row is being copied: it takes the link when that is idle.
 """
 
 from __future__ import annotations
@@ -15,13 +19,14 @@ from collections import deque
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...errors import ExpertReadError, OffloadError
-from ..buffers import page_aligned
+from ..buffers import map_pages
 from ..stores import Store
 from ..stores.host import HostStore
 from ..stores.row_read import RowRead
@@ -30,6 +35,8 @@ from .threads import THREADS, TIMEOUT_S, ThreadTransfer
 from .ticket import Ticket
 
 STAGING_ROWS = 8  # in flight: two for every reader thread
+PIECE_BYTES = 2 << 20  # of a row copied in the background: 40 us of a PCIe 5 link, which a demanded row may wait
+PIECES = 2  # on their way in the background at once: one is copied while the next is launched
 
 
 def cuda_transfer(device: str) -> DeviceTransfer:
@@ -45,10 +52,14 @@ class Staging:
 
 
 class DeviceTicket(Ticket):
-    """`copied` is the end of the copy into the slot, once it has been launched."""
+    """`copies` are the ends of the copies into the slot, as far as they have been launched and nobody waited for
+    them."""
 
     staging: Staging | None = None
-    copied: Any = None
+
+    def __init__(self, layer: int, expert: int, read: RowRead, row_bytes: int, demanded: bool):
+        super().__init__(layer, expert, read, row_bytes, demanded)
+        self.copies: list[Any] = []
 
 
 class DeviceTransfer(ThreadTransfer):
@@ -64,14 +75,20 @@ class DeviceTransfer(ThreadTransfer):
         self._made: dict[int, int] = {}
         self._all: list[Staging] = []
         self._returned = threading.Condition(self._lock)
+        self._pieces = threading.BoundedSemaphore(PIECES)
+        self._last_demanded: Any = None  # the end of the last copy of a demanded row
+        self._stalls: dict[int, deque[tuple[Any, Any]]] = {}  # layer -> begin and end of waits of the device
 
     def start(self, store: Store, layer: int, expert: int, row: Any, demanded: bool = True) -> Ticket:
         self._check_open()
         row = row if isinstance(row, Tensor) else torch.frombuffer(row, dtype=torch.uint8)
         after, row_bytes = self.streams.mark(), len(row)
         if isinstance(store, HostStore):
+            source = store.rows_EN(layer)[expert]
+            if not demanded:
+                return self._start_behind(layer, expert, source, row, after)
             ticket = DeviceTicket(layer, expert, RowRead([], lambda: row_bytes), row_bytes, demanded)
-            ticket.copied = self.streams.copy(row, store.rows_EN(layer)[expert], after)
+            self._copy_demanded(ticket, row, source, after)
             ticket.nbytes = row_bytes
             ticket.done.set()
             return ticket
@@ -85,7 +102,11 @@ class DeviceTransfer(ThreadTransfer):
         def finish() -> int:
             nbytes = read.finish()
             self._check_open()  # a read that ended after `close`: its slot may have been given to another row by now
-            ticket.copied = staging.last = self.streams.copy(row, staging.buffer, after)
+            if ticket.demanded:
+                staging.last = self._copy_demanded(ticket, row, staging.buffer, after)
+            else:
+                staging.last = self.streams.copy(row, staging.buffer, after, background=True)
+                ticket.copies.append(staging.last)
             return nbytes
 
         ticket = DeviceTicket(layer, expert, RowRead(read.parts, finish), row_bytes, demanded)
@@ -93,15 +114,66 @@ class DeviceTransfer(ThreadTransfer):
         self._queue(ticket)
         return ticket
 
+    def _start_behind(self, layer: int, expert: int, source: Tensor, row: Tensor, after: Any) -> Ticket:
+        """Begin to copy a row that nobody has asked for. Once it is hurried, the rest of it is launched at once."""
+
+        def copy(target: Tensor, piece: Tensor) -> None:
+            last = self._last_demanded
+            while last is not None and not ticket.demanded and not self.streams.ended(last):
+                self.streams.finish(last)
+                last = self._last_demanded
+            self._check_open()  # its slot may have been given to another row by now
+            if ticket.demanded:
+                self._copy_demanded(ticket, target, piece, after)
+            else:
+                with self._pieces:
+                    self.streams.finish(self.streams.copy(target, piece, after, background=True))
+
+        pieces = zip(row.split(PIECE_BYTES), source.split(PIECE_BYTES), strict=True)
+        read = RowRead([partial(copy, *piece) for piece in pieces], lambda: len(row))
+        ticket = DeviceTicket(layer, expert, read, len(row), demanded=False)
+        self._queue(ticket)
+        return ticket
+
+    def _copy_demanded(self, ticket: DeviceTicket, row: Tensor, source: Tensor, after: Any) -> Any:
+        copied = self._last_demanded = self.streams.copy(row, source, after)
+        ticket.copies.append(copied)
+        return copied
+
     def wait(self, ticket: Ticket) -> int:
         nbytes = super().wait(ticket)
         if not isinstance(ticket, DeviceTicket):
             raise TypeError(f"{ticket.name}: its ticket is of another transfer")
-        self.streams.order(ticket.copied)
+        if self.arrived(ticket):
+            self._order(ticket)
+        else:
+            begin = self.streams.moment()
+            self._order(ticket)
+            self._stalls.setdefault(ticket.layer, deque()).append((begin, self.streams.moment()))
         return nbytes
+
+    def _order(self, ticket: DeviceTicket) -> None:
+        for copied in ticket.copies:
+            self.streams.order(copied)
+
+    def arrived(self, ticket: Ticket) -> bool:
+        copies = ticket.copies if isinstance(ticket, DeviceTicket) else []
+        return super().arrived(ticket) and all(map(self.streams.ended, copies))
+
+    def stalled_s(self, layer: int) -> float:
+        """Seconds that the device has waited for rows of `layer`, as far as it is known by now, and not told yet."""
+        waits, total_s = self._stalls.get(layer, ()), 0.0
+        while waits and (waited_s := self.streams.seconds(*waits[0])) is not None:
+            waits.popleft()
+            total_s += waited_s
+        return total_s
 
     def send(self, values: Tensor) -> Tensor:
         return self.streams.send(values)
+
+    def hurry(self, ticket: Ticket) -> None:
+        ticket.demanded = True  # first: threads that have taken up its pieces look at it
+        super().hurry(ticket)
 
     def cancel(self, tickets: Iterable[Ticket]) -> None:
         """As in `Transfer`. A copy that was launched already is not dropped: later launches begin after it, as for
@@ -111,8 +183,8 @@ class DeviceTransfer(ThreadTransfer):
             super().cancel(tickets)
         finally:  # after Ctrl-C, too
             for ticket in tickets if self._here() else ():
-                if isinstance(ticket, DeviceTicket) and ticket.copied is not None:
-                    self.streams.order(ticket.copied)
+                if isinstance(ticket, DeviceTicket):
+                    self._order(ticket)
 
     def current(self) -> AbstractContextManager[object]:
         return self.streams.current() if self._here() else contextlib.nullcontext()  # CUDA does not survive a fork
@@ -148,7 +220,7 @@ class DeviceTransfer(ThreadTransfer):
         with self._lock:
             free = self._spare.setdefault(row_bytes, deque())
             if not free and self._made.get(row_bytes, 0) < self._most:
-                made = Staging(page_aligned(row_bytes))
+                made = Staging(map_pages(row_bytes))
                 self._all.append(made)  # first: whatever interrupts the pinning, `close` undoes it
                 self.streams.pin(made.buffer)
                 free.append(made)

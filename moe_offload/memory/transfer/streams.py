@@ -2,6 +2,7 @@
 
     compute stream   kernel  kernel | mark ──────────────┐          order(event): what follows begins after it
     copy stream                     copy(after=mark) ────┴─ event
+    background        copy, copy ...                                what nobody has asked for yet
 
 `CudaStreams` is the only class of transfers that knows CUDA; tests put a slow one, or one on a CPU, in its place.
 """
@@ -32,8 +33,9 @@ class Streams(Protocol):
     def mark(self) -> Any:
         """The moment when all that has been launched on the compute stream so far is done."""
 
-    def copy(self, target: Tensor, source: Tensor, after: Any) -> Any:
-        """Copy on the stream beside, not before `after`; the event is its end. May be called by any thread."""
+    def copy(self, target: Tensor, source: Tensor, after: Any, background: bool = False) -> Any:
+        """Copy on the stream beside, or on that for the background, not before `after`; the event is its end. May be
+        called by any thread."""
 
     def send(self, values: Tensor) -> Tensor:
         """`values`, of the host, on the device, for what is launched from now on. The host does not wait."""
@@ -43,6 +45,15 @@ class Streams(Protocol):
 
     def finish(self, event: Any) -> None:
         """The host waits for `event`."""
+
+    def ended(self, event: Any) -> bool:
+        """Whether `event` is over. The host does not wait."""
+
+    def moment(self) -> Any:
+        """When the compute stream gets here: see `seconds`."""
+
+    def seconds(self, begin: Any, end: Any) -> float | None:
+        """The time between two moments; None as long as the second has not come."""
 
     def drain(self) -> None:
         """The host waits for all copies."""
@@ -57,7 +68,7 @@ class Streams(Protocol):
 class CudaStreams:
     def __init__(self, device: torch.device):
         self.device = device
-        self.stream = torch.cuda.Stream(device)
+        self.stream, self.background = torch.cuda.Stream(device, priority=-1), torch.cuda.Stream(device)
         self._warned = False
 
     def pin(self, buffer: Tensor) -> None:
@@ -76,12 +87,15 @@ class CudaStreams:
         event.record(torch.cuda.current_stream(self.device))
         return event
 
-    def copy(self, target: Tensor, source: Tensor, after: torch.cuda.Event) -> torch.cuda.Event:
-        with self.current(), torch.cuda.stream(self.stream):
-            self.stream.wait_event(after)
+    def copy(
+        self, target: Tensor, source: Tensor, after: torch.cuda.Event, background: bool = False
+    ) -> torch.cuda.Event:
+        stream = self.background if background else self.stream
+        with self.current(), torch.cuda.stream(stream):
+            stream.wait_event(after)
             target.copy_(source, non_blocking=True)
             done = torch.cuda.Event()
-            done.record(self.stream)
+            done.record(stream)
         return done
 
     def send(self, values: Tensor) -> Tensor:
@@ -93,8 +107,20 @@ class CudaStreams:
     def finish(self, event: torch.cuda.Event) -> None:
         event.synchronize()
 
+    def ended(self, event: torch.cuda.Event) -> bool:
+        return bool(event.query())
+
+    def moment(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def seconds(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> float | None:
+        return begin.elapsed_time(end) / 1e3 if end.query() else None
+
     def drain(self) -> None:
         self.stream.synchronize()
+        self.background.synchronize()
 
     def current(self) -> AbstractContextManager[object]:
         return torch.cuda.device(self.device)

@@ -12,6 +12,10 @@ from typing import Any
 from ...forward.graphs.kv_pool import KVPool, bucket_tokens
 
 logger = logging.getLogger("moe_offload")
+LONGER = (
+    "a KV cache of %d tokens, and the plan has room for %d (kv_tokens): it is not kept for the next request, which "
+    "records its decode steps anew"
+)
 MODES = ("greedy_search", "sample")  # others go back in a cache, or have one of their own
 
 
@@ -44,7 +48,10 @@ def keep_static_caches(model: Any, pool: KVPool, planned_tokens: int) -> None:
         if "offloaded" in cache_implementation or model.config.is_encoder_decoder:
             return make_new()
         length = bucket_tokens(max_cache_len, planned_tokens)
-        return pool.lend((batch_size, length), make_new)
+        if length > planned_tokens and LONGER not in said:
+            said.add(LONGER)
+            logger.info(LONGER, length, planned_tokens)
+        return pool.lend(batch_size, length, make_new)
 
     model.__dict__["_prepare_cache_for_generation"] = prepare_cache
     model.__dict__["_prepare_static_cache"] = prepare_static

@@ -4,7 +4,7 @@ Shapes: P = T*K token-expert pairs of one event, E experts, S slots, N elements 
 
 `DeviceState` is `cache.LayerCache` with the policy `decayed_lfu`, event for event, as long as no load fails: here one
 cannot, since the rows lie in memory. `pull` and `push` carry the state over to a `LayerCache` and back, for what the
-host decides (a prompt, a profile, a row that is only on disk).
+host decides (a prompt, a profile, a row that is only on disk). Those of all layers lie in one block (`state_block.py`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class DeviceState:
     """`used_E` and `unit_1` are those of `cache/decay.py`'s `Rate`; -1 in a table is absent, or empty.
 
     `totals_4` counts events, hits, misses, and pairs whose id was out of range (they compute with slot 0, and the step
-    is refused once the host looks).
+    is refused once the host looks). Hits and misses go on from the host's, events from those that the device decided:
+    so `pull` may be interrupted and done again.
     """
 
     slot_of_E: Tensor  # int32
@@ -36,20 +37,6 @@ class DeviceState:
     unit_1: Tensor  # float64
     counts_E: Tensor  # int64: uses, every pair counted
     totals_4: Tensor  # int64
-
-    @staticmethod
-    def empty(num_experts: int, slots: int, device: torch.device | str, totals_4: Tensor | None = None) -> DeviceState:
-        def full(size: int, value: float, dtype: torch.dtype) -> Tensor:
-            return torch.full((size,), value, dtype=dtype, device=device)
-
-        return DeviceState(
-            slot_of_E=full(num_experts, -1, torch.int32),
-            expert_at_S=full(slots, -1, torch.int32),
-            used_E=full(num_experts, 0, torch.float64),
-            unit_1=full(1, 1, torch.float64),
-            counts_E=full(num_experts, 0, torch.int64),
-            totals_4=full(4, 0, torch.int64) if totals_4 is None else totals_4,
-        )
 
     def push(self, cache: LayerCache) -> None:
         """Take over what the host decided. Nothing may be pending there."""
@@ -60,8 +47,9 @@ class DeviceState:
         self.expert_at_S.copy_(torch.tensor(cache.expert_at))
         self.used_E.copy_(torch.tensor(rate.used, dtype=torch.float64))
         self.unit_1.fill_(rate.unit)
-        self.counts_E.copy_(torch.tensor(cache.counters.counts))
-        self.totals_4.zero_()
+        counters = cache.counters
+        self.counts_E.copy_(torch.tensor(counters.counts))
+        self.totals_4.copy_(torch.tensor([counters.by_device, counters.hits, counters.misses, 0]))
 
     def forget(self) -> None:
         """Nothing is resident any more; what was counted and scored stays."""
@@ -69,21 +57,25 @@ class DeviceState:
         self.expert_at_S.fill_(-1)
 
     def pull(self, cache: LayerCache, top_k: int, row_bytes: int) -> None:
-        """Give back what the device decided since `push`; each miss read `row_bytes`. Waits for the device."""
+        """Give back what the device decided since `push`; each miss read `row_bytes`."""
         rate = _rate(cache)
         cache.slot_of, cache.expert_at = self.slot_of_E.tolist(), self.expert_at_S.tolist()
         cache.free = [slot for slot in reversed(range(cache.slots)) if cache.expert_at[slot] < 0]
         rate.used, rate.unit = self.used_E.tolist(), float(self.unit_1)
         cache.counters = self.counters(cache.counters, top_k, row_bytes)
-        self.totals_4.zero_()
 
     def counters(self, known: LayerCounters, top_k: int, row_bytes: int) -> LayerCounters:
         """`known`, the host's, and what the device has counted since `push`. Changes nothing; any thread may ask."""
         counts = self.counts_E.tolist()
-        events, hits, misses, _ = self.totals_4.tolist()
-        tokens = (sum(counts) - sum(known.counts)) // top_k
+        by_device, hits, misses, _ = self.totals_4.tolist()
+        events, missed = by_device - known.by_device, misses - known.misses
         since = Counters(
-            events=events, by_device=events, tokens=tokens, hits=hits, misses=misses, bytes_read=misses * row_bytes
+            events=events,
+            by_device=events,
+            tokens=(sum(counts) - sum(known.counts)) // top_k,
+            hits=hits - known.hits,
+            misses=missed,
+            bytes_read=missed * row_bytes,
         )
         return LayerCounters(**(known + since).values(), counts=counts)
 

@@ -15,7 +15,9 @@ import pytest
 
 from moe_offload import errors
 from moe_offload.apps.cli import main
+from moe_offload.apps.options.checks import check_model
 from moe_offload.apps.options.ending import exit_code
+from moe_offload.checkpoint.outline import outline_folder
 from tests.paths import MODEL, ROOT
 
 
@@ -37,9 +39,13 @@ def folder(tmp_path_factory):
         checkpoint(made / name, config, data)
     checkpoint(made / "broken", config, weights)
     (made / "broken" / "config.json").write_text('{"model_type": ')
-    checkpoint(made / "listed", config, weights)
     index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
-    (made / "listed" / "model.safetensors.index.json").write_text(json.dumps(index))
+    for name, there in {"listed": "model-00002-of-00002.safetensors", "unfetched": None}.items():
+        checkpoint(made / name, config, weights)
+        (made / name / "model.safetensors.index.json").write_text(json.dumps(index))
+        weights_file = made / name / "model.safetensors"
+        weights_file.rename(weights_file.with_name(there)) if there else weights_file.unlink()
+    checkpoint(made / "named", {**config, "transformers_weights": "other.safetensors"}, weights)
     for method in ("gptq", "awq"):
         checkpoint(made / method, {**config, "quantization_config": {"quant_method": method, "bits": 4}}, weights)
     inner = {**config, "text_config": {"quantization_config": {"quant_method": "hqq"}}}
@@ -167,6 +173,8 @@ BAD = {
     "run random": (4, "model.safetensors: it is damaged"),
     "run flipped": (4, "model.safetensors: it is damaged"),
     "run listed": (4, "model-00001-of-00002.safetensors: the index lists this file, and it is not there"),
+    "run unfetched": (4, "model.safetensors.index.json: it lists no file that is there"),
+    "run named": (4, "other.safetensors: transformers_weights in config.json lists this file, and it is not there"),
     "run pointer": (4, "git lfs pull"),
     "run gptq": (5, "gptq"),
     "run model --device-map {'':0}": (5, "compute on cuda:0"),
@@ -194,6 +202,16 @@ def test_one_line_and_its_exit_code(command, folder, monkeypatch, capsys):
     assert ended.value.code == code and says in err, err
     assert out == "" and len(err.splitlines()) == 1 and "moe-offload" in err, err
     assert sorted(folder.iterdir()) == before, "nothing is left behind"
+
+
+def test_an_index_beside_a_single_file_is_not_read(tmp_path):
+    """As in transformers, which takes model.safetensors first: what an older save has left refuses nothing."""
+    checkpoint(
+        tmp_path / "m", json.loads((MODEL / "config.json").read_text()), (MODEL / "model.safetensors").read_bytes()
+    )
+    (tmp_path / "m" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    check_model(str(tmp_path / "m"))
+    assert len(outline_folder(tmp_path / "m").moe_layers) == 4
 
 
 #: Of these, all is known before torch is imported, which takes seconds. Not of a budget below the floor, nor of what

@@ -62,7 +62,7 @@ def streamed(tokenizer, ids: list[int], prompt: int, **how) -> tuple[list[str], 
     return parts, streamer
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(ids=st.lists(st.integers(0, 2000), min_size=1, max_size=40), prompt=st.integers(1, 40))
 def test_the_parts_add_up_to_the_text(ids, prompt):
     """Of any tokens: half characters, special tokens, and what is no UTF-8 at all."""

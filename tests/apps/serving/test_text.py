@@ -28,7 +28,7 @@ def pieces(ids: list[int], stop: list[str]) -> list[str]:
     return [*sent, builder.take(last=True)]
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.text(max_size=40), st.lists(st.integers(1, 4095), max_size=12))
 def test_the_pieces_are_the_text(text: str, more: list[int]) -> None:
     """Any text, and any tokens, also those that are half a character."""
@@ -36,7 +36,7 @@ def test_the_pieces_are_the_text(text: str, more: list[int]) -> None:
     assert "".join(pieces(ids, [])) == TOKENIZER.decode(ids, skip_special_tokens=True)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     st.text("abAB ëか\n", max_size=40), st.lists(st.text("abAB ëか\n", min_size=1, max_size=4), min_size=1, max_size=3)
 )

@@ -48,7 +48,7 @@ def test_every_policy_is_compiled():
 
 
 @pytest.mark.parametrize("name", fast.KINDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(trace=traces(), slots=st.integers(K, E + 1), half_life=st.floats(0.1, 1e4))
 def test_the_compiled_replay_is_the_plain_one(name, trace, slots, half_life):
     for stream in streams(trace):
@@ -92,7 +92,7 @@ def most_hits(events, slots, bypass):
 small = traces(layers=1, most=9, forwards=False)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(trace=small, slots=st.integers(K, 5))
 def test_min_is_the_best_there_is(trace, slots):
     (stream,) = per_layer(trace)
@@ -101,7 +101,7 @@ def test_min_is_the_best_there_is(trace, slots):
     assert plain.replay_min(stream, slots, bypass=True)[1].sum() == most_hits(events, slots, bypass=True)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(trace=traces(layers=1), slots=st.integers(K, E))
 def test_no_policy_beats_min(trace, slots):
     """Prompts that pass the slots by are among the events."""

@@ -155,3 +155,14 @@ def test_two_models_each_give_back_their_own():
     for model in (one, other, one, other):
         assert torch.equal(model([3, 4]), expected(0, [3, 4]))
     assert one.runtime.slots == other.runtime.slots == (4, 4)
+
+
+def test_recordings_are_freed_before_banks_shrink(monkeypatch):
+    """One may have been interrupted in the middle, and all hold memory that the banks are to be made of."""
+    from moe_offload.forward.out_of_memory import retry
+
+    order, shrink = [], retry.shrink_banks
+    monkeypatch.setattr(retry, "forget_recordings", lambda device: order.append(str(device)))
+    monkeypatch.setattr(retry, "shrink_banks", lambda runtime: order.append("shrink") or shrink(runtime))
+    model = Model(fails=[1])
+    assert torch.equal(model([1, 2]), expected(0, [1, 2])) and order == ["cpu", "shrink"]

@@ -131,7 +131,7 @@ def test_a_bank_that_was_full_goes_on_where_the_device_can_read_its_rows():
 
 
 def test_an_id_that_no_expert_has_comes_before_any_lack_of_memory(device_runtime):
-    device_runtime.device_caches._totals_L4[1, REFUSED] = 1
+    device_runtime.device_caches._block.totals_L4[1, REFUSED] = 1
     with pytest.raises(OffloadError, match="layer 1"):
         shrink_banks(device_runtime)
     assert device_runtime.slots == (6, 6) and device_runtime.layers[0].slots.bank_SN.shape[0] == 6

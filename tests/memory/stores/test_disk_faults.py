@@ -8,6 +8,7 @@ import mmap
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -31,9 +32,9 @@ from tests.fakes.tiny_checkpoints import assert_holds, assert_row, build, index_
 class Disk:
     """A checkpoint, the store over it, and what the store should read."""
 
-    def __init__(self, folder: Path, kind: str = "per_expert"):
+    def __init__(self, folder: Path, kind: str = "per_expert", shard: str = "1GB"):
         self.model = build(kind)
-        self.file = save(self.model, folder) / "model.safetensors"
+        self.file = save(self.model, folder, shard) / "model.safetensors"
         self.moe_layers = find_experts(self.model)
         _, index = index_of(skeleton(kind), folder)
         self.store = DiskStore([moe.layout for moe in self.moe_layers], index)
@@ -140,6 +141,20 @@ def test_modified_in_place_and_the_time_put_back(disk: Disk, how: str) -> None:
             disk.read()
 
 
+def test_each_of_a_row_s_files_is_looked_at(tmp_path: Path) -> None:
+    """A row in several shards: whichever of them has changed, its bytes are not used."""
+    disk = Disk(tmp_path, shard="5KB")
+    assert len(disk.store._plans[1][2].files) > 1
+    for file in sorted(disk.store._plans[1][2].files):
+        again = Disk(tmp_path / file.stem, shard="5KB")
+        changed = tmp_path / file.stem / file.name
+        os.utime(changed, ns=(0, 0))
+        with pytest.raises(CheckpointChangedError, match=rf"experts expert 2: .*{file.name} was modified"):
+            again.read()
+        again.store.close()
+    disk.store.close()
+
+
 def test_what_leaves_the_bytes_alone_is_no_modification(disk: Disk) -> None:
     """Each changes the time of the status change: permissions, names, a rename, and the end of the last name."""
     file, other = disk.file, disk.file.with_name("other")
@@ -180,6 +195,22 @@ def test_close_during_a_read_closes_the_files_when_it_is_done(tmp_path: Path) ->
     assert descriptors() == before
     with pytest.raises(ClosedError):
         reads.run()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.parametrize("held", ["_lock", "_open_for_reading"])
+def test_a_forked_process_closes_its_files_whoever_was_reading(disk: Disk, held: str) -> None:
+    """The thread that read, or held the lock, is not in the child: to wait for it is to wait for ever."""
+    before = descriptors()
+    with disk.store._lock if held == "_lock" else disk.store._open_for_reading():
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            disk.store.close()
+            os._exit(0 if descriptors() < before and not disk.store.files else 1)
+        _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert_holds(disk.store, disk.moe_layers)
 
 
 class Interrupt:

@@ -27,7 +27,7 @@ def plain():
 def model():
     torch._dynamo.reset()
     model = offload(resident(), 0.5, config=replace(SETTINGS, decide="device"), device_map="cpu")
-    keep_static_caches(model, KVPool(), PLANNED)
+    keep_static_caches(model, KVPool(2 * PLANNED), PLANNED)
     yield model
     model.moe_offload.close()
 
@@ -128,11 +128,25 @@ def check_spare_caches():
     def make():
         return Cache(layers=[SimpleNamespace(is_initialized=True, keys=torch.zeros(1))])
 
-    pool = KVPool()
-    for key in range(5):
-        pool.lend(key, make)
-    assert len(pool._spare) == 2
+    forgotten = []
+    pool = KVPool(100, lambda: forgotten.append(1))
+    for tokens in (10, 20, 30, 40, 50):
+        pool.lend(1, tokens, make)
+    assert [key.tokens for key, _ in pool._spare] == [50, 40], "no more tokens than the plan has room for"
     layers = pool._spare[0][1]
-    assert pool.lend(4, make).layers is layers
+    held = pool.lend(1, 50, make)
+    assert held.layers is layers and len(pool._spare) == 1
+    other = pool.lend(2, 11, make)
+    assert not pool._spare, "what is in use counts, too"
+    del held
+    assert [key.tokens for key, _ in pool._spare] == [50]
+    del other
+    assert [key.tokens for key, _ in pool._spare] == [11, 50]
+    pool.lend(2, 51, make)
+    assert not pool._spare, "what is larger than that is not kept, nor what was used before it"
+    pool.lend(1, 50, make)
     pool.drop()
-    assert not pool._spare
+    assert not pool._spare and not forgotten
+    for tokens in range(1, 3):
+        pool.lend(1, tokens, make)
+    assert len(forgotten) == 1, "recordings of caches that are gone"

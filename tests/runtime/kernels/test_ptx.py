@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 
-from moe_offload.runtime.kernels import KERNELS, DeviceState, Loads, make_pace
+from moe_offload.runtime.kernels import KERNELS, Loads, make_pace
+from moe_offload.runtime.kernels.state_block import StateBlock
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
@@ -49,7 +52,45 @@ class Compiled:
         source = ASTSource(self.kernel, signature, {(names.index(k),): v for k, v in constants.items()}, aligned)
         options = {name: value for name, value in named.items() if name not in names}
         made = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        self.ptx, self.shared_bytes = made.asm["ptx"], made.metadata.shared
+        self.ptx, self.shared_bytes, self.cubin = made.asm["ptx"], made.metadata.shared, made.asm["cubin"]
+
+    def resources(self, tmp_path):
+        """What ptxas gave the kernel: REG registers a thread, STACK and LOCAL bytes where they did not suffice."""
+        file = tmp_path / "kernel.cubin"
+        file.write_bytes(self.cubin)
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        said = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True).stdout
+        return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
+
+
+def launches():
+    """Each kernel at the sizes of a step of Qwen3-30B-A3B or gpt-oss, and decide at its largest: (kernel, run)."""
+
+    def decide(experts, slots, pairs):
+        def run(kernels):
+            state, loads = StateBlock([(experts, slots)], "cpu").states[0], Loads.empty(pairs, "cpu")
+            kernels.decide(torch.arange(pairs), state, loads, make_pace(1, 32.0, "cpu"))
+
+        return run
+
+    def gather(kernels):
+        rows = torch.empty(2, 4096, dtype=torch.bfloat16)
+        kernels.gather(rows, rows, Loads.empty(1, "cpu"))
+
+    def multiply(name, pairs, transposed):
+        def run(kernels):
+            x_PH, weight_SHO = (torch.empty(*shape, dtype=torch.bfloat16) for shape in ((pairs, 512), (2, 512, 512)))
+            weight_SHO = weight_SHO.transpose(1, 2) if transposed else weight_SHO
+            getattr(kernels, name)(x_PH, weight_SHO, torch.zeros(pairs, dtype=torch.int64))
+
+        return run
+
+    for sizes in ((128, 32, 8), (128, 64, 8), (32, 16, 4), (512, 512, 512)):
+        yield pytest.param("decide", decide(*sizes), id=f"decide-{sizes}")
+    yield pytest.param("gather", gather, id="gather")
+    for name, pairs in (("indexed_mm", 8), ("grouped_mm", 512)):
+        for transposed in (False, True):
+            yield pytest.param(name, multiply(name, pairs, transposed), id=f"{name}-{transposed}")
 
 
 @pytest.fixture
@@ -63,10 +104,24 @@ def compiled(monkeypatch, function, name):
     return stand_in
 
 
+@pytest.mark.parametrize(("name", "run"), [*launches()])
+def test_registers_suffice(kernels, monkeypatch, tmp_path, name, run):
+    """A value that is put away in memory, and fetched again, costs more than what it was made of."""
+    kernel = compiled(monkeypatch, getattr(kernels, name), f"_{name}")
+    run(kernels)
+    used = kernel.resources(tmp_path)
+    assert 16 <= used["REG"] <= 255 and used["STACK"] == used["LOCAL"] == 0, used
+    assert kernel.shared_bytes <= 227 << 10
+
+
 @pytest.mark.parametrize(("experts", "slots", "pairs"), [(128, 32, 8), (32, 16, 4), (512, 512, 512)])
 def test_scores_are_never_fused_into_one_rounding(kernels, monkeypatch, experts, slots, pairs):
     kernel = compiled(monkeypatch, kernels.decide, "_decide")
-    state, loads, ids_P = DeviceState.empty(experts, slots, "cpu"), Loads.empty(pairs, "cpu"), torch.arange(pairs)
+    state, loads, ids_P = (
+        StateBlock([(experts, slots)], "cpu").states[0],
+        Loads.empty(pairs, "cpu"),
+        torch.arange(pairs),
+    )
     kernels.decide(ids_P, state, loads, make_pace(1, 32.0, "cpu"))
     doubles = set(re.findall(r"\w+(?:\.\w+)*\.f64\b", kernel.ptx))
     assert {"mul.rn.f64", "add.rn.f64", "div.rn.f64"} <= doubles and not any("fma" in op for op in doubles)

@@ -1,0 +1,33 @@
+"""`run` under a launcher prints the text of one process, once."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from moe_offload.apps.cli import app
+from tests.paths import MODEL_NAME as MODEL
+from tests.paths import ROOT
+
+COMMAND = ["run", MODEL, "--budget", "5.5MB", "--prompt", "The ls command lists", "--max-new-tokens", "16"]
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    "accelerate": [
+        *("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+        *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+    ],
+}
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.long)])
+def test_the_text_is_that_of_one_process(launcher, tmp_path):
+    alone = CliRunner().invoke(app, [word.replace("5.5MB", "6MB") for word in COMMAND])
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "moe_offload", *COMMAND]
+    told = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=280, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert told.returncode == 0, told.stderr
+    assert told.stdout == alone.stdout and len(told.stdout) > 30
+    assert told.stderr.count("\nrank ") == 2 and told.stderr.count("time to first token") == 1
