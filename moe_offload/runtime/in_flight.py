@@ -59,18 +59,16 @@ class Arrivals:
     # One event: begin, look the cache up, claim, start what is missing, take what arrives.
 
     def begin(self, used: Collection[int]) -> None:
-        """Begin an event of the experts `used`: claim rows read ahead for it, and give up loads whose slots it
-        needs."""
+        """Begin an event of the experts `used`: claim rows read ahead for it, and give up loads whose slots it needs.
+
+        Whoever calls it calls `abort` after any error, also one that comes when this has returned.
+        """
         if self.awaited or self.held or len(self.cache.pending) > len(self.guessed):
             self.abort()  # an event that was interrupted before its wait left loads behind; a new one starts clean
         begun = time.perf_counter()
-        try:
-            self.held = self.scratch.claim(self.moe.index, used) if self.scratch.ahead else {}
-            self._settle_guesses(used)
-            self._waited(begun, rows=0)
-        except BaseException:
-            self.abort()
-            raise
+        self.held = self.scratch.claim(self.moe.index, used) if self.scratch.ahead else {}
+        self._settle_guesses(used)
+        self._waited(begun, rows=0)
 
     def claim_guesses(self, used: Collection[int]) -> None:
         """What was guessed and is `used` is demanded now, first of all. Call it after the cache was looked up."""

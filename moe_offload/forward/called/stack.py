@@ -1,6 +1,6 @@
 """`Stack`: what an offloaded module has in place of a stack of experts `[E, ...]` that its code indexes by a number.
 
-    W[3], W[ids[0]], W[e, :, :n]         the row of one expert (`row.py`)
+    W[3], W[ids[0]], W[e, :, :n]         the row of one expert (`row.py`), as of W.select(0, e)
     for w in W;  W.unbind();  W.chunk(E) the rows of all, each read when it is used
     W.view(-1, F, H)[e]                  of a stack [E*F, H]: the same
     W.shape, W.dtype, W.device           as of the real one
@@ -88,6 +88,8 @@ def _read(stack: Stack, name: str, func: Callable[..., Any], args: tuple[Any, ..
             row: Tensor = _row(stack, expert)
             row = row if _is_scalar(index) else row.unsqueeze(0)
             return row[rest if _is_scalar(index) else (slice(None), *rest)] if rest else row
+    elif name == "select" and per_expert and args[:1] == (0,) and len(args) == 2:
+        return _row(stack, operator.index(args[1]))
     elif name in APART and per_expert:
         rows = _rows(stack, name, func, args, kwargs)
         if rows is not None:
