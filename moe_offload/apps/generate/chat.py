@@ -39,7 +39,7 @@ def chat(
     check_folder(prompt_cache)
     flags.set_threads()
     tokenizer = load_tokenizer(model, **flags.hub())
-    loaded: Any = from_pretrained(model, config=wanted, **flags.loading())
+    loaded: Any = from_pretrained(model, config=wanted, **flags.loading(model))
     with loaded.moe_offload as handle:
         typer.echo(str(handle.plan), err=True)
         prompts = open_prompt_cache(loaded, wanted, prompt_cache)

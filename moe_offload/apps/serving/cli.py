@@ -169,7 +169,7 @@ def running_server(
 
         check_folder(prompt_cache)
         flags.set_threads()
-        loaded: Any = from_pretrained(model, config=wanted, **flags.loading())
+        loaded: Any = from_pretrained(model, config=wanted, **flags.loading(model))
         with loaded.moe_offload as handle:
             typer.echo(str(handle.plan), err=True)
             tokenizer = load_tokenizer(model, **flags.hub())
@@ -218,7 +218,7 @@ def follow_server(model: str, wanted: OffloadConfig, flags: ModelFlags, stop: St
     from .in_step import follow
 
     flags.set_threads()
-    loaded: Any = from_pretrained(model, config=wanted, **flags.loading())
+    loaded: Any = from_pretrained(model, config=wanted, **flags.loading(model))
     with loaded.moe_offload:
         tokenizer = load_tokenizer(model, **flags.hub())
         stop.serving = True
