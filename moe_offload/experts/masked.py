@@ -2,7 +2,8 @@
 
     torch.bmm(x.view(E, -1, H), self.gate_up_proj)        nobody tells the module which token goes where
 
-A module qualifies when it is handed hidden states and nothing else: without ids it can only treat all experts alike.
+A module qualifies when it is handed hidden states and nothing else, and has no router in it: without ids it can only
+treat all experts alike. One that has no code of its own is read by others.
 Whether zeros stay zeros in it is seen in its graph (`passes/masked.py`), which is refused by name where they do not.
 """
 
@@ -34,7 +35,11 @@ def is_masked(name: str, module: nn.Module) -> bool:
 
 
 def _takes_one(module: nn.Module) -> bool:
-    return len(inspect.signature(type(module).forward).parameters) == 2
+    forward = type(module).forward
+    if forward is nn.Module.forward or any(True for child in module.children() for _ in child.parameters()):
+        return False
+    kinds = [parameter.kind for parameter in inspect.signature(forward).parameters.values()]
+    return len(kinds) == 2 and kinds[1] in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 def _stacks_in(name: str, module: nn.Module) -> Stacks:

@@ -1,6 +1,6 @@
 """`Stack`: what an offloaded module has in place of a stack of experts `[E, ...]` that its code indexes by a number.
 
-    W[3], W[ids[0]], W[e, :, :n]         the row of one expert (`row.py`)
+    W[3], W[ids[0]], W[e, :, :n]         the row of one expert (`row.py`), as of W.select(0, e)
     for w in W;  W.unbind();  W.chunk(E) the rows of all, each read when it is used
     W.view(-1, F, H)[e]                  of a stack [E*F, H]: the same
     W.shape, W.dtype, W.device           as of the real one
@@ -36,6 +36,7 @@ class Stack(nn.Parameter):
     field: Field
     row: Tensor  # one row's looks: its elements are never read
     count: int
+    per_expert: bool  # whether its first dimension is that of experts
 
     @staticmethod
     def of(source: Source, field: Field, like: Tensor, row: Tensor) -> Stack:
@@ -75,12 +76,12 @@ def _made(empty: Tensor, source: Source, field: Field, row: Tensor, count: int) 
     with torch._C._DisableTorchDispatch():  # it may be a stack, which it detaches
         stack = Tensor._make_subclass(Stack, empty, False)
     stack.source, stack.field, stack.row, stack.count = source, field, row, count
+    stack.per_expert = tuple(empty.shape[1:]) == field.shape
     return stack
 
 
 def _read(stack: Stack, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with as_looks():
-        per_expert = tuple(stack.shape[1:]) == stack.field.shape
+    per_expert = stack.per_expert
     if name == "__getitem__" and per_expert:
         index, rest = (args[0][0], args[0][1:]) if isinstance(args[0], tuple) and args[0] else (args[0], ())
         expert = _number(index)
@@ -88,6 +89,8 @@ def _read(stack: Stack, name: str, func: Callable[..., Any], args: tuple[Any, ..
             row: Tensor = _row(stack, expert)
             row = row if _is_scalar(index) else row.unsqueeze(0)
             return row[rest if _is_scalar(index) else (slice(None), *rest)] if rest else row
+    elif name == "select" and per_expert and args[:1] == (0,) and len(args) == 2:
+        return _row(stack, operator.index(args[1]))
     elif name in APART and per_expert:
         rows = _rows(stack, name, func, args, kwargs)
         if rows is not None:

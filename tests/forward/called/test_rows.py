@@ -128,7 +128,7 @@ def test_looks_read_nothing(source):
     assert not source.asked
 
 
-@pytest.mark.parametrize("take", ["unbind", "iterate", "chunk", "split", "list"])
+@pytest.mark.parametrize("take", ["unbind", "iterate", "chunk", "split", "list", "select"])
 def test_all_rows_at_once_are_read_one_by_one(source, take):
     stack = stack_of(source)
     rows = {
@@ -137,6 +137,7 @@ def test_all_rows_at_once_are_read_one_by_one(source, take):
         "chunk": lambda: [row.squeeze(0) for row in stack.chunk(E, dim=0)],
         "split": lambda: [row[0] for row in torch.split(stack, 1)],
         "list": lambda: list(stack),
+        "select": lambda: [stack.select(0, e) for e in range(E)],
     }[take]()
     assert not source.asked and len(rows) == E
     x = torch.randn(3, H)
