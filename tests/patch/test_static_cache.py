@@ -67,6 +67,21 @@ def test_requests_of_any_length_decode_in_the_same_memory(model, plain, used):
     assert len({places for _, places in used}) == 1, "planned for one length: one cache, at one place"
 
 
+def test_two_hundred_requests_decode_in_four_memories_at_most(model, used):
+    """A step is recorded for each memory it decodes in. Prompts of all lengths, so that every length of cache is used."""
+    keep_static_caches(model, KVPool(2 * 2048), 2048)
+    draw = random.Random(0)
+    lengths = [3, 300, 600, 1100] * 3 + [min(1900, 2 + int(draw.expovariate(1 / 60))) for _ in range(188)]
+    for i, length in enumerate(lengths):
+        if i == 8:  # what is compiled holds the caches that it was traced with, for a while
+            gc.collect()
+            used.clear()
+        if i == 12:
+            warm = set(used)
+        generate(model, (torch.arange(length) * 7 % 90 + 3).view(1, -1), n=2)
+    assert len(warm) == 4 and set(used) == warm and len(used) == 192
+
+
 def test_a_cache_that_somebody_holds_is_not_lent_again(model, plain):
     kept = generate(model, return_dict_in_generate=True).past_key_values
     before = kept.layers[0].keys.clone()
