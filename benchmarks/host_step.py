@@ -1,5 +1,5 @@
-"""What the host does around one decode step that is replayed as a CUDA graph: everything but the launch itself, on a CPU
-that stands in for the GPU. The step is compiled and recorded as on a GPU, and its recording is an empty function.
+"""What the host does around one decode step that is replayed as a CUDA graph: all but the launch itself, on a CPU that
+stands in for the GPU. The step is compiled and recorded as on a GPU, and its recording is an empty function.
 Seconds of this process on a processor, so that a busy machine does not count.
 
     python benchmarks/host_step.py --layers 48 --repeats 300

@@ -1,5 +1,5 @@
-"""CUDA's streams and events without CUDA: what is launched happens at once, and two uses of the same memory that nothing
-holds apart are an error, however lucky their timing was.
+"""CUDA's streams and events without CUDA: what is launched happens at once, and two uses of the same memory that
+nothing holds apart are an error, however lucky their timing was.
 
     line of time    the host (all of its threads: locks order them), and each stream
     seen            of a line, and of an event: how far of each line is certain to be over (a vector clock)

@@ -68,7 +68,7 @@ def test_requests_of_any_length_decode_in_the_same_memory(model, plain, used):
 
 
 def test_two_hundred_requests_decode_in_four_memories_at_most(model, used):
-    """A step is recorded for each memory it decodes in. Prompts of all lengths, so that every length of cache is used."""
+    """A step is recorded for each memory it decodes in. Prompts of all lengths, and caches of every one."""
     keep_static_caches(model, KVPool(2 * 2048), 2048)
     draw = random.Random(0)
     lengths = [3, 300, 600, 1100] * 3 + [min(1900, 2 + int(draw.expovariate(1 / 60))) for _ in range(188)]

@@ -1,5 +1,5 @@
-"""The Triton kernels in CI: `test_contract.py` and `test_shuffled.py` under Triton's interpreter, which needs no GPU, in a
-process of its own.
+"""The Triton kernels in CI: `test_contract.py` and `test_shuffled.py` under Triton's interpreter, which needs no GPU,
+in a process of its own.
 
 A slice of it always, all of it (minutes) with -m long. TRITON_INTERPRET must be set before Triton is imported.
 """

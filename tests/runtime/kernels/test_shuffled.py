@@ -1,5 +1,5 @@
-"""The kernels under Triton's interpreter with the elements of every store written in a random order, as the threads of a
-block may: wherever two of them write to one place, the result would depend on who is last.
+"""The kernels under Triton's interpreter with the elements of every store written in a random order, as the threads of
+a block may: wherever two of them write to one place, the result would depend on who is last.
 
 Needs TRITON_INTERPRET=1; `test_interpreted.py` runs it so.
 """
