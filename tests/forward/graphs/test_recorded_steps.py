@@ -87,6 +87,7 @@ def test_requests_of_any_thread_replay_what_one_thread_has_recorded(recordings):
     model.moe_offload.close()
 
 
+@pytest.mark.long
 def test_a_step_that_runs_out_of_memory_is_recorded_anew_with_fewer_slots(recordings, monkeypatch):
     plain, model = resident(layers=2), offload(resident(layers=2), 0.9, config=DEVICE, device_map="cpu")
     keep_static_caches(model, KVPool(2 * 48), 48)
