@@ -18,7 +18,7 @@ import torch
 
 from .checkpoint.folder import ABSENT, INDEX
 from .checkpoint.headers import Headers
-from .checkpoint.new_folder import check_new, new_folder
+from .checkpoint.new_folder import check_new, folder_to_write, new_folder
 from .checkpoint.outline import outline_folder
 from .checkpoint.packed import ROWS, SOURCES, Stored, index_stored, is_packed, read_stored
 from .checkpoint.packed_format import describe_layer, parse_sources, rows_metadata, sources_metadata
@@ -86,7 +86,7 @@ def pack_checkpoint(
     """
     if verify not in VERIFY:
         raise ConfigError(f"verify={verify!r} is not accepted: it takes one of {', '.join(map(repr, VERIFY))}")
-    limit_bytes, out = parse_size(max_shard_size), Path(out)
+    limit_bytes, out = parse_size(max_shard_size), folder_to_write(out, PackError)
     check_new(out)
     arguments = sort_arguments(None, hub)
     source = open_source(get_folder(path_or_id, arguments), arguments)

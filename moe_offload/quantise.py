@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint.headers import Headers, TensorRange
-from .checkpoint.new_folder import CONFIG, POINTER, SINGLE, check_new, new_folder, write_index
+from .checkpoint.new_folder import CONFIG, POINTER, SINGLE, check_new, folder_to_write, new_folder, write_index
 from .checkpoint.outline import outline_folder, outline_stored
 from .checkpoint.packed import Stored
 from .checkpoint.pretrained.arguments import sort_arguments
@@ -85,7 +85,7 @@ def quantise_checkpoint(
     """
     if experts not in KINDS:
         raise ConfigError(f"experts={experts!r} is not accepted: it takes one of {', '.join(map(repr, KINDS))}")
-    limit_bytes, out = parse_size(max_shard_size), Path(out)
+    limit_bytes, out = parse_size(max_shard_size), folder_to_write(out, PackError)
     check_new(out)
     arguments = sort_arguments(None, hub)
     source = open_source(get_folder(path_or_id, arguments), arguments)

@@ -47,13 +47,14 @@ class Successors:
         self.turn = (self.turn + 1) % HORIZON
         by, followed = self.by, self.followed
         for f in self.recent[self.turn] if self.turn < len(self.recent) else ():
+            if followed[f] >= FADE:  # Ctrl-C has come before they were halved
+                self._fade(f)
+            followed[f] += 1  # first, and halved last: wherever Ctrl-C comes, no count in its row is larger
             row = by[f]
             for e in experts:
                 row[e] += 1
-            followed[f] += 1
-            if followed[f] == FADE:
-                followed[f] >>= 1
-                by[f] = row.translate(_HALF)
+            if followed[f] >= FADE:
+                self._fade(f)
         self.recent = [experts, *self.recent[: HORIZON - 1]]
 
     def victims(self, candidates: Iterable[int], n: int) -> list[int]:
@@ -68,6 +69,10 @@ class Successors:
         top = max(1.0, max(rates, default=0.0))
         for rate in (self.fast, self.slow):
             rate.seed([r / top for r in rates])
+
+    def _fade(self, f: int) -> None:
+        self.by[f] = self.by[f].translate(_HALF)
+        self.followed[f] >>= 1
 
     def _expect(self, experts: list[int], scores: list[float]) -> list[float]:
         """`scores`, each with WEIGHT * mean P(e | f) added, over the experts f of the last event."""

@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -46,6 +47,14 @@ _WEIGHTS = re.compile(
     r"(model(-[0-9a-f]{8})?|moe_offload_rows)(-\d{5}-of-\d{5})?\.safetensors|model(-[0-9a-f]{8})?\.safetensors\.index\.json"
     r"|PACKED\.md"
 )
+
+
+def folder_to_write(named: str | os.PathLike[str], error: type[OffloadError]) -> Path:
+    """The path of a folder that is to be written. Raises `error` for an empty text, which as a path is the working
+    directory, and nobody has named that."""
+    if not os.fspath(named):
+        raise error("the path of the folder to be written is empty; name a folder")
+    return Path(named)
 
 
 def check_new(out: Path) -> None:

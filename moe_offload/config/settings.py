@@ -198,7 +198,7 @@ def given_key() -> str | None:
 
 def _gather(config: Config, overrides: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     """`{field: (value, where it is from)}` of all fields that somebody has set."""
-    if not isinstance(config, (Mapping, str, os.PathLike, type(None))):
+    if not isinstance(config, (Mapping, str, os.PathLike, type(None))) or config == "":
         kind = type(config).__name__
         what = f"config=<{kind}>" if kind.endswith("Config") else f"config={str(config)[:60]!r}"
         hint = "; fields of the model's own configuration are keywords of from_pretrained" if "<" in what else ""

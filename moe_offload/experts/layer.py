@@ -11,14 +11,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from .layout import PackedWeight, RowLayout
 from .share import Share, local_part
+
+Held = TypeVar("Held")
+#: A module in which a form has found experts: (its name, the module, what it holds them in).
+Holder = tuple[str, nn.Module, Held]
 
 
 @dataclass(frozen=True)
@@ -183,3 +187,45 @@ class MoELayer:
     def tokens_of(self, pairs: int) -> int:
         """How many tokens have so many token-expert pairs; an experts module may leave out those of other ranks."""
         return -(-pairs // self.top_k)
+
+
+def group_tied(
+    model: nn.Module, find: Callable[[str, nn.Module], Held], params: Callable[[Held], Iterable[Tensor]]
+) -> list[list[Holder[Held]]]:
+    """The modules in which `find` finds something; together those whose `params` are the same."""
+    found: dict[tuple[int, ...], list[Holder[Held]]] = {}
+    for name, module in model.named_modules():
+        held = find(name, module)
+        if held:
+            found.setdefault(tuple(map(id, params(held))), []).append((name, module, held))
+    return list(found.values())
+
+
+def layer_of(
+    form: str,
+    index: int,
+    holders: Sequence[Holder[Held]],
+    layout: RowLayout,
+    num_experts: int,
+    top_k: int | None,
+    places: Callable[[nn.Module, Held], Iterable[Place]],
+    called: bool = True,
+) -> MoELayer:
+    """The layer that `holders` are together. `top_k` is None where nothing says it: then it may be all experts."""
+    return MoELayer(
+        index,
+        tuple(name for name, _, _ in holders),
+        tuple(module for _, module, _ in holders),
+        num_experts,
+        min(top_k or num_experts, num_experts),
+        layout,
+        layout,
+        form=form,
+        called=called,
+        places=tuple(tuple(places(module, held)) for _, module, held in holders),
+    )
+
+
+def stack_places(module: nn.Module, stacks: Iterable[str]) -> Iterable[Place]:
+    """The places of stacks, which are parameters of `module` itself."""
+    return (Place(module, field, field, field) for field in stacks)

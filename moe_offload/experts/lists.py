@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from .layer import MoELayer, Place
+from .layer import Holder, MoELayer, Place, group_tied, layer_of
 from .layout import RowLayout
 from .names import find_top_k, says_expert
 
@@ -22,13 +22,8 @@ def find_lists(model: nn.Module) -> list[MoELayer]:
 
     Raises `UnsupportedModelError`, naming the module, where experts differ in size or kind.
     """
-    found: dict[tuple[int, ...], list[tuple[str, nn.Module, Lists]]] = {}
-    for name, module in model.named_modules():
-        lists = lists_in(name, module)
-        if lists:
-            key = tuple(id(param) for one in lists.values() for param in one)
-            found.setdefault(key, []).append((name, module, lists))
-    return [_layer(model, i, members) for i, members in enumerate(found.values())]
+    tied = group_tied(model, lists_in, lambda lists: (param for one in lists.values() for param in one))
+    return [_layer(model, i, holders) for i, holders in enumerate(tied)]
 
 
 def lists_in(name: str, module: nn.Module) -> Lists:
@@ -40,8 +35,8 @@ def lists_in(name: str, module: nn.Module) -> Lists:
     return lists if len(lengths) == 1 and min(lengths) > 1 else {}
 
 
-def _layer(model: nn.Module, index: int, members: list[tuple[str, nn.Module, Lists]]) -> MoELayer:
-    name, module, lists = members[0]
+def _layer(model: nn.Module, index: int, holders: list[Holder[Lists]]) -> MoELayer:
+    name, module, lists = holders[0]
     for field, params in lists.items():
         if len({(type(p), tuple(p.shape), p.dtype, p.is_contiguous()) for p in params}) > 1:
             raise UnsupportedModelError(
@@ -54,21 +49,10 @@ def _layer(model: nn.Module, index: int, members: list[tuple[str, nn.Module, Lis
             )
     num_experts = len(next(iter(lists.values())))
     layout = RowLayout.in_order((field, tuple(params[0].shape), params[0].dtype) for field, params in lists.items())
-    return MoELayer(
-        index,
-        tuple(n for n, *_ in members),
-        tuple(m for _, m, _ in members),
-        num_experts,
-        min(find_top_k(name, module, model) or num_experts, num_experts),
-        layout,
-        layout,
-        form="lists",
-        called=True,
-        places=tuple(tuple(_places(found)) for _, _, found in members),
-    )
+    return layer_of("lists", index, holders, layout, num_experts, find_top_k(name, module, model), _places)
 
 
-def _places(lists: Lists) -> Iterator[Place]:
+def _places(_: nn.Module, lists: Lists) -> Iterator[Place]:
     for field, params in lists.items():
         for e in range(len(params)):
             yield Place(params, str(e), f"{field}.{e}", field, e)

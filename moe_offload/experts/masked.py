@@ -2,7 +2,8 @@
 
     torch.bmm(x.view(E, -1, H), self.gate_up_proj)        nobody tells the module which token goes where
 
-A module qualifies when it is handed hidden states and nothing else: without ids it can only treat all experts alike.
+A module qualifies when it is handed hidden states and nothing else, and has no router in it: without ids it can only
+treat all experts alike. One that has no code of its own is read by others.
 Whether zeros stay zeros in it is seen in its graph (`passes/masked.py`), which is refused by name where they do not.
 """
 
@@ -12,19 +13,16 @@ import inspect
 
 from torch import Tensor, nn
 
-from .layer import MoELayer, Place
+from .layer import Holder, MoELayer, group_tied, layer_of, stack_places
 from .layout import RowLayout
 from .names import find_top_k, says_expert
+
+Stacks = dict[str, Tensor]
 
 
 def find_masked(model: nn.Module) -> list[MoELayer]:
     """The layers of this form, one for each distinct set of parameters."""
-    found: dict[tuple[int, ...], list[tuple[str, nn.Module]]] = {}
-    for name, module in model.named_modules():
-        if is_masked(name, module):
-            key = tuple(id(param) for param in module.parameters(recurse=False))
-            found.setdefault(key, []).append((name, module))
-    return [_layer(model, i, members) for i, members in enumerate(found.values())]
+    return [_layer(model, i, holders) for i, holders in enumerate(group_tied(model, _stacks_in, Stacks.values))]
 
 
 def is_masked(name: str, module: nn.Module) -> bool:
@@ -37,21 +35,18 @@ def is_masked(name: str, module: nn.Module) -> bool:
 
 
 def _takes_one(module: nn.Module) -> bool:
-    return len(inspect.signature(type(module).forward).parameters) == 2
+    forward = type(module).forward
+    if forward is nn.Module.forward or any(True for child in module.children() for _ in child.parameters()):
+        return False
+    kinds = [parameter.kind for parameter in inspect.signature(forward).parameters.values()]
+    return len(kinds) == 2 and kinds[1] in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
-def _layer(model: nn.Module, index: int, members: list[tuple[str, nn.Module]]) -> MoELayer:
-    name, module = members[0]
-    stacks: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
-    num_experts, layout = len(next(iter(stacks.values()))), RowLayout.of(stacks)
-    return MoELayer(
-        index,
-        tuple(n for n, _ in members),
-        tuple(m for _, m in members),
-        num_experts,
-        min(find_top_k(name, module, model) or num_experts, num_experts),
-        layout,
-        layout,
-        form="masked",
-        places=tuple(tuple(Place(m, field, field, field) for field in stacks) for _, m in members),
-    )
+def _stacks_in(name: str, module: nn.Module) -> Stacks:
+    return dict(module.named_parameters(recurse=False)) if is_masked(name, module) else {}
+
+
+def _layer(model: nn.Module, index: int, holders: list[Holder[Stacks]]) -> MoELayer:
+    name, module, stacks = holders[0]
+    num_experts, layout, top_k = len(next(iter(stacks.values()))), RowLayout.of(stacks), find_top_k(name, module, model)
+    return layer_of("masked", index, holders, layout, num_experts, top_k, stack_places, called=False)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from .layer import MoELayer, Place
+from .layer import Holder, MoELayer, Place, group_tied, layer_of
 from .layout import RowLayout
 from .names import find_top_k
 
@@ -28,13 +28,8 @@ def find_modules(model: nn.Module) -> list[MoELayer]:
 
     Raises `UnsupportedModelError`, naming the module, where an expert's weights can be reached by another way as well.
     """
-    found: dict[tuple[int, ...], list[tuple[str, nn.Module, Members]]] = {}
-    for name, module in model.named_modules():
-        members = experts_in(name, module)
-        if members:
-            key = tuple(id(param) for _, member in members for param in member.parameters())
-            found.setdefault(key, []).append((name, module, members))
-    layers = [_layer(model, i, lists) for i, lists in enumerate(found.values())]
+    tied = group_tied(model, experts_in, lambda members: (p for _, member in members for p in member.parameters()))
+    layers = [_layer(model, i, holders) for i, holders in enumerate(tied)]
     _refuse_shared(model, layers)
     return layers
 
@@ -79,26 +74,15 @@ def _is_no_expert(member: nn.Module) -> bool:
     )
 
 
-def _layer(model: nn.Module, index: int, lists: list[tuple[str, nn.Module, Members]]) -> MoELayer:
-    name, module, members = lists[0]
+def _layer(model: nn.Module, index: int, holders: list[Holder[Members]]) -> MoELayer:
+    name, module, members = holders[0]
     for key, member in members:
         _refuse_unlike(f"{name}.{key}", member)
     layout = RowLayout.in_order((n, tuple(p.shape), p.dtype) for n, p in members[0][1].named_parameters())
-    return MoELayer(
-        index,
-        tuple(n for n, *_ in lists),
-        tuple(m for _, m, _ in lists),
-        len(members),
-        min(find_top_k(name, module, model) or len(members), len(members)),
-        layout,
-        layout,
-        form="modules",
-        called=True,
-        places=tuple(tuple(_places(inside)) for _, _, inside in lists),
-    )
+    return layer_of("modules", index, holders, layout, len(members), find_top_k(name, module, model), _places)
 
 
-def _places(members: Members) -> Iterator[Place]:
+def _places(module: nn.Module, members: Members) -> Iterator[Place]:
     for e, (key, member) in enumerate(members):
         for path, _ in member.named_parameters():
             owner, _, attribute = path.rpartition(".")

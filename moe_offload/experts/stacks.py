@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
 from .interface import is_experts
-from .layer import MoELayer, Place
+from .layer import Holder, MoELayer, group_tied, layer_of, stack_places
 from .layout import RowLayout
 from .masked import is_masked
 from .names import find_top_k, said_count, says_expert
@@ -28,18 +28,13 @@ def find_stacks(model: nn.Module) -> list[MoELayer]:
 
     Raises `UnsupportedModelError`, naming the module, where a stack is no ordinary parameter.
     """
-    found: dict[tuple[int, ...], list[tuple[str, nn.Module, Stacks]]] = {}
-    for name, module in model.named_modules():
-        if is_experts(module) or is_masked(name, module) or not says_expert(name, module):
-            continue
-        stacks = stacks_in(module)
-        if stacks:
-            found.setdefault(tuple(map(id, stacks.values())), []).append((name, module, stacks))
-    return [_layer(model, i, members) for i, members in enumerate(found.values())]
+    return [_layer(model, i, holders) for i, holders in enumerate(group_tied(model, stacks_in, Stacks.values))]
 
 
-def stacks_in(module: nn.Module) -> Stacks:
+def stacks_in(name: str, module: nn.Module) -> Stacks:
     """The stacks that `module` holds by itself, `{name: [E, ...] or [E*F, H]}`; nothing where there are none."""
+    if is_experts(module) or is_masked(name, module) or not says_expert(name, module):
+        return {}
     own: Stacks = dict(module.named_parameters(recurse=False))
     matrices = {name: param for name, param in own.items() if param.dim() == 3 and len(param) > 1}
     if matrices:
@@ -53,8 +48,8 @@ def stacks_in(module: nn.Module) -> Stacks:
     return joined if all(len(param) % count == 0 for param in joined.values()) else {}
 
 
-def _layer(model: nn.Module, index: int, members: list[tuple[str, nn.Module, Stacks]]) -> MoELayer:
-    name, module, stacks = members[0]
+def _layer(model: nn.Module, index: int, holders: list[Holder[Stacks]]) -> MoELayer:
+    name, module, stacks = holders[0]
     for field, stack in stacks.items():
         if type(stack) is not nn.Parameter or not stack.is_contiguous():
             raise UnsupportedModelError(
@@ -63,18 +58,7 @@ def _layer(model: nn.Module, index: int, members: list[tuple[str, nn.Module, Sta
             )
     num_experts, shapes = _shapes(module, stacks)
     layout = RowLayout.in_order((field, shapes[field], stack.dtype) for field, stack in stacks.items())
-    return MoELayer(
-        index,
-        tuple(n for n, *_ in members),
-        tuple(m for _, m, _ in members),
-        num_experts,
-        min(_top_k(name, module, model) or num_experts, num_experts),
-        layout,
-        layout,
-        form="stacks",
-        called=True,
-        places=tuple(tuple(Place(m, field, field, field) for field in found) for _, m, found in members),
-    )
+    return layer_of("stacks", index, holders, layout, num_experts, _top_k(name, module, model), stack_places)
 
 
 def _top_k(name: str, module: nn.Module, model: nn.Module) -> int | None:

@@ -21,6 +21,7 @@ from .dynamo import Settings
 from .graphs import ops
 from .graphs.masked import MaskedLayer
 
+TURN_S = 60.0  # a part of a model that is called by itself waits no longer for a call of the model
 _sets = itertools.count()
 #: `scope`: the Scope of the offloaded model whose call this thread is in. `refused`: what `refuse_through` has raised.
 _inside = threading.local()
@@ -78,6 +79,21 @@ class Scope:
         """Whether this thread is in a call of the model."""
         return getattr(_inside, "scope", None) is self
 
+    def wait_for_turn(self, name: str) -> None:
+        """Wait, before a part of the model is called by itself, for the call of the model that runs now.
+
+        Raises `UnsupportedModelError` where that does not end: the model's code has started this thread, and waits.
+        """
+        if threading.current_thread() is threading.main_thread():  # nobody has started that one
+            return
+        if not self.runtime.lock.acquire(timeout=TURN_S):
+            raise UnsupportedModelError(
+                f"{name}: its experts are called in a thread of their own, and the model's own call has not ended for "
+                f"{TURN_S:.0f} s. If the model's code starts such threads, it cannot be offloaded: experts take turns "
+                "in the slots, in the thread that calls the model"
+            )
+        self.runtime.lock.release()
+
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
         """Inside the block this thread alone runs the model, and what it compiles is compiled for this model.
@@ -122,6 +138,7 @@ class Link:
 
     def __init__(self, scope: Scope, run: RunExperts, whole: bool, rows: str, name: str, casts: bool, compiled: bool):
         self.scope, self.run, self.whole, self.key, self.rows = scope, run, whole, _CLOSED, rows
+        self.name = name
         self.casts, self.compiled, self.refusing = casts, compiled, torch.empty(1)
         ops.bind(self.refusing, _Refusing(name))
         weakref.finalize(self, ops.unbind, self.refusing).atexit = False

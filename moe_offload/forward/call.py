@@ -16,7 +16,7 @@ from torch import nn
 
 from ..cache.phase import is_decode
 from ..errors import OffloadError
-from ..plan.weights import RESERVED_PROMPT_TOKENS
+from ..plan.prefill import PrefillRoom
 from ..runtime.model import Runtime
 from .advise import Advisor
 from .batch_sizes import find_inputs
@@ -38,9 +38,11 @@ ADAPTED = (
 class Call:
     """What `model(...)` runs: one forward at a time, without gradients, in the scope of the model (`binding.Scope`)."""
 
-    def __init__(self, model: nn.Module, runtime: Runtime, scope: Scope, run: Retry, advisor: Advisor):
+    def __init__(
+        self, model: nn.Module, runtime: Runtime, scope: Scope, run: Retry, advisor: Advisor, room: PrefillRoom
+    ):
         self.model, self.runtime, self.scope, self.run = model, runtime, scope, run
-        self.advisor = advisor
+        self.advisor, self.room = advisor, room
         self.places = [
             (model.get_submodule(name.rpartition(".")[0])._modules, name.rpartition(".")[2], module)
             for layer in runtime.layers
@@ -74,7 +76,8 @@ class Call:
             self._check_places()
             self._check_capture()
             sequences, tokens = _size(args, kwargs)
-            self._check_length(sequences * tokens)
+            if tokens > 1:
+                self._check_length(sequences, tokens)
             decode = is_decode(tokens, begun=tokens > 1 or _has_begun(args, kwargs))
             self.advisor.begins(decode)
             if self.runtime.device_caches is not None:
@@ -102,14 +105,16 @@ class Call:
                 if self.runtime.timeline is not None:
                     self.runtime.timeline.forward(begun_s, sequences, tokens, decode)
 
-    def _check_length(self, tokens: int) -> None:
+    def _check_length(self, sequences: int, tokens: int) -> None:
         """Say once that activations may take more than the reserve has."""
-        if tokens > RESERVED_PROMPT_TOKENS and not self.warned:
+        most = self.room.most_tokens(tokens, sequences)
+        if tokens > most and not self.warned:
             self.warned = True
             logger.warning(
                 "a forward of %d tokens: the budget has room for the activations of %d at a time, and may be "
-                "exceeded. generate(..., prefill_chunk_size=%d) reads a prompt in pieces",
-                tokens, RESERVED_PROMPT_TOKENS, RESERVED_PROMPT_TOKENS,
+                "exceeded. generate() reads a prompt in pieces by itself; model(...) is handed one after the other, "
+                "each with the past_key_values of the one before",
+                sequences * tokens, sequences * most,
             )  # fmt: skip
 
     def _check_places(self) -> None:

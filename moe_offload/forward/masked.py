@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedModelError
 from .binding import banks_of_this_thread, is_cast
 from .changed_parts import refuse_unseen_modes
 from .dynamo import with_own_code
@@ -24,9 +25,14 @@ def replace_forward(module: Any) -> None:
     module.__dict__["forward"] = types.MethodType(forward, module)
 
 
-def forward(self: Any, hidden_states: Tensor) -> Tensor:
-    """What replaces the module's own."""
-    link = self._moe_offload
+def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """What replaces the module's own, whatever name that gives to its argument."""
+    link, (hidden_states, *_) = self._moe_offload, (*args, *kwargs.values())
+    if not isinstance(hidden_states, Tensor) or not hidden_states.is_floating_point():
+        raise UnsupportedModelError(
+            f"{link.name}: it stacks its experts and takes one argument, which was taken for hidden states, and it is "
+            f"called with {_shown(hidden_states)}; what it does with that is not known, so it cannot be offloaded"
+        )
     if torch.compiler.is_dynamo_compiling():  # by this thread: whatever is running here is not run, but traced
         if link.whole and link.scope.banks == banks_of_this_thread():
             if link.compiled and is_cast(link, hidden_states):
@@ -36,6 +42,10 @@ def forward(self: Any, hidden_states: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         return cast(Tensor, refuse_backward(link.run, self, hidden_states))
     return cast(Tensor, link.run(self, hidden_states))
+
+
+def _shown(given: Any) -> str:
+    return f"a tensor of {given.dtype}" if isinstance(given, Tensor) else f"{type(given).__name__} {given!r:.40}"
 
 
 def run_op(module: Any, hidden_states: Tensor) -> Tensor:

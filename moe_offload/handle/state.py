@@ -19,6 +19,7 @@ from ..observe.timeline import Depth
 from ..plan.arrange import Arrangement
 from ..plan.budget import Plan
 from ..plan.explain import explain_arrangement
+from ..plan.prefill import PrefillRoom
 from ..plan.prepare import name_of
 from ..ranks.group import Group
 from ..ranks.merge import gather_counters
@@ -38,13 +39,14 @@ class State:
         compile: str,
         implementation: str,
         graphs: list[Any],
+        room: PrefillRoom,
         ranks: Group | None = None,
         on_close: Callable[[], None],
     ):
         self._arranged, self.tiers, self.fingerprint = arrangement, arrangement.tiers, fingerprint
         self.compile, self.implementation, self.graphs = compile, implementation, graphs
         self.model, self._runtime, self._on_close = model, runtime, on_close
-        self.ranks = ranks
+        self.ranks, self._room = ranks, room
         self._begun_s = time.monotonic()
 
     @property
@@ -80,6 +82,27 @@ class State:
     def closed(self) -> bool:
         """Whether files and memory were given back."""
         return self._runtime.closed
+
+    def prefill_chunk_size(self, tokens: int, past: int = 0, sequences: int = 1) -> int:
+        """How many tokens of a prompt `generate` reads at a time: as many as the reserve has room for.
+
+        Plain transformers, told the same by its argument of this name, gives the same logits to the bit.
+
+        Args:
+            tokens: How many the prompt has.
+            past: How many are in the KV cache before it.
+            sequences: How many prompts of this length there are, beams included.
+
+        Returns:
+            Tokens of each sequence; all of them where the prompt is read at once.
+
+        Example:
+
+            ```python
+            size = model.moe_offload.prefill_chunk_size(8192)
+            ```
+        """
+        return self._room.piece_tokens(tokens, past, sequences)
 
     def stats(self) -> Stats:
         """Counters as of now, over all layers and layer by layer. Any thread may ask; no forward is waited for.

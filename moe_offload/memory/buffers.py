@@ -35,8 +35,10 @@ class Rows:
     ):
         # Not initialised: the system gives memory out page by page, and a slot that was never filled takes none.
         self.bytes = allocate_unfilled(count * row_bytes, device).view(count, row_bytes) if raw is None else raw
+        #: The same memory, which counts versions by itself: what is loaded through it is no change of a weight.
+        self.unversioned = self.bytes.data
         if poison:
-            self.bytes.fill_(POISON)
+            self.unversioned.fill_(POISON)
         self.bank_SN = self.bytes.view(dtype)
         rows = self.bytes.unbind() if count else ()
         self.rows: list[Any] = [memoryview(row.numpy()) if row.device.type == "cpu" else row for row in rows]

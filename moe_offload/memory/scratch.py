@@ -57,7 +57,7 @@ class Scratch:
             self._layer, self._wasted = layer, wasted
         rows = self.rows(layout)
         if self.poison:
-            rows.bytes[scratch_row].fill_(POISON)
+            rows.unversioned[scratch_row].fill_(POISON)
         self.ahead[expert] = Held(
             scratch_row, self.transfer.start(store, layer, expert, rows.rows[scratch_row], demanded=False)
         )

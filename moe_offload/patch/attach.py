@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 from torch import nn
@@ -12,6 +13,7 @@ from ..checkpoint.outline import Outline
 from ..config.settings import OffloadConfig
 from ..forward.advise import Advisor
 from ..handle import Handle
+from ..plan.prefill import PrefillRoom, prefill_room
 from ..plan.prepare import Prepared
 from ..ranks.call import RankCall
 from ..ranks.group import Group
@@ -45,6 +47,7 @@ def attach_runtime(
     if arrangement.device != "cpu":
         patch.serve_products(arrangement.device)
     inner = _inner_compiler(settings, arrangement.device)
+    room = _room_of_all(prefill_room(model, moe_layers, arrangement.plan), group)
     graphs = patch.patch_model(
         model,
         runtime,
@@ -56,6 +59,7 @@ def attach_runtime(
         fullgraph=settings.fullgraph,
         few_tokens=FEW_TOKENS if fast else 0,
         advisor=Advisor(runtime, arrangement.plan),
+        room=room,
         static_tokens=settings.kv_tokens if inner == "inductor" and _all_on_gpu(arrangement.device, runtime) else None,
     )
     refuse_what_reaches_experts(model, runtime)
@@ -74,6 +78,7 @@ def attach_runtime(
         compile=inner,
         implementation="called" if all(moe.called for moe in moe_layers) else implementation,
         graphs=graphs,
+        room=room,
         ranks=group,
         on_close=lambda: runtime.when_idle(lambda: _detach_runtime(runtime, linears)),
     )
@@ -92,6 +97,14 @@ def _inner_compiler(settings: OffloadConfig, device: str) -> str:
     if settings.compile != "auto":
         return settings.compile
     return "graph" if device == "cpu" else "inductor"
+
+
+def _room_of_all(own: PrefillRoom, group: Group | None) -> PrefillRoom:
+    """Ranks read a prompt in the same pieces: those of the one that has the least room."""
+    if group is None:
+        return own
+    told = [PrefillRoom(**one) for one in group.exchange("room", asdict(own), "start")]
+    return min(told, key=lambda one: one.room_bytes)
 
 
 def _overlaps(settings: OffloadConfig, inner: str, runtime: Runtime) -> bool:

@@ -53,15 +53,17 @@ from ..forward.graphs.phantom import Phantom
 from ..forward.inference_only import refuse_backward
 from ..forward.out_of_memory.retry import Retry
 from ..forward.regions import Regions, make_region
+from ..plan.prefill import PrefillRoom
 from ..runtime.kernels import KERNELS
 from ..runtime.layer import LayerRuntime
 from ..runtime.model import Runtime
 from ..runtime.waves_cpu import RunCore
-from .compiled_call import keep_compiled_call
 from .experts_config import experts_view
 from .footprint import count_what_is_held
+from .generation.compiled_call import keep_compiled_call
+from .generation.long_prompts import read_in_pieces
+from .generation.static_cache import keep_static_caches
 from .module_core import ModuleCore, original_code
-from .static_cache import keep_static_caches
 
 logger = logging.getLogger("moe_offload")
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
@@ -96,12 +98,14 @@ def patch_model(
     fullgraph: bool,
     few_tokens: int,
     advisor: Advisor,
+    room: PrefillRoom,
     static_tokens: int | None = None,
 ) -> list[Any]:
     """Patch `model` to run on `runtime`. Returns the list to which each compiled graph's pass reports are added.
 
-    Products of up to `few_tokens` may round otherwise than the model's own. Where decode steps are CUDA graphs,
-    `static_tokens` is how long a static KV cache the plan has room for.
+    `room` is what the plan keeps free for the activations of a prompt. Products of up to `few_tokens` may round
+    otherwise than the model's own. Where decode steps are CUDA graphs, `static_tokens` is how long a static KV cache
+    the plan has room for.
     """
     _register_implementations()
     log: list[Any] = []
@@ -158,8 +162,9 @@ def patch_model(
         casts = form == "masked" or implementation != "grouped_mm" or layer.device.type != "cpu"
         link = Link(scope, run_eager, whole, ops.rows_of(layer), layer.moe.name, casts, inner == "inductor")
         _install_layer(layer, link, implementation, nan_rows)
-    model._compiled_call_impl = Call(model, runtime, scope, Retry(runtime, scope, compile, growing), advisor)
+    model._compiled_call_impl = Call(model, runtime, scope, Retry(runtime, scope, compile, growing), advisor, room)
     keep_compiled_call(model)
+    read_in_pieces(model, room)
     if static_tokens is not None:
         pool = KVPool(2 * static_tokens, partial(forget_recordings, runtime.layers[0].device))
         scope.on_renewal(pool.drop)

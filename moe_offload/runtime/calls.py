@@ -12,12 +12,10 @@ slot is enough, since an expert is done when its call returns.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from ..errors import UnsupportedModelError
-from ..memory.buffers import Rows
 from .in_flight import Arrivals
 
 if TYPE_CHECKING:
@@ -34,13 +32,9 @@ class Calls:
         self.recorder: TraceRecorder | None = None  # of the model, while its trace is recorded
         self.used: dict[int, int] = {}  # {expert: rows} of the event that is going on
         self.expected: dict[int, None] = {}  # of a hint, what has not been asked for yet; empty where all of it is here
-        self.written = 0  # by how much loads have raised the version of the slots' memory
         self.in_use: list[int] = []  # innermost last: an expert may call another one
+        self.on_failure: Callable[[], None] | None = None  # of whoever lends the slots to the model's code
         self.end_events: Callable[[], None] = self.end_event  # of all layers of the model, in order; set by `Runtime`
-
-    @property
-    def slots(self) -> Rows:
-        return self.arrivals.slots
 
     def begin(self, expert: int, rows: int) -> int:
         """The slot that holds `expert`, which stays there until `end`."""
@@ -94,23 +88,11 @@ class Calls:
     def give_up(self) -> None:
         """A forward has failed: nothing is in use, whatever it was that did not come to its end."""
         self.in_use.clear()
+        if self.on_failure is not None:
+            self.on_failure()
         self.end_event()
 
     def _fetch(self, expert: int) -> int:
-        with self._writing():
-            return self._fetch_row(expert)
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """What is written to the slots meanwhile is rows that are loaded."""
-        rows = self.slots.bytes
-        before = 0 if rows.is_inference() else rows._version
-        try:
-            yield
-        finally:
-            self.written += 0 if rows.is_inference() else rows._version - before
-
-    def _fetch_row(self, expert: int) -> int:
         arrivals, cache = self.arrivals, self.cache
         try:
             arrivals.begin({expert, *self.in_use, *self.expected})
@@ -139,8 +121,7 @@ class Calls:
         if arrivals.under_way and not arrivals.guessed:
             arrivals.abort()  # an event that was interrupted left something behind
         room = min(AHEAD, self.cache.slots - len(self.in_use)) - len(arrivals.guessed)
-        with self._writing():
-            arrivals.read_ahead(self.cache.guess(list(self.expected), room, self.in_use))
+        arrivals.read_ahead(self.cache.guess(list(self.expected), room, self.in_use))
 
 
 def _spread(used: dict[int, int]) -> Iterator[int]:

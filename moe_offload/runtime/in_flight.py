@@ -59,18 +59,16 @@ class Arrivals:
     # One event: begin, look the cache up, claim, start what is missing, take what arrives.
 
     def begin(self, used: Collection[int]) -> None:
-        """Begin an event of the experts `used`: claim rows read ahead for it, and give up loads whose slots it
-        needs."""
+        """Begin an event of the experts `used`: claim rows read ahead for it, and give up loads whose slots it needs.
+
+        Whoever calls it calls `abort` after any error, also one that comes when this has returned.
+        """
         if self.awaited or self.held or len(self.cache.pending) > len(self.guessed):
             self.abort()  # an event that was interrupted before its wait left loads behind; a new one starts clean
         begun = time.perf_counter()
-        try:
-            self.held = self.scratch.claim(self.moe.index, used) if self.scratch.ahead else {}
-            self._settle_guesses(used)
-            self._waited(begun, rows=0)
-        except BaseException:
-            self.abort()
-            raise
+        self.held = self.scratch.claim(self.moe.index, used) if self.scratch.ahead else {}
+        self._settle_guesses(used)
+        self._waited(begun, rows=0)
 
     def claim_guesses(self, used: Collection[int]) -> None:
         """What was guessed and is `used` is demanded now, first of all. Call it after the cache was looked up."""
@@ -121,7 +119,8 @@ class Arrivals:
             self.awaited.popleft()
             if arrival.load is not None:
                 if arrival.scratch_row >= 0:
-                    self.slots.bytes[arrival.load.slot].copy_(self.scratch_rows.bytes[arrival.scratch_row])
+                    row = self.scratch_rows.bytes[arrival.scratch_row]
+                    self.slots.unversioned[arrival.load.slot].copy_(row)
                 self.cache.commit(arrival.load, nbytes, demanded)
             else:
                 self.cache.count_miss(nbytes)
@@ -225,7 +224,7 @@ class Arrivals:
     def _read(self, expert: int, load: Load | None, scratch_row: int, demanded: bool) -> Ticket:
         rows, i = (self.slots, load.slot) if load is not None else (self.scratch_rows, scratch_row)
         if self.poison:
-            rows.bytes[i].fill_(POISON)
+            rows.unversioned[i].fill_(POISON)
         return self.transfer.start(self.store, self.moe.index, expert, rows.rows[i], demanded)
 
     def _refuse_infinite(self, arrival: Arrival) -> None:
@@ -241,4 +240,4 @@ class Arrivals:
 
     def _poison(self, load: Load) -> None:
         if self.poison:
-            self.slots.bytes[load.slot].fill_(POISON)
+            self.slots.unversioned[load.slot].fill_(POISON)

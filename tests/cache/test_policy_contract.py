@@ -72,6 +72,37 @@ def test_asking_for_a_victim_changes_nothing(make, history, candidates):
     assert order(asked) == order(not_asked)
 
 
+class Cut:
+    """KeyboardInterrupt at the `at`th line that runs, counted from 1."""
+
+    def __init__(self, at):
+        self.left = at
+
+    def __call__(self, frame, event, _):
+        if event == "line":
+            self.left -= 1
+            if self.left == 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return self
+
+
+@every_policy
+def test_ctrl_c_in_an_access_leaves_it_working(make):
+    """Counts that were raised and their sum, which was not, drifted apart, until they no longer fitted a byte."""
+    policy, used, before = make(E, 32.0), once([0, 1, 2]), sys.gettrace()
+    for turn in range(900):
+        sys.settrace(Cut(turn % 60 + 1))
+        try:
+            policy.access(used, 1)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+        policy.access(used, 1)
+        assert sorted(order(policy)) == list(range(E))
+
+
 @every_policy
 @given(prior=counts)
 def test_a_higher_count_in_the_profile_gives_way_later(make, prior):

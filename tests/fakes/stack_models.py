@@ -189,6 +189,49 @@ class ListExperts(nn.Module):
         return functional.linear(y, self.weight_down[e], self.bias_down[e])
 
 
+class UncalledExperts(nn.Module):
+    """No code of its own: the block around it reads its stacks."""
+
+    def __init__(self, config):
+        super().__init__()
+        e, h, i = config.num_local_experts, config.hidden_size, config.intermediate_size
+        self.up, self.down = nn.Parameter(torch.randn(e, i, h)), nn.Parameter(torch.randn(e, h, i))
+
+    def go_through(self, x, ids, weights):
+        out = torch.zeros_like(x)
+        for e in ids.unique().tolist():
+            token, choice = torch.where(ids == e)
+            y = functional.linear(functional.silu(functional.linear(x[token], self.up[e])), self.down[e])
+            out.index_add_(0, token, y * weights[token, choice, None])
+        return out
+
+
+class UncalledBlock(StackBlock):
+    make = staticmethod(UncalledExperts)
+
+    def run(self, x, ids, weights):
+        return UncalledExperts.go_through(self.experts, x, ids, weights)
+
+
+class RoutingExperts(UncalledExperts):
+    """Their router is in them, so they are called with hidden states alone."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.router = Gate(config)
+
+    def forward(self, x):
+        ids, weights = self.router(x)
+        return self.go_through(x, ids, weights.to(x.dtype))
+
+
+class RoutingBlock(StackBlock):
+    make = staticmethod(RoutingExperts)
+
+    def run(self, x, ids, weights):
+        return self.experts(x)
+
+
 class CapacityExperts(Stacked):
     """Every expert gets as many rows, most of them zero: all of them are used in every step."""
 
@@ -236,6 +279,8 @@ STACK_LOOPS = {
     "parallel": _block(ParallelExperts),
     "grouped": _block(GroupedExperts),
     "lists": _block(ListExperts),
+    "uncalled": UncalledBlock,
+    "routing": RoutingBlock,
     "stack_capacity": _block(CapacityExperts),
 }
 LOOPS.update(STACK_LOOPS, masked=MaskedBlock)

@@ -116,6 +116,26 @@ def test_experts_that_make_something_of_nothing_are_refused_by_name():
         model(prompt())
 
 
+@pytest.mark.parametrize("given", [3, torch.tensor(3)])
+def test_what_is_no_hidden_states_is_refused_by_name(given):
+    experts = offload(build("masked")).model.layers[1].mlp.experts
+    with pytest.raises(UnsupportedModelError, match=r"model\.layers\.1\.mlp\.experts: .* is called with"):
+        experts(given)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 3e38, -0.0])
+@pytest.mark.parametrize("rows", [slice(4, 5), slice(None)], ids=["one token", "all tokens"])
+def test_hidden_states_that_are_not_finite_give_what_the_plain_model_gives(value, rows):
+    """Infinity times zero, which is how a token is kept from an expert, is NaN for every expert: all are used."""
+    plain, model = (one.model.layers[1].mlp for one in (build("masked"), offload(build("masked"), 0.5)))
+    x = torch.randn(1, 9, 32)
+    x[:, rows, 3] = value
+    want, got = plain(x), model(x)
+    assert torch.equal(want.isnan(), got.isnan()) and bool(got.isnan().any()) == (abs(value) != 0)
+    assert torch.equal(want.nan_to_num(7), got.nan_to_num(7))
+    assert torch.equal(want.signbit() & ~want.isnan(), got.signbit() & ~got.isnan())
+
+
 def test_gradients_are_refused():
     model = offload(build("masked"))
     x = torch.randn(1, 4, 32, requires_grad=True)

@@ -93,11 +93,35 @@ def test_counts_that_make_no_profile(tokens, counts, found):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"layers": 3}, {"top_k": [5, 1]}, {"top_k": [2]}, {"inner": [1]}, {"experts": [4, 0]}, {"hidden": 0}]
+    "changes",
+    [
+        {"layers": 3},
+        {"top_k": [5, 1]},
+        {"hidden": 2**20 + 1},
+        {"top_k": [2]},
+        {"inner": [1]},
+        {"experts": [4, 0]},
+        {"hidden": 0},
+    ],
 )
 def test_a_fingerprint_that_contradicts_itself(changes):
     with pytest.raises(ValueError):
         Fingerprint(**{**SHAPE, **changes})
+
+
+@pytest.mark.parametrize("changes", [{"top_k": [4, 3]}, {"hidden": 2**20}, {"hidden": 1}])
+def test_a_fingerprint_at_its_bounds(changes):
+    Fingerprint(**{**SHAPE, **changes})
+
+
+def test_a_profile_of_just_the_size_that_may_be(path, monkeypatch):
+    nbytes = len(PROFILE.save(path).read_bytes())
+    monkeypatch.setattr("moe_offload.observe.profile.MAX_BYTES", nbytes)
+    assert Profile.load(PROFILE.save(path)) == PROFILE
+    monkeypatch.setattr("moe_offload.observe.profile.MAX_BYTES", nbytes - 1)
+    with pytest.raises(ProfileError, match=f"{nbytes} bytes, the limit is {nbytes - 1}"):
+        PROFILE.save(path)
+    refused(path, "limit")
 
 
 # --- which model it is of ---------------------------------------------------------------------------------------------

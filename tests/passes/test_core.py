@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -60,7 +61,8 @@ def test_a_pair_is_never_multiplied_alone():
     """A batched matmul of one takes another kernel, which rounds otherwise."""
     core, runs = make_core(grouped=False, pairs_independent=True)
     core(X_P, torch.tensor([2]), BANK_SN, (), torch.tensor([4]))
-    assert runs.calls == [("whole", [4.0, 4.0], [2, 2])]
+    core(X_P, torch.tensor([2]), BANK_SN, (), slice(4, 5))
+    assert runs.calls == [("whole", [4.0, 4.0], [2, 2])] * 2
     core, runs = make_core(grouped=False, pairs_independent=False)
     core(X_P, torch.tensor([2]), BANK_SN, (), torch.tensor([4]))
     assert runs.calls == [("part", [4, 4], [0, 0, 0, 0, 2])]
@@ -69,7 +71,8 @@ def test_a_pair_is_never_multiplied_alone():
 def test_groups_of_one_pair_are_run_as_they_are():
     core, runs = make_core(grouped=True, pairs_independent=True)
     core(X_P, torch.tensor([2]), BANK_SN, (), slice(4, 5))
-    assert runs.calls == [("whole", [4.0], [2])]
+    core(X_P, torch.tensor([2]), BANK_SN, (), torch.tensor([4]))
+    assert runs.calls == [("whole", [4.0], [2])] * 2, "a group of one: among others, rows are rounded otherwise"
 
 
 def test_pairs_that_depend_on_others_run_in_their_places():
@@ -93,9 +96,9 @@ def test_cores_that_take_a_number_and_a_tensor_there_are_not_one():
     assert one.key != other.key and one.key == make_core(True, True)[0].key
 
 
-def graph_of(function) -> GraphModule:
+def graph_of(function, *others) -> GraphModule:
     graph = Graph()
-    graph.output(graph.call_function(function, (graph.placeholder("x"),)))
+    graph.output(graph.call_function(function, (graph.placeholder("x"), *others)))
     return GraphModule(torch.nn.Module(), graph)
 
 
@@ -114,6 +117,7 @@ def functions_of_one_name():
 ONE, OTHER = functions_of_one_name()
 CHANGES = {
     "another graph": {"part": graph_of(torch.neg)},
+    "another number in it": {"part": graph_of(torch.add, 2)},
     "another function of that name": {"part": graph_of(OTHER)},
     "groups": {"grouped": False},
     "weights": {"fields": ("bias",)},
@@ -126,9 +130,10 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
-def test_layers_share_a_core_only_if_all_that_it_runs_is_the_same(changes):
-    core = replace(make_core(True, True)[0], part=graph_of(ONE))
+@pytest.mark.parametrize("name", CHANGES)
+def test_layers_share_a_core_only_if_all_that_it_runs_is_the_same(name):
+    changes: dict[str, Any] = CHANGES[name]
+    core = replace(make_core(True, True)[0], part=graph_of(*((torch.add, 1) if "number" in name else (ONE,))))
     assert replace(core, whole=core.whole).key == core.key != replace(core, **changes).key
 
 

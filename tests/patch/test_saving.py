@@ -255,12 +255,15 @@ def test_a_spill_file_in_the_same_folder_is_no_obstacle(tmp_path):
     model.moe_offload.close()
 
 
-def test_places_that_cannot_be_written(original, tmp_path):
+def test_places_that_cannot_be_written(original, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
     with open_checkpoint(original).moe_offload as handle:
         for place in (tmp_path / "file", tmp_path / "file" / "below"):
             with pytest.raises(SaveError, match="file"):
                 handle.model.save_pretrained(place)
+        monkeypatch.chdir(tmp_path)  # which nobody has named
+        with pytest.raises(SaveError, match="is empty"):
+            handle.model.save_pretrained("")
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -360,6 +361,17 @@ def test_another_layer_s_event_drops_what_was_read_ahead(make):
     assert torch.equal(decode(second, [3, 5]), expected(1, [3, 5]))
     assert ahead(runtime) == (-1, [])
     assert_sound(second)
+
+
+def test_what_an_event_waits_for_before_it_begins_counts_as_waiting(make, monkeypatch):
+    runtime, _ = make(slots=2, scratch_rows=3)
+    first = runtime.layers[0]
+    prefill(first, long_prompt())
+    real = first.arrivals.transfer.cancel
+    monkeypatch.setattr(first.arrivals.transfer, "cancel", lambda tickets: time.sleep(0.02) or real(tickets))
+    before = first.cache.counters.stall_s
+    first.arrivals.begin([0])  # drops what was read ahead for the other layer
+    assert first.cache.counters.stall_s >= before + 0.02
 
 
 def test_a_row_read_ahead_goes_on_to_its_slot(make):

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import moe_offload
+from moe_offload.apps.generate.tokenizer import load_tokenizer
 from moe_offload.checkpoint.pretrained.arguments import Arguments
 from moe_offload.errors import CheckpointError, UnsupportedModelError
 from moe_offload.plan.forecast import read_outline
@@ -134,6 +135,44 @@ def test_code_that_is_not_there_or_fails_is_said(folder):
     (folder / "modeling_loops.py").unlink()
     with pytest.raises((CheckpointError, UnsupportedModelError), match="modeling_loops"):
         load(folder)
+
+
+@pytest.mark.parametrize("where", ["the modeling", "the configuration", "the model's __init__"])
+def test_code_that_ends_the_process_is_an_error(folder, where):
+    file = "configuration_loops.py" if where == "the configuration" else "modeling_loops.py"
+    code = (folder / file).read_text()
+    if where == "the model's __init__":
+        code = code.replace("        self.model = LoopsModel(config)\n", "        import sys\n        sys.exit(3)\n", 1)
+    else:
+        code += "\nimport sys\nsys.exit('no licence')\n"
+    (folder / file).write_text(code)
+    with pytest.raises(UnsupportedModelError, match=r"its (own code|configuration).*SystemExit"):
+        moe_offload.make_plan(folder, "1GB", trust_remote_code=True)
+
+
+def test_a_tokenizer_that_ends_the_process_is_an_error(folder):
+    (folder / "tokenization_loops.py").write_text("raise SystemExit(3)\n")
+    said = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["tokenization_loops.Own", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(said))
+    with pytest.raises(CheckpointError, match="its tokenizer cannot be loaded"):
+        load_tokenizer(str(folder), trust_remote_code=True)
+
+
+def test_a_tokenizer_with_code_of_its_own_is_loaded(folder):
+    (folder / "tokenization_loops.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\nfrom tokenizers import Tokenizer\n"
+        "from tokenizers.models import WordLevel\nfrom tokenizers.pre_tokenizers import Whitespace\n\n\n"
+        "class Own(PreTrainedTokenizerFast):\n"
+        "    def __init__(self, **kwargs):\n"
+        "        words = Tokenizer(WordLevel({'a': 0, 'b': 1}, unk_token='a'))\n"
+        "        words.pre_tokenizer = Whitespace()\n"
+        "        super().__init__(tokenizer_object=words)\n"
+    )
+    said = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["tokenization_loops.Own"] * 2}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(said))
+    assert load_tokenizer(str(folder), trust_remote_code=True)("b a b")["input_ids"] == [1, 0, 1]
+    with pytest.raises(CheckpointError):
+        load_tokenizer(str(folder))
 
 
 def test_a_class_that_is_no_model_is_refused_by_name(tmp_path):

@@ -12,7 +12,7 @@ import typer
 from ...config.settings import ENVIRONMENT_PREFIX, FILE_VARIABLE
 from ...errors import ConfigError
 from ..options.checks import check_cuda, check_model, check_output, residency_share, settings_of_flags
-from ..options.flags import Budget, Compute, ConfigFile, Json
+from ..options.flags import Budget, Compute, ConfigFile, Json, TrustRemoteCode
 from ..options.lists import split_list
 from ..options.numbers import one_of, whole
 from .architectures import PREFIX, sizes_of
@@ -76,6 +76,7 @@ def bench(
     ] = None,
     packed: Annotated[bool, typer.Option("--packed", help="Ours reads a copy that moe-offload pack has made.")] = False,
     compute: Compute = None,
+    trust_remote_code: TrustRemoteCode = False,
     cache: Annotated[
         Path | None, typer.Option("--cache", help="Where synthetic checkpoints and temporary files go.")
     ] = None,
@@ -87,6 +88,8 @@ def bench(
     settings_of_flags(config_file, budget=budget, compute=compute)
     if model.startswith(PREFIX):
         sizes_of(model.removeprefix(PREFIX), layers)
+        if trust_remote_code:
+            raise ConfigError(f"--trust-remote-code is for a checkpoint; {model} brings no code along")
     elif layers is not None:
         raise ConfigError(f"--layers is for {PREFIX}NAME; {model} has the layers it has")
     elif experts is not None:
@@ -126,6 +129,7 @@ def bench(
         cache=cache,
         packed=packed,
         experts=experts,
+        trust_remote_code=trust_remote_code,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         requests=requests,

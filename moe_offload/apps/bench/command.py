@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...checkpoint.outline import outline_folder
+from ...checkpoint.pretrained.arguments import Arguments
 from ...checkpoint.pretrained.download import get_folder
 from ...errors import CheckpointError, ConfigError, ReportError
 from ...files.whole_file import save_whole
@@ -15,6 +16,7 @@ from ...plan.budget import budget_for
 from ...plan.forecast import make_plan
 from .architectures import PREFIX
 from .devices import DEVICES
+from .routing import check_replayable
 from .sides.contenders import room_for
 from .sides.gpu_contenders import settings_of_ours
 from .synthetic import default_cache, make_synthetic
@@ -33,6 +35,7 @@ def make_workload(
     cache: Path | None,
     packed: bool,
     experts: str | None = None,
+    trust_remote_code: bool = False,
     **amounts: int,
 ) -> Workload:
     """Raises `ConfigError` for settings that contradict each other, and what loading and planning raise."""
@@ -40,25 +43,35 @@ def make_workload(
     if packed and device != "cpu":
         raise ConfigError("--packed is for rows that are read from disk; on a GPU they rest in RAM")
     of_its_own = model.startswith(PREFIX)
-    folder = make_synthetic(model.removeprefix(PREFIX), layers, cache, experts) if of_its_own else get_folder(model)
-    outline = outline_folder(folder)
-    ids = _prompt_ids(folder, prompt, amounts["prompt_tokens"]) if prompt is not None else None
+    trusted = Arguments(trust_remote_code=trust_remote_code)
+    folder = (
+        make_synthetic(model.removeprefix(PREFIX), layers, cache, experts) if of_its_own else get_folder(model, trusted)
+    )
+    outline = outline_folder(folder, trusted)
+    if routing is not None:
+        check_replayable(outline.moe_layers)
+    ids = _prompt_ids(folder, prompt, amounts["prompt_tokens"], trust_remote_code) if prompt is not None else None
     tokens = (len(ids) if ids else amounts["prompt_tokens"]) + amounts["new_tokens"]
     names = [moe.name for moe in outline.moe_layers]
     config = room_for(tokens) if device == "cpu" else settings_of_ours(names, tokens, "device")
     if budget is None:
-        whole = make_plan(folder, 2**60, config=config)
+        whole = make_plan(folder, 2**60, config=config, trust_remote_code=trust_remote_code)
         budgets = {f"{share * 100:g}%": str(budget_for(share, whole.layers, whole.costs)) for share in residency}
     else:
         budgets = {budget: budget}
+    planned = {
+        asked: make_plan(folder, budget, config=config, trust_remote_code=trust_remote_code)
+        for asked, budget in budgets.items()
+    }
     return Workload(
         folder,
-        {asked: make_plan(folder, budget, config=config) for asked, budget in budgets.items()},
+        planned,
         outline.model.config.get_text_config().vocab_size,
         device,
         str(routing) if routing else None,
         prompt=ids,
         packed=packed,
+        trust_remote_code=trust_remote_code,
         **amounts,
     )
 
@@ -69,11 +82,12 @@ def scratch_folder(cache: Path | None) -> Path:
     return folder
 
 
-def _prompt_ids(folder: Path, file: Path, tokens: int) -> Sequence[int]:
+def _prompt_ids(folder: Path, file: Path, tokens: int, trusted: bool) -> Sequence[int]:
     from ..generate.tokenizer import load_tokenizer
 
     try:
-        ids: list[int] = load_tokenizer(str(folder))(file.read_text(encoding="utf-8"))["input_ids"][:tokens]
+        tokenizer = load_tokenizer(str(folder), trust_remote_code=trusted)
+        ids: list[int] = tokenizer(file.read_text(encoding="utf-8"))["input_ids"][:tokens]
     except (OSError, ValueError, CheckpointError) as error:
         raise ConfigError(f"--file {file}: cannot be read and tokenised: {error}") from error
     if not ids:

@@ -110,7 +110,7 @@ def _row(one: Measured, work: Workload, sides: Sequence[Measured]) -> dict[str, 
         hits, misses = (sum(d[name] for d in decode) for name in ("hits", "misses"))
         row |= {
             "hit_rate": hits / max(hits + misses, 1),
-            "belady_hit_rate": _belady(one),
+            **({"belady_hit_rate": _belady(one)} if one.answers[0]["used"] is not None else {}),
             "bytes_per_token": sum(d["bytes_read"] for d in decode) / counted,
             "misses_per_token": misses / counted,
             "stall_s_per_token": sum(d["stall_s"] for d in decode) / counted,

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError, TraceError
+from ...experts import MoELayer
 from ...observe.trace import Trace
 
 ROWS = 4096  # of a trace: more are not used
@@ -100,6 +101,21 @@ def _routed(ids_TK: Tensor, layer: int) -> Tensor:
 
 _LIBRARY.impl("routed", _routed, "CompositeExplicitAutograd")
 torch.library.register_fake("moe_offload_bench::routed", lambda ids_TK, layer: torch.empty_like(ids_TK), lib=_LIBRARY)
+
+
+def is_replayable(moe_layers: Sequence[MoELayer]) -> bool:
+    """Whether every layer's experts module is handed the ids: else they can be neither replaced nor noted."""
+    return all(moe.form == "interface" for moe in moe_layers)
+
+
+def check_replayable(moe_layers: Sequence[MoELayer]) -> None:
+    """Raise `ConfigError`, naming the layer, where recorded ids cannot take the place of the router's."""
+    for moe in moe_layers:
+        if moe.form != "interface":
+            raise ConfigError(
+                f"--routing: {moe.name} is not handed the ids of its experts (form {moe.form!r}), so recorded ones "
+                "cannot take their place. Leave it out: the model's own router chooses"
+            )
 
 
 def install_routing(model: nn.Module, names: list[str], routing: Routing) -> None:

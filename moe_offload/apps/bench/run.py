@@ -59,7 +59,7 @@ def run_bench(
     with unwound_by_signals(), staging_folder(scratch, "bench") as temporary:
         if work.packed and "ours" in chosen:
             say("ours: packing")
-            pack_checkpoint(work.folder, temporary / PACKED, verify="none")
+            pack_checkpoint(work.folder, temporary / PACKED, verify="none", trust_remote_code=work.trust_remote_code)
         room = device.room_bytes() - KEPT_FREE_BYTES[work.device]
         size = sum(file.stat().st_size for file in weight_files(work.folder).files)
         if "resident" in chosen and size > room:
@@ -75,6 +75,7 @@ def run_bench(
             "scratch": str(temporary),
             "routing": work.routing,
             "tokens": work.tokens,
+            "trust_remote_code": work.trust_remote_code,
         }
         with _roof(work, temporary) as roof:
             stage = Stage(work, settings, roof, say)
@@ -131,7 +132,7 @@ def _others(stage: Stage, chosen: Chosen) -> Iterator[list[Measured]]:
     for side in (side for side in chosen if side not in ("resident", *OURS)):
         if side == "mmap":
             stage.say("mmap: writing the file to map")
-            write_mapped(stage.work.folder, Path(stage.settings["scratch"]))
+            write_mapped(stage.work.folder, Path(stage.settings["scratch"]), stage.work.trust_remote_code)
         for asked in chosen[side]:
             with ExitStack() as turn:
                 found = stage.take_turns([stage.start(side, asked, turn)])

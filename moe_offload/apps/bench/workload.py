@@ -48,6 +48,7 @@ class Workload:
     new_tokens: int = 32
     requests: int = 3
     packed: bool = False
+    trust_remote_code: bool = False
 
     @property
     def row_bytes(self) -> int:

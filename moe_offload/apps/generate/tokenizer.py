@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ...checkpoint.folder import is_folder
+from ...checkpoint.pretrained.arguments import Arguments
+from ...checkpoint.pretrained.remote_code import FAILURES
 from ...errors import CheckpointError
 
 
@@ -17,23 +19,19 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False, **hub: Any) -
 
     try:
         return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code, **hub)
-    except Exception as error:  # a damaged tokenizer.json raises whatever its parser raises
+    except FAILURES as error:  # its own code's, or whatever the parser of a damaged tokenizer.json raises
         raise CheckpointError(f"{model}: its tokenizer cannot be loaded: {_reason(model, error)}") from error
 
 
 def read_longest_context(model: str, *, trust_remote_code: bool = False, **hub: Any) -> int | None:
-    """The most tokens that the model takes, where its configuration says. Raises CheckpointError."""
-    from huggingface_hub.errors import StrictDataclassError  # a field of another type
-    from transformers import AutoConfig
+    """The most tokens that the model takes, where its configuration says. Raises as `read_configuration`."""
+    from ...checkpoint.pretrained.skeleton import read_configuration
 
-    try:
-        config: Any = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code, **hub)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        raise CheckpointError(f"{model}: its configuration cannot be read: {_reason(model, error)}") from error
+    config = read_configuration(model, Arguments(trust_remote_code=trust_remote_code), **hub)
     return getattr(config.get_text_config(), "max_position_embeddings", None) or None
 
 
-def _reason(model: str, error: Exception) -> str:
+def _reason(model: str, error: BaseException) -> str:
     """The first line of transformers' message, and of a Hub repository what to look at."""
     first = (str(error).splitlines() or ["?"])[0].rstrip(".")
     if is_folder(model):

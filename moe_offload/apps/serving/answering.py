@@ -74,7 +74,10 @@ class Answering:
         sampling = fields.choose_sampling(asked, self._model.generation_config, WARM_UP_ANSWER, self._bounds.vocabulary)
         sampling.config.min_new_tokens = WARM_UP_ANSWER  # the end of the text must not come before a step of one token
         some = list(self._tokenizer("The first of many requests, and some more")["input_ids"]) or [0]
-        chunk = sampling.config.prefill_chunk_size
+        chunk, longest = sampling.config.prefill_chunk_size, self._bounds.context
+        handle = self._model.moe_offload
+        if chunk is None and handle.compile == "inductor" and longest is not None:
+            chunk = handle.prefill_chunk_size(longest)
         longer = [] if chunk is None else [chunk + max(WARM_UP_TOKENS)]  # its second piece has a graph of its own
         for tokens in (*WARM_UP_TOKENS, *longer):
             ids = (some * tokens)[: min(tokens, (self._bounds.context or tokens) - WARM_UP_ANSWER)]

@@ -49,7 +49,11 @@ def serve(
     ] = LONGEST_QUEUE,
     prefill_chunk_size: Annotated[
         int | None,
-        typer.Option("--prefill-chunk-size", help="Read the prompt in pieces of so many tokens.", **whole(1)),
+        typer.Option(
+            "--prefill-chunk-size",
+            help="Tokens of the prompt to read at a time; without it as many as the budget has room for.",
+            **whole(1),
+        ),
     ] = None,
     save_profile: SaveProfile = None,
 ) -> None:

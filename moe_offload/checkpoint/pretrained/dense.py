@@ -62,7 +62,8 @@ def load_dense(found: Outline, arguments: Arguments | None = None, name: str | P
     if found.stored is None or found.index is None or found.folder is None:
         raise CheckpointError(f"{found.source}: there are no weights to load; download the checkpoint's shards")
     if is_own(found.model):
-        model = _fill_own_class(found, found.stored.headers, found.folder)
+        experts = {f"{name}.{place.key}" for moe in found.moe_layers for name in moe.names for place in moe.own_places}
+        model = _fill_own_class(found.model, experts, found.stored.headers, found.folder)
         for option, value in arguments.model.items():  # there is one: generation_config
             setattr(model, option, value)
     else:
@@ -108,12 +109,17 @@ def load_tensors(
     return model
 
 
-def _fill_own_class(found: Outline, headers: Headers, folder: Path) -> Any:
-    """The model of a class that comes with the checkpoint: `found.model` itself, which has real buffers."""
-    model: Any = found.model
-    experts = {f"{name}.{place.key}" for moe in found.moe_layers for name in moe.names for place in moe.own_places}
+def load_whole(found: Outline) -> Any:
+    """The plain model of `found`, whose class comes with the checkpoint: that class by itself, with its state dict."""
+    if found.stored is None or found.folder is None:
+        raise CheckpointError(f"{found.source}: there are no weights to load; download the checkpoint's shards")
+    return _fill_own_class(found.model, (), found.stored.headers, found.folder).eval()
+
+
+def _fill_own_class(model: Any, experts: Collection[str], headers: Headers, folder: Path) -> Any:
+    """`model`, of a class that comes with the checkpoint: it has real buffers. The tensors of `experts` stay empty."""
     saved = model.state_dict(keep_vars=True)
-    origins = find_origins(model, headers, set(saved) - experts)
+    origins = find_origins(model, headers, set(saved).difference(experts))
     keys = {name: own_key(name, origin) for name, origin in origins.items()}
     load_own(model, ((name, headers.opened[headers[key].file].get_tensor(key)) for name, key in keys.items()))
     absent = [name for name, param in model.named_parameters() if param.is_meta and name not in experts]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import CheckpointError
-from .remote_code import failed
+from .remote_code import FAILURES, failed
 
 if TYPE_CHECKING:  # it takes seconds to import
     from transformers import PreTrainedModel
@@ -33,7 +33,7 @@ def build_own(place: Path | str, model_class: Any, config: Any, dtype: torch.dty
     try:
         with _parameters_on_meta():
             model: PreTrainedModel = model_class._from_config(config, dtype=dtype)
-    except Exception as error:  # the checkpoint's own code: it may raise anything
+    except FAILURES as error:
         raise failed(place, f"{model_class.__module__}.{model_class.__name__}", error) from error
     model.eval()
     return model

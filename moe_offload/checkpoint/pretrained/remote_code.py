@@ -16,6 +16,7 @@ from ..folder import unknown_model_type
 from .arguments import Arguments
 
 CONFIG, MODEL = "AutoConfig", "AutoModelForCausalLM"  # the entries of auto_map that are about a language model
+FAILURES = (Exception, SystemExit)  # what code of a checkpoint may raise: sys.exit() is not meant for who runs it here
 
 
 def check_remote_code(place: Path | str, said: Mapping[str, Any], trusted: bool) -> None:
@@ -69,7 +70,7 @@ def find_remote_class(place: Path | str, config: Any, arguments: Arguments) -> A
             f"{place}: its own code ({named[MODEL]}) cannot be loaded: {type(error).__name__}: {error}. Download the "
             "checkpoint again, with its .py files"
         ) from error
-    except Exception as error:  # that code runs here, and may raise anything
+    except FAILURES as error:
         raise failed(place, named[MODEL], error) from error
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise CheckpointError(
@@ -80,7 +81,7 @@ def find_remote_class(place: Path | str, config: Any, arguments: Arguments) -> A
     return add_generation_mixin_to_remote_model(found)
 
 
-def failed(place: Path | str, name: str, error: Exception) -> UnsupportedModelError:
+def failed(place: Path | str, name: str, error: BaseException) -> UnsupportedModelError:
     """For code of a checkpoint that raised `error`."""
     return UnsupportedModelError(
         f"{place}: its own code ({name}) fails under the installed transformers: {type(error).__name__}: "

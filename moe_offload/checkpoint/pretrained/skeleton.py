@@ -19,7 +19,7 @@ from ..quantised.methods import check_quantization
 from ..quantised.quantizer import prepare_quantized, quantization_of, settle_quantization
 from .arguments import Arguments
 from .own_class import build_own
-from .remote_code import check_remote_code, code_source, failed, find_remote_class
+from .remote_code import FAILURES, check_remote_code, code_source, failed, find_remote_class
 
 if TYPE_CHECKING:  # transformers takes seconds to import: functions do it, once there is something to load
     from transformers import PreTrainedModel
@@ -55,7 +55,7 @@ def read_configuration(place: Path | str, arguments: Arguments, **where: Any) ->
         raise CheckpointError(f"{place}: cannot read the model's configuration: {why}") from error
     except ImportError as error:
         raise UnsupportedModelError(f"{place}: its configuration needs what is not installed: {error}") from error
-    except Exception as error:
+    except FAILURES as error:
         if not arguments.trust_remote_code or isinstance(error, OffloadError):
             raise
         raise failed(place, "its configuration", error) from error

@@ -13,11 +13,12 @@ so the weights may be anybody's.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from ...errors import UnsupportedModelError
 from ...experts import members_of
 from ...runtime.layer import LayerRuntime
 from ..binding import Scope
@@ -40,20 +41,21 @@ def serve_modules(layer: LayerRuntime, scope: Scope) -> SlotWeights:
         for field in fields:
             place = by_field[field.name]
             phantom = CalledPhantom.of(place, layer.moe.name, field, layer.device)
-            place.module._parameters[place.attribute] = phantom
+            weights.keep_phantom(place.module._parameters, place.attribute, phantom)
             swaps.append((place.module._parameters, place.attribute))
             phantoms.append(phantom)
         run = _runs_on_slots(e, weights, expert.forward, swaps, phantoms)
-        expert.__dict__["forward"] = _in_scope(expert, run, scope)
+        expert.__dict__["forward"] = _in_scope(layer.moe.name, expert, run, scope)
     return weights
 
 
-def _in_scope(expert: nn.Module, run: Callable[..., Any], scope: Scope) -> Callable[..., Any]:
+def _in_scope(name: str, expert: nn.Module, run: Callable[..., Any], scope: Scope) -> Callable[..., Any]:
     """`run` in a call of the model, or in one of its own where somebody calls a part of the model."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if scope.is_entered:
             return run(args, kwargs)
+        scope.wait_for_turn(name)
         cut = needs_gradients(expert, (*args, *kwargs.values()))
         with scope.entered():
             output = run(args, kwargs)
@@ -81,16 +83,19 @@ def _runs_on_slots(
     weights: SlotWeights,
     forward: Callable[..., Any],
     swaps: Sequence[Swap],
-    phantoms: Sequence[nn.Parameter],
+    phantoms: Sequence[CalledPhantom],
 ) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
     """`forward` of expert `e` with its row resident. Every line of it is paid for in each call."""
     calls = weights.calls
 
     def run_on(slot: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         views = weights.views(slot)
-        for i, (parameters, name) in enumerate(swaps):  # no variable holds a view when it is done
-            parameters[name] = views[i]
+        for (parameters, name), phantom in zip(swaps, phantoms):  # noqa: B905
+            if parameters.get(name) is not phantom:
+                refuse_replaced(phantom)
         try:
+            for i, (parameters, name) in enumerate(swaps):  # no variable holds a view when it is done
+                parameters[name] = views[i]
             output = forward(*args, **kwargs)
         finally:
             for (parameters, name), phantom in zip(swaps, phantoms):  # noqa: B905
@@ -116,6 +121,14 @@ def _runs_on_slots(
             calls.end()
 
     return run
+
+
+def refuse_replaced(phantom: CalledPhantom) -> NoReturn:
+    raise UnsupportedModelError(
+        f"{phantom.called}: another tensor has taken its place since the model was offloaded (an assignment, or "
+        "torch.func.functional_call), which would not be computed with: weights of experts come from their slots. "
+        "Replace it before optimize()"
+    )
 
 
 def rows_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

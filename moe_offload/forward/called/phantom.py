@@ -14,17 +14,12 @@ from torch import Tensor, nn
 
 from ...errors import UnsupportedModelError
 from ...experts import Field, Place
-from ..binding import refuse_through
+from .looks import METADATA, answer_looks, refuse_looks
 
-#: Attributes that tell nothing of values and may be asked. `detach` is called by state_dict(), which then puts in the
-#: real weights.
-LOOKS = """shape dtype device layout requires_grad is_leaf is_meta ndim nbytes itemsize grad grad_fn is_cpu is_cuda
-    is_sparse is_quantized is_nested _version""".split()
-ASKED = """size dim numel nelement stride element_size is_floating_point is_complex is_shared is_contiguous data_ptr
-    storage_offset untyped_storage get_device __len__ ndimension""".split()
-_ALLOWED = {getattr(Tensor, name).__get__ for name in LOOKS} | {getattr(Tensor, name) for name in ASKED}
-_ALLOWED |= {torch.numel, torch.is_floating_point, torch.is_complex, Tensor.requires_grad_}
-_ALLOWED |= {getattr(Tensor, name).__set__ for name in ("requires_grad", "grad")}  # as adapters and zero_grad do
+#: What may be asked beside looks: by state_dict(), which then puts in the real weights (as after `detach`), and by
+#: adapters and zero_grad().
+_ALLOWED = METADATA | {Tensor.data_ptr, Tensor.storage_offset, Tensor.untyped_storage, Tensor.requires_grad_}
+_ALLOWED |= {getattr(Tensor, name).__set__ for name in ("requires_grad", "grad")}
 
 
 class CalledPhantom(nn.Parameter):
@@ -50,8 +45,7 @@ class CalledPhantom(nn.Parameter):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if func in _ALLOWED:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
+            return answer_looks(func, tuple(args), dict(kwargs or {}), whole=True)
         if func is Tensor.detach:
             return _phantom_in(args)
         _refuse(func, (args, kwargs or {}))
@@ -64,8 +58,7 @@ class CalledPhantom(nn.Parameter):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """TorchScript asks no `__torch_function__`."""
-        refuse_through(lambda: _refuse(func, (args, kwargs or {})))
+        refuse_looks(lambda _: _refuse(func, (args, kwargs or {})), func)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"CalledPhantom({self.called}, shape={tuple(self.shape)}, dtype={self.dtype})"

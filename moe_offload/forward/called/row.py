@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...errors import UnsupportedModelError
 from ..inference_only import refuse_backward_of
-from .looks import METADATA, name_of, run_on_looks
+from .looks import METADATA, answer_looks, as_looks, copies, name_of, refuse_looks
 
 #: What may be a view of a row. Whether it is one is seen: a dtype that changes is a copy.
 VIEWS = frozenset(
@@ -88,11 +88,10 @@ class ExpertRow(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        rows = list(find_rows((args, kwargs or {})))
-        return run_on_looks(func, args, kwargs or {}, rows[0].refuse)
+        refuse_looks(next(iter(find_rows((args, kwargs or {})))).refuse, func)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        with torch._C.DisableTorchFunctionSubclass():
+        with as_looks():
             return f"{self.field} of expert {self.expert} of {self.source.name}, {tuple(self.shape)} {self.dtype}"
 
     def refuse(self, name: str) -> NoReturn:
@@ -105,17 +104,16 @@ class ExpertRow(Tensor):
 def answer(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`func(*args, **kwargs)`, some of whose arguments are rows."""
     if func in METADATA:
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
+        return answer_looks(func, args, kwargs)
     name, rows = name_of(func), list(find_rows((args, kwargs)))
     _refuse_writes(name, rows, args, kwargs)
     alone = len(rows) == 1 and bool(args) and args[0] is rows[0]
     if alone and name in VIEWS:
-        views = _view(rows[0], func, args, kwargs)
+        views = _view(rows[0], name, func, args, kwargs)
         if views is not None:
             return views
     if _is_empty((args, kwargs)):
-        with torch._C.DisableTorchFunctionSubclass():
+        with as_looks():
             out = func(*args, **kwargs)
         made = list(_tensors(out))
         if made and not any(each.numel() for each in made):
@@ -123,9 +121,11 @@ def answer(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     return _compute(func, args, kwargs, rows)
 
 
-def _view(row: ExpertRow, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _view(row: ExpertRow, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The row, or the rows, that are views of `row`; None if the result is none."""
-    with torch._C.DisableTorchFunctionSubclass():
+    with as_looks():
+        if copies(name, row, func, args[1:], kwargs):
+            return None
         out = func(*args, **kwargs)
         several = not isinstance(out, Tensor)
         found = tuple(out) if several else (out,)
@@ -138,7 +138,7 @@ def _view(row: ExpertRow, func: Callable[..., Any], args: tuple[Any, ...], kwarg
         ]
     if not several:
         return rows[0]
-    return iter(rows) if name_of(func) == "__iter__" else type(out)(rows)
+    return iter(rows) if name == "__iter__" else type(out)(rows)
 
 
 def _compute(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], rows: list[ExpertRow]) -> Any:

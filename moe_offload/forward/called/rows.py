@@ -35,7 +35,10 @@ class Reads:
 
     def entered(self) -> AbstractContextManager[object]:
         """While it is entered, no other thread runs the model: what was taken stays where it is."""
-        return nullcontext() if self._scope.is_entered else self._scope.entered()
+        if self._scope.is_entered:
+            return nullcontext()
+        self._scope.wait_for_turn(self.name)
+        return self._scope.entered()
 
     def take(self, expert: int, field: str, tokens: int) -> dict[str, nn.Parameter]:
         """The weights of `expert` by field, views of its slot, until the next one is taken."""

@@ -21,11 +21,13 @@ class SlotWeights:
     def __init__(self, layer: LayerRuntime):
         if layer.calls is None:
             raise AssertionError(f"{layer.moe.name}: its experts are not called")
-        self.moe, self.calls, self._arrivals, self._seen = layer.moe, layer.calls, layer.arrivals, NOTHING
+        self.moe, self.calls, self._layer, self._seen = layer.moe, layer.calls, layer, NOTHING
         self._views: list[Views] = []
         self._storage = 0
         self._versioned: Tensor | None = None  # the memory of the slots, where it counts writes
         self._before = 0, 0, 0
+        self._phantoms: list[tuple[dict[str, Any], str, nn.Parameter]] = []
+        layer.calls.on_failure = self.give_up
 
     def of(self, slot: int) -> dict[str, nn.Parameter]:
         """The fields of a slot by name."""
@@ -34,10 +36,35 @@ class SlotWeights:
 
     def views(self, slot: int) -> Views:
         """The fields of a slot, in the order of the layout."""
-        rows = self._arrivals.slots
+        rows = self._layer.slots
         if rows is not self._seen:  # slots have become others
             self._make(rows)
         return self._views[slot]
+
+    def keep_phantom(self, parameters: dict[str, Any], name: str, phantom: nn.Parameter) -> None:
+        """It belongs in a module's `parameters` wherever its expert is not in use."""
+        parameters[name] = phantom
+        self._phantoms.append((parameters, name, phantom))
+
+    def give_up(self) -> None:
+        """A call of the model has failed, anywhere: Ctrl-C may have come before an expert had its phantoms back.
+
+        Frames of a traceback may hold views for as long as they like. The layer then gets other slots, all empty: what
+        was seen of these would be taken for the doing of an expert that is called later. Weights that were written to
+        stay as they are, and are refused by whoever is called next.
+        """
+        for parameters, name, phantom in self._phantoms:
+            parameters[name] = phantom
+        if self._seen is not self._layer.slots or self._seen is NOTHING:
+            return
+        references, uses, writes = self._before
+        held = any(sum(map(getrefcount, views)) != references for views in self._views)
+        if self._writes() == writes and (held or torch._C._storage_Use_Count(self._storage) != uses):
+            slots = len(self._views)
+            self.forget()
+            self._layer.cache.resize(slots)  # first: should Ctrl-C come again, no expert is taken to be in them
+            self._layer.empty()
+            self._layer.hold(slots)
 
     def forget(self) -> None:
         """Let go of the slots' memory."""
@@ -72,19 +99,22 @@ class SlotWeights:
     def _make(self, rows: Rows) -> None:
         fields = self.moe.layout.fields
         with torch.inference_mode(False):
-            self._views = [
+            views = [
                 tuple(nn.Parameter(field.view_in(row), requires_grad=False) for field in fields) for row in rows.bytes
             ]
             # Made in inference mode, a tensor counts no versions; below a device, threads write when they come to it.
             counts = rows.bytes.device.type == "cpu" and not rows.bytes.is_inference()
             self._versioned = rows.bytes if counts else None
-        self._seen, self._storage = rows, rows.bytes.untyped_storage()._cdata
-        self._before = self._state(self._views[0] if self._views else ())
+        self._views, self._storage = views, rows.bytes.untyped_storage()._cdata
+        self._before = self._state(views[0] if views else ())
+        self._seen = rows  # last: Ctrl-C before it, and they are made again
 
     def _state(self, views: Views) -> tuple[int, int, int]:
         """References to the parameters, to their storage, and writes to it that were no loads."""
-        writes = 0 if self._versioned is None else self._versioned._version - self.calls.written
-        return sum(map(getrefcount, views)), torch._C._storage_Use_Count(self._storage), writes
+        return sum(map(getrefcount, views)), torch._C._storage_Use_Count(self._storage), self._writes()
+
+    def _writes(self) -> int:
+        return 0 if self._versioned is None else self._versioned._version
 
 
 def tensors_in(value: Any) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """`Stack`: what an offloaded module has in place of a stack of experts `[E, ...]` that its code indexes by a number.
 
-    W[3], W[ids[0]], W[e, :, :n]         the row of one expert (`row.py`)
+    W[3], W[ids[0]], W[e, :, :n]         the row of one expert (`row.py`), as of W.select(0, e)
     for w in W;  W.unbind();  W.chunk(E) the rows of all, each read when it is used
     W.view(-1, F, H)[e]                  of a stack [E*F, H]: the same
     W.shape, W.dtype, W.device           as of the real one
@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from ...errors import RoutingError, UnsupportedModelError
 from ...experts import Field
-from .looks import METADATA, name_of, run_on_looks
+from .looks import CASTS, METADATA, answer_looks, as_looks, casts, lay_out, name_of, refuse_looks
 from .row import ExpertRow, Source
 
 #: What gives the same stack under another shape, or as another object.
-SAME = frozenset("view reshape unflatten detach data contiguous to type float bfloat16 half alias".split())
+ITSELF = frozenset("detach data alias".split())
+SAME = CASTS | ITSELF | frozenset("view reshape unflatten contiguous".split())
 #: What gives its rows, one by one.
 APART = frozenset("unbind __iter__ chunk split tensor_split".split())
 
@@ -50,8 +51,7 @@ class Stack(nn.Parameter):
     ) -> Any:
         kwargs = kwargs or {}
         if func in METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
+            return answer_looks(func, args, kwargs, whole=True)
         stack, name = next((each for each in args if isinstance(each, Stack)), None), name_of(func)
         if stack is None or args[0] is not stack:
             _refuse(stack or _anywhere(args, kwargs), name)
@@ -61,10 +61,10 @@ class Stack(nn.Parameter):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return run_on_looks(func, args, kwargs or {}, lambda name: _refuse(_anywhere(args, kwargs or {}), name))
+        refuse_looks(lambda name: _refuse(_anywhere(args, kwargs or {}), name), func)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        with torch._C.DisableTorchFunctionSubclass():
+        with as_looks():
             return f"{self.field.name} of {self.source.name}, offloaded, {tuple(self.shape)} {self.dtype}"
 
     def __deepcopy__(self, memo: Any) -> NoReturn:
@@ -79,7 +79,7 @@ def _made(empty: Tensor, source: Source, field: Field, row: Tensor, count: int) 
 
 
 def _read(stack: Stack, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with torch._C.DisableTorchFunctionSubclass():
+    with as_looks():
         per_expert = tuple(stack.shape[1:]) == stack.field.shape
     if name == "__getitem__" and per_expert:
         index, rest = (args[0][0], args[0][1:]) if isinstance(args[0], tuple) and args[0] else (args[0], ())
@@ -88,20 +88,33 @@ def _read(stack: Stack, name: str, func: Callable[..., Any], args: tuple[Any, ..
             row: Tensor = _row(stack, expert)
             row = row if _is_scalar(index) else row.unsqueeze(0)
             return row[rest if _is_scalar(index) else (slice(None), *rest)] if rest else row
+    elif name == "select" and per_expert and args[:1] == (0,) and len(args) == 2:
+        return _row(stack, operator.index(args[1]))
     elif name in APART and per_expert:
         rows = _rows(stack, name, func, args, kwargs)
         if rows is not None:
             return rows
     elif name in SAME:
-        with torch._C.DisableTorchFunctionSubclass():
-            try:
-                out = func(stack, *args, **kwargs)
-            except RuntimeError as error:  # it has other strides than the real one, which some views would need
-                raise _refusal(stack, name) from error
-            same = out.dtype == stack.dtype and out.untyped_storage().data_ptr() == stack.untyped_storage().data_ptr()
-        if same and tuple(out.shape) in ((stack.count, *stack.field.shape), tuple(stack.shape)):
-            return _made(out, stack.source, stack.field, stack.row, stack.count)
+        same = _same(stack, name, func, args, kwargs)
+        if same is not None:
+            return same
     _refuse(stack, name)
+
+
+def _same(stack: Stack, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The stack again, in the shape that `func` gives it; None where that is another, or a copy."""
+    with as_looks():
+        shape = tuple(stack.shape)
+        if name in CASTS:
+            if casts(stack, func, args, kwargs):
+                return None
+        elif name not in ITSELF:
+            shape = tuple(func(lay_out(stack), *args, **kwargs).shape)
+        if shape not in ((stack.count, *stack.field.shape), tuple(stack.shape)):
+            return None
+        split = shape == (stack.count, *stack.field.shape)
+        empty = (stack.row[None] if split else stack.row[:1]).expand(shape)
+    return _made(empty, stack.source, stack.field, stack.row, stack.count)
 
 
 def _number(index: Any) -> int | None:
@@ -131,7 +144,7 @@ def _row(stack: Stack, expert: int) -> ExpertRow:
 
 def _rows(stack: Stack, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Each expert's row as an iterator, or in a tuple; None where `func` takes the stack apart in another way."""
-    with torch._C.DisableTorchFunctionSubclass():
+    with as_looks():
         pieces = tuple(func(stack, *args, **kwargs))
     shapes = {tuple(piece.shape) for piece in pieces}
     if len(pieces) != stack.count or shapes not in ({stack.field.shape}, {(1, *stack.field.shape)}):
@@ -152,11 +165,7 @@ def _anywhere(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Stack:
 
 
 def _refuse(stack: Stack, name: str) -> NoReturn:
-    raise _refusal(stack, name)
-
-
-def _refusal(stack: Stack, name: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
+    raise UnsupportedModelError(
         f"{stack.source.name}: {name} was asked of {stack.field.name}, whose experts are offloaded. The model's code "
         "can read one expert of it at a time, by a number (W[e]), and nothing else"
     )

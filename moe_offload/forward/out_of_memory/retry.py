@@ -27,7 +27,7 @@ from .shrink import shrink_banks
 logger = logging.getLogger("moe_offload")
 ADVICE = (
     "give the model a smaller budget, or one that counts what it is used for (kv_tokens for the whole context), or "
-    f"read prompts in pieces: generate(..., prefill_chunk_size={RESERVED_PROMPT_TOKENS})"
+    f"read prompts in smaller pieces: generate(..., prefill_chunk_size={RESERVED_PROMPT_TOKENS})"
 )
 
 #: CUDA's messages when there is no memory for what torch's allocator does not hold: graphs, code, library workspaces.

@@ -25,6 +25,7 @@ logger = logging.getLogger("moe_offload")
 THREADS = 4  # reads in flight; on the disks that were measured, more were not faster
 GET_GOING_S = 0.002  # `get_going` waits so long for the threads to take up their reads: they then need no core
 SLOW_S = 5.0  # a row that takes longer is logged
+INTERRUPTS = 1000  # so often may waiting for reads be interrupted before it is given up
 TIMEOUT_S = 300.0  # a row that takes longer is an error, so that a disk that hangs does not hang the caller for ever
 
 
@@ -120,11 +121,12 @@ class ThreadTransfer:
         if not self._here():
             return
         tickets, interrupted = list(tickets), None
-        while True:
+        for _ in range(INTERRUPTS):
             try:
                 self._drop_and_wait(tickets)
                 break
-            except KeyboardInterrupt as error:  # the slots are not ours before the reads under way have ended
+            # Ctrl-C, or what another signal's handler raises: the slots are not ours before the reads have ended.
+            except BaseException as error:
                 interrupted = error
         if interrupted is not None:
             raise interrupted
@@ -133,6 +135,9 @@ class ThreadTransfer:
         with self._lock:
             for ticket in tickets:
                 self._drop(ticket, ClosedError(f"{ticket.name}: cancelled"))
+            # Ctrl-C in notify() leaves a waiter behind that nobody waits on, and which the next notify() would wake:
+            # the reader that it meant would sleep on. To wake all clears it away.
+            self._changed.notify_all()
         for ticket in tickets:
             if not ticket.done.wait(TIMEOUT_S):
                 self._refuse_from_now_on()  # what hangs may still write: nothing is ever loaded there again

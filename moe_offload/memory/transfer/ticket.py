@@ -22,6 +22,38 @@ from ..stores import Store
 from ..stores.row_read import RowRead
 
 
+class Done:
+    """An event that is set once, for good. Ctrl-C may come anywhere while somebody waits for it.
+
+    threading.Event has a lock that is taken and given back in Python code: if Ctrl-C comes in between, it stays locked,
+    and whoever sets the event, or asks again, waits for ever.
+    """
+
+    def __init__(self) -> None:
+        self._set, self._gate = False, threading.Lock()
+        self._gate.acquire()
+
+    def is_set(self) -> bool:
+        return self._set
+
+    def set(self) -> None:
+        self._set = True  # first: to open the gate only helps those who are waiting
+        self._open()
+
+    def wait(self, timeout_s: float = -1) -> bool:
+        """Whether it is set, at the latest after so many seconds."""
+        if not self._set and self._gate.acquire(timeout=timeout_s):
+            self._open()  # for the next who waits
+        return self._set
+
+    def _open(self) -> None:
+        if self._gate.locked():
+            try:
+                self._gate.release()
+            except RuntimeError:  # somebody else has, in between
+                pass
+
+
 class Ticket:
     """A row under way. `error` is what stopped it; `nbytes` counts once it is `done` without one."""
 
@@ -33,7 +65,7 @@ class Ticket:
         self.finish = read.finish
         self.nbytes = 0
         self.error: BaseException | None = None
-        self.done = threading.Event()
+        self.done = Done()
         self.reads: list[ReadSpan] = []  # what a timeline knows of it
 
     @property

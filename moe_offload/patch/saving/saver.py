@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ...checkpoint.conversion import restore_tensors
 from ...checkpoint.headers import Headers, read_headers
-from ...checkpoint.new_folder import SINGLE, new_checkpoint, write_index
+from ...checkpoint.new_folder import SINGLE, folder_to_write, new_checkpoint, write_index
 from ...checkpoint.row_index import Piece, index_rows
 from ...checkpoint.shards import Entry, Filling, Shard, file_name, split_entries
 from ...config.sizes import parse_size
@@ -103,7 +103,7 @@ class Saver:
                 raise ConfigError(f"save_pretrained({name}=...) does not work on an offloaded model: {advice}")
         if not is_main_process:
             return
-        limit_bytes, out = parse_size(max_shard_size), Path(save_directory)
+        limit_bytes, out = parse_size(max_shard_size), folder_to_write(save_directory, SaveError)
         with self.runtime.lock:
             self.runtime.check_open()
             adapted = getattr(self.model, "_hf_peft_config_loaded", False)

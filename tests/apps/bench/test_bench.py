@@ -19,8 +19,11 @@ from moe_offload.apps.bench.sides.contenders import CPU_SIDES, PACKED, Job, writ
 from moe_offload.apps.bench.synthetic import make_synthetic
 from moe_offload.apps.bench.table import RATIOS
 from moe_offload.apps.cli import app
+from moe_offload.apps.families.tiny import build as build_family
 from moe_offload.errors import CheckpointError, ConfigError
 from moe_offload.pack import pack_checkpoint
+from tests.fakes import loop_models
+from tests.fakes.remote_folder import write_remote
 
 
 @pytest.fixture(scope="module")
@@ -107,10 +110,58 @@ def test_every_side_loads_the_same_model(cache, tmp_path):
     assert all(torch.equal(logits["resident"], other) for other in logits.values())
 
 
+def assert_sides_agree(sides, folder, want, tmp_path, **options):
+    write_mapped(folder, tmp_path, **options)
+    for side in sides:
+        model = CPU_SIDES[side].load(Job(folder, 20_000_000, tmp_path, 16, **options))
+        with torch.no_grad():
+            assert torch.equal(model(loop_models.prompt()).logits, want), side
+
+
+def test_every_side_loads_a_model_with_code_of_its_own(tmp_path):
+    """But for accelerate's: transformers' own loader leaves such a model without its rotary frequencies."""
+    folder = write_remote(tmp_path / "own")
+    want = loop_models.build()(loop_models.prompt()).logits
+    assert_sides_agree(["resident", "ours", "mmap"], folder, want, tmp_path, trust_remote_code=True)
+
+
+@pytest.mark.parametrize("family", ["dbrx", "longcat_flash", "llama4"])
+def test_every_side_loads_experts_that_are_no_plain_stacks(family, tmp_path):
+    """Joined in one dimension; fewer in one stack than in the other; all multiplied at once."""
+    plain = build_family(family)
+    plain.save_pretrained(tmp_path / "folder")
+    assert_sides_agree(CPU_SIDES, tmp_path / "folder", plain(loop_models.prompt()).logits, tmp_path)
+
+
+@pytest.mark.long
+def test_a_model_with_code_of_its_own_end_to_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(roofs, "SECONDS", 0.1)
+    folder = write_remote(tmp_path / "own")
+    amounts = ["--prompt-tokens", "8", "--new-tokens", "4", "--requests", "1", "--residency", "50%"]
+    done = run(
+        *(str(folder), "--trust-remote-code", "--sides", "resident,ours,mmap", "--json"),
+        *("--cache", str(tmp_path / "cache"), *amounts),
+    )
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    assert [row["side"] for row in result["rows"]] == ["resident", "ours", "mmap"]
+    assert not any(row["failed"] for row in result["rows"])
+    assert all(one["agree"] == one["of"] == 5 for one in result["tokens_agree"])
+
+
+def test_routing_is_not_replayed_where_experts_are_not_handed_ids(trace, tmp_path):
+    folder = write_remote(tmp_path / "own")
+    done = run(str(folder), "--trust-remote-code", "--routing", str(trace), "--cache", str(tmp_path))
+    assert done.exit_code == 2 and "model.layers.0.mlp.experts is not handed the ids" in done.output, done.output
+    done = run(str(folder), "--cache", str(tmp_path))
+    assert done.exit_code != 0 and "--trust-remote-code" in done.output and "Traceback" not in done.output
+
+
 def test_wrong_requests_are_one_line(cache, tmp_path):
     for arguments, words in [
         (["synthetic:tiny", "--budget", "1GB", "--residency", "25%"], "either --budget"),
         (["synthetic:nothing"], "no such architecture"),
+        (["synthetic:tiny", "--trust-remote-code"], "--trust-remote-code is for a checkpoint"),
         (["synthetic:tiny", "--layers", "9", "--budget", "1GB"], "1 to 3 layers"),
         ([str(tmp_path), "--layers", "2", "--budget", "1GB"], "--layers is for synthetic:"),
         ([str(tmp_path), "--experts", "fp8", "--budget", "1GB"], "--experts is for synthetic:"),

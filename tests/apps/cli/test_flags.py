@@ -71,7 +71,7 @@ FLAGS: dict[str, tuple[str, str]] = {
     "--policy": (TEXT, "Which resident expert is evicted"),
     "--pooled": (SWITCH, "One cache for all layers"),
     "--port": (NUMBER, "Port"),
-    "--prefill-chunk-size": (NUMBER, "Read the prompt in pieces"),
+    "--prefill-chunk-size": (NUMBER, "Tokens of the prompt to read at a time"),
     "--profile": (TEXT, "Which experts to expect"),
     "--prompt": (TEXT, "Text to continue"),
     "--prompt-tokens": (NUMBER, "Tokens of each prompt"),

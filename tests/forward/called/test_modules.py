@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+import moe_offload
+from moe_offload.apps.families.session import run_session
+from moe_offload.apps.families.table import FAMILIES
+from moe_offload.apps.families.tiny import build as build_family
 from moe_offload.errors import ClosedError, ConfigError, OffloadError, UnsupportedModelError
+from moe_offload.forward import binding
+from tests.fakes import stack_models
 from tests.fakes.loop_models import LOOP_NAMES, SETTINGS, build, offload, prompt, same, session
 
 
@@ -86,6 +94,11 @@ def test_a_hint_reads_ahead():
     assert model.moe_offload.stats().ahead > 0
 
 
+def without_torch_function(w):
+    with torch._C.DisableTorchFunctionSubclass():
+        return w @ w.t()
+
+
 class TestWeightsOutsideOfACall:
     """Never NaN: it raises, and says whose weights they are."""
 
@@ -104,6 +117,9 @@ class TestWeightsOutsideOfACall:
             lambda w: torch.ops.aten.add(w, 1),
             lambda w: w.mul_(2),
             lambda w: w.tolist(),
+            lambda w: w.contiguous(),
+            copy.deepcopy,
+            without_torch_function,
         ],
     )
     def test_it_raises_by_name(self, read):
@@ -117,6 +133,7 @@ class TestWeightsOutsideOfACall:
         for look in (
             lambda w: (w.shape, w.dtype, w.device, w.ndim, w.requires_grad and False, w.is_meta, len(w)),
             lambda w: (w.size(), w.dim(), w.numel(), w.element_size(), w.nbytes, w.is_floating_point()),
+            lambda w: (w.stride(), w.is_contiguous()),
             lambda w: isinstance(w, torch.nn.Parameter),
         ):
             assert look(weight) == look(plain)
@@ -140,6 +157,38 @@ class TestWeightsOutsideOfACall:
         assert expert.w1.weight is phantom
         handle.remove()
         assert same(session(build(), prompt()), session(model, prompt()))
+
+
+class TestAWeightThatIsReplaced:
+    """It was computed with what the slot holds, without a word."""
+
+    def test_by_that_of_another_expert(self):
+        """One expert's code, called with the weights of all: refused, since they are not in memory."""
+        model = offload(build(), 0.5)
+        experts = model.model.layers[0].mlp.experts
+        for other, called in (experts[3], "experts.0.w1.weight"), (experts[0], None):
+            call = lambda other=other: torch.func.functional_call(  # noqa: E731
+                experts[0], dict(other.named_parameters()), (torch.ones(1, 32),)
+            )
+            if called is None:
+                assert torch.equal(call(), build().model.layers[0].mlp.experts[0](torch.ones(1, 32)))
+            else:
+                with pytest.raises(UnsupportedModelError, match=called):
+                    call()
+
+    @pytest.mark.parametrize("how", ["assigned", "deleted", "called with"])
+    def test_by_a_real_one(self, how):
+        model, x = offload(build(), 0.5), torch.ones(1, 32)
+        expert, real = model.model.layers[1].mlp.experts[2], torch.nn.Parameter(torch.ones(48, 32))
+        phantom = expert.w1.weight
+        if how == "assigned":
+            expert.w1.weight = real
+        elif how == "deleted":
+            del expert.w1.weight
+        with pytest.raises(UnsupportedModelError, match=r"model\.layers\.1\.mlp\.experts\.2\.w1\.weight: another"):
+            torch.func.functional_call(expert, {"w1.weight": real}, (x,)) if how == "called with" else expert(x)
+        if how == "called with":
+            assert expert.w1.weight is phantom
 
 
 def test_a_kept_view_of_a_slot_is_refused():
@@ -198,6 +247,21 @@ def test_an_expert_that_calls_another_one_needs_a_second_slot():
     assert torch.equal(want, large.model.layers[0].mlp.experts[0](x).detach())
 
 
+@pytest.mark.parametrize("family", ["switch_transformers", "nllb_moe"])
+def test_an_encoder_and_a_decoder_from_their_files(family, tmp_path):
+    plain = build_family(family)
+    plain.save_pretrained(tmp_path)
+    model = moe_offload.from_pretrained(tmp_path, "1GB", config=SETTINGS)
+    assert type(model) is type(plain)
+    kind, options = FAMILIES[family].kind, {"batch": 2, "new_tokens": 4}
+    assert same(run_session(plain, kind, **options), run_session(model, kind, **options))
+    assert model.moe_offload.stats().bytes_read > 0
+    ids, words = prompt(2, 9) + 3, {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(plain.generate(ids, **words), model.generate(ids, **words))
+    want, got = plain.state_dict(), model.state_dict()
+    assert all(torch.equal(want[key], got[key]) for key in want)
+
+
 @pytest.mark.parametrize("residency", [0.0, 0.5])
 def test_an_expert_that_calls_itself_keeps_its_weights_until_it_ends(residency):
     def nest(model):
@@ -219,6 +283,23 @@ def test_threads_share_one_model():
     for thread in threads:
         thread.join()
     assert all(same(want[i], got[i]) for i in range(4))
+
+
+@pytest.mark.parametrize("loop", ["hits", "stacked"])
+def test_experts_in_threads_that_the_models_code_starts_are_refused(loop, monkeypatch):
+    """They waited for the call of the model to end, which waited for them."""
+    monkeypatch.setattr(binding, "TURN_S", 0.2)
+    model = offload(stack_models.build(loop))
+    block = model.model.layers[0].mlp
+    run = block.run
+
+    def elsewhere(*args):
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(run, *args).result()
+
+    block.run = elsewhere
+    with pytest.raises(UnsupportedModelError, match=r"model\.layers\.0\.mlp\.experts.* in a thread of their own"):
+        model(prompt())
 
 
 def test_two_models_in_a_process():
@@ -278,8 +359,6 @@ def test_state_dict_and_saving_have_the_real_weights(tmp_path):
 
 
 def test_moving_copying_and_loading_are_refused():
-    import copy
-
     model = offload(build())
     for change in (
         lambda: model.to(torch.bfloat16),
@@ -308,8 +387,6 @@ def test_after_close_it_raises():
 
 
 def test_a_plain_model_can_be_profiled_too():
-    import moe_offload
-
     recorded = moe_offload.record_profile(build(), [prompt(), prompt(3, 5)])
     model = offload(build(), 0.5, profile=recorded)
     session(model, prompt(), steps=0)

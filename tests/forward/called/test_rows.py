@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_offload.errors import RoutingError, UnsupportedModelError
 from moe_offload.experts import RowLayout
@@ -127,7 +128,7 @@ def test_looks_read_nothing(source):
     assert not source.asked
 
 
-@pytest.mark.parametrize("take", ["unbind", "iterate", "chunk", "split", "list"])
+@pytest.mark.parametrize("take", ["unbind", "iterate", "chunk", "split", "list", "select"])
 def test_all_rows_at_once_are_read_one_by_one(source, take):
     stack = stack_of(source)
     rows = {
@@ -136,6 +137,7 @@ def test_all_rows_at_once_are_read_one_by_one(source, take):
         "chunk": lambda: [row.squeeze(0) for row in stack.chunk(E, dim=0)],
         "split": lambda: [row[0] for row in torch.split(stack, 1)],
         "list": lambda: list(stack),
+        "select": lambda: [stack.select(0, e) for e in range(E)],
     }[take]()
     assert not source.asked and len(rows) == E
     x = torch.randn(3, H)
@@ -215,6 +217,82 @@ def test_what_would_change_or_keep_a_slot_raises_and_names_the_module(source, us
     with pytest.raises(UnsupportedModelError, match=r"^layer: .* was asked of the up of expert 1"):
         OF_A_ROW[use](stack_of(source)[1])
     assert torch.equal(source.slot["up"], source.weights["up"][1]), "what is in the slot is used again"
+
+
+@pytest.mark.parametrize("use", ["of a stack", "of a row"])
+def test_nobody_computes_with_what_has_no_elements(source, use):
+    """Not even where `__torch_function__` is not asked: the product was of elements that are nobody's."""
+    weight = stack_of(source) if use == "of a stack" else stack_of(source)[1]
+    x = torch.randn(3, H)
+    with torch._C.DisableTorchFunctionSubclass(), pytest.raises(UnsupportedModelError, match=r"^layer: "):
+        torch.matmul(x, weight.mT)
+    with torch._C.DisableTorchFunction(), pytest.raises(UnsupportedModelError, match=r"^layer: "):
+        torch.mul(weight, 2)
+
+
+def test_a_stack_looks_as_the_real_one_does(source):
+    """Its rows lie on top of each other, and code may ask how they lie."""
+    for joined in (False, True):
+        stack = stack_of(source, joined=joined)
+        want = source.weights["up"].flatten(0, 1) if joined else source.weights["up"]
+        assert stack.is_contiguous() and stack.stride() == want.stride() and stack.stride(0) == want.stride(0)
+        again = stack.contiguous().reshape(E, INNER, H).to(torch.float32).float().to("cpu")
+        x = torch.randn(3, H)
+        assert torch.equal(x @ again[2].T, x @ source.weights["up"][2].T)
+    with pytest.raises(RuntimeError, match="invalid for input of size"):  # as of the real one
+        stack_of(source).view(7, -1)
+
+
+#: What would take memory for all experts, to be refused all the same.
+LARGE = {
+    "double": lambda w: w.double(),
+    "to": lambda w: w.to(dtype=torch.bfloat16),
+    "to a copy": lambda w: w.to(w.dtype, copy=True),
+    "clone": lambda w: w.clone(),
+    "deepcopy": copy.deepcopy,
+    "reshape": lambda w: w.reshape(-1),
+    "of a sum": lambda w: w + 1,
+}
+
+
+class Allocations(TorchDispatchMode):
+    """How many elements copies and sums have, where memory is taken for them."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.clone, torch.ops.aten._to_copy, torch.ops.aten.add):
+            self.elements += [] if out.is_meta else [out.numel()]
+        return out
+
+
+@pytest.mark.parametrize("use", LARGE)
+def test_what_is_refused_of_a_stack_takes_no_memory_before(source, use):
+    stack = stack_of(source)
+    with Allocations() as made, pytest.raises(UnsupportedModelError, match=r"^layer: "):
+        LARGE[use](stack)
+    assert max(made.elements, default=0) <= 1
+
+
+COPIES = {
+    "double": lambda w: w.double(),
+    "to a copy": lambda w: w.to(w.dtype, copy=True),
+    "reshape": lambda w: w.T.reshape(-1),
+    "contiguous": lambda w: w.T.contiguous(),
+    "clone": lambda w: w.clone(),
+}
+
+
+@pytest.mark.parametrize("use", COPIES)
+def test_a_copy_of_a_row_is_made_once(source, use):
+    """And none before of what has no elements."""
+    with Allocations() as made:
+        copied = COPIES[use](stack_of(source)[1])
+    assert torch.equal(copied, COPIES[use](source.weights["up"][1])) and not isinstance(copied, ExpertRow)
+    assert sum(size == copied.numel() for size in made.elements) == 1
 
 
 def test_a_stack_in_a_module_is_its_parameter(source):

@@ -301,7 +301,9 @@ def test_a_read_that_never_ends_is_an_error_and_nothing_hangs(one_thread, monkey
     go.set()
 
 
-def test_ctrl_c_while_cancelling_still_waits_for_the_reads_under_way(one_thread, monkeypatch):
+@pytest.mark.parametrize("error", [KeyboardInterrupt, TimeoutError])
+def test_ctrl_c_while_cancelling_still_waits_for_the_reads_under_way(one_thread, monkeypatch, error):
+    """Or whatever the handler of an alarm raises."""
     go, first = held_up(one_thread)
     real, calls = first.done.wait, []
 
@@ -309,13 +311,77 @@ def test_ctrl_c_while_cancelling_still_waits_for_the_reads_under_way(one_thread,
         calls.append(timeout)
         if len(calls) == 1:
             go.set()
-            raise KeyboardInterrupt
+            raise error
         return real(timeout)
 
     monkeypatch.setattr(first.done, "wait", wait)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(error):
         one_thread.cancel([first])
     assert len(calls) == 2 and first.done.is_set()
+
+
+def test_ctrl_c_while_a_thread_is_woken_leaves_none_asleep_for_good(one_thread, monkeypatch):
+    """What notify() leaves of itself then is taken for the thread the next time, which slept on: a hang of minutes."""
+
+    class Waiter:
+        """The lock that a thread waits on. The first to release it is interrupted once the thread waits on another."""
+
+        def __init__(self, lock):
+            self.lock, self.left = lock, 1
+
+        def release(self):
+            self.lock.release()
+            if self.left:
+                self.left = 0
+                while waiters[-1] is self:
+                    one_thread._changed.wait(0.01)
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr("tests.fakes.scripted_store.PARTS", 1)
+    one_thread.wait(one_thread.start(ScriptedStore(), 0, 0, row()))
+    waiters = one_thread._changed._waiters
+    while not waiters:
+        time.sleep(0.001)
+    waiters[0] = Waiter(waiters[0])
+    with pytest.raises(KeyboardInterrupt):
+        one_thread.start(ScriptedStore(), 0, 1, row())
+    monkeypatch.setattr(transfer_threads, "SLOW_S", 0.5)
+    monkeypatch.setattr(transfer_threads, "TIMEOUT_S", 2.0)
+    assert one_thread.wait(one_thread.start(ScriptedStore(), 0, 2, row())) == ROW
+
+
+def test_ctrl_c_while_a_row_is_waited_for_leaves_no_lock_behind(one_thread):
+    """At every place in turn where Python may raise it; an Event's own lock stayed locked, and the next call hung."""
+
+    places = (transfer_threads.__file__.rpartition("/")[0], threading.__file__)
+
+    class Interrupt:
+        def __init__(self, at):
+            self.at, self.seen = at, 0
+
+        def __call__(self, frame, event, arg):
+            if event in ("call", "c_return") and frame.f_code.co_filename.startswith(places):
+                self.seen += 1
+                if self.seen == self.at:
+                    sys.setprofile(None)
+                    raise KeyboardInterrupt
+
+    at, interrupted = 0, True
+    while interrupted:
+        at, interrupted = at + 1, False
+        waited = one_thread.start(ScriptedStore(lambda expert, part: time.sleep(0.001)), 0, 1, row())
+        sys.setprofile(Interrupt(at))
+        try:
+            one_thread.wait(waited)
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            sys.setprofile(None)
+        ended = threading.Thread(target=one_thread.cancel, args=([waited],), daemon=True)
+        ended.start()
+        ended.join(LONG_S)
+        assert not ended.is_alive(), at
+    assert at > 4
 
 
 def test_an_idle_thread_does_not_hold_on_to_the_memory_of_its_last_row(one_thread):

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ....checkpoint.outline import outline_folder
-from ....checkpoint.pretrained.dense import load_dense
+from ....checkpoint.pretrained.arguments import Arguments
+from ....checkpoint.pretrained.dense import load_dense, load_whole
+from ....checkpoint.pretrained.own_class import is_own
 from ....checkpoint.row_index import RowIndex
 from ....config.settings import resolve_settings
 from ....config.usage import measured_with
@@ -36,6 +38,16 @@ class Job:
     budget: int
     scratch: Path
     tokens: int
+    trust_remote_code: bool = False
+
+    @property
+    def arguments(self) -> Arguments:
+        return Arguments(trust_remote_code=self.trust_remote_code)
+
+    @property
+    def code(self) -> dict[str, Any]:
+        """What transformers is told of it, where it is to be told anything."""
+        return {"trust_remote_code": True} if self.trust_remote_code else {}
 
 
 @dataclass(frozen=True)
@@ -56,14 +68,18 @@ def room_for(tokens: int) -> dict[str, Any]:
 def load_resident(job: Job) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(job.folder, dtype="auto").eval()
+    found = outline_folder(job.folder, job.arguments) if job.trust_remote_code else None
+    if found is not None and is_own(found.model):  # transformers' own loader leaves out what its __init__ computes
+        return load_whole(found)
+    return AutoModelForCausalLM.from_pretrained(job.folder, dtype="auto", **job.code).eval()
 
 
 def load_ours(job: Job) -> Any:
     from ....api import from_pretrained
 
     packed = job.scratch / PACKED
-    return from_pretrained(packed if packed.exists() else job.folder, job.budget, config=room_for(job.tokens))
+    folder = packed if packed.exists() else job.folder
+    return from_pretrained(folder, job.budget, config=room_for(job.tokens), **job.code)
 
 
 def load_accelerate(job: Job) -> Any:
@@ -75,18 +91,27 @@ def load_accelerate(job: Job) -> Any:
         device_map="auto",
         max_memory={"cpu": job.budget},
         offload_folder=str(job.scratch / "accelerate"),
+        **job.code,
     ).eval()
 
 
 def load_mapped(job: Job) -> Any:
-    model: Any = load_dense(outline_folder(job.folder))
+    model: Any = load_dense(outline_folder(job.folder, job.arguments), job.arguments)
     for moe in find_experts(model):
+        stacks = {}
         for name, shape, dtype, file in _fields(moe, job.scratch / "mmap"):
             size = torch.Size(shape).numel()
-            stacked = torch.from_file(str(file), shared=False, size=size, dtype=dtype).view(shape)
-            for module in moe.modules:
-                setattr(module, name, nn.Parameter(stacked, requires_grad=False))
+            stacks[name] = torch.from_file(str(file), shared=False, size=size, dtype=dtype).view(shape)
+        for place in (place for places in moe.places for place in places):
+            stack = stacks[place.field]
+            mapped = stack if place.expert is None else stack[place.expert]
+            place.module._parameters[place.attribute] = nn.Parameter(_cut(mapped, place.tensor), requires_grad=False)
     return model.eval()
+
+
+def _cut(mapped: Tensor, like: Tensor) -> Tensor:
+    """Some stacks have no share for the last experts, which are identities; and in some the shares are joined."""
+    return mapped.flatten()[: like.numel()].view(like.shape)
 
 
 PACKED = "packed"
@@ -98,12 +123,11 @@ CPU_SIDES = {
 }
 
 
-def write_mapped(folder: Path, scratch: Path) -> None:
-    """The files that `load_mapped` maps: one per stacked parameter, as the model holds it. A row in memory
-    at a time."""
+def write_mapped(folder: Path, scratch: Path, trust_remote_code: bool = False) -> None:
+    """The files that `load_mapped` maps: one for each weight of all experts of a layer. A row in memory at a time."""
     target = scratch / "mmap"
     target.mkdir(parents=True, exist_ok=True)
-    found = outline_folder(folder)
+    found = outline_folder(folder, Arguments(trust_remote_code=trust_remote_code))
     moe_layers, index = found.moe_layers, cast(RowIndex, found.index)
     store = DiskStore([moe.layout for moe in moe_layers], index)
     with contextlib.closing(store):

@@ -14,6 +14,8 @@ from typing import Any
 import psutil
 
 from ....checkpoint.outline import outline_folder
+from ....checkpoint.pretrained.dense import load_whole
+from ....checkpoint.pretrained.own_class import is_own
 from ....runtime.assemble import DEVICE_POLICY
 from .contenders import Contender, Job, room_for
 
@@ -35,7 +37,10 @@ def settings_of_ours(experts: Sequence[str], tokens: int, decide: str) -> dict[s
 def load_resident(job: Job) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(job.folder, dtype="auto", device_map={"": 0}).eval()
+    found = outline_folder(job.folder, job.arguments) if job.trust_remote_code else None
+    if found is not None and is_own(found.model):
+        return load_whole(found).to("cuda:0")
+    return AutoModelForCausalLM.from_pretrained(job.folder, dtype="auto", device_map={"": 0}, **job.code).eval()
 
 
 def load_ours(job: Job) -> Any:
@@ -50,7 +55,9 @@ def load_accelerate(job: Job) -> Any:
     from transformers import AutoModelForCausalLM
 
     limits = {0: job.budget, "cpu": psutil.virtual_memory().available}
-    model = AutoModelForCausalLM.from_pretrained(job.folder, dtype="auto", device_map="auto", max_memory=limits)
+    model = AutoModelForCausalLM.from_pretrained(
+        job.folder, dtype="auto", device_map="auto", max_memory=limits, **job.code
+    )
     return model.eval()
 
 
@@ -65,5 +72,5 @@ GPU_SIDES = {
 def _load_ours(job: Job, decide: str) -> Any:
     from ....api import from_pretrained
 
-    names = [moe.name for moe in outline_folder(job.folder).moe_layers]
-    return from_pretrained(job.folder, job.budget, config=settings_of_ours(names, job.tokens, decide))
+    names = [moe.name for moe in outline_folder(job.folder, job.arguments).moe_layers]
+    return from_pretrained(job.folder, job.budget, config=settings_of_ours(names, job.tokens, decide), **job.code)

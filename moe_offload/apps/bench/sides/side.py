@@ -16,6 +16,7 @@ import os
 import random
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ import torch
 
 from ....cache.counters import Stats
 from ....checkpoint.outline import outline_folder
+from ....experts import MoELayer
 from ..devices import DEVICES
 from ..request import ask_model
-from ..routing import Routing, install_routing, load_recorded
+from ..routing import Routing, install_routing, is_replayable, load_recorded
 from .contenders import CPU_SIDES, Contender, Job
 from .gpu_contenders import GPU_SIDES
 from .lifeline import end_with
@@ -37,10 +39,20 @@ class Side:
     """The loaded model, its routing, and what may be asked of it: requests of at most `tokens` tokens."""
 
     def __init__(
-        self, side: str, device: str, folder: str, budget: int, scratch: str, routing: str | None, tokens: int
+        self,
+        side: str,
+        device: str,
+        folder: str,
+        budget: int,
+        scratch: str,
+        routing: str | None,
+        tokens: int,
+        trust_remote_code: bool = False,
     ):
         self.contender, self.device = SIDES[device][side], DEVICES[device]()
-        self.job, self.routing_file = Job(Path(folder), budget, Path(scratch), tokens), routing
+        self.job = Job(Path(folder), budget, Path(scratch), tokens, trust_remote_code)
+        self.routing: Routing | None = None
+        self.routing_file = routing
         self.model: Any = None
         self._peaks: list[int | None] = []
 
@@ -50,20 +62,24 @@ class Side:
         self.model = self.contender.load(self.job)
         self.device.settle()
         load_s = time.perf_counter() - begun
-        moe_layers = outline_folder(self.job.folder).moe_layers
-        first = moe_layers[0]
-        recorded = None
-        if self.routing_file is not None:
-            recorded = load_recorded(self.routing_file, len(moe_layers), first.num_experts, first.top_k)
-        top_ks = [moe.top_k for moe in moe_layers]
-        self.routing = Routing(recorded, top_ks, self.job.tokens, self.device.name)
-        install_routing(self.model, [moe.name for moe in moe_layers], self.routing)
-        note = recorded.note if recorded else None
+        moe_layers = outline_folder(self.job.folder, self.job.arguments).moe_layers
+        note = self._route(moe_layers) if is_replayable(moe_layers) else None
         plan = self._handle.plan if self._handle else None
         return {"load_s": load_s, "routing": note, "slots": list(plan.slots) if plan else None}
 
+    def _route(self, moe_layers: Sequence[MoELayer]) -> str | None:
+        """Replay the trace that was asked for, if any, and note which experts are used. Returns how it is replayed."""
+        first, recorded = moe_layers[0], None
+        if self.routing_file is not None:
+            recorded = load_recorded(self.routing_file, len(moe_layers), first.num_experts, first.top_k)
+        top_ks = [moe.top_k for moe in moe_layers]
+        self.routing = routing = Routing(recorded, top_ks, self.job.tokens, self.device.name)
+        install_routing(self.model, [moe.name for moe in moe_layers], routing)
+        return recorded.note if recorded else None
+
     def ask(self, prompt: list[int], new_tokens: int, row: int, left_out: int = 0) -> dict[str, Any]:
-        self.routing.seek(row, len(prompt) + new_tokens)
+        if self.routing is not None:
+            self.routing.seek(row, len(prompt) + new_tokens)
         self._peaks = []
         answer = ask_model(
             self.model,
@@ -75,7 +91,7 @@ class Side:
             left_out=left_out,
             **self.contender.options,
         )
-        used = self.routing.used(len(prompt), new_tokens) if self._handle else None
+        used = self.routing.used(len(prompt), new_tokens) if self._handle and self.routing is not None else None
         return {**dataclasses.asdict(answer), "used": used, "peaks_bytes": self._peaks[1:]}
 
     def read(self, seconds: float, seed: int) -> dict[str, Any]:

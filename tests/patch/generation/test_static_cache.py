@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from moe_offload.forward.graphs.kv_pool import KVPool, bucket_tokens
-from moe_offload.patch.static_cache import keep_static_caches
+from moe_offload.patch.generation.static_cache import keep_static_caches
 from tests.fakes.offloaded import IDS, SETTINGS, offload, resident
 
 PLANNED = 48

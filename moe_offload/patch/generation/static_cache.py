@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from ..forward.graphs.kv_pool import KVPool, bucket_tokens
+from ...forward.graphs.kv_pool import KVPool, bucket_tokens
 
 logger = logging.getLogger("moe_offload")
 LONGER = (
