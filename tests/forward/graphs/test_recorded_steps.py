@@ -13,7 +13,7 @@ import torch
 from moe_offload.forward.graphs import compiling
 from moe_offload.forward.graphs.kv_pool import KVPool
 from moe_offload.forward.out_of_memory.retry import Retry
-from moe_offload.patch.static_cache import keep_static_caches
+from moe_offload.patch.generation.static_cache import keep_static_caches
 from tests.fakes.offloaded import SETTINGS, offload, resident
 
 DEVICE = replace(SETTINGS, decide="device", compile="inductor", poison=False, dynamic=None)
