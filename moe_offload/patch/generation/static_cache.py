@@ -13,8 +13,8 @@ from ...forward.graphs.kv_pool import KVPool, bucket_tokens
 
 logger = logging.getLogger("moe_offload")
 LONGER = (
-    "a KV cache of %d tokens, and the plan has room for %d (kv_tokens): it is not kept for the next request, which "
-    "records its decode steps anew"
+    "a KV cache of %d tokens is more than the %d that the plan has room for, in use and kept (twice kv_tokens): it is "
+    "not kept for the next request, which records its decode steps anew"
 )
 MODES = ("greedy_search", "sample")  # others go back in a cache, or have one of their own
 
@@ -48,9 +48,9 @@ def keep_static_caches(model: Any, pool: KVPool, planned_tokens: int) -> None:
         if "offloaded" in cache_implementation or model.config.is_encoder_decoder:
             return make_new()
         length = bucket_tokens(max_cache_len, planned_tokens)
-        if length > planned_tokens and LONGER not in said:
+        if batch_size * length > pool.most_tokens and LONGER not in said:
             said.add(LONGER)
-            logger.info(LONGER, length, planned_tokens)
+            logger.info(LONGER, batch_size * length, pool.most_tokens)
         return pool.lend(batch_size, length, make_new)
 
     model.__dict__["_prepare_cache_for_generation"] = prepare_cache
