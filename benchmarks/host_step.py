@@ -28,6 +28,23 @@ from moe_offload.plan.budget import budget_for
 from moe_offload.plan.weights import layer_shapes, sum_costs
 
 
+class Timed:
+    """Seconds on a processor within a function, in all."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def around(self, function: Any) -> Any:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            begun = time.process_time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds += time.process_time() - begun
+
+        return timed
+
+
 class Recording:
     """Runs a graph as it is until `replayed` is set, and then only gives back what it gave last."""
 
@@ -56,18 +73,24 @@ def main() -> None:
         on_gpu.enter_context(mock.patch.object(compiling, "run_inductor", recording.compile))
         on_gpu.enter_context(mock.patch.object(compiling, "is_on_gpu", lambda bank_SN: True))
         on_gpu.enter_context(mock.patch.object(Retry, "_runs_out", lambda self: True))
+        compiled, launched, find = Timed(), Timed(), Retry._find
+        on_gpu.enter_context(mock.patch.object(compiling, "launch", launched.around(compiling.launch)))
+        on_gpu.enter_context(mock.patch.object(Retry, "_find", lambda self, *args: compiled.around(find(self, *args))))
         model, cache = make(options.layers)
         step = torch.tensor([[5]])
         with torch.no_grad():
             model(torch.arange(3, 15).view(1, -1), past_key_values=cache)
             for _ in range(3):
                 model(step, past_key_values=cache)
-            recording.replayed = True
+            recording.replayed, compiled.seconds, launched.seconds = True, 0.0, 0.0
             times = []
             for _ in range(options.repeats):
                 begun = time.process_time()
                 model(step, past_key_values=cache)
                 times.append(time.process_time() - begun)
+            dynamo_us, launch_us = (
+                1e6 * x / options.repeats for x in (compiled.seconds - launched.seconds, launched.seconds)
+            )
             if options.profile:
                 import cProfile
                 import pstats
@@ -77,6 +100,7 @@ def main() -> None:
                         model(step, past_key_values=cache)
                 pstats.Stats(profile).sort_stats("tottime").print_stats(25)
         low, median, high = statistics.quantiles(times, n=4)
+        print(f"of which Dynamo {dynamo_us:.0f} us, mostly its guards; the thread that launches {launch_us:.0f} us")
         print(f"{options.layers} layers: {1e6 * median:.0f} us a step (quartiles {1e6 * low:.0f} to {1e6 * high:.0f})")
 
 
