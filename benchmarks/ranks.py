@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import json
 import multiprocessing
 import os
+import queue
 import random
 import re
 import signal
@@ -53,7 +55,10 @@ def work(rank: int, world: int, port: int, folder: str, out: str, told: Any, rai
 
     begin("load")
     model: Any = moe_offload.from_pretrained(
-        folder, "20MB", config={"profile": "off", "kv_tokens": 256}, distributed_config=config_of_ranks(world)
+        folder,
+        "20MB",
+        config={"profile": "off", "kv_tokens": 256, "rank_timeout": 25.0},
+        distributed_config=config_of_ranks(world),
     )
     ids = torch.arange(3, 103).view(1, -1)
     begin("prompt")
@@ -84,8 +89,9 @@ def one_time(folder: str, world: int, spans_s: dict[str, float], context: Any) -
     ]
     for one in ranks:
         one.start()
-    while told.get(timeout=120) != (victim, phase):
-        pass
+    with contextlib.suppress(queue.Empty):  # then it has ended before: the error of another rank says why
+        while told.get(timeout=60) != (victim, phase):
+            pass
     if raises is None:
         time.sleep(after_s)
         if ranks[victim].is_alive():
@@ -138,7 +144,8 @@ def main() -> None:
     from moe_offload.apps.families.tiny import build
 
     with tempfile.TemporaryDirectory() as folder:
-        build("qwen3_moe", num_hidden_layers=2, num_experts=12).save_pretrained(folder)
+        sizes = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16}
+        build("qwen3_moe", num_hidden_layers=2, num_experts=12, **sizes).save_pretrained(folder)
         sums: collections.Counter[str] = collections.Counter()
         slowest_s = 0.0
         for _ in range(given.times):

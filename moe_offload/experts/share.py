@@ -43,9 +43,7 @@ def find_share(name: str, module: nn.Module, stacks: Mapping[str, Tensor]) -> Sh
     if not any(hasattr(stack, "device_mesh") for stack in stacks.values()):
         return None
     shares = {_share_of(name, field, stack) for field, stack in stacks.items()}
-    here = {share.total // share.world for share in shares}
-    # Older transformers do not mark the module, but they count its experts anew as newer ones do.
-    if len(shares) != 1 or here != {getattr(module, "num_experts", None)}:
+    if len(shares) != 1 or not getattr(module, "_is_expert_parallel", False):
         raise UnsupportedModelError(
             f"{name}: its experts are DTensors, but not split by expert parallelism; load the model with "
             "DistributedConfig(tp_size=N, ep_size=N), or in one process"

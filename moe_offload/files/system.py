@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import os
 from io import FileIO
+from pathlib import Path
 
 DIRECT, UNCACHED, CACHED = "O_DIRECT", "F_NOCACHE", "through the page cache"
 
@@ -42,6 +43,16 @@ def forget_cached(descriptor: int) -> None:
     """Drop a file that is not read soon from the page cache, on systems that have a call for it."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def disk_bytes_read() -> int | None:
+    """Bytes that this process has made the system read from disks, by calls or by touching mapped pages; None where
+    the system does not say."""
+    try:
+        counters = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) for line in counters if line.startswith("read_bytes:"))
+    except (OSError, StopIteration):
+        return None
 
 
 def missing_call() -> str | None:

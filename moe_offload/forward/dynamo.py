@@ -78,6 +78,20 @@ class Settings:
         return settings
 
 
+def never_traced(function: Function) -> Function:
+    """`function`, which Dynamo neither traces into another's graph nor, with all that it calls, by itself.
+
+    torch.compiler.disable does the same, and takes some microseconds in each call.
+    """
+    made: Any = function
+    made._torchdynamo_disable = True
+    made._torchdynamo_disable_msg = "moe_offload: experts that are called, or read, one by one are in no graph"
+    dynamo: Any = torch._C._dynamo.eval_frame
+    skip = dynamo._FrameAction.SKIP
+    dynamo.set_code_exec_strategy(made.__code__, dynamo._FrameExecStrategy(skip, skip))
+    return function
+
+
 def with_own_code(function: Function, name: str) -> Function:
     """`function` with a code object and global names of its own. Dynamo keeps graphs, and counts them, per code object,
     and functions that are made in one place share theirs; what it compiles it keeps among the function's globals, which

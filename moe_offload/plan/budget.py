@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from ..config.sizes import format_size
 from ..errors import BudgetError
 
-#: The workspace in the reserve is for tracing, activations, what the allocator holds, and compiled kernels (up to 85
-#: MB, see memory/process_memory.py). These grow with a model up to a point: a sixth of the budget, 340 MB at most.
+#: The workspace in the reserve is for tracing, activations, what the allocator holds, and compiled kernels (see
+#: memory/process_memory.py). These grow with a model up to a point: a sixth of the budget, 400 MB at most.
 WORKSPACE_SHARE = 6
-WORKSPACE_LIMIT = 340 * 10**6
+WORKSPACE_LIMIT = 400 * 10**6
 #: The parts of a budget, as people read them.
 PARTS = {
     "dense_weights": "dense weights",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -20,10 +21,10 @@ from typing import Any, cast
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from ..config.launched import read_launched
+from ..config.launched import Launched, read_launched
 from ..errors import ConfigError, OffloadError, RankError
 from .names import RankName
-from .watch import FIND_S, Watch
+from .watch import FIND_S, GRACE_S, Watch
 
 PREFIX = "moe_offload"
 POLL_S = 0.02
@@ -47,7 +48,8 @@ class Group:
         self.watch: Watch | None = None
         told = self.exchange("name", RankName.of_this_process(rank).to_dict(), "start")
         self.names = tuple(RankName.from_dict(one) for one in told)
-        self.watch = Watch(store.clone(), self.prefix, self.names, rank)
+        holds_store = rank == 0 and not launcher_has_store()
+        self.watch = Watch(store.clone(), self.prefix, self.names, rank, holds_store)
 
     def check(self) -> None:
         """Raise `RankError` where another rank is known to have ended, or this one takes no further part."""
@@ -67,17 +69,22 @@ class Group:
         """
         n = self._said[what] = self._said.get(what, -1) + 1
         keys = [f"{self.prefix}/said/{what}/{n}/{rank}" for rank in range(self.world)]
+        gave_up = f"{self.prefix}/gave_up"
         within_s = self.timeout_s if within_s is None else within_s
         ends_s = time.monotonic() + within_s
         with self.store_answers():
             self._store.set(keys[self.rank], json.dumps(value))
-            for rank, key in enumerate(keys):
-                while not self._store.check([key]):
-                    if self.watch is not None:
-                        self.watch.check()
-                    if time.monotonic() > ends_s:
-                        raise self._not_there(rank, within_s, why)
-                    time.sleep(POLL_S)
+            while missing := [rank for rank, key in enumerate(keys) if not self._store.check([key])]:
+                if self.watch is not None:
+                    self.watch.check()
+                elif self._store.check([gave_up]):
+                    raise RankError(self._store.get(gave_up).decode())
+                if time.monotonic() > ends_s:
+                    error = self._not_there(missing, within_s, why)
+                    self._store.set(gave_up, str(error))
+                    time.sleep(GRACE_S)  # the store may end with this rank, and the others are to know why
+                    raise error
+                time.sleep(POLL_S)
             return [json.loads(self._store.get(key)) for key in keys]
 
     def watching(self) -> contextlib.AbstractContextManager[None]:
@@ -100,12 +107,17 @@ class Group:
                 "rank 0 or its launcher has ended, or the network has; start all ranks anew"
             ) from error
 
-    def _not_there(self, rank: int, within_s: float, why: str) -> RankError:
-        who = str(self.names[rank]) if self.names else f"rank {rank}"
+    def _not_there(self, ranks: list[int], within_s: float, why: str) -> RankError:
+        who = ", ".join(str(self.names[rank]) if self.names else f"rank {rank}" for rank in ranks)
         return RankError(
             f"waited {within_s:.0f} s for {who} to {why}, which every rank has to do; see what that process does, or "
             "allow more time (rank_timeout)"
         )
+
+
+def launcher_has_store() -> bool:
+    """Whether the ranks meet in a store of the launcher's, which outlives each of them."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 #: That of this process, and the store in which torch formed it: it is another one for each process group.
@@ -137,7 +149,7 @@ def form_group(timeout_s: float) -> Group:
             "--nproc-per-node N` or `accelerate launch`"
         )
     try:
-        store, rank, world = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+        store, rank, world = _meet(launched, timedelta(seconds=timeout_s))
         group = Group(store, rank, world, timeout_s)
         with group.watching():  # torch waits for all of them, deaf to whether they still live
             dist.init_process_group(
@@ -151,6 +163,20 @@ def form_group(timeout_s: float) -> Group:
             f"s: {str(error).splitlines()[0][:300]}. Start as many processes as WORLD_SIZE says, with one MASTER_ADDR"
         ) from error
     return _keep(dist.distributed_c10d._get_default_store(), group)
+
+
+def _meet(launched: Launched, timeout: timedelta) -> tuple[Any, int, int]:
+    """The store that all ranks reach: the launcher's, or one that rank 0 holds."""
+    if launcher_has_store():
+        store, rank, world = next(rendezvous("env://", timeout=timeout))
+        return store, rank, world
+    where = {name: os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT")}
+    if not where["MASTER_ADDR"] or not where["MASTER_PORT"].isdecimal():
+        raise ConfigError(f"the environment says {where}, and ranks meet there; start the processes with torchrun")
+    host, port = where["MASTER_ADDR"], int(where["MASTER_PORT"])
+    # Without waiting for the others: who does not come is then found out by name.
+    store = cast(Any, dist).TCPStore(host, port, is_master=launched.rank == 0, timeout=timeout, wait_for_workers=False)
+    return store, launched.rank, launched.world
 
 
 def _keep(store: Any, group: Group) -> Group:

@@ -16,21 +16,25 @@ from ..experts import MoELayer
 from .call import exchanging
 from .group import Group, form_group, join_group
 from .peers import check_peers
-from .settings import check_settings
+from .settings import check_settings, check_transformers
 
+ATTENTION = ".self_attn."  # what rules of a tp_plan for the attention's weights have in their names
 AGREE = "load the model"  # what each is doing when all wait for each other
 #: The sizes of a DistributedConfig whose product is the number of processes.
 SIZES = ("tp_size", "fsdp_size", "pp_size", "dp_replicate_size")
 
 
-def config_of_ranks(world: int) -> dict[str, Any]:
-    """The `distributed_config` by which so many processes share all experts evenly, in the words of the transformers
-    that is installed: before there was `ep_size`, dense weights were whole on every rank."""
-    from transformers.distributed.configuration_utils import DistributedConfig
+def config_of_ranks(world: int, model_config: Any = None) -> dict[str, Any]:
+    """The `distributed_config` by which so many processes share all experts evenly.
 
-    if "ep_size" in DistributedConfig.__dataclass_fields__:
-        return {"tp_size": world, "ep_size": world}
-    return {"tp_size": world, "enable_expert_parallel": True}
+    Attention is whole on every rank where the heads of a model with `model_config` do not go evenly over the ranks.
+    """
+    found: dict[str, Any] = {"tp_size": world, "ep_size": world}
+    text = None if model_config is None else model_config.get_text_config()
+    if any((getattr(text, heads, None) or 0) % world for heads in ("num_attention_heads", "num_key_value_heads")):
+        rules = getattr(text, "base_model_tp_plan", None) or {}
+        found["tp_plan"] = {f"model.{rule}": "replicate" for rule in rules if ATTENTION in rule}
+    return found
 
 
 def form_ranks(distributed_config: Any, settings: OffloadConfig) -> Group | None:
@@ -43,6 +47,7 @@ def form_ranks(distributed_config: Any, settings: OffloadConfig) -> Group | None
     said = distributed_config if isinstance(distributed_config, Mapping) else vars(distributed_config)
     if math.prod(said.get(name) or 1 for name in SIZES) == 1 and said.get("tp_plan") is None:
         return None
+    check_transformers()
     return form_group(settings.rank_timeout)
 
 

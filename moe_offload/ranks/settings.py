@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
 from ..config.settings import OffloadConfig
@@ -17,6 +18,20 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "lookahead": (True,),
     "fullgraph": (True,),
 }
+
+
+def check_transformers() -> None:
+    """Raise `UnsupportedModelError` where transformers splits experts as it did before there was `ep_size` (5.19).
+
+    With 5.17 two ranks gave different outputs: there the experts' own sums are exchanged in another place.
+    """
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    if "ep_size" not in DistributedConfig.__dataclass_fields__:
+        raise UnsupportedModelError(
+            f"transformers {version('transformers')} splits experts over processes in a way that is not supported; "
+            "install 5.19 or newer, or run in one process"
+        )
 
 
 def check_settings(moe_layers: Sequence[MoELayer], settings: OffloadConfig, device: str) -> None:

@@ -10,9 +10,9 @@ that loses its network) is missed by this thread, which then ends the process, a
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import json
+import multiprocessing.util
 import os
 import sys
 import threading
@@ -27,24 +27,28 @@ EVERY_S = 1.0
 #: Looks without a new beat after which a rank counts as lost. Looks and not seconds: a laptop that was asleep, and a
 #: job that was stopped as a whole, have missed none. Fewer would miss beats of a rank that swaps or compiles.
 PATIENCE = 15
-GRACE_S = 3.0  # for a call to end by itself once a rank is lost
+GRACE_S = 3.0  # for a call to end by itself once a rank is lost, and for all to see which rank was the first
+ENDS_S = 8.0  # for a call to end once a rank has: its connections are closed, so the next exchange fails
+LINGER_S = 10.0  # for the others to end, once the rank that holds the store has
 FIND_S = 20.0  # to find out who closed a connection: a process on another machine is missed after PATIENCE looks
 
 
 class Watch:
     """Beats for this rank, and looks for the beats of the others, until the process ends."""
 
-    def __init__(self, store: Any, prefix: str, names: Sequence[RankName], rank: int):
-        self.names, self.rank = names, rank
+    def __init__(self, store: Any, prefix: str, names: Sequence[RankName], rank: int, holds_store: bool):
+        self.names, self.rank, self._holds_store = names, rank, holds_store
         self._store, self._asking, self._prefix = store, store.clone(), prefix
         self._calls = 0  # of a model, that are under way
         self._silent = [0] * len(names)
         self._unheard = False  # the store itself does not answer
-        self._ended = False
+        self._ended = self._blamed = False
+        self._found: tuple[int, str] | None = None  # who ended first, and how
         self._stop = threading.Event()
         self._beat(0)
         threading.Thread(target=self._run, name="moe_offload_ranks", daemon=True).start()
-        atexit.register(self.stop)
+        # As atexit, which the processes that multiprocessing starts do not run.
+        multiprocessing.util.Finalize(None, self.stop, exitpriority=0)
 
     @contextlib.contextmanager
     def calling(self) -> Iterator[None]:
@@ -72,17 +76,21 @@ class Watch:
     def find_ended(self, within_s: float = 0.0) -> tuple[int, str] | None:
         """The rank that ended first, as far as is known, and how; waits up to `within_s` for it to be known."""
         ends_s = time.monotonic() + within_s
-        while (found := self._find_ended()) is None and time.monotonic() < ends_s:
+        while self._found is None:
+            self._found = self._look()
+            if time.monotonic() >= ends_s:
+                break
             time.sleep(0.05)
-        return found
+        return self._found
 
     def error(self, rank: int, how: str) -> RankError:
+        self._blamed = True
         return RankError(
             f"{self.names[rank]} {how}, and rank {self.rank} cannot go on without it. What it said itself is in its "
             "own output; start all ranks anew"
         )
 
-    def _find_ended(self) -> tuple[int, str] | None:
+    def _look(self) -> tuple[int, str] | None:
         told = self._told()
         for rank, end in told.items():
             if end["because"] == rank:
@@ -128,13 +136,16 @@ class Watch:
             except Exception:  # whatever a store raises: what counts is that it does not answer
                 failed += 1
                 self._unheard = failed >= 3
+            self._found = self._found or self._look()  # now, before others end because of it
             if self._unheard or max(self._silent) >= PATIENCE:
-                self._end_call()
+                self._end_call(GRACE_S)
+            elif self._found is not None and self._calls:
+                self._end_call(ENDS_S)
 
-    def _end_call(self) -> None:
+    def _end_call(self, grace_s: float) -> None:
         """A rank is lost: end the process, if it is in a call that does not end by itself."""
-        time.sleep(GRACE_S)
-        found = self._find_ended()
+        time.sleep(grace_s)
+        found = self.find_ended()
         if self._calls and found is not None and not self._stop.is_set():
             error = self.error(*found)
             self.tell_end(str(error), because=found[0])
@@ -142,6 +153,22 @@ class Watch:
             os._exit(1)
 
     def stop(self) -> None:
-        """Beat no more: the program is over, or another group has taken this one's place."""
+        """Beat no more: the program is over, or another group has taken this one's place.
+
+        A rank that ends because of another stays for a moment: whoever looks for the first to end must not find the
+        second. One that holds the store stays until the others have ended, which may be reading from it.
+        """
+        if self._stop.is_set():
+            return
+        because = self._found[0] if self._found is not None and self._blamed else None
+        self.tell_end("its program is over", because=because)
+        if because is not None:
+            time.sleep(GRACE_S)
+        ends_s = time.monotonic() + LINGER_S
+        while self._holds_store and not self._alone() and time.monotonic() < ends_s:
+            time.sleep(0.05)
         self._stop.set()
-        self.tell_end("its program is over")
+
+    def _alone(self) -> bool:
+        told = self._told()
+        return all(name.rank in told or name.rank == self.rank or name.has_ended() for name in self.names)

@@ -16,7 +16,7 @@ from ..options.flags import Budget, Compute, ConfigFile, Json, TrustRemoteCode
 from ..options.lists import split_list
 from ..options.numbers import one_of, whole
 from .architectures import PREFIX, sizes_of
-from .sides.names import NAMES, check_sides
+from .sides.names import DEFAULT, LLAMA, check_llama, check_sides
 
 DEFAULT_RESIDENCY = 0.25
 
@@ -71,7 +71,8 @@ def bench(
         typer.Option(
             "--sides",
             help="What to compare, by commas; accelerate@50% at that residency alone. Without it, on a CPU "
-            "resident,ours,accelerate,mmap; on a GPU resident,ours,ours-host,accelerate.",
+            "resident,ours,accelerate,mmap, and llama.cpp is the rival to name; on a GPU "
+            "resident,ours,ours-host,accelerate.",
         ),
     ] = None,
     packed: Annotated[bool, typer.Option("--packed", help="Ours reads a copy that moe-offload pack has made.")] = False,
@@ -106,10 +107,12 @@ def bench(
     if budget is None and not shares:
         shares = [DEFAULT_RESIDENCY]
     check_output("--out", out)
-    named = NAMES[device] if sides is None else tuple(split_list("--sides", sides, "resident,ours"))
+    named = DEFAULT[device] if sides is None else tuple(split_list("--sides", sides, "resident,ours"))
     check_sides(named, device, [budget] if budget is not None else [f"{share * 100:g}%" for share in shares])
     if device == "cuda":
         check_cuda()
+    if any(side.partition("@")[0] == LLAMA for side in named):
+        check_llama(model, experts, routing)
     from .command import make_workload, scratch_folder, write_json
     from .run import run_bench as run_bench
     from .table import format_table

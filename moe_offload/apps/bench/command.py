@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...checkpoint.outline import outline_folder
+from ...checkpoint.outline import Outline, outline_folder
 from ...checkpoint.pretrained.arguments import Arguments
 from ...checkpoint.pretrained.download import get_folder
 from ...errors import CheckpointError, ConfigError, ReportError
@@ -71,9 +71,22 @@ def make_workload(
         str(routing) if routing else None,
         prompt=ids,
         packed=packed,
+        forced=of_its_own,
+        touched_bytes=_touched_bytes(outline),
         trust_remote_code=trust_remote_code,
         **amounts,
     )
+
+
+def _touched_bytes(outline: Outline) -> int:
+    """What one decoded token computes with: all dense weights but the table of embeddings, and a few rows a layer."""
+    model = outline.model
+    inside = tuple(f"{name}." for moe in outline.moe_layers for name in moe.names)
+    dense = {id(p): p.nbytes for name, p in model.named_parameters() if not name.startswith(inside)}
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or head.weight is not embeddings.weight:
+        dense.pop(id(embeddings.weight), None)
+    return sum(dense.values()) + sum(moe.top_k * moe.layout.row_bytes for moe in outline.moe_layers)
 
 
 def scratch_folder(cache: Path | None) -> Path:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 
 from ...cache.belady import belady_hits
@@ -19,7 +20,11 @@ from .workload import OURS, Measured, Workload, count_steps, token_s
 
 #: What ours is compared with, and the name of that ratio.
 SPEEDUPS = {
-    "cpu": {"accelerate": "speedup_over_accelerate_disk", "mmap": "speedup_over_mmap"},
+    "cpu": {
+        "accelerate": "speedup_over_accelerate_disk",
+        "mmap": "speedup_over_mmap",
+        "llama.cpp": "speedup_over_llama_cpp",
+    },
     "cuda": {"accelerate": "speedup_over_accelerate", "ours-host": "speedup_over_host"},
 }
 ROOFS = {"cpu": "disk_bytes_per_s", "cuda": "link_bytes_per_s"}
@@ -44,17 +49,19 @@ def result_of(
             for asked, plan in work.plans.items()
         ],
         "row_bytes": work.row_bytes,
+        "touched_bytes": work.touched_bytes,
         "prompt_tokens": len(work.request(0, 1)["prompt"]),
         "new_tokens": work.new_tokens,
         "left_out": work.request(0, work.new_tokens)["left_out"],
         "requests": work.requests,
         "prompt": "given" if work.prompt else "random tokens",
         "packed": work.packed,
+        "forced": work.forced,
         "routing": next(filter(None, routings), "the model's own router"),
         "resident_and_ours_took_turns": together,
         "tokens_of": answered[0].side if answered else None,
-        "tokens_agree": [_agreement(answered[0], other) for other in answered[1:]],
-        "rows": [_row(one, work, sides) for one in sides],
+        "tokens_agree": [_agreement(answered[0], other, work.forced) for other in answered[1:]],
+        "rows": [_row(one, work, sides) | _over_memory(one, work, details) for one in sides],
         "roofs": {
             ROOFS[work.device]: statistics.median(roofs or [0.0]),
             **details,
@@ -77,13 +84,15 @@ def _in_order(measured: Sequence[Measured]) -> list[Measured]:
     return [replace(turns[-1], answers=answers, roofs=roofs), *others]
 
 
-def _agreement(first: Measured, other: Measured) -> dict[str, Any]:
-    """How many tokens of the other side are those of the first, up to where they part, as far as both answered."""
+def _agreement(first: Measured, other: Measured, forced: bool) -> dict[str, Any]:
+    """How many tokens of the other side are those of the first, as far as both answered; up to where they part, unless
+    both were told how to go on."""
     agree = total = 0
     for one, another in zip(first.answers, other.answers, strict=False):
         pairs = list(zip(one["tokens"], another["tokens"], strict=False))
         total += len(pairs)
-        agree += next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+        parted = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+        agree += sum(a == b for a, b in pairs) if forced else parted
     return {"side": other.side, "asked": other.asked, "agree": agree, "of": total}
 
 
@@ -99,6 +108,15 @@ def _row(one: Measured, work: Workload, sides: Sequence[Measured]) -> dict[str, 
         "prefill_tokens_per_s": len(work.request(0, 1)["prompt"]) / one.median(lambda a: a["ttft_s"]),
         "load_s": one.loaded["load_s"],
     }
+    steps_s = [step_s for answer in one.answers for step_s in answer.get("steps_s", ())]
+    if len(steps_s) > 1:
+        row["token_s_p5_p50_p95"] = np.percentile(steps_s, (5, 50, 95)).tolist()
+    if "disk_bytes" in one.answers[0]["decode"]:
+        decoded = sum(answer["decode"]["disk_bytes"] for answer in one.answers)
+        row["bytes_per_token"] = decoded / sum(count_steps(answer) for answer in one.answers)
+        row["missed_s_per_token"] = row["bytes_per_token"] / statistics.median(one.roofs)
+    if one.peak_with_cache_bytes is not None:
+        row["peak_with_cache_bytes"] = one.peak_with_cache_bytes
     if one.memory:
         row |= {**one.memory, "peak_bytes": one.memory["peak_bytes"] - one.baseline_bytes}
     if one.answers[0]["peaks_bytes"][0] is not None:
@@ -124,6 +142,13 @@ def _row(one: Measured, work: Workload, sides: Sequence[Measured]) -> dict[str, 
             pairs = zip(one.reads, one.roofs, strict=False)
             row["read_bandwidth_over_raw"] = statistics.median(read / roof for read, roof in pairs)
     return row
+
+
+def _over_memory(one: Measured, work: Workload, details: dict[str, float]) -> dict[str, float]:
+    """Our time for a token over what its weights take to be read from memory."""
+    if not one.answers or "memory_bytes_per_s" not in details:
+        return {}
+    return {"decode_over_memory": one.median(token_s) / (work.touched_bytes / details["memory_bytes_per_s"])}
 
 
 def _belady(one: Measured) -> float:

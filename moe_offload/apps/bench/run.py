@@ -26,11 +26,13 @@ from ...memory.stores.row_reads import PART_BYTES
 from ...memory.transfer.threads import THREADS
 from ...pack import pack_checkpoint
 from .devices import DEVICES
+from .llama.gguf_file import FILE, write_gguf
 from .result import result_of
 from .roofs.disk import DiskRoof
 from .roofs.link import link_roof
+from .roofs.memory import memory_roof
 from .sides.contenders import PACKED, write_mapped
-from .sides.names import check_sides
+from .sides.names import LLAMA, check_sides
 from .sides.turns import Roof, Running, Stage
 from .workload import OURS, Measured, Workload
 
@@ -130,9 +132,13 @@ def _resident_and_ours(stage: Stage, chosen: Chosen, together: bool) -> Iterator
 def _others(stage: Stage, chosen: Chosen) -> Iterator[list[Measured]]:
     """Each alone, the resident model gone."""
     for side in (side for side in chosen if side not in ("resident", *OURS)):
+        scratch = Path(stage.settings["scratch"])
         if side == "mmap":
             stage.say("mmap: writing the file to map")
-            write_mapped(stage.work.folder, Path(stage.settings["scratch"]), stage.work.trust_remote_code)
+            write_mapped(stage.work.folder, scratch, stage.work.trust_remote_code)
+        if side == LLAMA:
+            stage.say(f"{LLAMA}: writing the GGUF file")
+            write_gguf(stage.work.folder, scratch / FILE)
         for asked in chosen[side]:
             with ExitStack() as turn:
                 found = stage.take_turns([stage.start(side, asked, turn)])
@@ -164,7 +170,8 @@ def _roof(work: Workload, temporary: Path) -> Iterator[Roof]:
     if work.device == "cpu":
         # Measured on the very files that ours reads: other files might be cached by the host.
         packed = sorted((temporary / PACKED).glob("*.safetensors"))
-        yield DiskRoof(packed or weight_files(work.folder).files, min(work.row_bytes, PART_BYTES), THREADS)
+        files = packed or weight_files(work.folder).files
+        yield DiskRoof(files, min(work.row_bytes, PART_BYTES), THREADS, {"memory_bytes_per_s": memory_roof()})
     else:
         with link_roof(work.row_bytes, DEVICES[work.device].name) as roof:
             yield roof

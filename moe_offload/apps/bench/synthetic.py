@@ -2,7 +2,10 @@
 
 They have the file layout, the shapes and the dtypes of the real thing, in as many layers as asked for; only the numbers
 mean nothing. Experts may be quantised: their codes are random, their scales such that weights are as large as usual.
-A router of random numbers chooses evenly, so measure them with recorded routing (`routing.py`).
+
+Their routers have favourites, as trained ones do, so that a cache has something to keep: one dimension of every
+embedding is a constant, large beside what the layers add to it, and each router has random weights there; the rest of
+its weights sees the token. A quarter of the experts then gets about four fifths of the choices.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +25,14 @@ from ...checkpoint.headers import TensorRange
 from ...checkpoint.quantised.layouts import ExpertMatrix, Layout, choose_layout
 from ...config.sizes import format_size
 from ...errors import CheckpointError
-from ...experts import find_experts
+from ...experts import MoELayer, find_experts
 from ...files.staging import staging_folder
 from .architectures import sizes_of
 
 BLOCK = 16_777_213  # random numbers, repeated; a prime, so that no two experts begin at the same one
 SCALE = 0.02
+#: Standard deviations over experts of a router's logit: what the constant dimension gives, and what the token gives.
+POPULARITY, TASTE = 0.75, 0.9
 #: Root mean square of the weights that random codes stand for, with a scale of one.
 SIZES = {"mxfp4": 2.93, "int4": 4.64, "fp8": 128.0}
 EXPONENT = 120  # 2^(120 - 127) times 2.93 is about the size that is wanted
@@ -47,9 +52,8 @@ def make_synthetic(name: str, layers: int | None = None, cache: Path | None = No
     disk is too full.
     """
     class_name, sizes = sizes_of(name, layers)
-    folder = (
-        cache or default_cache()
-    ) / f"{name}_{sizes['num_hidden_layers']}-layers{'_' + experts if experts else ''}"
+    written = f"{name}_{sizes['num_hidden_layers']}-layers{'_' + experts if experts else ''}_skewed"
+    folder = (cache or default_cache()) / written
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -101,6 +105,7 @@ def _write(model: Any, folder: Path, experts: str | None) -> None:
     weight_map: dict[str, str] = {}
     for i, (names, quantised) in enumerate(zip(groups, shapes, strict=True), start=1):
         filled = {name: _fill(model.get_parameter(name), name, numbers) for name in names if name not in codes}
+        _give_favourites(model, moe_layers, filled)
         tensors = {k: t.contiguous() for k, t in revert_weight_conversion(model, filled).items()}
         if layout is not None:
             for key in quantised:
@@ -135,6 +140,23 @@ def _fill(param: Tensor, name: str, numbers: Tensor) -> Tensor:
         part.copy_(numbers.roll(-(begin % BLOCK))[: len(part)])
         begin += 1
     return filled.view(param.shape)
+
+
+def _give_favourites(model: Any, moe_layers: Sequence[MoELayer], filled: Mapping[str, Tensor]) -> None:
+    """Make dimension 0 a constant that routers, and nothing at the output, listen to. See the head of this file."""
+    hidden = model.config.hidden_size
+    constant = hidden**0.5 / 2
+    seen = constant / (1 + constant**2 / hidden) ** 0.5  # behind a norm
+    routers = {(moe.name.rpartition(".")[0], moe.num_experts) for moe in moe_layers}
+    for name, values in filled.items():
+        if model.get_parameter(name) is model.get_input_embeddings().weight:
+            values.div_(SCALE)[:, 0] = constant
+        elif model.get_parameter(name) is model.get_output_embeddings().weight:
+            values[:, 0] = 0
+        elif any(name.startswith(f"{block}.") and values.shape == (experts, hidden) for block, experts in routers):
+            values.mul_(TASTE / SCALE / hidden**0.5)
+            seed = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            values[:, 0] = torch.randn(len(values), generator=seed) * (POPULARITY / seen)
 
 
 def _random_codes(layout: Layout, matrix: ExpertMatrix) -> dict[str, Tensor]:

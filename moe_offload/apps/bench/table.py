@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ...config.sizes import format_size
+from .sides.names import LLAMA
 
 Row = dict[str, Any]
 Cell = Callable[[Row], str]
@@ -44,6 +45,10 @@ def _ms_per_token(form: str) -> Cell:
     return lambda row: format(1e3 / row["tokens_per_s"], form) if "tokens_per_s" in row else ""
 
 
+def _percentile(which: int) -> Cell:
+    return lambda row: format(row["token_s_p5_p50_p95"][which] * 1e3, ".0f") if "token_s_p5_p50_p95" in row else ""
+
+
 def _name(row: Row) -> str:
     return row["side"] if row["side"] == "resident" else f"{row['side']} {row['asked']}"
 
@@ -58,10 +63,15 @@ COLUMNS: dict[str, dict[str, Cell]] = {
     "cpu": {
         **SPEED,
         "ms/token": _ms_per_token(".0f"),
+        "p5": _percentile(0),
+        "p50": _percentile(1),
+        "p95": _percentile(2),
         "TTFT s": _shown("ttft_s", ".2f"),
         **CACHE,
+        "disk ms": _shown("missed_s_per_token", ".0f", 1e3),
         "stall ms": _shown("stall_s_per_token", ".1f", 1e3),
         "peak memory": _size("peak_bytes"),
+        "with cache": _size("peak_with_cache_bytes"),
         "load s": _shown("load_s", ".1f"),
         "limit": lambda row: row["limited"],
     },
@@ -87,6 +97,8 @@ RATIOS = {
     "cpu": {
         "decode_over_roof": "decode, time over max(resident, missed bytes / disk)",
         "prefill_over_roof": "prefill, time over max(resident, missed bytes / disk)",
+        "decode_over_memory": "decode, time over bytes touched / memory",
+        "speedup_over_llama_cpp": "decode, times llama.cpp",
         "speedup_over_accelerate_disk": "decode, times accelerate's disk offload",
         "speedup_over_mmap": "decode, times plain mmap",
         "read_bandwidth_over_raw": "our reads over raw reads of the same size and depth",
@@ -131,7 +143,10 @@ def _head(result: dict[str, Any]) -> list[str]:
 def _roof(result: dict[str, Any]) -> str:
     roofs = result["roofs"]
     if result["device"] == "cpu":
-        return f"disk roof {format_size(int(roofs['disk_bytes_per_s']))}/s"
+        disk, memory = (f"{format_size(int(roofs[f'{of}_bytes_per_s']))}/s" for of in ("disk", "memory"))
+        token_s = result["touched_bytes"] / roofs["memory_bytes_per_s"]
+        touched = f"a token touches {format_size(result['touched_bytes'])}, {token_s * 1e3:.0f} ms"
+        return f"disk roof {disk}, memory roof {memory} ({touched})"
     engine, kernel = (format_size(int(roofs[f"{way}_bytes_per_s"])) for way in ("copy_engine", "kernel"))
     return (
         f"link roof {format_size(int(roofs['link_bytes_per_s']))}/s (copy engine {engine}/s, gather kernel {kernel}/s)"
@@ -155,7 +170,9 @@ def _agreement(result: dict[str, Any]) -> str:
     first = result["tokens_of"]
     if not parting:
         return f"all sides gave the tokens of {first}"
-    if result["device"] == "cpu":
-        return f"OTHER TOKENS than {first}: {', '.join(dict.fromkeys(one['side'] for one in parting))}"
+    wrong = list(dict.fromkeys(one["side"] for one in parting if one["side"] != LLAMA))
+    if result["device"] == "cpu" and wrong:
+        return f"OTHER TOKENS than {first}: {', '.join(wrong)}"
     shares = ", ".join(f"{_name(one)} {one['agree']} of {one['of']}" for one in parting)
-    return f"tokens as those of {first}, whose kernels round otherwise, until they part: {shares}"
+    until = "" if result["forced"] else ", until they part"
+    return f"tokens as those of {first}, whose products round otherwise{until}: {shares}"

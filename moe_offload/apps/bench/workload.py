@@ -29,13 +29,15 @@ EFFORT = {
 #: addresses have changed is recorded anew. Not more than half of them.
 LEFT_OUT = {"cpu": 0, "cuda": 8}
 OURS = ("ours", "ours-host")
+FORCED_SEED = 1_000_000  # far from the seeds of prompts
 
 
 @dataclass(frozen=True)
 class Workload:
     """`requests` requests of `prompt_tokens` and `new_tokens`, after one to warm up; inside each of `plans` in turn.
 
-    The plans are named as they were asked for: "25%".
+    The plans are named as they were asked for: "25%". `forced`: which tokens follow a prompt is drawn, not chosen by
+    the model, as random weights soon repeat themselves. `touched_bytes` are what a decoded token computes with.
     """
 
     folder: Path
@@ -48,6 +50,8 @@ class Workload:
     new_tokens: int = 32
     requests: int = 3
     packed: bool = False
+    forced: bool = False
+    touched_bytes: int = 0
     trust_remote_code: bool = False
 
     @property
@@ -75,6 +79,7 @@ class Workload:
             "row": number * (len(prompt) + self.new_tokens),
             "new_tokens": new_tokens,
             "left_out": min(LEFT_OUT[self.device], new_tokens // 2),
+            "forced": random_prompt(self.vocabulary, new_tokens + 1, FORCED_SEED + number) if self.forced else None,
         }
 
 
@@ -96,6 +101,7 @@ class Measured:
     loaded: dict[str, Any] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
     baseline_bytes: int = 0
+    peak_with_cache_bytes: int | None = None
     limited: str = ""
     failed: str = ""
     beside: Measured | None = None

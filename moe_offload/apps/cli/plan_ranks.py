@@ -81,7 +81,8 @@ def plan_ranks(
     found = []
     for rank, wanted in enumerate(settings):
         with pretended_rank(rank, len(settings)):
-            outline = split_outline(read(), config_of_ranks(len(settings)))
+            outline = read()
+            outline = split_outline(outline, config_of_ranks(len(settings), outline.model.config))
             check_settings(outline.moe_layers, wanted, "cpu")
             try:
                 found.append(of_outline(outline, wanted))

@@ -88,7 +88,7 @@ def run(
     new_tokens = _say_room(prompt_tokens, longest, sampling.max_new_tokens, context)
     if context is None:
         wanted = dataclasses.replace(wanted, kv_tokens=max(prompt_tokens + new_tokens, wanted.kv_tokens))
-    loaded: Any = from_pretrained(model, config=wanted, **flags.loading())
+    loaded: Any = from_pretrained(model, config=wanted, **flags.loading(model))
     with loaded.moe_offload as handle:
         new_tokens = _say_room(prompt_tokens, longest, new_tokens, planned_context(loaded, wanted))
         typer.echo(str(handle.plan), err=True)

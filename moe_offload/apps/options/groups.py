@@ -78,16 +78,20 @@ class ModelFlags:
         asked = {"revision": self.revision, "token": self.token, "trust_remote_code": self.trust_remote_code or None}
         return {name: value for name, value in asked.items() if value is not None}
 
-    def loading(self) -> dict[str, Any]:
-        """Further arguments of `from_pretrained`."""
+    def loading(self, model: str) -> dict[str, Any]:
+        """Further arguments of `from_pretrained`, for this model."""
         asked: dict[str, Any] = {}
         if self.attn_implementation is not None:
             asked["attn_implementation"] = self.attn_implementation
         launched = read_launched()
         if launched is not None:
+            from ...checkpoint.pretrained.arguments import Arguments
+            from ...checkpoint.pretrained.skeleton import read_configuration
             from ...ranks.join import config_of_ranks
 
-            asked["distributed_config"] = config_of_ranks(launched.world)
+            hub = self.hub()
+            said = Arguments(trust_remote_code=hub.pop("trust_remote_code", False))
+            asked["distributed_config"] = config_of_ranks(launched.world, read_configuration(model, said, **hub))
         return {"dtype": self.dtype, **self.hub(), **asked}
 
     def set_threads(self) -> None:

@@ -46,6 +46,15 @@ def name_of(func: Any) -> str:
     return str(func.__self__.__name__) if name == "__get__" else name
 
 
+def is_write(name: str) -> bool:
+    """Whether a function of that name changes its first argument."""
+    if name.startswith("__"):
+        return name in ("__setitem__", "__set__", "__delete__") or (
+            name.startswith("__i") and name not in ("__invert__", "__index__", "__int__", "__iter__")
+        )
+    return name.endswith("_")
+
+
 def answer_looks(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], whole: bool = False) -> Any:
     """What one of METADATA says. `whole`: it stands for a whole weight, which is contiguous."""
     with torch._C.DisableTorchFunctionSubclass():

@@ -15,13 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor, nn
 
 from ...errors import UnsupportedModelError
 from ...experts import members_of
 from ...runtime.layer import LayerRuntime
 from ..binding import Scope
+from ..dynamo import never_traced
 from ..inference_only import needs_gradients, refuse_backward_of
 from .phantom import CalledPhantom
 from .slots import SlotWeights, tensors_in
@@ -61,21 +61,7 @@ def _in_scope(name: str, expert: nn.Module, run: Callable[..., Any], scope: Scop
             output = run(args, kwargs)
         return refuse_backward_of(output) if cut else output
 
-    return _never_traced(forward)
-
-
-def _never_traced(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, which Dynamo neither traces into another's graph nor, with all that it calls, by itself.
-
-    Traced, a view of a slot would become a constant of a graph. torch.compiler.disable does the same, and takes some
-    microseconds in each call.
-    """
-    made: Any = function
-    made._torchdynamo_disable = True
-    dynamo: Any = torch._C._dynamo.eval_frame
-    skip = dynamo._FrameAction.SKIP
-    dynamo.set_code_exec_strategy(made.__code__, dynamo._FrameExecStrategy(skip, skip))
-    return function
+    return never_traced(forward)  # traced, a view of a slot would become a constant of a graph
 
 
 def _runs_on_slots(

@@ -23,6 +23,7 @@ class SlotWeights:
             raise AssertionError(f"{layer.moe.name}: its experts are not called")
         self.moe, self.calls, self._layer, self._seen = layer.moe, layer.calls, layer, NOTHING
         self._views: list[Views] = []
+        self._named: list[dict[str, nn.Parameter]] = []  # the same by name
         self._storage = 0
         self._versioned: Tensor | None = None  # the memory of the slots, where it counts writes
         self._before = 0, 0, 0
@@ -31,8 +32,8 @@ class SlotWeights:
 
     def of(self, slot: int) -> dict[str, nn.Parameter]:
         """The fields of a slot by name."""
-        names = (field.name for field in self.moe.layout.fields)
-        return dict(zip(names, self.views(slot), strict=True))
+        self.views(slot)
+        return self._named[slot]
 
     def views(self, slot: int) -> Views:
         """The fields of a slot, in the order of the layout."""
@@ -68,7 +69,7 @@ class SlotWeights:
 
     def forget(self) -> None:
         """Let go of the slots' memory."""
-        self._seen, self._views, self._storage, self._versioned = NOTHING, [], 0, None
+        self._seen, self._views, self._named, self._storage, self._versioned = NOTHING, [], [], 0, None
 
     def are_untouched(self, views: Views) -> bool:
         """Whether nobody else holds `views` of a slot, or a view of any slot, and nobody but who loads has written.
@@ -105,6 +106,8 @@ class SlotWeights:
             # Made in inference mode, a tensor counts no versions; below a device, threads write when they come to it.
             counts = rows.bytes.device.type == "cpu" and not rows.bytes.is_inference()
             self._versioned = rows.bytes if counts else None
+        names = [field.name for field in fields]
+        self._named = [dict(zip(names, each, strict=True)) for each in views]
         self._views, self._storage = views, rows.bytes.untyped_storage()._cdata
         self._before = self._state(views[0] if views else ())
         self._seen = rows  # last: Ctrl-C before it, and they are made again

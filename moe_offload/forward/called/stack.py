@@ -36,6 +36,7 @@ class Stack(nn.Parameter):
     field: Field
     row: Tensor  # one row's looks: its elements are never read
     count: int
+    per_expert: bool  # whether its first dimension is that of experts
 
     @staticmethod
     def of(source: Source, field: Field, like: Tensor, row: Tensor) -> Stack:
@@ -75,12 +76,12 @@ def _made(empty: Tensor, source: Source, field: Field, row: Tensor, count: int) 
     with torch._C._DisableTorchDispatch():  # it may be a stack, which it detaches
         stack = Tensor._make_subclass(Stack, empty, False)
     stack.source, stack.field, stack.row, stack.count = source, field, row, count
+    stack.per_expert = tuple(empty.shape[1:]) == field.shape
     return stack
 
 
 def _read(stack: Stack, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with as_looks():
-        per_expert = tuple(stack.shape[1:]) == stack.field.shape
+    per_expert = stack.per_expert
     if name == "__getitem__" and per_expert:
         index, rest = (args[0][0], args[0][1:]) if isinstance(args[0], tuple) and args[0] else (args[0], ())
         expert = _number(index)

@@ -199,7 +199,7 @@ def test_experts_may_be_quantised(experts, tmp_path):
     if experts != "fp8":
         pytest.importorskip("compressed_tensors")
     folder = make_synthetic("tiny", 1, tmp_path, experts)
-    assert folder.name == f"tiny_1-layers_{experts}"
+    assert folder.name == f"tiny_1-layers_{experts}_skewed"
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     weights = plain.model.layers[0].mlp.experts.down_proj.float()
     assert 0.01 < weights.square().mean().sqrt() < 0.04 and len(weights.flatten(1).unique(dim=0)) == len(weights)

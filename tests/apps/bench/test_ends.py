@@ -96,6 +96,6 @@ def test_a_bench_that_is_ended_while_a_side_loads(number, tmp_path):
     assert sides and code == (143 if number == signal.SIGTERM else -number)
     assert gone(sides)
     left = list(tmp_path.glob(".moe_offload-*"))
-    assert len(left) == (number == signal.SIGKILL) and (tmp_path / "tiny_1-layers").is_dir()
+    assert len(left) == (number == signal.SIGKILL) and (tmp_path / "tiny_1-layers_skewed").is_dir()
     if number == signal.SIGTERM:
         assert not [g for root in ("memory", ".") for g in (limit.CGROUPS / root).glob(f"{limit.PREFIX}{sides[0]}")]

@@ -15,14 +15,14 @@ class Counting:
     """Stands for a model: `generate` as transformers has it, one call of the processors for each token."""
 
     def __init__(self) -> None:
-        self.steps, self.options = 0, {}
+        self.steps, self.options, self.followed = 0, {}, []
 
     def generate(self, input_ids, *, max_new_tokens, logits_processor, **options):
         self.options = options
         for token in range(max_new_tokens):
             self.steps += 1
-            logits_processor(input_ids, torch.zeros(1, 8))
-            input_ids = torch.cat([input_ids, torch.tensor([[token]])], dim=-1)
+            scores = logits_processor(input_ids, torch.eye(16)[None, token])
+            self.followed.append(int(scores.argmax()))
         return input_ids
 
 
@@ -53,4 +53,11 @@ def test_the_time_of_looking_at_counters_does_not_count(monkeypatch):
         return {}
 
     answer = ask_model(Counting(), [1], 4, slow)
-    assert answer.ttft_s == answer.decode_s == 1.0
+    assert answer.ttft_s == 1.0 and answer.decode_s == 6.0  # a tick for each of the calls in between, and no more
+    assert answer.steps_s == [2.0, 1.0, 1.0, 1.0]
+
+
+def test_what_is_forced_is_followed_and_the_own_choices_are_answered():
+    model = Counting()
+    answer = ask_model(model, [5, 6], 3, forced=[9, 8, 7, 6])
+    assert model.followed == [9, 8, 7, 6] and answer.tokens == [0, 1, 2, 3]

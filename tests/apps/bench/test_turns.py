@@ -31,7 +31,7 @@ SPEEDS = {
 class FakeChild:
     """Answers as a side would, at the speed of `SPEEDS`."""
 
-    baseline_bytes, limited = 0, "no limit"
+    baseline_bytes, limited, peak_with_cache_bytes = 0, "no limit", None
 
     def __init__(self, side, settings, limit_bytes):
         assert limit_bytes is None and settings["device"] == "cuda"

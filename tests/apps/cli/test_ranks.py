@@ -1,13 +1,17 @@
 """Commands where several processes share a model: what each would hold, who speaks, and what is refused by name."""
 
 import json
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from moe_offload.apps.cli import app
 from moe_offload.apps.generate.on_ranks import refuse_for_ranks
+from moe_offload.checkpoint.outline import outline_folder
+from moe_offload.checkpoint.pretrained.split import split_outline
 from moe_offload.errors import ConfigError
+from moe_offload.ranks.pretend import pretended_rank
 from tests.paths import MODEL_NAME as MODEL
 
 
@@ -54,7 +58,19 @@ def test_the_rank_whose_budget_is_too_small_is_named():
 
 def test_experts_that_do_not_go_evenly_over_the_ranks_are_refused():
     told = run("plan", MODEL, "--budget", "6MB", "--ranks", "3")
-    assert told.exit_code == 2 and "3" in told.stderr and told.stderr.count("\n") == 1
+    assert told.exit_code == 2 and "64 experts across 3" in told.stderr.splitlines()[-1]
+
+
+def test_attention_is_whole_where_heads_do_not_go_evenly_over_the_ranks():
+    """The model has two heads of keys and values: four ranks hold more than half of what two do."""
+    split, whole = (plans("--budget", "6MB", "--ranks", n)["ranks"][0]["bytes"] for n in ("2", "4"))
+    assert whole["dense_weights"] > 0.75 * split["dense_weights"]
+
+
+def test_heads_that_a_rank_would_have_a_part_of_are_refused():
+    outline = outline_folder(Path(MODEL))
+    with pretended_rank(0, 4), pytest.raises(ConfigError, match="2 heads do not go evenly over 4 ranks"):
+        split_outline(outline, {"tp_size": 4, "ep_size": 4})
 
 
 @pytest.mark.parametrize("words", [["chat", MODEL], ["bench", MODEL], ["env"], ["profile", "inspect", "x.json"]])

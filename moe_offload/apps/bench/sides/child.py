@@ -61,6 +61,11 @@ class Child:
     def limited(self) -> str:
         return self._limit.enforced if self._limit else "no limit"
 
+    @property
+    def peak_with_cache_bytes(self) -> int | None:
+        """The most memory it has held since it was limited, with what is cached of the files that it reads."""
+        return self._limit.peak_bytes() if self._limit else None
+
     def do(self, what: str, **arguments: Any) -> dict[str, Any]:
         """Send a command, return its answer. Raises `SideFailed` with what the process said last."""
         assert self._process.stdin is not None

@@ -47,6 +47,14 @@ class MemoryLimit:
                 (self.group / name).write_text(str(value))
         (self.group / "cgroup.procs").write_text(str(pid))
 
+    def peak_bytes(self) -> int | None:
+        """The most that the process has held, pages of files that it has read included; None where nobody counts."""
+        for name in ("memory.max_usage_in_bytes", "memory.peak"):
+            with contextlib.suppress(OSError):
+                if self.group is not None:
+                    return int((self.group / name).read_text())
+        return None
+
     def close(self) -> None:
         """Remove the group. Its process must have ended."""
         if self.group is not None:

@@ -3,7 +3,8 @@
 python -m moe_offload.apps.bench.sides.side '{"side": "ours", "device": "cpu", "folder": ..., ...}' LIFELINE
 <- {"ready": ..., "baseline_bytes": ...}                       nothing loaded yet: now a limit may be put around it
 -> {"do": "load"}                                              <- {"load_s": ..., "slots": [...]}
--> {"do": "ask", "prompt": [...], "new_tokens": 32, "row": 0}  <- an Answer, with counters and the ids it used
+-> {"do": "ask", "prompt": [...], "new_tokens": 32, "row": 0, "forced": [...]}
+                                                               <- an Answer, with counters and the ids it used
 -> {"do": "read", "seconds": 1.0, "seed": 1}                   <- {"bandwidth": ...}    ours: rows, nothing computed
 -> {"do": "memory"}                                            <- {"peak_bytes": ...}
 """
@@ -26,11 +27,13 @@ from ....cache.counters import Stats
 from ....checkpoint.outline import outline_folder
 from ....experts import MoELayer
 from ..devices import DEVICES
-from ..request import ask_model
+from ..llama.side import LlamaSide
+from ..request import ask_model, counted_read
 from ..routing import Routing, install_routing, is_replayable, load_recorded
 from .contenders import CPU_SIDES, Contender, Job
 from .gpu_contenders import GPU_SIDES
 from .lifeline import end_with
+from .names import LLAMA
 
 SIDES: dict[str, dict[str, Contender]] = {"cpu": CPU_SIDES, "cuda": GPU_SIDES}
 
@@ -77,7 +80,9 @@ class Side:
         install_routing(self.model, [moe.name for moe in moe_layers], routing)
         return recorded.note if recorded else None
 
-    def ask(self, prompt: list[int], new_tokens: int, row: int, left_out: int = 0) -> dict[str, Any]:
+    def ask(
+        self, prompt: list[int], new_tokens: int, row: int, left_out: int = 0, forced: list[int] | None = None
+    ) -> dict[str, Any]:
         if self.routing is not None:
             self.routing.seek(row, len(prompt) + new_tokens)
         self._peaks = []
@@ -89,6 +94,7 @@ class Side:
             device=self.device.name,
             settle=self.device.settle,
             left_out=left_out,
+            forced=forced,
             **self.contender.options,
         )
         used = self.routing.used(len(prompt), new_tokens) if self._handle and self.routing is not None else None
@@ -125,10 +131,11 @@ class Side:
     def _mark(self) -> dict[str, float]:
         """Where a phase ends: what has been counted so far, and the memory that the phase took."""
         self._peaks.append(self.device.take_peak())
-        if not self._handle:
-            return {}
-        stats: Stats = self._handle.stats()
-        return dict(stats.values())
+        counted = counted_read()
+        if self._handle:
+            stats: Stats = self._handle.stats()
+            counted |= dict(stats.values())
+        return counted
 
 
 def main() -> None:
@@ -141,7 +148,8 @@ def main() -> None:
     from transformers import AutoModelForCausalLM, PreTrainedModel  # noqa: F401  what any side imports is no memory of it
 
     torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1))  # nor is what tracing imports
-    side = Side(**json.loads(sys.argv[1]))
+    given = json.loads(sys.argv[1])
+    side = LlamaSide(**given) if given["side"] == LLAMA else Side(**given)
 
     def say(answer: dict[str, Any]) -> None:
         answers.write(json.dumps(answer) + "\n")

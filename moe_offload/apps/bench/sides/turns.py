@@ -73,6 +73,7 @@ class Stage:
         for running, one in pairs:
             if running.child is not None and not one.failed:
                 one.memory = running.child.do("memory")
+                one.peak_with_cache_bytes = running.child.peak_with_cache_bytes
         return found
 
     def _ask(self, child: Child, one: Measured, number: int, new_tokens: int) -> None:
