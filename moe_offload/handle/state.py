@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -77,6 +78,12 @@ class State:
     def locked_bytes(self) -> int:
         """How much of slots and scratch is locked in main memory (`lock_memory`)."""
         return self._runtime.layers[0].locked.nbytes
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that experts are read from; none where their rows rest in main memory."""
+        stores = {id(layer.store): layer.store for layer in self._runtime.layers}
+        return sorted({file for store in stores.values() for file in getattr(store, "files", ())})
 
     @property
     def closed(self) -> bool:

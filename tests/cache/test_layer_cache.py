@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -229,6 +231,44 @@ def test_pre_warming_with_an_expert_named_twice_loads_it_once():
     cache = make(slots=4)
     assert [load.expert for load in cache.fill_free_slots([2, 2, 3])] == [2, 3]
     check(cache)
+
+
+def test_of_a_prompt_what_is_used_most_comes_first():
+    cache = make(slots=2)
+    commit_all(cache, cache.lookup(once([5])))
+    loads, without_slot = cache.fill({0: 1, 1: 4, 2: 2, 3: 3, 4: 2, 5: 9}, 9)
+    assert ([load.expert for load in loads], without_slot) == ([1], [3, 2, 4, 0])
+
+
+def test_of_equals_a_resident_expert_stays_and_then_what_a_prompt_uses_more():
+    """A policy that knows nothing lets the first of its candidates go."""
+    cache = make(slots=2)
+    commit_all(cache, cache.lookup(once([5])))
+    cache.policy = SimpleNamespace(access=lambda used, tokens: None, victims=lambda experts, n: list(experts)[:n])
+    loads, without_slot = cache.fill({0: 1, 1: 4, 2: 2}, 9)
+    assert ([load.expert for load in loads], without_slot, cache.resident()) == ([1], [2, 0], [5])
+
+
+def test_a_guess_takes_no_slot_of_what_it_expects_or_was_told_to_keep():
+    cache = make(slots=3)
+    commit_all(cache, cache.lookup(once([0, 1, 2])))
+    assert [load.expert for load in cache.guess([3, 0, 4], most=9, keep=[1])] == [3]
+    assert sorted(cache.resident()) == [0, 1]
+
+
+def test_what_is_demanded_alone_takes_no_slot_that_is_to_be_kept():
+    cache = make(slots=2)
+    commit_all(cache, cache.lookup(once([0, 1])))
+    assert cache.demand(2, keep=[0, 1]) is None
+    load = cache.demand(2, keep=[0])
+    assert load is not None and cache.resident() == [0]
+
+
+def test_what_was_read_ahead_is_no_miss():
+    cache = make(slots=2)
+    for load in cache.fill_free_slots([0, 1]):
+        cache.commit(load, ROW, demanded=False)
+    assert (cache.counters.misses, cache.counters.bytes_read, cache.counters.prewarm_bytes) == (0, 0, 2 * ROW)
 
 
 def test_given_up_as_a_whole_nothing_is_on_its_way():

@@ -53,6 +53,11 @@ def test_last_month_does_not_outvote_today():
     assert memory.counts[1][1] > memory.counts[1][0] > 0
 
 
+def test_little_that_was_there_is_not_scaled_up_by_much_that_is_new():
+    memory = mixed(of_tokens(100, 0), of_tokens(KEPT_TOKENS, 1))
+    assert memory.counts[1][:2] == [100, KEPT_TOKENS]
+
+
 def test_small_additions_leave_small_counts(file):
     memory = Profile.of(FINGERPRINT, KEPT_TOKENS // 4, [[0] * 4, [3, 1000, 0]])
     for _ in range(1000):

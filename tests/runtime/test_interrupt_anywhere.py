@@ -264,3 +264,13 @@ def test_an_event_begins_with_nothing_on_its_way(runtime, left):
     second.arrivals.begin([0])
     assert all(ticket.done.is_set() for ticket in tickets) and not second.arrivals.under_way
     after(runtime)
+
+
+def test_into_what_is_dropped_nothing_is_written_any_more(runtime):
+    first, second = runtime.layers
+    first.store.late_s = dict.fromkeys(range(E), 0.05)
+    prefill(first, long_prompt())
+    tickets = [held.ticket for held in second.arrivals.scratch.ahead.values()]
+    assert tickets and not all(ticket.done.is_set() for ticket in tickets)
+    second.arrivals.scratch.drop()
+    assert all(ticket.done.is_set() for ticket in tickets)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from moe_offload.cache import POLICIES
+from moe_offload.cache.layer_cache import Load
 from moe_offload.config.settings import OffloadConfig
 from moe_offload.errors import RoutingError
 from moe_offload.experts import MoELayer, RowLayout
@@ -18,6 +19,7 @@ from moe_offload.memory.scratch import Scratch
 from moe_offload.memory.stores.host import HostStore
 from moe_offload.memory.transfer.staged import DeviceTransfer
 from moe_offload.plan.weights import scratch_rows
+from moe_offload.runtime.in_flight import Arrival
 from moe_offload.runtime.layer import LayerRuntime
 from moe_offload.runtime.model import Runtime
 from moe_offload.runtime.waves_device import count_uses
@@ -54,6 +56,17 @@ def test_residents_are_computed_at_once_and_the_rest_a_quarter_of_the_scratch_at
     assert sorted(layer.cache.resident()) == before, "a prompt does not flush what was there"
     read = [e for index, e in store.log[log:] if index == 0]
     assert sorted(read) == [e for e in range(E) if e not in before], "each once, and what is resident never"
+
+
+def test_of_what_was_read_ahead_that_goes_first_which_has_a_slot():
+    """Neighbours that lie in one buffer are computed by one launch."""
+    runtime, _ = on_streams(slots=2, scratch_rows=4)
+    arrivals = runtime.layers[0].arrivals
+    places = [(None, 0), (Load(1, 0), 1), (Load(2, 1), -1), (None, 2), (Load(4, 1), 3)]
+    arrivals.awaited.extend(Arrival(e, load, row, None) for e, (load, row) in enumerate(places))
+    assert arrivals.scratch_first() == 4
+    assert [one.expert for one in arrivals.awaited] == [1, 4, 0, 3, 2]
+    arrivals.awaited.clear()
 
 
 def test_what_was_read_ahead_leaves_scratch_before_anything_else_is_computed():

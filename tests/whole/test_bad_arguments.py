@@ -21,6 +21,7 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "alien": {"model_type": "alien", "architectures": ["AlienForCausalLM"]},
     "gptq": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
     "mistyped": {"num_hidden_layers": "two"},
+    "misfit": {"vocab_size": 7},
 }
 
 
@@ -87,6 +88,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"path_or_id": "truncated"}, "CheckpointError", "model.safetensors"),
     ({"path_or_id": "hollow"}, "CheckpointError", "model.safetensors"),
     ({"path_or_id": "mistyped"}, "CheckpointError", "num_hidden_layers"),
+    ({"path_or_id": "misfit"}, "CheckpointError", "is [4096, 128] in the checkpoint, and [7, 128] by its config.json"),
     ({"path_or_id": "alien"}, "UnsupportedModelError", "'alien'"),
     ({"path_or_id": "gptq"}, "UnsupportedModelError", "gptq"),
     ({"device_map": "banana"}, "ConfigError", "'banana' is no device"),

@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from ..options.checks import check_model, check_output, check_tokenizer
-from ..options.flags import Model, SaveProfile, System
+from ..options.flags import Model, PromptCacheOption, SaveProfile, System
 from ..options.groups import ModelFlags, SamplingFlags, flatten_groups
 
 
@@ -18,6 +18,7 @@ def chat(
     flags: ModelFlags,
     sampling: SamplingFlags,
     system: System = None,
+    prompt_cache: PromptCacheOption = None,
     save_profile: SaveProfile = None,
 ) -> None:
     """Talk to a model inside a budget. Ctrl-C ends an answer; !help lists what else there is; !exit or Ctrl-D ends.
@@ -31,21 +32,26 @@ def chat(
     check_output("--save-profile", save_profile)
     from ...api import from_pretrained
     from ...plan.weights import planned_context
+    from ..prompt_cache.open import check_folder, open_prompt_cache
     from .conversation import HELP, Conversation
     from .tokenizer import load_tokenizer
 
+    check_folder(prompt_cache)
     flags.set_threads()
     tokenizer = load_tokenizer(model, **flags.hub())
     loaded: Any = from_pretrained(model, config=wanted, **flags.loading(model))
     with loaded.moe_offload as handle:
         typer.echo(str(handle.plan), err=True)
-        talk = Conversation(loaded, tokenizer, sampling, system, planned_context(loaded, wanted))
+        prompts = open_prompt_cache(loaded, wanted, prompt_cache)
+        talk = Conversation(loaded, tokenizer, sampling, system, planned_context(loaded, wanted), prompts)
         if tokenizer.chat_template is None:
             typer.echo("The model has no chat template: it continues what was said as one plain text.", err=True)
         typer.echo(HELP, err=True)
         try:
             _take_turns(talk)
         finally:
+            if prompts is not None:
+                prompts.save()
             typer.echo(handle.summary(), err=True)
             if save_profile is not None:
                 typer.echo(f"profile saved to {handle.save_profile(save_profile)}", err=True)

@@ -15,6 +15,7 @@ from ...errors import ConfigError, OffloadError
 from ...files.whole_file import save_whole
 from ...plan.weights import longest_context
 from ..options.groups import SamplingFlags
+from ..prompt_cache.cache import PromptCache
 from .clock import Clock
 from .first_answer import FirstAnswer, compare_starts
 from .prompt import Messages, encode_chat, encode_text, room_for_answer
@@ -33,12 +34,19 @@ class Conversation:
     """Turns between a person and `model`. Answers go to standard output, all else to standard error.
 
     `context` is for how many tokens of all that is said the plan has a KV cache; None where it was told to have none.
+    `prompts` keeps the KV caches of what was said, so that only what is new is read.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, sampling: SamplingFlags, system: str | None, context: int | None = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        sampling: SamplingFlags,
+        system: str | None,
+        context: int | None = None,
+        prompts: PromptCache | None = None,
     ):
-        self._context, self._told_of_context = context, False
+        self._context, self._told_of_context, self._prompts = context, False, prompts
         self._model, self._tokenizer, self._sampling, self._system = model, tokenizer, sampling, system
         self.messages: Messages = []
         self._last, self._compared = "nothing was said yet", False
@@ -66,6 +74,8 @@ class Conversation:
             return f"{self._last}\n{self._model.moe_offload}\n{self._how()}"
         if name == "!clear":
             self.messages.clear()
+            if self._prompts is not None:
+                self._prompts.forget()
             return "forgotten"
         if name == "!system":
             self._system = rest or None
@@ -101,7 +111,8 @@ class Conversation:
                 return
         _write("\n")
         self.messages.append({"role": "assistant", "content": streamer.text})
-        self._last = speed_line(streamer, before, handle.stats())
+        known = 0 if self._prompts is None else self._prompts.known_tokens
+        self._last = speed_line(streamer, before, handle.stats(), known)
         _say(f"[{self._last}; budget {format_size(handle.plan.budget_bytes)}]")
         if not self._compared and (first := FirstAnswer.of(streamer, before)) is not None:
             self._compared = True
@@ -120,7 +131,11 @@ class Conversation:
             )
         if sampling.seed is not None:
             set_seed(sampling.seed)
-        self._model.generate(**inputs, **_own_or_asked(sampling), max_new_tokens=room, streamer=streamer)
+        how = {**_own_or_asked(sampling), "max_new_tokens": room, "streamer": streamer}
+        if self._prompts is None:
+            self._model.generate(**inputs, **how)
+        else:
+            self._prompts.generate(**inputs, **how)
 
     def _inputs(self) -> Any:
         told = [] if self._system is None else [{"role": "system", "content": self._system}]

@@ -12,17 +12,20 @@ if TYPE_CHECKING:
     from .streaming import Streamer
 
 
-def speed_line(streamer: Streamer, before: Any, after: Any) -> str:
+def speed_line(streamer: Streamer, before: Any, after: Any, known: int = 0) -> str:
     """Prompt and generated tokens per second, time to first token, hit rate, bytes read per token, peak memory.
 
     Times are without compiling, which is told apart: the next prompt does not pay it.
 
-    `before` and `after` are `Handle.stats()` around the run: hits and bytes are of what came between.
+    `before` and `after` are `Handle.stats()` around the run: hits and bytes are of what came between. Of the prompt
+    `known` tokens were in a KV cache, and not read again.
     """
     parts = []
     if streamer.first_s is not None and streamer.last_s is not None:
         first_token_s = streamer.first_s - streamer.begun_s
-        parts.append(f"prompt {streamer.prompt_tokens} tokens, {streamer.prompt_tokens / first_token_s:.1f} tokens/s")
+        read = streamer.prompt_tokens - known
+        beside = f" ({known} of them known)" if known else ""
+        parts.append(f"prompt {streamer.prompt_tokens} tokens{beside}, {read / first_token_s:.1f} tokens/s")
         more, decode_s = streamer.new_tokens - 1, streamer.last_s - streamer.first_s
         rate = f", {more / decode_s:.1f} tokens/s" if more and decode_s else ""
         parts.append(f"generated {streamer.new_tokens} tokens{rate}")

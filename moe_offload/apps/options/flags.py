@@ -42,6 +42,14 @@ ProfileIn = Annotated[
         help="Which experts to expect: a workload that is remembered by this name, or a profile (x.json); off: none.",
     ),
 ]
+PromptCacheOption = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt-cache",
+        metavar="FOLDER|off",
+        help="Keep what was read (its KV cache) in this folder, too, for another time; off: read each prompt whole.",
+    ),
+]
 Policy = Annotated[str | None, typer.Option("--policy", help="Which resident expert is evicted: lru, lfu, ...")]
 Compile = Annotated[
     str | None,

@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from ...config.usage import is_workload
 from ...plan.weights import longest_context
+from ..prompt_cache.cache import PromptCache
 from .generation import Generate, Piece, Sampling, generate_answer
 from .guards import Bodies
 from .protocol import fields, prompts
@@ -47,6 +48,7 @@ class Answering:
         queue: where requests wait.
         context: the most tokens of a prompt and its answer, if fewer than the model's own.
         generate: what makes an answer, as `generate_answer` does.
+        known: where that keeps what was read, if it does.
     """
 
     def __init__(
@@ -57,9 +59,10 @@ class Answering:
         queue: Queue,
         context: int | None = None,
         generate: Generate = generate_answer,
+        known: PromptCache | None = None,
     ):
         self._model, self._tokenizer, self._name, self._queue = model, tokenizer, name, queue
-        self._generate_answer = generate
+        self._generate_answer, self._known = generate, known
         bounds = [bound for bound in (context, longest_context(model)) if bound is not None]
         context = min(bounds, default=None)
         self._bounds = prompts.Bounds.of(model.config.get_text_config().vocab_size, context, tokenizer)
@@ -74,16 +77,18 @@ class Answering:
         sampling = fields.choose_sampling(asked, self._model.generation_config, WARM_UP_ANSWER, self._bounds.vocabulary)
         sampling.config.min_new_tokens = WARM_UP_ANSWER  # the end of the text must not come before a step of one token
         some = list(self._tokenizer("The first of many requests, and some more")["input_ids"]) or [0]
-        chunk, longest = sampling.config.prefill_chunk_size, self._bounds.context
-        handle = self._model.moe_offload
-        if chunk is None and handle.compile == "inductor" and longest is not None:
-            chunk = handle.prefill_chunk_size(longest)
-        longer = [] if chunk is None else [chunk + max(WARM_UP_TOKENS)]  # its second piece has a graph of its own
+        chunk = sampling.config.prefill_chunk_size
+        # A piece that goes on from another has a graph of its own where the whole call is compiled.
+        if chunk is None and self._model.moe_offload.compile == "inductor":
+            chunk = sampling.config.prefill_chunk_size = max(WARM_UP_TOKENS)
+        longer = [] if chunk is None else [chunk + max(WARM_UP_TOKENS)]
         for tokens in (*WARM_UP_TOKENS, *longer):
             ids = (some * tokens)[: min(tokens, (self._bounds.context or tokens) - WARM_UP_ANSWER)]
             self._generate_answer(
                 self._model, self._tokenizer, ids, sampling, lambda: None, lambda _: None, lambda: False
             )
+        if self._known is not None:
+            self._known.forget()
 
     async def answer(self, request: Request, kind: type[fields.Common]) -> Response:
         """The response to a request whose body is a `kind`. Nothing is raised but that the client has left."""
@@ -153,6 +158,8 @@ class Answering:
                 self._generate_answer(
                     self._model, self._tokenizer, prompt.ids, sampling, job.count_token, tell, job.gone
                 )
+                if self._known is not None and not k:
+                    job.known_tokens += self._known.known_tokens
 
     async def _respond(self, request: Request, asked: fields.Common, job: Job, choices: int) -> Response:
         """Nothing is sent before the first piece is there: what fails until then has its own status."""
@@ -175,7 +182,7 @@ class Answering:
             watching.cancel()
             raise
         watching.cancel()
-        return JSONResponse(form.whole(found, job.prompt_tokens, job.generated_tokens))
+        return JSONResponse(form.whole(found, job))
 
     async def _events(self, form: Form, job: Job, event: Any, watching: asyncio.Task[None]) -> AsyncIterator[str]:
         """The events of a stream, from its first piece on. One that fails tells why, and ends as all do."""
@@ -187,7 +194,7 @@ class Answering:
                 begun.add(index)
                 event = await _next(job)
             watching.cancel()
-            yield form.last(job.prompt_tokens, job.generated_tokens)
+            yield form.last(job)
         except ClientDisconnect:
             return
         except Exception as error:

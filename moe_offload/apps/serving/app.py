@@ -21,6 +21,7 @@ from starlette.routing import Route
 
 from ...errors import OffloadError, ServeError
 from ...handle import Handle
+from ..prompt_cache.cache import PromptCache
 from . import LONGEST_QUEUE
 from .answering import Answering, unknown_model
 from .generation import Generate, generate_answer
@@ -48,6 +49,7 @@ class App:
         api_key: what clients must send as `Authorization: Bearer ...`; None: nothing.
         longest_queue: how many requests may wait beside the one that runs.
         generate: what makes an answer, as `generate_answer` does.
+        known: where that keeps what was read, if it does.
 
     Raises:
         ServeError: the model's generation settings ask for beams, which write no text token by token.
@@ -63,13 +65,14 @@ class App:
         api_key: str | None = None,
         longest_queue: int = LONGEST_QUEUE,
         generate: Generate = generate_answer,
+        known: PromptCache | None = None,
     ):
         if (getattr(handle.model.generation_config, "num_beams", None) or 1) > 1:
             raise ServeError(f"{name}: its generation_config.json asks for beam search (num_beams); remove it to serve")
         give_chat_template(tokenizer, name)
         self._handle, self.name, self._created, self._registry = handle, name, int(time.time()), _registry(handle)
         self.queue = Queue(longest_queue)
-        self._answering = Answering(handle.model, tokenizer, name, self.queue, context, generate)
+        self._answering = Answering(handle.model, tokenizer, name, self.queue, context, generate, known)
         gets = {"/health": self._health, "/v1/models": self._models, "/v1/moe_offload/stats": self._stats}
         if self._registry is not None:
             gets["/metrics"] = self._metrics

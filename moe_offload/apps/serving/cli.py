@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +18,7 @@ from ...config.launched import is_first
 from ...config.settings import KEY_VARIABLE, OffloadConfig, given_key
 from ..options.checks import check_model, check_output, check_tokenizer
 from ..options.ending import INTERRUPTED, USAGE, fail_with
-from ..options.flags import Model, SaveProfile
+from ..options.flags import Model, PromptCacheOption, SaveProfile
 from ..options.groups import ModelFlags, flatten_groups
 from ..options.numbers import whole
 from . import ACCESS, LONGEST_QUEUE
@@ -55,6 +56,7 @@ def serve(
             **whole(1),
         ),
     ] = None,
+    prompt_cache: PromptCacheOption = None,
     save_profile: SaveProfile = None,
 ) -> None:
     """Answer OpenAI-compatible requests (completions and chat completions) with a model inside a budget.
@@ -89,6 +91,7 @@ def serve(
                 api_key=api_key,
                 max_waiting=max_waiting,
                 prefill_chunk_size=prefill_chunk_size,
+                prompt_cache=prompt_cache,
                 save_profile=save_profile,
             ) as server,
         ):
@@ -142,6 +145,7 @@ def running_server(
     api_key: str | None,
     max_waiting: int,
     prefill_chunk_size: int | None,
+    prompt_cache: str | None,
     save_profile: Path | None,
 ) -> Iterator[Server]:
     """A running server for `model`, compiled and warm. An address that cannot be had is refused before torch
@@ -158,10 +162,12 @@ def running_server(
         from ...api import from_pretrained
         from ...plan.weights import planned_context
         from ..generate.tokenizer import load_tokenizer
+        from ..prompt_cache.open import check_folder, open_prompt_cache
         from .app import App
-        from .generation import generate_answer
+        from .generation import Generate, generate_answer
         from .in_step import Leader
 
+        check_folder(prompt_cache)
         flags.set_threads()
         loaded: Any = from_pretrained(model, config=wanted, **flags.loading(model))
         with loaded.moe_offload as handle:
@@ -170,6 +176,10 @@ def running_server(
             if prefill_chunk_size is not None:
                 loaded.generation_config.prefill_chunk_size = prefill_chunk_size
             leader = None if handle.ranks is None else Leader(handle.ranks)
+            known = open_prompt_cache(loaded, wanted, prompt_cache)
+            generate: Generate = generate_answer if leader is None else leader.generate
+            if known is not None:
+                generate = partial(generate_answer, generate=known.generate)
             app = App(
                 handle,
                 tokenizer,
@@ -177,7 +187,8 @@ def running_server(
                 context=planned_context(loaded, wanted),
                 api_key=api_key,
                 longest_queue=max_waiting,
-                generate=generate_answer if leader is None else leader.generate,
+                generate=generate,
+                known=known,
             )
             begun_s = time.perf_counter()
             app.warm_up()
@@ -190,7 +201,8 @@ def running_server(
             finally:  # an interrupt leaves requests unanswered, never the profile unsaved
                 app.close()
                 with suppress(KeyboardInterrupt):
-                    app.queue.join(LAST_TOKEN_S)
+                    if app.queue.join(LAST_TOKEN_S) and known is not None:
+                        known.save()
                 if leader is not None:
                     leader.end(None if save_profile is None else str(save_profile))
                 typer.echo(handle.summary(), err=True)

@@ -70,9 +70,11 @@ def generate_answer(
     on_token: Callable[[], None],
     on_piece: Callable[[Piece], None],
     gone: Callable[[], bool],
+    generate: Callable[..., Any] | None = None,
 ) -> None:
-    """Generate one answer. `on_token` is called for each token, `on_piece` for what can be sent, the last one with a
-    reason; from the token after `gone()` is true there is nothing more, and no last piece."""
+    """Generate one answer, by `generate` or else the model's own. `on_token` is called for each token, `on_piece` for
+    what can be sent, the last one with a reason; from the token after `gone()` is true there is nothing more, and no
+    last piece."""
     answer = _Answer(tokenizer, prompt_ids, sampling, on_token, on_piece, gone)
     processors = LogitsProcessorList()
     if sampling.top_logprobs is not None:
@@ -84,7 +86,7 @@ def generate_answer(
     ids_1P = torch.tensor([prompt_ids], device=model.device)
     own_stops = {"tokenizer": tokenizer} if sampling.config.stop_strings else {}
     with _seeded(sampling.seed, ids_1P.device):
-        model.generate(
+        (generate or model.generate)(
             ids_1P,
             attention_mask=torch.ones_like(ids_1P),
             generation_config=sampling.config,

@@ -28,6 +28,7 @@ class Job:
 
     def __init__(self, work: Callable[[Job], None], prompt_tokens: int):
         self.work, self.prompt_tokens, self.generated_tokens = work, prompt_tokens, 0
+        self.known_tokens = 0  # of the prompt: those that were not read again
         self.events: asyncio.Queue[Any] = asyncio.Queue()  # pieces with their index, then None or an exception
         self.asked_s, self.first_token_s, self.last_token_s = time.perf_counter(), 0.0, 0.0
         self.left = False  # whether its client has closed the connection

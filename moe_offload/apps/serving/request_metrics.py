@@ -35,6 +35,7 @@ class RequestMetrics:
 
         self._requests = make(Counter, "requests", "Requests that have ended", labelnames=("path", "status"))
         self._prompt = make(Counter, "prompt_tokens", "Tokens of prompts of generating requests")
+        self._known = make(Counter, "known_tokens", "Tokens of prompts that were in a KV cache, and not read again")
         self._generated = make(Counter, "generated_tokens", "Tokens generated for requests")
         make(Gauge, "waiting", "Requests that wait for their turn").set_function(lambda: len(queue))
         make(Gauge, "running", "Requests that are being generated").set_function(lambda: int(queue.running is not None))
@@ -50,7 +51,8 @@ class RequestMetrics:
         line = f"{client} {method} {path} {status}"
         first_s = token_s = 0.0
         if job is not None:
-            line += f" prompt_tokens={job.prompt_tokens} generated_tokens={job.generated_tokens}"
+            known = f" known_tokens={job.known_tokens}" if job.known_tokens else ""
+            line += f" prompt_tokens={job.prompt_tokens}{known} generated_tokens={job.generated_tokens}"
             if job.generated_tokens > 0:
                 first_s = job.first_token_s - job.asked_s
                 line += f" first_token_s={first_s:.3f}"
@@ -63,6 +65,7 @@ class RequestMetrics:
         self._requests.labels(path if path in self._paths else OTHER, str(status)).inc()
         if job is not None:
             self._prompt.inc(job.prompt_tokens)
+            self._known.inc(job.known_tokens)
             self._generated.inc(job.generated_tokens)
             if first_s:
                 self._first.observe(first_s)

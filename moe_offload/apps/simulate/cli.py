@@ -11,7 +11,9 @@ from ..options.flags import Json
 
 
 def simulate(
-    traces: Annotated[list[Path], typer.Argument(help="Traces (.npz); what is none is skipped.", show_default=False)],
+    traces: Annotated[
+        list[Path], typer.Argument(help="Traces (.npz); files that are no trace are skipped.", show_default=False)
+    ],
     policies: Annotated[
         str, typer.Option("--policies", help="By commas: default, lru, decayed_lfu:16, belady, ...; or all.")
     ] = "all",

@@ -92,7 +92,13 @@ def load_tensors(
     state = unpack_uneven(config, headers, state)
     try:
         model, info = type(like).from_pretrained(
-            None, config=config, state_dict=state, dtype=config.dtype or like.dtype, output_loading_info=True, **options
+            None,
+            config=config,
+            state_dict=state,
+            dtype=config.dtype or like.dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are told, and refused below; transformers' own error names none
+            **options,
         )
     except (RuntimeError, ValueError, AttributeError, AssertionError, KeyError, TypeError) as error:  # of any format
         if quantization_of(config) is None:
@@ -102,8 +108,8 @@ def load_tensors(
             f"({type(error).__name__}: {str(error).splitlines()[0][:300]}); the files may be of another format. "
             "Download the checkpoint again, or use one in bfloat16"
         ) from error
-    missing = sorted(set(info["missing_keys"]) | {key for key, *_ in info.get("mismatched_keys", [])})
-    _refuse_missing(folder, missing)
+    _refuse_mismatched(folder, sorted(info.get("mismatched_keys", ())))
+    _refuse_missing(folder, sorted(info["missing_keys"]))
     unpack_dense(model)
     refuse_dense_faults(model, headers, absent)
     return model
@@ -131,9 +137,18 @@ def _fill_own_class(model: Any, experts: Collection[str], headers: Headers, fold
 def _refuse_missing(folder: Path, missing: Sequence[str]) -> None:
     if missing:
         raise CheckpointError(
-            f"{folder}: the checkpoint lacks {len(missing)} tensors that the model needs (or has them in another "
-            f"shape): {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}; it is incomplete, or of another "
-            "model"
+            f"{folder}: the checkpoint lacks {len(missing)} tensors that the model needs: {', '.join(missing[:5])}"
+            f"{' ...' if len(missing) > 5 else ''}; it is incomplete, or of another model"
+        )
+
+
+def _refuse_mismatched(folder: Path, mismatched: Sequence[tuple[str, Sequence[int], Sequence[int]]]) -> None:
+    if mismatched:
+        key, stored, wanted = mismatched[0]
+        others = f", and {len(mismatched) - 1} more tensors have another shape" if len(mismatched) > 1 else ""
+        raise CheckpointError(
+            f"{folder}: {key} is {list(stored)} in the checkpoint, and {list(wanted)} by its config.json{others}. Use "
+            "the configuration that belongs to the weights"
         )
 
 

@@ -74,6 +74,7 @@ FLAGS: dict[str, tuple[str, str]] = {
     "--prefill-chunk-size": (NUMBER, "Tokens of the prompt to read at a time"),
     "--profile": (TEXT, "Which experts to expect"),
     "--prompt": (TEXT, "Text to continue"),
+    "--prompt-cache": (TEXT, "Keep what was read"),
     "--prompt-tokens": (NUMBER, "Tokens of each prompt"),
     "--quantised": (SWITCH, "Every format of quantised experts"),
     "--ranks": (NUMBER, "Processes that share"),

@@ -60,6 +60,23 @@ def test_today_and_tomorrow(tmp_path, monkeypatch):
     assert Profile.load(path).tokens > 20
 
 
+def test_what_was_said_yesterday_is_not_read_again(tokenizer, tmp_path):
+    """With a folder: the system prompt of another process. Without, and with off, it is read."""
+    flags = ["--budget", "6MB", "--max-new-tokens", "4", "--profile", "off"]
+    flags += ["--system", "Il comando ls elenca i file di una directory, e il comando cp ne copia uno in un altro"]
+    told = {}
+    for day, where in (("first", tmp_path / "kept"), ("second", tmp_path / "kept"), ("third", "off")):
+        asked = [*flags, "--prompt-cache", str(where)]
+        result = CliRunner().invoke(app, ["chat", MODEL, *asked], input=f"Il comando mv\nIl comando {day}\n")
+        assert result.exit_code == 0, result.output
+        told[day] = [line for line in result.stderr.splitlines() if line.startswith("[prompt")]
+        system, questions = flags[-1], ["Il comando mv", f"Il comando {day}"]
+        for text in answers(tokenizer, system, questions, new_tokens=4):
+            assert text.strip() in result.stdout
+    first, second, off = ([int(n) for line in told[day] for n in re.findall(r"\((\d+) of", line)] for day in told)
+    assert len(first) == 1 and len(second) == 2 and second[0] < second[1] and off == [], told
+
+
 def test_figures_of_an_earlier_start_that_cannot_be_read_are_left_out():
     first = FirstAnswer(5, 0.5, 1000, 0.25, "2026-11-28")
     assert FirstAnswer.from_meta(first.meta()) == first
@@ -67,13 +84,13 @@ def test_figures_of_an_earlier_start_that_cannot_be_read_are_left_out():
     assert FirstAnswer.from_meta({}) is None
 
 
-def answers(tokenizer, system: str, questions: list[str]) -> list[str]:
+def answers(tokenizer, system: str, questions: list[str], new_tokens: int = 8) -> list[str]:
     """Of plain transformers, as a model without a chat template continues what was said."""
     model, said, found = AutoModelForCausalLM.from_pretrained(MODEL, dtype="auto"), [system], []
     for question in questions:
         said.append(question)
         inputs = tokenizer("\n".join(said), return_tensors="pt")
-        tokens = model.generate(**inputs, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
+        tokens = model.generate(**inputs, max_new_tokens=new_tokens)[0, inputs["input_ids"].shape[1] :]
         found.append(tokenizer.decode(tokens, skip_special_tokens=True))
         said.append(found[-1])
     return found
@@ -148,7 +165,7 @@ def test_without_a_flag_a_chat_is_bounded_by_the_plan(monkeypatch):
         pass
 
     def made(*arguments):
-        contexts.append(arguments[-1])
+        contexts.append(arguments[4])
         raise Stop
 
     monkeypatch.setattr("moe_offload.apps.generate.conversation.Conversation", made)

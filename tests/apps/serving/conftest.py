@@ -6,6 +6,7 @@ import http.client
 import socket
 import time
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,9 @@ pytest.importorskip("uvicorn")
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moe_offload
+from moe_offload.apps.prompt_cache.cache import PromptCache
 from moe_offload.apps.serving.app import App
+from moe_offload.apps.serving.generation import generate_answer
 from moe_offload.apps.serving.queue import Job
 from moe_offload.apps.serving.server import Server, open_listener
 from tests.paths import MODEL_NAME as MODEL
@@ -24,9 +27,12 @@ NAME = "polyglot"
 
 
 @contextmanager
-def started(tokenizer=None, **options):
-    """A server of its own: `url`, `app`, `server`, and the offloaded `model`."""
+def started(tokenizer=None, keep=False, **options):
+    """A server of its own: `url`, `app`, `server`, and the offloaded `model`. It may `keep` what it reads."""
     model = moe_offload.from_pretrained(MODEL, budget="6MB")
+    if keep:
+        known = PromptCache(model, tokens=300)
+        options |= {"known": known, "generate": partial(generate_answer, generate=known.generate)}
     with model.moe_offload as handle, open_listener("127.0.0.1", 0) as sock:
         app = App(handle, tokenizer or AutoTokenizer.from_pretrained(MODEL), NAME, **options)
         server = Server(app, sock)

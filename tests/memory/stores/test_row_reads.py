@@ -15,7 +15,7 @@ from moe_offload.experts import FIELD_ALIGN, Field, RowLayout
 from moe_offload.files.file_stamp import FileStamp
 from moe_offload.memory.buffers import page_aligned
 from moe_offload.memory.stores.disk import DiskStore
-from moe_offload.memory.stores.row_reads import PAGE, RowPlan, plan_row
+from moe_offload.memory.stores.row_reads import PAGE, FileRead, RowPlan, Span, _merged, plan_row
 
 LAYOUT = RowLayout.of(
     {
@@ -104,3 +104,10 @@ def planned(places: dict[Field, tuple[Path, int]], file_bytes: int, layout: RowL
         for field, (file, offset) in places.items()
     ]
     return plan_row(tuple(pieces), layout.row_bytes, stamps)
+
+
+def test_a_gap_between_the_row_and_what_is_converted_is_not_read_over():
+    """Their places in row and scratch may happen to be as far apart as in the file, and are in two memories."""
+    one = FileRead(Path("a"), 0, (Span(True, 0, 100),))
+    for in_row, merged in ((True, 1), (False, 2)):
+        assert len(_merged([one, FileRead(Path("a"), 104, (Span(in_row, 104, 204),))])) == merged

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..generation import Piece, TokenLogprob
+from ..queue import Job
 from .fields import Chat, Common
 
 DONE = "data: [DONE]\n\n"
@@ -44,7 +45,7 @@ class Form:
             "model": name,
         }
 
-    def whole(self, choices: Iterable[Choice], prompt_tokens: int, generated_tokens: int) -> dict[str, Any]:
+    def whole(self, choices: Iterable[Choice], job: Job) -> dict[str, Any]:
         """The answer to a request without `stream`."""
         found = []
         for i, choice in enumerate(choices):
@@ -53,7 +54,7 @@ class Form:
                 said = {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
             logprobs = self._logprobs(choice.logprobs)
             found.append({"index": i, **said, "logprobs": logprobs, "finish_reason": choice.finish_reason})
-        return {**self._base, "choices": found, "usage": count_usage(prompt_tokens, generated_tokens)}
+        return {**self._base, "choices": found, "usage": count_usage(job)}
 
     def first(self, index: int) -> str:
         """The event that begins an answer of a chat; of a completion there is none."""
@@ -71,11 +72,11 @@ class Form:
             events = self._event(index, {"content": piece.text}, logprobs, None)
         return events + (self._event(index, {}, None, piece.finish_reason) if piece.finish_reason else "")
 
-    def last(self, prompt_tokens: int, generated_tokens: int) -> str:
+    def last(self, job: Job) -> str:
         """The events that end a stream without an error."""
         if not self._asked.include_usage:
             return DONE
-        return _data({**self._chunk(), "choices": [], "usage": count_usage(prompt_tokens, generated_tokens)}) + DONE
+        return _data({**self._chunk(), "choices": [], "usage": count_usage(job)}) + DONE
 
     def _event(self, index: int, said: Any, logprobs: Any, finish_reason: str | None) -> str:
         choice = {"index": index, "delta" if self._chat else "text": said, "logprobs": logprobs}
@@ -108,11 +109,12 @@ class Form:
         return str(self._tokenizer.decode([id]))
 
 
-def count_usage(prompt_tokens: int, generated_tokens: int) -> dict[str, int]:
+def count_usage(job: Job) -> dict[str, Any]:
     return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": generated_tokens,
-        "total_tokens": prompt_tokens + generated_tokens,
+        "prompt_tokens": job.prompt_tokens,
+        "completion_tokens": job.generated_tokens,
+        "total_tokens": job.prompt_tokens + job.generated_tokens,
+        "prompt_tokens_details": {"cached_tokens": job.known_tokens},
     }
 
 

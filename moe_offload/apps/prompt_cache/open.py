@@ -1,0 +1,45 @@
+"""What `--prompt-cache` says becomes a `PromptCache`."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from ...config.settings import OffloadConfig
+from ...errors import ConfigError
+from ...files.whole_file import describe_error
+from ...plan.weights import planned_context
+from .cache import PromptCache, new_cache
+from .folder import PromptFolder
+from .model import identify_model
+
+OFF = "off"
+
+
+def check_folder(said: str | None) -> None:
+    """Raise ConfigError where a folder that was given cannot be made: before anything is loaded."""
+    if said is None or said == OFF:
+        return
+    try:
+        Path(said).mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--prompt-cache {said}: it cannot be made ({describe_error(error)}); give a folder that may be written, "
+            f"or {OFF}"
+        ) from error
+
+
+def open_prompt_cache(model: Any, wanted: OffloadConfig, said: str | None) -> PromptCache | None:
+    """The prompt cache of `model`, which was loaded as `wanted`; None where each prompt is to be read whole."""
+    if said == OFF:
+        return None
+    prompts = PromptCache(model, planned_context(model, wanted) or 0)
+    if prompts.why_off:
+        typer.echo(f"moe-offload: each prompt is read from its beginning: {prompts.why_off}", err=True)
+        return None
+    if said is not None:
+        prompts.folder = PromptFolder(Path(said), identify_model(model, wanted.compute), partial(new_cache, model))
+    return prompts
