@@ -18,7 +18,7 @@ from torch import Tensor
 from ...errors import ClosedError, ExpertReadError
 from ...observe.timeline import Depth, Timeline
 from ..stores import Store
-from .ticket import Ticket
+from .ticket import Done, Ticket
 
 logger = logging.getLogger("moe_offload")
 
@@ -45,7 +45,7 @@ class ThreadTransfer:
         self._lock = threading.RLock()  # guards all below, and every ticket's counts
         # Take the lock itself: a condition is left in Python code, and Ctrl-C there would leave it locked.
         self._changed = threading.Condition(self._lock)
-        self._taken = threading.Condition(self._lock)
+        self._taken = Done()  # once as many reads are under way as can be; of whoever has asked for that last
         self._demanded: deque[Ticket] = deque()
         self._background: deque[Ticket] = deque()
         self._running: dict[int, tuple[Ticket, float]] = {}  # thread -> the ticket it works for, since when
@@ -101,7 +101,10 @@ class ThreadTransfer:
         if not self._here():
             return
         with self._lock:
-            self._taken.wait_for(lambda: not self._demanded or len(self._running) >= self._count, GET_GOING_S)
+            if not self._demanded or len(self._running) >= self._count:
+                return
+            self._taken = taken = Done()  # no condition: Ctrl-C in its wait() would give the lock back twice
+        taken.wait(GET_GOING_S)
 
     def send(self, values: Tensor) -> Tensor:
         return values
@@ -201,7 +204,7 @@ class ThreadTransfer:
                 self._running[threading.get_ident()] = (ticket, time.perf_counter())
                 self._has_changed()
                 if not self._demanded or len(self._running) >= self._count:
-                    self._taken.notify_all()
+                    self._taken.set()
             try:
                 if ticket.error is None:
                     part()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from ...forward.batch_sizes import find_cache
 from ...forward.graphs.kv_pool import KVPool, bucket_tokens
 
 logger = logging.getLogger("moe_offload")
@@ -63,7 +64,7 @@ def _obstacle(model: Any, generation_config: Any, model_kwargs: dict[str, Any], 
 
     if mode not in MODES or generation_config.is_assistant:
         return f"its mode is {mode}, of which static caches are not known to be right"
-    if generation_config.use_cache is False or model_kwargs.get("past_key_values") is not None:
+    if generation_config.use_cache is False or find_cache(model_kwargs) is not None:
         return "it was told which KV cache to use, or to use none"
     if not getattr(model, "_can_compile_fullgraph", False) or model.config.is_encoder_decoder:
         return f"transformers does not say that {type(model).__name__} can decode with a static KV cache"
