@@ -9,7 +9,9 @@ A machine that stops a command after ten minutes takes it in pieces: --only chec
 name (--only with a name that is none lists them). SIGTERM and Ctrl-C leave what a bench had found by then.
 
 Each part is independent, with a time limit of its own: one that fails, or takes too long, does not keep the next from
-running, and what it had found by then stays. Everything that is printed goes to $OUT/gpu.txt, the figures of
+running, and what it had found by then stays. Everything that is printed goes to $OUT/gpu.txt, which begins with a line
+for each part: whether it passed, and the line where its own output begins. In the tests a decode step that is not
+recorded as a CUDA graph is an error of Inductor's. The figures of
 gpu_checks.py to $OUT/gpu_checks.json, each bench (gpu_bench.py) to $OUT/<model>_<hardware>_<yyyy-mm>.md and .json.
 
 The benches replay recorded routing where the traces are: in shared/traces, here or beside the repository, or in the
@@ -49,7 +51,7 @@ class Part:
 
 
 def parts(cache: Path, traces: Path | None, full: bool) -> list[Part]:
-    pytest = [sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
+    pytest = ["env", "TORCHINDUCTOR_CUDAGRAPH_OR_ERROR=1", sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
     checks = [sys.executable, str(ROOT / "benchmarks" / "gpu_checks.py")]
     return [
         Part("checks", "machine", ["nvidia-smi"], 60),
@@ -116,6 +118,18 @@ def run_all(chosen: list[Part], out: Path, cache: Path, log: Any) -> list[str]:
     return failed
 
 
+def put_summary_first(file: Path, chosen: list[Part], failed: list[str]) -> None:
+    """Let the file begin with what passed, what failed, and where to look."""
+    text = file.read_text()
+    lines = text.splitlines()
+    said = [f"{len(chosen) - len(failed)} of {len(chosen)} parts passed"]
+    for part in chosen:
+        begins = [i for i, line in enumerate(lines) if line.startswith(f"== {part.name} (")]
+        where = f"line {begins[-1] + len(chosen) + 2}" if begins else "it did not begin"
+        said.append(f"{'FAILED' if part.name in failed else 'passed'} {part.name}: {where}")
+    file.write_text("\n".join(said) + "\n" + text)
+
+
 def has_gpu() -> bool:
     import torch
 
@@ -145,6 +159,7 @@ def main() -> int:
         ]
         failed = run_all(chosen, out, Path(cache), log)
         print_and_log(f"failed: {', '.join(failed) or 'none'}", log)
+    put_summary_first(out / "gpu.txt", chosen, failed)
     return 1 if failed else 0
 
 

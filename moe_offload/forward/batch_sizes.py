@@ -8,7 +8,7 @@ it code of its own, in which it is a constant. Dynamo counts recompilations per 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -55,6 +55,12 @@ class Steps:
 def find_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """The arguments of a forward whose shapes say how many sequences it has, and of how many tokens each."""
     return [x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if isinstance(x, Tensor)]
+
+
+def find_cache(kwargs: Mapping[str, Any]) -> Any:
+    """The KV cache among the keywords of a forward; transformers calls it `cache` from 5.24 on."""
+    found = kwargs.get("past_key_values")
+    return kwargs.get("cache") if found is None else found
 
 
 def _with_constant_size(compiled: Callable[..., Any]) -> Callable[..., Any]:

@@ -19,7 +19,7 @@ from ..errors import OffloadError
 from ..plan.prefill import PrefillRoom
 from ..runtime.model import Runtime
 from .advise import Advisor
-from .batch_sizes import find_inputs
+from .batch_sizes import find_cache, find_inputs
 from .binding import Scope
 from .dynamo import with_own_code
 from .graphs.cuda_graphs import StaticCaches
@@ -81,7 +81,7 @@ class Call:
             decode = is_decode(tokens, begun=tokens > 1 or _has_begun(args, kwargs))
             self.advisor.begins(decode)
             if self.runtime.device_caches is not None:
-                self.static_caches.mark(kwargs.get("past_key_values"))
+                self.static_caches.mark(find_cache(kwargs))
             begun_s = time.perf_counter()
             if self.runtime.recorder is not None:
                 self.runtime.recorder.begin_forward(decode)
@@ -155,7 +155,7 @@ def _size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
 
 def _has_begun(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether the forward is given a KV cache that holds tokens. Yes, where the cache does not say."""
-    cache: Any = kwargs.get("past_key_values")
+    cache: Any = find_cache(kwargs)
     if cache is None:
         cache = next((one for one in args if hasattr(one, "get_seq_length")), None)
     if not hasattr(cache, "get_seq_length"):  # none, or tuples of tensors, as code for transformers 4 has them

@@ -79,7 +79,15 @@ def test_each_part_runs_whatever_the_others_do(gpu, monkeypatch, tmp_path, capsy
     ]
     assert started(gpu, monkeypatch, tmp_path / "out", made) == 1
     log = (tmp_path / "out" / "gpu.txt").read_text()
-    assert log == capsys.readouterr().out
+    assert log.endswith(capsys.readouterr().out)
+    first, absent, hung, broken, fine = log.splitlines()[:5]
+    assert (
+        first == "1 of 4 parts passed"
+        and broken.startswith("FAILED")
+        and fine.startswith("passed print('fine'): line ")
+    )
+    assert absent.startswith("FAILED absent") and hung.startswith("FAILED import time")
+    assert log.splitlines()[int(fine.rpartition(" ")[2]) - 1].startswith("== print('fine') (")
     for words in ("cannot be started", "begun", "stopped after its 1 s", "broken", "fine"):
         assert words in log
     assert f"failed: absent, {hangs}, raise SystemExit('broken')\n" in log

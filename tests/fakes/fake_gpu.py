@@ -9,11 +9,15 @@ tensors of a device it was not built for, so these few are put as the aten ops t
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import copy
 import itertools
 import operator
+import re
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -109,17 +113,19 @@ def pretended(monkeypatch):
         "_cuda_maybeExchangeDevice": lambda device: 0,
         "_cuda_setDevice": nothing,
     }
-    with monkeypatch.context() as patch:
+    settings = {
+        "compile_threads": 1,
+        "fx_graph_cache": False,
+        "joint_graph_constant_folding": False,
+    }  # makes real tensors
+    caching = functorch_config.patch(enable_autograd_cache=False)
+    with monkeypatch.context() as patch, inductor_config.patch(settings), caching:
         for name, value in cuda.items():
             patch.setattr(torch.cuda, name, value, raising=False)
         for name, value in built_in.items():
             patch.setattr(torch._C, name, value, raising=False)
         patch.setattr(torch.version, "cuda", "13.0")
         patch.setitem(interface.caching_worker_device_properties, "cuda", [H100])
-        patch.setattr(inductor_config, "compile_threads", 1)
-        patch.setattr(inductor_config, "fx_graph_cache", False)
-        patch.setattr(inductor_config, "joint_graph_constant_folding", False)  # it makes real tensors
-        patch.setattr(functorch_config, "enable_autograd_cache", False)
         patch.setattr(joint_graph, "lazy_init", nothing)
         patch.setattr(post_grad, "lazy_init", nothing)
         patch.setattr(torch.Tensor, "copy_", lambda self, src, *_, **__: torch.ops.aten.copy_.default(self, src))
@@ -128,6 +134,33 @@ def pretended(monkeypatch):
             if hasattr(fact, "cache_clear"):
                 fact.cache_clear()
         yield
+
+
+def compile_kernels(code, monkeypatch) -> dict[str, int]:
+    """Compile every Triton kernel of generated `code` for an H100: {name: bytes of its machine code}."""
+    from torch._inductor.runtime import triton_helpers
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    made = {}
+    with pretended(monkeypatch), monkeypatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.setattr(triton_helpers, "set_driver_to_gpu", lambda: None)
+        for name, source in re.findall(
+            r"^(\w+) = async_compile\.triton\('\w+', '''(.*?)'''", code, re.DOTALL | re.MULTILINE
+        ):
+            file = Path(folder) / f"{len(made)}.py"  # Triton reads a kernel's source from its file
+            file.write_text(source)
+            module: dict[str, Any] = {"__file__": str(file), "__name__": name}
+            exec(builtins.compile(source, str(file), "exec"), module)
+            kernel = next(one for one in module.values() if hasattr(one, "triton_meta"))
+            config, names = kernel.configs[0], kernel.fn.arg_names
+            constants = {**kernel.triton_meta.get("constants", {}), **config.kwargs}
+            types = {n: "constexpr" if n in constants else kernel.triton_meta["signature"][n] for n in names}
+            given = {(names.index(n),): value for n, value in constants.items() if n in names}
+            options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+            done = compile(ASTSource(kernel.fn, types, given), target=GPUTarget("cuda", 90, 32), options=options)
+            made[name] = len(done.asm["cubin"])
+    return made
 
 
 def generate_code(gm, inputs, options, monkeypatch) -> Generated:

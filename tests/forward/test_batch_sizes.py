@@ -9,7 +9,7 @@ import torch
 
 from moe_offload.apps.families.tiny import build
 from moe_offload.forward import batch_sizes as steps
-from moe_offload.forward.batch_sizes import SIZES, Steps
+from moe_offload.forward.batch_sizes import SIZES, Steps, find_cache
 from moe_offload.plan import arrange
 from moe_offload.plan.budget import plan_slots
 from tests.fakes.offloaded import IDS, QWEN, SETTINGS, offload, resident
@@ -115,3 +115,9 @@ def test_which_forwards_have_a_function_of_their_own(caplog):
     assert "50 sequences: 2, 3, 4, 5, 6, 7, 8, 9 already have" in record.getMessage()
     assert [found.find(n, 1) for n in range(2, 2 + SIZES)] == functions
     assert Steps(None, most=lambda: 0).find(2, 1) is None
+
+
+def test_the_cache_of_a_forward_has_either_name():
+    for kwargs in ({"past_key_values": 1}, {"cache": 1}, {"past_key_values": None, "cache": 1}):
+        assert find_cache(kwargs) == 1
+    assert find_cache({}) is None

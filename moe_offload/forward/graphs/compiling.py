@@ -36,8 +36,8 @@ from .products import PRODUCT_PER_PAIR
 logger = logging.getLogger("moe_offload")
 
 #: Inductor's options for a decode step that never needs the host: it becomes a CUDA graph, but for the parts that are
-#: no kernels (a sliding window's counter).
-CUDA_GRAPH = {"triton.cudagraphs": True, "graph_partition": True}
+#: no kernels (a sliding window's counter). Small kernels that do not need each other are launched as one.
+CUDA_GRAPH = {"triton.cudagraphs": True, "graph_partition": True, "combo_kernels": True}
 
 Compiled = Callable[..., Any]
 #: What runs a rewritten graph: Inductor, or the graph itself.

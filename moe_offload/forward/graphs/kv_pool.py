@@ -42,7 +42,7 @@ class KVPool:
     """
 
     def __init__(self, most_tokens: int, forget_recordings: Callable[[], None] = lambda: None) -> None:
-        self._most_tokens, self._forget, self._made, self._lent_tokens = most_tokens, forget_recordings, 0, 0
+        self.most_tokens, self._forget, self._made, self._lent_tokens = most_tokens, forget_recordings, 0, 0
         self._spare: list[tuple[Key, list[Any]]] = []  # the last one used first
         self._lock = threading.RLock()  # a finalizer may run within any of the lines below
 
@@ -81,7 +81,7 @@ class KVPool:
 
     def _drop_oldest(self) -> None:
         """Drop what was used longest ago, until there is no more than there may be."""
-        room = self._most_tokens - self._lent_tokens
+        room = self.most_tokens - self._lent_tokens
         for i, (key, _) in enumerate(self._spare):
             room -= key.sequences * key.tokens
             if room < 0:

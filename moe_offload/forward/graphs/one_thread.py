@@ -64,11 +64,17 @@ def _serve(calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]]) -> N
     _keep_recordings_here()
     while True:
         future, call = calls.get()
+        result = failure = None
         try:
-            future.set_result(call())
+            result = call()
         except BaseException as error:
-            future.set_exception(error)
-        del future, call  # which hold a step's tensors
+            failure = error
+        del call  # which holds a step's tensors: its caller may look at once whether anybody does (`kv_pool.py`)
+        if failure is None:
+            future.set_result(result)
+        else:
+            future.set_exception(failure)
+        del future, result, failure
 
 
 def _keep_recordings_here() -> None:

@@ -18,7 +18,7 @@ from ...config.sizes import format_size
 from ...errors import OffloadError
 from ...plan.weights import RESERVED_PROMPT_TOKENS
 from ...runtime.model import Runtime
-from ..batch_sizes import Steps
+from ..batch_sizes import Steps, find_cache
 from ..binding import Scope
 from ..graphs.one_thread import forget_recordings
 from .kv_undo import remember_caches
@@ -98,7 +98,7 @@ class Retry:
         self._runs = [(make(), Steps(make, self._most_sequences)) for make in dict.fromkeys(makers)]
 
     def _find(self, sequences: int, tokens: int, kwargs: Mapping[str, Any]) -> Callable[..., Any]:
-        grows = not getattr(kwargs.get("past_key_values"), "is_compileable", False)
+        grows = not getattr(find_cache(kwargs), "is_compileable", False)
         compiled, steps = self._runs[-1 if grows else 0]
         return steps.find(sequences, tokens) or compiled
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ...forward.batch_sizes import find_cache
 from ...plan.prefill import PrefillRoom
 from .kv_kinds import why_not_continued
 
@@ -59,7 +60,7 @@ def read_in_pieces(model: Any, room: PrefillRoom) -> None:
 def _length(ids_BT: Tensor, generation_config: Any, model_kwargs: Mapping[str, Any]) -> tuple[int, int]:
     """How many tokens of each sequence are to be read, and how many are in the KV cache: `ids_BT` are all or the new
     ones, and the mask tells which, as in transformers' own `_prefill`."""
-    cache, tokens = model_kwargs.get("past_key_values"), ids_BT.shape[1]
+    cache, tokens = find_cache(model_kwargs), ids_BT.shape[1]
     past = 0 if cache is None else int(cache.get_seq_length())
     mask = model_kwargs.get("attention_mask")
     whole = mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", tokens)
@@ -70,7 +71,7 @@ def _obstacle(model: Any, generation_config: Any, model_kwargs: Mapping[str, Any
     """Why this prompt does not go in pieces; empty where it does."""
     if model.config.is_encoder_decoder:
         return "an encoder reads its input whole"
-    cache = model_kwargs.get("past_key_values")
+    cache = find_cache(model_kwargs)
     if cache is None:
         return "without a KV cache of transformers' (use_cache), there is nothing that a further piece could go on from"
     if generation_config.output_attentions or generation_config.output_hidden_states:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from ...forward.batch_sizes import find_cache
 from ...forward.graphs.kv_pool import KVPool, bucket_tokens
 
 logger = logging.getLogger("moe_offload")
 LONGER = (
-    "a KV cache of %d tokens, and the plan has room for %d (kv_tokens): it is not kept for the next request, which "
-    "records its decode steps anew"
+    "a KV cache of %d tokens is more than the %d that the plan has room for, in use and kept (twice kv_tokens): it is "
+    "not kept for the next request, which records its decode steps anew"
 )
 MODES = ("greedy_search", "sample")  # others go back in a cache, or have one of their own
 
@@ -48,9 +49,9 @@ def keep_static_caches(model: Any, pool: KVPool, planned_tokens: int) -> None:
         if "offloaded" in cache_implementation or model.config.is_encoder_decoder:
             return make_new()
         length = bucket_tokens(max_cache_len, planned_tokens)
-        if length > planned_tokens and LONGER not in said:
+        if batch_size * length > pool.most_tokens and LONGER not in said:
             said.add(LONGER)
-            logger.info(LONGER, length, planned_tokens)
+            logger.info(LONGER, batch_size * length, pool.most_tokens)
         return pool.lend(batch_size, length, make_new)
 
     model.__dict__["_prepare_cache_for_generation"] = prepare_cache
@@ -63,7 +64,7 @@ def _obstacle(model: Any, generation_config: Any, model_kwargs: dict[str, Any], 
 
     if mode not in MODES or generation_config.is_assistant:
         return f"its mode is {mode}, of which static caches are not known to be right"
-    if generation_config.use_cache is False or model_kwargs.get("past_key_values") is not None:
+    if generation_config.use_cache is False or find_cache(model_kwargs) is not None:
         return "it was told which KV cache to use, or to use none"
     if not getattr(model, "_can_compile_fullgraph", False) or model.config.is_encoder_decoder:
         return f"transformers does not say that {type(model).__name__} can decode with a static KV cache"

@@ -136,6 +136,7 @@ def test_every_side_loads_experts_that_are_no_plain_stacks(family, tmp_path):
 @pytest.mark.long
 def test_a_model_with_code_of_its_own_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setattr(roofs, "SECONDS", 0.1)
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))  # of the processes that are started
     folder = write_remote(tmp_path / "own")
     amounts = ["--prompt-tokens", "8", "--new-tokens", "4", "--requests", "1", "--residency", "50%"]
     done = run(

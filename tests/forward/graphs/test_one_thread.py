@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -42,6 +43,30 @@ def test_an_error_is_the_callers_and_the_thread_goes_on():
     with pytest.raises(torch.OutOfMemoryError, match="no room"):
         launch(fail, CPU)
     assert launch(lambda: 3, CPU) == 3
+
+
+def test_who_gets_the_result_finds_what_was_launched_with_held_by_nobody():
+    """A KV cache is lent again only where nobody holds its tensors."""
+
+    class Held:
+        pass
+
+    class Slow(one_thread.Future):
+        """Gives the caller time to look while the thread is not done with this."""
+
+        def set_result(self, result):
+            super().set_result(result)
+            looked.wait(10)
+
+    for _ in range(3):
+        looked, held = threading.Event(), Held()
+        gone = weakref.ref(held)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(one_thread, "Future", Slow)
+            launch(lambda one=held: None, CPU)
+        del held
+        assert gone() is None
+        looked.set()
 
 
 def test_an_interrupted_caller_waits_for_the_step(monkeypatch):

@@ -67,6 +67,33 @@ def test_requests_of_any_length_decode_in_the_same_memory(model, plain, used):
     assert len({places for _, places in used}) == 1, "planned for one length: one cache, at one place"
 
 
+@pytest.mark.long
+def test_two_hundred_requests_decode_in_four_memories(model, used):
+    """A step is recorded for each memory it decodes in. Prompts of all lengths, and caches of every one."""
+    keep_static_caches(model, KVPool(2 * 2048), 2048)
+    draw = random.Random(0)
+    lengths = [3, 300, 600, 1100] * 6 + [min(1900, 2 + int(draw.expovariate(1 / 60))) for _ in range(176)]
+    for i, length in enumerate(lengths):
+        if i == 20:  # what is compiled holds the caches that it was traced with, for a while
+            gc.collect()
+            used.clear()
+        if i == 24:
+            warm = set(used)
+        generate(model, (torch.arange(length) * 7 % 90 + 3).view(1, -1), n=2)
+    assert len(warm) == 4 and len(used) == 180
+    assert len(set(used) - warm) <= 1, "one that Python's collector found late is made anew"
+
+
+def test_a_cache_that_is_not_kept_is_told_of_once(model, caplog):
+    with caplog.at_level("INFO", "moe_offload"):
+        generate(model)
+        assert "not kept" not in caplog.text
+        for _ in range(2):
+            generate(model, torch.arange(3, 2 * PLANNED + 3).view(1, -1))
+    said = [message for message in caplog.messages if "not kept" in message]
+    assert len(said) == 1 and f"more than the {2 * PLANNED}" in said[0]
+
+
 def test_a_cache_that_somebody_holds_is_not_lent_again(model, plain):
     kept = generate(model, return_dict_in_generate=True).past_key_values
     before = kept.layers[0].keys.clone()

@@ -1,4 +1,5 @@
-"""The Triton kernels in CI: `test_contract.py` under Triton's interpreter, which needs no GPU, in a process of its own.
+"""The Triton kernels in CI: `test_contract.py` and `test_shuffled.py` under Triton's interpreter, which needs no GPU,
+in a process of its own.
 
 A slice of it always, all of it (minutes) with -m long. TRITON_INTERPRET must be set before Triton is imported.
 """
@@ -15,7 +16,7 @@ import pytest
 from tests.paths import ROOT
 
 pytest.importorskip("triton")
-CONTRACT = "tests/runtime/kernels/test_contract.py"
+TESTS = ["tests/runtime/kernels/test_contract.py", "tests/runtime/kernels/test_shuffled.py"]
 SLICE = (
     "renormalised or any_small or (ids_in_and_out and 10-6-4) or gather or refused "
     "or (indexed_mm and 300) or (test_grouped_mm and 70-150 and (transposed or field-back))"
@@ -23,12 +24,12 @@ SLICE = (
 
 
 @pytest.mark.parametrize(
-    ("chosen", "least"), [(SLICE, 25), pytest.param("not recorded", 120, marks=pytest.mark.long)], ids=["slice", "all"]
+    ("chosen", "least"), [(SLICE, 34), pytest.param("not recorded", 129, marks=pytest.mark.long)], ids=["slice", "all"]
 )
 def test_the_kernels_keep_their_contract_under_the_interpreter(chosen, least):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
     done = subprocess.run(
-        [*command, CONTRACT, "-k", f"interpreted and ({chosen})"],
+        [*command, *TESTS, "-k", f"(interpreted and ({chosen})) or shuffled"],
         cwd=ROOT, capture_output=True, text=True, timeout=280, env={**os.environ, "TRITON_INTERPRET": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]

@@ -85,7 +85,7 @@ def launches():
 
         return run
 
-    for sizes in ((128, 32, 8), (128, 64, 8), (32, 16, 4), (512, 512, 512)):
+    for sizes in ((128, 64, 8), (512, 512, 512)):
         yield pytest.param("decide", decide(*sizes), id=f"decide-{sizes}")
     yield pytest.param("gather", gather, id="gather")
     for name, pairs in (("indexed_mm", 8), ("grouped_mm", 512)):

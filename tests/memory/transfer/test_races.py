@@ -1,0 +1,98 @@
+"""The streams of a GPU, with every use of memory held against every other: no row is read before it is there, replaced
+while it is read, or copied out of staging that is being filled; and all that was pinned is unpinned."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from moe_offload.memory.stores.host import HostStore
+from moe_offload.memory.stores.row_read import RowRead
+from moe_offload.memory.transfer import staged
+from moe_offload.memory.transfer.staged import DeviceTransfer
+from moe_offload.memory.transfer.streams import CudaStreams
+from tests.fakes.cudart import PAGE, cuda  # noqa: F401
+from tests.fakes.racing_cuda import Machine, Race
+
+EXPERTS, SLOTS, EVENTS = 6, 3, 60
+
+
+class Files:
+    """A store whose reads are uses of the memory they fill, by the host."""
+
+    def __init__(self, machine):
+        self.machine = machine
+
+    def begin(self, layer, expert, row):
+        target = torch.frombuffer(row, dtype=torch.uint8)
+
+        def read():
+            self.machine.launch("a read", writes=[target], line=self.machine.host)
+            row[:] = bytes([expert]) * len(row)
+
+        return RowRead([read], lambda: len(row))
+
+
+def drive(machine, seed=0):
+    """Rows asked for, given up, waited for and read by kernels, in a random order. Returns once all is given back."""
+    draw = random.Random(seed)
+    transfer, bank = (
+        DeviceTransfer(CudaStreams(torch.device("cuda:0")), staging_rows=2),
+        torch.zeros(SLOTS, PAGE).byte(),
+    )
+    rows = HostStore([torch.arange(EXPERTS, dtype=torch.uint8).repeat_interleave(PAGE).view(EXPERTS, PAGE)])
+    stores = [rows, Files(machine)]
+    try:
+        for _ in range(EVENTS):
+            asked = [
+                (slot, expert, transfer.start(draw.choice(stores), 0, expert, bank[slot], demanded=draw.random() < 0.6))
+                for slot, expert in zip(draw.sample(range(SLOTS), 2), draw.sample(range(EXPERTS), 2), strict=True)
+            ]
+            if draw.random() < 0.2:
+                transfer.cancel([ticket for _, _, ticket in asked])
+                continue
+            for slot, expert, ticket in asked:
+                if not ticket.demanded and draw.random() < 0.5:
+                    transfer.hurry(ticket)
+                transfer.wait(ticket)
+                machine.launch("a kernel", reads=[bank[slot]])
+                assert bank[slot].tolist() == [expert] * PAGE
+    finally:
+        transfer.close()
+
+
+@pytest.fixture
+def machine(cuda, monkeypatch):  # noqa: F811
+    machine = Machine()
+    machine.patch(monkeypatch)
+    monkeypatch.setattr(staged, "PIECE_BYTES", PAGE // 2)
+    return machine
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_two_uses_of_a_row_are_unordered(machine, cuda, seed):  # noqa: F811
+    drive(machine, seed)
+    assert len(machine.uses) > 100 and {"a copy", "a kernel", "a read"} == {use[-1] for use in machine.uses}
+    assert cuda.registered == {} and cuda.error == 0
+
+
+def copy_at_once(self, target, source, after, background=False):
+    return real_copy(self, target, source, torch.cuda.Event(), background)
+
+
+real_copy = CudaStreams.copy
+FAULTS = {
+    "a kernel does not wait for a copy": ("order", lambda self, event: None),
+    "a copy does not wait for a kernel": ("copy", copy_at_once),
+    "staging is filled again before its last copy is over": ("finish", lambda self, event: None),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_each_order_that_is_left_out_is_seen(machine, monkeypatch, name):
+    monkeypatch.setattr(CudaStreams, *FAULTS[name])
+    with pytest.raises(Race):
+        for seed in range(3):
+            drive(machine, seed)
