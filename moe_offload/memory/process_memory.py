@@ -53,7 +53,8 @@ def bound_kernel_caches(budget: int) -> None:
         return
     kernels = kept_kernels(budget)
     counts = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(kernels), "LRU_CACHE_CAPACITY": str(min(kernels, MOST_WRAPPED))}
-    for variable, earlier in zip(counts, chosen.split(",") if chosen else (None, None), strict=True):
-        if os.environ.get(variable, earlier) == earlier:
-            os.environ[variable] = counts[variable]
+    earlier = dict(zip(counts, chosen.split(","), strict=False)) if chosen else {}
+    for variable, count in counts.items():
+        if os.environ.get(variable, earlier.get(variable)) == earlier.get(variable):
+            os.environ[variable] = count
     os.environ[SET_BY] = f"{os.getpid()}:{','.join(counts.values())}"

@@ -163,14 +163,14 @@ def test_plan_json_and_explain():
 
 def test_plan_for_two_devices_that_are_not_here():
     device_map = '{"": 0, "model.layers.2": 1, "model.layers.3": 1, "model.layers.*.mlp.experts": cpu}'
-    wide = ("--device-map", "auto", "--max-memory", "{0: 91MB, 1: 91MB}")
+    wide = ("--device-map", "auto", "--max-memory", "{0: 174MB, 1: 174MB}")
     result = run("plan", MODEL, *wide, "--explain")
     assert result.exit_code == 0, result.output
     assert "cuda:0:" in result.stdout and "cuda:1:" in result.stdout
-    refused = run("plan", MODEL, "--device-map", device_map, "--max-memory", "{0: 91MB, 1: 91MB, cpu: 1MB}")
+    refused = run("plan", MODEL, "--device-map", device_map, "--max-memory", "{0: 174MB, 1: 174MB, cpu: 1MB}")
     assert refused.exit_code == 3 and "sends 9.44 MB of experts to 'cpu'" in refused.stderr
     facts = json.loads(
-        run("plan", MODEL, "--device-map", device_map, "--max-memory", "{0: 91MB, 1: 91MB}", "--json").stdout
+        run("plan", MODEL, "--device-map", device_map, "--max-memory", "{0: 174MB, 1: 174MB}", "--json").stdout
     )
     assert facts["tiers"] == ["host"] * 4 and list(facts["devices"]) == ["cuda:0", "cuda:1"]
 

@@ -161,7 +161,7 @@ BAD = {
     "run ./nowhere": (4, "nothing there"),
     "run a/b/c": (4, "nothing there"),
     "run qwen3:30b": (4, "'qwen3:30b': there is no folder of that name, and no Hub repository can have it"),
-    "run nobody/nothing": (4, "configuration cannot be read"),
+    "run nobody/nothing": (4, "cannot read the model's configuration"),
     "run nothing": (4, "no config.json"),
     "run pickled": (4, "pytorch_model.bin. Point at"),
     "run hollow.gguf": (4, "GGUF files are not read"),
