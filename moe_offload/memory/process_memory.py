@@ -8,9 +8,8 @@ import os
 
 KERNEL_BYTES = 650_000
 KERNEL_SHARE = 8  # oneDNN's kernels may take an eighth of a budget, but are never fewer or more than these two
-FEWEST_KERNELS, MOST_KERNELS = 16, 1024
-MOST_WRAPPED = 128  # in torch's layer over oneDNN's cache: what is in the one below is found fast
-SET_BY = "_MOE_OFFLOAD_KERNELS"  # "<process>:<kernels of oneDNN>,<of the layer over it>"
+FEWEST_KERNELS, MOST_KERNELS = 16, 128
+SET_BY = "_MOE_OFFLOAD_KERNELS"  # "<process>:<kernels>"
 
 
 def trim_heap() -> None:
@@ -29,18 +28,18 @@ def kept_kernels(budget: int) -> int:
 
 
 def bound_kernel_caches(budget: int) -> None:
-    """Let oneDNN, and torch's layer over it, keep as many compiled kernels as the budget has room for, not 1024 each; a
-    user's setting stays.
+    """Let oneDNN, and torch's layer over it, keep 16 to 128 compiled kernels each, not 1024; a user's setting stays.
 
-    They keep one per shape, up to 0.65 MB, and in a prompt each expert multiplies a number of rows of its own: gpt-oss
-    in bfloat16 on a CPU with AMX grew by 230 MB with the first prompt and 340 MB with four, beside its budget. (To
-    compute a few rows more instead, so that there are fewer shapes, changed results there by a rounding.) With 16 of
-    them, inside 30 MB, a prompt of 512 tokens peaked at 121 MB instead of 190, and took a fifth longer.
+    They keep one per shape, 0.65 MB, and in a prompt each expert multiplies a number of rows of its own: gpt-oss in
+    bfloat16 on a CPU with AMX grew by 230 MB with the first prompt and 340 MB with four, beside its budget; with 128 it
+    stops growing after the first. (To compute a few rows more instead, so that there are fewer shapes, changed results
+    there by a rounding.) But 128 of them are 70 MB, which a budget of 30 MB has no room for: with 16, a prompt of 512
+    tokens peaked at 121 MB instead of 190, and took a fifth longer.
 
-    Too few are dear where there are many experts: a layer comes round to a shape when it is just gone. A prompt of 512
+    Where there are many experts 128 are few: a layer comes round to a shape when it is just gone. A prompt of 512
     tokens with the experts of Qwen3-30B-A3B took 2.9 s of processor time in 6 layers with 128 or 256, and 1.9 s with
-    1024 in oneDNN alone, for 50 MB more (CPU with AMX). Those of gpt-oss grew by 100 MB in eight prompts of many
-    lengths, and then no more.
+    1024 in oneDNN alone (CPU with AMX). But then a process inside 3.8 GB outgrew its budget by more than 70 MB, and was
+    ended by its cgroup. Whoever has the memory sets ONEDNN_PRIMITIVE_CACHE_CAPACITY=1024.
 
     The variables are read when the first kernel is compiled: where something else in the process came first, nothing
     changes, and of several models the first one's budget counts.
@@ -51,10 +50,8 @@ def bound_kernel_caches(budget: int) -> None:
     chosen_by, _, chosen = os.environ.get(SET_BY, "").partition(":")
     if chosen_by == str(os.getpid()):
         return
-    kernels = kept_kernels(budget)
-    counts = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(kernels), "LRU_CACHE_CAPACITY": str(min(kernels, MOST_WRAPPED))}
-    earlier = dict(zip(counts, chosen.split(","), strict=False)) if chosen else {}
-    for variable, count in counts.items():
-        if os.environ.get(variable, earlier.get(variable)) == earlier.get(variable):
+    count = str(kept_kernels(budget))
+    for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        if os.environ.get(variable, chosen) == chosen:
             os.environ[variable] = count
-    os.environ[SET_BY] = f"{os.getpid()}:{','.join(counts.values())}"
+    os.environ[SET_BY] = f"{os.getpid()}:{count}"
