@@ -46,8 +46,8 @@ PromptCacheOption = Annotated[
     str | None,
     typer.Option(
         "--prompt-cache",
-        metavar="FOLDER|off",
-        help="Keep what was read (its KV cache) in this folder, too, for another time; off: read each prompt whole.",
+        metavar="memory|FOLDER",
+        help="Keep what was read (its KV cache), in memory or this folder, too: near ties may then fall otherwise.",
     ),
 ]
 Policy = Annotated[str | None, typer.Option("--policy", help="Which resident expert is evicted: lru, lfu, ...")]

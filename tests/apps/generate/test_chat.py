@@ -61,12 +61,12 @@ def test_today_and_tomorrow(tmp_path, monkeypatch):
 
 
 def test_what_was_said_yesterday_is_not_read_again(tokenizer, tmp_path):
-    """With a folder: the system prompt of another process. Without, and with off, it is read."""
+    """With a folder: the system prompt of another process. Where nobody asks, it is read."""
     flags = ["--budget", "6MB", "--max-new-tokens", "4", "--profile", "off"]
     flags += ["--system", "Il comando ls elenca i file di una directory, e il comando cp ne copia uno in un altro"]
     told = {}
-    for day, where in (("first", tmp_path / "kept"), ("second", tmp_path / "kept"), ("third", "off")):
-        asked = [*flags, "--prompt-cache", str(where)]
+    for day, where in (("first", tmp_path / "kept"), ("second", tmp_path / "kept"), ("third", None)):
+        asked = [*flags, *(["--prompt-cache", str(where)] if where else [])]
         result = CliRunner().invoke(app, ["chat", MODEL, *asked], input=f"Il comando mv\nIl comando {day}\n")
         assert result.exit_code == 0, result.output
         told[day] = [line for line in result.stderr.splitlines() if line.startswith("[prompt")]

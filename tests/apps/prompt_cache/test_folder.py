@@ -104,7 +104,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_loaded(tmp_p
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="--prompt-cache"):
         check_folder(str(tmp_path / "file" / "in it"))
-    check_folder("off")
+    check_folder("memory")
 
 
 def test_every_change_of_a_model_makes_it_another():
