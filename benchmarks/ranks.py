@@ -140,7 +140,9 @@ def how(rank: int, process: Any, out: str, victim: int) -> str:
         return "hangs " + log[-2000:]
     if process.exitcode == 0:
         return "finished"
-    last = next((line for line in reversed(log.splitlines()) if "RankError" in line or "moe_offload:" in line), "")
+    last = next(
+        (line for line in reversed(log.splitlines()) if re.search("RankError|ConfigError|moe_offload:", line)), ""
+    )
     return "named" if re.search(rf"rank {victim}\b", last) else f"unnamed ({process.exitcode}): {log[-2000:]}"
 
 
