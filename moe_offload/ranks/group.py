@@ -164,9 +164,11 @@ def form_group(timeout_s: float) -> Group:
     except OffloadError:
         raise
     except (RuntimeError, ValueError, OSError) as error:
+        holder = "the launcher" if launcher_has_store() else "rank 0"
         raise ConfigError(
             f"rank {launched.rank} of {launched.world} could not form a group with the others within {timeout_s:.0f} "
-            f"s: {str(error).splitlines()[0][:300]}. Start as many processes as WORLD_SIZE says, with one MASTER_ADDR"
+            f"s: {str(error).splitlines()[0][:300]}. They meet where {holder} is, at MASTER_ADDR and MASTER_PORT: it "
+            "may have ended, or hang. Start as many processes as WORLD_SIZE says"
         ) from error
     return _keep(dist.distributed_c10d._get_default_store(), group)
 

@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import time
+import unittest.mock
 
 import torch
 import transformers
@@ -11,7 +12,7 @@ import transformers
 import moe_offload
 from moe_offload.plan.budget import budget_for
 from moe_offload.plan.weights import layer_shapes, sum_costs
-from moe_offload.ranks import store
+from moe_offload.ranks import peers, store
 from moe_offload.ranks.call import exchanging
 from moe_offload.ranks.join import config_of_ranks, form_ranks
 from moe_offload.ranks.orders import Orders
@@ -146,6 +147,29 @@ def answers_as_one_process(rank, world, requests):
             texts.append(f"{type(error).__name__}")
     leader.end(None)
     return texts, model.moe_offload.stats().tokens
+
+
+def runs_something_else(rank, world, folder, other):
+    """Rank 1 has other settings, another version, another checkpoint, too many budgets; then all have the same."""
+    how, refused = config_of_ranks(world), []
+
+    def load(path=folder, budget="50MB", **changed):
+        return moe_offload.from_pretrained(path, budget, config={**CONFIG, **changed}, distributed_config=how)
+
+    if rank:
+        with unittest.mock.patch.object(peers, "version", lambda name: f"{name} of another year"):
+            refused.append(error_of(load))
+        refused += [error_of(lambda: load(other)), error_of(lambda: load(compute="packed"))]
+    else:
+        refused += [error_of(load) for _ in range(3)]
+    refused.append(error_of(lambda: load(budget=["40MB", "50MB", "60MB"])))
+    budgets = []
+    with unittest.mock.patch.dict(os.environ, {"MOE_OFFLOAD_BUDGET": f"{40 + rank}MB"}):
+        for budget in (["30MB", "31MB"], "20MB, 21MB", None):
+            model = load(budget=budget)
+            budgets.append(model.moe_offload.plan.budget_bytes)
+            model.moe_offload.close()
+    return refused, budgets
 
 
 def rank_0_stops(rank, world, within_call):

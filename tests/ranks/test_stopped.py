@@ -30,4 +30,4 @@ def test_a_rank_that_asks_the_store_raises(own_pair):
 def test_a_rank_that_comes_later_gives_up(own_pair):
     own_pair.tell("rank_0_is_stopped_before")
     error = own_pair.answer(1, MOST_S)["value"]
-    assert error.startswith("ConfigError: rank 1 of 2 could not form a group") and "does not answer" in error
+    assert error.startswith("ConfigError: rank 1 of 2 could not form a group") and "where rank 0 is" in error
