@@ -33,15 +33,17 @@ FORWARD, LINEAR = nn.Linear.forward, functional.linear
 
 def serve_exact(moe_layers: Iterable[MoELayer]) -> None:
     """Let the experts' graphs have such products, where a matrix is large enough to gain by them."""
-    shapes = {shape for moe in moe_layers for shape in _large_matrices(moe)}
-    if not shapes:
+    shapes: dict[bool, set[tuple[int, int]]] = {False: set(), True: set()}
+    for moe in moe_layers:
+        shapes[bool(getattr(moe.modules[0], "is_transposed", False))].update(_large_matrices(moe))
+    if not any(shapes.values()):
         return
     try:
         from ..runtime.kernels import exact_rows
     except ImportError as error:  # numba, which was taken away or cannot be loaded
         logger.info("products of few tokens are torch's: numba cannot be used here: %s", error)
         return
-    if exact_rows.try_products(sorted(shapes)):
+    if exact_rows.try_products(*(sorted(each) for each in shapes.values())):
         serve_few_rows(exact_rows.multiply)
 
 
@@ -102,9 +104,7 @@ def _is_for_kernel(linear: nn.Linear) -> bool:
 
 
 def _large_matrices(moe: MoELayer) -> list[tuple[int, int]]:
-    """[O, I] of each weight of an expert that is a large bfloat16 matrix, with rows of outputs."""
-    if getattr(moe.modules[0], "is_transposed", False):
-        return []
+    """The shape of each weight of an expert that is a large bfloat16 matrix: [O, I], or [I, O] of a transposed one."""
     return [
         (field.shape[0], field.shape[1])
         for field in moe.layout.fields

@@ -11,6 +11,7 @@ from moe_offload.patch import exact_products
 from moe_offload.runtime.kernels import exact_rows
 
 dense = pytest.importorskip("moe_offload.packed.compiled.in_lanes.dense")
+turned = pytest.importorskip("moe_offload.packed.compiled.in_lanes.turned")
 pytestmark = pytest.mark.skipif(not dense.can_run(), reason="no AVX2 here")
 needs_loops = pytest.mark.skipif(in_lanes.load_kernels() is None, reason="torch asks oneDNN here")
 
@@ -145,3 +146,52 @@ def test_a_model_generates_the_same(budget, monkeypatch):
     assert torch.equal(ours.sequences, plain.sequences)
     assert all(torch.equal(a, b) for a, b in zip(ours.logits, plain.logits, strict=True))
     assert any(end - begin > 4 for runs in calls for _, begin, end in runs)
+
+
+def in_parts_by_hand(x_MI, weight_IO):
+    x, w = x_MI.double().numpy(), weight_IO.double().numpy()
+    sums = np.zeros((4, len(x), w.shape[1]), np.float32)
+    for k in range(len(w)):
+        sums[k % 4] = (sums[k % 4] + x[:, k, None] * w[k]).astype(np.float32)
+    return torch.from_numpy(((sums[0] + sums[1]) + sums[2]) + sums[3]).bfloat16()
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(24, 64), (100, 192), (300, 128), (50, 2112)])
+@pytest.mark.parametrize("rows", [1, 3, 5, 49, 100])
+def test_outputs_side_by_side_are_added_up_in_four_parts(rows, outputs, inputs):
+    for x, weight in exact.trials(rows, outputs, inputs, torch.bfloat16):
+        turned_weight, out = weight.t().contiguous(), torch.empty(rows, outputs).bfloat16()
+        turned.multiply_runs(x, turned_weight[None], [(0, 0, rows)], out)
+        assert torch.equal(out, in_parts_by_hand(x, turned_weight))
+        if in_lanes.load_kernels() is not None:
+            assert in_lanes.is_in_parts(outputs, inputs) and torch.equal(out, torch.mm(x, turned_weight))
+
+
+def test_turned_runs_of_all_lengths_and_in_pieces(monkeypatch):
+    monkeypatch.setattr(turned, "PANEL_BYTES", 1)
+    stack, x = torch.randn(5, 192, 40).bfloat16(), torch.randn(170, 192).bfloat16()
+    runs = [(4, 0, 1), (0, 1, 3), (2, 3, 4), (3, 4, 113), (1, 113, 116), (0, 116, 165), (2, 165, 170)]
+    out = torch.full((170, 50), 7.0, dtype=torch.bfloat16)
+    turned.multiply_runs(x, stack, runs, out[:, :40])
+    for slot, begin, end in runs:
+        assert torch.equal(out[begin:end, :40], in_parts_by_hand(x[begin:end], stack[slot]))
+    assert (out[:, 40:] == 7).all()
+
+
+@needs_loops
+def test_products_of_a_graph_take_both(monkeypatch):
+    monkeypatch.setattr(exact_rows, "LARGE", 1)
+    x, stack = torch.randn(9, 64).bfloat16(), torch.randn(2, 64, 64).bfloat16()
+    for weight in (stack, stack.transpose(1, 2)):
+        out = torch.empty(9, 64).bfloat16()
+        assert exact_rows.multiply(x, weight, [(1, 0, 6), (0, 6, 9)], out) == []
+        assert torch.equal(out, torch.cat([x[:6] @ weight[1], x[6:] @ weight[0]]))
+
+
+@needs_loops
+def test_a_product_in_place_of_torchs():
+    x, weight = torch.randn(9, 128).bfloat16(), torch.randn(128, 48).bfloat16()
+    for w in (weight, weight.t().contiguous().t(), weight[:, ::2]):
+        out = torch.empty(9, w.shape[1]).bfloat16()
+        in_lanes.multiply_exactly(x, w, out)
+        assert torch.equal(out, torch.mm(x, w))

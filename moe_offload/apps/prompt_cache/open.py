@@ -35,8 +35,8 @@ def check_folder(said: str | None) -> None:
 def open_prompt_cache(model: Any, wanted: OffloadConfig, said: str | None) -> PromptCache | None:
     """The prompt cache of `model`, which was loaded as `wanted`; None where each prompt is to be read whole.
 
-    Which it is unless somebody asks: what goes on from a KV cache rounds otherwise than what is read in one piece, and
-    2 of 40 answers to prompts of random tokens had other tokens in bfloat16.
+    Which it is unless somebody asks: products of another number of rows round otherwise, so what goes on from a cache
+    is not to the bit what is read in one piece, whatever is kept (docs/prompt-cache.md has how often tokens differ).
     """
     if said is None:
         return None
