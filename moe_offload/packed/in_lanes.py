@@ -73,19 +73,24 @@ def is_in_parts(outputs: int, inputs: int) -> bool:
     return few and _is_known(("turned", FEW_OUTPUTS, inputs), FEW_OUTPUTS, inputs, theirs, ours, rows=ROWS[2:])
 
 
-def linear_is_in_lanes(weight_OI: Tensor, biased: bool, dim: int) -> bool:
-    """The same of `functional.linear` with x [M, I], or, where `dim` is 3, [1, M, I]."""
+def linear_is_in_lanes(weight_OI: Tensor, biased: bool, dim: int, *, is_slice: bool = False) -> bool:
+    """The same of `functional.linear` with x [M, I], or, where `dim` is 3, [1, M, I]; `is_slice`: of the last tokens of
+    a longer prompt. Of a weight on the meta device: whether there is no reason against it so far."""
     outputs, inputs = weight_OI.shape
     if dim not in (2, 3):
         return False
 
     def theirs(x_MI: Tensor, matrix_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-        return functional.linear(x_MI if dim == 2 else x_MI[None], matrix_OI, bias_O).view(-1, len(matrix_OI))
+        x = x_MI if dim == 2 else x_MI[None]
+        if is_slice:
+            x = torch.cat([x, x], dim=-2)[..., len(x_MI) :, :]
+        return functional.linear(x, matrix_OI, bias_O).view(-1, len(matrix_OI))
 
-    key = ("linear", outputs, inputs, biased, dim)
+    key = ("linear", outputs, inputs, biased, dim, is_slice)
     if weight_OI.numel() <= LARGE:
         return _is_known(key, outputs, inputs, theirs, multiply, biased=biased)
-    return _is_known(key, SOME, inputs, theirs, multiply, biased=biased) and _is_itself(key, weight_OI, theirs, biased)
+    known = _is_known(key, SOME, inputs, theirs, multiply, biased=biased)
+    return known and (weight_OI.is_meta or _is_itself(key, weight_OI, theirs, biased))
 
 
 def multiply_runs(x_PI: Tensor, weight_SOI: Tensor, runs: Sequence[Run], out_PO: Tensor) -> None:

@@ -9,6 +9,7 @@ from moe_offload.apps.families.tiny import build
 from moe_offload.packed import exact, in_lanes
 from moe_offload.patch import exact_products
 from moe_offload.runtime.kernels import exact_rows
+from tests.fakes import loop_models
 
 dense = pytest.importorskip("moe_offload.packed.compiled.in_lanes.dense")
 turned = pytest.importorskip("moe_offload.packed.compiled.in_lanes.turned")
@@ -115,6 +116,19 @@ def test_a_linear_layer_of_any_number_of_rows(shape, biased, monkeypatch):
 
 
 @needs_loops
+def test_the_last_token_of_a_prompt(monkeypatch):
+    monkeypatch.setattr(exact_products, "LARGE", 1)
+    linear = torch.nn.Linear(128, 200, dtype=torch.bfloat16)
+    prompt, calls, multiply = torch.randn(1, 7, 128).bfloat16(), [], in_lanes.multiply
+    with torch.no_grad():
+        expected = linear(prompt[:, -1:])
+        exact_products.sharpen_linears(linear)
+        linear(prompt[:, -1:])  # it is tried out
+        monkeypatch.setattr(in_lanes, "multiply", lambda *args: calls.append(1) or multiply(*args))
+        assert torch.equal(linear(prompt[:, -1:]), expected) and calls == [1]
+
+
+@needs_loops
 def test_an_output_head_is_tried_itself(monkeypatch):
     monkeypatch.setattr(in_lanes, "LARGE", 1)
     monkeypatch.setattr(in_lanes, "_known", {})
@@ -195,3 +209,23 @@ def test_a_product_in_place_of_torchs():
         out = torch.empty(9, w.shape[1]).bfloat16()
         in_lanes.multiply_exactly(x, w, out)
         assert torch.equal(out, torch.mm(x, w))
+
+
+@needs_loops
+@pytest.mark.parametrize("large", [1 << 24, 1])
+def test_linear_layers_of_experts_that_are_called(large, monkeypatch):
+    """Their weights are phantoms, and in a call views of a slot; beyond `large` the weight itself is tried then."""
+    monkeypatch.setattr(exact_products, "LARGE", 1)
+    monkeypatch.setattr(in_lanes, "LARGE", large)
+    calls, multiply = [], in_lanes.multiply
+    monkeypatch.setattr(in_lanes, "multiply", lambda *args: calls.append(len(args[0])) or multiply(*args))
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    ids = loop_models.prompt(1, 33)
+    want = loop_models.session(loop_models.build("hits", torch.bfloat16, **sizes), ids)
+    model = loop_models.offload(loop_models.build("hits", torch.bfloat16, **sizes), 0.5)
+    expert = next(m for m in model.modules() if isinstance(m, torch.nn.Linear) and "forward" in vars(m))
+    calls.clear()
+    assert loop_models.same(want, loop_models.session(model, ids))
+    assert len(calls) > 100
+    model.moe_offload.close()
+    assert "forward" not in vars(expert)
