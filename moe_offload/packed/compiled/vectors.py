@@ -49,6 +49,15 @@ def moved(b: Any, address: Any, index: Any, stride: int) -> Any:
     return b.add(address, b.mul(index, ir.Constant(index.type, stride)))
 
 
+def fetch(b: Any, address: Any) -> None:
+    """Begin to bring a cache line into the second-level cache; any address may be asked for."""
+    pointer = cgutils.voidptr_t
+    kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
+    function = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
+    read, level_2, data = I32(0), I32(2), I32(1)
+    b.call(function, [b.inttoptr(address, pointer), read, level_2, data])
+
+
 def load_scale(b: Any, kind: int, scales: Any, index: Any) -> Any:
     """One scale as float32; of the powers of two, the first is denormal."""
     if kind == FLOAT32:

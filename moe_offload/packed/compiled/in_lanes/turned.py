@@ -19,6 +19,7 @@ from .turned_steps import add_line, add_turned_tile, widen_block
 PARTS = 4
 BLOCK_O = OUTPUTS * REGISTER
 LINE_O = 2048  # outputs of a block where rows are few, at most: so many sums of a row stay in the first-level cache
+AHEAD = 2  # inputs whose weights are fetched before they are needed
 CHUNK = 32  # inputs of each part whose weights are laid out at a time
 
 
@@ -76,7 +77,8 @@ def _few(data):  # type: ignore[no-untyped-def]
         for k in range(inputs):
             for m in range(rows):
                 place = sums.ctypes.data + (m * PARTS + k % PARTS) * height * 4
-                add_line(x + 4 * (m * inputs + k), weight + 2 * (k * outputs + o), height // REGISTER, place)
+                source = weight + 2 * (k * outputs + o)
+                add_line(x + 4 * (m * inputs + k), source, AHEAD * 2 * outputs, height // REGISTER, place)
         for m in range(rows):
             target = array_at(out + 2 * (m * out_stride + o), (height,), np.uint16)
             for c in range(height):

@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from ..vectors import F32, I64, load, moved, spread, store
+from ..vectors import F32, I64, fetch, load, moved, spread, store
 from .steps import EIGHT, OUTPUTS, REGISTER, ROWS, VECTOR, multiply_add, widened
 
 
@@ -63,18 +63,20 @@ def add_turned_tile(typingctx, x, w, steps, sums, row_bytes):  # type: ignore[no
 
 
 @intrinsic
-def add_line(typingctx, x, w, vectors, sums):  # type: ignore[no-untyped-def]
-    """Add one input times so many vectors of eight bfloat16 weights, side by side, to as many sums."""
+def add_line(typingctx, x, w, ahead, vectors, sums):  # type: ignore[no-untyped-def]
+    """Add one input times so many vectors of eight bfloat16 weights, side by side, to as many sums; the weights that
+    lie so many bytes further on are fetched."""
 
     def build(context, b, signature, args):  # type: ignore[no-untyped-def]
-        x, w, vectors, sums = args
+        x, w, ahead, vectors, sums = args
         activation = _everywhere(b, x)
         with cgutils.for_range(b, vectors) as loop:
-            weight, place = widened(b, moved(b, w, loop.index, 2 * REGISTER)), moved(b, sums, loop.index, VECTOR)
-            store(b, multiply_add(b, activation, weight, load(b, EIGHT, place)), place)
+            source, place = moved(b, w, loop.index, 2 * REGISTER), moved(b, sums, loop.index, VECTOR)
+            fetch(b, b.add(source, ahead))
+            store(b, multiply_add(b, activation, widened(b, source), load(b, EIGHT, place)), place)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 4), build
+    return types.void(*[types.int64] * 5), build
 
 
 def _everywhere(b: Any, address: Any) -> Any:

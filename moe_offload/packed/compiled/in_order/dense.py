@@ -14,25 +14,15 @@ from typing import Any, NamedTuple
 
 import llvmlite.binding as ll
 import numpy as np
-from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
 from ..pool import array_at, compiled, kernel, run, share
-from ..vectors import I32, I64, WORDS, load, moved
+from ..vectors import I64, WORDS, fetch, load, moved
 from .sums import STEP, Sums, at_end_of_chunk, denormals_flushed
 from .turning import ROWS, turn_words
-
-
-def fetch(b: Any, address: Any) -> None:
-    """Begin to bring a cache line into the second-level cache; any address may be asked for."""
-    pointer = cgutils.voidptr_t
-    kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
-    function = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
-    read, level_2, data = I32(0), I32(2), I32(1)
-    b.call(function, [b.inttoptr(address, pointer), read, level_2, data])
 
 
 @intrinsic(prefer_literal=True)
