@@ -20,10 +20,10 @@ from torch import Tensor
 from ..dot import FP8, MXFP4
 from ..pool import array_at, kernel, run, share
 from ..unpack import SCALES as SCALES
-from ..vectors import I32, I64, load, moved
+from ..vectors import I32, I64, fetch, load, moved
 from .code_pairs import CODE_BITS, LINE, load_scale, pairs_of, scale_bytes
 from .dense import as_activations as as_activations
-from .dense import fetch, write_rounded
+from .dense import write_rounded
 from .scales import widen_scales
 from .sums import STEP, Sums, at_end_of_chunk, denormals_flushed
 from .turning import ROWS, turn_quads
