@@ -38,6 +38,7 @@ from .ahead.guesses import Guesses
 from .calls import Calls
 from .device_cache import DeviceCache, DeviceCaches
 from .in_flight import Arrivals
+from .joint import begin_event, compute_from
 from .lock import ModelLock
 from .waves_cpu import RunCore, compute_while_loading
 from .waves_device import compute_in_groups, count_uses
@@ -70,6 +71,7 @@ class LayerRuntime:
         self.following: Arrivals | None = None  # for which rows are read ahead; set by `Runtime`
         self.guesses = Guesses()  # of the model; set by `Runtime`
         self.recorder: TraceRecorder | None = None  # of the model, while its trace is recorded
+        self.joint = False  # whether an event of several requests is going on
         self.device_cache: DeviceCache | None = None  # where the device decides
         self.device_caches: DeviceCaches | None = None  # of the model, likewise
         self.module_core: RunCore | None = None  # set where the model is patched; serves `experts`
@@ -133,6 +135,8 @@ class LayerRuntime:
         cache, arrivals, runs_ahead = self.cache, self.arrivals, self.arrivals.transfer.runs_ahead
         ids_P, pairs, tokens = ids_P.reshape(-1), ids_P.numel(), self.moe.tokens_of(ids_P.numel())
         try:
+            if self.joint and (out := compute_from(arrivals, x_P, ids_P, core, others)) is not None:
+                return out
             ids, used = self._event(ids_P)
             here, without_slot = sum(used.values()), list[int]()
             if cache.fits(here):
@@ -154,6 +158,19 @@ class LayerRuntime:
         finally:
             if tokens >= HEAP_TRIM_TOKENS and not runs_ahead:  # a device's activations are not on the heap
                 trim_heap()
+
+    def begin_joint(self, asked: Sequence[list[int]]) -> list[int]:
+        """Begin one event of several decode steps. Returns which of them it is for, each of which calls `stream` next,
+        in that order; [0] where that one is to be served alone. Then `end_joint`. For a layer of the host, on a CPU."""
+        order = begin_event(self.arrivals, asked, self.recorder)
+        self.joint = len(order) > 1
+        return order
+
+    def end_joint(self) -> None:
+        """All have computed, or failed: what is left is given up."""
+        if self.joint:
+            self.joint = False
+            self.arrivals.abort_interrupted()
 
     def experts(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The output of the whole experts module, for code that no pass has rewritten: slower, never wrong."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import signal
 import threading
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ...config.launched import is_first
+from ...config.launched import is_first, read_launched
 from ...config.settings import KEY_VARIABLE, OffloadConfig, given_key
 from ..options.checks import check_model, check_output, check_tokenizer
 from ..options.ending import INTERRUPTED, USAGE, fail_with
@@ -48,6 +49,14 @@ def serve(
     max_waiting: Annotated[
         int, typer.Option("--max-waiting", help="Requests that may wait; more are refused (429).", **whole(0, 10000))
     ] = LONGEST_QUEUE,
+    parallel: Annotated[
+        int,
+        typer.Option(
+            "--parallel",
+            help="Requests to compute together, each as if alone; the budget keeps a KV cache of --context for each.",
+            **whole(1, 64),
+        ),
+    ] = 1,
     prefill_chunk_size: Annotated[
         int | None,
         typer.Option(
@@ -72,6 +81,12 @@ def serve(
     api_key = given_key() if api_key is None else api_key  # typer takes an empty variable for an absent one
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
         fail_with(f"--api-key, {KEY_VARIABLE}: a key is printable ASCII, not empty, without spaces around it", USAGE)
+    if parallel > 1:
+        if prompt_cache is not None:
+            fail_with("--prompt-cache: it serves one request at a time; leave it out, or use --parallel 1", USAGE)
+        if read_launched() is not None:
+            fail_with("--parallel: several processes compute one request at a time; use --parallel 1", USAGE)
+        wanted = dataclasses.replace(wanted, kv_sequences=parallel)
     stop = Stop()
     if not is_first():
         with on_signals(stop):
@@ -90,6 +105,7 @@ def serve(
                 name=served_model_name or model,
                 api_key=api_key,
                 max_waiting=max_waiting,
+                parallel=parallel,
                 prefill_chunk_size=prefill_chunk_size,
                 prompt_cache=prompt_cache,
                 save_profile=save_profile,
@@ -144,6 +160,7 @@ def running_server(
     name: str,
     api_key: str | None,
     max_waiting: int,
+    parallel: int,
     prefill_chunk_size: int | None,
     prompt_cache: str | None,
     save_profile: Path | None,
@@ -153,9 +170,9 @@ def running_server(
 
     At the end its requests have been stopped, the summary printed, the profile saved.
     """
-    from . import require_packages
+    from . import PACKAGES, TOGETHER_PACKAGES, require_packages
 
-    require_packages()
+    require_packages((*PACKAGES, *(TOGETHER_PACKAGES if parallel > 1 else ())))
     from .server import Server, open_listener
 
     with open_listener(host, port) as sock:
@@ -187,6 +204,7 @@ def running_server(
                 context=planned_context(loaded, wanted),
                 api_key=api_key,
                 longest_queue=max_waiting,
+                parallel=parallel,
                 generate=generate,
                 known=known,
             )
