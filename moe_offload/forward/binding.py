@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..errors import OffloadError, UnsupportedModelError
 from ..observe import progress
-from ..runtime.layer import LayerRuntime, closed_error
+from ..runtime.layer import LayerRuntime
+from ..runtime.lock import closed_error
 from ..runtime.model import Runtime
 from .changed_parts import refuse_unseen_modes
 from .dynamo import Settings

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..cache import Policy
 from ..cache.counters import LayerCounters
 from ..cache.layer_cache import LayerCache
-from ..errors import ClosedError, RoutingError
+from ..errors import RoutingError
 from ..experts import MoELayer
 from ..memory.buffers import NOTHING, Rows
 from ..memory.locking import MemoryLock
@@ -38,8 +38,8 @@ from .ahead.guesses import Guesses
 from .calls import Calls
 from .device_cache import DeviceCache, DeviceCaches
 from .in_flight import Arrivals
-from .joint import begin_event, compute_from
-from .lock import ModelLock
+from .joint import Joint
+from .lock import ModelLock, closed_error
 from .waves_cpu import RunCore, compute_while_loading
 from .waves_device import compute_in_groups, count_uses
 
@@ -71,7 +71,7 @@ class LayerRuntime:
         self.following: Arrivals | None = None  # for which rows are read ahead; set by `Runtime`
         self.guesses = Guesses()  # of the model; set by `Runtime`
         self.recorder: TraceRecorder | None = None  # of the model, while its trace is recorded
-        self.joint = False  # whether an event of several requests is going on
+        self.joint = Joint(self.arrivals)  # an event of several requests, where there is one
         self.device_cache: DeviceCache | None = None  # where the device decides
         self.device_caches: DeviceCaches | None = None  # of the model, likewise
         self.module_core: RunCore | None = None  # set where the model is patched; serves `experts`
@@ -135,7 +135,7 @@ class LayerRuntime:
         cache, arrivals, runs_ahead = self.cache, self.arrivals, self.arrivals.transfer.runs_ahead
         ids_P, pairs, tokens = ids_P.reshape(-1), ids_P.numel(), self.moe.tokens_of(ids_P.numel())
         try:
-            if self.joint and (out := compute_from(arrivals, x_P, ids_P, core, others)) is not None:
+            if self.joint.begun and (out := self.joint.compute(x_P, ids_P, core, others)) is not None:
                 return out
             ids, used = self._event(ids_P)
             here, without_slot = sum(used.values()), list[int]()
@@ -158,19 +158,6 @@ class LayerRuntime:
         finally:
             if tokens >= HEAP_TRIM_TOKENS and not runs_ahead:  # a device's activations are not on the heap
                 trim_heap()
-
-    def begin_joint(self, asked: Sequence[list[int]]) -> list[int]:
-        """Begin one event of several decode steps. Returns which of them it is for, each of which calls `stream` next,
-        in that order; [0] where that one is to be served alone. Then `end_joint`. For a layer of the host, on a CPU."""
-        order = begin_event(self.arrivals, asked, self.recorder)
-        self.joint = len(order) > 1
-        return order
-
-    def end_joint(self) -> None:
-        """All have computed, or failed: what is left is given up."""
-        if self.joint:
-            self.joint = False
-            self.arrivals.abort_interrupted()
 
     def experts(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The output of the whole experts module, for code that no pass has rewritten: slower, never wrong."""
@@ -259,9 +246,3 @@ class LayerRuntime:
         if transfer.runs_ahead:
             return transfer.send(torch.tensor(slot_of, dtype=ids_P.dtype)).index_select(0, ids_P)
         return torch.tensor([slot_of[e] for e in ids], dtype=ids_P.dtype)
-
-
-def closed_error(name: str) -> ClosedError:
-    return ClosedError(
-        f"{name}: its expert cache was closed (close(), or leaving its `with` block); load the model again to use it"
-    )

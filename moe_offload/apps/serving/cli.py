@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -22,6 +20,7 @@ from ..options.ending import INTERRUPTED, USAGE, fail_with
 from ..options.flags import Model, PromptCacheOption, SaveProfile
 from ..options.groups import ModelFlags, flatten_groups
 from ..options.numbers import whole
+from ..options.signals import Stop, on_signals
 from . import ACCESS, LONGEST_QUEUE
 
 if TYPE_CHECKING:
@@ -135,20 +134,6 @@ def _log_requests() -> None:
     access.setLevel(logging.INFO)
 
 
-class Stop:
-    """What Ctrl-C and SIGTERM mean: while the model loads an interrupt; while it serves a wish, which a second Ctrl-C
-    makes an interrupt."""
-
-    def __init__(self) -> None:
-        self.serving, self.asked, self.asked_s = False, threading.Event(), 0.0
-
-    def __call__(self, number: int, _: object) -> None:
-        if not self.serving or (self.asked.is_set() and number == signal.SIGINT):
-            raise KeyboardInterrupt
-        self.asked_s = time.monotonic()
-        self.asked.set()
-
-
 @contextmanager
 def running_server(
     model: str,
@@ -246,14 +231,3 @@ def follow_server(model: str, wanted: OffloadConfig, flags: ModelFlags, stop: St
                 raise KeyboardInterrupt
 
         follow(loaded, tokenizer, check)
-
-
-@contextmanager
-def on_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """`handler` is called on Ctrl-C and SIGTERM, in the main thread."""
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)

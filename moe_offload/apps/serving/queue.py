@@ -131,7 +131,11 @@ class Queue:
                 if self._closed:
                     return
             if self._together is not None:
-                self._together.run(self._take_turn)
+                try:
+                    self._together.run(self._take_turn)
+                except Exception as error:  # of what runs them, not of one of them
+                    for one in list(self.running):
+                        self._ended(one, error)
             elif (job := self._take()) is not None:
                 outcome: Exception | None = None
                 try:

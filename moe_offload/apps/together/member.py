@@ -7,7 +7,9 @@ numbers are exchanged here, where a function draws from a seed.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,25 +43,31 @@ class Member:
     def go_on(self) -> None:
         """Let it run until it waits for others, or ends."""
         self.layer = None
-        if not self.turn.seeded:
+        with self._own_random_numbers():
             self.greenlet.switch()
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Let it fail where it waits; without an error as one that nobody waits for."""
+        if self.greenlet:  # it has begun
+            with self._own_random_numbers():
+                self.greenlet.throw(GreenletExit() if error is None else error)
+        else:
+            self.error = error
+            self.greenlet.throw()  # a greenlet that never ran is only marked as dead
+
+    @contextlib.contextmanager
+    def _own_random_numbers(self) -> Iterator[None]:
+        if not self.turn.seeded:
+            yield
             return
         outside = torch.get_rng_state()
         if self._random is not None:
             torch.set_rng_state(self._random)
         try:
-            self.greenlet.switch()
+            yield
         finally:
             self._random = torch.get_rng_state()
             torch.set_rng_state(outside)
-
-    def end(self, error: BaseException | None = None) -> None:
-        """Let it fail where it waits; without an error as one that nobody waits for."""
-        if self.greenlet:  # it has begun
-            self.greenlet.throw(GreenletExit() if error is None else error)
-        else:
-            self.error = error
-            self.greenlet.throw()  # a greenlet that never ran is only marked as dead
 
     def _run(self) -> None:
         try:

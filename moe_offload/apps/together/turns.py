@@ -5,7 +5,8 @@
     layer 1 ...     the same, until each has its logits, has sampled, and is about to begin the next step
 
 A forward of several tokens, which is a prompt or a piece of one, runs from its beginning to its end before those of one
-token. A model whose experts are called one by one, or which is compiled whole, takes turns from step to step only.
+token. A model whose experts are called one by one, or which is compiled whole, takes turns from step to step only; so
+does any while its trace is recorded, in which a forward is that of one request.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 from greenlet import getcurrent
 from torch import Tensor
 
-from ...errors import ServeError
+from ...errors import OffloadError, ServeError
 from .member import Member
 from .turn import Turn
 
@@ -40,7 +41,7 @@ class Turns:
         if obstacle:
             raise ServeError(f"{most} requests cannot be computed together: {obstacle}. Use --parallel 1")
         call = model._compiled_call_impl
-        self.most, self._handle, self._scope = most, model.moe_offload, call.scope
+        self.most, self._handle, self._scope, self._runtime = most, model.moe_offload, call.scope, call.runtime
         self._layers = {id(module): layer for layer in call.runtime.layers for module in layer.moe.modules}
         self._members: dict[Any, Member] = {}
 
@@ -48,14 +49,24 @@ class Turns:
         """Run what `take` gives, which is asked before each step as long as there is room, until there is nothing left.
 
         An error of one is told to its `done`, and the others go on. Only what is no `Exception` ends them all.
+
+        Raises:
+            OffloadError: Another thread runs some of this model.
         """
+        if self._scope.meeting is not None:
+            raise OffloadError(
+                "calls of this model are computed together already, by another thread or around this one"
+            )
         self._scope.meeting = self
         try:
             while self._admit(take):
                 self._take_step(self._of_one_workload())
         finally:
-            for member in list(self._members.values()):
-                member.end()
+            with contextlib.ExitStack() as stack:
+                with contextlib.suppress(OffloadError):
+                    stack.enter_context(self._scope.alone())
+                for member in list(self._members.values()):
+                    member.end()
             self._members.clear()
             self._scope.meeting = None
 
@@ -74,7 +85,7 @@ class Turns:
             member.greenlet.parent.switch()
 
     def before_experts(self, module: Any, ids_TK: Tensor) -> None:
-        if len(self._members) < 2:
+        if len(self._members) < 2 or self._runtime.recorder is not None:
             return
         member = self._members.get(getcurrent())
         if member is not None and member.tokens == len(ids_TK) == 1:
@@ -126,11 +137,13 @@ class Turns:
         layer = min((one.layer for one in waiting if one.layer is not None), key=lambda one: one.moe.index)
         here = [member for member in waiting if member.layer is layer]
         while here:
-            order = layer.begin_joint([member.ids for member in here])
-            for i in order:
-                here[i].go_on()
-            layer.end_joint()
-            here = here[len(order) :]
+            order = layer.joint.begin([member.ids for member in here])
+            try:
+                for i in order:
+                    here[i].go_on()
+            finally:
+                layer.joint.end()
+            here = [member for i, member in enumerate(here) if i not in order]
 
 
 def why_not_in_turns(model: Any) -> str:
