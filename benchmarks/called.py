@@ -7,6 +7,8 @@ Both sides run in one process, neither is compiled: the unmodified model, and th
 holds all experts. They take turns step by step, and who goes first alternates, so that a busy machine slows both.
 Reported are medians over pairs of decode steps, by the clock of this thread, which does not run while others do; and,
 from steps with few and with many uses, what is paid more for each use of an expert (of three matrices) and each step.
+That counts whatever the use of an expert drives out of the caches; `the call itself` is that of an expert that computes
+nothing, called again and again.
 """
 
 from __future__ import annotations
@@ -63,6 +65,11 @@ class ReadExperts(nn.Module):
         return functional.linear(y, self.down[e])
 
 
+class Nothing(Expert):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
 class Block(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
@@ -79,12 +86,32 @@ class Block(nn.Module):
         return out
 
 
+class Caller(nn.Module):
+    """Calls experts that compute nothing, and knows how long a call took."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.gate = nn.Linear(config.hidden, config.num_experts, bias=False)
+        self.top_k, self.experts = 2, nn.ModuleList([Nothing(config) for _ in range(config.num_experts)])
+        self.took_us = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        experts, rounds = list(self.experts), 200
+        begun = time.thread_time()
+        for _ in range(rounds):
+            for expert in experts:
+                expert(x)
+        self.took_us = (time.thread_time() - begun) / (rounds * len(experts)) * 1e6
+        return x
+
+
 class Model(PreTrainedModel):
     config_class = Config
 
     def __init__(self, config: Config):
         super().__init__(config)
-        self.layers = nn.ModuleList([Block(config) for _ in range(config.layers)])
+        kind: Any = Caller if config.form == "nothing" else Block
+        self.layers = nn.ModuleList([kind(config) for _ in range(config.layers)])
         self.post_init()
 
     def forward(self, inputs_embeds: Tensor) -> Tensor:
@@ -102,6 +129,8 @@ def main() -> None:
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.layers} layers of 8 experts")
+    plain, ours = call_nothing()
+    print(f"the call itself: plain {plain:.1f} us, ours {ours:.1f}: +{ours - plain:.1f} us")
     print(f"{'form':<10}{'uses a layer':>14}{'plain us':>10}{'ours us':>10}{'overhead':>10}")
     for form in FORMS:
         few, many = (measure(form, top_k, options) for top_k in (FEW, MANY))
@@ -112,15 +141,34 @@ def main() -> None:
 
 
 @torch.no_grad()
+def call_nothing() -> tuple[float, float]:
+    """Microseconds of a call of an expert, plain and offloaded."""
+    config = Config(layers=1, form="nothing")
+    plain, ours = Model(config).eval(), offload(Model(config).eval())
+    took: list[tuple[float, float]] = []
+    x = torch.randn(1, config.hidden)
+    for _ in range(50):
+        plain(x), ours(x)
+        took.append((plain.layers[0].took_us, ours.layers[0].took_us))
+    return statistics.median(one for one, _ in took), statistics.median(one for _, one in took)
+
+
+def offload(model: Model) -> Model:
+    """`model` with all of its experts resident."""
+    moe_offload.optimize(model, "4GB", device_map="cpu", config={"profile": "off", "reserve": 0})
+    handle = model.moe_offload
+    prewarm_slots(handle._runtime, [(moe.index, e) for moe in handle.moe_layers for e in range(moe.num_experts)])
+    return model
+
+
+@torch.no_grad()
 def measure(form: str, top_k: int, options: argparse.Namespace) -> float:
     """Microseconds that a step takes more."""
     config = Config(hidden=options.hidden, inner=options.inner, layers=options.layers, form=form)
     config.num_experts_per_tok = top_k
     plain, ours = (Model(config).eval() for _ in range(2))
     ours.load_state_dict(plain.state_dict())
-    moe_offload.optimize(ours, "1GB", device_map="cpu", config={"profile": "off", "reserve": 0})
-    handle = ours.moe_offload
-    prewarm_slots(handle._runtime, [(moe.index, e) for moe in handle.moe_layers for e in range(moe.num_experts)])
+    handle = offload(ours).moe_offload
     seconds: list[list[float]] = []
     for step in range(options.steps):
         x = torch.randn(1, options.hidden)

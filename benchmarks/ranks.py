@@ -1,11 +1,12 @@
 """Ranks that share a model's experts, and one of them is ended at a random moment: how do the others end?
 
-    python benchmarks/ranks.py --times 100 --ranks 3
+    python benchmarks/ranks.py --times 100 --ranks 2,4
 
 Each time a tiny model is loaded by all ranks, which read a prompt, generate, save a profile and close. One rank, drawn
-by chance, gets SIGKILL, SIGTERM or SIGINT, or raises, at a moment drawn by chance in a phase drawn by chance. The
-others must end within 30 s, with an error that names it, or have finished their work. Nothing may be left: no process,
-no half file, no file in /dev/shm or in the folders for temporary files. A line of JSON for each time, and the sums.
+by chance, gets SIGKILL, SIGTERM, SIGINT or SIGSTOP, or raises, at a moment drawn by chance in a phase drawn by chance.
+The others must end within 30 s, with an error that names it, or have finished their work. Nothing may be left: no
+process, no half file, no file in /dev/shm or in the folder for temporary files. A line of JSON for each time, then a
+table.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
 import queue
 import random
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -27,9 +30,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 PHASES = ("load", "prompt", "decode", "save", "close")
 LIMIT_S = 30.0
-ENDS = ("SIGKILL", "SIGKILL", "SIGTERM", "SIGINT", "raise")
+ENDS = ("SIGKILL", "SIGTERM", "SIGINT", "SIGSTOP", "raise")
 
 
 def work(rank: int, world: int, port: int, folder: str, out: str, told: Any, raises: tuple[str, float] | None) -> None:
@@ -38,6 +43,7 @@ def work(rank: int, world: int, port: int, folder: str, out: str, told: Any, rai
     os.dup2(log, 1)
     os.dup2(log, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    tempfile.tempdir = os.environ["TMPDIR"] = f"{out}/tmp"
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in variables.items()}, MASTER_ADDR="127.0.0.1")
     import torch
@@ -78,6 +84,7 @@ def one_time(folder: str, world: int, spans_s: dict[str, float], context: Any) -
     victim, phase, end = random.randrange(world), random.choice(PHASES), random.choice(ENDS)
     after_s = random.uniform(0, spans_s[phase])
     out = tempfile.mkdtemp(prefix="moe_ranks_")
+    Path(out, "tmp").mkdir()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -89,43 +96,61 @@ def one_time(folder: str, world: int, spans_s: dict[str, float], context: Any) -
     ]
     for one in ranks:
         one.start()
-    with contextlib.suppress(queue.Empty):  # then it has ended before: the error of another rank says why
-        while told.get(timeout=60) != (victim, phase):
-            pass
+    said = None
+    while said != (victim, phase) and ranks[victim].is_alive():  # else it has ended before: the logs say why
+        with contextlib.suppress(queue.Empty):
+            said = told.get(timeout=1)
+    started = [child for one in ranks for child in children_of(one.pid)]
     if raises is None:
         time.sleep(after_s)
         if ranks[victim].is_alive():
             os.kill(ranks[victim].pid, getattr(signal, end))
-    ranks[victim].join(LIMIT_S)
+    if end != "SIGSTOP":
+        ranks[victim].join(LIMIT_S)
     ended_s = time.monotonic()
-    for one in ranks:
-        one.join(max(0.0, ended_s + LIMIT_S - time.monotonic()))
-    found: dict[str, Any] = {"end": end, "phase": phase, "victim": victim, "after_s": round(after_s, 2)}
+    for rank, one in enumerate(ranks):
+        if rank != victim:
+            one.join(max(0.0, ended_s + LIMIT_S - time.monotonic()))
+    found: dict[str, Any] = {"ranks": world, "end": end, "phase": phase, "victim": victim, "after_s": round(after_s, 2)}
     found["others_s"] = round(time.monotonic() - ended_s, 1)
     found["ended"] = [how(rank, one, out, victim) for rank, one in enumerate(ranks)]
     for one in ranks:
         one.kill()
         one.join()
-    found["left"] = leftovers(out)
+    found["files"] = leftovers(out)
+    found["processes"] = [child.pid for child in started if child.is_running()]
+    if not found["files"] and all(one in ("named", "finished", "victim") for one in found["ended"]):
+        shutil.rmtree(out)
     return found
+
+
+def children_of(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
 
 
 def how(rank: int, process: Any, out: str, victim: int) -> str:
     """How a rank has ended: "finished", "named" (by an error that names the victim), or what it said instead."""
     log = Path(out, f"rank{rank}.log").read_text(errors="replace")
+    if rank == victim and process.exitcode != 0:
+        return "victim"
     if process.exitcode is None:
-        return "hangs: " + log[-2000:]
+        return "hangs " + log[-2000:]
     if process.exitcode == 0:
         return "finished"
-    if rank == victim:
-        return "victim"
-    last = next((line for line in reversed(log.splitlines()) if "RankError" in line or "moe_offload:" in line), "")
+    last = next(
+        (line for line in reversed(log.splitlines()) if re.search("RankError|ConfigError|moe_offload:", line)), ""
+    )
     return "named" if re.search(rf"rank {victim}\b", last) else f"unnamed ({process.exitcode}): {log[-2000:]}"
 
 
 def leftovers(out: str) -> list[str]:
     """Files that are there and should not be. The profile is whole, or it is not there."""
-    left = [str(path) for path in Path(out).iterdir() if path.name not in {"profile.json"} and path.suffix != ".log"]
+    expected = {"tmp", "profile.json"}
+    left = [str(path) for path in Path(out).iterdir() if path.name not in expected and path.suffix != ".log"]
+    left += [str(path) for path in Path(out, "tmp").iterdir()]
     profile = Path(out, "profile.json")
     if profile.exists():
         json.loads(profile.read_text())
@@ -135,7 +160,7 @@ def leftovers(out: str) -> list[str]:
 def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     asked.add_argument("--times", type=int, default=100)
-    asked.add_argument("--ranks", type=int, default=3)
+    asked.add_argument("--ranks", default="2,4", help="how many there are, one after the other")
     asked.add_argument("--seed", type=int, default=0)
     given = asked.parse_args()
     random.seed(given.seed)
@@ -144,19 +169,40 @@ def main() -> None:
     from moe_offload.apps.families.tiny import build
 
     with tempfile.TemporaryDirectory() as folder:
-        sizes = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16}
+        sizes = {"hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}
         build("qwen3_moe", num_hidden_layers=2, num_experts=12, **sizes).save_pretrained(folder)
-        sums: collections.Counter[str] = collections.Counter()
-        slowest_s = 0.0
-        for _ in range(given.times):
-            found = one_time(folder, given.ranks, SPANS_S, context)
-            print(json.dumps(found), flush=True)
-            others = [how for rank, how in enumerate(found["ended"]) if rank != found["victim"]]
-            sums.update(how.partition(" ")[0] for how in others)
-            sums["left"] += len(found["left"])
-            slowest_s = max(slowest_s, found["others_s"])
-    print(json.dumps({**sums, "times": given.times, "ranks": given.ranks, "slowest_s": slowest_s}))
-    sys.exit(bool(sums["left"] + sums["hangs:"] + sums["unnamed"]))
+        found = []
+        for time_, world in zip(range(given.times), itertools.cycle(map(int, given.ranks.split(",")))):
+            found.append(one_time(folder, world, SPANS_S, context))
+            print(json.dumps({"time": time_, **found[-1]}), flush=True)
+    print(table(found))
+    sys.exit(any(bad(one) for one in found))
+
+
+def others(one: dict[str, Any]) -> list[str]:
+    """In a word how each but the victim has ended."""
+    return [said.partition(" ")[0] for rank, said in enumerate(one["ended"]) if rank != one["victim"]]
+
+
+def bad(one: dict[str, Any]) -> bool:
+    return bool(one["files"] or one["processes"] or {"hangs", "unnamed"} & set(others(one)))
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """A row for each number of ranks and way to end."""
+    columns = ("named", "finished", "unnamed", "hangs")
+    lines = [
+        "| ranks | end | times | slowest | " + " | ".join(columns) + " | files left | processes left |",
+        "|---" * 10 + "|",
+    ]
+    for key in sorted({(one["ranks"], one["end"]) for one in found}):
+        rows = [one for one in found if (one["ranks"], one["end"]) == key]
+        sums = collections.Counter(itertools.chain(*map(others, rows)))
+        left = [str(sum(len(one[what]) for one in rows)) for what in ("files", "processes")]
+        slowest_s = max(one["others_s"] for one in rows)
+        cells = [*map(str, key), str(len(rows)), f"{slowest_s} s", *(str(sums[name]) for name in columns), *left]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 #: About how long each phase takes here: until when the moment is drawn.

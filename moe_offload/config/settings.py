@@ -70,7 +70,7 @@ class OffloadConfig:
             system.
         lock_memory: Whether slots and scratch are locked in main memory, so that they are neither swapped out nor
             compressed: True, or an error where the system's limit does not allow it; False; or "auto": as far as it
-            allows, where the budget is more than half of the machine's memory.
+            allows, where the budget is more than half of the machine's memory, or of a rank's even part of it.
         rank_timeout: Seconds that one process of several (`docs/several-machines.md`) waits for another before it gives
             up, with an error that names it. A rank that was killed or has failed is noticed at once.
         untested: Compute on a GPU, which no version has done yet. Compare its tokens with those of the resident model.

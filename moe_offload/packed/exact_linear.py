@@ -53,13 +53,13 @@ def _try_made_up(rows: int, weight_OI: Tensor, biased: bool, dim: int) -> Order 
 def _try_itself(weight_OI: Tensor, biased: bool, dim: int) -> Order | None:
     """By one row of tiny numbers, and one whose products with some of the outputs cancel, compared with all outputs."""
     (outputs, inputs), orders = weight_OI.shape, orders_of(weight_OI.shape[1])
-    some_S = torch.linspace(0, outputs - 1, max(TILE, min(LOOKED_AT, inputs // 6)), dtype=torch.float64).long()
+    some_S = choose_some(outputs, inputs)
     rows_SI = weight_OI[some_S]
     if not rows_SI.isfinite().all():
         return None
     generator = torch.Generator().manual_seed(outputs)
     x_1I, kernel = torch.randn((1, inputs), generator=generator, dtype=torch.float64), multiplier()
-    for x, size in ((x_1I.bfloat16() * TINY, TINY), (_cancel(rows_SI, x_1I), SMALL_BIAS)):
+    for x, size in ((x_1I.bfloat16() * TINY, TINY), (make_cancel(rows_SI, x_1I), SMALL_BIAS)):
         bias_O = weight_OI[:, 0] * size if biased else None
         expected, out_1S = _multiply(x, weight_OI, bias_O, dim), x.new_empty((1, len(some_S)))
         left = []
@@ -75,7 +75,12 @@ def _try_itself(weight_OI: Tensor, biased: bool, dim: int) -> Order | None:
     return orders[0] if torch.equal(out_1O, expected) else None
 
 
-def _cancel(rows_SI: Tensor, x_1I: Tensor) -> Tensor:
+def choose_some(outputs: int, inputs: int) -> Tensor:
+    """Outputs [S] that are looked at: no more than `make_cancel` can please."""
+    return torch.linspace(0, outputs - 1, max(TILE, min(LOOKED_AT, inputs // 6)), dtype=torch.float64).long()
+
+
+def make_cancel(rows_SI: Tensor, x_1I: Tensor) -> Tensor:
     """Activations with which the products of each of those rows add up to nearly zero: what is left of the sum shows
     its rounding, and so its order.
 

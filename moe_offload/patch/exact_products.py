@@ -1,4 +1,4 @@
-"""compute="exact" on a CPU: products of few tokens at memory speed, with torch's bits, of experts and linear layers.
+"""compute="exact" on a CPU: products at memory speed, of few tokens or of all, with torch's bits.
 
     experts      `grouped_mm` of the experts' graphs asks our kernel first
     nn.Linear    its `forward` on the instance, as in `fast_products.py`, where the matrix is large
@@ -20,9 +20,10 @@ from torch.nn import functional
 
 from ..experts import MoELayer
 from ..forward.graphs.products import serve_few_rows
-from ..packed.exact import LARGE, multiplier
+from ..packed import in_lanes
+from ..packed.exact import FEW, LARGE, multiplier
 from ..packed.exact_linear import find_linear_order
-from .fast_products import is_few_and_plain, is_unchanged
+from .fast_products import is_plain, is_unchanged
 
 logger = logging.getLogger("moe_offload")
 
@@ -61,11 +62,17 @@ def forward(self: nn.Linear, input: Tensor) -> Tensor:
     if (
         torch.compiler.is_dynamo_compiling()
         or functional.linear is not LINEAR
-        or not is_few_and_plain(input, weight, bias)
+        or not is_plain(input, weight, bias)
         or not _is_dense(input)
     ):
         return functional.linear(input, weight, bias)
     x_MI = input.view(-1, input.shape[-1])
+    if in_lanes.linear_is_in_lanes(weight, bias is not None, input.dim()):
+        out_MO = x_MI.new_empty((len(x_MI), len(weight)))
+        in_lanes.multiply(x_MI, weight, out_MO, bias)
+        return out_MO.view(*input.shape[:-1], -1)
+    if len(x_MI) > FEW:
+        return functional.linear(input, weight, bias)
     order = find_linear_order(weight, len(x_MI), bias is not None, input.dim())
     if order is None:
         return functional.linear(input, weight, bias)
@@ -89,7 +96,9 @@ def _is_for_kernel(linear: nn.Linear) -> bool:
     """Whether one row of it, as a model calls it, is added up in a known order."""
     if linear.weight.numel() < LARGE or not is_unchanged(linear):
         return False
-    return find_linear_order(linear.weight, 1, linear.bias is not None, 3) is not None
+    biased = linear.bias is not None
+    in_order = find_linear_order(linear.weight, 1, biased, 3) is not None
+    return in_order or in_lanes.linear_is_in_lanes(linear.weight, biased, 3)
 
 
 def _large_matrices(moe: MoELayer) -> list[tuple[int, int]]:

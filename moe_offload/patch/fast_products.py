@@ -62,7 +62,11 @@ def restore_linears(linears: Iterable[nn.Linear]) -> None:
 
 def forward(self: nn.Linear, input: Tensor) -> Tensor:
     """What replaces `nn.Linear.forward`."""
-    if torch.compiler.is_dynamo_compiling() or not is_few_and_plain(input, self.weight, self.bias):
+    if (
+        torch.compiler.is_dynamo_compiling()
+        or input.numel() > FEW_TOKENS * self.weight.shape[1]
+        or not is_plain(input, self.weight, self.bias)
+    ):
         return functional.linear(input, self.weight, self.bias)
     out: Tensor = _kernels().multiply_rows(input.view(-1, input.shape[-1]), self.weight, self.bias)
     return out.view(*input.shape[:-1], -1)
@@ -89,13 +93,12 @@ def _is_plain(tensor: Tensor | None) -> bool:
     )
 
 
-def is_few_and_plain(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether this is a bfloat16 product of few rows and nothing else: no gradient, autocast, trace, mode
-    or subclass."""
+def is_plain(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether this is a bfloat16 product and nothing else: no gradient, autocast, trace, mode or subclass."""
     inputs = weight.shape[1]
     return (
         type(input) is Tensor
-        and 0 < input.numel() <= FEW_TOKENS * inputs
+        and input.numel() > 0
         and input.shape[-1:] == (inputs,)
         and _is_plain(input)
         and input.is_contiguous()

@@ -22,7 +22,7 @@ from ..config.sizes import format_size, parse_size
 from ..errors import BudgetError, ConfigError
 from ..experts import MoELayer
 from ..memory.devices import free_bytes
-from ..memory.machine import main_memory
+from ..memory.machine import Memory, main_memory
 from .budget import Plan, plan_slots
 from .weights import dense_bytes_on, layer_shapes, library_bytes, sum_costs
 
@@ -85,7 +85,7 @@ def arrange_layers(
     nothing, `BudgetError` for what does not fit, `UnsupportedModelError` for a device that is not among them.
     """
     names = [moe.name for moe in moe_layers]
-    available = _free_memory(moe_layers)
+    available = memory_of_rank(moe_layers).free
     allowed = parse_limits(settings.max_memory, available)
     accelerators = [device for device in allowed if device != "cpu"]
     found = find_spots(names, [name for name, _ in model.named_modules()], settings.device_map, accelerators)
@@ -123,10 +123,12 @@ def arrange_layers(
     return Arrangement(tuple(names), tuple(settled), plans, host, room)
 
 
-def _free_memory(moe_layers: Sequence[MoELayer]) -> int:
-    """What is available of main memory to this process: an even part, where several on this machine share a model."""
-    launched = read_launched() if any(moe.share is not None for moe in moe_layers) else None
-    return main_memory().free // (1 if launched is None else launched.here)
+def memory_of_rank(moe_layers: Sequence[MoELayer]) -> Memory:
+    """The main memory that this process can have: an even part, where several on this machine share a model."""
+    launched, memory = read_launched() if any(moe.share is not None for moe in moe_layers) else None, main_memory()
+    if launched is None or launched.here == 1:
+        return memory
+    return Memory(memory.total // launched.here, memory.free // launched.here, f"a rank's even part of {memory.bound}")
 
 
 def _slots_per_layer(spots: Sequence[Spot], plans: dict[str, Plan]) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..experts import MoELayer
 from .budget import Plan
+from .weights import hidden_size
 
 LEAST_TOKENS = 128  # of a piece, all sequences together: each piece reads nearly all experts that have no slot
 
@@ -48,7 +49,7 @@ def prefill_room(model: Any, moe_layers: Sequence[MoELayer], plan: Plan) -> Pref
     """The room for activations of prompts in the `plan` of a model, and what they take in it."""
     costs, config = plan.costs, model.config.get_text_config()
     itemsize = next(p.dtype for p in model.parameters() if p.is_floating_point()).itemsize
-    hidden = int(getattr(config, "hidden_size", None) or 1)
+    hidden = hidden_size(model, moe_layers)
     heads = int(getattr(config, "num_attention_heads", None) or 1)
     head_dim = int(getattr(config, "head_dim", None) or hidden // heads)
     experts = max(_pairs(moe) * (4 * hidden + _widths(moe, hidden)) for moe in moe_layers)

@@ -17,10 +17,10 @@ from ..experts import MoELayer
 from ..files.system import missing_call
 from ..memory.devices import usable_kinds
 from ..memory.locking import bytes_to_lock
-from ..memory.machine import main_memory
+from ..memory.machine import Memory
 from ..observe.profile import Fingerprint, Profile
 from ..observe.usage import UsageFile
-from .arrange import Arrangement, arrange_layers
+from .arrange import Arrangement, arrange_layers, memory_of_rank
 from .shares import profile_of_share
 from .weights import take_fingerprint
 
@@ -88,14 +88,15 @@ def prepare_model(
             "where they are, or 'auto'"
         )
     expected = take_fingerprint(model, moe_layers)
-    _warn_beyond_memory(arrangement)
+    memory = memory_of_rank(moe_layers)
+    _warn_beyond_memory(arrangement, memory)
     usage = None  # a rank uses its share of the experts only, so its usage is no one else's
     if not isinstance(profile, Profile) and all(moe.share is None for moe in moe_layers):
         usage = _usage_file(settings.profile, name_of(model, asked_for), expected)
     loaded = load_profile(profile, settings, expected) if usage is None else usage.read()
     loaded = loaded and profile_of_share(loaded, moe_layers)
     rows = tuple(moe.layout.row_bytes for moe in moe_layers)
-    return Prepared(settings, arrangement, expected, loaded, usage, rows, _bytes_to_lock(arrangement, settings))
+    return Prepared(settings, arrangement, expected, loaded, usage, rows, _bytes_to_lock(arrangement, settings, memory))
 
 
 def _check_system() -> None:
@@ -143,17 +144,20 @@ def _usage_file(said: str, name: str, expected: Fingerprint) -> UsageFile | None
     return UsageFile.of_model(folder, name, workload, expected)
 
 
-def _bytes_to_lock(arrangement: Arrangement, settings: OffloadConfig) -> int:
-    """Of the slots and scratch in main memory. Raises `ConfigError` where all of them are to be, and may not be."""
+def _bytes_to_lock(arrangement: Arrangement, settings: OffloadConfig, memory: Memory) -> int:
+    """Of the slots and scratch in main memory, of which this process can have `memory`.
+
+    Raises `ConfigError` where all of them are to be locked, and may not be.
+    """
     plan = arrangement.plans.get("cpu")
     if plan is None:
         return 0
     needed = plan.bank_bytes + plan.costs.scratch_bytes
-    return bytes_to_lock(settings.lock_memory, needed, plan.budget_bytes, main_memory().total)
+    return bytes_to_lock(settings.lock_memory, needed, plan.budget_bytes, memory.total)
 
 
-def _warn_beyond_memory(arrangement: Arrangement) -> None:
-    memory, plan = main_memory(), arrangement.plans.get("cpu")
+def _warn_beyond_memory(arrangement: Arrangement, memory: Memory) -> None:
+    plan = arrangement.plans.get("cpu")
     if plan is not None and plan.budget_bytes > memory.total:
         logger.warning(
             "the budget of %s is more than %s (%s); what does not fit is swapped or killed",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -91,7 +92,7 @@ def kv_bytes(model: Any, tokens: int, sequences: int = 1) -> int:
     layers = getattr(config, "num_hidden_layers", None) or getattr(config, "num_layers", None) or 0
     heads = getattr(config, "num_attention_heads", None) or 1
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or (getattr(config, "hidden_size", None) or 0) // heads
+    head_dim = getattr(config, "head_dim", None) or hidden_size(model) // heads
     longest = longest_context(model) or tokens
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     return int(2 * layers * kv_heads * head_dim * min(tokens, longest) * dtype.itemsize * sequences)
@@ -106,6 +107,17 @@ def planned_context(model: Any, settings: OffloadConfig) -> int | None:
         return tokens
     fitting = max(1, settings.reserve_bytes // token_bytes)
     return fitting if tokens is None else min(tokens, fitting)
+
+
+def hidden_size(model: Any, moe_layers: Sequence[MoELayer] = ()) -> int:
+    """H. A configuration with names of its own may not say: then the width of the embeddings, or of what an expert
+    gives; 0 if none is known."""
+    said = getattr(model.config.get_text_config(), "hidden_size", None)
+    if said:
+        return int(said)
+    with contextlib.suppress(NotImplementedError, AttributeError):
+        return int(model.get_input_embeddings().weight.shape[-1])
+    return _down(moe_layers[0]).shape[0] if moe_layers else 0
 
 
 def longest_context(model: Any) -> int | None:
@@ -130,8 +142,7 @@ def scores_bytes(model: Any, tokens: int = RESERVED_PROMPT_TOKENS) -> int:
 
 def take_fingerprint(model: Any, moe_layers: Sequence[MoELayer]) -> Fingerprint:
     """What a profile must agree with to be used for `model`."""
-    config: Any = model.config.get_text_config()
-    hidden = int(getattr(config, "hidden_size", None) or 1)
+    hidden = hidden_size(model, moe_layers)
     down = [_down(moe) for moe in moe_layers]
     return Fingerprint(
         model_type=str(model.config.model_type),

@@ -6,6 +6,7 @@ asks of the others, and nothing that a process alone needs.
     join.py        where a run begins: the group is formed, and the ranks find that they run the same
     settings.py    what a run of ranks cannot do, refused by name
     group.py       `Group`: the ranks of this run; what they tell each other, with a time limit for each wait
+    store.py       where they meet, asked with a time limit
     watch.py       `Watch`: who is still there
     peers.py       what must be the same on every rank, compared before anything runs
     call.py        a model's call on every rank: the same input, and an end for all when one ends

@@ -24,6 +24,7 @@ from torch.distributed.rendezvous import rendezvous
 from ..config.launched import Launched, read_launched
 from ..errors import ConfigError, OffloadError, RankError
 from .names import RankName
+from .store import Answers, connect_within
 from .watch import FIND_S, GRACE_S, Watch
 
 PREFIX = "moe_offload"
@@ -41,15 +42,15 @@ class Group:
     def __init__(self, store: Any, rank: int, world: int, timeout_s: float):
         self.rank, self.world, self.timeout_s = rank, world, timeout_s
         self.prefix = f"{PREFIX}/{next(_numbers)}"  # a store may outlive a group: torchrun's does
-        self.formed_in, self._store = store, store.clone()  # a wait in one holds up whoever else uses the same
+        self.store = Answers(store)
         self._said: dict[str, int] = {}
         self.failed = ""  # how a call ended after which this rank takes no further part
         self.names: tuple[RankName, ...] = ()
         self.watch: Watch | None = None
         told = self.exchange("name", RankName.of_this_process(rank).to_dict(), "start")
         self.names = tuple(RankName.from_dict(one) for one in told)
-        holds_store = rank == 0 and not launcher_has_store()
-        self.watch = Watch(store.clone(), self.prefix, self.names, rank, holds_store)
+        holder = None if launcher_has_store() else 0
+        self.watch = Watch(self.store.another(), self.prefix, self.names, rank, holder)
 
     def check(self) -> None:
         """Raise `RankError` where another rank is known to have ended, or this one takes no further part."""
@@ -73,19 +74,24 @@ class Group:
         within_s = self.timeout_s if within_s is None else within_s
         ends_s = time.monotonic() + within_s
         with self.store_answers():
-            self._store.set(keys[self.rank], json.dumps(value))
-            while missing := [rank for rank, key in enumerate(keys) if not self._store.check([key])]:
+            self.store.set(keys[self.rank], json.dumps(value))
+            said: dict[int, bytes] = {}
+            while missing := [rank for rank in range(self.world) if rank not in said]:
+                found = {rank: self.store.get(keys[rank]) for rank in missing}
+                said |= {rank: one for rank, one in found.items() if one is not None}
+                if None not in found.values():
+                    break
                 if self.watch is not None:
                     self.watch.check()
-                elif self._store.check([gave_up]):
-                    raise RankError(self._store.get(gave_up).decode())
+                elif reason := self.store.get(gave_up):
+                    raise RankError(reason.decode())
                 if time.monotonic() > ends_s:
                     error = self._not_there(missing, within_s, why)
-                    self._store.set(gave_up, str(error))
+                    self.store.set(gave_up, str(error))
                     time.sleep(GRACE_S)  # the store may end with this rank, and the others are to know why
                     raise error
                 time.sleep(POLL_S)
-            return [json.loads(self._store.get(key)) for key in keys]
+        return [json.loads(said[rank]) for rank in range(self.world)]
 
     def watching(self) -> contextlib.AbstractContextManager[None]:
         """While it is entered, this process waits for the others, and ends with one that is lost."""
@@ -149,7 +155,7 @@ def form_group(timeout_s: float) -> Group:
             "--nproc-per-node N` or `accelerate launch`"
         )
     try:
-        store, rank, world = _meet(launched, timedelta(seconds=timeout_s))
+        store, rank, world = connect_within(timeout_s + GRACE_S, lambda: _meet(launched, timedelta(seconds=timeout_s)))
         group = Group(store, rank, world, timeout_s)
         with group.watching():  # torch waits for all of them, deaf to whether they still live
             dist.init_process_group(
@@ -158,9 +164,11 @@ def form_group(timeout_s: float) -> Group:
     except OffloadError:
         raise
     except (RuntimeError, ValueError, OSError) as error:
+        holder = "the launcher" if launcher_has_store() else "rank 0"
         raise ConfigError(
             f"rank {launched.rank} of {launched.world} could not form a group with the others within {timeout_s:.0f} "
-            f"s: {str(error).splitlines()[0][:300]}. Start as many processes as WORLD_SIZE says, with one MASTER_ADDR"
+            f"s: {str(error).splitlines()[0][:300]}. They meet where {holder} is, at MASTER_ADDR and MASTER_PORT: it "
+            "may have ended, or hang. Start as many processes as WORLD_SIZE says"
         ) from error
     return _keep(dist.distributed_c10d._get_default_store(), group)
 

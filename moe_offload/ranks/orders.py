@@ -24,29 +24,28 @@ class Orders:
 
     def __init__(self, group: Group, which: str):
         self._group, self._which, self._n = group, which, 0
-        self._store: Any = group.formed_in.clone()
+        self._store = group.store.another()
 
     def give(self, order: Any) -> None:
         """Rank 0's: the next order. Those before the last one were taken."""
         with self._group.store_answers():
             self._store.set(self._key(self._n), json.dumps(order))
             if self._n >= 2:
-                self._store.delete_key(self._key(self._n - 2))
+                self._store.delete(self._key(self._n - 2))
         self._n += 1
 
     def take(self, check: Callable[[], None] = lambda: None) -> Any:
         """The next order; `check` is called while it waits, and may raise. `RankError` where another rank has ended."""
         key, looked_s = self._key(self._n), 0.0
         with self._group.store_answers():
-            while not self._store.check([key]):
+            while (order := self._store.get(key)) is None:
                 check()
                 if time.monotonic() - looked_s > LOOK_S:
                     self._group.check()
                     looked_s = time.monotonic()
                 time.sleep(POLL_S)
-            order = json.loads(self._store.get(key))
         self._n += 1
-        return order
+        return json.loads(order)
 
     def _key(self, n: int) -> str:
         return f"{self._group.prefix}/order/{self._which}/{n}"

@@ -22,8 +22,8 @@ from typing import Any
 
 from ..errors import RankError
 from .names import RankName
+from .store import EVERY_S, Answers
 
-EVERY_S = 1.0
 #: Looks without a new beat after which a rank counts as lost. Looks and not seconds: a laptop that was asleep, and a
 #: job that was stopped as a whole, have missed none. Fewer would miss beats of a rank that swaps or compiles.
 PATIENCE = 15
@@ -34,16 +34,19 @@ FIND_S = 20.0  # to find out who closed a connection: a process on another machi
 
 
 class Watch:
-    """Beats for this rank, and looks for the beats of the others, until the process ends."""
+    """Beats for this rank, and looks for the beats of the others, until the process ends.
 
-    def __init__(self, store: Any, prefix: str, names: Sequence[RankName], rank: int, holds_store: bool):
-        self.names, self.rank, self._holds_store = names, rank, holds_store
-        self._store, self._asking, self._prefix = store, store.clone(), prefix
+    `holder` is the rank that holds the store in which all met; None where the launcher does.
+    """
+
+    def __init__(self, store: Answers, prefix: str, names: Sequence[RankName], rank: int, holder: int | None):
+        self.names, self.rank, self._holder = names, rank, holder
+        self._store, self._asking, self._prefix = store, store.another(), prefix
         self._calls = 0  # of a model, that are under way
         self._silent = [0] * len(names)
         self._unheard = False  # the store itself does not answer
         self._ended = self._blamed = False
-        self._found: tuple[int, str] | None = None  # who ended first, and how
+        self._found: tuple[int | None, str] | None = None  # who ended first (None: the launcher), and how
         self._stop = threading.Event()
         self._beat(0)
         threading.Thread(target=self._run, name="moe_offload_ranks", daemon=True).start()
@@ -73,7 +76,7 @@ class Watch:
         if found is not None:
             raise self.error(*found)
 
-    def find_ended(self, within_s: float = 0.0) -> tuple[int, str] | None:
+    def find_ended(self, within_s: float = 0.0) -> tuple[int | None, str] | None:
         """The rank that ended first, as far as is known, and how; waits up to `within_s` for it to be known."""
         ends_s = time.monotonic() + within_s
         while self._found is None:
@@ -83,14 +86,15 @@ class Watch:
             time.sleep(0.05)
         return self._found
 
-    def error(self, rank: int, how: str) -> RankError:
+    def error(self, rank: int | None, how: str) -> RankError:
         self._blamed = True
+        who = "the launcher (torchrun)" if rank is None else str(self.names[rank])
         return RankError(
-            f"{self.names[rank]} {how}, and rank {self.rank} cannot go on without it. What it said itself is in its "
+            f"{who} {how}, and rank {self.rank} cannot go on without it. What it said itself is in its "
             "own output; start all ranks anew"
         )
 
-    def _look(self) -> tuple[int, str] | None:
+    def _look(self) -> tuple[int | None, str] | None:
         told = self._told()
         for rank, end in told.items():
             if end["because"] == rank:
@@ -99,12 +103,12 @@ class Watch:
             if name.rank not in told and name.rank != self.rank and name.has_ended():
                 return name.rank, "was killed, or has ended without a word"
         for end in told.values():
-            return end["because"], "has ended, other ranks say"
+            return end["because"], "has ended, or does not answer, other ranks say"
         for name in self.names:
             if self._silent[name.rank] >= PATIENCE:
                 return name.rank, f"has not been heard of for {PATIENCE * EVERY_S:.0f} s"
-        if self._unheard and self.rank != 0:
-            return 0, "does not answer, nor does the store in which the ranks met"
+        if (self._unheard or self._store.silent) and self.rank != self._holder:
+            return self._holder, "does not answer; it holds the store in which the ranks met"
         return None
 
     def _told(self) -> dict[int, dict[str, Any]]:
@@ -112,9 +116,9 @@ class Watch:
         told: dict[int, dict[str, Any]] = {}
         with contextlib.suppress(Exception):
             for name in self.names:
-                key = f"{self._prefix}/end/{name.rank}"
-                if name.rank != self.rank and self._asking.check([key]):
-                    told[name.rank] = json.loads(self._asking.get(key))
+                said = None if name.rank == self.rank else self._asking.get(f"{self._prefix}/end/{name.rank}")
+                if said is not None:
+                    told[name.rank] = json.loads(said)
         return told
 
     def _beat(self, n: int) -> None:
@@ -128,14 +132,13 @@ class Watch:
             try:
                 self._beat(n)
                 for name in self.names:
-                    key = f"{self._prefix}/beat/{name.rank}"
-                    found = self._store.get(key) if self._store.check([key]) else None
+                    found = self._store.get(f"{self._prefix}/beat/{name.rank}")
                     self._silent[name.rank] = self._silent[name.rank] + 1 if found == heard[name.rank] else 0
                     heard[name.rank] = found
                 failed = 0
             except Exception:  # whatever a store raises: what counts is that it does not answer
                 failed += 1
-                self._unheard = failed >= 3
+                self._unheard = failed >= 3 or self._store.silent
             self._found = self._found or self._look()  # now, before others end because of it
             if self._unheard or max(self._silent) >= PATIENCE:
                 self._end_call(GRACE_S)
@@ -165,7 +168,7 @@ class Watch:
         if because is not None:
             time.sleep(GRACE_S)
         ends_s = time.monotonic() + LINGER_S
-        while self._holds_store and not self._alone() and time.monotonic() < ends_s:
+        while self.rank == self._holder and not self._alone() and time.monotonic() < ends_s:
             time.sleep(0.05)
         self._stop.set()
 

@@ -1,12 +1,21 @@
 """What a rank does in the tests of this folder: each function runs on all ranks, in a group of their own."""
 
+import os
+import signal
+import socket
+import time
+import unittest.mock
+
 import torch
 import transformers
 
 import moe_offload
 from moe_offload.plan.budget import budget_for
 from moe_offload.plan.weights import layer_shapes, sum_costs
+from moe_offload.ranks import peers, store
+from moe_offload.ranks.call import exchanging
 from moe_offload.ranks.join import config_of_ranks, form_ranks
+from moe_offload.ranks.orders import Orders
 
 ONE, THREE = torch.arange(3, 15).view(1, -1), torch.arange(3, 33).view(3, -1)
 TEXT = "The ls command lists"
@@ -138,3 +147,61 @@ def answers_as_one_process(rank, world, requests):
             texts.append(f"{type(error).__name__}")
     leader.end(None)
     return texts, model.moe_offload.stats().tokens
+
+
+def runs_something_else(rank, world, folder, other):
+    """Rank 1 has other settings, another version, another checkpoint, too many budgets; then all have the same."""
+    how, refused = config_of_ranks(world), []
+
+    def load(path=folder, budget="50MB", **changed):
+        return moe_offload.from_pretrained(path, budget, config={**CONFIG, **changed}, distributed_config=how)
+
+    if rank:
+        with unittest.mock.patch.object(peers, "version", lambda name: f"{name} of another year"):
+            refused.append(error_of(load))
+        refused += [error_of(lambda: load(other)), error_of(lambda: load(compute="packed"))]
+    else:
+        refused += [error_of(load) for _ in range(3)]
+    refused.append(error_of(lambda: load(budget=["40MB", "50MB", "60MB"])))
+    budgets = []
+    with unittest.mock.patch.dict(os.environ, {"MOE_OFFLOAD_BUDGET": f"{40 + rank}MB"}):
+        for budget in (["30MB", "31MB"], "20MB, 21MB", None):
+            model = load(budget=budget)
+            budgets.append(model.moe_offload.plan.budget_bytes)
+            model.moe_offload.close()
+    return refused, budgets
+
+
+def rank_0_stops(rank, world, within_call):
+    """Rank 0, which holds the store, is stopped: what do the others hear, who wait for it in one way or another?"""
+    store.PATIENCE = 4  # looks; more take longer, and find the same
+    group = form_ranks(config_of_ranks(world), settings())
+    orders = Orders(group, "x")
+    with exchanging(group):
+        torch.distributed.all_reduce(torch.ones(1))
+        if rank == 0:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if within_call:
+            torch.distributed.all_reduce(torch.ones(1))
+    waits = (lambda: group.exchange("x", rank, "say x"), orders.take, group.check)
+    return [error_of(wait) for wait in waits]
+
+
+def rank_0_is_stopped_before(rank, world):
+    """The store is there, and nobody answers: a rank that comes to it later gives up."""
+    where = ("127.0.0.1", int(os.environ["MASTER_PORT"]))
+    if rank == 0:
+        held = torch.distributed.TCPStore(*where, is_master=True, wait_for_workers=False)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        del held
+    while socket.socket().connect_ex(where):
+        time.sleep(0.1)
+    time.sleep(1)  # for rank 0 to stop
+    return error_of(lambda: form_ranks(config_of_ranks(world), settings(rank_timeout=2.0)))
+
+
+def error_of(wait):
+    try:
+        return f"no error: {wait()}"
+    except moe_offload.OffloadError as error:
+        return f"{type(error).__name__}: {error}"

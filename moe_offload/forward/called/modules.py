@@ -44,69 +44,76 @@ def serve_modules(layer: LayerRuntime, scope: Scope) -> SlotWeights:
             weights.keep_phantom(place.module._parameters, place.attribute, phantom)
             swaps.append((place.module._parameters, place.attribute))
             phantoms.append(phantom)
-        run = _runs_on_slots(e, weights, expert.forward, swaps, phantoms)
-        expert.__dict__["forward"] = _in_scope(layer.moe.name, expert, run, scope)
+        expert.__dict__["forward"] = _runs_on_slots(e, expert, weights, swaps, phantoms, scope)
     return weights
-
-
-def _in_scope(name: str, expert: nn.Module, run: Callable[..., Any], scope: Scope) -> Callable[..., Any]:
-    """`run` in a call of the model, or in one of its own where somebody calls a part of the model."""
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if scope.is_entered:
-            return run(args, kwargs)
-        scope.wait_for_turn(name)
-        cut = needs_gradients(expert, (*args, *kwargs.values()))
-        with scope.entered():
-            output = run(args, kwargs)
-        return refuse_backward_of(output) if cut else output
-
-    return never_traced(forward)  # traced, a view of a slot would become a constant of a graph
 
 
 def _runs_on_slots(
     e: int,
+    expert: nn.Module,
     weights: SlotWeights,
-    forward: Callable[..., Any],
     swaps: Sequence[Swap],
     phantoms: Sequence[CalledPhantom],
-) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
-    """`forward` of expert `e` with its row resident. Every line of it is paid for in each call."""
-    calls = weights.calls
+    scope: Scope,
+) -> Callable[..., Any]:
+    """The forward of `expert`, number `e`, with its row resident.
+
+    Every line is paid for in each call, and a call of another function of ours costs as much as three of them: hence
+    one long function, which looks at what is nearly always so by itself.
+    """
+    own, calls, in_use = expert.forward, weights.calls, weights.calls.in_use
+    places = [(*swap, phantom, i) for i, (swap, phantom) in enumerate(zip(swaps, phantoms, strict=True))]
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not scope.is_entered:
+            return _run_alone(expert, weights.moe.name, scope, args, kwargs)
+        if e in in_use:  # it calls itself: its weights are in place, until the first call ends
+            return own(*args, **kwargs)
+        x = args[0] if args else None
+        rows = x.numel() // (x.size(-1) or 1) if type(x) is Tensor and x.dim() else rows_of(args, kwargs)
+        if not rows:
+            output = run_on(0, args, kwargs)
+            if _is_empty(output):
+                return output
+        slot = calls.begin(e, rows)
+        try:
+            return run_on(slot, args, kwargs)
+        finally:
+            in_use.pop()
 
     def run_on(slot: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         views = weights.views(slot)
-        for (parameters, name), phantom in zip(swaps, phantoms):  # noqa: B905
+        for parameters, name, phantom, _ in places:
             if parameters.get(name) is not phantom:
                 refuse_replaced(phantom)
         try:
-            for i, (parameters, name) in enumerate(swaps):  # no variable holds a view when it is done
+            for parameters, name, _, i in places:  # no variable holds a view when it is done
                 parameters[name] = views[i]
-            output = forward(*args, **kwargs)
+            output = own(*args, **kwargs)
         finally:
-            for (parameters, name), phantom in zip(swaps, phantoms):  # noqa: B905
+            for parameters, name, phantom, _ in places:
                 parameters[name] = phantom
         if not weights.are_untouched(views):
             output = weights.release(output)
             weights.refuse_changes(views)
         return output
 
-    def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if e in calls.in_use:  # it calls itself: its weights are in place, until the first call ends
-            return forward(*args, **kwargs)
-        rows = rows_of(args, kwargs)
-        if rows == 0:
-            output = run_on(0, args, kwargs)
-            found = tensors_in(output)
-            if found and not any(x.numel() for x in found):
-                return output
-        slot = calls.begin(e, rows)
-        try:
-            return run_on(slot, args, kwargs)
-        finally:
-            calls.end()
+    return never_traced(forward)  # traced, a view of a slot would become a constant of a graph
 
-    return run
+
+def _run_alone(expert: nn.Module, name: str, scope: Scope, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A call of an expert in a call of its own: somebody calls a part of the model."""
+    scope.wait_for_turn(name)
+    cut = needs_gradients(expert, (*args, *kwargs.values()))
+    with scope.entered():
+        output = expert.forward(*args, **kwargs)
+    return refuse_backward_of(output) if cut else output
+
+
+def _is_empty(output: Any) -> bool:
+    """Whether `output` has tensors, and none of them an element."""
+    found = tensors_in(output)
+    return bool(found) and not any(x.numel() for x in found)
 
 
 def refuse_replaced(phantom: CalledPhantom) -> NoReturn:

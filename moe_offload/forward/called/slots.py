@@ -76,7 +76,12 @@ class SlotWeights:
 
         Two holders of one parameter are two references in Python, and of a view of it two of its storage.
         """
-        return self._state(views) == self._before
+        references, uses, writes = self._before  # `_state`, without its calls: each expert pays for this
+        return (
+            sum(map(getrefcount, views)) == references
+            and torch._C._storage_Use_Count(self._storage) == uses
+            and (self._versioned is None or self._versioned._version == writes)
+        )
 
     def refuse_changes(self, views: Views) -> None:
         """Raise where a slot is not as it was before an expert was called."""

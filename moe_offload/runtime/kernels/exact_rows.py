@@ -1,9 +1,10 @@
-"""Products of few rows with the bits of torch.mm, each weight read once as fast as memory gives it.
+"""Products with the bits of torch.mm: of few rows as fast as memory gives the weights, of many as fast as a core adds.
 
 Shapes: P token-expert pairs, S slots, I inputs, O outputs of one matrix.
 
 In which order torch adds up is tried out for each kind of product (`packed/exact.py`: `find_order`), and the kernel
-adds up in the same one (`packed/compiled/in_order/`). Where it is unknown, the product is torch's.
+adds up in the same one (`packed/compiled/in_order/`); on an older processor it is the same for any number of rows
+(`packed/in_lanes.py`). Where it is unknown, the product is torch's.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from ...packed import in_lanes
 from ...packed.exact import FEW, LARGE, Run, find_order, load_dense_kernels
 
 
 def try_products(shapes: Iterable[tuple[int, int]]) -> bool:
     """Try out the products with large matrices [O, I]. Whether there is one that our kernel is to take."""
+    shapes = list(shapes)
+    in_order = [in_lanes.is_in_lanes(*shape) for shape in shapes]  # each is tried: not later, with all memory taken
     orders = [find_order(rows, *shape, torch.bfloat16, turned=False) for shape in shapes for rows in range(1, FEW + 1)]
-    return any(order is not None for order in orders)
+    return any(in_order) or any(order is not None for order in orders)
 
 
 def multiply(x_PI: Tensor, weight_SIO: Tensor, runs: Sequence[Run], out_PO: Tensor) -> Sequence[Run]:
@@ -37,6 +41,9 @@ def multiply(x_PI: Tensor, weight_SIO: Tensor, runs: Sequence[Run], out_PO: Tens
         and out_PO.stride(1) == 1
     ):
         return runs
+    if in_lanes.is_in_lanes(outputs, inputs):
+        in_lanes.multiply_runs(x_PI, weight_SIO.transpose(1, 2), runs, out_PO)
+        return []
     left, some = [], defaultdict(list)
     for run in runs:
         some[run[2] - run[1]].append(run)

@@ -1,0 +1,147 @@
+"""Products in 64 lanes: the order of sums that torch's own loops have, and torch's bits where they are what it runs."""
+
+import numpy as np
+import pytest
+import torch
+
+import moe_offload
+from moe_offload.apps.families.tiny import build
+from moe_offload.packed import exact, in_lanes
+from moe_offload.patch import exact_products
+from moe_offload.runtime.kernels import exact_rows
+
+dense = pytest.importorskip("moe_offload.packed.compiled.in_lanes.dense")
+pytestmark = pytest.mark.skipif(not dense.can_run(), reason="no AVX2 here")
+needs_loops = pytest.mark.skipif(in_lanes.load_kernels() is None, reason="torch asks oneDNN here")
+
+
+def by_hand(x_MI, weight_OI, bias_O=None):
+    """Lane by lane, then folded: each sum is rounded to float32, and no product."""
+    x, w = x_MI.double().numpy(), weight_OI.double().numpy()
+    sums = np.zeros((len(x), len(w), 64), np.float32)
+    for first in range(0, x.shape[1], 64):
+        sums = (sums + x[:, None, first : first + 64] * w[None, :, first : first + 64]).astype(np.float32)
+    while sums.shape[-1] > 1:
+        half = sums.shape[-1] // 2
+        sums = sums[..., :half] + sums[..., half:]
+    total = torch.from_numpy(sums[..., 0])
+    return (total if bias_O is None else total + bias_O.float()).bfloat16()
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("outputs", "inputs"), [(12, 64), (13, 128), (50, 2112), (100, 192)])
+@pytest.mark.parametrize("rows", [1, 3, 4, 5, 8, 49, 100])
+def test_it_is_that_order(rows, outputs, inputs, biased):
+    for x, weight in exact.trials(rows, outputs, inputs, torch.bfloat16):
+        bias, out = torch.randn(outputs).bfloat16() if biased else None, torch.empty(rows, outputs).bfloat16()
+        dense.multiply(x, weight, out, bias)
+        assert torch.equal(out, by_hand(x, weight, bias))
+
+
+@needs_loops
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("outputs", "inputs"), [(128, 64), (1536, 2048), (50, 14336)])
+def test_it_is_torchs_order(outputs, inputs, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert in_lanes.is_in_lanes(outputs, inputs)
+        for rows in (1, 3, 17, 130):
+            x, weight = torch.randn(rows, inputs).bfloat16(), torch.randn(outputs, inputs).bfloat16()
+            out = torch.empty(rows, outputs).bfloat16()
+            dense.multiply(x, weight, out)
+            assert torch.equal(out, torch.mm(x, weight.t()))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_runs_of_all_lengths_and_in_pieces(monkeypatch):
+    monkeypatch.setattr(dense, "PANEL_BYTES", 1)  # one block of rows at a time
+    stack, x = torch.randn(5, 40, 192).bfloat16(), torch.randn(170, 192).bfloat16()
+    runs = [(4, 0, 1), (0, 1, 3), (2, 3, 4), (3, 4, 113), (1, 113, 116), (0, 116, 165), (2, 165, 170)]
+    out = torch.full((170, 50), 7.0, dtype=torch.bfloat16)
+    dense.multiply_runs(x, stack, runs, out[:, :40])
+    for slot, begin, end in runs:
+        assert torch.equal(out[begin:end, :40], by_hand(x[begin:end], stack[slot]))
+    assert (out[:, 40:] == 7).all()
+
+
+def test_what_is_no_number_stays_so():
+    x, weight = torch.randn(9, 64).bfloat16(), torch.randn(12, 64).bfloat16()
+    x[1, 3], x[2, 5], weight[4, 6] = float("inf"), float("nan"), -float("inf")
+    few, many, expected = torch.empty(3, 12).bfloat16(), torch.empty(9, 12).bfloat16(), by_hand(x, weight)
+    dense.multiply(x, weight, many)
+    dense.multiply(x[:3], weight, few)
+    assert torch.equal(many.isnan(), expected.isnan()) and torch.equal(few.isnan(), expected[:3].isnan())
+    assert torch.equal(many.nan_to_num(), expected.nan_to_num())
+
+
+@needs_loops
+def test_another_order_is_not_taken_for_it(monkeypatch):
+    monkeypatch.setattr(in_lanes, "_known", {})
+    mm = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda x, w: (x.float() @ w.float()).bfloat16())
+    assert not in_lanes.is_in_lanes(64, 128)
+    monkeypatch.setattr(in_lanes, "_known", {})
+    monkeypatch.setattr(torch, "mm", lambda x, w: mm(x, w) if len(x) <= 2 else (x.float() @ w.float()).bfloat16())
+    assert not in_lanes.is_in_lanes(64, 128), "the order of decode steps was taken for that of prompts"
+
+
+@needs_loops
+def test_where_onednn_is_asked_the_order_is_not_known(monkeypatch):
+    in_lanes.load_kernels.cache_clear()
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    try:
+        assert in_lanes.load_kernels() is None and not in_lanes.is_in_lanes(64, 192)
+    finally:
+        in_lanes.load_kernels.cache_clear()
+
+
+@needs_loops
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("shape", [(1, 128), (1, 1, 128), (3, 5, 128), (70, 128), (0, 128)])
+def test_a_linear_layer_of_any_number_of_rows(shape, biased, monkeypatch):
+    monkeypatch.setattr(exact_products, "LARGE", 1)
+    linear = torch.nn.Linear(128, 200, bias=biased, dtype=torch.bfloat16)
+    x, calls, multiply = torch.randn(shape).bfloat16(), [], in_lanes.multiply
+    with torch.no_grad():
+        expected = linear(x)
+        assert exact_products.sharpen_linears(linear)
+        linear(x)  # it is tried out
+        monkeypatch.setattr(in_lanes, "multiply", lambda *args: calls.append(1) or multiply(*args))
+        assert torch.equal(linear(x), expected)
+        assert len(calls) == (1 if x.numel() else 0)
+
+
+@needs_loops
+def test_an_output_head_is_tried_itself(monkeypatch):
+    monkeypatch.setattr(in_lanes, "LARGE", 1)
+    monkeypatch.setattr(in_lanes, "_known", {})
+    weight = torch.randn(5000, 128).bfloat16()
+    assert in_lanes.linear_is_in_lanes(weight, False, 3)
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(in_lanes, "_known", {})
+
+    def other(x, w, b=None):
+        return linear(x, w, b) if len(w) <= 4096 else (x.float() @ w.t().float()).bfloat16()
+
+    monkeypatch.setattr(in_lanes.functional, "linear", other)
+    assert not in_lanes.linear_is_in_lanes(weight, False, 3)
+
+
+@needs_loops
+@pytest.mark.parametrize("budget", ["1600KB", "20MB"])
+def test_a_model_generates_the_same(budget, monkeypatch):
+    for module in (exact_products, exact_rows):
+        monkeypatch.setattr(module, "LARGE", 1)
+    calls, multiply_runs = [], dense.multiply_runs
+    monkeypatch.setattr(dense, "multiply_runs", lambda *args: calls.append(args[2]) or multiply_runs(*args))
+    model = build("qwen3_moe", dtype=torch.bfloat16, hidden_size=128, moe_intermediate_size=64)
+    prompt = torch.randint(3, 90, (2, 40), generator=torch.Generator().manual_seed(0))
+    wanted = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    plain = model.generate(prompt, **wanted)
+    model = moe_offload.optimize(model, budget, config={"reserve": 0})
+    ours = model.generate(prompt, **wanted)
+    assert torch.equal(ours.sequences, plain.sequences)
+    assert all(torch.equal(a, b) for a, b in zip(ours.logits, plain.logits, strict=True))
+    assert any(end - begin > 4 for runs in calls for _, begin, end in runs)
