@@ -64,8 +64,12 @@ class Meeting(Protocol):
     def before_forward(self, tokens: int) -> None:
         """A forward of so many tokens of each sequence is about to begin."""
 
-    def before_experts(self, module: Any, ids_TK: Tensor) -> None:
-        """The experts `module` is about to be asked for `ids_TK`."""
+    def experts(self, module: Any, given: tuple[Tensor, ...]) -> Tensor | None:
+        """The experts `module` is about to be given hidden states, ids and weights. Its output, where it was computed
+        with that of others; None where it is to be computed now."""
+
+    def multiply(self, linear: Any, x_MI: Tensor) -> Tensor | None:
+        """The same of a linear layer whose products may have rows of several calls."""
 
 
 class Scope:

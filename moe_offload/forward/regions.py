@@ -87,9 +87,9 @@ class Regions:
         """The output `[T, H]` of the experts `module`, in a call of the model or in one of a part of it. It is `given`
         x [T, H], and ids and weights [T, K] where its form has any."""
         if self._scope.is_entered:
-            if self._meets and self._scope.meeting is not None:
-                self._scope.meeting.before_experts(module, given[1])
-            return self._run(module, given)
+            meeting = self._scope.meeting if self._meets else None
+            output = None if meeting is None else meeting.experts(module, given)
+            return self._run(module, given) if output is None else output
         with self._scope.entered():
             return self._run(module, given)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ class Joint:
 
     def __init__(self, arrivals: Arrivals):
         self._arrivals, self.begun = arrivals, False
+        #: Whether products of several requests at once have the bits of each alone; set where the model is patched.
+        self.shares_products: Callable[[], bool] = lambda: False
 
     def begin(self, asked: Sequence[list[int]]) -> list[int]:
         """Begin one event of as many of the first requests as have room together; `asked` are the expert ids of each,

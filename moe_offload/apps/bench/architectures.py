@@ -7,7 +7,7 @@ from typing import Any
 from ...errors import ConfigError
 
 PREFIX = "synthetic:"
-#: What the configurations of these models say, as published with them; `qwen3-small` and `tiny` are made up.
+#: What the configurations of these models say, as published with them; `tiny` is for tests.
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-30b-a3b": (
         "Qwen3MoeConfig",
@@ -28,25 +28,6 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "gpt-oss-20b": ("GptOssConfig", {"num_hidden_layers": 24, "num_local_experts": 32, "num_experts_per_tok": 4}),
-    # The proportions of qwen3-30b-a3b with a quarter of each row, so that a disk is waited for on small machines, too.
-    "qwen3-small": (
-        "Qwen3MoeConfig",
-        {
-            "hidden_size": 1024,
-            "intermediate_size": 3072,
-            "moe_intermediate_size": 384,
-            "num_hidden_layers": 48,
-            "num_experts": 128,
-            "num_experts_per_tok": 8,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 4,
-            "head_dim": 64,
-            "vocab_size": 32000,
-            "max_position_embeddings": 40960,
-            "norm_topk_prob": True,
-            "tie_word_embeddings": False,
-        },
-    ),
     "tiny": (
         "Qwen3MoeConfig",
         {

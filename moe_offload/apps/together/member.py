@@ -10,16 +10,13 @@ from __future__ import annotations
 import contextlib
 import contextvars
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from greenlet import GreenletExit, greenlet
 from torch import Tensor
 
 from .turn import Turn
-
-if TYPE_CHECKING:
-    from ...runtime.layer import LayerRuntime
 
 A_PROMPT = 1 << 62  # tokens of a forward that nobody has said yet
 
@@ -30,8 +27,9 @@ class Member:
     def __init__(self, turn: Turn, parent: Any):
         self.turn, self.error = turn, None  # type: Turn, BaseException | None
         self.tokens = A_PROMPT  # of the forward that it is about to make
-        self.layer: LayerRuntime | None = None  # whose experts it waits for
-        self.ids: list[int] = []
+        self.at: Any = None  # the module that it waits to compute with others
+        self.given: tuple[Tensor, ...] = ()
+        self.result: Tensor | None = None  # of that module, if it was computed for all of them
         self.greenlet = greenlet(self._run, parent=parent)
         self.greenlet.gr_context = contextvars.copy_context()
         self._random: Tensor | None = None
@@ -42,7 +40,7 @@ class Member:
 
     def go_on(self) -> None:
         """Let it run until it waits for others, or ends."""
-        self.layer = None
+        self.at = None
         with self._own_random_numbers():
             self.greenlet.switch()
 

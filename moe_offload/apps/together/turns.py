@@ -4,6 +4,10 @@
     layer 0         what all of them ask for is looked up once, and begins to load; each computes alone, and goes on
     layer 1 ...     the same, until each has its logits, has sampled, and is about to begin the next step
 
+Where a product's rows are known to have the bits that each has alone (`packed/in_lanes.py`), the experts and the large
+linear layers are computed for all of them at once, and each weight is read once. For every layer and number of calls
+the first output is compared with what each gets alone.
+
 A forward of several tokens, which is a prompt or a piece of one, runs from its beginning to its end before those of one
 token. A model whose experts are called one by one, or which is compiled whole, takes turns from step to step only; so
 does any while its trace is recorded, in which a forward is that of one request.
@@ -12,15 +16,22 @@ does any while its trace is recorded, in which a forward is that of one request.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import torch
 from greenlet import getcurrent
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...errors import OffloadError, ServeError
+from ...patch.exact_products import MEETING, multiply_rows
+from ...runtime.layer import LayerRuntime
 from .member import Member
 from .turn import Turn
+
+logger = logging.getLogger("moe_offload")
 
 STATEFUL_ROPE = "dynamic"  # the modules that compute it remember the longest sequence of any call
 
@@ -43,6 +54,10 @@ class Turns:
         call = model._compiled_call_impl
         self.most, self._handle, self._scope, self._runtime = most, model.moe_offload, call.scope, call.runtime
         self._layers = {id(module): layer for layer in call.runtime.layers for module in layer.moe.modules}
+        self._order = {id(module): i for i, module in enumerate(model.modules())}
+        within = {id(part) for layer in call.runtime.layers for own in layer.moe.modules for part in own.modules()}
+        self._linears = [one for one in model.modules() if isinstance(one, nn.Linear) and id(one) not in within]
+        self._alike: dict[tuple[int, int], bool] = {}  # of a module and a number of calls: whether rows are as alone
         self._members: dict[Any, Member] = {}
 
     def run(self, take: Callable[[], Turn | None]) -> None:
@@ -58,6 +73,8 @@ class Turns:
                 "calls of this model are computed together already, by another thread or around this one"
             )
         self._scope.meeting = self
+        for linear in self._linears:
+            vars(linear)[MEETING] = self
         try:
             while self._admit(take):
                 self._take_step(self._of_one_workload())
@@ -68,6 +85,8 @@ class Turns:
                 for member in list(self._members.values()):
                     member.end()
             self._members.clear()
+            for linear in self._linears:
+                vars(linear).pop(MEETING, None)
             self._scope.meeting = None
 
     # What calls of the model ask (`forward/binding.py`: Meeting).
@@ -84,13 +103,23 @@ class Turns:
             member.tokens = tokens
             member.greenlet.parent.switch()
 
-    def before_experts(self, module: Any, ids_TK: Tensor) -> None:
+    def experts(self, module: Any, given: tuple[Tensor, ...]) -> Tensor | None:
         if len(self._members) < 2 or self._runtime.recorder is not None:
-            return
+            return None
+        return self._wait_at(module, given)
+
+    def multiply(self, linear: Any, x_MI: Tensor) -> Tensor | None:
+        return self._wait_at(linear, (x_MI,)) if len(self._members) > 1 else None
+
+    def _wait_at(self, module: Any, given: tuple[Tensor, ...]) -> Tensor | None:
+        """Wait for the others that make a step of decoding to come to the same module."""
         member = self._members.get(getcurrent())
-        if member is not None and member.tokens == len(ids_TK) == 1:
-            member.layer, member.ids = self._layers[id(module)], ids_TK.reshape(-1).tolist()
-            member.greenlet.parent.switch()
+        if member is None or not member.tokens == len(given[0]) == 1:
+            return None
+        member.at, member.given = module, given
+        member.greenlet.parent.switch()
+        result, member.result, member.given = member.result, None, ()
+        return result
 
     # One step of each.
 
@@ -123,8 +152,9 @@ class Turns:
             else:
                 for member in sorted(members, key=lambda one: one.tokens == 1):  # a prompt waits for nobody
                     member.go_on()
-                while waiting := [member for member in members if member.layer is not None]:
-                    self._ask_together(waiting)
+                while waiting := [member for member in members if member.at is not None]:
+                    first = min((member.at for member in waiting), key=lambda module: self._order[id(module)])
+                    self._compute(first, [member for member in waiting if member.at is first])
         for member in members:
             if member.ended:
                 del self._members[member.greenlet]
@@ -132,12 +162,47 @@ class Turns:
                     raise member.error
                 member.turn.done(member.error)
 
-    def _ask_together(self, waiting: list[Member]) -> None:
-        """Those that have come to the first layer of all that are waited at compute it, and go on."""
-        layer = min((one.layer for one in waiting if one.layer is not None), key=lambda one: one.moe.index)
-        here = [member for member in waiting if member.layer is layer]
+    def _compute(self, module: Any, here: list[Member]) -> None:
+        """Let those that have come to a module, which is the first that anybody waits for, go on behind it."""
+        layer = self._layers.get(id(module))
+        outputs = self._compute_as_one(module, layer, here) if len(here) > 1 else None
+        if outputs is not None:
+            for member, output in zip(here, outputs, strict=True):
+                member.result = output
+        if outputs is not None or layer is None:
+            for member in here:
+                member.go_on()
+        else:
+            self._ask_together(layer, here)
+
+    def _compute_as_one(self, module: Any, layer: LayerRuntime | None, here: list[Member]) -> list[Tensor] | None:
+        """The output of each, from products of all of them; None where each is to be computed alone."""
+        run = partial(multiply_rows, module) if layer is None else partial(module._moe_offload.run, module)
+        key = id(module), len(here)
+        alike = self._alike.get(key)
+        if alike is False or (layer is not None and not layer.joint.shares_products()):
+            return None
+        try:
+            together = run(*map(torch.cat, zip(*(member.given for member in here), strict=True)))
+            if alike is None:
+                counters = None if layer is None else vars(layer.cache.counters)
+                counted = dict(counters or {})
+                alone = torch.cat([run(*member.given) for member in here])
+                if counters is not None:  # that nobody has asked for it is not to be seen
+                    counters.update(counted)
+                self._alike[key] = torch.equal(together, alone)
+                if not self._alike[key]:
+                    logger.warning("%s: several rows have other bits than each alone", type(module).__name__)
+                    together = alone
+        except Exception as error:  # a row of one of them cannot be read: whose that is, shows when each asks
+            logger.debug("%s: %d calls are computed one by one: %s", type(module).__name__, len(here), error)
+            return None
+        return [row.clone() for row in together.split(1)]  # each begins where new memory does, as it would alone
+
+    def _ask_together(self, layer: LayerRuntime, here: list[Member]) -> None:
+        """Each computes the experts of `layer` alone, and goes on; what they ask for is looked up together."""
         while here:
-            order = layer.joint.begin([member.ids for member in here])
+            order = layer.joint.begin([member.given[1].reshape(-1).tolist() for member in here])
             try:
                 for i in order:
                     here[i].go_on()

@@ -12,11 +12,14 @@ pytest.importorskip("greenlet")
 import moe_offload
 from moe_offload import ExpertReadError
 from moe_offload.apps.families.tiny import build
+from moe_offload.apps.together import turns as turns_module
 from moe_offload.apps.together.turn import Turn
 from moe_offload.apps.together.turns import Turns
 from moe_offload.errors import ClosedError, ServeError
 from moe_offload.memory.stores.host import HostStore
 from moe_offload.memory.stores.row_read import RowRead
+from moe_offload.packed import in_lanes as lanes
+from moe_offload.patch import exact_products
 from tests.fakes import loop_models
 from tests.fakes.offloaded import QWEN, SETTINGS, offload
 
@@ -41,7 +44,7 @@ def answer(model, i, **options):
     return torch.cat([out.sequences[0].double(), *(logits[0].double() for logits in out.logits)])
 
 
-def run(model, works, most=None, seeded=False):
+def run(model, works, most=None, seeded=False, turns=None):
     """The outcome of each: what it returned, or its error."""
     found = [None] * len(works)
 
@@ -55,7 +58,8 @@ def run(model, works, most=None, seeded=False):
         return Turn(keep, done, seeded=seeded)
 
     waiting = [turn(i, work) for i, work in enumerate(works)]
-    Turns(model, most or len(works)).run(lambda: waiting.pop(0) if waiting else None)
+    turns = turns or Turns(model, most or len(works))
+    turns.run(lambda: waiting.pop(0) if waiting else None)
     return found
 
 
@@ -123,6 +127,45 @@ def test_without_overlap_and_compiled_whole_they_take_turns_from_step_to_step():
         model = made(0.25, config={**SETTINGS.to_dict(), **changes})
         want = [answer(model, i) for i in range(len(LENGTHS))]
         assert all(same(want, run(model, works_of(model))))
+
+
+@pytest.fixture
+def in_lanes(monkeypatch):
+    """A model whose experts and linear layers may have rows of several calls, as large ones have."""
+    if lanes.load_kernels() is None:
+        pytest.skip("torch adds up in another order on this processor, or numba is not here")
+    monkeypatch.setattr(exact_products, "LARGE", 1)
+    return lambda residency=0.25, **options: offload(
+        build(QWEN, num_hidden_layers=2, dtype=torch.bfloat16, moe_intermediate_size=64), residency, **options
+    )
+
+
+@pytest.mark.parametrize("residency", [0.0, 0.25, 1.0])
+def test_products_have_rows_of_all_where_each_is_as_alone(in_lanes, residency):
+    model = in_lanes(residency)
+    want = [answer(model, i) for i in range(len(LENGTHS))]
+    turns = Turns(model, 4)
+    assert all(same(want, run(model, works_of(model), turns=turns)))
+    assert set(turns._alike.values()) == {True} and {count for _, count in turns._alike} == {2, 3, 4}
+    experts = {id(module) for layer in model.moe_offload.moe_layers for module in layer.modules}
+    met = {module for module, _ in turns._alike}
+    assert experts < met and id(model.lm_head) in met
+    assert all(same(want, run(model, works_of(model), turns=turns))), "when nothing is compared any more"
+    assert not any(exact_products.MEETING in vars(module) for module in model.modules())
+
+
+def test_where_rows_are_not_as_alone_each_is_computed_alone(in_lanes, monkeypatch):
+    model = in_lanes()
+    want = [answer(model, i) for i in range(len(LENGTHS))]
+    real = exact_products.multiply_rows
+    monkeypatch.setattr(turns_module, "multiply_rows", lambda linear, x: real(linear, x) * (1 if len(x) == 1 else 2))
+    turns = Turns(model, 4)
+    assert all(same(want, run(model, works_of(model), turns=turns)))
+    assert False in turns._alike.values()
+
+
+def test_a_row_that_cannot_be_read_fails_those_who_need_it_also_where_products_are_shared(in_lanes, monkeypatch):
+    check_broken_rows(in_lanes(device_map="cpu"), monkeypatch)
 
 
 def seeded(model, i):
@@ -196,7 +239,10 @@ def test_an_error_is_its_own(at):
 
 
 def test_a_row_that_cannot_be_read_fails_those_who_need_it(monkeypatch):
-    model = made(0.25, layers=2, device_map="cpu")
+    check_broken_rows(made(0.25, layers=2, device_map="cpu"), monkeypatch)
+
+
+def check_broken_rows(model, monkeypatch):
     want = [answer(model, i) for i in range(len(LENGTHS))]
     real, broken = HostStore.begin, set()
 
