@@ -1,7 +1,7 @@
 """One of several functions that one thread runs in turns: where it is, and what is its own.
 
 A greenlet is a stack that another can take the place of, anywhere. Python's frames and context variables are its own;
-what torch keeps for each thread is not: gradients are switched off outside of all of them (`Scope.alone`), and random
+what torch keeps for each thread is not: gradients are switched off outside of all of them (`Turns.run`), and random
 numbers are exchanged here, where a function draws from a seed.
 """
 

@@ -75,19 +75,13 @@ class Turns:
         self._scope.meeting = self
         for linear in self._linears:
             vars(linear)[MEETING] = self
-        try:
-            while self._admit(take):
-                self._take_step(self._of_one_workload())
-        finally:
-            with contextlib.ExitStack() as stack:
-                with contextlib.suppress(OffloadError):
-                    stack.enter_context(self._scope.alone())
-                for member in list(self._members.values()):
-                    member.end()
-            self._members.clear()
-            for linear in self._linears:
-                vars(linear).pop(MEETING, None)
-            self._scope.meeting = None
+        # Gradients are switched off per thread, not per greenlet: outside of all of them, whichever ends first.
+        with torch.no_grad():
+            try:
+                while self._admit(take):
+                    self._take_step(self._of_one_workload())
+            finally:
+                self._end_all()
 
     # What calls of the model ask (`forward/binding.py`: Meeting).
 
@@ -122,6 +116,17 @@ class Turns:
         return result
 
     # One step of each.
+
+    def _end_all(self) -> None:
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OffloadError):
+                stack.enter_context(self._scope.alone())
+            for member in list(self._members.values()):
+                member.end()
+        self._members.clear()
+        for linear in self._linears:
+            vars(linear).pop(MEETING, None)
+        self._scope.meeting = None
 
     def _admit(self, take: Callable[[], Turn | None]) -> bool:
         """Let new ones in; whether there are any at all."""

@@ -26,6 +26,12 @@ from tests.fakes.offloaded import QWEN, SETTINGS, offload
 LENGTHS = [(5, 14), (19, 9), (1, 20), (12, 11)]  # of prompts, and of what follows them
 
 
+@pytest.fixture(autouse=True)
+def _gradients_are_as_before():
+    yield
+    assert torch.is_grad_enabled()
+
+
 def prompt_of(i):
     return torch.randint(3, 60, (1, LENGTHS[i][0]), generator=torch.Generator().manual_seed(i))
 
