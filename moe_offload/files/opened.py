@@ -16,6 +16,8 @@ from pathlib import Path
 
 from .system import CACHED, bypass_cache
 
+DESCRIPTORS = Path("/proc/self/fd")
+
 
 @contextlib.contextmanager
 def open_descriptor(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
@@ -32,6 +34,24 @@ def open_descriptor(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
 def create_private(path: Path) -> FileIO:
     """A new file for reading and writing that nobody but its owner may open. Raises OSError where one is there."""
     return FileIO(path, "x+", opener=partial(os.open, mode=0o600))
+
+
+def create_nameless(folder: Path) -> FileIO | None:
+    """The same without a name, so that nothing is left of it when this process is killed; None where that is not to be
+    had: not Linux, or a file system that cannot."""
+    flags = getattr(os, "O_TMPFILE", 0) | os.O_RDWR | getattr(os, "O_CLOEXEC", 0)
+    if not hasattr(os, "O_TMPFILE") or not DESCRIPTORS.is_dir():
+        return None
+    try:
+        return FileIO(folder, "r+", opener=lambda folder, _: os.open(folder, flags, 0o600))
+    except OSError:
+        return None
+
+
+def give_name(file: FileIO, path: Path) -> None:
+    """The name `path` for a file that has none. Raises OSError where there is one."""
+    # Told any `src_dir_fd`, which an absolute path makes no use of, Python follows the link to the file.
+    os.link(DESCRIPTORS / str(file.fileno()), path, src_dir_fd=file.fileno())
 
 
 def open_uncached(path: Path | str) -> tuple[FileIO, str]:

@@ -9,7 +9,7 @@ import time
 import uuid
 from pathlib import Path
 
-from .opened import create_private, open_descriptor
+from .opened import create_nameless, create_private, give_name, open_descriptor
 
 STALE_S = 3600.0  # a temporary file older than this was left by a process that died while saving
 
@@ -53,19 +53,21 @@ def _replace(path: Path, data: bytes) -> None:
             raise ValueError("there is something other than a regular file at that path")
     temporary = path.parent / f".moe_offload-{uuid.uuid4().hex[:8]}.tmp"
     try:
-        with create_private(temporary) as file:
+        with create_nameless(path.parent) or create_private(temporary) as file:
             rest = memoryview(data)
             while rest:
                 rest = rest[file.write(rest) or 0 :]
             os.fsync(file.fileno())
-            owner = os.fstat(file.fileno()).st_uid
+            found = os.fstat(file.fileno())
+            if not found.st_nlink:
+                give_name(file, temporary)
         temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
     sync_folder(path.parent)
-    _sweep(path.parent, owner)
+    _sweep(path.parent, found.st_uid)
 
 
 def _sweep(folder: Path, owner: int) -> None:

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..experts import MoELayer
+from ..forward.called.phantom import CalledPhantom
 from ..forward.graphs.products import serve_few_rows
 from ..packed import in_lanes
 from ..packed.exact import FEW, LARGE, multiplier
-from ..packed.exact_linear import find_linear_order
+from ..packed.exact_linear import MADE_UP, find_linear_order
 from .fast_products import is_plain, is_unchanged
 
 logger = logging.getLogger("moe_offload")
@@ -34,20 +35,23 @@ MEETING = "_moe_offload_meeting"  # of a linear layer: what lets several calls s
 
 def serve_exact(moe_layers: Iterable[MoELayer]) -> None:
     """Let the experts' graphs have such products, where a matrix is large enough to gain by them."""
-    shapes = {shape for moe in moe_layers for shape in _large_matrices(moe)}
-    if not shapes:
+    shapes: dict[bool, set[tuple[int, int]]] = {False: set(), True: set()}
+    for moe in moe_layers:
+        shapes[bool(getattr(moe.modules[0], "is_transposed", False))].update(_large_matrices(moe))
+    if not any(shapes.values()):
         return
     try:
         from ..runtime.kernels import exact_rows
     except ImportError as error:  # numba, which was taken away or cannot be loaded
         logger.info("products of few tokens are torch's: numba cannot be used here: %s", error)
         return
-    if exact_rows.try_products(sorted(shapes)):
+    if exact_rows.try_products(*(sorted(each) for each in shapes.values())):
         serve_few_rows(exact_rows.multiply)
 
 
 def sharpen_linears(model: nn.Module) -> list[nn.Linear]:
-    """Give each linear layer that is large, in bfloat16, and changed by nobody, such a forward. Returns them."""
+    """Give each linear layer that is large, in bfloat16, and changed by nobody, such a forward: those of experts that
+    are called, too, whose weights come from a slot. Returns them."""
     linears = [module for module in model.modules() if isinstance(module, nn.Linear) and _is_for_kernel(module)]
     for linear in linears:
         linear.__dict__["forward"] = types.MethodType(forward, linear)
@@ -60,21 +64,16 @@ def forward(self: nn.Linear, input: Tensor) -> Tensor:
         replaced: Any = nn.Linear.forward
         return replaced(self, input)  # type: ignore[no-any-return]
     weight, bias = self.weight, self.bias
-    if (
-        torch.compiler.is_dynamo_compiling()
-        or functional.linear is not LINEAR
-        or not is_plain(input, weight, bias)
-        or not _is_dense(input)
-    ):
+    if torch.compiler.is_dynamo_compiling() or functional.linear is not LINEAR or not is_plain(input, weight, bias):
         return functional.linear(input, weight, bias)
-    x_MI = input.view(-1, input.shape[-1])
-    if in_lanes.linear_is_in_lanes(weight, bias is not None, input.dim()):
-        meeting = vars(self).get(MEETING)
+    x_MI, dense = input.view(-1, input.shape[-1]), _is_dense(input)
+    if in_lanes.linear_is_in_lanes(weight, bias is not None, input.dim(), is_slice=not dense):
+        meeting = vars(self).get(MEETING) if dense else None
         out_MO = None if meeting is None else meeting.multiply(self, x_MI)
         if out_MO is None:
             out_MO = multiply_rows(self, x_MI)
         return out_MO.view(*input.shape[:-1], -1)
-    if len(x_MI) > FEW:
+    if len(x_MI) > FEW or not dense:
         return functional.linear(input, weight, bias)
     order = find_linear_order(weight, len(x_MI), bias is not None, input.dim())
     if order is None:
@@ -113,17 +112,23 @@ def _is_dense(input: Tensor) -> bool:
 
 def _is_for_kernel(linear: nn.Linear) -> bool:
     """Whether one row of it, as a model calls it, is added up in a known order."""
-    if linear.weight.numel() < LARGE or not is_unchanged(linear):
+    weight, biased = linear.weight, linear.bias is not None
+    if weight.numel() < LARGE:
         return False
-    biased = linear.bias is not None
-    in_order = find_linear_order(linear.weight, 1, biased, 3) is not None
-    return in_order or in_lanes.linear_is_in_lanes(linear.weight, biased, 3)
+    if isinstance(weight, CalledPhantom):
+        if type(linear) is not nn.Linear or "forward" in vars(linear) or weight.field.dtype != torch.bfloat16:
+            return False
+        # What is like it in all that counts. An expert is called with rows [M, I].
+        alike = torch.empty(weight.shape, dtype=torch.bfloat16, device="meta")
+        in_order = alike.numel() <= MADE_UP and find_linear_order(alike, 1, biased, 2) is not None
+        return in_order or in_lanes.linear_is_in_lanes(alike, biased, 2)
+    if not is_unchanged(linear):
+        return False
+    return find_linear_order(weight, 1, biased, 3) is not None or in_lanes.linear_is_in_lanes(weight, biased, 3)
 
 
 def _large_matrices(moe: MoELayer) -> list[tuple[int, int]]:
-    """[O, I] of each weight of an expert that is a large bfloat16 matrix, with rows of outputs."""
-    if getattr(moe.modules[0], "is_transposed", False):
-        return []
+    """The shape of each weight of an expert that is a large bfloat16 matrix: [O, I], or [I, O] of a transposed one."""
     return [
         (field.shape[0], field.shape[1])
         for field in moe.layout.fields

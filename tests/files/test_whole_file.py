@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from moe_offload.errors import ProfileError
+from moe_offload.files.opened import create_nameless
 from moe_offload.files.untrusted import read_bounded, refusing_file
 from moe_offload.files.whole_file import save_whole
 from tests.fakes.file_faults import Fault, full, interrupt
@@ -55,6 +56,24 @@ def test_a_kill_leaves_one_of_the_two(path):
             os._exit(0)
         os.waitpid(child, 0)
         assert path.read_bytes() in (OLD, NEW)
+
+
+def test_a_kill_before_all_is_on_the_disk_leaves_nothing(path, monkeypatch):
+    if create_nameless(path.parent) is None:
+        pytest.skip("a file must have a name here")
+    monkeypatch.setattr(os, "fsync", lambda _: os.kill(os.getpid(), signal.SIGKILL))
+    child = os.fork()
+    if child == 0:
+        save_whole(path, NEW, "thing", ProfileError)
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert path.read_bytes() == OLD and list(path.parent.iterdir()) == [path]
+
+
+def test_where_a_file_must_have_a_name_it_is_written_under_another(path, monkeypatch):
+    monkeypatch.delattr(os, "O_TMPFILE", raising=False)
+    save(path, Fault())
+    assert path.read_bytes() == NEW and list(path.parent.iterdir()) == [path] and path.stat().st_mode & 0o777 == 0o600
 
 
 def test_what_is_too_large_or_no_file_is_one_error_that_names_it(path):

@@ -9,8 +9,10 @@ from moe_offload.apps.families.tiny import build
 from moe_offload.packed import exact, in_lanes
 from moe_offload.patch import exact_products
 from moe_offload.runtime.kernels import exact_rows
+from tests.fakes import loop_models
 
 dense = pytest.importorskip("moe_offload.packed.compiled.in_lanes.dense")
+turned = pytest.importorskip("moe_offload.packed.compiled.in_lanes.turned")
 pytestmark = pytest.mark.skipif(not dense.can_run(), reason="no AVX2 here")
 needs_loops = pytest.mark.skipif(in_lanes.load_kernels() is None, reason="torch asks oneDNN here")
 
@@ -114,6 +116,19 @@ def test_a_linear_layer_of_any_number_of_rows(shape, biased, monkeypatch):
 
 
 @needs_loops
+def test_the_last_token_of_a_prompt(monkeypatch):
+    monkeypatch.setattr(exact_products, "LARGE", 1)
+    linear = torch.nn.Linear(128, 200, dtype=torch.bfloat16)
+    prompt, calls, multiply = torch.randn(1, 7, 128).bfloat16(), [], in_lanes.multiply
+    with torch.no_grad():
+        expected = linear(prompt[:, -1:])
+        exact_products.sharpen_linears(linear)
+        linear(prompt[:, -1:])  # it is tried out
+        monkeypatch.setattr(in_lanes, "multiply", lambda *args: calls.append(1) or multiply(*args))
+        assert torch.equal(linear(prompt[:, -1:]), expected) and calls == [1]
+
+
+@needs_loops
 def test_an_output_head_is_tried_itself(monkeypatch):
     monkeypatch.setattr(in_lanes, "LARGE", 1)
     monkeypatch.setattr(in_lanes, "_known", {})
@@ -145,3 +160,72 @@ def test_a_model_generates_the_same(budget, monkeypatch):
     assert torch.equal(ours.sequences, plain.sequences)
     assert all(torch.equal(a, b) for a, b in zip(ours.logits, plain.logits, strict=True))
     assert any(end - begin > 4 for runs in calls for _, begin, end in runs)
+
+
+def in_parts_by_hand(x_MI, weight_IO):
+    x, w = x_MI.double().numpy(), weight_IO.double().numpy()
+    sums = np.zeros((4, len(x), w.shape[1]), np.float32)
+    for k in range(len(w)):
+        sums[k % 4] = (sums[k % 4] + x[:, k, None] * w[k]).astype(np.float32)
+    return torch.from_numpy(((sums[0] + sums[1]) + sums[2]) + sums[3]).bfloat16()
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(24, 64), (100, 192), (300, 128), (50, 2112)])
+@pytest.mark.parametrize("rows", [1, 3, 5, 49, 100])
+def test_outputs_side_by_side_are_added_up_in_four_parts(rows, outputs, inputs):
+    for x, weight in exact.trials(rows, outputs, inputs, torch.bfloat16):
+        turned_weight, out = weight.t().contiguous(), torch.empty(rows, outputs).bfloat16()
+        turned.multiply_runs(x, turned_weight[None], [(0, 0, rows)], out)
+        assert torch.equal(out, in_parts_by_hand(x, turned_weight))
+        if in_lanes.load_kernels() is not None:
+            assert in_lanes.is_in_parts(outputs, inputs) and torch.equal(out, torch.mm(x, turned_weight))
+
+
+def test_turned_runs_of_all_lengths_and_in_pieces(monkeypatch):
+    monkeypatch.setattr(turned, "PANEL_BYTES", 1)
+    stack, x = torch.randn(5, 192, 40).bfloat16(), torch.randn(170, 192).bfloat16()
+    runs = [(4, 0, 1), (0, 1, 3), (2, 3, 4), (3, 4, 113), (1, 113, 116), (0, 116, 165), (2, 165, 170)]
+    out = torch.full((170, 50), 7.0, dtype=torch.bfloat16)
+    turned.multiply_runs(x, stack, runs, out[:, :40])
+    for slot, begin, end in runs:
+        assert torch.equal(out[begin:end, :40], in_parts_by_hand(x[begin:end], stack[slot]))
+    assert (out[:, 40:] == 7).all()
+
+
+@needs_loops
+def test_products_of_a_graph_take_both(monkeypatch):
+    monkeypatch.setattr(exact_rows, "LARGE", 1)
+    x, stack = torch.randn(9, 64).bfloat16(), torch.randn(2, 64, 64).bfloat16()
+    for weight in (stack, stack.transpose(1, 2)):
+        out = torch.empty(9, 64).bfloat16()
+        assert exact_rows.multiply(x, weight, [(1, 0, 6), (0, 6, 9)], out) == []
+        assert torch.equal(out, torch.cat([x[:6] @ weight[1], x[6:] @ weight[0]]))
+
+
+@needs_loops
+def test_a_product_in_place_of_torchs():
+    x, weight = torch.randn(9, 128).bfloat16(), torch.randn(128, 48).bfloat16()
+    for w in (weight, weight.t().contiguous().t(), weight[:, ::2]):
+        out = torch.empty(9, w.shape[1]).bfloat16()
+        in_lanes.multiply_exactly(x, w, out)
+        assert torch.equal(out, torch.mm(x, w))
+
+
+@needs_loops
+@pytest.mark.parametrize("large", [1 << 24, 1])
+def test_linear_layers_of_experts_that_are_called(large, monkeypatch):
+    """Their weights are phantoms, and in a call views of a slot; beyond `large` the weight itself is tried then."""
+    monkeypatch.setattr(exact_products, "LARGE", 1)
+    monkeypatch.setattr(in_lanes, "LARGE", large)
+    calls, multiply = [], in_lanes.multiply
+    monkeypatch.setattr(in_lanes, "multiply", lambda *args: calls.append(len(args[0])) or multiply(*args))
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    ids = loop_models.prompt(1, 33)
+    want = loop_models.session(loop_models.build("hits", torch.bfloat16, **sizes), ids)
+    model = loop_models.offload(loop_models.build("hits", torch.bfloat16, **sizes), 0.5)
+    expert = next(m for m in model.modules() if isinstance(m, torch.nn.Linear) and "forward" in vars(m))
+    calls.clear()
+    assert loop_models.same(want, loop_models.session(model, ids))
+    assert len(calls) > 100
+    model.moe_offload.close()
+    assert "forward" not in vars(expert)

@@ -30,4 +30,5 @@ def test_the_text_is_that_of_one_process(launcher, tmp_path):
     )
     assert told.returncode == 0, told.stderr
     assert told.stdout == alone.stdout and len(told.stdout) > 30
-    assert told.stderr.count("\nrank ") == 2 and told.stderr.count("time to first token") == 1
+    assert told.stderr.count("\nrank ") == 2 and told.stderr.count("\nall 2 ranks: hit rate") == 1
+    assert told.stderr.count("time to first token") == 1

@@ -114,7 +114,7 @@ class Conversation:
         known = 0 if self._prompts is None else self._prompts.known_tokens
         self._last = speed_line(streamer, before, handle.stats(), known)
         _say(f"[{self._last}; budget {format_size(handle.plan.budget_bytes)}]")
-        if not self._compared and (first := FirstAnswer.of(streamer, before)) is not None:
+        if not self._compared and (first := FirstAnswer.of(streamer, before, known)) is not None:
             self._compared = True
             if line := compare_starts(handle, first):
                 _say(f"[{line}]")

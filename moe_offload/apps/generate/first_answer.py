@@ -17,7 +17,8 @@ PREFIX = "cold_"  # begins the names under which the usage's meta keeps the figu
 
 @dataclass(frozen=True)
 class FirstAnswer:
-    """Until its first token: the prompt, the time without compiling, what was read for it, what was there already."""
+    """Until its first token: the tokens of the prompt that were computed, the time without compiling, what was read for
+    it, what was there already."""
 
     prompt_tokens: int
     first_token_s: float
@@ -26,14 +27,16 @@ class FirstAnswer:
     day: str
 
     @classmethod
-    def of(cls, streamer: Streamer, before: Any) -> FirstAnswer | None:
-        """Of an answer that has begun; `before` are `Handle.stats()` when it was asked for."""
+    def of(cls, streamer: Streamer, before: Any, known: int = 0) -> FirstAnswer | None:
+        """Of an answer that has begun; `before` are `Handle.stats()` when it was asked for. The `known` tokens of its
+        prompt were in a KV cache: what they save is not to be credited to remembered usage."""
         if streamer.first_s is None or streamer.at_first is None:
             return None
         spent = streamer.at_first - before
         day = datetime.now(timezone.utc).strftime("%Y-%m-%d")
         first_token_s = streamer.first_s - streamer.begun_s
-        return cls(streamer.prompt_tokens, round(first_token_s, 4), spent.bytes_read, round(spent.hit_rate, 4), day)
+        computed = streamer.prompt_tokens - known
+        return cls(computed, round(first_token_s, 4), spent.bytes_read, round(spent.hit_rate, 4), day)
 
     def meta(self) -> dict[str, str]:
         return {PREFIX + name: str(value) for name, value in asdict(self).items()}
@@ -55,7 +58,7 @@ class FirstAnswer:
 
     def __str__(self) -> str:
         return (
-            f"first token after {self.first_token_s:.2f} s ({self.prompt_tokens} tokens of prompt), "
+            f"first token after {self.first_token_s:.2f} s ({self.prompt_tokens} tokens of prompt computed), "
             f"{format_size(self.read_bytes)} read for it, {self.hit_rate:.1%} of its experts were there"
         )
 

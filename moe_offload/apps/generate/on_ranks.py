@@ -43,11 +43,13 @@ def common_seed(handle: Handle, seed: int | None, how: Mapping[str, Any]) -> int
 
 
 def lines_of_ranks(handle: Handle, counters: Sequence[Counters]) -> list[str]:
-    """A line for each rank: what it has hit, read and held. Every rank calls it; none for a model in one process."""
+    """A line for each rank, and one for all: what they have hit, read and held. Every rank calls it; none for a model
+    in one process."""
     if handle.ranks is None:
         return []
     peaks = handle.ranks.exchange("peak", peak_memory_bytes(), "tell what it has held")
+    names = [*map(str, handle.ranks.names), f"all {len(peaks)} ranks"]
     return [
         f"{name}: hit rate {one.hit_rate:.1%}; {format_size(one.moved_bytes)} read; peak memory {format_size(peak)}"
-        for name, one, peak in zip(handle.ranks.names, counters, peaks, strict=True)
+        for name, one, peak in zip(names, [*counters, Counters.total(counters)], [*peaks, sum(peaks)], strict=True)
     ]

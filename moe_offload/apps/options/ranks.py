@@ -12,6 +12,11 @@ from ...errors import ConfigError
 
 #: Commands that all ranks run together. Every other would do the same work, and write the same files, once a process.
 TOGETHER = ("run", "serve", "plan")
+#: Where another command does what was probably wanted.
+INSTEAD = {
+    "bench": "It measures beside engines that run in one process; `run` says at its end what several ranks reach: "
+    "tokens/s, and hits, bytes read and peak memory of each and of all",
+}
 
 
 def refuse_ranks(command: str) -> None:
@@ -21,6 +26,7 @@ def refuse_ranks(command: str) -> None:
         raise ConfigError(
             f"moe-offload {command} is for one process, and {launched.world} were started (torchrun, accelerate "
             f"launch); run it without a launcher. Several share a model in {', '.join(TOGETHER)}"
+            + (f". {INSTEAD[command]}" if command in INSTEAD else "")
         )
 
 

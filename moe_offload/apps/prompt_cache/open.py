@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,23 +21,27 @@ MEMORY = "memory"
 
 
 def check_folder(said: str | None) -> None:
-    """Raise ConfigError where a folder that was given cannot be made: before anything is loaded."""
+    """Raise ConfigError where a folder that was given cannot be made or written: before anything is loaded."""
     if said is None or said == MEMORY:
         return
+    if not said.strip():  # an empty variable of a script would be the current folder
+        raise ConfigError(f"--prompt-cache {said!r}: give the name of a folder, or {MEMORY}")
     try:
         Path(said).mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=said):  # as that of a model will be
+            pass
     except OSError as error:
         raise ConfigError(
-            f"--prompt-cache {said}: it cannot be made ({describe_error(error)}); give a folder that may be written, "
-            f"or {MEMORY}"
+            f"--prompt-cache {said}: it cannot be made or written ({describe_error(error)}); give a folder that may be "
+            f"written, or {MEMORY}"
         ) from error
 
 
 def open_prompt_cache(model: Any, wanted: OffloadConfig, said: str | None) -> PromptCache | None:
     """The prompt cache of `model`, which was loaded as `wanted`; None where each prompt is to be read whole.
 
-    Which it is unless somebody asks: what goes on from a KV cache rounds otherwise than what is read in one piece, and
-    2 of 40 answers to prompts of random tokens had other tokens in bfloat16.
+    Which it is unless somebody asks: products of another number of rows round otherwise, so what goes on from a cache
+    is not to the bit what is read in one piece, whatever is kept (docs/prompt-cache.md has how often tokens differ).
     """
     if said is None:
         return None

@@ -24,6 +24,7 @@ from torch import Tensor
 from ...experts import Field
 from ...packed import Format
 from ...packed.exact import FEW, STRIP_BYTES, Order, Run, find_order, strips_are_exact, transposed_is_exact
+from ...packed.in_lanes import is_in_lanes, is_in_parts, multiply_exactly
 from ...packed.ordered import Place, multiply_rows_in_order, shape_for_kernels
 from ...packed.workspace import borrow_workspace
 from ..conversion import Conversion, Swap, convert_tensors, joins_bytes
@@ -102,8 +103,12 @@ class MatrixWeight:
         transposed = joins_bytes(self.conversions)
         ordered = [self._find_order(transposed, rows) is not None for rows in range(1, FEW + 1)]
         as_in_file = [self._as_in_file(transposed, rows) for rows in range(1, FEW + 1)]
-        if as_in_file[0] and not ordered[0]:
-            strips_are_exact(self._heights, self.matrices[0].shape[1], self.dtype)
+        inputs = self.matrices[0].shape[1]
+        if as_in_file[0] and not ordered[0] and self._strips_are_exact():
+            for height in {*self._heights, self.rows}:
+                is_in_lanes(height, inputs)
+        if self.conversions == (Swap(0, 1),):
+            is_in_parts(self.rows, inputs)
 
     def _find_order(self, transposed: bool, rows: int) -> Order | None:
         """In which order the product is added up, if its outputs are rows of the file's matrices."""
@@ -132,13 +137,13 @@ class MatrixWeight:
         if not self._as_in_file(transposed, len(x_MI)):
             whole = borrow_workspace(self.shape, self.dtype)
             self.unpack(row, whole)
-            torch.mm(x_MI, whole.t() if transposed else whole, out=out_MO)
-        elif len(x_MI) == 1 and strips_are_exact(self._heights, x_MI.shape[1], self.dtype):
+            multiply_exactly(x_MI, whole.t() if transposed else whole, out_MO)
+        elif len(x_MI) == 1 and self._strips_are_exact():
             self._multiply_in_strips(x_MI, row, out_MO)
         else:
             whole = borrow_workspace((self.rows, x_MI.shape[1]), self.dtype)
             self._unpack_below(row, whole)
-            torch.mm(x_MI, whole.t(), out=out_MO)
+            multiply_exactly(x_MI, whole.t(), out_MO)
 
     def _as_in_file(self, transposed: bool, rows: int) -> bool:
         """Whether the product's outputs are rows of the file's matrices, and may be computed from them."""
@@ -167,6 +172,9 @@ class MatrixWeight:
     def _heights(self) -> tuple[int, ...]:
         return tuple(end - begin for strips in self._strips for begin, end in strips)
 
+    def _strips_are_exact(self) -> bool:
+        return strips_are_exact(self._heights, self.matrices[0].shape[1], self.dtype)
+
     def _multiply_in_strips(self, x_1I: Tensor, row: Tensor, out_1O: Tensor) -> None:
         space, first = borrow_workspace((max(self._heights), x_1I.shape[1]), self.dtype), 0
         for matrix, strips in zip(self.matrices, self._strips, strict=True):
@@ -174,7 +182,7 @@ class MatrixWeight:
             for begin, end in strips:
                 strip = space[: end - begin]
                 matrix.format.unpack(matrix.format.rows(tensors, begin, end), strip)
-                torch.mm(x_1I, strip.t(), out=out_1O[:, first : first + end - begin])
+                multiply_exactly(x_1I, strip.t(), out_1O[:, first : first + end - begin])
                 first += end - begin
 
 

@@ -10,7 +10,7 @@ adds up in the same one (`packed/compiled/in_order/`); on an older processor it 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -19,12 +19,14 @@ from ...packed import in_lanes
 from ...packed.exact import FEW, LARGE, Run, find_order, load_dense_kernels
 
 
-def try_products(shapes: Iterable[tuple[int, int]]) -> bool:
-    """Try out the products with large matrices [O, I]. Whether there is one that our kernel is to take."""
-    shapes = list(shapes)
-    in_order = [in_lanes.is_in_lanes(*shape) for shape in shapes]  # each is tried: not later, with all memory taken
-    orders = [find_order(rows, *shape, torch.bfloat16, turned=False) for shape in shapes for rows in range(1, FEW + 1)]
-    return any(in_order) or any(order is not None for order in orders)
+def try_products(shapes: Collection[tuple[int, int]], turned_shapes: Collection[tuple[int, int]] = ()) -> bool:
+    """Try out the products with large matrices [O, I], and with [I, O]. Whether there is one that our kernels are to
+    take. All are tried: later there may be no memory for it."""
+    found = [in_lanes.is_in_lanes(*shape) for shape in shapes]
+    found += [in_lanes.is_in_parts(outputs, inputs) for inputs, outputs in turned_shapes]
+    rows = range(1, FEW + 1)
+    found += [find_order(some, *shape, torch.bfloat16, turned=False) is not None for shape in shapes for some in rows]
+    return any(found)
 
 
 def multiply(x_PI: Tensor, weight_SIO: Tensor, runs: Sequence[Run], out_PO: Tensor) -> Sequence[Run]:
@@ -33,7 +35,6 @@ def multiply(x_PI: Tensor, weight_SIO: Tensor, runs: Sequence[Run], out_PO: Tens
     _, inputs, outputs = weight_SIO.shape
     if not (
         outputs * inputs >= LARGE
-        and weight_SIO.stride()[1:] == (1, inputs)
         and x_PI.dtype == weight_SIO.dtype == out_PO.dtype == torch.bfloat16
         and x_PI.device.type == weight_SIO.device.type == "cpu"
         and x_PI.shape[1] == inputs
@@ -41,9 +42,19 @@ def multiply(x_PI: Tensor, weight_SIO: Tensor, runs: Sequence[Run], out_PO: Tens
         and out_PO.stride(1) == 1
     ):
         return runs
+    if weight_SIO.stride()[1:] == (outputs, 1) and in_lanes.is_in_parts(outputs, inputs):
+        in_lanes.multiply_turned_runs(x_PI, weight_SIO, runs, out_PO)
+        return []
+    if weight_SIO.stride()[1:] != (1, inputs):
+        return runs
     if in_lanes.is_in_lanes(outputs, inputs):
         in_lanes.multiply_runs(x_PI, weight_SIO.transpose(1, 2), runs, out_PO)
         return []
+    return _multiply_in_order(x_PI, weight_SIO, runs, out_PO)
+
+
+def _multiply_in_order(x_PI: Tensor, weight_SIO: Tensor, runs: Sequence[Run], out_PO: Tensor) -> Sequence[Run]:
+    _, inputs, outputs = weight_SIO.shape
     left, some = [], defaultdict(list)
     for run in runs:
         some[run[2] - run[1]].append(run)

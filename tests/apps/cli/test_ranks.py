@@ -78,6 +78,7 @@ def test_what_is_for_one_process_is_refused_by_name(second_of_two, words):
     told = run(*words)
     assert told.exit_code == 2 and told.stdout == ""
     assert f"rank 1: moe-offload {' '.join(words[:-1] or words)} is for one process, and 2 were started" in told.stderr
+    assert ("`run` says at its end what several ranks reach" in told.stderr) == (words[0] == "bench")
 
 
 def test_the_first_rank_alone_tells_the_plan(second_of_two, monkeypatch):

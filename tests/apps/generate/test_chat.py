@@ -60,6 +60,29 @@ def test_today_and_tomorrow(tmp_path, monkeypatch):
     assert Profile.load(path).tokens > 20
 
 
+def test_what_the_prompt_cache_saves_is_not_credited_to_remembered_usage(tmp_path, monkeypatch):
+    monkeypatch.setattr("moe_offload.plan.prepare.usage_folder", lambda: tmp_path)
+    flags = [
+        "--budget",
+        "6MB",
+        "--max-new-tokens",
+        "4",
+        "--profile",
+        "italian",
+        "--prompt-cache",
+        str(tmp_path / "kept"),
+    ]
+    flags += ["--system", "Il comando ls elenca i file di una directory, e il comando cp ne copia uno in un altro"]
+    computed = []
+    for line in ("Il comando mv", "Il comando rm"):
+        result = CliRunner().invoke(app, ["chat", MODEL, *flags], input=line)
+        assert result.exit_code == 0, result.output
+        prompt, known = map(int, re.search(r"\[prompt (\d+) tokens(?: \((\d+) of)?", result.stderr).groups("0"))
+        computed.append(prompt - known)
+        assert f"({prompt - known} tokens of prompt computed)" in result.stderr, result.stderr
+    assert computed[1] < computed[0] / 2
+
+
 def test_what_was_said_yesterday_is_not_read_again(tokenizer, tmp_path):
     """With a folder: the system prompt of another process. Where nobody asks, it is read."""
     flags = ["--budget", "6MB", "--max-new-tokens", "4", "--profile", "off"]

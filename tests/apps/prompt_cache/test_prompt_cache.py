@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from transformers import DynamicCache, StoppingCriteria
@@ -139,6 +141,50 @@ def test_an_answer_that_was_interrupted_is_kept_as_far_as_it_came(pair, read, mo
         assert torch.equal(prompts.generate(tokens, **ASK), plain.generate(tokens, **ASK))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keys_and_values_that_are_lent_are_those_of_a_fresh_prompt(family):
+    """But for roundings, layer by layer, whatever was cut, gone on from, or ended in the midst of a forward."""
+    plain, model = resident(family, layers=3, **FAMILIES[family]), offload(build(family, **FAMILIES[family]))
+    chance, told, ended, known = random.Random(0), [], [0], 0
+    prompts = PromptCache(model, tokens=300)
+    lend, lent = prompts._lend, {}
+
+    def lend_and_look(*asked):
+        cache, lent["known"] = lend(*asked)
+        lent["layers"] = [
+            {n: v.clone() for n, v in vars(x).items() if isinstance(v, torch.Tensor)} for x in cache.layers
+        ]
+        return cache, lent["known"]
+
+    def end_in_the_midst(*_):
+        ended[0] -= 1
+        if not ended[0]:
+            raise KeyboardInterrupt
+
+    prompts._lend = lend_and_look
+    with model.moe_offload:
+        for layer in model.model.layers:
+            layer.register_forward_pre_hook(end_in_the_midst)
+        for _ in range(24):
+            text = chance.choice(told) if told and chance.random() < 0.8 else draw(40, chance.randrange(99))
+            ids = then(text[:, : chance.randint(20, 60)], chance.randint(1, 9), chance.randrange(99))
+            ended[0] = chance.choice([0, 0, chance.randint(1, 18)])
+            try:
+                told.append(prompts.generate(ids, **ASK))
+            except KeyboardInterrupt:
+                told.append(ids)
+            else:
+                assert torch.equal(told[-1], plain.generate(ids, **ASK))
+            known += lent["known"] > 0
+            if lent["known"]:
+                cache = DynamicCache(config=plain.config)
+                plain(ids[:, : lent["known"]], past_key_values=cache)
+                for layer, kept in zip(cache.layers, lent["layers"], strict=True):
+                    for name, value in kept.items():
+                        torch.testing.assert_close(value, getattr(layer, name), atol=1e-4, rtol=1e-4)
+    assert known >= (8 if family in ("qwen3_moe", "gpt_oss") else 1)
+
+
 def test_a_window_that_has_moved_is_not_cut():
     """Within the window a beginning can be had, afterwards it is gone."""
     family, options = "mixtral", FAMILIES["mixtral"]
@@ -159,6 +205,26 @@ def test_requests_that_go_otherwise_are_left_alone(pair):
     for options in ({"num_beams": 2}, {"cache_implementation": "static"}, {"use_cache": False}):
         assert torch.equal(prompts.generate(ids, **ASK, **options), plain.generate(ids, **ASK, **options))
     assert not prompts._entries
+
+
+@pytest.mark.parametrize("what", ["two sequences", "padding", "positions", "embeddings", "a cache"])
+def test_what_is_more_than_the_tokens_of_one_sequence_is_not_kept(pair, what):
+    """Neither does it go on from what was kept, nor is it kept for a prompt of the same tokens."""
+    plain, model = pair
+    prompts, ids = PromptCache(model, tokens=400), draw(30)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    more = {
+        "two sequences": lambda: {},
+        "padding": lambda: {"attention_mask": mask},
+        "positions": lambda: {"position_ids": 2 * torch.arange(30)[None]},
+        "embeddings": lambda: {"inputs_embeds": plain.get_input_embeddings()(draw(30, 1))},
+        "a cache": lambda: {"past_key_values": DynamicCache(config=plain.config)},
+    }[what]
+    both = torch.cat([ids, draw(30, 2)]) if what == "two sequences" else ids
+    for _ in range(2):
+        assert torch.equal(prompts.generate(both, **ASK, **more()), plain.generate(both, **ASK, **more()))
+        assert torch.equal(prompts.generate(ids, **ASK), plain.generate(ids, **ASK))
 
 
 @pytest.mark.parametrize(

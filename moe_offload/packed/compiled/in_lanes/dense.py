@@ -51,11 +51,11 @@ def multiply_runs(
     few = [one for one in runs if one[2] - one[1] <= FEW]
     if few:
         _multiply_few(x_PI, weight_SOI, few, out_PO, bias)
-    for some in _in_pieces([one for one in runs if one[2] - one[1] > FEW], PANEL_BYTES // (4 * x_PI.shape[1])):
+    for some in in_pieces([one for one in runs if one[2] - one[1] > FEW], PANEL_BYTES // (4 * x_PI.shape[1])):
         _multiply_many(x_PI, weight_SOI, some, out_PO, bias)
 
 
-def _in_pieces(runs: Sequence[Run], most: int) -> Iterator[list[Run]]:
+def in_pieces(runs: Sequence[Run], most: int) -> Iterator[list[Run]]:
     """The same runs, of at most so many pairs together, or one block of rows."""
     most = max(BLOCK_M, most // BLOCK_M * BLOCK_M)
     some: list[Run] = []
@@ -77,7 +77,7 @@ def _multiply_few(x_PI: Tensor, weight_SOI: Tensor, runs: Sequence[Run], out_PO:
     x = x_PI.float()
     first, row_bytes = x.data_ptr(), x.stride(0) * x.element_size()
     places = [first + begin * row_bytes for _, begin, _ in runs]
-    _run_products(_few, places, weight_SOI, runs, out_PO, bias, LANES // 2)
+    divide_work(_few, places, weight_SOI, runs, out_PO, bias, LANES // 2)
 
 
 def _multiply_many(x_PI: Tensor, weight_SOI: Tensor, runs: Sequence[Run], out_PO: Tensor, bias: int) -> None:
@@ -91,10 +91,10 @@ def _multiply_many(x_PI: Tensor, weight_SOI: Tensor, runs: Sequence[Run], out_PO
     for _, start, end in runs:
         places.append(begin)
         begin += -(-(end - start) // ROWS) * ROWS * inputs * 4
-    _run_products(_many, places, weight_SOI, runs, out_PO, bias, BLOCK_O)
+    divide_work(_many, places, weight_SOI, runs, out_PO, bias, BLOCK_O)
 
 
-def _run_products(
+def divide_work(
     function: kernel,
     places: Sequence[int],
     weight_SOI: Tensor,
@@ -103,8 +103,8 @@ def _run_products(
     bias: int,
     height: int,
 ) -> None:
-    """Blocks of `height` outputs of each product, of which each thread has the same part of every product: experts
-    have more rows and fewer."""
+    """Run a kernel on blocks of `height` outputs, of which each thread has the same part of every product: experts have
+    more rows and fewer. `places` are the activations of each, as the kernel reads them; `bias` is an address, or 0."""
     _, outputs, inputs = weight_SOI.shape
     out, out_bytes = out_PO.data_ptr(), out_PO.stride(0) * out_PO.element_size()
     weight, slot_bytes = weight_SOI.data_ptr(), weight_SOI.stride(0) * weight_SOI.element_size()
@@ -119,13 +119,13 @@ def _run_products(
     blocks = -(-outputs // height)
     parts = min(torch.get_num_threads(), blocks)
     each = -(-blocks // parts)
-    job = (table.ctypes.data, len(table), outputs, inputs // LANES, out_PO.stride(0), height, each)
+    job = (table.ctypes.data, len(table), outputs, inputs, out_PO.stride(0), height, each)
     work = outputs * inputs * sum(end - begin for _, begin, end in runs)
     run(function, parts * len(table) * each, job, work)
 
 
 @compiled
-def _rounded(number):  # type: ignore[no-untyped-def]
+def rounded(number):  # type: ignore[no-untyped-def]
     """The bits of the bfloat16 that is nearest to a float32, the even one of two."""
     bits = np.float32(number).view(np.uint32)
     if bits & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000):
@@ -138,7 +138,7 @@ def _finished(total, bias, o):  # type: ignore[no-untyped-def]
     if bias != 0:
         bits = array_at(bias, (o + 1,), np.uint16)[o]
         total += np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
-    return _rounded(total)
+    return rounded(total)
 
 
 @kernel
@@ -163,7 +163,7 @@ def _lay_out(data):  # type: ignore[no-untyped-def]
 @kernel
 def _few(data):  # type: ignore[no-untyped-def]
     job, begin, end = share(data)
-    products, outputs, steps, out_stride, height, each = job[1], job[2], job[3], job[4], job[5], job[6]
+    products, outputs, steps, out_stride, height, each = job[1], job[2], job[3] // LANES, job[4], job[5], job[6]
     for i in range(begin, end):
         part, product, block = i // (products * each), i // each % products, i % each
         o = (part * each + block) * height
@@ -178,7 +178,7 @@ def _few(data):  # type: ignore[no-untyped-def]
 @kernel
 def _many(data):  # type: ignore[no-untyped-def]
     job, begin, end = share(data)
-    products, outputs, steps, out_stride, height, each = job[1], job[2], job[3], job[4], job[5], job[6]
+    products, outputs, steps, out_stride, height, each = job[1], job[2], job[3] // LANES, job[4], job[5], job[6]
     weights = np.empty(REGISTERS * CHUNK * BLOCK_O * 8, np.float32)
     sums = np.empty((BLOCK_M, BLOCK_O, LANES), np.float32)
     w, s, row_bytes = weights.ctypes.data, sums.ctypes.data, BLOCK_O * LANES * 4

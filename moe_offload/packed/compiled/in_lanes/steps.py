@@ -40,7 +40,7 @@ def widen_row(typingctx, source, steps, out, each, group):  # type: ignore[no-un
         with cgutils.for_range(b, steps) as loop:
             first, target = moved(b, source, loop.index, 2 * LANES), b.add(out, b.mul(loop.index, each))
             for g in range(REGISTERS):
-                store(b, _widened(b, b.add(first, I64(2 * REGISTER * g))), b.add(target, b.mul(group, I64(g))))
+                store(b, widened(b, b.add(first, I64(2 * REGISTER * g))), b.add(target, b.mul(group, I64(g))))
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 5), build
@@ -66,7 +66,7 @@ def add_tile(typingctx, x, w, steps, sums, row_bytes):  # type: ignore[no-untype
             for r in range(ROWS):
                 activation = load(b, EIGHT, b.add(here_x, I64(VECTOR * r)))
                 for c in range(OUTPUTS):
-                    b.store(_multiply_add(b, activation, weights[c], b.load(totals[r][c])), totals[r][c])
+                    b.store(multiply_add(b, activation, weights[c], b.load(totals[r][c])), totals[r][c])
         for row, kept in zip(places, totals, strict=True):
             for place, total in zip(row, kept, strict=True):
                 store(b, b.load(total), place)
@@ -85,9 +85,9 @@ def dot(typingctx, x, w, steps):  # type: ignore[no-untyped-def]
         with cgutils.for_range(b, steps) as loop:
             here_x, here_w = moved(b, x, loop.index, 4 * LANES), moved(b, w, loop.index, 2 * LANES)
             for g, total in enumerate(totals):
-                weight = _widened(b, b.add(here_w, I64(2 * REGISTER * g)))
+                weight = widened(b, b.add(here_w, I64(2 * REGISTER * g)))
                 activation = load(b, EIGHT, b.add(here_x, I64(VECTOR * g)))
-                b.store(_multiply_add(b, activation, weight, b.load(total)), total)
+                b.store(multiply_add(b, activation, weight, b.load(total)), total)
         return _fold(b, [b.load(total) for total in totals])
 
     return types.float32(*[types.int64] * 3), build
@@ -118,11 +118,11 @@ def _fold(b: Any, registers: list[Any]) -> Any:
     return b.extract_element(total, I32(0))
 
 
-def _widened(b: Any, address: Any) -> Any:
+def widened(b: Any, address: Any) -> Any:
     """Eight bfloat16 as float32."""
     return b.bitcast(b.shl(b.zext(load(b, HALVES_8, address), WORDS_8), lanes(WORDS_8, 16)), EIGHT)
 
 
-def _multiply_add(b: Any, left: Any, right: Any, total: Any) -> Any:
+def multiply_add(b: Any, left: Any, right: Any, total: Any) -> Any:
     kind = ir.FunctionType(EIGHT, [EIGHT] * 3)
     return b.call(cgutils.get_or_insert_function(b.module, kind, "llvm.fma.v8f32"), [left, right, total])
