@@ -12,6 +12,7 @@ import torch
 from moe_offload import OffloadError
 from moe_offload.apps.families.tiny import build
 from tests.fakes.offloaded import IDS, QWEN, offloaded, resident, say
+from tests.fakes.peft_of_transformers import need_peft_of_transformers
 
 
 @pytest.fixture(autouse=True)
@@ -181,6 +182,7 @@ def test_an_adapter_loaded_after_the_first_forward_and_taken_off_again(adapter):
 def test_an_adapter_by_transformers_own_method_and_only_it_is_saved(adapter, tmp_path, monkeypatch):
     from moe_offload.runtime.model import Runtime
 
+    need_peft_of_transformers()
     _, tokens, _, folder = adapter
     model = offloaded(layers=2)
     model.load_adapter(str(folder))

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 import moe_offload
 from moe_offload.apps.families.tiny import build
 from moe_offload.checkpoint import headers
+from tests.fakes.peft_of_transformers import need_peft_of_transformers
 
 BUDGET = "20MB"
 
@@ -314,6 +315,7 @@ def with_adapter(folder: Path) -> Path:
 
 
 def test_an_adapter_in_the_folder_is_applied(with_adapter):
+    need_peft_of_transformers()
     ids = torch.arange(3, 15).view(1, -1)
     want = AutoModelForCausalLM.from_pretrained(with_adapter, adapter_name="mine")
     got = moe_offload.from_pretrained(with_adapter, BUDGET, adapter_name="mine")

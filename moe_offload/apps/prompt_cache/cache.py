@@ -22,6 +22,16 @@ from ...plan.weights import kv_bytes
 from .folder import PromptFolder, common
 from .kv_slices import begin, lengths, nbytes
 
+#: What `generate` may be given beside its settings: with it, keys and values are still of the tokens alone.
+HARMLESS = {
+    "attention_mask",
+    "generation_config",
+    "logits_processor",
+    "stopping_criteria",
+    "prefix_allowed_tokens_fn",
+    "streamer",
+    "tokenizer",
+}
 LEAST_TOKENS = 16  # in common: a first token or two are in common with every prompt, and save nothing
 
 
@@ -69,10 +79,11 @@ class PromptCache:
         An answer that an interrupt or an error has ended is kept as far as it came.
         """
         self.known_tokens = 0
-        if self.why_off or not _goes_on(self._model, asked):
+        if self.why_off or not _goes_on(self._model, input_ids, asked):
             return self._model.generate(input_ids, **asked)
-        ids = input_ids[0].tolist()
-        cache, self.known_tokens = self._lend(ids, _config_of(self._model, asked).max_new_tokens or 0)
+        ids, config = input_ids[0].tolist(), _config_of(self._model, asked)
+        more = config.max_new_tokens or max(0, (config.max_length or 0) - len(ids))
+        cache, self.known_tokens = self._lend(ids, more)
         seen, whole = _Seen(input_ids), False
         criteria = StoppingCriteriaList([*asked.pop("stopping_criteria", ()), seen])
         try:
@@ -175,9 +186,13 @@ def _why_off(model: Any, most_bytes: int) -> str:
     return why_not_continued(model, new_cache(model))
 
 
-def _goes_on(model: Any, asked: dict[str, Any]) -> bool:
-    """Whether this request is for one sequence, with a KV cache that grows."""
-    config = _config_of(model, asked)
+def _goes_on(model: Any, input_ids: Tensor, asked: dict[str, Any]) -> bool:
+    """Whether this request is for one sequence, of which the tokens tell all, with a KV cache that grows. Padding,
+    positions, embeddings or a cache of the caller's own would be kept for tokens that are read without them."""
+    config, mask = _config_of(model, asked), asked.get("attention_mask")
+    others = {name for name, value in asked.items() if value is not None and not hasattr(config, name)} - HARMLESS
+    if others or len(input_ids) != 1 or not (mask is None or bool((mask == 1).all())):
+        return False
     plain = config.get_generation_mode() in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
     one = (config.num_return_sequences or 1) == 1 and config.cache_implementation is None
     return bool(plain and one and config.use_cache is not False)

@@ -47,8 +47,8 @@ class PromptFolder:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._ids: dict[Path, list[int]] = {}
         for file in sorted(self._folder.glob(f"*{SUFFIX}")):
-            with self._ignoring(file), safetensors.safe_open(file, "pt") as opened:
-                self._ids[file] = opened.get_tensor("ids").tolist()
+            with self._ignoring(file):
+                self._ids[file] = _read_ids(file)
 
     def find(self, ids: Sequence[int], least: int) -> tuple[list[int], Any] | None:
         """The tokens and the cache of the file that begins with most of `ids`, of at least so many; None without."""
@@ -149,6 +149,17 @@ def _read(file: Path, ids: Sequence[int], cache: Any) -> Any:
     if tensors or lengths(cache) != {len(ids)}:
         raise ValueError("it has other layers than the model")
     return cache
+
+
+def _read_ids(file: Path) -> list[int]:
+    """The tokens that `file` is of. Raises ValueError where it is no file, or has none."""
+    if not file.is_file():  # to open a pipe would wait for who writes into it
+        raise ValueError("it is no file")
+    with safetensors.safe_open(file, "pt") as opened:
+        ids = opened.get_tensor("ids")
+    if ids.dtype != torch.int32 or ids.dim() != 1:
+        raise ValueError("its ids are no tokens")
+    return [int(id) for id in ids]
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,19 @@ MEMORY = "memory"
 
 
 def check_folder(said: str | None) -> None:
-    """Raise ConfigError where a folder that was given cannot be made: before anything is loaded."""
+    """Raise ConfigError where a folder that was given cannot be made or written: before anything is loaded."""
     if said is None or said == MEMORY:
         return
+    if not said.strip():  # an empty variable of a script would be the current folder
+        raise ConfigError(f"--prompt-cache {said!r}: give the name of a folder, or {MEMORY}")
     try:
         Path(said).mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=said):  # as that of a model will be
+            pass
     except OSError as error:
         raise ConfigError(
-            f"--prompt-cache {said}: it cannot be made ({describe_error(error)}); give a folder that may be written, "
-            f"or {MEMORY}"
+            f"--prompt-cache {said}: it cannot be made or written ({describe_error(error)}); give a folder that may be "
+            f"written, or {MEMORY}"
         ) from error
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import DynamicCache
 
 import moe_offload
@@ -104,7 +107,25 @@ def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_loaded(tmp_p
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="--prompt-cache"):
         check_folder(str(tmp_path / "file" / "in it"))
+    for said in ("", " ", "/proc"):  # the current folder, and one in which nobody may make another
+        with pytest.raises(ConfigError, match="--prompt-cache"):
+            check_folder(said)
     check_folder("memory")
+
+
+@pytest.mark.parametrize("what", ["floats", "a number", "a folder", "a pipe"])
+def test_what_has_no_tokens_is_as_if_it_were_not_there(folder, tmp_path, caplog, what):
+    folder().save(IDS, filled())
+    other = tmp_path / "one" / "other.safetensors"
+    if what == "a folder":
+        other.mkdir()
+    elif what == "a pipe":
+        os.mkfifo(other)
+    else:
+        ids = torch.tensor(5) if what == "a number" else torch.tensor([*IDS, 1], dtype=torch.float32)
+        save_file({"ids": ids}, other)
+    ids, _ = folder().find([*IDS, 1, 2], 16)
+    assert ids == IDS and caplog.text.count("other.safetensors is not used") == 1
 
 
 def test_every_change_of_a_model_makes_it_another():

@@ -207,6 +207,26 @@ def test_requests_that_go_otherwise_are_left_alone(pair):
     assert not prompts._entries
 
 
+@pytest.mark.parametrize("what", ["two sequences", "padding", "positions", "embeddings", "a cache"])
+def test_what_is_more_than_the_tokens_of_one_sequence_is_not_kept(pair, what):
+    """Neither does it go on from what was kept, nor is it kept for a prompt of the same tokens."""
+    plain, model = pair
+    prompts, ids = PromptCache(model, tokens=400), draw(30)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    more = {
+        "two sequences": lambda: {},
+        "padding": lambda: {"attention_mask": mask},
+        "positions": lambda: {"position_ids": 2 * torch.arange(30)[None]},
+        "embeddings": lambda: {"inputs_embeds": plain.get_input_embeddings()(draw(30, 1))},
+        "a cache": lambda: {"past_key_values": DynamicCache(config=plain.config)},
+    }[what]
+    both = torch.cat([ids, draw(30, 2)]) if what == "two sequences" else ids
+    for _ in range(2):
+        assert torch.equal(prompts.generate(both, **ASK, **more()), plain.generate(both, **ASK, **more()))
+        assert torch.equal(prompts.generate(ids, **ASK), plain.generate(ids, **ASK))
+
+
 @pytest.mark.parametrize(
     ("family", "why"), [("jamba", "jamba"), ("axk2", "DynamicIndexedLayer"), ("minimax", "of its own kind")]
 )

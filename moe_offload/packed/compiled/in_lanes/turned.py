@@ -18,7 +18,7 @@ from .turned_steps import add_line, add_turned_tile, widen_block
 
 PARTS = 4
 BLOCK_O = OUTPUTS * REGISTER
-LINE_O = 256  # outputs of a block where rows are few: their sums stay in the first-level cache
+LINE_O = 2048  # outputs of a block where rows are few, at most: so many sums of a row stay in the first-level cache
 CHUNK = 32  # inputs of each part whose weights are laid out at a time
 
 
@@ -39,6 +39,12 @@ def multiply_runs(x_PI: Tensor, weight_SIO: Tensor, runs: Sequence[Run], out_PO:
         )
     for some in in_pieces([one for one in runs if one[2] - one[1] > FEW], PANEL_BYTES // (4 * x_PI.shape[1])):
         _multiply_many(x_PI, weight_SIO, some, out_PO)
+
+
+def _height(outputs: int) -> int:
+    """Of equal blocks, in whole vectors: long pieces of a row are read faster than short ones."""
+    blocks = -(-outputs // LINE_O)
+    return min(-(-outputs // blocks // REGISTER) * REGISTER, outputs // REGISTER * REGISTER)
 
 
 def _multiply_many(x_PI: Tensor, weight_SIO: Tensor, runs: Sequence[Run], out_PO: Tensor) -> None:
