@@ -6,8 +6,8 @@
 A checkpoint with random weights in the shape of `--name` is written once (moe_offload.apps.bench.synthetic). Each line
 is new processes on this machine: a prompt of one sequence, one of three, and `--new` tokens of each. "sum" is what all
 ranks read over what one process reads; "beyond the budget" is the most that a rank held (VmHWM, less what its imports
-take) less its budget. With `--plain` transformers' own expert parallelism runs first on as many ranks, and every logit
-is compared.
+take and less pages of files, which are the libraries') less its budget. With `--plain` transformers' own expert
+parallelism runs first on as many ranks, and every logit is compared.
 """
 
 from __future__ import annotations
@@ -167,12 +167,12 @@ def ours(
     budget = budget_for(share, shapes, sum_costs(outline.model, outline.moe_layers, wanted))
     del outline
     CLEAR.write_text("5")  # VmHWM begins anew
-    before = status("VmRSS")
+    before = status("VmRSS") - status("RssFile")
     model: Any = moe_offload.from_pretrained(folder, budget, config=wanted, **more)
-    loading = status("VmHWM") - before - budget
+    loading = status("VmHWM") - status("RssFile") - before - budget
     CLEAR.write_text("5")
     said = say(model, **how)
-    held, handle = status("VmHWM") - before, model.moe_offload
+    held, handle = status("VmHWM") - status("RssFile") - before, model.moe_offload
     known = Path(out, "said.pt")
     expected = torch.load(known) if out and known.exists() else None
     found = {

@@ -168,6 +168,7 @@ RULES: dict[str, Rule] = {
         lambda: 'rows of scratch: "auto", or an integer of 1 or more',
     ),
     "kv_tokens": _at_least(0, "tokens of KV cache"),
+    "kv_sequences": _at_least(1, "KV caches"),
     "reserve": Rule(
         _is_reserve, lambda: '"auto", bytes (0 for none), or a size such as "1GB" or "512MiB"', size_problem
     ),

@@ -64,6 +64,7 @@ class OffloadConfig:
         wave_rows: Rows (experts) of scratch through which prefill streams what is not resident, and into which it reads
             ahead: "auto", as many as 128 MB hold, 4 at least and 16 at most (on a GPU 320 MB and 32); or their number.
         kv_tokens: Tokens of KV cache that the automatic reserve makes room for.
+        kv_sequences: How many KV caches of `kv_tokens` there is to be room for: requests that are computed together.
         reserve: What the budget keeps free of experts for KV cache and workspace: "auto", or a size (bytes or "1GB").
         offload_folder: Where the experts of an already loaded model are spilled; None: the temporary folder of the
             system.
@@ -105,6 +106,7 @@ class OffloadConfig:
     dynamic: bool | None = True
     wave_rows: str | int = "auto"
     kv_tokens: int = 2048
+    kv_sequences: int = 1
     reserve: str | int = "auto"
     offload_folder: str | None = None
     lock_memory: str | bool = "auto"

@@ -7,14 +7,15 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import OffloadError, UnsupportedModelError
 from ..observe import progress
-from ..runtime.layer import LayerRuntime, closed_error
+from ..runtime.layer import LayerRuntime
+from ..runtime.lock import closed_error
 from ..runtime.model import Runtime
 from .changed_parts import refuse_unseen_modes
 from .dynamo import Settings
@@ -51,6 +52,26 @@ def refuse_through(refuse: Callable[[], NoReturn]) -> NoReturn:
         raise
 
 
+class Meeting(Protocol):
+    """Several calls of one model that a thread computes in turns (`apps/together`): where they wait for each other."""
+
+    def is_inside(self) -> bool:
+        """Whether what runs now is one of them. Then their thread has the model, and they share its scope."""
+
+    def crowd(self) -> int:
+        """How many calls there are, at least 1."""
+
+    def before_forward(self, tokens: int) -> None:
+        """A forward of so many tokens of each sequence is about to begin."""
+
+    def experts(self, module: Any, given: tuple[Tensor, ...]) -> Tensor | None:
+        """The experts `module` is about to be given hidden states, ids and weights. Its output, where it was computed
+        with that of others; None where it is to be computed now."""
+
+    def multiply(self, linear: Any, x_MI: Tensor) -> Tensor | None:
+        """The same of a linear layer whose products may have rows of several calls."""
+
+
 class Scope:
     """A call of one model, by one thread; and the set of banks that its graphs are made for.
 
@@ -62,6 +83,7 @@ class Scope:
         self.runtime, self._settings = runtime, settings
         self._forget: weakref.WeakMethod[Callable[[], None]] | None = None  # weak: it holds the model
         self.banks = f"set {next(_sets)}"
+        self.meeting: Meeting | None = None  # while calls are computed in turns
 
     def renew(self) -> None:
         """Forget all graphs: the model has other banks, or something that the graphs rely on has changed."""
@@ -100,25 +122,41 @@ class Scope:
 
         Raises `ClosedError` after `close`, and in a process that was forked from the model's.
         """
+        if self.meeting is not None and self.meeting.is_inside():
+            with self._one_call():
+                yield
+        else:
+            with self.alone(), self._one_call():
+                yield
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """As `entered`, for several calls that share it."""
         runtime = self.runtime
         with runtime.lock, runtime.busy(), runtime.current(), torch.no_grad(), progress.showing_compilation():
             runtime.check_open()
             if self._settings.find_unguarded_change():
                 self.renew()
             before, _inside.scope = getattr(_inside, "scope", None), self
-            _inside.refused = None
             try:
                 with self._settings.entered():
                     yield
-            except BaseException as error:
-                runtime.give_up_calls()
-                refused, _inside.refused = _inside.refused, None
-                if refused is not None and type(error) is RuntimeError:
-                    raise refused from error
-                raise
             finally:
-                runtime.end_events()
                 _inside.scope = before
+
+    @contextlib.contextmanager
+    def _one_call(self) -> Iterator[None]:
+        _inside.refused = None
+        try:
+            yield
+        except BaseException as error:
+            self.runtime.give_up_calls()
+            refused, _inside.refused = _inside.refused, None
+            if refused is not None and type(error) is RuntimeError:
+                raise refused from error
+            raise
+        finally:
+            self.runtime.end_events()
 
 
 #: Runs a patched experts module: (module, x [T, H], ids [T, K], weights [T, K]) -> [T, H]; of a masked layer

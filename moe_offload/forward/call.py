@@ -71,11 +71,14 @@ class Call:
         return refuse_backward_of(output) if cut else output
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        sequences, tokens = _size(args, kwargs)
+        meeting = self.scope.meeting
+        if meeting is not None:
+            meeting.before_forward(tokens)
         with self.scope.entered():
             self._check_implementation()
             self._check_places()
             self._check_capture()
-            sequences, tokens = _size(args, kwargs)
             if tokens > 1:
                 self._check_length(sequences, tokens)
             decode = is_decode(tokens, begun=tokens > 1 or _has_begun(args, kwargs))
@@ -88,7 +91,8 @@ class Call:
             try:
                 output = self.run(sequences, tokens, args, kwargs)
                 self.runtime.check_ids()
-                self.advisor.ended(decode, time.perf_counter() - begun_s)
+                calls = 1 if meeting is None else meeting.crowd()  # that this time was shared by
+                self.advisor.ended(decode, (time.perf_counter() - begun_s) / calls)
                 return output
             except torch._dynamo.exc.BackendCompilerFailed as error:
                 if isinstance(error.inner_exception, OffloadError):  # an error of ours, which Dynamo has wrapped

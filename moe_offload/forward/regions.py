@@ -39,7 +39,8 @@ class Regions:
     """Runs the experts modules of one model, each in a graph that those of its kind share.
 
     `make_region` gives the code that is traced, `untraced` runs a module where none is. `made` is the backend that
-    Dynamo hands it to, and `log` the list to which that adds each graph. There are as many graphs as kinds of calls
+    Dynamo hands it to, and `log` the list to which that adds each graph. With `meets`, calls that are computed in turns
+    wait for each other before their experts. There are as many graphs as kinds of calls
     (dtype, autocast, number of threads ...); where they become more than Dynamo keeps, all are dropped, and made anew
     as they are needed.
     """
@@ -52,9 +53,10 @@ class Regions:
         made: Callable[..., Any],
         log: list[Any],
         dynamic: bool | None,
+        meets: bool = False,
     ) -> None:
         self._scope, self._make_region, self._untraced = scope, make_region, untraced
-        self._made, self._log, self._dynamic = made, log, dynamic
+        self._made, self._log, self._dynamic, self._meets = made, log, dynamic, meets
         self.renew()
 
     def renew(self) -> None:
@@ -85,7 +87,9 @@ class Regions:
         """The output `[T, H]` of the experts `module`, in a call of the model or in one of a part of it. It is `given`
         x [T, H], and ids and weights [T, K] where its form has any."""
         if self._scope.is_entered:
-            return self._run(module, given)
+            meeting = self._scope.meeting if self._meets else None
+            output = None if meeting is None else meeting.experts(module, given)
+            return self._run(module, given) if output is None else output
         with self._scope.entered():
             return self._run(module, given)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from ..checkpoint.outline import Outline
 from ..config.settings import OffloadConfig
+from ..experts import MoELayer
 from ..forward.advise import Advisor
 from ..handle import Handle
 from ..plan.prefill import PrefillRoom, prefill_room
@@ -19,7 +21,7 @@ from ..ranks.call import RankCall
 from ..ranks.group import Group
 from ..runtime.model import Runtime
 from . import install as patch
-from .exact_products import serve_exact, sharpen_linears
+from .exact_products import rows_are_alike, serve_exact, sharpen_linears
 from .fast_products import FEW_TOKENS, restore_linears, serve_fast, speed_up_linears
 from .refusals import refuse_what_reaches_experts
 from .saving.original import Original
@@ -44,6 +46,8 @@ def attach_runtime(
     exact = arrangement.device == "cpu" and settings.compute == "exact"
     if exact:
         serve_exact([layer.moe for layer in runtime.layers])
+        for layer in runtime.layers:
+            layer.joint.shares_products = partial(_shares_products, layer.moe, implementation)
     if arrangement.device != "cpu":
         patch.serve_products(arrangement.device)
     inner = _inner_compiler(settings, arrangement.device)
@@ -82,6 +86,11 @@ def attach_runtime(
         ranks=group,
         on_close=lambda: runtime.when_idle(lambda: _detach_runtime(runtime, linears)),
     )
+
+
+def _shares_products(moe: MoELayer, implementation: str) -> bool:
+    """Whether several calls may be computed as one by these experts, with the bits of each alone."""
+    return moe.form == "interface" and implementation == "grouped_mm" and rows_are_alike(moe)
 
 
 def _detach_runtime(runtime: Runtime, linears: Iterable[nn.Linear] = ()) -> None:

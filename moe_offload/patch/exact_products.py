@@ -30,6 +30,7 @@ logger = logging.getLogger("moe_offload")
 
 #: What a program may have put in place of torch's own: then that is what it wants to be called.
 FORWARD, LINEAR = nn.Linear.forward, functional.linear
+MEETING = "_moe_offload_meeting"  # of a linear layer: what lets several calls share its products, while it does
 
 
 def serve_exact(moe_layers: Iterable[MoELayer]) -> None:
@@ -67,8 +68,10 @@ def forward(self: nn.Linear, input: Tensor) -> Tensor:
         return functional.linear(input, weight, bias)
     x_MI, dense = input.view(-1, input.shape[-1]), _is_dense(input)
     if in_lanes.linear_is_in_lanes(weight, bias is not None, input.dim(), is_slice=not dense):
-        out_MO = x_MI.new_empty((len(x_MI), len(weight)))
-        in_lanes.multiply(x_MI, weight, out_MO, bias)
+        meeting = vars(self).get(MEETING) if dense else None
+        out_MO = None if meeting is None else meeting.multiply(self, x_MI)
+        if out_MO is None:
+            out_MO = multiply_rows(self, x_MI)
         return out_MO.view(*input.shape[:-1], -1)
     if len(x_MI) > FEW or not dense:
         return functional.linear(input, weight, bias)
@@ -78,6 +81,22 @@ def forward(self: nn.Linear, input: Tensor) -> Tensor:
     out_MO = x_MI.new_empty((len(x_MI), len(weight)))
     multiplier()(x_MI, weight, out_MO, *order, bias)
     return out_MO.view(*input.shape[:-1], -1)
+
+
+def multiply_rows(linear: nn.Linear, x_MI: Tensor) -> Tensor:
+    """What a linear layer that is in lanes makes of some rows, each of which has the bits it has alone."""
+    out_MO = x_MI.new_empty((len(x_MI), len(linear.weight)))
+    in_lanes.multiply(x_MI, linear.weight, out_MO, linear.bias)
+    return out_MO
+
+
+def rows_are_alike(moe: MoELayer) -> bool:
+    """Whether each row of the products of these experts has the bits it has alone, however many there are."""
+    matrices = [field for field in moe.unpacked.fields if len(field.shape) == 2]
+    plain = matrices and not moe.packed and moe.share is None and not getattr(moe.modules[0], "is_transposed", False)
+    return bool(plain) and all(
+        field.dtype == torch.bfloat16 and in_lanes.is_in_lanes(field.shape[0], field.shape[1]) for field in matrices
+    )
 
 
 def _is_dense(input: Tensor) -> bool:

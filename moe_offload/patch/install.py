@@ -132,7 +132,10 @@ def patch_model(
         "masked": (masked.make_region, masked.run_untraced),
     }
     forms = [] if whole else dict.fromkeys(layer.moe.form for layer in graphed)
-    regions = {form: Regions(scope, *codes[form], made, log, dynamic) for form in forms}
+    meets = {
+        "interface": overlap and runtime.layers[0].device.type == "cpu"
+    }  # a masked layer is not told who asks for whom
+    regions = {form: Regions(scope, *codes[form], made, log, dynamic, meets.get(form, False)) for form in forms}
 
     def compile(dynamic: bool | None = dynamic) -> Callable[..., Any]:
         for region in regions.values():

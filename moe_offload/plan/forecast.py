@@ -225,7 +225,7 @@ def of_outline(found: Outline, settings: OffloadConfig, profile: Profile | None 
         else covered_hit_rate(arrangement.slots, loaded),
         context=min(settings.kv_tokens, longest_context(model) or settings.kv_tokens),
         asked_context=settings.kv_tokens,
-        kv_bytes=kv_bytes(model, settings.kv_tokens),
+        kv_bytes=kv_bytes(model, settings.kv_tokens, settings.kv_sequences),
         floor_bytes=floor_budget(shapes, whole),
         resident_bytes=budget_for(1.0, shapes, whole),
         largest_context=_largest_context(found, settings, arrangement) if len(arrangement.plans) == 1 else None,
@@ -243,7 +243,7 @@ def _largest_context(found: Outline, settings: OffloadConfig, arrangement: Arran
     while low < high:
         middle = (low + high + 1) // 2
         fits = (
-            floor_budget(shapes, replace(whole, kv_bytes=kv_bytes(found.model, middle)))
+            floor_budget(shapes, replace(whole, kv_bytes=kv_bytes(found.model, middle, settings.kv_sequences)))
             <= arrangement.plan.budget_bytes
         )
         low, high = (middle, high) if fits else (low, middle - 1)

@@ -38,7 +38,8 @@ def sum_costs(model: Any, moe_layers: Sequence[MoELayer], settings: OffloadConfi
     row_bytes = max(moe.layout.row_bytes for moe in moe_layers)
     return Costs(
         dense_bytes=dense_bytes(model, moe_layers),
-        kv_bytes=kv_bytes(model, settings.kv_tokens) * (2 if device.startswith("cuda") else 1),  # in use, and kept
+        # On a GPU there is one in use and one that is kept.
+        kv_bytes=kv_bytes(model, settings.kv_tokens, settings.kv_sequences) * (2 if device.startswith("cuda") else 1),
         scores_bytes=scores_bytes(model),
         library_bytes=library_bytes(len(moe_layers), device),
         scratch_bytes=scratch_rows(settings, row_bytes, device) * row_bytes,
@@ -82,8 +83,8 @@ def dense_bytes_on(model: nn.Module, moe_layers: Sequence[MoELayer], device: Cal
     return found
 
 
-def kv_bytes(model: Any, tokens: int) -> int:
-    """Bytes of an ordinary KV cache for one sequence of `tokens` tokens.
+def kv_bytes(model: Any, tokens: int, sequences: int = 1) -> int:
+    """Bytes of an ordinary KV cache for so many sequences of `tokens` tokens each.
 
     For models with a smaller cache (sliding windows, latent attention) this is an upper bound.
     """
@@ -94,13 +95,14 @@ def kv_bytes(model: Any, tokens: int) -> int:
     head_dim = getattr(config, "head_dim", None) or hidden_size(model) // heads
     longest = longest_context(model) or tokens
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    return int(2 * layers * kv_heads * head_dim * min(tokens, longest) * dtype.itemsize)
+    return int(2 * layers * kv_heads * head_dim * min(tokens, longest) * dtype.itemsize * sequences)
 
 
 def planned_context(model: Any, settings: OffloadConfig) -> int | None:
-    """For how many tokens of a prompt and its answer the plan has room in its reserve; None where it was told to keep
-    none. A `reserve` of so many bytes has room for what fits into it, and for `kv_tokens` at most."""
-    tokens, token_bytes = settings.kv_tokens or None, kv_bytes(model, 1)
+    """For how many tokens of a prompt and its answer the plan has room in its reserve, in each of `kv_sequences`; None
+    where it was told to keep none. A `reserve` of so many bytes has room for what fits into it, and for `kv_tokens` at
+    most."""
+    tokens, token_bytes = settings.kv_tokens or None, kv_bytes(model, 1, settings.kv_sequences)
     if not settings.reserve_bytes or not token_bytes:
         return tokens
     fitting = max(1, settings.reserve_bytes // token_bytes)

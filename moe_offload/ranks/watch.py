@@ -174,4 +174,5 @@ class Watch:
 
     def _alone(self) -> bool:
         told = self._told()
-        return all(name.rank in told or name.rank == self.rank or name.has_ended() for name in self.names)
+        gone = {*told, self.rank, *(rank for rank, looks in enumerate(self._silent) if looks >= PATIENCE)}
+        return all(name.rank in gone or name.has_ended() for name in self.names)

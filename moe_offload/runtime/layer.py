@@ -25,7 +25,7 @@ from torch import Tensor
 from ..cache import Policy
 from ..cache.counters import LayerCounters
 from ..cache.layer_cache import LayerCache
-from ..errors import ClosedError, RoutingError
+from ..errors import RoutingError
 from ..experts import MoELayer
 from ..memory.buffers import NOTHING, Rows
 from ..memory.locking import MemoryLock
@@ -38,7 +38,8 @@ from .ahead.guesses import Guesses
 from .calls import Calls
 from .device_cache import DeviceCache, DeviceCaches
 from .in_flight import Arrivals
-from .lock import ModelLock
+from .joint import Joint
+from .lock import ModelLock, closed_error
 from .waves_cpu import RunCore, compute_while_loading
 from .waves_device import compute_in_groups, count_uses
 
@@ -70,6 +71,7 @@ class LayerRuntime:
         self.following: Arrivals | None = None  # for which rows are read ahead; set by `Runtime`
         self.guesses = Guesses()  # of the model; set by `Runtime`
         self.recorder: TraceRecorder | None = None  # of the model, while its trace is recorded
+        self.joint = Joint(self.arrivals)  # an event of several requests, where there is one
         self.device_cache: DeviceCache | None = None  # where the device decides
         self.device_caches: DeviceCaches | None = None  # of the model, likewise
         self.module_core: RunCore | None = None  # set where the model is patched; serves `experts`
@@ -133,6 +135,8 @@ class LayerRuntime:
         cache, arrivals, runs_ahead = self.cache, self.arrivals, self.arrivals.transfer.runs_ahead
         ids_P, pairs, tokens = ids_P.reshape(-1), ids_P.numel(), self.moe.tokens_of(ids_P.numel())
         try:
+            if self.joint.begun and (out := self.joint.compute(x_P, ids_P, core, others)) is not None:
+                return out
             ids, used = self._event(ids_P)
             here, without_slot = sum(used.values()), list[int]()
             if cache.fits(here):
@@ -242,9 +246,3 @@ class LayerRuntime:
         if transfer.runs_ahead:
             return transfer.send(torch.tensor(slot_of, dtype=ids_P.dtype)).index_select(0, ids_P)
         return torch.tensor([slot_of[e] for e in ids], dtype=ids_P.dtype)
-
-
-def closed_error(name: str) -> ClosedError:
-    return ClosedError(
-        f"{name}: its expert cache was closed (close(), or leaving its `with` block); load the model again to use it"
-    )

@@ -36,3 +36,9 @@ class ModelLock:
                 "the 'spawn' method)"
             )
         return self._lock
+
+
+def closed_error(name: str) -> ClosedError:
+    return ClosedError(
+        f"{name}: its expert cache was closed (close(), or leaving its `with` block); load the model again to use it"
+    )

@@ -21,8 +21,8 @@ from ..packed.workspace import free_workspace
 from .ahead.guesses import Guesses
 from .device_cache import DeviceCaches
 from .kernels import Kernels
-from .layer import LayerRuntime, closed_error
-from .lock import ModelLock
+from .layer import LayerRuntime
+from .lock import ModelLock, closed_error
 
 
 class Runtime:

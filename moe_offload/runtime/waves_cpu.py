@@ -11,7 +11,7 @@ Shapes: P token-expert pairs, E experts, S slots, N elements of one row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Protocol
 
 import torch
@@ -46,11 +46,13 @@ def compute_while_loading(
     core: RunCore,
     others: Sequence[Tensor],
     without_slot: Sequence[int],
+    own: Container[int] | None = None,
 ) -> Tensor:
     """The result of every pair, in their order; zeros for those of experts of other processes, with the id E.
 
     `without_slot` are experts without a slot: as many of their rows as there is scratch are on their way at any time.
-    Rows of `following` that will probably be asked for are read into scratch that has done its part.
+    Rows of `following` that will probably be asked for are read into scratch that has done its part. Where rows that
+    others will compute with are awaited as well, `own` are those that are computed with here.
     """
     feed = Feed(arrivals, following, len(ids_P), without_slot)
     feed.claim()
@@ -61,7 +63,7 @@ def compute_while_loading(
     while wave.next_is_in_scratch():
         wave.compute_next()
     wave.compute_resident()
-    while arrivals.awaited:
+    while arrivals.awaited and (own is None or any(one.expert in own for one in arrivals.awaited)):
         wave.compute_next()
     if wave.out_P is None or feed.without_slot:  # there was a load, so there were pairs; and nobody is to be left out
         raise AssertionError(f"{arrivals.moe.name}: experts {list(feed.without_slot)} were not computed")
@@ -104,7 +106,7 @@ class _Wave:
             self._compute(self.resident_R, self.resident_slots_R, self.arrivals.slots)
 
     def compute_next(self) -> None:
-        """The pairs of the next row to arrive; its scratch row, if it has one, goes to the next in need."""
+        """The pairs of the next row to arrive, if any; its scratch row, if it has one, goes to the next in need."""
         arrivals = self.arrivals
         arrival = arrivals.take()
         e = arrival.expert
@@ -114,8 +116,9 @@ class _Wave:
             if arrival.load is None
             else (arrivals.slots, arrival.load.slot)
         )
-        slots_R = torch.full((pairs.stop - pairs.start,), i)
-        self._compute(pairs if self.order_P is None else self.order_P[pairs], slots_R, source)
+        if pairs.stop > pairs.start:
+            slots_R = torch.full((pairs.stop - pairs.start,), i)
+            self._compute(pairs if self.order_P is None else self.order_P[pairs], slots_R, source)
         if arrival.scratch_row >= 0:
             self.feed.reuse(arrival.scratch_row)
 

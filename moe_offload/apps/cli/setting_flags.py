@@ -27,6 +27,9 @@ class SettingFlags:
     kv_tokens: Annotated[
         str | None, typer.Option("--context", help="Tokens of prompt and answer that the KV cache has room for.")
     ] = None
+    kv_sequences: Annotated[
+        str | None, typer.Option("--sequences", help="KV caches of that many tokens that there is room for; 1.")
+    ] = None
     reserve: Annotated[
         str | None,
         typer.Option("--reserve", help="Kept free of experts for KV cache and workspace: 1GB; without it auto."),

@@ -13,17 +13,19 @@ request_metrics.py         counts and latencies, for Prometheus and the log
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 
 from ...errors import ServeError
 
 PACKAGES = ("starlette", "uvicorn", "jinja2")
+TOGETHER_PACKAGES = ("greenlet",)  # for several requests at once
 LONGEST_QUEUE = 64  # requests that wait
 ACCESS = "moe_offload.access"  # the logger of a line per request
 
 
-def require_packages() -> None:
+def require_packages(packages: Iterable[str] = PACKAGES) -> None:
     """Raises ServeError if a package is missing that serving needs."""
-    for name in PACKAGES:
+    for name in packages:
         try:
             importlib.import_module(name)
         except ImportError as error:

@@ -97,7 +97,10 @@ class Answering:
                 asked, work = await asyncio.to_thread(self._understand, body, kind)
             workload = self._workload_of(asked.model)
             job = Job(
-                functools.partial(self._generate, work, asked.n or 1, workload), sum(len(one.ids) for one, _ in work)
+                functools.partial(self._generate, work, asked.n or 1, workload),
+                sum(len(one.ids) for one, _ in work),
+                seeded=asked.seed is not None,
+                workload=workload,
             )
             request.scope["moe_offload.job"] = job
             self._queue.put(job)

@@ -22,7 +22,7 @@ from starlette.routing import Route
 from ...errors import OffloadError, ServeError
 from ...handle import Handle
 from ..prompt_cache.cache import PromptCache
-from . import LONGEST_QUEUE
+from . import LONGEST_QUEUE, TOGETHER_PACKAGES, require_packages
 from .answering import Answering, unknown_model
 from .generation import Generate, generate_answer
 from .guards import LEFT, Guards
@@ -39,7 +39,7 @@ PLAIN_TEMPLATE = "{{ messages | map(attribute='content') | join('\n') }}"
 
 
 class App:
-    """Answers for the model of `handle`, requests one after the other.
+    """Answers for the model of `handle`, requests one after the other or some together.
 
     Args:
         handle: of an offloaded model.
@@ -47,12 +47,14 @@ class App:
         name: what clients call the model.
         context: the most tokens of a prompt and its answer; None: what the model's configuration says.
         api_key: what clients must send as `Authorization: Bearer ...`; None: nothing.
-        longest_queue: how many requests may wait beside the one that runs.
+        longest_queue: how many requests may wait beside those that run.
+        parallel: how many requests are computed together, each as if it were alone.
         generate: what makes an answer, as `generate_answer` does.
         known: where that keeps what was read, if it does.
 
     Raises:
-        ServeError: the model's generation settings ask for beams, which write no text token by token.
+        ServeError: the model's generation settings ask for beams, which write no text token by token; or requests
+            cannot be computed together.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class App:
         context: int | None = None,
         api_key: str | None = None,
         longest_queue: int = LONGEST_QUEUE,
+        parallel: int = 1,
         generate: Generate = generate_answer,
         known: PromptCache | None = None,
     ):
@@ -71,7 +74,7 @@ class App:
             raise ServeError(f"{name}: its generation_config.json asks for beam search (num_beams); remove it to serve")
         give_chat_template(tokenizer, name)
         self._handle, self.name, self._created, self._registry = handle, name, int(time.time()), _registry(handle)
-        self.queue = Queue(longest_queue)
+        self.queue = Queue(longest_queue, _in_turns(handle.model, parallel, known) if parallel > 1 else None)
         self._answering = Answering(handle.model, tokenizer, name, self.queue, context, generate, known)
         gets = {"/health": self._health, "/v1/models": self._models, "/v1/moe_offload/stats": self._stats}
         if self._registry is not None:
@@ -132,6 +135,16 @@ class App:
         from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
         return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def _in_turns(model: Any, parallel: int, known: PromptCache | None) -> Any:
+    """What computes so many requests at once. It needs greenlet, which a server of one at a time does not."""
+    require_packages(TOGETHER_PACKAGES)
+    from ..together.turns import Turns
+
+    if known is not None:
+        raise ServeError("a prompt cache serves one request at a time: leave --prompt-cache out, or use --parallel 1")
+    return Turns(model, parallel)
 
 
 async def _refuse(_: Request, error: Exception) -> Response:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -14,13 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ...config.launched import is_first
+from ...config.launched import is_first, read_launched
 from ...config.settings import KEY_VARIABLE, OffloadConfig, given_key
 from ..options.checks import check_model, check_output, check_tokenizer
 from ..options.ending import INTERRUPTED, USAGE, fail_with
 from ..options.flags import Model, PromptCacheOption, SaveProfile
 from ..options.groups import ModelFlags, flatten_groups
 from ..options.numbers import whole
+from ..options.signals import Stop, on_signals
 from . import ACCESS, LONGEST_QUEUE
 
 if TYPE_CHECKING:
@@ -48,6 +48,14 @@ def serve(
     max_waiting: Annotated[
         int, typer.Option("--max-waiting", help="Requests that may wait; more are refused (429).", **whole(0, 10000))
     ] = LONGEST_QUEUE,
+    parallel: Annotated[
+        int,
+        typer.Option(
+            "--parallel",
+            help="Requests to compute together, each as if alone; the budget keeps a KV cache of --context for each.",
+            **whole(1, 64),
+        ),
+    ] = 1,
     prefill_chunk_size: Annotated[
         int | None,
         typer.Option(
@@ -72,6 +80,12 @@ def serve(
     api_key = given_key() if api_key is None else api_key  # typer takes an empty variable for an absent one
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
         fail_with(f"--api-key, {KEY_VARIABLE}: a key is printable ASCII, not empty, without spaces around it", USAGE)
+    if parallel > 1:
+        if prompt_cache is not None:
+            fail_with("--prompt-cache: it serves one request at a time; leave it out, or use --parallel 1", USAGE)
+        if read_launched() is not None:
+            fail_with("--parallel: several processes compute one request at a time; use --parallel 1", USAGE)
+        wanted = dataclasses.replace(wanted, kv_sequences=parallel)
     stop = Stop()
     if not is_first():
         with on_signals(stop):
@@ -90,6 +104,7 @@ def serve(
                 name=served_model_name or model,
                 api_key=api_key,
                 max_waiting=max_waiting,
+                parallel=parallel,
                 prefill_chunk_size=prefill_chunk_size,
                 prompt_cache=prompt_cache,
                 save_profile=save_profile,
@@ -119,20 +134,6 @@ def _log_requests() -> None:
     access.setLevel(logging.INFO)
 
 
-class Stop:
-    """What Ctrl-C and SIGTERM mean: while the model loads an interrupt; while it serves a wish, which a second Ctrl-C
-    makes an interrupt."""
-
-    def __init__(self) -> None:
-        self.serving, self.asked, self.asked_s = False, threading.Event(), 0.0
-
-    def __call__(self, number: int, _: object) -> None:
-        if not self.serving or (self.asked.is_set() and number == signal.SIGINT):
-            raise KeyboardInterrupt
-        self.asked_s = time.monotonic()
-        self.asked.set()
-
-
 @contextmanager
 def running_server(
     model: str,
@@ -144,6 +145,7 @@ def running_server(
     name: str,
     api_key: str | None,
     max_waiting: int,
+    parallel: int,
     prefill_chunk_size: int | None,
     prompt_cache: str | None,
     save_profile: Path | None,
@@ -153,9 +155,9 @@ def running_server(
 
     At the end its requests have been stopped, the summary printed, the profile saved.
     """
-    from . import require_packages
+    from . import PACKAGES, TOGETHER_PACKAGES, require_packages
 
-    require_packages()
+    require_packages((*PACKAGES, *(TOGETHER_PACKAGES if parallel > 1 else ())))
     from .server import Server, open_listener
 
     with open_listener(host, port) as sock:
@@ -187,6 +189,7 @@ def running_server(
                 context=planned_context(loaded, wanted),
                 api_key=api_key,
                 longest_queue=max_waiting,
+                parallel=parallel,
                 generate=generate,
                 known=known,
             )
@@ -228,14 +231,3 @@ def follow_server(model: str, wanted: OffloadConfig, flags: ModelFlags, stop: St
                 raise KeyboardInterrupt
 
         follow(loaded, tokenizer, check)
-
-
-@contextmanager
-def on_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """`handler` is called on Ctrl-C and SIGTERM, in the main thread."""
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)

@@ -1,4 +1,5 @@
-"""Who is answered when: one request after the other, on a thread of its own, those that wait in the order they came.
+"""Who is answered when: one request after the other, or some together, on a thread of its own; those that wait in the
+order they came.
 
 A request whose client has left, waiting or running, is dropped: its result could not be delivered. One that runs ends
 at its next token.
@@ -11,9 +12,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
+from ..together.turn import Turn
 from .protocol.failures import RequestError, stopping_error
+
+if TYPE_CHECKING:
+    from ..together.turns import Turns
 
 LONGEST_RETRY_S = 60.0
 
@@ -24,9 +30,14 @@ class Job:
     Args:
         work: generates; called with this job on the queue's thread.
         prompt_tokens: for the log.
+        seeded: whether it draws random numbers from a seed.
+        workload: what its usage is counted for, if not for whatever it is counted at the moment.
     """
 
-    def __init__(self, work: Callable[[Job], None], prompt_tokens: int):
+    def __init__(
+        self, work: Callable[[Job], None], prompt_tokens: int, seeded: bool = False, workload: str | None = None
+    ):
+        self.seeded, self.workload, self.begun_s = seeded, workload, 0.0
         self.work, self.prompt_tokens, self.generated_tokens = work, prompt_tokens, 0
         self.known_tokens = 0  # of the prompt: those that were not read again
         self.events: asyncio.Queue[Any] = asyncio.Queue()  # pieces with their index, then None or an exception
@@ -57,11 +68,13 @@ class Queue:
     """Jobs, and the thread that does them.
 
     Args:
-        longest: how many may wait beside the one that runs.
+        longest: how many may wait beside those that run.
+        together: computes some at once; None: one after the other.
     """
 
-    def __init__(self, longest: int):
-        self.longest, self.running = longest, None  # type: int, Job | None
+    def __init__(self, longest: int, together: Turns | None = None):
+        self.longest, self._together, self._most = longest, together, 1 if together is None else together.most
+        self.running: list[Job] = []
         self._waiting: deque[Job] = deque()
         self._changed, self._closed = threading.Condition(), False
         self._usual_s = 1.0  # what a request takes, averaged over the last few
@@ -77,12 +90,12 @@ class Queue:
         with self._changed:
             if self._closed:
                 raise stopping_error()
-            if len(self._waiting) + (self.running is not None) > self.longest:
+            if len(self._waiting) + len(self.running) >= self.longest + self._most:
                 raise RequestError(
                     429,
                     f"{self.longest} requests wait already, which is the most that may; try again later",
                     code="queue_full",
-                    retry_s=min(max(self._usual_s, 1.0), LONGEST_RETRY_S),
+                    retry_s=min(max(self._usual_s / self._most, 1.0), LONGEST_RETRY_S),
                 )
             self._waiting.append(job)
             self._changed.notify()
@@ -99,7 +112,7 @@ class Queue:
         """Tell all that run and wait that the server stops; what runs ends at its next token. Idempotent."""
         with self._changed:
             self._closed = True
-            jobs = [*([self.running] if self.running else []), *self._waiting]
+            jobs = [*self.running, *self._waiting]
             self._waiting.clear()
             self._changed.notify()
         for job in jobs:
@@ -117,13 +130,38 @@ class Queue:
                 self._changed.wait_for(lambda: self._waiting or self._closed)
                 if self._closed:
                     return
-                job = self.running = self._waiting.popleft()
-            begun_s = time.perf_counter()
-            outcome: Exception | None = None
-            try:
-                job.work(job)
-            except Exception as error:  # it is the request's, and the server goes on
-                outcome = error
-            self.running = None  # before its client hears of it and asks for more
-            job.tell(outcome)
-            self._usual_s += 0.2 * (time.perf_counter() - begun_s - self._usual_s)
+            if self._together is not None:
+                try:
+                    self._together.run(self._take_turn)
+                except Exception as error:  # of what runs them, not of one of them
+                    for one in list(self.running):
+                        self._ended(one, error)
+            elif (job := self._take()) is not None:
+                outcome: Exception | None = None
+                try:
+                    job.work(job)
+                except Exception as error:  # it is the request's, and the server goes on
+                    outcome = error
+                self._ended(job, outcome)
+
+    def _take(self) -> Job | None:
+        """The next job, which runs from now on, if there is one."""
+        with self._changed:
+            if self._closed or not self._waiting:
+                return None
+            job = self._waiting.popleft()
+            self.running.append(job)
+        job.begun_s = time.perf_counter()
+        return job
+
+    def _take_turn(self) -> Turn | None:
+        job = self._take()
+        if job is None:
+            return None
+        return Turn(partial(job.work, job), partial(self._ended, job), job.seeded, job.workload)
+
+    def _ended(self, job: Job, outcome: Exception | None) -> None:
+        with self._changed:  # before its client hears of it and asks for more
+            self.running.remove(job)
+        job.tell(outcome)
+        self._usual_s += 0.2 * (time.perf_counter() - job.begun_s - self._usual_s)

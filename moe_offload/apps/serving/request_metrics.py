@@ -38,7 +38,7 @@ class RequestMetrics:
         self._known = make(Counter, "known_tokens", "Tokens of prompts that were in a KV cache, and not read again")
         self._generated = make(Counter, "generated_tokens", "Tokens generated for requests")
         make(Gauge, "waiting", "Requests that wait for their turn").set_function(lambda: len(queue))
-        make(Gauge, "running", "Requests that are being generated").set_function(lambda: int(queue.running is not None))
+        make(Gauge, "running", "Requests that are being generated").set_function(lambda: len(queue.running))
         self._first = make(
             Histogram, "first_token_seconds", "From a request's arrival to its first token", buckets=FIRST_TOKEN_S
         )

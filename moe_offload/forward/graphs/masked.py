@@ -14,7 +14,8 @@ from passes.masked_rows import stream_rows
 
 from ...errors import UnsupportedModelError
 from ...experts import MoELayer
-from ...runtime.layer import LayerRuntime, closed_error
+from ...runtime.layer import LayerRuntime
+from ...runtime.lock import closed_error
 from ..changed_parts import refuse_changed_parts
 
 

@@ -34,6 +34,8 @@ GO_ON = {
     "qwen3_next",
     "zaya",
 }
+#: Families, by `model_type`, whose attention takes the best few keys of those that are there, in a known cache.
+PICKING = {"doge"}
 
 
 def why_not_continued(model: Any, cache: Any) -> str:
@@ -42,6 +44,8 @@ def why_not_continued(model: Any, cache: Any) -> str:
     if type(cache).__module__ != "transformers.cache_utils" or type(cache).__name__ == "EncoderDecoderCache":
         return f"its KV cache is a {type(cache).__name__}, a kind that is not known to go on"
     family = model.config.get_text_config().model_type
+    if family in PICKING:
+        return f"{family} attends to the best few keys of those that are there, which are others in pieces"
     known = KEPT | (SUMMED if family in GO_ON and model.device.type == "cpu" else set())
     if kinds - known:
         return f"the layers of its KV cache ({', '.join(sorted(kinds - known))}) are not known to go on in {family}"

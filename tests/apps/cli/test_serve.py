@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from moe_offload import Profile
 from moe_offload.apps.cli import app
-from moe_offload.apps.serving.cli import Stop
+from moe_offload.apps.options.signals import Stop
 from moe_offload.apps.serving.server import open_listener
 from tests.paths import MODEL_NAME as MODEL
 from tests.paths import ROOT

@@ -185,7 +185,7 @@ def test_a_connection_whose_answer_takes_long_is_not_closed(served, slow, monkey
     with connect(served) as sock:
         body = json.dumps({**SHORT, "max_tokens": 20}).encode()
         sock.sendall(head("POST", PATH, JSON, f"Content-Length: {len(body)}") + body)
-        wait_until(lambda: served.app.queue.running is not None)
+        wait_until(lambda: served.app.queue.running)
         monkeypatch.setattr("moe_offload.apps.serving.connections.SILENT_S", 0.05)
         connections = list(served.server._uvicorn.server_state.connections)
         (protocol,) = [each for each in connections if each.cycle and not each.cycle.response_complete]
@@ -210,8 +210,8 @@ def test_a_client_that_leaves_frees_the_model(served, slow, stream) -> None:
     request = head("POST", PATH, JSON, f"Content-Length: {len(body)}") + body
     with connect(served) as running, connect(served) as waiting:
         running.sendall(request)
-        wait_until(lambda: queue.running is not None and queue.running.generated_tokens > 0)
-        job = queue.running
+        wait_until(lambda: queue.running and queue.running[0].generated_tokens > 0)
+        job = queue.running[0]
         waiting.sendall(request)
         wait_until(lambda: len(queue) == 1)
         (behind,) = queue._waiting
@@ -224,10 +224,10 @@ def test_a_full_queue_says_when_to_try_again(served, slow, monkeypatch) -> None:
     body = json.dumps(LONG).encode()
     with connect(served) as running:
         running.sendall(head("POST", PATH, JSON, f"Content-Length: {len(body)}") + body)
-        wait_until(lambda: served.app.queue.running is not None)
+        wait_until(lambda: served.app.queue.running)
         status, top, answer = post(served, SHORT)
     assert status == 429 and "retry-after: " in top and json.loads(answer)["error"]["type"] == "rate_limit_error"
-    wait_until(lambda: served.app.queue.running is None)
+    wait_until(lambda: not served.app.queue.running)
 
 
 def test_a_key_is_asked_for_but_of_who_watches_the_process(monkeypatch) -> None:

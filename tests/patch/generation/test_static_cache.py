@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
+from moe_offload.forward.batch_sizes import find_cache
 from moe_offload.forward.graphs.kv_pool import KVPool, bucket_tokens
 from moe_offload.patch.generation.static_cache import keep_static_caches
 from tests.fakes.offloaded import IDS, SETTINGS, offload, resident
@@ -48,7 +49,8 @@ def used(model):
 
     def watched(sequences, tokens, args, kwargs):
         if tokens == 1:
-            found.append((type(kwargs["past_key_values"]), tuple(addresses(kwargs["past_key_values"]))))
+            cache = find_cache(kwargs)
+            found.append((type(cache), tuple(addresses(cache))))
         return run(sequences, tokens, args, kwargs)
 
     model._compiled_call_impl.run = watched
