@@ -13,6 +13,7 @@ parallelism runs first on as many ranks, and every logit is compared.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import multiprocessing
@@ -21,7 +22,9 @@ import re
 import socket
 import statistics
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -168,8 +171,9 @@ def ours(
     del outline
     CLEAR.write_text("5")  # VmHWM begins anew
     before = status("VmRSS") - status("RssFile")
-    model: Any = moe_offload.from_pretrained(folder, budget, config=wanted, **more)
-    loading = status("VmHWM") - status("RssFile") - before - budget
+    with watching() as most:
+        model: Any = moe_offload.from_pretrained(folder, budget, config=wanted, **more)
+    loading = max(most) - before - budget
     CLEAR.write_text("5")
     said = say(model, **how)
     held, handle = status("VmHWM") - status("RssFile") - before, model.moe_offload
@@ -185,6 +189,25 @@ def ours(
     }
     handle.close()
     return found
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[list[int]]:
+    """What this process holds beside pages of files, every few milliseconds. (VmHWM has those of files, too: while it
+    loads, a process reads shards through a mapping, whose pages the system takes back as it likes.)"""
+    seen, ended = [0], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.003):
+            seen.append(status("VmRSS") - status("RssFile"))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        ended.set()
+        thread.join()
 
 
 def exchange(rank: int, world: int, prompt: int, **_: Any) -> dict[str, Any]:
