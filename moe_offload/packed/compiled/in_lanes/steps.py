@@ -22,12 +22,13 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from ..vectors import F32, I16, I32, I64, lanes, load, moved, store
+from ..vectors import F32, I16, I32, I64, fetch, lanes, load, moved, store
 
 LANES, REGISTER = 64, 8
 REGISTERS = LANES // REGISTER
 ROWS, OUTPUTS = 4, 3  # of a tile: twelve sums, three weights and an activation are the sixteen registers
 VECTOR = 4 * REGISTER  # bytes
+AHEAD_BYTES = 16384  # weights that are fetched before they are needed
 EIGHT, HALVES_8, WORDS_8 = (ir.VectorType(kind, REGISTER) for kind in (F32, I16, I32))
 
 
@@ -84,6 +85,8 @@ def dot(typingctx, x, w, steps):  # type: ignore[no-untyped-def]
         totals = [cgutils.alloca_once_value(b, lanes(EIGHT, 0.0)) for _ in range(REGISTERS)]
         with cgutils.for_range(b, steps) as loop:
             here_x, here_w = moved(b, x, loop.index, 4 * LANES), moved(b, w, loop.index, 2 * LANES)
+            for line in range(0, 2 * LANES, 64):
+                fetch(b, b.add(here_w, I64(AHEAD_BYTES + line)))
             for g, total in enumerate(totals):
                 weight = widened(b, b.add(here_w, I64(2 * REGISTER * g)))
                 activation = load(b, EIGHT, b.add(here_x, I64(VECTOR * g)))
