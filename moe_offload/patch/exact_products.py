@@ -28,6 +28,9 @@ from .fast_products import is_plain, is_unchanged
 
 logger = logging.getLogger("moe_offload")
 
+#: Elements of a matrix from which on our kernel pays where torch has several threads, and multiplies one row.
+LARGE_OF_ONE_ROW = 1 << 22
+
 #: What a program may have put in place of torch's own: then that is what it wants to be called.
 FORWARD, LINEAR = nn.Linear.forward, functional.linear
 MEETING = "_moe_offload_meeting"  # of a linear layer: what lets several calls share its products, while it does
@@ -70,8 +73,8 @@ def forward(self: nn.Linear, input: Tensor) -> Tensor:
     if in_lanes.linear_is_in_lanes(weight, bias is not None, input.dim(), is_slice=not dense):
         meeting = vars(self).get(MEETING) if dense else None
         out_MO = None if meeting is None else meeting.multiply(self, x_MI)
-        if out_MO is None and len(x_MI) == 1 and torch.get_num_threads() > 1:
-            # One row of one matrix waits for memory, and torch is called in a quarter of the time.
+        if out_MO is None and len(x_MI) == 1 and weight.numel() < LARGE_OF_ONE_ROW and torch.get_num_threads() > 1:
+            # It waits for memory in either case, and torch is called in a quarter of the time.
             return functional.linear(input, weight, bias)
         if out_MO is None:
             out_MO = multiply_rows(self, x_MI)
