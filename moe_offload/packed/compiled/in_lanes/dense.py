@@ -74,10 +74,18 @@ def in_pieces(runs: Sequence[Run], most: int) -> Iterator[list[Run]]:
 
 
 def _multiply_few(x_PI: Tensor, weight_SOI: Tensor, runs: Sequence[Run], out_PO: Tensor, bias: int) -> None:
-    x = x_PI.float()
-    first, row_bytes = x.data_ptr(), x.stride(0) * x.element_size()
-    places = [first + begin * row_bytes for _, begin, _ in runs]
+    _kept, places = take_few(x_PI, runs)  # alive while the kernel reads it
     divide_work(_few, places, weight_SOI, runs, out_PO, bias, LANES // 2)
+
+
+def take_few(x_PI: Tensor, runs: Sequence[Run]) -> tuple[Tensor, list[int]]:
+    """The pairs of those runs alone as float32, of all pairs of a prompt, and the address of each run's."""
+    x, places = torch.cat([x_PI[begin:end] for _, begin, end in runs]).float(), []
+    place = x.data_ptr()
+    for _, begin, end in runs:
+        places.append(place)
+        place += (end - begin) * x.shape[1] * x.element_size()
+    return x, places
 
 
 def _multiply_many(x_PI: Tensor, weight_SOI: Tensor, runs: Sequence[Run], out_PO: Tensor, bias: int) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..pool import array_at, kernel, share
-from .dense import BLOCK_M, FEW, PANEL_BYTES, Run, divide_work, in_pieces, rounded
+from .dense import BLOCK_M, FEW, PANEL_BYTES, Run, divide_work, in_pieces, rounded, take_few
 from .steps import OUTPUTS, REGISTER, ROWS
 from .turned_steps import add_line, add_turned_tile, widen_block
 
@@ -27,17 +27,8 @@ def multiply_runs(x_PI: Tensor, weight_SIO: Tensor, runs: Sequence[Run], out_PO:
     """For each run (slot, begin, end) write x @ W of the pairs and the matrix [I, O] in that slot. All bfloat16."""
     few = [one for one in runs if one[2] - one[1] <= FEW]
     if few:
-        x = x_PI.float()
-        places = [x.data_ptr() + begin * x.stride(0) * 4 for _, begin, _ in few]
-        divide_work(
-            _few,
-            places,
-            weight_SIO.transpose(1, 2),
-            few,
-            out_PO,
-            0,
-            min(LINE_O, out_PO.shape[1] // REGISTER * REGISTER),
-        )
+        _kept, places = take_few(x_PI, few)  # alive while the kernel reads it
+        divide_work(_few, places, weight_SIO.transpose(1, 2), few, out_PO, 0, _height(out_PO.shape[1]))
     for some in in_pieces([one for one in runs if one[2] - one[1] > FEW], PANEL_BYTES // (4 * x_PI.shape[1])):
         _multiply_many(x_PI, weight_SIO, some, out_PO)
 
