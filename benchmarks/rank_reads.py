@@ -159,8 +159,15 @@ def say(model: Any, prompt: int, new: int, steps: bool) -> tuple[list[Any], list
     logits = [model(ids[:1]).logits]
     tokens = []
     for batch in (ids[:1], ids):
-        how = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
-        found = model.generate(batch, **how, output_logits=steps)
+        how: dict[str, Any] = {
+            "max_new_tokens": new,
+            "do_sample": False,
+            "pad_token_id": 0,
+            "return_dict_in_generate": True,
+        }
+        if steps:  # in pieces of one size: ours are otherwise what the budget has room for, and sums round by it
+            how |= {"output_logits": True, "prefill_chunk_size": prompt // 2}
+        found = model.generate(batch, **how)
         tokens.append(found.sequences)
         logits += found.logits or ()
     return [one.full_tensor() if hasattr(one, "full_tensor") else one for one in logits], tokens
