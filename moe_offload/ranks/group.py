@@ -133,9 +133,11 @@ _formed: list[tuple[Any, Group]] = []
 def join_group(timeout_s: float) -> Group:
     """The group of this process, which torch has formed. Every rank calls it."""
     store = cast(Any, dist.distributed_c10d._get_default_store())
-    if not _formed or _formed[0][0] is not store:
-        # transformers forms it with two hours, for which a rank that does not answer would hang all others.
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), dist.group.WORLD)
+    # transformers forms it with two hours, for which a rank that does not answer would hang all others.
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), dist.group.WORLD)
+    if _formed and _formed[0][0] is store:
+        _formed[0][1].timeout_s = timeout_s  # the model before this one may have had another
+    else:
         _keep(store, Group(store, dist.get_rank(), dist.get_world_size(), timeout_s))
     return _formed[0][1]
 
