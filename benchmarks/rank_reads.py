@@ -20,6 +20,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import queue
 import re
 import socket
 import statistics
@@ -135,7 +136,12 @@ def together(context: Any, world: int, work: str, **given: Any) -> list[dict[str
     ranks = [context.Process(target=begin, args=(rank, world, port, answers, work, given)) for rank in range(world)]
     for one in ranks:
         one.start()
-    found = dict(answers.get(timeout=1800) for _ in ranks)
+    found: dict[int, dict[str, Any]] = {}
+    while len(found) < world:
+        with contextlib.suppress(queue.Empty):
+            found |= [answers.get(timeout=1)]
+        if any(one.exitcode for one in ranks):
+            raise RuntimeError("a rank has failed; it said why above")
     for one in ranks:
         one.join()
     return [found[rank] for rank in range(world)]

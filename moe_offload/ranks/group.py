@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -126,8 +127,14 @@ def launcher_has_store() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
+_begun = threading.Event()
 #: That of this process, and the store in which torch formed it: it is another one for each process group.
 _formed: list[tuple[Any, Group]] = []
+
+
+def has_begun() -> bool:
+    """Whether this process has tried to meet others, whatever came of it."""
+    return _begun.is_set() or dist.is_initialized()
 
 
 def join_group(timeout_s: float) -> Group:
@@ -156,6 +163,7 @@ def form_group(timeout_s: float) -> Group:
             "distributed_config asks for several processes, and this one is alone: start the program with `torchrun "
             "--nproc-per-node N` or `accelerate launch`"
         )
+    _begun.set()
     try:
         store, rank, world = connect_within(timeout_s + GRACE_S, lambda: _meet(launched, timedelta(seconds=timeout_s)))
         group = Group(store, rank, world, timeout_s)

@@ -39,7 +39,9 @@ def config_of_ranks(world: int, model_config: Any = None) -> dict[str, Any]:
     text = None if model_config is None else model_config.get_text_config()
     if any((getattr(text, heads, None) or 0) % world for heads in ("num_attention_heads", "num_key_value_heads")):
         rules = getattr(text, "base_model_tp_plan", None) or {}
-        found["tp_plan"] = {f"model.{rule}": "replicate" for rule in rules if ATTENTION in rule}
+        whole = {f"model.{rule}": "replicate" for rule in rules if ATTENTION in rule}
+        if whole:  # else no rule splits attention, and to transformers an empty plan is that nothing is split
+            found["tp_plan"] = whole
     return found
 
 
