@@ -187,8 +187,7 @@ def from_pretrained(
         find_dense_device(model, moe_layers, settings.untested)  # raises where transformers put it elsewhere
         prepared.check_rows(moe_layers)
         model = _offload(model, moe_layers, prepared, found, group)
-    adapter = find_adapter(folder, said.subfolder)
-    if adapter is not None:
+    if (adapter := find_adapter(folder, said.subfolder)) is not None:
         with _closed_on_error(model):
             load_adapter(model, adapter, said)
     return model
