@@ -157,7 +157,9 @@ class LayerRuntime:
             arrivals.abort()
             raise
         finally:
-            if self.trims_heap and tokens >= HEAP_TRIM_TOKENS and not runs_ahead:  # a device's activations are not there
+            if (
+                self.trims_heap and tokens >= HEAP_TRIM_TOKENS and not runs_ahead
+            ):  # a device's activations are not there
                 trim_heap()
 
     def experts(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
