@@ -30,6 +30,7 @@ from .watch import FIND_S, GRACE_S, Watch
 
 PREFIX = "moe_offload"
 POLL_S = 0.02
+LAUNCHER_S = 15.0  # for the launcher's store to answer: it is there before any rank is started
 _numbers = itertools.count()  # of groups in this process; ranks that are in step count alike
 
 
@@ -164,8 +165,11 @@ def form_group(timeout_s: float) -> Group:
             "--nproc-per-node N` or `accelerate launch`"
         )
     _begun.set()
+    limit_s = min(timeout_s, LAUNCHER_S) if launcher_has_store() else timeout_s
     try:
-        store, rank, world = connect_within(timeout_s + GRACE_S, lambda: _meet(launched, timedelta(seconds=timeout_s)))
+        store, rank, world = connect_within(limit_s + GRACE_S, lambda: _meet(launched, timedelta(seconds=limit_s)))
+        limit_s = timeout_s
+        store.set_timeout(timedelta(seconds=timeout_s))
         group = Group(store, rank, world, timeout_s)
         with group.watching():  # torch waits for all of them, deaf to whether they still live
             dist.init_process_group(
@@ -176,8 +180,8 @@ def form_group(timeout_s: float) -> Group:
     except (RuntimeError, ValueError, OSError) as error:
         holder = "the launcher" if launcher_has_store() else "rank 0"
         raise ConfigError(
-            f"rank {launched.rank} of {launched.world} could not form a group with the others within {timeout_s:.0f} "
-            f"s: {str(error).splitlines()[0][:300]}. They meet where {holder} is, at MASTER_ADDR and MASTER_PORT: it "
+            f"rank {launched.rank} of {launched.world} could not form a group with the others within {limit_s:.0f} s: "
+            f"{str(error).splitlines()[0][:300]}. They meet where {holder} is, at MASTER_ADDR and MASTER_PORT: it "
             "may have ended, or hang. Start as many processes as WORLD_SIZE says"
         ) from error
     return _keep(dist.distributed_c10d._get_default_store(), group)

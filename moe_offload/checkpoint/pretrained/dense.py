@@ -130,8 +130,7 @@ def _fill_own_class(model: Any, experts: Collection[str], headers: Headers, fold
     saved = model.state_dict(keep_vars=True)
     origins = find_origins(model, headers, set(saved).difference(experts))
     keys = {name: own_key(name, origin) for name, origin in origins.items()}
-    entries = FileEntries(headers)
-    load_own(model, ((name, entries[key][...]) for name, key in keys.items()))
+    load_own(model, ((name, headers.opened[headers[key].file].get_tensor(key)) for name, key in keys.items()))
     absent = [name for name, param in model.named_parameters() if param.is_meta and name not in experts]
     absent += [name for name, _ in model.named_buffers() if name in saved and name not in keys]
     _refuse_missing(folder, absent)
