@@ -79,13 +79,15 @@ class Group:
             self.store.set(keys[self.rank], json.dumps(value))
             said: dict[int, bytes] = {}
             while missing := [rank for rank in range(self.world) if rank not in said]:
+                # Before what they said is read: one whose program is over has got here, and so has everybody.
+                ended = None if self.watch is None else self.watch.find_ended()
                 found = {rank: self.store.get(keys[rank]) for rank in missing}
                 said |= {rank: one for rank, one in found.items() if one is not None}
                 if None not in found.values():
                     break
-                if self.watch is not None:
-                    self.watch.check()
-                elif reason := self.store.get(gave_up):
+                if self.watch is not None and ended is not None:
+                    raise self.watch.error(*ended)
+                if self.watch is None and (reason := self.store.get(gave_up)):
                     raise RankError(reason.decode())
                 if time.monotonic() > ends_s:
                     error = self._not_there(missing, within_s, why)
