@@ -19,7 +19,7 @@ from triton.language.extra import libdevice
 
 from .indexed_triton import tile_of
 
-exp = tl.exp if triton.knobs.runtime.interpret else libdevice.exp  # the interpreter has no libdevice
+HAS_LIBDEVICE = tl.constexpr(not triton.knobs.runtime.interpret)
 
 
 def gated_mm(x_PH: Tensor, weight_SMH: Tensor, slots_P: Tensor) -> Tensor:
@@ -83,4 +83,5 @@ def _gated_mm(
     dtype = out_PI.dtype.element_ty
     gate = tl.sum(gates_IH, 1).to(dtype).to(tl.float32)
     up = tl.sum(ups_IH, 1).to(dtype).to(tl.float32)
-    tl.store(out_PI + p * I + i, (gate / (exp(-gate) + 1.0) * up).to(dtype), mask=i < I)
+    exp = libdevice.exp(-gate) if HAS_LIBDEVICE else tl.exp(-gate)
+    tl.store(out_PI + p * I + i, (gate / (exp + 1.0) * up).to(dtype), mask=i < I)

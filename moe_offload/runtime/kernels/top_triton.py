@@ -234,27 +234,25 @@ def _sort(id_L, score_L, valid_L, place_L):
     """The ids in the order that a bitonic network gives their scores, those that are valid first."""
     for level in tl.static_range(1, 6):
         for step in tl.static_range(0, level):
-            stride: tl.constexpr = 1 << (level - 1 - step)
-            is_first_L = (place_L & stride) == 0
-            other_L = place_L ^ stride
-            other_id_L, other_score_L, other_valid_L = (
-                tl.gather(id_L, other_L, 0),
-                tl.gather(score_L, other_L, 0),
-                tl.gather(valid_L, other_L, 0),
-            )
-            first_L, second_L = (
-                tl.where(is_first_L, score_L, other_score_L),
-                tl.where(is_first_L, other_score_L, score_L),
-            )
-            first_valid_L, second_valid_L = (
-                tl.where(is_first_L, valid_L, other_valid_L),
-                tl.where(is_first_L, other_valid_L, valid_L),
-            )
-            stay_L = ((_goes_before(first_L, second_L) == 1) & (first_valid_L == 1)) | (second_valid_L == 0)
-            # Of each `2 * stride` places half is sorted the other way round, but in the last level, where the bit is 0.
-            turned_L = (place_L & (1 << level)) != 0
-            change_L = stay_L == turned_L
-            id_L = tl.where(change_L, other_id_L, id_L)
-            score_L = tl.where(change_L, other_score_L, score_L)
-            valid_L = tl.where(change_L, other_valid_L, valid_L)
+            id_L, score_L, valid_L = _exchange(id_L, score_L, valid_L, place_L, 1 << (level - 1 - step), 1 << level)
     return id_L
+
+
+@triton.jit
+def _exchange(id_L, score_L, valid_L, place_L, STRIDE: tl.constexpr, SIZE: tl.constexpr):
+    """One step of the network: places whose numbers differ by the stride change what they hold, or keep it."""
+    is_first_L = (place_L & STRIDE) == 0
+    other_L = place_L ^ STRIDE
+    other_score_L, other_valid_L = tl.gather(score_L, other_L, 0), tl.gather(valid_L, other_L, 0)
+    first_L, second_L = tl.where(is_first_L, score_L, other_score_L), tl.where(is_first_L, other_score_L, score_L)
+    first_valid_L = tl.where(is_first_L, valid_L, other_valid_L)
+    second_valid_L = tl.where(is_first_L, other_valid_L, valid_L)
+    in_order_L = ((_goes_before(first_L, second_L) == 1) & (first_valid_L == 1)) | (second_valid_L == 0)
+    # Every other run of `SIZE` places is sorted the other way round; the last level is one run of all.
+    is_turned_L = (place_L & SIZE) != 0
+    change_L = in_order_L == is_turned_L
+    return (
+        tl.where(change_L, tl.gather(id_L, other_L, 0), id_L),
+        tl.where(change_L, other_score_L, score_L),
+        tl.where(change_L, other_valid_L, valid_L),
+    )
