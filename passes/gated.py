@@ -60,7 +60,8 @@ def _cuts_in_two(halves: Node) -> bool:
 
 
 def _is_silu(node: Node) -> bool:
-    return node.target is torch.nn.functional.silu and len(node.args) == 1 and not node.kwargs.get("inplace")
+    is_silu: bool = node.target is torch.nn.functional.silu
+    return is_silu and len(node.args) == 1 and not bool(node.kwargs.get("inplace"))
 
 
 def _join(graph: Graph, chain: Sequence[Node]) -> None:

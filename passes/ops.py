@@ -10,9 +10,10 @@ and looks up what is bound to it, so a graph that Dynamo shares between layers s
 
 Every op that fills a bank declares that it mutates it. That is what keeps the op alive and in its place in Inductor,
 which drops an op without a used result, and reorders one without a dependence.
-`observe` passes its ids through instead. `grouped_mm` is an ordinary function of its arguments, as are `gated_mm`, which
-is silu of one half of such a product times the other half, and `fast_grouped_mm`, which may round otherwise. `experts` takes a key in place of a bank, a tensor that nobody writes
-into: in somebody else's torch.compile a bank that is written into may be copied, and a copy is unknown here.
+`observe` passes its ids through instead. `grouped_mm` is an ordinary function of its arguments, as are `gated_mm`,
+silu of one half of such a product times the other half, and `fast_grouped_mm`, which may round otherwise. `experts`
+takes a key in place of a bank, a tensor that nobody writes into: in somebody else's torch.compile a bank that is
+written into may be copied, and a copy is unknown here.
 `no_gradient` is its backward, which raises when it runs. `unserved` stands in traced code that is to be rewritten: our
 backend takes it out, and a graph that never came to our backend raises where it is, before it computes.
 The library is opened with "DEF": a second copy of this file fails to import, rather than silently replacing the first.
@@ -185,8 +186,10 @@ def _fake_place_top(scores: Tensor, k: int, bank: Tensor) -> tuple[Tensor, Tenso
 
 
 def _run_gated_mm(x: Tensor, weight: Tensor, slots: Tensor) -> Tensor:
-    gate, up = grouped_mm(x, weight, slots).chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate) * up
+    product: Tensor = grouped_mm(x, weight, slots)
+    gate, up = product.chunk(2, dim=-1)
+    gated: Tensor = torch.nn.functional.silu(gate) * up
+    return gated
 
 
 def _run_wait(slots: Tensor, bank: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Which passes run, in which order, and the one place that runs them.
 
-drop_sentinels -> [insert_prefetch] -> [rename_to_slots] -> [leave_unsorted] -> [gate_in_products] -> [choose_with_slots]
-               -> [speed_up_products] -> stream_in_waves                offloaded; in brackets: on request
+drop_sentinels -> [insert_prefetch] -> [rename_to_slots] -> [leave_unsorted] -> [gate_in_products]
+               -> [choose_with_slots] -> [speed_up_products] -> stream_in_waves      offloaded; in brackets: on request
 insert_observe                                                          a model whose routing is only counted
 
 before   w = W[ids];  y = bmm(w, x)          ids a constant number of pairs that fit the slots

@@ -60,9 +60,7 @@ def _find_top(ids: Node) -> Node | None:
 def _is_written(ids: Node) -> bool:
     """Whether something is written to the ids, or to a view of them."""
     return any(
-        user.target is operator.setitem
-        or name_of(user).endswith("_")
-        or (name_of(user) in SAME and _is_written(user))
+        user.target is operator.setitem or name_of(user).endswith("_") or (name_of(user) in SAME and _is_written(user))
         for user in ids.users
     )
 

@@ -72,11 +72,8 @@ def make_backend(
         few_pairs = {name: few_tokens * moe.top_k for name, moe in moe_layers.items()} if few_tokens else None
         on_gpu = {one.layer.moe.name for one in phantoms.values() if is_on_gpu(one.layer.slots.bank_SN)}
         any_order = dict.fromkeys(on_device & on_gpu, PRODUCT_PER_PAIR)
-        by_scores = {
-            one.layer.moe.name
-            for one in phantoms.values()
-            if one.layer.moe.name in any_order and one.layer.device_cache.chooses_as_torch()
-        }
+        deciding = {one.layer.moe.name: one.layer.device_cache for one in phantoms.values()}
+        by_scores = {name for name in any_order if (cache := deciding[name]) is not None and cache.chooses_as_torch()}
         how = {"on_device": on_device, "few_pairs": few_pairs, "in_any_order": any_order, "by_scores": by_scores}
         reports, banked = rewrite_graph(gm, phantoms, partial(pipeline, **how))
         log.append(reports)

@@ -54,8 +54,9 @@ class KVPool:
         cache = make()
         key = Key(sequences, tokens, torch.is_inference_mode_enabled())
         kept = self._take_spare(key)
-        if kept is None and self._lent[key]:  # perhaps to one that is gone, but in a cycle that Python has not found yet
-            gc.collect()  # a tenth of a second, as recording anew would take
+        if kept is None and self._lent[key]:
+            # Perhaps to a cache that is gone, but in a cycle: to look for it takes no longer than recording anew.
+            gc.collect()
             kept = self._take_spare(key)
         with self._lock:
             self._lent[key] += 1

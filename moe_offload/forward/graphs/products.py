@@ -29,9 +29,12 @@ def serve_products(few: Product, many: Product, gated: Product) -> None:
             return few(x_P, weight_S.transpose(1, 2), slots_P)
         return many(x_P, weight_S, slots_P)
 
+    def gated_mm(x_P: Tensor, weight_S: Tensor, slots_P: Tensor) -> Tensor:
+        return gated(x_P, weight_S.transpose(1, 2), slots_P)
+
     if not torch._C._dispatch_has_kernel_for_dispatch_key("moe_offload::grouped_mm", "CUDA"):
         ops.serve_product("grouped_mm", grouped_mm, "CUDA")
-        ops.serve_product("gated_mm", lambda x_P, weight_S, slots_P: gated(x_P, weight_S.transpose(1, 2), slots_P), "CUDA")
+        ops.serve_product("gated_mm", gated_mm, "CUDA")
 
 
 def serve_few_rows(multiply: Callable[[Tensor, Tensor, Sequence[Run], Tensor], Sequence[Run]]) -> None:

@@ -2,8 +2,8 @@
 not.
 
 Inductor puts the two kinds in kernels of their own, because with one size of block for all parts one of them would get
-a bad one. From torch 2.13 on each part may have its own. In a decode step that is one launch less for each layer: values
-are written to a KV cache while queries and keys are normalised.
+a bad one. From torch 2.13 on each part may have its own. In a decode step that is one launch less for each layer:
+values are written to a KV cache while queries and keys are normalised.
 """
 
 from __future__ import annotations

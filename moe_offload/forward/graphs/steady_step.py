@@ -1,7 +1,8 @@
 """Decode steps whose guards need not be asked in full: nothing that they look at has changed since they last held.
 
-For 48 layers Dynamo asks some 8000 guards before it runs what it has compiled, at each step, and nearly all of them read
-what hangs on the model or lies in the layers of its KV cache. After a step whose guards held, we keep in their place
+For 48 layers Dynamo asks some 8000 guards before it runs what it has compiled, at each step, and nearly all of them
+read what hangs on the model or lies in the layers of its KV cache. After a step whose guards held, we keep in their
+place
 
     of the model       each module and object that they read: its type, and the versions of its dictionaries
     of cache layers    the same of each layer
@@ -11,7 +12,7 @@ what hangs on the model or lies in the layers of its KV cache. After a step whos
 
 Python gives a dictionary another version with every change; equal ones are the same dictionary with the same content.
 A guard goes only if it is of a known kind and what it reads is held so, all else stays in the copy. What no version
-tells is left as it is with Dynamo: a class's own attributes are read by the copy, and its methods by nobody (`dynamo.py`).
+tells is left as it is with Dynamo: a class's attributes are read once more, and its methods are watched (`dynamo.py`).
 Where anything differs, Dynamo is asked, compiles if it must, and the step after that is kept anew.
 
 The code that is run is Dynamo's, and so is what it does besides computing.
@@ -176,7 +177,7 @@ class _Search:
     """Which nodes of a tree of guards may go: all that they and those below them read is held.
 
     `left_out` are the ids of these nodes; `objects` and `tensors` are what is to be held in their place, by id,
-    `layer_tensors` the tensors that layers of the cache have, by layer and name, and `of_classes` what is read of classes.
+    `layer_tensors` the tensors that layers of the cache have, by layer and name, `of_classes` what is read of classes.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[Any]):

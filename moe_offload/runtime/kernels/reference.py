@@ -15,6 +15,7 @@ from .state import DeviceState, Loads
 
 TOP = 32  # experts of a token, at most, that `decide_top` chooses
 
+
 def decide(ids_P: Tensor, state: DeviceState, loads: Loads, pace_2: Tensor) -> Tensor:
     """The slots of `ids_P`; changes `state` to what holds once the `loads`, which it fills, have been done.
 
