@@ -21,7 +21,7 @@ class Both:
         torch._dynamo.reset()
         self.plain = resident(layers=2)
         self.model = offload(resident(layers=2), 0.5, config=DEVICE, device_map="cpu", profile="off")
-        self.caches = [StaticCache(config=one.config, max_cache_len=64) for one in (self.plain, self.model)]
+        self.caches = [StaticCache(config=one.config, max_cache_len=256) for one in (self.plain, self.model)]
         self.call(PROMPT)
         for _ in range(4):
             self.step()
@@ -103,7 +103,7 @@ def test_what_is_changed_between_two_steps_is_seen(both, change):
 def test_a_hook_is_called_and_is_called_no_more_once_it_is_off(both):
     handles = []
     both.change(lambda m: handles.append(m.model.norm.register_forward_hook(lambda *args: args[-1] * 0.25)))
-    assert taken_by(both, both.step) == 0
+    assert taken_by(both, both.step) <= 0, "graphs are made anew"
     both.step()
     for handle in handles:
         handle.remove()
@@ -115,18 +115,20 @@ def test_modes_and_arguments_are_guarded_as_ever(both):
     assert taken_by(both, lambda: both.call(STEP, output_hidden_states=True)) == 0
     assert taken_by(both, lambda: both.call(STEP.to(torch.int32))) == 0
     assert taken_by(both, lambda: both.call(STEP, logits_to_keep=1)) == 0
+    both.step()
     kept = both.model._compiled_call_impl.run.steps._kept[0]
     kwargs = {"past_key_values": both.caches[1]}
-    assert kept.holds((STEP,), kwargs, kept.hooks) and not kept.holds((STEP,), kwargs, kept.hooks + 1)
-    assert not kept.holds((both.caches[1].layers[0].cumulative_length,), kwargs, kept.hooks)
-    with torch.enable_grad():
-        assert not kept.holds((STEP,), kwargs, kept.hooks)
-    with torch.compiler.set_stance("force_eager"):
-        assert not kept.holds((STEP,), kwargs, kept.hooks)
+    with torch.no_grad(), both.model._compiled_call_impl.scope.entered():
+        assert kept.holds((STEP,), kwargs, kept.hooks) and not kept.holds((STEP,), kwargs, kept.hooks + 1)
+        assert not kept.holds((both.caches[1].layers[0].cumulative_length,), kwargs, kept.hooks)
+        with torch.enable_grad():
+            assert not kept.holds((STEP,), kwargs, kept.hooks)
+        with torch.compiler.set_stance("force_eager"):
+            assert not kept.holds((STEP,), kwargs, kept.hooks)
 
 
 def test_another_cache_is_another_and_the_first_is_not_held(both):
-    others = [StaticCache(config=one.config, max_cache_len=64) for one in (both.plain, both.model)]
+    others = [StaticCache(config=one.config, max_cache_len=256) for one in (both.plain, both.model)]
     first, both.caches = both.caches, others
     assert taken_by(both, lambda: both.call(PROMPT)) == 0
     assert taken_by(both, both.step) == 0
@@ -149,7 +151,7 @@ def test_what_is_kept_goes_with_its_graphs(both):
 
 def test_where_the_host_decides_every_step_is_guarded():
     model = offload(resident(layers=1), 0.5, config=SETTINGS, device_map="cpu", profile="off")
-    cache = StaticCache(config=model.config, max_cache_len=64)
+    cache = StaticCache(config=model.config, max_cache_len=256)
     with torch.no_grad():
         model(PROMPT, past_key_values=cache)
         for _ in range(4):
