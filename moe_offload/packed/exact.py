@@ -80,7 +80,13 @@ def repeats(expected_MO: Tensor, x_MI: Tensor, matrix_OI: Tensor, order: Order, 
     few = min(outputs, DIFFERENT)
     out_MO = expected_MO.new_empty((len(x_MI), few))
     multiplier()(x_MI, matrix_OI[:few], out_MO, *order, None if bias_O is None else bias_O[:few])
-    return torch.equal(out_MO.repeat(1, -(-outputs // few))[:, :outputs], expected_MO)
+    return same_bits(out_MO.repeat(1, -(-outputs // few))[:, :outputs], expected_MO)
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two results are equal in every bit: 0 and -0 differ."""
+    integer = {2: torch.int16, 4: torch.int32}[one.itemsize]
+    return torch.equal(one.view(integer), other.view(integer))
 
 
 def multiplier() -> Any:
@@ -127,7 +133,7 @@ def _strips_are_exact(heights: tuple[int, ...], inputs: int, dtype: torch.dtype,
             end = begin + height
             torch.mm(x_1I, matrix_OI[begin:end].t(), out=out_1O[:, begin:end])
             begin = end
-        if not torch.equal(out_1O, _multiply(x_1I, matrix_OI.t())):
+        if not same_bits(out_1O, _multiply(x_1I, matrix_OI.t())):
             return False
     return True
 
@@ -135,7 +141,7 @@ def _strips_are_exact(heights: tuple[int, ...], inputs: int, dtype: torch.dtype,
 @cache
 def _transposed_is_exact(rows: int, outputs: int, inputs: int, dtype: torch.dtype, switches: Hashable) -> bool:
     return all(
-        torch.equal(_multiply(x_MI, matrix_OI.t()), _multiply(x_MI, matrix_OI.t().contiguous()))
+        same_bits(_multiply(x_MI, matrix_OI.t()), _multiply(x_MI, matrix_OI.t().contiguous()))
         for x_MI, matrix_OI in trials(rows, outputs, inputs, dtype)
     )
 

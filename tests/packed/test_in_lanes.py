@@ -98,6 +98,14 @@ def test_another_order_is_not_taken_for_it(monkeypatch):
 
 
 @needs_loops
+def test_zeros_of_another_sign_are_not_taken_for_the_same(monkeypatch):
+    monkeypatch.setattr(in_lanes, "_known", {})
+    mm = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda x, w: mm(x, w).add_(0.0))
+    assert not in_lanes.is_in_lanes(64, 128)
+
+
+@needs_loops
 def test_where_onednn_is_asked_the_order_is_not_known(monkeypatch):
     in_lanes.load_kernels.cache_clear()
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
