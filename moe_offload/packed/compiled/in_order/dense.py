@@ -90,7 +90,7 @@ class Product(NamedTuple):
 
 def as_activations(x_MI: Tensor, paired: bool) -> Tensor:
     """What kernels read: rows side by side, in float32 for sums in pairs."""
-    return x_MI.float().contiguous() if paired else x_MI.contiguous()
+    return x_MI.float().contiguous() if paired else x_MI.resolve_neg().contiguous()
 
 
 def multiply(
