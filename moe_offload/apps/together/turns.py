@@ -26,6 +26,7 @@ from greenlet import getcurrent
 from torch import Tensor, nn
 
 from ...errors import OffloadError, ServeError
+from ...packed.exact import same_bits
 from ...patch.exact_products import MEETING, multiply_rows
 from ...runtime.kernels.exact_rows import each_as_alone
 from ...runtime.layer import LayerRuntime
@@ -197,7 +198,7 @@ class Turns:
                 alone = torch.cat([run(*member.given) for member in here])
                 if counters is not None:  # that nobody has asked for it is not to be seen
                     counters.update(counted)
-                self._alike[key] = torch.equal(together, alone)
+                self._alike[key] = same_bits(together, alone)
                 if not self._alike[key]:
                     logger.warning("%s: several rows have other bits than each alone", type(module).__name__)
                     together = alone

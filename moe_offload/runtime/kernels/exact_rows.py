@@ -44,6 +44,7 @@ def multiply(x_PI: Tensor, weight_SIO: Tensor, runs: Sequence[Run], out_PO: Tens
         and x_PI.shape[1] == inputs
         and x_PI.stride() == (inputs, 1)
         and out_PO.stride(1) == 1
+        and not (x_PI.is_neg() or weight_SIO.is_neg())
     ):
         return runs
     if weight_SIO.stride()[1:] == (outputs, 1) and in_lanes.is_in_parts(outputs, inputs):
