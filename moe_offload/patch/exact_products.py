@@ -84,7 +84,7 @@ def forward(self: nn.Linear, input: Tensor) -> Tensor:
         # It waits for memory in either case, and torch is called in a quarter of the time.
         return functional.linear(input, weight, bias)
     out_MO = x_MI.new_empty((len(x_MI), len(weight)))
-    if with_lanes:
+    if order is None:
         in_lanes.multiply(x_MI, weight, out_MO, bias)
     else:
         multiplier()(x_MI, weight, out_MO, *order, bias)
