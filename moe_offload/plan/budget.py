@@ -20,6 +20,9 @@ from ..errors import BudgetError
 #: memory/process_memory.py). These grow with a model up to a point: a sixth of the budget, 400 MB at most.
 WORKSPACE_SHARE = 6
 WORKSPACE_LIMIT = 400 * 10**6
+#: Of what a budget has beyond the first number, an eighth, the third at most, is for what the layers of a prompt leave
+#: in the heap for one another (`runtime/layer.py`): measured, 95 MB with 512 tokens of Qwen3-30B-A3B.
+HEAP_FROM, HEAP_SHARE, HEAP_LIMIT = 4 * 10**9, 8, 100 * 10**6
 #: The parts of a budget, as people read them.
 PARTS = {
     "dense_weights": "dense weights",
@@ -29,6 +32,12 @@ PARTS = {
     "expert_slots": "expert slots",
     "unused": "unused",
 }
+
+
+def workspace(budget: int) -> int:
+    """Bytes of the reserve that are for no tensor that is known beforehand. They grow with the budget, more slowly."""
+    for_heap = min(max(0, budget - HEAP_FROM) // HEAP_SHARE, HEAP_LIMIT)
+    return min(budget // WORKSPACE_SHARE, WORKSPACE_LIMIT) + for_heap
 
 
 @dataclass(frozen=True)
@@ -60,8 +69,12 @@ class Costs:
     def reserve(self, budget: int) -> int:
         if self.reserve_bytes is not None:
             return self.reserve_bytes
+        return self.kv_bytes + self.scores_bytes + self.library_bytes + workspace(budget)
+
+    def keeps_heap(self, budget: int) -> bool:
+        """Whether there is room for what the layers of a prompt leave in the heap for one another."""
         known = self.kv_bytes + self.scores_bytes + self.library_bytes
-        return known + min(budget // WORKSPACE_SHARE, WORKSPACE_LIMIT)
+        return self.reserve(budget) - known >= WORKSPACE_LIMIT + HEAP_LIMIT
 
     def for_banks(self, budget: int) -> int:
         """What is left of `budget` for slots; negative when nothing is."""
@@ -162,16 +175,12 @@ def budget_for(residency: float, layers: Sequence[LayerShape], costs: Costs) -> 
 
 
 def _smallest_budget(need: int, costs: Costs) -> int:
-    fixed = costs.dense_bytes + costs.scratch_bytes + costs.unpack_bytes + need
-    if costs.reserve_bytes is not None:
-        return fixed + costs.reserve_bytes
-    fixed += costs.kv_bytes + costs.scores_bytes + costs.library_bytes
-    budget = min(fixed * WORKSPACE_SHARE // (WORKSPACE_SHARE - 1), fixed + WORKSPACE_LIMIT)
-    while costs.for_banks(budget) < need:  # the integer division in `reserve` rounds: correct by a byte or two
-        budget += 1
-    while costs.for_banks(budget - 1) >= need:
-        budget -= 1
-    return budget
+    low = costs.dense_bytes + costs.scratch_bytes + costs.unpack_bytes + need + costs.reserve(0)
+    high = 2 * low + WORKSPACE_LIMIT + HEAP_LIMIT
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if costs.for_banks(middle) >= need else (middle + 1, high)
+    return low
 
 
 def _share(layer: LayerShape, even: int) -> int:

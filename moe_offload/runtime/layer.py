@@ -61,8 +61,9 @@ class LayerRuntime:
         lock: ModelLock | None = None,
         poison: bool = False,
         locked: MemoryLock | None = None,
+        trims_heap: bool = True,
     ):
-        self.moe, self.store = moe, store
+        self.moe, self.store, self.trims_heap = moe, store, trims_heap
         self.lock = lock or ModelLock()  # that of the model: its layers share the scratch rows
         self.device, self.poison, self.locked = scratch.raw.device, poison, locked or MemoryLock()
         cache = LayerCache(moe.num_experts, slots, policy, moe.name)
@@ -162,7 +163,7 @@ class LayerRuntime:
             arrivals.abort()
             raise
         finally:
-            if tokens >= HEAP_TRIM_TOKENS and not runs_ahead:  # a device's activations are not on the heap
+            if self.trims_heap and tokens >= HEAP_TRIM_TOKENS and not runs_ahead:  # a device's activations are not there
                 trim_heap()
 
     def experts(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:

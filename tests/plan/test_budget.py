@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from moe_offload.config.sizes import format_size
 from moe_offload.errors import BudgetError
-from moe_offload.plan.budget import WORKSPACE_LIMIT, Costs, LayerShape, budget_for, floor_budget, plan_slots
+from moe_offload.plan.budget import HEAP_LIMIT, WORKSPACE_LIMIT, Costs, LayerShape, budget_for, floor_budget, plan_slots
 
 
 def shapes(row_bytes):
@@ -152,7 +152,14 @@ def test_below_the_floor_the_error_states_the_floor_and_its_parts(layers, costs)
 def test_the_automatic_workspace_is_bounded():
     costs = Costs(dense_bytes=0)
     assert costs.reserve(600) == 100
-    assert costs.reserve(10**12) == WORKSPACE_LIMIT
+    assert costs.reserve(4 * 10**9) == WORKSPACE_LIMIT
+    assert costs.reserve(10**12) == WORKSPACE_LIMIT + HEAP_LIMIT
+
+
+def test_the_heap_is_kept_for_the_next_layer_where_there_is_room_for_it():
+    kept = [budget for budget in range(10**9, 10**10, 10**8) if Costs(0, kv_bytes=10**9).keeps_heap(budget)]
+    assert kept[0] == 48 * 10**8 and Costs(0, reserve_bytes=5 * 10**8).keeps_heap(10**9)
+    assert not Costs(0, kv_bytes=1, reserve_bytes=5 * 10**8).keeps_heap(10**12)
 
 
 # budget_for.

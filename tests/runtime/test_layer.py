@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from moe_offload.runtime.ahead.scratch_feed import READ_AHEAD_USES
 from moe_offload.runtime.prewarm import prewarm_slots
 from tests.fakes import fault_store
 from tests.fakes.fault_store import LAYOUT, E, FaultStore, K, assert_sound, decode, expected, prefill, run, tags
+from tests.fakes.offloaded import SETTINGS, offloaded
 from tests.fakes.streams import InstantStreams
 
 EVENTS = [[0, 1], [2, 3, 2], [4, 0], list(range(E)), [5], [6, 1], [7, 6, 5, 4, 3, 2], [0, 1]]
@@ -239,8 +241,18 @@ def test_the_heap_is_trimmed_after_prompts_only(tokens, trims, monkeypatch):
     trimmed = []
     monkeypatch.setattr("moe_offload.runtime.layer.trim_heap", lambda: trimmed.append(1))
     runtime, _ = fault_store.make(K)
-    prefill(runtime.layers[0], [0, 1] * tokens)
+    layer = runtime.layers[0]
+    prefill(layer, [0, 1] * tokens)
     assert len(trimmed) == trims
+    layer.trims_heap = False
+    prefill(layer, [0, 1] * tokens)
+    assert len(trimmed) == trims
+
+
+@pytest.mark.parametrize(("reserve", "trims"), [("400MB", [True, True, True]), ("600MB", [False, False, True])])
+def test_the_heap_is_trimmed_between_layers_where_the_reserve_is_small(reserve, trims):
+    model = offloaded(layers=3, budget="1GB", config=replace(SETTINGS, reserve=reserve))
+    assert [layer.trims_heap for layer in model.moe_offload._runtime.layers] == trims
 
 
 def test_prewarm_stops_cleanly_when_interrupted_between_reads(make):
