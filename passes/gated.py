@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -55,7 +56,7 @@ def _only_user(node: Node) -> Node | None:
 
 
 def _cuts_in_two(halves: Node) -> bool:
-    given = {**dict(zip(("input", "chunks", "dim"), halves.args, strict=False)), **halves.kwargs}
+    given: dict[str, Any] = {**dict(zip(("input", "chunks", "dim"), halves.args, strict=False)), **halves.kwargs}
     return given.get("chunks") == 2 and given.get("dim") in (-1, 1)
 
 
