@@ -11,6 +11,8 @@ Shapes: T tokens, K experts per token, P = T*K pairs, E experts, S slots, H hidd
                    of those as it arrives; in prefill what has no slot passes through a few scratch rows
 
 It knows no graph and imports no pass.
+
+Longer than 250 lines: the verbs share one cache and one way to fail, and who changes one reads all.
 """
 
 from __future__ import annotations
@@ -163,7 +165,9 @@ class LayerRuntime:
             arrivals.abort()
             raise
         finally:
-            if self.trims_heap and tokens >= HEAP_TRIM_TOKENS and not runs_ahead:  # a device's activations are not there
+            if (
+                self.trims_heap and tokens >= HEAP_TRIM_TOKENS and not runs_ahead
+            ):  # a device's activations are not there
                 trim_heap()
 
     def experts(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ tells is left as it is with Dynamo: a class's attributes are read once more, and
 Where anything differs, Dynamo is asked, compiles if it must, and the step after that is kept anew.
 
 The code that is run is Dynamo's, and so is what it does besides computing.
+
+Longer than 250 lines: what is kept and the search for what must be are only right together.
 """
 
 from __future__ import annotations

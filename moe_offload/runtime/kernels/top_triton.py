@@ -11,6 +11,8 @@ in torch 2.11 to 2.13), and the same here:
 
 NaN is the greatest. Without equals among the chosen any way to sort gives the same, so the network is run only if there
 are some. `chooses_as_torch` compares both on the device at hand, and where they differ torch.topk is left in place.
+
+Longer than 250 lines: each of a kernel's many arguments takes one, twice.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
