@@ -38,7 +38,7 @@ from .patch.dense_weights import find_dense_device, place_dense
 from .plan.prepare import Prepared, prepare_model, settings_of
 from .ranks.call import exchanging
 from .ranks.group import Group
-from .ranks.join import agreed, form_ranks, join_ranks, or_end_for_all, split_over
+from .ranks.join import agreed, form_ranks, join_ranks, or_end_for_all, split_over, told_to_ranks
 from .runtime.assemble import build_runtime, on_device
 from .runtime.prewarm import prewarm_from, prewarm_when_idle
 
@@ -94,21 +94,22 @@ def optimize(
         model = moe_offload.optimize(model, "8GB")
         ```
     """
-    settings = settings_of(
-        config,
-        budget=budget,
-        device_map=device_map,
-        max_memory=max_memory,
-        profile=profile,
-        offload_folder=offload_folder,
-    )
-    if hasattr(model, "moe_offload"):
-        raise OffloadError(
-            "this model was already offloaded (model.moe_offload is its handle); to offload it anew, load it again: "
-            "its weights are in the cache's files"
+    with told_to_ranks(getattr(getattr(model, "config", None), "distributed_config", None)):
+        settings = settings_of(
+            config,
+            budget=budget,
+            device_map=device_map,
+            max_memory=max_memory,
+            profile=profile,
+            offload_folder=offload_folder,
         )
-    moe_layers = find_experts(model)
-    device = find_dense_device(model, moe_layers, settings.untested)
+        if hasattr(model, "moe_offload"):
+            raise OffloadError(
+                "this model was already offloaded (model.moe_offload is its handle); to offload it anew, load it "
+                "again: its weights are in the cache's files"
+            )
+        moe_layers = find_experts(model)
+        device = find_dense_device(model, moe_layers, settings.untested)
     group = join_ranks(model, moe_layers, settings, device)
     with agreed(group):
         prepared = prepare_model(model, moe_layers, settings, profile, found_on=device)
@@ -162,15 +163,16 @@ def from_pretrained(
         model.generate(**inputs, max_new_tokens=2)
         ```
     """
-    said = sort_arguments(dtype, kwargs)
-    settings = settings_of(
-        config,
-        budget=budget,
-        device_map=device_map,
-        max_memory=max_memory,
-        profile=profile,
-        experts_implementation=said.experts_implementation,
-    )
+    with told_to_ranks(kwargs.get("distributed_config")):
+        said = sort_arguments(dtype, kwargs)
+        settings = settings_of(
+            config,
+            budget=budget,
+            device_map=device_map,
+            max_memory=max_memory,
+            profile=profile,
+            experts_implementation=said.experts_implementation,
+        )
     group = form_ranks(said.model.get("distributed_config"), settings)
     with agreed(group):
         folder = get_folder(path_or_id, said)
@@ -185,8 +187,7 @@ def from_pretrained(
         find_dense_device(model, moe_layers, settings.untested)  # raises where transformers put it elsewhere
         prepared.check_rows(moe_layers)
         model = _offload(model, moe_layers, prepared, found, group)
-    adapter = find_adapter(folder, said.subfolder)
-    if adapter is not None:
+    if (adapter := find_adapter(folder, said.subfolder)) is not None:
         with _closed_on_error(model):
             load_adapter(model, adapter, said)
     return model

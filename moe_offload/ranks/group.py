@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -126,16 +127,24 @@ def launcher_has_store() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
+_begun = threading.Event()
 #: That of this process, and the store in which torch formed it: it is another one for each process group.
 _formed: list[tuple[Any, Group]] = []
+
+
+def has_begun() -> bool:
+    """Whether this process has tried to meet others, whatever came of it."""
+    return _begun.is_set() or dist.is_initialized()
 
 
 def join_group(timeout_s: float) -> Group:
     """The group of this process, which torch has formed. Every rank calls it."""
     store = cast(Any, dist.distributed_c10d._get_default_store())
-    if not _formed or _formed[0][0] is not store:
-        # transformers forms it with two hours, for which a rank that does not answer would hang all others.
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), dist.group.WORLD)
+    # transformers forms it with two hours, for which a rank that does not answer would hang all others.
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), dist.group.WORLD)
+    if _formed and _formed[0][0] is store:
+        _formed[0][1].timeout_s = timeout_s  # the model before this one may have had another
+    else:
         _keep(store, Group(store, dist.get_rank(), dist.get_world_size(), timeout_s))
     return _formed[0][1]
 
@@ -154,6 +163,7 @@ def form_group(timeout_s: float) -> Group:
             "distributed_config asks for several processes, and this one is alone: start the program with `torchrun "
             "--nproc-per-node N` or `accelerate launch`"
         )
+    _begun.set()
     try:
         store, rank, world = connect_within(timeout_s + GRACE_S, lambda: _meet(launched, timedelta(seconds=timeout_s)))
         group = Group(store, rank, world, timeout_s)

@@ -7,11 +7,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch.distributed as dist
+
 from ..checkpoint.outline import Outline
 from ..checkpoint.packed import Stored
 from ..checkpoint.pretrained.split import split_outline
+from ..config.launched import read_launched
 from ..config.settings import OffloadConfig
-from ..errors import RankError
+from ..errors import OffloadError, RankError
 from ..experts import MoELayer
 from .call import exchanging
 from .group import Group, form_group, join_group
@@ -20,6 +23,9 @@ from .settings import check_settings, check_transformers
 
 ATTENTION = ".self_attn."  # what rules of a tp_plan for the attention's weights have in their names
 AGREE = "load the model"  # what each is doing when all wait for each other
+#: How long a rank that gives up before there is a group waits for the others, to tell them. They come once they have
+#: imported torch; who comes later waits for `rank_timeout`, as for a rank that never starts.
+TELL_S = 60.0
 #: The sizes of a DistributedConfig whose product is the number of processes.
 SIZES = ("tp_size", "fsdp_size", "pp_size", "dp_replicate_size")
 
@@ -33,7 +39,9 @@ def config_of_ranks(world: int, model_config: Any = None) -> dict[str, Any]:
     text = None if model_config is None else model_config.get_text_config()
     if any((getattr(text, heads, None) or 0) % world for heads in ("num_attention_heads", "num_key_value_heads")):
         rules = getattr(text, "base_model_tp_plan", None) or {}
-        found["tp_plan"] = {f"model.{rule}": "replicate" for rule in rules if ATTENTION in rule}
+        whole = {f"model.{rule}": "replicate" for rule in rules if ATTENTION in rule}
+        if whole:  # else no rule splits attention, and to transformers an empty plan is that nothing is split
+            found["tp_plan"] = whole
     return found
 
 
@@ -49,6 +57,27 @@ def form_ranks(distributed_config: Any, settings: OffloadConfig) -> Group | None
         return None
     check_transformers()
     return form_group(settings.rank_timeout)
+
+
+@contextlib.contextmanager
+def told_to_ranks(distributed_config: Any) -> Iterator[None]:
+    """An error inside, before this rank has met the others, is told to them as in `agreed`: else they would wait for
+    it. It forms the group for that, so all may try again."""
+    try:
+        yield
+    except Exception as error:
+        tell_refusal(distributed_config, error)
+        raise
+
+
+def tell_refusal(distributed_config: Any, error: Exception) -> None:
+    """Meet the other ranks, if there are several, and let them know that this one cannot go on."""
+    if read_launched() is None and not dist.is_initialized():
+        return
+    with contextlib.suppress(OffloadError):  # the error that is told says more than that nobody came
+        group = form_ranks(distributed_config, OffloadConfig(rank_timeout=TELL_S))
+        if group is not None:
+            group.exchange("agreed", _in_a_line(error), AGREE, TELL_S)
 
 
 def split_over(group: Group | None, found: Outline, distributed_config: Any, settings: OffloadConfig) -> Outline:

@@ -1,5 +1,6 @@
 """What one rank cannot do none does, and all may try again; a request that rank 0 answers, the others generate too."""
 
+import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from moe_offload.apps.serving.generation import Sampling, generate_answer
@@ -12,6 +13,18 @@ def test_a_budget_that_one_rank_cannot_hold_is_refused_by_all_and_may_be_mended(
         assert same and len(errors) == 2
         for error in errors:
             assert error.startswith(("RankError: rank 1 (process", "BudgetError: ")[rank]) and "100.00 KB" in error
+
+
+@pytest.mark.parametrize("refused", [0, 1])
+def test_what_a_rank_refuses_before_they_meet_is_told_to_all_and_may_be_mended(pair, folder, refused):
+    """Without it the others wait for `rank_timeout`, and do not hear why."""
+    found = pair.run("is_refused_before_they_meet", folder=folder, refused=refused)
+    for rank, (errors, timeouts, same) in enumerate(found):
+        assert same and timeouts == [60.0, 60.0]
+        for error, word in zip(errors, ("plenty", "no_such_argument", "plenty"), strict=True):
+            assert word in error and error.startswith(
+                f"RankError: rank {refused} (process" if rank != refused else "Conf"
+            )
 
 
 def test_every_rank_generates_what_rank_0_answers(pair):

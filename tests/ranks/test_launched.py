@@ -1,6 +1,7 @@
 """`run` under a launcher prints the text of one process, once."""
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -32,3 +33,32 @@ def test_the_text_is_that_of_one_process(launcher, tmp_path):
     assert told.stdout == alone.stdout and len(told.stdout) > 30
     assert told.stderr.count("\nrank ") == 2 and told.stderr.count("\nall 2 ranks: hit rate") == 1
     assert told.stderr.count("time to first token") == 1
+
+
+def test_what_one_process_refuses_at_its_command_line_the_others_hear():
+    """Its budget, in its own environment, is none. Nobody else would end them: each was started by hand, as where each
+    machine has a launcher of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    command = [sys.executable, "-m", "moe_offload", "run", MODEL]
+    budgets = {0: "5.5MB", 1: "plenty"}
+    ranks = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **where, "OMP_NUM_THREADS": "1", "RANK": str(rank), "MOE_OFFLOAD_BUDGET": budget},
+        )
+        for rank, budget in budgets.items()
+    ]
+    try:
+        told = [one.communicate(timeout=120)[1].strip() for one in ranks]
+    finally:
+        for one in ranks:
+            one.kill()
+    assert [one.returncode for one in ranks] == [1, 2]
+    assert told[1].startswith("moe-offload: rank 1: ") and "plenty" in told[1]
+    assert "moe-offload: rank 0: rank 1 (process" in told[0] and "plenty" in told[0]

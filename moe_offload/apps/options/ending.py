@@ -34,7 +34,7 @@ from ...errors import (
     TraceError,
     UnsupportedModelError,
 )
-from .ranks import first_speaks, rank_prefix, refuse_ranks
+from .ranks import first_speaks, rank_prefix, refuse_ranks, tell_ranks
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 EXIT_CODES: dict[type[OffloadError], int] = {
@@ -64,10 +64,18 @@ class Command(TyperCommand):
             with first_speaks():
                 refuse_ranks(_path_of(ctx))
                 return super().invoke(ctx)
+        except typer.Exit as ended:
+            if ended.exit_code:
+                why = f"the command ended with exit code {ended.exit_code}; its own output says why"
+                tell_ranks(_path_of(ctx), ConfigError(why))
+            raise
         except OffloadError as error:
             if ctx.params.get("as_json") and rank_prefix() in ("", "rank 0: "):
                 typer.echo(json.dumps(error_json(error)))
-            fail_with(str(error), exit_code(error))
+            try:
+                fail_with(str(error), exit_code(error))
+            finally:  # the line first: to tell the others takes a while
+                tell_ranks(_path_of(ctx), error)
         except KeyboardInterrupt:
             fail_with("interrupted", INTERRUPTED)
 

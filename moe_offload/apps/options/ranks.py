@@ -12,6 +12,7 @@ from ...errors import ConfigError
 
 #: Commands that all ranks run together. Every other would do the same work, and write the same files, once a process.
 TOGETHER = ("run", "serve", "plan")
+MEETING = ("run", "serve")  # of these, what loads a model
 #: Where another command does what was probably wanted.
 INSTEAD = {
     "bench": "It measures beside engines that run in one process; `run` says at its end what several ranks reach: "
@@ -28,6 +29,22 @@ def refuse_ranks(command: str) -> None:
             f"launch); run it without a launcher. Several share a model in {', '.join(TOGETHER)}"
             + (f". {INSTEAD[command]}" if command in INSTEAD else "")
         )
+
+
+def tell_ranks(command: str, why: Exception) -> None:
+    """Let the other ranks know that this one ends, where it has not met them yet: they would wait for it. Where one
+    launcher started all of them it ends them at once, and the line of the one that failed is on the same terminal."""
+    with contextlib.suppress(ConfigError):  # an environment that makes no sense has been told
+        launched = read_launched()
+        if launched is None or command not in MEETING:
+            return
+        if launched.here == launched.world and "TORCHELASTIC_RUN_ID" in os.environ:
+            return
+        from ...ranks.group import has_begun
+        from ...ranks.join import config_of_ranks, tell_refusal
+
+        if not has_begun():
+            tell_refusal(config_of_ranks(launched.world), why)
 
 
 def rank_prefix() -> str:

@@ -7,10 +7,12 @@ import pytest
 from typer.testing import CliRunner
 
 from moe_offload.apps.cli import app
+from moe_offload.apps.families.tiny import build
 from moe_offload.apps.generate.on_ranks import refuse_for_ranks
 from moe_offload.checkpoint.outline import outline_folder
 from moe_offload.checkpoint.pretrained.split import split_outline
 from moe_offload.errors import ConfigError
+from moe_offload.ranks.join import config_of_ranks
 from moe_offload.ranks.pretend import pretended_rank
 from tests.paths import MODEL_NAME as MODEL
 
@@ -65,6 +67,15 @@ def test_attention_is_whole_where_heads_do_not_go_evenly_over_the_ranks():
     """The model has two heads of keys and values: four ranks hold more than half of what two do."""
     split, whole = (plans("--budget", "6MB", "--ranks", n)["ranks"][0]["bytes"] for n in ("2", "4"))
     assert whole["dense_weights"] > 0.75 * split["dense_weights"]
+
+
+def test_attention_that_no_rule_splits_needs_no_rule(tmp_path):
+    """gpt-oss has no tp_plan but that of the output weights; two heads of keys and values do not go over four ranks."""
+    build("gpt_oss").save_pretrained(tmp_path)
+    outline = outline_folder(tmp_path)
+    with pretended_rank(0, 4):
+        found = split_outline(outline, config_of_ranks(4, outline.model.config))
+    assert [moe.num_experts for moe in found.moe_layers] == [2, 2, 2]
 
 
 def test_heads_that_a_rank_would_have_a_part_of_are_refused():
