@@ -9,6 +9,7 @@ up to the kernels that torch chooses: for the processor, the shape, and what a p
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Hashable, Iterator
 from functools import cache
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ LARGE = 1 << 20
 STEP, TILE = 32, 16  # inputs and outputs that the kernels take at once
 DIFFERENT = 64  # rows of a matrix that is tried; then they repeat
 EDGE = 2.0**-64  # the product of two such numbers is 2^-128, and float32 is denormal below 2^-126
+SMALLEST_DOUBLE = sys.float_info.min  # that is not denormal
 FEW = 4  # M that are tried: decode and small batches. With more rows the kernels differ (measured with 8 to 32)
 
 
@@ -80,7 +82,13 @@ def repeats(expected_MO: Tensor, x_MI: Tensor, matrix_OI: Tensor, order: Order, 
     few = min(outputs, DIFFERENT)
     out_MO = expected_MO.new_empty((len(x_MI), few))
     multiplier()(x_MI, matrix_OI[:few], out_MO, *order, None if bias_O is None else bias_O[:few])
-    return torch.equal(out_MO.repeat(1, -(-outputs // few))[:, :outputs], expected_MO)
+    return same_bits(out_MO.repeat(1, -(-outputs // few))[:, :outputs], expected_MO)
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two results are equal in every bit: 0 and -0 differ."""
+    integer = {2: torch.int16, 4: torch.int32}[one.itemsize]
+    return torch.equal(one.view(integer), other.view(integer))
 
 
 def multiplier() -> Any:
@@ -113,21 +121,22 @@ def transposed_is_exact(rows: int, outputs: int, inputs: int, dtype: torch.dtype
 
 
 def switches() -> Hashable:
-    """What torch chooses its kernels by that a program may switch between two calls. Without oneDNN, those of bfloat16
-    sum in another order where the matrix is seen from the side (seen with 5760 x 2880)."""
-    onednn = torch.backends.mkldnn
-    return torch.get_num_threads(), onednn.enabled, onednn.matmul.fp32_precision  # type: ignore[attr-defined]
+    """What torch chooses its kernels by that a program may switch between two calls, and whether this thread takes
+    denormal numbers for zero: torch's others may not, and who computes which output decides then. Without oneDNN,
+    kernels of bfloat16 sum in another order where the matrix is seen from the side (seen with 5760 x 2880)."""
+    onednn, flushes = torch.backends.mkldnn, SMALLEST_DOUBLE / 2 == 0
+    return torch.get_num_threads(), onednn.enabled, onednn.matmul.fp32_precision, flushes  # type: ignore[attr-defined]
 
 
 @cache
 def _strips_are_exact(heights: tuple[int, ...], inputs: int, dtype: torch.dtype, switches: Hashable) -> bool:
     for x_1I, matrix_OI in trials(1, sum(heights), inputs, dtype):
-        out_1O, begin = torch.empty((1, len(matrix_OI)), dtype=dtype), 0
+        out_1O, begin = x_1I.new_empty((1, len(matrix_OI))), 0
         for height in heights:
             end = begin + height
             torch.mm(x_1I, matrix_OI[begin:end].t(), out=out_1O[:, begin:end])
             begin = end
-        if not torch.equal(out_1O, _multiply(x_1I, matrix_OI.t())):
+        if not same_bits(out_1O, _multiply(x_1I, matrix_OI.t())):
             return False
     return True
 
@@ -135,7 +144,7 @@ def _strips_are_exact(heights: tuple[int, ...], inputs: int, dtype: torch.dtype,
 @cache
 def _transposed_is_exact(rows: int, outputs: int, inputs: int, dtype: torch.dtype, switches: Hashable) -> bool:
     return all(
-        torch.equal(_multiply(x_MI, matrix_OI.t()), _multiply(x_MI, matrix_OI.t().contiguous()))
+        same_bits(_multiply(x_MI, matrix_OI.t()), _multiply(x_MI, matrix_OI.t().contiguous()))
         for x_MI, matrix_OI in trials(rows, outputs, inputs, dtype)
     )
 
@@ -150,13 +159,17 @@ def trials(rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> Iterator
     apart: what is left is the rounding of the sum itself, which another order of summing changes nearly everywhere. In
     products of random numbers it changes one bfloat16 in ten thousand, and a trial would miss it. The products of the
     last, smaller from row to row, are at the edge of what float32 has: kernels differ in where they keep denormals."""
-    generator, half = torch.Generator().manual_seed(outputs), inputs // 2
+    told: Any = {
+        "generator": torch.Generator("cpu").manual_seed(outputs),
+        "device": "cpu",
+    }  # whatever the default device
+    half = inputs // 2
     for cancels, size in ((True, 1.0), (False, 1.0), (False, EDGE)):
-        x = torch.randn((rows, inputs), generator=generator, dtype=dtype)
-        matrix = torch.randn((min(outputs, DIFFERENT), inputs), generator=generator, dtype=dtype)
+        x = torch.randn((rows, inputs), dtype=dtype, **told)
+        matrix = torch.randn((min(outputs, DIFFERENT), inputs), dtype=dtype, **told)
         if cancels:
-            first, second = torch.randperm(inputs, generator=generator)[: 2 * half].view(2, half)
+            first, second = torch.randperm(inputs, **told)[: 2 * half].view(2, half)
             x[:, second], matrix[:, second] = x[:, first], -matrix[:, first]
         if size == EDGE:
-            matrix *= 2.0 ** -(torch.arange(len(matrix))[:, None] % TILE)
+            matrix *= 2.0 ** -(torch.arange(len(matrix), device="cpu")[:, None] % TILE)
         yield x * size, (matrix * size).repeat(-(-outputs // len(matrix)), 1)[:outputs]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .exact import EDGE, STEP, TILE, Order, multiplier, orders_of, repeats, switches, the_only, trials
+from .exact import EDGE, STEP, TILE, Order, multiplier, orders_of, repeats, same_bits, switches, the_only, trials
 
 #: Up to so many elements a matrix is made up to try. A larger one (an output head) is tried itself.
 MADE_UP = 1 << 24
@@ -57,27 +57,33 @@ def _try_itself(weight_OI: Tensor, biased: bool, dim: int) -> Order | None:
     rows_SI = weight_OI[some_S]
     if not rows_SI.isfinite().all():
         return None
-    generator = torch.Generator().manual_seed(outputs)
-    x_1I, kernel = torch.randn((1, inputs), generator=generator, dtype=torch.float64), multiplier()
+    x_1I, kernel = random_row(inputs, outputs), multiplier()
     for x, size in ((x_1I.bfloat16() * TINY, TINY), (make_cancel(rows_SI, x_1I), SMALL_BIAS)):
         bias_O = weight_OI[:, 0] * size if biased else None
         expected, out_1S = _multiply(x, weight_OI, bias_O, dim), x.new_empty((1, len(some_S)))
         left = []
         for order in orders:
             kernel(x, rows_SI, out_1S, *order, None if bias_O is None else bias_O[some_S])
-            if torch.equal(out_1S, expected[:, some_S]):
+            if same_bits(out_1S, expected[:, some_S]):
                 left.append(order)
         orders = left
     if len(orders) != 1:
         return None
     out_1O = torch.empty_like(expected)
     kernel(x, weight_OI, out_1O, *orders[0], bias_O)
-    return orders[0] if torch.equal(out_1O, expected) else None
+    return orders[0] if same_bits(out_1O, expected) else None
+
+
+def random_row(inputs: int, seed: int) -> Tensor:
+    """[1, I] in float64."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn((1, inputs), generator=generator, dtype=torch.float64, device="cpu")
 
 
 def choose_some(outputs: int, inputs: int) -> Tensor:
     """Outputs [S] that are looked at: no more than `make_cancel` can please."""
-    return torch.linspace(0, outputs - 1, max(TILE, min(LOOKED_AT, inputs // 6)), dtype=torch.float64).long()
+    count = max(TILE, min(LOOKED_AT, inputs // 6))
+    return torch.linspace(0, outputs - 1, count, dtype=torch.float64, device="cpu").long()
 
 
 def make_cancel(rows_SI: Tensor, x_1I: Tensor) -> Tensor:
@@ -88,7 +94,7 @@ def make_cancel(rows_SI: Tensor, x_1I: Tensor) -> Tensor:
     third for that.
     """
     rows, x_I = rows_SI.double(), x_1I[0].clone()
-    order = torch.randperm(len(x_I), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(x_I), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     first, *others = order.tensor_split(3)
     x_I[torch.cat(others)] = 0
     x_I[first] = x_I[first].bfloat16().double()

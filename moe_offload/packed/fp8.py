@@ -90,4 +90,4 @@ def grid_of(scale: Tensor) -> tuple[int, int]:
 @cache
 def _values(device: torch.device) -> Tensor:
     """Byte -> its value in float32."""
-    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32).to(device)
+    return torch.arange(256, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn).to(torch.float32).to(device)

@@ -27,13 +27,13 @@ def multiply_fused(format: Format, tensors: Sequence[Tensor], x_MI: Tensor, out_
     """Write x @ W.T, computed in float32 and then rounded to the dtype of `out_MO`."""
     kernels = _load_kernels()
     (_, inputs), blocks = format.shape(tensors), grid_of_scales(format, tensors)
-    x, out = x_MI.to(torch.float32), torch.empty(out_MO.shape, dtype=torch.float32)
+    x, out = x_MI.to(torch.float32), x_MI.new_empty(out_MO.shape, dtype=torch.float32)
     whole_steps = inputs % (STEP * blocks[1]) == 0
-    at_hand = kernels is not None and can_be_compiled(tensors, torch.empty((0, 1), dtype=torch.bfloat16))
+    at_hand = kernels is not None and can_be_compiled(tensors, x.new_empty((0, 1), dtype=torch.bfloat16))
     if not at_hand or not whole_steps or len(x) > kernels.MOST or tensors[1].dtype not in kernels.SCALES:
         tensors = _unrounded(format, tensors)
         for begin, end in format.strips(format.shape(tensors), AT_ONCE):
-            weight_OI = torch.empty((end - begin, inputs), dtype=torch.float32)
+            weight_OI = x.new_empty((end - begin, inputs))
             format.unpack_torch(format.rows(tensors, begin, end), weight_OI)
             torch.mm(x, weight_OI.t(), out=out[:, begin:end])
     else:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .exact import EDGE, Run, switches, trials
-from .exact_linear import choose_some, make_cancel
+from .exact import EDGE, Run, same_bits, switches, trials
+from .exact_linear import choose_some, make_cancel, random_row
 
 LANES = 64
 LEAST_OUTPUTS = 24
@@ -112,7 +112,7 @@ def multiply_exactly(x_MI: Tensor, weight_IO: Tensor, out_MO: Tensor) -> None:
     """torch.mm(x, W, out=out), by our kernels where torch's order of sums is known."""
     inputs, outputs = weight_IO.shape
     plain = x_MI.dtype == weight_IO.dtype == out_MO.dtype == torch.bfloat16
-    if plain and x_MI.is_contiguous() and out_MO.stride(1) == 1:
+    if plain and x_MI.is_contiguous() and out_MO.stride(1) == 1 and not (x_MI.is_neg() or weight_IO.is_neg()):
         if weight_IO.stride() == (1, inputs) and is_in_lanes(outputs, inputs):
             multiply(x_MI, weight_IO.t(), out_MO)
             return
@@ -155,7 +155,7 @@ def _is_itself(kind: Hashable, weight_OI: Tensor, theirs: Theirs, biased: bool) 
     key = (kind, switches(), "itself")
     if key not in _known:
         rows_SI = weight_OI[choose_some(*weight_OI.shape)]
-        x_1I = torch.randn((1, weight_OI.shape[1]), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        x_1I = random_row(weight_OI.shape[1], 0)
         with torch.no_grad():
             _known[key] = bool(rows_SI.isfinite().all()) and all(
                 _are_equal(x, weight_OI, theirs, multiply, _bias(x, weight_OI) if biased else None)
@@ -168,7 +168,7 @@ def _are_equal(x_MI: Tensor, matrix_OI: Tensor, theirs: Theirs, ours: Ours, bias
     expected = theirs(x_MI, matrix_OI, bias_O)
     out_MO = torch.empty_like(expected)
     ours(x_MI, matrix_OI, out_MO, bias_O)
-    return torch.equal(out_MO, expected)
+    return same_bits(out_MO, expected)
 
 
 def _bias(x_MI: Tensor, matrix_OI: Tensor) -> Tensor:

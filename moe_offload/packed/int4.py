@@ -69,5 +69,5 @@ class Int4(Format):
 @cache
 def _pairs(device: torch.device) -> Tensor:
     """Byte -> its two values in float32, as one int64."""
-    byte = torch.arange(256)
+    byte = torch.arange(256, device="cpu")
     return torch.stack([(byte & 15) - 8, (byte >> 4) - 8], -1).float().view(torch.int64).reshape(256).to(device)

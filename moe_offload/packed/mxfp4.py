@@ -69,12 +69,12 @@ class MXFP4(Format):
 @cache
 def _pairs(device: torch.device) -> Tensor:
     """Byte -> its two values in float32, as one int64."""
-    byte, values = torch.arange(256), torch.tensor(VALUES)
+    byte, values = torch.arange(256, device="cpu"), torch.tensor(VALUES, device="cpu")
     return torch.stack([values[byte & 15], values[byte >> 4]], -1).view(torch.int64).reshape(256).to(device)
 
 
 @cache
 def _table() -> Tensor:
     """The sixteen values under each scale, in bfloat16."""
-    scales = torch.arange(256).to(torch.uint8)
-    return (torch.tensor(VALUES) * powers_of_two(scales)[:, None]).to(torch.bfloat16)
+    scales = torch.arange(256, device="cpu").to(torch.uint8)
+    return (torch.tensor(VALUES, device="cpu") * powers_of_two(scales)[:, None]).to(torch.bfloat16)

@@ -64,7 +64,7 @@ def quantise_int4(w_OI: Tensor, group: int = 32) -> tuple[Tensor, Tensor]:
     largest = values_OGJ.gather(-1, values_OGJ.abs().argmax(-1, keepdim=True))
     scale_OG1 = torch.where(largest == 0, 1.0, largest / -8).to(torch.bfloat16)
     codes = (values_OGJ / scale_OG1.float()).round().clamp(-8, 7).to(torch.int32) + 8
-    nibbles = codes.view(w_OI.shape[0], -1, 8) << torch.arange(0, 32, 4, dtype=torch.int32)
+    nibbles = codes.view(w_OI.shape[0], -1, 8) << torch.arange(0, 32, 4, dtype=torch.int32, device=codes.device)
     return nibbles.sum(-1, dtype=torch.int32), scale_OG1[..., 0]
 
 
@@ -81,9 +81,9 @@ def _groups(w_OI: Tensor, group: int) -> Tensor:
 def _nearest(values_OGJ: Tensor, scales_OG: Tensor) -> tuple[Tensor, Tensor]:
     """Squared loss of each group under these scales, and the codes."""
     power = powers_of_two(scales_OG)[..., None]
-    bounds = torch.tensor(MIDDLES)
-    bounds[1::2] = torch.nextafter(bounds[1::2], torch.tensor(0.0))
+    bounds, values = (torch.tensor(some, device=values_OGJ.device) for some in (MIDDLES, VALUES))
+    bounds[1::2] = torch.nextafter(bounds[1::2], torch.zeros_like(bounds[1::2]))
     magnitude = values_OGJ.abs() / power
     code = torch.bucketize(magnitude, bounds)
-    loss = (torch.tensor(VALUES)[code] - magnitude).mul(power).square().sum(-1)
+    loss = (values[code] - magnitude).mul(power).square().sum(-1)
     return loss, (code | (torch.signbit(values_OGJ).long() << 3)).to(torch.uint8)

@@ -19,7 +19,7 @@ class _Piece:
     """What one thread has borrowed so far; gone with its thread."""
 
     def __init__(self) -> None:
-        self.memory = torch.empty(0, dtype=torch.uint8)
+        self.memory = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 class _Own(threading.local):
@@ -41,8 +41,8 @@ def borrow_workspace(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     memory = piece.memory  # kept here: another thread may give it back at any moment
     if memory.numel() < nbytes:
         del memory
-        piece.memory = torch.empty(0, dtype=torch.uint8)  # before the larger piece is asked for
-        memory = piece.memory = torch.empty(nbytes, dtype=torch.uint8)
+        piece.memory = torch.empty(0, dtype=torch.uint8, device="cpu")  # before the larger piece is asked for
+        memory = piece.memory = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
     return memory[:nbytes].view(dtype).view(*shape)
 
 
@@ -51,4 +51,4 @@ def free_workspace() -> None:
     for found in list(_pieces.values()):
         piece = found()
         if piece is not None:
-            piece.memory = torch.empty(0, dtype=torch.uint8)
+            piece.memory = torch.empty(0, dtype=torch.uint8, device="cpu")

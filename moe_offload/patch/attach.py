@@ -88,9 +88,9 @@ def attach_runtime(
     )
 
 
-def _shares_products(moe: MoELayer, implementation: str) -> bool:
-    """Whether several calls may be computed as one by these experts, with the bits of each alone."""
-    return moe.form == "interface" and implementation == "grouped_mm" and rows_are_alike(moe)
+def _shares_products(moe: MoELayer, implementation: str, calls: int) -> bool:
+    """Whether so many calls may be computed as one by these experts, with the bits of each alone."""
+    return moe.form == "interface" and implementation == "grouped_mm" and rows_are_alike(moe, calls)
 
 
 def _detach_runtime(runtime: Runtime, linears: Iterable[nn.Linear] = ()) -> None:

@@ -24,6 +24,7 @@ from ..forward.graphs.products import serve_few_rows
 from ..packed import in_lanes
 from ..packed.exact import FEW, LARGE, multiplier
 from ..packed.exact_linear import MADE_UP, find_linear_order
+from ..runtime.kernels.exact_rows import is_as_alone
 from .fast_products import is_plain, is_unchanged
 
 logger = logging.getLogger("moe_offload")
@@ -34,6 +35,7 @@ LARGE_OF_ONE_ROW = 1 << 22
 #: What a program may have put in place of torch's own: then that is what it wants to be called.
 FORWARD, LINEAR = nn.Linear.forward, functional.linear
 MEETING = "_moe_offload_meeting"  # of a linear layer: what lets several calls share its products, while it does
+MEETING_DIM = 3  # as a model calls its linear layers with one token: [1, 1, I]
 
 
 def serve_exact(moe_layers: Iterable[MoELayer]) -> None:
@@ -70,38 +72,48 @@ def forward(self: nn.Linear, input: Tensor) -> Tensor:
     if torch.compiler.is_dynamo_compiling() or functional.linear is not LINEAR or not is_plain(input, weight, bias):
         return functional.linear(input, weight, bias)
     x_MI, dense = input.view(-1, input.shape[-1]), _is_dense(input)
-    if in_lanes.linear_is_in_lanes(weight, bias is not None, input.dim(), is_slice=not dense):
-        meeting = vars(self).get(MEETING) if dense else None
-        out_MO = None if meeting is None else meeting.multiply(self, x_MI)
-        if out_MO is None and len(x_MI) == 1 and weight.numel() < LARGE_OF_ONE_ROW and torch.get_num_threads() > 1:
-            # It waits for memory in either case, and torch is called in a quarter of the time.
-            return functional.linear(input, weight, bias)
-        if out_MO is None:
-            out_MO = multiply_rows(self, x_MI)
-        return out_MO.view(*input.shape[:-1], -1)
-    if len(x_MI) > FEW or not dense:
+    order, with_lanes = None, in_lanes.linear_is_in_lanes(weight, bias is not None, input.dim(), is_slice=not dense)
+    if not with_lanes and dense and len(x_MI) <= FEW:
+        order = find_linear_order(weight, len(x_MI), bias is not None, input.dim())
+    if not with_lanes and order is None:
         return functional.linear(input, weight, bias)
-    order = find_linear_order(weight, len(x_MI), bias is not None, input.dim())
-    if order is None:
+    meeting = vars(self).get(MEETING) if dense and input.dim() == MEETING_DIM else None
+    if meeting is not None and (shared_MO := meeting.multiply(self, x_MI)) is not None:
+        return shared_MO.view(*input.shape[:-1], -1)  # type: ignore[no-any-return]
+    if with_lanes and len(x_MI) == 1 and weight.numel() < LARGE_OF_ONE_ROW and torch.get_num_threads() > 1:
+        # It waits for memory in either case, and torch is called in a quarter of the time.
         return functional.linear(input, weight, bias)
     out_MO = x_MI.new_empty((len(x_MI), len(weight)))
-    multiplier()(x_MI, weight, out_MO, *order, bias)
+    if order is None:
+        in_lanes.multiply(x_MI, weight, out_MO, bias)
+    else:
+        multiplier()(x_MI, weight, out_MO, *order, bias)
     return out_MO.view(*input.shape[:-1], -1)
 
 
 def multiply_rows(linear: nn.Linear, x_MI: Tensor) -> Tensor:
-    """What a linear layer that is in lanes makes of some rows, each of which has the bits it has alone."""
-    out_MO = x_MI.new_empty((len(x_MI), len(linear.weight)))
-    in_lanes.multiply(x_MI, linear.weight, out_MO, linear.bias)
+    """What a linear layer that calls meet at makes of some rows, each of which has the bits it has alone."""
+    weight, bias = linear.weight, linear.bias
+    out_MO = x_MI.new_empty((len(x_MI), len(weight)))
+    if in_lanes.linear_is_in_lanes(weight, bias is not None, MEETING_DIM):
+        in_lanes.multiply(x_MI, weight, out_MO, bias)
+        return out_MO
+    order = find_linear_order(
+        weight, 1, bias is not None, MEETING_DIM
+    )  # of one row alone, whatever torch does with more
+    if order is None:
+        raise AssertionError("a linear layer whose order of sums is not known shares its products")
+    for some_MI, some_MO in zip(x_MI.split(FEW), out_MO.split(FEW), strict=True):
+        multiplier()(some_MI, weight, some_MO, *order, bias)
     return out_MO
 
 
-def rows_are_alike(moe: MoELayer) -> bool:
-    """Whether each row of the products of these experts has the bits it has alone, however many there are."""
+def rows_are_alike(moe: MoELayer, rows: int) -> bool:
+    """Whether each of so many rows of the products of these experts has the bits it has alone, `each_as_alone`."""
     matrices = [field for field in moe.unpacked.fields if len(field.shape) == 2]
     plain = matrices and not moe.packed and moe.share is None and not getattr(moe.modules[0], "is_transposed", False)
     return bool(plain) and all(
-        field.dtype == torch.bfloat16 and in_lanes.is_in_lanes(field.shape[0], field.shape[1]) for field in matrices
+        field.dtype == torch.bfloat16 and is_as_alone(field.shape[0], field.shape[1], rows) for field in matrices
     )
 
 

@@ -90,6 +90,7 @@ def _is_plain(tensor: Tensor | None) -> bool:
         and tensor.dtype == torch.bfloat16
         and tensor.device.type == "cpu"
         and tensor.layout == torch.strided
+        and not tensor.is_neg()
     )
 
 
@@ -103,7 +104,7 @@ def is_plain(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and _is_plain(input)
         and input.is_contiguous()
         and _is_matrix(weight)
-        and (bias is None or (_is_plain(bias) and bias.is_contiguous()))
+        and (bias is None or (_is_plain(bias) and bias.shape == weight.shape[:1] and bias.is_contiguous()))
         and not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (input, weight, bias)))
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._len_torch_function_stack()

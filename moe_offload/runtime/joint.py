@@ -31,8 +31,8 @@ class Joint:
 
     def __init__(self, arrivals: Arrivals):
         self._arrivals, self.begun = arrivals, False
-        #: Whether products of several requests at once have the bits of each alone; set where the model is patched.
-        self.shares_products: Callable[[], bool] = lambda: False
+        #: Whether products of so many requests at once have the bits of each alone; set where the model is patched.
+        self.shares_products: Callable[[int], bool] = lambda requests: False
 
     def begin(self, asked: Sequence[list[int]]) -> list[int]:
         """Begin one event of as many of the first requests as have room together; `asked` are the expert ids of each,

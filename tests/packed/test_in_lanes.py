@@ -65,6 +65,28 @@ def test_it_is_torchs_order(threads):
     subprocess.run([sys.executable, "-c", TORCHS_ORDER.format(threads=threads)], check=True)
 
 
+AMID_FLUSHING = """
+import torch
+from moe_offload.packed import in_lanes
+torch.set_num_threads(2)
+x, weight = (torch.randn(5, 256) * 2.0**-64).bfloat16(), (torch.randn(96, 256) * 2.0**-64).bfloat16()
+for flush in (False, True, False):
+    torch.set_flush_denormal(flush)
+    for some in (1, 2, 5):
+        for w in (weight.t(), weight.t().contiguous()):
+            out = torch.empty(some, 96).bfloat16()
+            in_lanes.multiply_exactly(x[:some], w, out)
+            assert torch.equal(out, torch.mm(x[:some], w)), (flush, some)
+    assert in_lanes.is_in_lanes(96, 256) != flush
+"""
+
+
+@needs_loops
+def test_a_program_that_begins_to_flush_denormal_numbers():
+    """It does so in one thread, and the others of torch's go on as before: an order that was known is no longer."""
+    subprocess.run([sys.executable, "-c", AMID_FLUSHING], check=True)
+
+
 def test_runs_of_all_lengths_and_in_pieces(monkeypatch):
     monkeypatch.setattr(dense, "PANEL_BYTES", 1)  # one block of rows at a time
     stack, x = torch.randn(5, 40, 192).bfloat16(), torch.randn(170, 192).bfloat16()
@@ -95,6 +117,14 @@ def test_another_order_is_not_taken_for_it(monkeypatch):
     monkeypatch.setattr(in_lanes, "_known", {})
     monkeypatch.setattr(torch, "mm", lambda x, w: mm(x, w) if len(x) <= 2 else (x.float() @ w.float()).bfloat16())
     assert not in_lanes.is_in_lanes(64, 128), "the order of decode steps was taken for that of prompts"
+
+
+@needs_loops
+def test_zeros_of_another_sign_are_not_taken_for_the_same(monkeypatch):
+    monkeypatch.setattr(in_lanes, "_known", {})
+    mm = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda x, w: mm(x, w).add_(0.0))
+    assert not in_lanes.is_in_lanes(64, 128)
 
 
 @needs_loops

@@ -97,6 +97,12 @@ def test_another_order_of_sums_is_not_taken_for_a_known_one(monkeypatch):
     assert find_order(1, OUTPUTS, INPUTS, torch.bfloat16, turned=False) is None
 
 
+def test_zeros_of_another_sign_are_not_taken_for_the_same(monkeypatch):
+    mm = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda x, w, *, out: mm(x, w, out=out).add_(0.0))
+    assert find_order(1, OUTPUTS, INPUTS, torch.bfloat16, turned=False) is None
+
+
 def test_a_library_that_keeps_denormal_numbers_is_not_taken_for_one_that_does_not(monkeypatch):
     def keeps_them(x, matrix, *, out):
         found = in_order(x, matrix.t(), paired=True, chunk=32)
@@ -209,6 +215,24 @@ def test_a_total_of_chunks_may_be_denormal():
     out = torch.empty(1, OUTPUTS, dtype=torch.bfloat16)
     exact.multiplier()(x, matrix, out, paired=False, chunk=512)
     assert (out == 1.5 * SMALL).all()
+
+
+@pytest.mark.parametrize("inputs", [512, 1024, INPUTS, 1568])  # whole chunks, and a part of one
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_zero_has_the_sign_of_what_was_too_small(order, inputs):
+    """The last product of each chunk is negative and too small: VDPBF16PS makes -0 of it, and -0 is what is left of the
+    total. In pairs the sum of the odd inputs, which is 0, is added to it."""
+    x, matrix = torch.zeros(1, inputs).bfloat16(), torch.zeros(OUTPUTS, inputs).bfloat16()
+    last = [min(end, inputs) - 2 for end in range(order.chunk, inputs + order.chunk, order.chunk)]
+    x[0, last], matrix[:, last] = SMALL, -0.5
+    out = torch.empty(1, OUTPUTS, dtype=torch.bfloat16)
+    exact.multiplier()(x, matrix, out, *order)
+    assert (out == 0).all() and (out.signbit() != order.paired).all()
+    codes = torch.full((OUTPUTS, inputs // 2), 0x88, dtype=torch.uint8)
+    codes[:, [i // 2 for i in last]] = 0x87  # int4: -1, and above it 0
+    tensors = codes.view(torch.int32), torch.full((OUTPUTS, inputs // 32), 0.5)
+    assert multiply_in_order(FORMATS["int4"].fit(tensors), tensors, x, out, order)
+    assert (out == 0).all() and (out.signbit() != order.paired).all()
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -6,7 +6,7 @@ import torch
 import moe_offload
 from moe_offload.apps.families.tiny import build
 from moe_offload.forward.graphs import products
-from moe_offload.packed import exact, exact_linear
+from moe_offload.packed import exact, exact_linear, in_lanes
 from moe_offload.packed.compiled.in_order import dense
 from moe_offload.patch import exact_products
 from moe_offload.runtime.kernels import exact_rows
@@ -135,6 +135,59 @@ def test_inputs_of_other_shapes_and_strides_than_were_tried_are_torchs(small_is_
     with torch.no_grad():
         for x in (prompt[:, -1:], prompt[:, :1, None], prompt[0, 0]):
             assert torch.equal(linear(x), torch.nn.functional.linear(x, linear.weight, linear.bias))
+
+
+OTHER_PARTS = {
+    "a bias of one element": ("bias", lambda part: part[:1]),
+    "a bias for each row": ("bias", lambda part: part.repeat(2, 1)),
+    "a negative view as bias": ("bias", torch._neg_view),
+    "a negative view as weight": ("weight", torch._neg_view),
+}
+
+
+@pytest.mark.parametrize("other", OTHER_PARTS)
+def test_parts_that_are_not_what_a_kernel_reads_are_torchs(other, small_is_large):
+    """A kernel reads as many elements as there are outputs, as they lie in memory."""
+    linear, x = torch.nn.Linear(128, 200, dtype=torch.bfloat16), torch.randn(2, 128).bfloat16()
+    if not exact_products.sharpen_linears(linear):
+        pytest.skip("torch adds up in none of the known orders here")
+    name, change = OTHER_PARTS[other]
+    with torch.no_grad():
+        linear(x)
+        setattr(linear, name, torch.nn.Parameter(change(getattr(linear, name).detach())))
+        for input in (x, torch._neg_view(x)):
+            assert torch.equal(linear(input), torch.nn.functional.linear(input, linear.weight, linear.bias))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_negative_views_in_graphs_are_torchs(turned, small_is_large):
+    """Activations with the order of one row are read where they lie."""
+    x, stack = torch.randn(1, 128).bfloat16(), torch.randn(2, 128, 128).bfloat16()
+    stack = stack if turned else stack.transpose(1, 2)
+    for one, weight in ((torch._neg_view(x), stack), (x, torch._neg_view(stack))):
+        assert exact_rows.multiply(one, weight, [(1, 0, 1)], torch.empty(1, 128).bfloat16()) == [(1, 0, 1)]
+
+
+def test_a_program_with_another_default_device(small_is_large):
+    """What is tried out, and what kernels read, is on the CPU all the same."""
+    x, stack = torch.randn(9, 128).bfloat16(), torch.randn(2, 128, 128).bfloat16()
+    shape, out = (128, 320), [torch.empty(9, 128, dtype=torch.bfloat16) for _ in range(4)]
+    with torch.device("meta"):
+        exact_rows.try_products([shape], [shape])
+        found = [exact.find_order(1, *shape, torch.bfloat16, turned=False), in_lanes.is_in_lanes(*shape)]
+        exact.transposed_is_exact(1, *shape, torch.bfloat16)
+        exact.strips_are_exact((64, 64), 320, torch.bfloat16)
+        exact_linear.find_linear_order(stack[0], 1, False, 3)
+        in_lanes.linear_is_in_lanes(stack[0], True, 3)
+        for weight, few, many in ((stack, *out[:2]), (stack.transpose(1, 2), *out[2:])):
+            in_lanes.multiply_exactly(x[:2], weight[0], few[:2])
+            in_lanes.multiply_exactly(x, weight[1], many)
+    for cached in (exact._find_orders, exact._transposed_is_exact, exact._strips_are_exact):
+        cached.cache_clear()
+    in_lanes._known.clear()
+    assert found == [exact.find_order(1, *shape, torch.bfloat16, turned=False), in_lanes.is_in_lanes(*shape)]
+    for weight, few, many in ((stack, *out[:2]), (stack.transpose(1, 2), *out[2:])):
+        assert torch.equal(few[:2], torch.mm(x[:2], weight[0])) and torch.equal(many, torch.mm(x, weight[1]))
 
 
 @needs_kernel

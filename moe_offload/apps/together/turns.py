@@ -4,7 +4,7 @@
     layer 0         what all of them ask for is looked up once, and begins to load; each computes alone, and goes on
     layer 1 ...     the same, until each has its logits, has sampled, and is about to begin the next step
 
-Where a product's rows are known to have the bits that each has alone (`packed/in_lanes.py`), the experts and the large
+Where a product's rows are known to have the bits that each has alone (`patch/exact_products.py`), the experts and the large
 linear layers are computed for all of them at once, and each weight is read once. For every layer and number of calls
 the first output is compared with what each gets alone.
 
@@ -26,7 +26,9 @@ from greenlet import getcurrent
 from torch import Tensor, nn
 
 from ...errors import OffloadError, ServeError
+from ...packed.exact import same_bits
 from ...patch.exact_products import MEETING, multiply_rows
+from ...runtime.kernels.exact_rows import each_as_alone
 from ...runtime.layer import LayerRuntime
 from .member import Member
 from .turn import Turn
@@ -185,17 +187,18 @@ class Turns:
         run = partial(multiply_rows, module) if layer is None else partial(module._moe_offload.run, module)
         key = id(module), len(here)
         alike = self._alike.get(key)
-        if alike is False or (layer is not None and not layer.joint.shares_products()):
+        if alike is False or (layer is not None and not layer.joint.shares_products(len(here))):
             return None
         try:
-            together = run(*map(torch.cat, zip(*(member.given for member in here), strict=True)))
+            with each_as_alone():
+                together = run(*map(torch.cat, zip(*(member.given for member in here), strict=True)))
             if alike is None:
                 counters = None if layer is None else vars(layer.cache.counters)
                 counted = dict(counters or {})
                 alone = torch.cat([run(*member.given) for member in here])
                 if counters is not None:  # that nobody has asked for it is not to be seen
                     counters.update(counted)
-                self._alike[key] = torch.equal(together, alone)
+                self._alike[key] = same_bits(together, alone)
                 if not self._alike[key]:
                     logger.warning("%s: several rows have other bits than each alone", type(module).__name__)
                     together = alone

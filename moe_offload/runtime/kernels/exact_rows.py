@@ -9,14 +9,18 @@ adds up in the same one (`packed/compiled/in_order/`); on an older processor it 
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from ...packed import in_lanes
 from ...packed.exact import FEW, LARGE, Run, find_order, load_dense_kernels
+
+_of_thread = threading.local()
 
 
 def try_products(shapes: Collection[tuple[int, int]], turned_shapes: Collection[tuple[int, int]] = ()) -> bool:
@@ -40,6 +44,7 @@ def multiply(x_PI: Tensor, weight_SIO: Tensor, runs: Sequence[Run], out_PO: Tens
         and x_PI.shape[1] == inputs
         and x_PI.stride() == (inputs, 1)
         and out_PO.stride(1) == 1
+        and not (x_PI.is_neg() or weight_SIO.is_neg())
     ):
         return runs
     if weight_SIO.stride()[1:] == (outputs, 1) and in_lanes.is_in_parts(outputs, inputs):
@@ -53,13 +58,37 @@ def multiply(x_PI: Tensor, weight_SIO: Tensor, runs: Sequence[Run], out_PO: Tens
     return _multiply_in_order(x_PI, weight_SIO, runs, out_PO)
 
 
+@contextmanager
+def each_as_alone() -> Iterator[None]:
+    """Inside, in this thread, each row of a product has the bits that torch.mm gives it alone (`is_as_alone`): oneDNN
+    adds up one row in another order than several."""
+    _of_thread.as_alone = True
+    try:
+        yield
+    finally:
+        _of_thread.as_alone = False
+
+
+def is_as_alone(outputs: int, inputs: int, rows: int) -> bool:
+    """Whether `each_as_alone` holds for so many rows times a bfloat16 matrix [O, I] seen as [I, O]."""
+    if in_lanes.is_in_lanes(outputs, inputs):
+        return True
+    tried = 1 if outputs * inputs >= LARGE else rows  # of smaller ones torch computes
+    orders = {find_order(some, outputs, inputs, torch.bfloat16, turned=False) for some in range(1, tried + 1)}
+    return len(orders) == 1 and None not in orders
+
+
 def _multiply_in_order(x_PI: Tensor, weight_SIO: Tensor, runs: Sequence[Run], out_PO: Tensor) -> Sequence[Run]:
     _, inputs, outputs = weight_SIO.shape
+    as_alone = getattr(_of_thread, "as_alone", False)
+    if as_alone:
+        runs = [(slot, i, min(i + FEW, end)) for slot, begin, end in runs for i in range(begin, end, FEW)]
     left, some = [], defaultdict(list)
     for run in runs:
         some[run[2] - run[1]].append(run)
     for pairs, alike in some.items():
-        order = find_order(pairs, outputs, inputs, x_PI.dtype, turned=False) if pairs <= FEW else None
+        rows = 1 if as_alone else pairs
+        order = find_order(rows, outputs, inputs, x_PI.dtype, turned=False) if pairs <= FEW else None
         if order is None:
             left += alike
         else:

@@ -131,6 +131,7 @@ def can_multiply(x_PI: Tensor, weight_SOI: Tensor) -> bool:
         and outputs >= TILE
         and x_PI.is_contiguous()
         and weight_SOI.stride()[1:] == (inputs, 1)
+        and not (x_PI.is_neg() or weight_SOI.is_neg())
     )
 
 
@@ -142,7 +143,7 @@ def multiply_grouped(x_PI: Tensor, weight_SOI: Tensor, slots_P: Tensor) -> Tenso
     slots = slots_P.tolist()
     runs = 1 + sum(one != other for one, other in pairwise(slots))
     slot_bytes = 2 * weight_SOI.stride(0)
-    return _run(x_PI, weight_SOI, weight_SOI.shape[1], torch.tensor(slots), runs, slot_bytes, None)
+    return _run(x_PI, weight_SOI, weight_SOI.shape[1], torch.tensor(slots, device="cpu"), runs, slot_bytes, None)
 
 
 def multiply_rows(x_PI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:

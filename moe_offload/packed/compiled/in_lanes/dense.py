@@ -91,7 +91,7 @@ def take_few(x_PI: Tensor, runs: Sequence[Run]) -> tuple[Tensor, list[int]]:
 def _multiply_many(x_PI: Tensor, weight_SOI: Tensor, runs: Sequence[Run], out_PO: Tensor, bias: int) -> None:
     inputs, first = x_PI.shape[1], x_PI.data_ptr()
     tiles = [(begin + ROWS * i, end) for _, begin, end in runs for i in range(-(-(end - begin) // ROWS))]
-    panels = torch.empty((len(tiles), ROWS * inputs), dtype=torch.float32)
+    panels = x_PI.new_empty((len(tiles), ROWS * inputs), dtype=torch.float32)
     table, row_bytes = np.array(tiles, np.int64), x_PI.stride(0) * x_PI.element_size()
     job = (table.ctypes.data, first, row_bytes, inputs // LANES, panels.data_ptr())
     run(_lay_out, len(tiles), job, panels.numel())

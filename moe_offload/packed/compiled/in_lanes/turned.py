@@ -46,7 +46,7 @@ def _multiply_many(x_PI: Tensor, weight_SIO: Tensor, runs: Sequence[Run], out_PO
     for _, begin, end in runs:
         places.append(len(tiles))
         tiles += [[min(first + r, end - 1) for r in range(ROWS)] for first in range(begin, end, ROWS)]
-    rows = x_PI[torch.tensor(tiles)].float()
+    rows = x_PI[torch.tensor(tiles, device="cpu")].float()
     panels = rows.view(len(tiles), ROWS, inputs // PARTS, PARTS).permute(0, 3, 2, 1).contiguous()
     addresses = [panels.data_ptr() + place * ROWS * inputs * 4 for place in places]
     divide_work(_many, addresses, weight_SIO.transpose(1, 2), runs, out_PO, 0, BLOCK_O)

@@ -41,9 +41,8 @@ def add_up_tile(typingctx, paired, tokens, w, stride, ahead, x, x_stride, steps,
                 for place in places:
                     fetch(b, b.add(place, b.sub(ahead, w)))
                 sums.add_step(loop.index, turn_words(b, words))
-                with at_end_of_chunk(b, loop.index, chunk):
+                with at_end_of_chunk(b, loop.index, chunk, steps):
                     sums.close_chunk()
-            sums.close_chunk()
             sums.write(out, out_stride)
         return context.get_dummy_value()
 
@@ -91,7 +90,7 @@ class Product(NamedTuple):
 
 def as_activations(x_MI: Tensor, paired: bool) -> Tensor:
     """What kernels read: rows side by side, in float32 for sums in pairs."""
-    return x_MI.float().contiguous() if paired else x_MI.contiguous()
+    return x_MI.float().contiguous() if paired else x_MI.resolve_neg().contiguous()
 
 
 def multiply(

@@ -65,11 +65,10 @@ def add_up_packed_tiles(  # type: ignore[no-untyped-def]
                         for quad in range(step_bytes // 16):
                             words += turn_quads(b, [load(b, QUAD, b.add(row, I64(16 * quad))) for row in rows])
                         sums[tile].add_step(step, pairs_of(b, form, shared, words, scale[tile]))
-                    with at_end_of_chunk(b, step, chunk):
+                    with at_end_of_chunk(b, step, chunk, b.mul(groups, steps)):
                         for some in sums:
                             some.close_chunk()
             for tile, some in enumerate(sums):
-                some.close_chunk()
                 some.write(b.add(out, I64(4 * ROWS * tokens * tile)), I64(4 * ROWS))
         return context.get_dummy_value()
 

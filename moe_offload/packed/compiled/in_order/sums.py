@@ -66,7 +66,7 @@ class Sums:
                 b.store(total, self.chunks[token])
 
     def close_chunk(self) -> None:
-        """After the last step of a chunk, and after the last of all."""
+        """After the last step of a chunk, which may be the last of all: a chunk more, of 0, would make 0 of -0."""
         if not self.paired:
             for total, chunk in zip(self.totals, self.chunks, strict=True):
                 self.b.store(self.b.fadd(self.b.load(total), self.b.load(chunk)), total)
@@ -94,9 +94,11 @@ def denormals_flushed(b: Any, wanted: bool) -> Iterator[None]:
     _call_with_place(b, "llvm.x86.sse.ldmxcsr", ordinary)
 
 
-def at_end_of_chunk(b: Any, step: Any, chunk: Any) -> Any:
-    """A branch for what follows the last step of a chunk, which is so many steps."""
-    return b.if_then(b.icmp_signed("==", b.srem(b.add(step, I64(1)), chunk), I64(0)))
+def at_end_of_chunk(b: Any, step: Any, chunk: Any, steps: Any) -> Any:
+    """A branch for what follows the last step of a chunk, which is so many steps, or the last of all `steps`."""
+    done = b.add(step, I64(1))
+    whole = b.icmp_signed("==", b.srem(done, chunk), I64(0))
+    return b.if_then(b.or_(whole, b.icmp_signed("==", done, steps)))
 
 
 def _multiply_add(b: Any, left: Any, right: Any, total: Any) -> Any:
