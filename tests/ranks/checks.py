@@ -28,7 +28,7 @@ def settings(**changed):
 
 def plain(folder, world, implementation="grouped_mm", exchange="auto"):
     """transformers' own model, split over the ranks."""
-    how = {**config_of_ranks(world), "ep_implementation": exchange}
+    how = {**config_of_ranks(world, transformers.AutoConfig.from_pretrained(folder)), "ep_implementation": exchange}
     form_ranks(how, settings())
     return transformers.AutoModelForCausalLM.from_pretrained(
         folder, distributed_config=how, experts_implementation=implementation
@@ -37,7 +37,7 @@ def plain(folder, world, implementation="grouped_mm", exchange="auto"):
 
 def ours(folder, world, residency=0.5, exchange="auto", **changed):
     """The same, of which each rank keeps a cache of this share of its experts."""
-    how = {**config_of_ranks(world), "ep_implementation": exchange}
+    how = {**config_of_ranks(world, transformers.AutoConfig.from_pretrained(folder)), "ep_implementation": exchange}
     wanted = settings(**changed)
     return moe_offload.from_pretrained(
         folder, budget_of(folder, residency, wanted, how), config=wanted, distributed_config=how
