@@ -7,6 +7,8 @@ Imports torch and nothing else: what serves the rewritten graph is bound to it a
     lookahead   insert_prefetch   the next layer's router is asked early
     slots       rename_to_slots   decode: W[ids] becomes bank[slots]
     unsorted    leave_unsorted    few pairs on a GPU: their sort goes
+    gated       gate_in_products  few pairs on a GPU: gate and up become one product
+    top         choose_with_slots where the device decides, it chooses the experts as well
     fast        speed_up_products few pairs, where asked for: kernels that may round otherwise
     waves       stream_in_waves   prefill: the experts code becomes one `stream` op
     masked      one product over all experts, most of them handed zeros: a core of those that are not
@@ -25,11 +27,13 @@ from .core import Core
 from .erase import erase_unserved
 from .fast import speed_up_products
 from .find import PATTERNS, find_sites
+from .gated import gate_in_products
 from .instrument import insert_observe
 from .lookahead import insert_prefetch
 from .pipeline import Pass, Report, observe_pipeline, offload_pipeline, run_passes
 from .sites import Site, UnknownUse, Weight
 from .slots import rename_to_slots
+from .top import choose_with_slots
 from .unsorted import leave_unsorted
 from .waves import stream_in_waves
 
@@ -42,8 +46,10 @@ __all__ = [
     "Site",
     "UnknownUse",
     "Weight",
+    "choose_with_slots",
     "erase_unserved",
     "find_sites",
+    "gate_in_products",
     "insert_observe",
     "insert_prefetch",
     "leave_unsorted",

@@ -21,7 +21,7 @@ def speed_up_products(graph: Graph, *, sites: Sequence[Site], few_pairs: Mapping
     """Replace the products of every site that was renamed to slots and has at most `few_pairs` of its layer."""
     done = []
     for site in sites:
-        products = [node for node in graph.nodes if node.target is ops.grouped_mm and _is_of(node, site)]
+        products = [node for node in graph.nodes if node.target is ops.grouped_mm and is_of(node, site)]
         if products and site.pairs is not None and site.pairs <= few_pairs.get(site.layer, 0):
             _replace(products)
             done.append(site)
@@ -43,7 +43,7 @@ def _replace(products: Sequence[Node]) -> None:
         node.target = ops.fast_grouped_mm
 
 
-def _is_of(product: Node, site: Site) -> bool:
+def is_of(product: Node, site: Site) -> bool:
     """Whether a product reads the bank of this site, which its weight is a view of."""
     node = product.args[1]
     while isinstance(node, Node) and node is not site.bank and node.op != "placeholder":

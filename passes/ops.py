@@ -10,9 +10,10 @@ and looks up what is bound to it, so a graph that Dynamo shares between layers s
 
 Every op that fills a bank declares that it mutates it. That is what keeps the op alive and in its place in Inductor,
 which drops an op without a used result, and reorders one without a dependence.
-`observe` passes its ids through instead. `grouped_mm` is an ordinary function of its arguments, as is
-`fast_grouped_mm`, which may round otherwise. `experts` takes a key in place of a bank, a tensor that nobody writes
-into: in somebody else's torch.compile a bank that is written into may be copied, and a copy is unknown here.
+`observe` passes its ids through instead. `grouped_mm` is an ordinary function of its arguments, as are `gated_mm`,
+silu of one half of such a product times the other half, and `fast_grouped_mm`, which may round otherwise. `experts`
+takes a key in place of a bank, a tensor that nobody writes into: in somebody else's torch.compile a bank that is
+written into may be copied, and a copy is unknown here.
 `no_gradient` is its backward, which raises when it runs. `unserved` stands in traced code that is to be rewritten: our
 backend takes it out, and a graph that never came to our backend raises where it is, before it computes.
 The library is opened with "DEF": a second copy of this file fails to import, rather than silently replacing the first.
@@ -39,6 +40,7 @@ _TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.cudagraph_unsafe)
 
 LIB.define("fetch(Tensor ids, Tensor(a!) bank) -> Tensor", tags=_TAGS)
 LIB.define("place(Tensor ids, Tensor(a!) bank) -> Tensor")
+LIB.define("place_top(Tensor scores, int k, Tensor(a!) bank) -> (Tensor, Tensor, Tensor)")
 LIB.define("wait(Tensor slots, Tensor(a!) bank) -> Tensor", tags=_TAGS)
 LIB.define(
     "stream(Tensor x, Tensor ids, Tensor(a!) bank, Tensor[] others, int core, SymInt[] shape, ScalarType "
@@ -48,6 +50,7 @@ LIB.define(
 LIB.define("stream_masked(Tensor x, Tensor(a!) bank, int core, int outputs, ScalarType dtype) -> Tensor", tags=_TAGS)
 LIB.define("prefetch(Tensor ids, Tensor(a!) bank) -> ()", tags=_TAGS)
 LIB.define("grouped_mm(Tensor x, Tensor weight, Tensor slots) -> Tensor", tags=(torch.Tag.needs_exact_strides,))
+LIB.define("gated_mm(Tensor x, Tensor weight, Tensor slots) -> Tensor", tags=(torch.Tag.needs_exact_strides,))
 LIB.define("fast_grouped_mm(Tensor x, Tensor weight, Tensor slots) -> Tensor", tags=(torch.Tag.needs_exact_strides,))
 LIB.define("packed_mm(Tensor x, Tensor bank, Tensor slots, int weight, bool transposed) -> Tensor", tags=_TAGS)
 LIB.define("unpack(Tensor bank, Tensor slots, int weight) -> Tensor", tags=_TAGS)
@@ -67,6 +70,9 @@ class Layer(Protocol):
 
     def place(self, ids_P: Tensor) -> Tensor:
         """`fetch` and `wait` at once, decided by the device: nothing waits, and a CUDA graph can hold it."""
+
+    def place_top(self, scores_TE: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """torch.topk(scores, k), and then `place` of its ids: values [T, K], ids [T, K] and slots [P]."""
 
     def wait(self, slots_P: Tensor) -> Tensor:
         """Return the slots that `fetch` named, once every row is in its slot."""
@@ -168,6 +174,24 @@ def _run_place(ids: Tensor, bank: Tensor) -> Tensor:
     return slots.to(torch.int64)  # what the kernels give, whatever the dtype of the ids
 
 
+def _run_place_top(scores: Tensor, k: int, bank: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    placed: tuple[Tensor, Tensor, Tensor] = _server_of(bank).place_top(scores, k)
+    return placed
+
+
+def _fake_place_top(scores: Tensor, k: int, bank: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    chosen = (scores.shape[0], k)
+    ids = scores.new_empty(chosen, dtype=torch.int64)
+    return scores.new_empty(chosen), ids, ids.new_empty(ids.numel())
+
+
+def _run_gated_mm(x: Tensor, weight: Tensor, slots: Tensor) -> Tensor:
+    product: Tensor = grouped_mm(x, weight, slots)
+    gate, up = product.chunk(2, dim=-1)
+    gated: Tensor = torch.nn.functional.silu(gate) * up
+    return gated
+
+
 def _run_wait(slots: Tensor, bank: Tensor) -> Tensor:
     loaded: Tensor = _server_of(bank).wait(slots)
     return loaded
@@ -265,6 +289,8 @@ def serve_product(name: str, kernel: Callable[[Tensor, Tensor, Tensor], Tensor],
 for _name, _kernel in {
     "fetch": _run_fetch,
     "place": _run_place,
+    "place_top": _run_place_top,
+    "gated_mm": _run_gated_mm,
     "wait": _run_wait,
     "stream": _run_stream,
     "stream_masked": _run_stream_masked,
@@ -285,6 +311,8 @@ LIB.impl("unpack", _untraced(_run_unpack), "CompositeExplicitAutograd")
 # Dtype and strides of a fake are those of the real result: a compiler reads the buffer by them.
 LIB._register_fake("fetch", lambda ids, bank: ids.new_empty(ids.shape))
 LIB._register_fake("place", lambda ids, bank: ids.new_empty(ids.shape, dtype=torch.int64))
+LIB._register_fake("place_top", _fake_place_top)
+LIB._register_fake("gated_mm", lambda x, weight, slots: x.new_empty((x.shape[0], weight.shape[2] // 2)))
 LIB._register_fake("wait", lambda slots, bank: torch.empty_like(slots))
 LIB._register_fake(
     "stream", lambda x, ids, bank, others, core, shape, dtype: x.new_empty((x.shape[0], *shape), dtype=dtype)
@@ -316,11 +344,13 @@ torch.library.register_autograd("moe_offload::experts", _differentiate_experts, 
 
 fetch = torch.ops.moe_offload.fetch.default
 place = torch.ops.moe_offload.place.default
+place_top = torch.ops.moe_offload.place_top.default
 wait = torch.ops.moe_offload.wait.default
 stream = torch.ops.moe_offload.stream.default
 stream_masked = torch.ops.moe_offload.stream_masked.default
 prefetch = torch.ops.moe_offload.prefetch.default
 grouped_mm = torch.ops.moe_offload.grouped_mm.default
+gated_mm = torch.ops.moe_offload.gated_mm.default
 fast_grouped_mm = torch.ops.moe_offload.fast_grouped_mm.default
 packed_mm = torch.ops.moe_offload.packed_mm.default
 unpack = torch.ops.moe_offload.unpack.default
@@ -330,3 +360,12 @@ observe_masked = torch.ops.moe_offload.observe_masked.default
 masked_experts = torch.ops.moe_offload.masked_experts.default
 experts = torch.ops.moe_offload.experts.default
 no_gradient = torch.ops.moe_offload.no_gradient.default
+
+PLACES = (place, place_top)  # after either the device has decided; the bank is the last argument
+
+
+def pairs_of(placing: Any) -> int:
+    """How many pairs a node asks one of `PLACES` for."""
+    value = placing.meta["example_value"]
+    pairs: int = (value[2] if placing.target is place_top else value).numel()
+    return pairs

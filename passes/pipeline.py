@@ -1,7 +1,7 @@
 """Which passes run, in which order, and the one place that runs them.
 
-drop_sentinels -> [insert_prefetch] -> [rename_to_slots] -> [leave_unsorted] -> [speed_up_products] -> stream_in_waves
-                                                                                offloaded; in brackets: on request
+drop_sentinels -> [insert_prefetch] -> [rename_to_slots] -> [leave_unsorted] -> [gate_in_products]
+               -> [choose_with_slots] -> [speed_up_products] -> stream_in_waves      offloaded; in brackets: on request
 insert_observe                                                          a model whose routing is only counted
 
 before   w = W[ids];  y = bmm(w, x)          ids a constant number of pairs that fit the slots
@@ -24,12 +24,14 @@ from torch.fx import Graph, GraphModule
 
 from .bank import Bank
 from .fast import speed_up_products
+from .gated import gate_in_products
 from .inspect import describe_change, op_counts
 from .instrument import insert_observe
 from .lookahead import insert_prefetch
 from .sentinels import drop_sentinels
 from .sites import Site
 from .slots import rename_to_slots
+from .top import choose_with_slots
 from .unsorted import leave_unsorted
 from .waves import stream_in_waves
 
@@ -59,13 +61,15 @@ def offload_pipeline(
     on_device: Collection[Hashable] = (),
     few_pairs: Mapping[Hashable, int] | None = None,
     in_any_order: Mapping[Hashable, int] | None = None,
+    by_scores: Collection[Hashable] = (),
 ) -> list[Pass]:
     """Serve every site from its bank: decode sites by slot, the rest in waves.
 
     With `overlap` decode sites become waves as well: a wave computes what is resident while the rest loads, which a
     renamed index cannot. With `guess` each layer's router is asked a layer earlier, too. In the layers `on_device` it
     is the device that decides which slots a decode step gets. `few_pairs` are the pairs of each layer up to which its
-    products may round otherwise, `in_any_order` those up to which its pairs need not be sorted; None: never.
+    products may round otherwise, `in_any_order` those up to which each pair has a product of its own: they need not be
+    sorted, and a gate is part of it; None: never. In the layers `by_scores` the device chooses experts as it decides.
     """
     core: dict[str, Any] = {} if compile_core is None else {"compile_core": compile_core}
     few: dict[str, Any] = {} if few_pairs is None else {"few_pairs": few_pairs}
@@ -76,6 +80,8 @@ def offload_pipeline(
     decode: list[Pass] = [] if overlap else [by_slot]
     if decode and in_any_order:
         decode.append(partial(leave_unsorted, sites=sites, few_pairs=in_any_order))
+        decode.append(partial(gate_in_products, sites=sites, few_pairs=in_any_order))
+        decode.append(partial(choose_with_slots, sites=sites, by_scores=by_scores))
     decode += [partial(speed_up_products, sites=sites, **few)] if few and decode else []
     return [*early, *decode, in_waves]
 

@@ -3,7 +3,9 @@ whoever runs them, in the environment or in a file, do not count; and no test le
 
 import os
 import signal
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,5 +35,25 @@ def no_settings_of_the_user(monkeypatch):
 def no_usage_is_remembered():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("moe_offload.plan.prepare.usage_folder", lambda: None)
-        patch.setenv("HF_HOME", f"{os.devnull}/huggingface")  # of processes that tests start: no folder can be there
+        patch.setenv("HF_HOME", NO_HF_HOME)  # of processes that tests start: no folder can be there
         yield
+
+
+def refuse_to_leave_usage(event: str, args: tuple[Any, ...]) -> None:
+    """An audit hook. What the fixture above sets does not reach a process that a test starts with an environment of its
+    own, nor code that makes the user's folder without asking `plan/prepare.py`. Both fail here, where they happen."""
+    if event == "subprocess.Popen":
+        env = os.environ if args[3] is None else args[3]
+        if "HF_HOME" not in map(os.fsdecode, env):
+            raise AssertionError(f"{args[1]} runs without HF_HOME, and may leave usage in the user's: add os.environ")
+    elif (
+        (event == "os.mkdir" or (event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)))
+        and isinstance(args[0], str | os.PathLike)
+        and Path(args[0]).is_relative_to(USERS_FOLDER)
+    ):
+        raise AssertionError(f"a test writes {args[0]}, which is the user's: pass profile='off', or a folder of yours")
+
+
+NO_HF_HOME = f"{os.devnull}/huggingface"
+USERS_FOLDER = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser().absolute() / "moe_offload"
+sys.addaudithook(refuse_to_leave_usage)

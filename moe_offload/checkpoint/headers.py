@@ -55,7 +55,7 @@ class TensorRange:
 class Headers(dict[str, TensorRange]):
     """`{checkpoint key: TensorRange}`, and of each file the stamp it had when its header was read.
 
-    `opened` are the library's own handles of the files, through which dense weights are read; no tensor is read yet.
+    `opened` are the library's own handles of the files, through which a few dense weights are read; none is yet.
     `unreadable` are keys whose dtype this torch lacks, with its name and file: an error only if one of them is needed.
     """
 

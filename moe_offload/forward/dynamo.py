@@ -58,9 +58,9 @@ class Settings:
 
         Every hook that is put on anywhere takes a number, so there is nothing to look at while none is.
         """
-        if self._last_hook == RemovableHandle.next_id:
+        if self._last_hook == count_hooks():
             return False
-        self._last_hook = RemovableHandle.next_id
+        self._last_hook = count_hooks()
         if self._guards_on_hooks:
             return False
         parts = [part for part in (held() for held in self._parts) if part is not None]
@@ -76,6 +76,12 @@ class Settings:
             skip_nnmodule_hook_guards=False, recompile_limit=MOST_GRAPHS, accumulated_recompile_limit=16 * MOST_GRAPHS
         )
         return settings
+
+
+def count_hooks() -> int:
+    """How many hooks were ever put on, anywhere in the process."""
+    number: int = RemovableHandle.next_id
+    return number
 
 
 def never_traced(function: Function) -> Function:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import OffloadError, RankError
 from .group import Group
+from .names import in_a_line
 from .watch import FIND_S
 
 #: Words of errors that gloo raises where a connection was closed, or nobody answered.
@@ -52,7 +53,7 @@ def exchanging(group: Group | None) -> Iterator[None]:
         with watch.calling():
             yield
     except BaseException as error:
-        group.failed = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+        group.failed = in_a_line(error)
         if not _is_lost(error):
             leave(group)
             raise

@@ -30,6 +30,7 @@ from .watch import FIND_S, GRACE_S, Watch
 
 PREFIX = "moe_offload"
 POLL_S = 0.02
+LAUNCHER_S = 15.0  # for the launcher's store to answer: it is there before any rank is started
 _numbers = itertools.count()  # of groups in this process; ranks that are in step count alike
 
 
@@ -78,13 +79,15 @@ class Group:
             self.store.set(keys[self.rank], json.dumps(value))
             said: dict[int, bytes] = {}
             while missing := [rank for rank in range(self.world) if rank not in said]:
+                # Before what they said is read: one whose program is over has got here, and so has everybody.
+                ended = None if self.watch is None else self.watch.find_ended()
                 found = {rank: self.store.get(keys[rank]) for rank in missing}
                 said |= {rank: one for rank, one in found.items() if one is not None}
                 if None not in found.values():
                     break
-                if self.watch is not None:
-                    self.watch.check()
-                elif reason := self.store.get(gave_up):
+                if self.watch is not None and ended is not None:
+                    raise self.watch.error(*ended)
+                if self.watch is None and (reason := self.store.get(gave_up)):
                     raise RankError(reason.decode())
                 if time.monotonic() > ends_s:
                     error = self._not_there(missing, within_s, why)
@@ -164,8 +167,11 @@ def form_group(timeout_s: float) -> Group:
             "--nproc-per-node N` or `accelerate launch`"
         )
     _begun.set()
+    limit_s = min(timeout_s, LAUNCHER_S) if launcher_has_store() else timeout_s
     try:
-        store, rank, world = connect_within(timeout_s + GRACE_S, lambda: _meet(launched, timedelta(seconds=timeout_s)))
+        store, rank, world = connect_within(limit_s + GRACE_S, lambda: _meet(launched, timedelta(seconds=limit_s)))
+        limit_s = timeout_s
+        store.set_timeout(timedelta(seconds=timeout_s))
         group = Group(store, rank, world, timeout_s)
         with group.watching():  # torch waits for all of them, deaf to whether they still live
             dist.init_process_group(
@@ -176,8 +182,8 @@ def form_group(timeout_s: float) -> Group:
     except (RuntimeError, ValueError, OSError) as error:
         holder = "the launcher" if launcher_has_store() else "rank 0"
         raise ConfigError(
-            f"rank {launched.rank} of {launched.world} could not form a group with the others within {timeout_s:.0f} "
-            f"s: {str(error).splitlines()[0][:300]}. They meet where {holder} is, at MASTER_ADDR and MASTER_PORT: it "
+            f"rank {launched.rank} of {launched.world} could not form a group with the others within {limit_s:.0f} s: "
+            f"{str(error).splitlines()[0][:300]}. They meet where {holder} is, at MASTER_ADDR and MASTER_PORT: it "
             "may have ended, or hang. Start as many processes as WORLD_SIZE says"
         ) from error
     return _keep(dist.distributed_c10d._get_default_store(), group)

@@ -18,6 +18,7 @@ from ..errors import OffloadError, RankError
 from ..experts import MoELayer
 from .call import exchanging
 from .group import Group, form_group, join_group
+from .names import in_a_line
 from .peers import check_peers
 from .settings import check_settings, check_transformers
 
@@ -77,7 +78,7 @@ def tell_refusal(distributed_config: Any, error: Exception) -> None:
     with contextlib.suppress(OffloadError):  # the error that is told says more than that nobody came
         group = form_ranks(distributed_config, OffloadConfig(rank_timeout=TELL_S))
         if group is not None:
-            group.exchange("agreed", _in_a_line(error), AGREE, TELL_S)
+            group.exchange("agreed", in_a_line(error), AGREE, TELL_S)
 
 
 def split_over(group: Group | None, found: Outline, distributed_config: Any, settings: OffloadConfig) -> Outline:
@@ -119,11 +120,11 @@ def agreed(group: Group | None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        group.exchange("agreed", _in_a_line(error), AGREE)
+        group.exchange("agreed", in_a_line(error), AGREE)
         raise
     except BaseException as error:  # Ctrl-C: of this rank alone, perhaps
         if group.watch is not None:
-            group.watch.tell_end(_in_a_line(error))
+            group.watch.tell_end(in_a_line(error))
         raise
     for rank, told in enumerate(group.exchange("agreed", "", AGREE)):
         if told:
@@ -137,9 +138,5 @@ def or_end_for_all(group: Group | None) -> Iterator[None]:
         yield
     except BaseException as error:
         if group is not None and group.watch is not None:
-            group.watch.tell_end(_in_a_line(error))
+            group.watch.tell_end(in_a_line(error))
         raise
-
-
-def _in_a_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"

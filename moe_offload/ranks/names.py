@@ -45,3 +45,9 @@ class RankName:
             return True
         except psutil.Error:
             return False
+
+
+def in_a_line(error: BaseException) -> str:
+    """An error as other ranks tell it. Ctrl-C has no words of its own."""
+    words = " ".join(str(error).split())[:400]
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__

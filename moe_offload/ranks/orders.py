@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from ..errors import RankError
 from .group import Group
 
 POLL_S = 0.005  # of each token's time nothing: only the first step of an order waits for it
@@ -41,7 +42,12 @@ class Orders:
             while (order := self._store.get(key)) is None:
                 check()
                 if time.monotonic() - looked_s > LOOK_S:
-                    self._group.check()
+                    try:
+                        self._group.check()
+                    except RankError:  # one that has ended may have given it before
+                        if (order := self._store.get(key)) is None:
+                            raise
+                        break
                     looked_s = time.monotonic()
                 time.sleep(POLL_S)
         self._n += 1

@@ -13,7 +13,8 @@ others.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import contextlib
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -119,19 +120,34 @@ class DeviceCache:
 
     def place(self, ids_P: Tensor) -> Tensor:
         """The slots of `ids_P`, all of which hold their rows once what has been launched here is done."""
-        pairs = ids_P.numel()
+        with self._deciding(ids_P.numel()) as (loads, pace_2):
+            slots_P = self.kernels.decide(ids_P.reshape(-1), self.state, loads, pace_2)
+        return slots_P.view(ids_P.shape)
+
+    def place_top(self, scores_TE: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The `k` best experts of each token: their scores, their ids and, as `place` gives them, their slots [P]."""
+        with self._deciding(scores_TE.shape[0] * k) as (loads, pace_2):
+            return self.kernels.decide_top(scores_TE, k, self.state, loads, pace_2)
+
+    def chooses_as_torch(self) -> bool:
+        """Whether `place_top` gives what torch.topk would, on this device."""
+        moe = self.arrivals.moe
+        return self.kernels.chooses_as_torch(moe.num_experts, moe.top_k, self.device)
+
+    @contextlib.contextmanager
+    def _deciding(self, pairs: int) -> Iterator[tuple[Loads, Tensor]]:
+        """Around the decision on an event of so many pairs, which fills the loads: they are copied at its end."""
         if pairs not in self._loads:
             raise AssertionError(f"{self.arrivals.moe.name}: an event of {pairs} pairs was not prepared for")
         loads = self._loads[pairs]
         try:
-            slots_P = self.kernels.decide(ids_P.reshape(-1), self.state, loads, self._paces[pairs])
+            yield loads, self._paces[pairs]
             if self.rows_EN is not None and not self.whole:
                 self.kernels.gather(self.rows_EN, self.arrivals.slots.bank_SN, loads)
         except BaseException:  # Ctrl-C, too: the tables may name rows that have not been copied
             if not self.whole:
                 self.state.forget()
             raise
-        return slots_P.view(ids_P.shape)
 
     def push(self) -> None:
         """Write what the host decided to the mirror; an error of the store leaves the host in charge."""

@@ -6,11 +6,13 @@ Shapes: T tokens, K experts per token, P = T*K pairs, E experts, S slots, H hidd
     fetch(ids)     the cache names slots and starts to load what is missing
     wait()         all there, here are the slots
     place(ids)     both at once where the device decides, and the host does not hear of it (device_cache.py); elsewhere
-                   it is fetch and wait
+                   it is fetch and wait. place_top(scores, k) chooses the ids as well
     stream(x, ids) the same lookup, but the pairs of resident experts are computed while the missing ones load, and each
                    of those as it arrives; in prefill what has no slot passes through a few scratch rows
 
 It knows no graph and imports no pass.
+
+Longer than 250 lines: the verbs share one cache and one way to fail, and who changes one reads all.
 """
 
 from __future__ import annotations
@@ -122,9 +124,15 @@ class LayerRuntime:
     def place(self, ids_P: Tensor) -> Tensor:
         if self.device_cache is None:  # the graph was traced for a layer of the device, and Dynamo shares it
             return self.wait(self.fetch(ids_P))
-        if self.device_caches is None or not self.device_caches.in_charge:
-            raise AssertionError(f"{self.moe.name}: its graph lets the device decide, and it is not in charge")
+        self._check_in_charge()
         return self.device_cache.place(ids_P)
+
+    def place_top(self, scores_TE: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        if self.device_cache is None:
+            values_TK, ids_TK = torch.topk(scores_TE, k, dim=-1)
+            return values_TK, ids_TK, self.place(ids_TK.reshape(-1)).to(torch.int64)
+        self._check_in_charge()
+        return self.device_cache.place_top(scores_TE, k)
 
     def wait(self, slots_P: Tensor) -> Tensor:
         self.arrivals.take_all()
@@ -240,6 +248,10 @@ class LayerRuntime:
             self.recorder.event(self.moe.index, ids, self.moe.tokens_of(pairs))
         self.arrivals.begin(used)  # last: what it has claimed is given back by whoever called
         return ids, used
+
+    def _check_in_charge(self) -> None:
+        if self.device_caches is None or not self.device_caches.in_charge:
+            raise AssertionError(f"{self.moe.name}: its graph lets the device decide, and it is not in charge")
 
     def _hand_back(self) -> None:
         if self.device_caches is not None:

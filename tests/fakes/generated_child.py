@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from moe_offload.forward.graphs import compiling
+from moe_offload.forward.graphs import compiling, small_kernels
 from passes import ops
 from tests.fakes.fake_gpu import compile_kernels, generate_code
 from tests.fakes.offloaded import IDS, SETTINGS, offload, resident
@@ -21,8 +21,10 @@ def main(family):
     with pytest.MonkeyPatch.context() as patch:
 
         def inner(gm, inputs):
-            if any(node.target is ops.place for node in gm.graph.nodes):
-                found.append(generate_code(gm, inputs, compiling.CUDA_GRAPH, patch))
+            if any(node.target in ops.PLACES for node in gm.graph.nodes):
+                options = {**compiling.CUDA_GRAPH, **small_kernels.options()}
+                with small_kernels.both_kinds_together():
+                    found.append(generate_code(gm, inputs, options, patch))
             return gm.forward
 
         patch.setattr(compiling, "run_graph", inner)

@@ -34,9 +34,10 @@ class Block(nn.Module):
         self.experts, self.top_k = experts, top_k
         self.router = nn.Parameter(torch.randn(num_experts, hidden))
         self.scale = nn.Parameter(torch.rand(num_experts) + 0.5)
+        self.route: Any = torch.topk
 
     def forward(self, hidden_TH: Tensor) -> Tensor:
-        weights_TK, ids_TK = torch.topk((hidden_TH @ self.router.t()).softmax(-1), self.top_k)
+        weights_TK, ids_TK = self.route((hidden_TH @ self.router.t()).softmax(-1), self.top_k)
         return self.experts(hidden_TH, ids_TK, weights_TK * self.scale[ids_TK])
 
 
@@ -143,6 +144,15 @@ class FakeLayer:
     def wait(self, slots_P: Tensor) -> Tensor:
         self.calls.append("wait")
         return slots_P.clone()
+
+    def place(self, ids_P: Tensor) -> Tensor:
+        self.calls.append("place")
+        return self._slots(ids_P)
+
+    def place_top(self, scores_TE: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        self.calls.append("place_top")
+        values_TK, ids_TK = torch.topk(scores_TE, k)
+        return values_TK, ids_TK, self._slots(ids_TK.flatten())
 
     def stream(self, x_P: Tensor, ids_P: Tensor, core: passes.Core, others: Any) -> Tensor:
         used = sorted(set(ids_P.tolist()))

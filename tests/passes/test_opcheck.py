@@ -33,6 +33,10 @@ class Served:
     def place(self, ids_P):
         return self.fetch(ids_P).to(torch.int64)
 
+    def place_top(self, scores_TE, k):
+        values_TK, ids_TK = torch.topk(scores_TE, k)
+        return values_TK, ids_TK, self.place(ids_TK.flatten())
+
     def wait(self, slots_P):
         self.bank.add_(1)
         return slots_P.clone()
@@ -90,11 +94,13 @@ def samples(turned):
     return {
         "fetch": (ids, bank),
         "place": (ids, bank),
+        "place_top": (lay(torch.rand(T, E)), K, bank),
         "wait": (ids, bank),
         "prefetch": (ids, bank),
         "stream": (x, pairs, bank, [torch.rand(H)], 0, [O], torch.float32),
         "stream_masked": (masked, bank, 0, O, torch.float32),
         "grouped_mm": (x, weight.transpose(1, 2).contiguous().transpose(1, 2) if turned else weight, pairs),
+        "gated_mm": (x, weight, pairs),
         "fast_grouped_mm": (x, weight, pairs),
         "packed_mm": (x, packed, pairs, 0, False),
         "unpack": (packed, pairs, 0),

@@ -65,14 +65,16 @@ def say(model, new=12):
     ]
 
 
-def says_what_transformers_says(rank, world, folder, implementation, exchange, residencies):
-    """Bits against transformers' own run on the same ranks; tokens, counters."""
+def says_what_transformers_says(rank, world, folder, implementation, exchange, residencies, new=12):
+    """Bits against transformers' own run on the same ranks; tokens, counters. A residency is of all ranks, or a pair:
+    of rank 0, and of the others."""
     with torch.no_grad():
-        want = say(plain(folder, world, implementation, exchange))
+        want = say(plain(folder, world, implementation, exchange), new)
         found = []
         for residency in residencies:
-            model = ours(folder, world, residency, exchange, experts_implementation=implementation)
-            got = say(model)
+            own = residency[min(rank, 1)] if isinstance(residency, list) else residency
+            model = ours(folder, world, own, exchange, experts_implementation=implementation)
+            got = say(model, new)
             stats = model.moe_offload.stats()
             found.append(
                 {

@@ -11,6 +11,7 @@ DEFAULT: Any = object()
 SIZES: dict[str, Any] = {
     # width and depth
     "vocab_size": 128,
+    "unpadded_vocab_size": 120,
     "hidden_size": 64,
     "d_model": 64,
     "num_hidden_layers": 3,

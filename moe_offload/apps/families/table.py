@@ -108,8 +108,20 @@ FAMILIES: dict[str, Family] = {
     "hunyuan_v1_moe": causal_lm("hunyuan_v1_moe", "HunYuanMoEV1"),
     "hy_v3": causal_lm("hy_v3", "HYV3"),
     "hy_v4": causal_lm("hy_v4", "HYV4", **MHA),
+    "hy_v4_vl": text_model("hy_v4_vl", "HYV4VL", **MHA, **make_rope(mrope_section=[2, 1, 1])),
     "inkling": text_lm("inkling", "Inkling"),
     "inkling2": text_lm("inkling2", "Inkling2"),
+    "inkling2_loop": text_lm(  # its middle layers are called twice in each forward, their experts too
+        "inkling2_loop",
+        "Inkling2Loop",
+        num_hidden_layers=6,
+        layer_types=["hybrid_sliding", "hybrid", "hybrid_sliding", "hybrid", "hybrid_sliding", "hybrid"],
+        n_layers_per_attn_res_block=2,
+        loop_layer_index_start=2,
+        loop_layer_index_end=4,
+        loop_num_passes=2,
+        loop_gate_rank=8,
+    ),
     "jamba": causal_lm(
         "jamba",
         "Jamba",
@@ -123,6 +135,7 @@ FAMILIES: dict[str, Family] = {
     "kimi_linear": causal_lm("kimi_linear", "KimiLinear", **MHA, **LINEAR_FULL_LINEAR, **DENSE_FIRST),
     "kolibri1": causal_lm("kolibri1", "Kolibri1"),
     "laguna": causal_lm("laguna", "Laguna"),
+    "lara_mini": causal_lm("lara_mini", "LaraMini", num_hidden_layers=4),
     "lfm2_moe": causal_lm("lfm2_moe", "Lfm2Moe", layer_types=["conv", "full_attention", "conv"]),
     "llama4": text_lm("llama4", "Llama4", num_experts_per_tok=1),
     "longcat_flash": causal_lm(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, OffloadError
 from ..headers import DTYPE_NAMES, Headers
 from ..origins import find_origins, own_key
 from ..outline import Outline
@@ -25,6 +25,7 @@ from ..quantised.blocks import unpack_uneven
 from ..quantised.misfits import refuse_dense_faults
 from ..quantised.quantizer import quantization_of, unpack_dense
 from .arguments import Arguments
+from .file_entry import FileEntries
 from .own_class import is_own, load_own
 
 logger = logging.getLogger("moe_offload")
@@ -85,9 +86,9 @@ def load_tensors(
     `CheckpointError` for tensors that are missing, that transformers cannot load by the configuration, or whose codes
     mean no number.
     """
+    entries = FileEntries(headers)
     state: Mapping[str, Any] = {
-        key: Absent(range_.shape, range_.dtype) if key in absent else headers.opened[range_.file].get_slice(key)
-        for key, range_ in headers.items()
+        key: Absent(range_.shape, range_.dtype) if key in absent else entries[key] for key, range_ in headers.items()
     }
     state = unpack_uneven(config, headers, state)
     try:
@@ -100,6 +101,8 @@ def load_tensors(
             ignore_mismatched_sizes=True,  # they are told, and refused below; transformers' own error names none
             **options,
         )
+    except OffloadError:
+        raise
     except (RuntimeError, ValueError, AttributeError, AssertionError, KeyError, TypeError) as error:  # of any format
         if quantization_of(config) is None:
             raise

@@ -32,12 +32,14 @@ from .one_thread import launch
 from .ops import bank_of
 from .phantom import Phantom, phantoms_in
 from .products import PRODUCT_PER_PAIR
+from .small_kernels import both_kinds_together
+from .small_kernels import options as small_kernels
 
 logger = logging.getLogger("moe_offload")
 
 #: Inductor's options for a decode step that never needs the host: it becomes a CUDA graph, but for the parts that are
-#: no kernels (a sliding window's counter). Small kernels that do not need each other are launched as one.
-CUDA_GRAPH = {"triton.cudagraphs": True, "graph_partition": True, "combo_kernels": True}
+#: no kernels (a sliding window's counter).
+CUDA_GRAPH = {"triton.cudagraphs": True, "graph_partition": True}
 
 Compiled = Callable[..., Any]
 #: What runs a rewritten graph: Inductor, or the graph itself.
@@ -70,19 +72,25 @@ def make_backend(
         few_pairs = {name: few_tokens * moe.top_k for name, moe in moe_layers.items()} if few_tokens else None
         on_gpu = {one.layer.moe.name for one in phantoms.values() if is_on_gpu(one.layer.slots.bank_SN)}
         any_order = dict.fromkeys(on_device & on_gpu, PRODUCT_PER_PAIR)
-        how = {"on_device": on_device, "few_pairs": few_pairs, "in_any_order": any_order}
+        deciding = {one.layer.moe.name: one.layer.device_cache for one in phantoms.values()}
+        by_scores = {name for name in any_order if (cache := deciding[name]) is not None and cache.chooses_as_torch()}
+        how = {"on_device": on_device, "few_pairs": few_pairs, "in_any_order": any_order, "by_scores": by_scores}
         reports, banked = rewrite_graph(gm, phantoms, partial(pipeline, **how))
         log.append(reports)
         inputs = list(example_inputs)
         for position in banked:
             inputs[position] = phantoms[position].layer.slots.bank_SN
         nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
-        places = [node for node in gm.graph.nodes if node.target is ops.place]
-        placed = [nodes.index(node.args[1]) for node in places]
-        sizes = {node.args[0].meta["example_value"].numel() for node in places}
+        places = [node for node in gm.graph.nodes if node.target in ops.PLACES]
+        placed = [nodes.index(node.args[-1]) for node in places]
+        sizes = {ops.pairs_of(node) for node in places}
         recorded = bool(on_gpu and placed) and inner is run_inductor and can_be_recorded(gm.graph)
         recorded = recorded and not _needs_host(gm.graph)
-        compiled = run_inductor(gm, inputs, **CUDA_GRAPH) if recorded else inner(gm, inputs)
+        if recorded:
+            with both_kinds_together():
+                compiled = run_inductor(gm, inputs, **CUDA_GRAPH, **small_kernels())
+        else:
+            compiled = inner(gm, inputs)
 
         def call(*args: Any) -> Any:
             served = list(args)

@@ -7,9 +7,11 @@ use and those kept hold twice the planned context at most, so that there may be 
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -42,7 +44,8 @@ class KVPool:
     """
 
     def __init__(self, most_tokens: int, forget_recordings: Callable[[], None] = lambda: None) -> None:
-        self.most_tokens, self._forget, self._made, self._lent_tokens = most_tokens, forget_recordings, 0, 0
+        self.most_tokens, self._forget, self._made = most_tokens, forget_recordings, 0
+        self._lent: Counter[Key] = Counter()  # caches in use
         self._spare: list[tuple[Key, list[Any]]] = []  # the last one used first
         self._lock = threading.RLock()  # a finalizer may run within any of the lines below
 
@@ -50,11 +53,13 @@ class KVPool:
         """An empty static cache, of layers used before where there are some of that size. `make` makes a new one."""
         cache = make()
         key = Key(sequences, tokens, torch.is_inference_mode_enabled())
+        kept = self._take_spare(key)
+        if kept is None and self._lent[key]:
+            # Perhaps to a cache that is gone, but in a cycle: to look for it takes no longer than recording anew.
+            gc.collect()
+            kept = self._take_spare(key)
         with self._lock:
-            kept = next((one for one in self._spare if one[0] == key), None)
-            if kept is not None:
-                self._spare.remove(kept)
-            self._lent_tokens += sequences * tokens
+            self._lent[key] += 1
             self._drop_oldest()
         if kept is not None:
             cache.layers = kept[1]
@@ -72,16 +77,23 @@ class KVPool:
         with self._lock:
             self._spare.clear()
 
+    def _take_spare(self, key: Key) -> tuple[Key, list[Any]] | None:
+        with self._lock:
+            kept = next((one for one in self._spare if one[0] == key), None)
+            if kept is not None:
+                self._spare.remove(kept)
+            return kept
+
     def _take_back(self, key: Key, layers: list[Any]) -> None:
         with self._lock:
-            self._lent_tokens -= key.sequences * key.tokens
+            self._lent[key] -= 1
             if all(getattr(layer, "is_initialized", False) and not _is_held(layer) for layer in layers):
                 self._spare.insert(0, (key, layers))
                 self._drop_oldest()
 
     def _drop_oldest(self) -> None:
         """Drop what was used longest ago, until there is no more than there may be."""
-        room = self.most_tokens - self._lent_tokens
+        room = self.most_tokens - sum(key.sequences * key.tokens * count for key, count in self._lent.items())
         for i, (key, _) in enumerate(self._spare):
             room -= key.sequences * key.tokens
             if room < 0:

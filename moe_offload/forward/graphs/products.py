@@ -19,17 +19,22 @@ Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 PRODUCT_PER_PAIR = 64  # up to so many pairs, each has a product of its own: 8 sequences of 8 experts
 
 
-def serve_products(few: Product, many: Product) -> None:
+def serve_products(few: Product, many: Product, gated: Product) -> None:
     """On CUDA, let matrix products go through kernels that ask the host nothing: `few` (x [P, H], weight [S, O, H],
-    slots [P]) for the pairs of a decode step, `many` (x [P, H], weight [S, H, O], slots [P]) for those of a prompt."""
+    slots [P]) for the pairs of a decode step, `gated` for the same with a gate, `many` (x [P, H], weight [S, H, O],
+    slots [P]) for those of a prompt."""
 
     def grouped_mm(x_P: Tensor, weight_S: Tensor, slots_P: Tensor) -> Tensor:
         if len(x_P) <= PRODUCT_PER_PAIR:
             return few(x_P, weight_S.transpose(1, 2), slots_P)
         return many(x_P, weight_S, slots_P)
 
+    def gated_mm(x_P: Tensor, weight_S: Tensor, slots_P: Tensor) -> Tensor:
+        return gated(x_P, weight_S.transpose(1, 2), slots_P)
+
     if not torch._C._dispatch_has_kernel_for_dispatch_key("moe_offload::grouped_mm", "CUDA"):
         ops.serve_product("grouped_mm", grouped_mm, "CUDA")
+        ops.serve_product("gated_mm", gated_mm, "CUDA")
 
 
 def serve_few_rows(multiply: Callable[[Tensor, Tensor, Sequence[Run], Tensor], Sequence[Run]]) -> None:

@@ -20,7 +20,9 @@ from ...plan.weights import RESERVED_PROMPT_TOKENS
 from ...runtime.model import Runtime
 from ..batch_sizes import Steps, find_cache
 from ..binding import Scope
+from ..dynamo import count_hooks
 from ..graphs.one_thread import forget_recordings
+from ..graphs.steady_step import SteadySteps
 from .kv_undo import remember_caches
 from .shrink import shrink_banks
 
@@ -96,10 +98,16 @@ class Retry:
     def _begin(self) -> None:
         makers = [self.compile, self.compile_growing or self.compile]
         self._runs = [(make(), Steps(make, self._most_sequences)) for make in dict.fromkeys(makers)]
+        compiled = self._runs[0][0]
+        self.steps = SteadySteps(compiled, count_hooks)
+        self._runs[0] = compiled, Steps(lambda: SteadySteps(self.compile(), count_hooks), self._most_sequences)
 
     def _find(self, sequences: int, tokens: int, kwargs: Mapping[str, Any]) -> Callable[..., Any]:
-        grows = not getattr(find_cache(kwargs), "is_compileable", False)
-        compiled, steps = self._runs[-1 if grows else 0]
+        if getattr(find_cache(kwargs), "is_compileable", False):
+            compiled, steps = self._runs[0]
+            compiled = self.steps if tokens == 1 and self.runtime.device_caches is not None else compiled
+        else:
+            compiled, steps = self._runs[-1]
         return steps.find(sequences, tokens) or compiled
 
     def _runs_out(self) -> bool:

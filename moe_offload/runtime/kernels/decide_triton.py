@@ -30,10 +30,6 @@ def decide(ids_P: Tensor, state: DeviceState, loads: Loads, pace_2: Tensor) -> T
     """The slots of `ids_P`; changes `state` and fills `loads` as `reference.decide` does, to the bit."""
     experts, slots, pairs = len(state.slot_of_E), len(state.expert_at_S), len(ids_P)
     slots_P = torch.empty(pairs, dtype=torch.int64, device=ids_P.device)
-    if pairs > slots or pairs == 0:
-        raise ValueError(f"an event of {pairs} pairs; 1 to {slots}, the number of slots, can be resident together")
-    block_E, block_S, block_P = (triton.next_power_of_2(n) for n in (experts, slots, pairs))
-    columns = min(block_S, max(1, TILE // block_S))
     _decide[(1,)](
         ids_P,
         slots_P,
@@ -51,17 +47,28 @@ def decide(ids_P: Tensor, state: DeviceState, loads: Loads, pace_2: Tensor) -> T
         experts,
         slots,
         pairs,
-        BLOCK_E=block_E,
-        BLOCK_S=block_S,
-        BLOCK_P=block_P,
-        COLUMNS=columns,
-        PAIRS_E=min(block_P, max(1, TILE // block_E)),
-        PAIRS_S=min(block_P, max(1, TILE // block_S)),
-        PAIRS_COLUMNS=min(block_P, max(1, TILE // columns)),
+        **blocks_of(experts, slots, pairs),
         num_warps=4,
         enable_fp_fusion=False,
     )
     return slots_P
+
+
+def blocks_of(experts: int, slots: int, pairs: int) -> dict[str, int]:
+    """The sizes that a kernel is compiled for. Raises `ValueError` if the pairs cannot be resident together."""
+    if pairs > slots or pairs == 0:
+        raise ValueError(f"an event of {pairs} pairs; 1 to {slots}, the number of slots, can be resident together")
+    block_E, block_S, block_P = (triton.next_power_of_2(n) for n in (experts, slots, pairs))
+    columns = min(block_S, max(1, TILE // block_S))
+    return {
+        "BLOCK_E": block_E,
+        "BLOCK_S": block_S,
+        "BLOCK_P": block_P,
+        "COLUMNS": columns,
+        "PAIRS_E": min(block_P, max(1, TILE // block_E)),
+        "PAIRS_S": min(block_P, max(1, TILE // block_S)),
+        "PAIRS_COLUMNS": min(block_P, max(1, TILE // columns)),
+    }
 
 
 @triton.jit(do_not_specialize=["stride", "E", "S", "P"])

@@ -43,7 +43,7 @@ def indexed_mm(x_PH: Tensor, weight_SMH: Tensor, slots_P: Tensor) -> Tensor:
         raise ValueError(f"x {[*x_PH.shape]} and {len(slots_P)} slots do not fit weights {[*weight_SMH.shape]}")
     out_PM = torch.empty(pairs, rows, dtype=x_PH.dtype, device=x_PH.device)
     slot_stride, row_stride, column_stride = weight_SMH.stride()
-    tile = ALONG_H if column_stride <= row_stride else ALONG_M
+    tile = tile_of(weight_SMH)
     _indexed_mm[(triton.cdiv(rows, tile.rows), pairs)](
         x_PH,
         weight_SMH,
@@ -62,6 +62,12 @@ def indexed_mm(x_PH: Tensor, weight_SMH: Tensor, slots_P: Tensor) -> Tensor:
         num_warps=tile.warps,
     )
     return out_PM
+
+
+def tile_of(weight_SMH: Tensor) -> Tile:
+    """The tile for a matrix that lies so."""
+    _, row_stride, column_stride = weight_SMH.stride()
+    return ALONG_H if column_stride <= row_stride else ALONG_M
 
 
 @triton.jit

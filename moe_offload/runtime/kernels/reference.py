@@ -13,6 +13,8 @@ from torch import Tensor
 from ...cache.decay import FULL
 from .state import DeviceState, Loads
 
+TOP = 32  # experts of a token, at most, that `decide_top` chooses
+
 
 def decide(ids_P: Tensor, state: DeviceState, loads: Loads, pace_2: Tensor) -> Tensor:
     """The slots of `ids_P`; changes `state` to what holds once the `loads`, which it fills, have been done.
@@ -64,6 +66,14 @@ def decide(ids_P: Tensor, state: DeviceState, loads: Loads, pace_2: Tensor) -> T
     return torch.where(valid_P, slot_of_E[ids_P.clamp(max=num_experts - 1)], 0).long()
 
 
+def decide_top(
+    scores_TE: Tensor, k: int, state: DeviceState, loads: Loads, pace_2: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The `k` greatest scores of each token, whose they are, and their slots [P]."""
+    values_TK, ids_TK = torch.topk(scores_TE, k, dim=-1)
+    return values_TK, ids_TK, decide(ids_TK.reshape(-1), state, loads, pace_2)
+
+
 def gather(rows_EN: Tensor, bank_SN: Tensor, loads: Loads) -> None:
     """Copy the rows of `loads` from host memory into their slots.
 
@@ -81,6 +91,12 @@ def gather(rows_EN: Tensor, bank_SN: Tensor, loads: Loads) -> None:
 def indexed_mm(x_PH: Tensor, weight_SMH: Tensor, slots_P: Tensor) -> Tensor:
     """`out[p] = weight[slots[p]] @ x[p]`, [P, M]."""
     return torch.bmm(weight_SMH[slots_P], x_PH.unsqueeze(-1)).squeeze(-1)
+
+
+def gated_mm(x_PH: Tensor, weight_SMH: Tensor, slots_P: Tensor) -> Tensor:
+    """`silu(gate) * up` of `[gate, up] = weight[slots[p]] @ x[p]`, [P, I]."""
+    gate_PI, up_PI = indexed_mm(x_PH, weight_SMH, slots_P).chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate_PI) * up_PI
 
 
 def grouped_mm(x_PH: Tensor, weight_SHO: Tensor, slots_P: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moe_offload.forward.graphs import compiling
+from moe_offload.forward.graphs import compiling, small_kernels
 from moe_offload.forward.graphs.kv_pool import KVPool
 from moe_offload.forward.out_of_memory.retry import Retry
 from moe_offload.patch.generation.static_cache import keep_static_caches
@@ -28,7 +28,7 @@ class Recordings:
     def compile(self, gm, inputs, **options):
         if not options:  # a prompt
             return gm.forward
-        assert options == compiling.CUDA_GRAPH
+        assert options == {**compiling.CUDA_GRAPH, **small_kernels.options()}
         self.sorts += sum(getattr(node.target, "__name__", "") == "sort" for node in gm.graph.nodes)
         written = [
             i
@@ -95,15 +95,15 @@ def test_a_step_that_runs_out_of_memory_is_recorded_anew_with_fewer_slots(record
     want, slots = generate(plain, 5), model.moe_offload._runtime.slots
     assert torch.equal(generate(model, 5), want)
     failed = []
-    place = type(model.moe_offload._runtime.layers[0]).place
+    place_top = type(model.moe_offload._runtime.layers[0]).place_top
 
-    def fail(self, ids_P):
+    def fail(self, scores_TE, k):
         if self.moe.index == 1 and len(failed) < 1:
             failed.append(1)
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
-        return place(self, ids_P)
+        return place_top(self, scores_TE, k)
 
-    monkeypatch.setattr(type(model.moe_offload._runtime.layers[0]), "place", fail)
+    monkeypatch.setattr(type(model.moe_offload._runtime.layers[0]), "place_top", fail)
     assert torch.equal(generate(model, 5), want) and failed
     assert all(now < then for now, then in zip(model.moe_offload._runtime.slots, slots, strict=True))
     model.moe_offload.close()

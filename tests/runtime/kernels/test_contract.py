@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import struct
 import subprocess
 import sys
 from dataclasses import dataclass, fields
@@ -161,8 +162,79 @@ class Event:
     def decide(self, kernels, ids_P):
         return kernels.decide(ids_P, self.state, self.loads, self.pace_2)
 
+    def decide_top(self, kernels, scores_TE, k):
+        return kernels.decide_top(scores_TE, k, self.state, self.loads, self.pace_2)
+
     def tensors(self):
         return [getattr(part, field.name).tolist() for part in (self.state, self.loads) for field in fields(part)]
+
+
+# decide_top: against the same reference, and equal scores against what torch does on a GPU
+
+
+@pytest.mark.parametrize(("experts", "k", "tokens"), [(9, 2, 3), (128, 8, 2), (40, 32, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_best_experts_get_their_slots(entry, experts, k, tokens, dtype):
+    pairs, draw = k * tokens, torch.Generator().manual_seed(0)
+    want, got = (Event(experts, max(pairs, experts // 2), pairs, device) for device in ("cpu", entry.device))
+    for _ in range(5):
+        order_TE = torch.stack([torch.randperm(experts, generator=draw) for _ in range(tokens)])
+        wide_ET = (order_TE - experts / 3).to(dtype).T.contiguous()  # as a router's transposed product would be
+        given = [part.tolist() for part in want.decide_top(reference, wide_ET.T, k)]
+        assert given == [part.tolist() for part in got.decide_top(entry.kernels, wide_ET.to(entry.device).T, k)]
+        assert want.tensors() == got.tensors()
+
+
+@pytest.mark.parametrize(("experts", "k", "kinds"), [(8, 2, 3), (128, 8, 6), (60, 32, 9), (33, 1, 2)])
+def test_of_equal_scores_those_are_chosen_that_a_gpu_chooses(entry, experts, k, kinds):
+    if entry.kernels.decide_top is reference.decide_top:
+        pytest.skip("torch itself, which chooses others on a CPU")
+    draw = torch.Generator().manual_seed(1)
+    scores_TE = torch.randint(-kinds, kinds, (4, experts), generator=draw).float()
+    scores_TE[0].masked_fill_(scores_TE[0] == 1, torch.nan)
+    scores_TE[1].masked_fill_(scores_TE[1] == 1, -0.0)
+    event = Event(experts, 4 * k, 4 * k, entry.device)
+    values_TK, ids_TK, _ = event.decide_top(entry.kernels, scores_TE.to(entry.device), k)
+    want = [chosen_on_a_gpu(row, k) for row in scores_TE.tolist()]
+    assert ids_TK.tolist() == want
+    assert torch.equal(bits(values_TK), bits(scores_TE.gather(1, torch.tensor(want))))
+
+
+def chosen_on_a_gpu(scores, k):
+    """torch.topk of one row as its CUDA source has it, a thread at a time: gatherTopK of TensorTopK.cu, then
+    bitonicSortKVInPlace of SortUtils.cuh with 16 threads."""
+    order = [sortable(score) for score in scores]
+    least = sorted(order, reverse=True)[k - 1]
+    ids = [i for i, one in enumerate(order) if one > least]
+    ids += [i for i, one in enumerate(order) if one == least][: k - len(ids)]
+    places = [(scores[i], i, True) for i in ids] + [(0.0, 0, False)] * (32 - k)
+
+    def step(stride, turned):
+        for thread in range(16):
+            at = 2 * thread - (thread & (stride - 1))
+            (a, _, a_valid), (b, _, b_valid) = places[at], places[at + stride]
+            greater = a > b or (a != a and b == b)
+            if ((greater and a_valid) or not b_valid) == turned(thread):
+                places[at], places[at + stride] = places[at + stride], places[at]
+
+    for size in (2, 4, 8, 16):
+        for stride in (size >> i for i in range(1, size.bit_length())):
+            step(stride, lambda thread, size=size: bool(thread & (size // 2)))
+    for stride in (16, 8, 4, 2, 1):
+        step(stride, lambda thread: False)
+    return [i for _, i, _ in places[:k]]
+
+
+def sortable(score):
+    number = struct.unpack("i", struct.pack("f", score))[0]
+    return 2**31 - 1 if score != score else number if number >= 0 else number ^ (2**31 - 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device, and no TRITON_INTERPRET")
+@pytest.mark.parametrize(("experts", "k"), [(8, 2), (64, 6), (128, 8), (256, 8), (512, 10)])
+def test_torch_chooses_so_on_this_gpu(experts, k):
+    assert KERNELS["cuda"]().chooses_as_torch(experts, k, torch.device("cuda", 0))
 
 
 # gather
@@ -259,6 +331,25 @@ def test_indexed_mm(entry, dtype, layout, hidden, rows):
     assert out_PM.dtype == dtype and out_PM.shape == want_PM.shape
     bound_PM = torch.finfo(dtype).eps * want_PM.abs() + 20 * torch.finfo(torch.float32).eps * size_PM
     assert ((out_PM.double() - want_PM).abs() <= bound_PM).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["rows", "field", "transposed"])
+@pytest.mark.parametrize(("hidden", "inner"), [(7, 5), (300, 70)])
+def test_gated_mm(entry, dtype, layout, hidden, inner):
+    """The bits of two launches: the products, rounded, and then silu of the gate times up, rounded once."""
+    generator = torch.Generator().manual_seed(0)
+    slots_P = torch.tensor([4, 0, 2, 0]).to(entry.device)
+    x_PH = torch.randn(4, hidden, generator=generator).to(entry.device, dtype)
+    weight_SMH = laid_out(torch.randn(5, 2 * inner, hidden, generator=generator).to(entry.device, dtype), layout)
+    out_PI = entry.kernels.gated_mm(x_PH, weight_SMH, slots_P)
+    gate_PI, up_PI = entry.kernels.indexed_mm(x_PH, weight_SMH, slots_P).double().chunk(2, dim=-1)
+    want_PI = torch.nn.functional.silu(gate_PI) * up_PI
+    assert out_PI.dtype == dtype and out_PI.shape == want_PI.shape
+    # torch's own rounds silu, too; and Triton's interpreter cuts bfloat16 off, where a GPU rounds it
+    roundings = 1.5 if entry.kernels.gated_mm is reference.gated_mm else 1 if INTERPRETED else 0.5
+    bound_PI = (roundings * torch.finfo(dtype).eps + 4 * torch.finfo(torch.float32).eps) * want_PI.abs()
+    assert ((out_PI.double() - want_PI).abs() <= bound_PI).all()
 
 
 # grouped_mm

@@ -19,6 +19,7 @@ pytest.importorskip("triton")
 TESTS = ["tests/runtime/kernels/test_contract.py", "tests/runtime/kernels/test_shuffled.py"]
 SLICE = (
     "renormalised or any_small or (ids_in_and_out and 10-6-4) or gather or refused "
+    "or (best_experts and 9-2-3) or (equal_scores and (8-2-3 or 60-32-9)) or (gated_mm and 7-5) "
     "or (indexed_mm and 300) or (test_grouped_mm and 70-150 and (transposed or field-back))"
 )
 

@@ -73,6 +73,13 @@ def launches():
 
         return run
 
+    def decide_top(experts, slots, k):
+        def run(kernels):
+            state, loads = StateBlock([(experts, slots)], "cpu").states[0], Loads.empty(k, "cpu")
+            kernels.decide_top(torch.empty(1, experts), k, state, loads, make_pace(1, 32.0, "cpu"))
+
+        return run
+
     def gather(kernels):
         rows = torch.empty(2, 4096, dtype=torch.bfloat16)
         kernels.gather(rows, rows, Loads.empty(1, "cpu"))
@@ -87,8 +94,9 @@ def launches():
 
     for sizes in ((128, 64, 8), (512, 512, 512)):
         yield pytest.param("decide", decide(*sizes), id=f"decide-{sizes}")
+    yield pytest.param("decide_top", decide_top(128, 64, 8), id="decide_top")
     yield pytest.param("gather", gather, id="gather")
-    for name, pairs in (("indexed_mm", 8), ("grouped_mm", 512)):
+    for name, pairs in (("indexed_mm", 8), ("gated_mm", 8), ("grouped_mm", 512)):
         for transposed in (False, True):
             yield pytest.param(name, multiply(name, pairs, transposed), id=f"{name}-{transposed}")
 

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from moe_offload.runtime.kernels import KERNELS, Loads, reference
+from moe_offload.runtime.kernels import KERNELS, Loads, make_pace, reference
+from moe_offload.runtime.kernels.state_block import StateBlock
+from tests.runtime.kernels.test_contract import chosen_on_a_gpu
 from tests.runtime.kernels.test_decide import Both
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -46,6 +48,17 @@ def test_decisions_do_not_depend_on_who_writes_first(shuffled):
         both.event(draw.sample(range(12), draw.randint(1, 4)))
     both.check()
     assert both.cache.counters.misses > 15
+
+
+def test_nor_does_the_choice_of_the_best(shuffled):
+    state, loads = StateBlock([(12, 6)], "cpu").states[0], Loads.empty(6, "cpu")
+    for kinds in (2, 50):
+        scores_TE = torch.randint(0, kinds, (2, 12), generator=torch.Generator().manual_seed(kinds)).float()
+        pace_2 = make_pace(2, 32.0, "cpu")
+        values_TK, ids_TK, slots_P = KERNELS["cuda"]().decide_top(scores_TE, 3, state, loads, pace_2)
+        assert ids_TK.tolist() == [chosen_on_a_gpu(row, 3) for row in scores_TE.tolist()]
+        assert torch.equal(values_TK, scores_TE.gather(1, ids_TK))
+        assert slots_P.tolist() == state.slot_of_E[ids_TK.flatten()].tolist()
 
 
 def test_gathered_rows_do_not_either(shuffled):

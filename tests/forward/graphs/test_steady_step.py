@@ -1,0 +1,160 @@
+"""Steps that go past Dynamo's guards: whatever changes between two of them, the result is that of the plain model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import StaticCache
+
+from tests.fakes.offloaded import SETTINGS, offload, resident
+
+DEVICE = replace(SETTINGS, decide="device", poison=False, dynamic=None)
+PROMPT, STEP = torch.arange(3, 15).view(1, -1), torch.tensor([[5]])
+
+
+class Both:
+    """The plain model and the offloaded one, each with a KV cache of its own, given the same at every step."""
+
+    def __init__(self):
+        torch._dynamo.reset()
+        self.plain = resident(layers=2)
+        self.model = offload(resident(layers=2), 0.5, config=DEVICE, device_map="cpu", profile="off")
+        self.caches = [StaticCache(config=one.config, max_cache_len=256) for one in (self.plain, self.model)]
+        self.call(PROMPT)
+        for _ in range(4):
+            self.step()
+        assert self.taken >= 1
+
+    @property
+    def taken(self):
+        return self.model._compiled_call_impl.run.steps.taken
+
+    def call(self, ids, **options):
+        with torch.no_grad():
+            want, got = (
+                model(ids, past_key_values=cache, **options).logits
+                for model, cache in zip((self.plain, self.model), self.caches, strict=True)
+            )
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)  # a traced step rounds otherwise than an eager one
+        return got
+
+    def step(self):
+        return self.call(STEP)
+
+    def change(self, what):
+        for one in (self.plain, self.model):
+            what(one)
+
+
+@pytest.fixture(scope="module")
+def shared():
+    both = Both()
+    yield both
+    both.model.moe_offload.close()
+
+
+@pytest.fixture
+def both(shared):
+    """Steady again, whatever the test before has changed."""
+    for _ in range(4):
+        before = shared.taken
+        shared.step()
+    assert shared.taken > before
+    return shared
+
+
+def taken_by(both, run):
+    before = both.taken
+    run()
+    return both.taken - before
+
+
+def test_a_steady_step_goes_past_dynamo_and_gives_the_same(both):
+    assert taken_by(both, both.step) == 1
+
+
+def attention(model):
+    return model.model.layers[1].self_attn
+
+
+CHANGES = {
+    "a weight's values": lambda m: attention(m).q_proj.weight.data.mul_(1.5),
+    "a weight's memory": lambda m: setattr(attention(m).q_proj.weight, "data", attention(m).q_proj.weight.data * 0.5),
+    "another weight": lambda m: setattr(
+        attention(m).k_proj, "weight", torch.nn.Parameter(attention(m).k_proj.weight * 0.7, requires_grad=False)
+    ),
+    "another module": lambda m: setattr(attention(m), "v_proj", attention(m).k_proj),
+    "an attribute": lambda m: setattr(attention(m), "scaling", attention(m).scaling * 2),
+    "an attribute of a norm": lambda m: setattr(m.model.norm, "variance_epsilon", 0.5),
+    "a method": lambda m: m.model.norm.__dict__.__setitem__("forward", lambda x: x * 0.5),
+    "a router": lambda m: m.model.layers[0].mlp.gate.weight.data.neg_(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_changed_between_two_steps_is_seen(both, change):
+    before = both.step()
+    both.change(CHANGES[change])
+    assert not torch.allclose(both.step(), before, rtol=1e-2, atol=1e-3), "the change matters"
+
+
+def test_a_hook_is_called_and_is_called_no_more_once_it_is_off(both):
+    handles = []
+    both.change(lambda m: handles.append(m.model.norm.register_forward_hook(lambda *args: args[-1] * 0.25)))
+    assert taken_by(both, both.step) <= 0, "graphs are made anew"
+    both.step()
+    for handle in handles:
+        handle.remove()
+    both.step()
+    both.step()
+
+
+def test_modes_and_arguments_are_guarded_as_ever(both):
+    assert taken_by(both, lambda: both.call(STEP, output_hidden_states=True)) == 0
+    assert taken_by(both, lambda: both.call(STEP.to(torch.int32))) == 0
+    assert taken_by(both, lambda: both.call(STEP, logits_to_keep=1)) == 0
+    both.step()
+    kept = both.model._compiled_call_impl.run.steps._kept[0]
+    kwargs = {"past_key_values": both.caches[1]}
+    with torch.no_grad(), both.model._compiled_call_impl.scope.entered():
+        assert kept.holds((STEP,), kwargs, kept.hooks) and not kept.holds((STEP,), kwargs, kept.hooks + 1)
+        assert not kept.holds((both.caches[1].layers[0].cumulative_length,), kwargs, kept.hooks)
+        with torch.enable_grad():
+            assert not kept.holds((STEP,), kwargs, kept.hooks)
+        with torch.compiler.set_stance("force_eager"):
+            assert not kept.holds((STEP,), kwargs, kept.hooks)
+
+
+def test_another_cache_is_another_and_the_first_is_not_held(both):
+    others = [StaticCache(config=one.config, max_cache_len=256) for one in (both.plain, both.model)]
+    first, both.caches = both.caches, others
+    assert taken_by(both, lambda: both.call(PROMPT)) == 0
+    assert taken_by(both, both.step) == 0
+    for _ in range(3):
+        both.step()
+    assert taken_by(both, both.step) == 1
+    both.caches = first
+    assert taken_by(both, both.step) == 1, "both are kept"
+
+
+def test_what_is_kept_goes_with_its_graphs(both):
+    steps = both.model._compiled_call_impl.run.steps
+    both.model._compiled_call_impl.scope.renew()
+    assert both.model._compiled_call_impl.run.steps is not steps
+    torch._dynamo.reset()
+    both.step()
+    for _ in range(4):
+        both.step()
+
+
+def test_where_the_host_decides_every_step_is_guarded():
+    model = offload(resident(layers=1), 0.5, config=SETTINGS, device_map="cpu", profile="off")
+    cache = StaticCache(config=model.config, max_cache_len=256)
+    with torch.no_grad():
+        model(PROMPT, past_key_values=cache)
+        for _ in range(4):
+            model(STEP, past_key_values=cache)
+    assert model._compiled_call_impl.run.steps.taken == 0
+    model.moe_offload.close()
