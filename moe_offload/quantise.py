@@ -219,7 +219,7 @@ def _compare_rows(source: Source, folder: Path) -> float:
                 for weight in after.packed:
                     want, found = (
                         fields[weight.name].view_in(was).float(),
-                        torch.empty(weight.shape, dtype=weight.dtype),
+                        torch.empty(weight.shape, dtype=weight.dtype, device="cpu"),
                     )
                     weight.unpack(row, found)
                     error = float((found.float() - want).norm() / want.norm().clamp(min=1e-30))

@@ -34,7 +34,7 @@ class Count:
     """Uses per expert of one layer: what an observed weight is bound to."""
 
     def __init__(self, moe: MoELayer):
-        self.moe, self.tokens, self.counts = moe, 0, torch.zeros(moe.num_experts, dtype=torch.int64)
+        self.moe, self.tokens, self.counts = moe, 0, torch.zeros(moe.num_experts, dtype=torch.int64, device="cpu")
         self.used: Counter[int] = Counter()  # of the forward that is going on, where experts are called one by one
 
     def observe(self, ids_P: Tensor) -> None:

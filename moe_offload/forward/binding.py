@@ -177,7 +177,7 @@ class Link:
     def __init__(self, scope: Scope, run: RunExperts, whole: bool, rows: str, name: str, casts: bool, compiled: bool):
         self.scope, self.run, self.whole, self.key, self.rows = scope, run, whole, _CLOSED, rows
         self.name = name
-        self.casts, self.compiled, self.refusing = casts, compiled, torch.empty(1)
+        self.casts, self.compiled, self.refusing = casts, compiled, torch.empty(1, device="cpu")
         ops.bind(self.refusing, _Refusing(name))
         weakref.finalize(self, ops.unbind, self.refusing).atexit = False
 
@@ -222,7 +222,7 @@ class _Closed:
         raise closed_error("this model")
 
 
-_CLOSED = torch.empty(1)
+_CLOSED = torch.empty(1, device="cpu")
 ops.bind(_CLOSED, _Closed())
 
 

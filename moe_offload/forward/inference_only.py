@@ -52,7 +52,7 @@ def needs_gradients(model: nn.Module, inputs: Iterable[Any]) -> bool:
 
 def refuse_backward_of(output: Any) -> Any:
     """`output`, a model's; a backward through any of its tensors raises. (What a KV cache holds stays as it is.)"""
-    return _mark_tensors(output, torch.empty(0, requires_grad=True))
+    return _mark_tensors(output, torch.empty(0, requires_grad=True, device="cpu"))
 
 
 def _mark_tensors(one: Any, probe: Tensor) -> Any:

@@ -53,7 +53,7 @@ def allocate_unfilled(nbytes: int, device: torch.device | str) -> Tensor:
 
 def page_aligned(nbytes: int) -> Tensor:
     """Uninitialised bytes that begin at a page: what a read past the page cache needs."""
-    raw = torch.empty(nbytes + ROW_ALIGN, dtype=torch.uint8)
+    raw = torch.empty(nbytes + ROW_ALIGN, dtype=torch.uint8, device="cpu")
     begin = -raw.data_ptr() % ROW_ALIGN
     return raw[begin : begin + nbytes]
 
@@ -65,7 +65,7 @@ def map_pages(nbytes: int, huge: bool = False) -> Tensor:
     `huge`: in pages of 2 MiB, where the system has them. A device reads them with fewer translations of addresses.
     """
     if not nbytes:
-        return torch.empty(0, dtype=torch.uint8)
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
     begin, extent = 0, -(-nbytes // ROW_ALIGN) * ROW_ALIGN
     huge = huge and hasattr(mmap, "MADV_HUGEPAGE") and extent >= HUGE_PAGE
     pages = mmap.mmap(-1, extent + (HUGE_PAGE if huge else 0), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

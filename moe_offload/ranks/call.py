@@ -89,7 +89,7 @@ def _compare(given: Iterable[Any]) -> None:
         if type(tensor) is Tensor and tensor.device.type == "cpu":
             flat = tensor.detach().contiguous().view(torch.uint8) if tensor.dim() else tensor.detach().view(1)
             checksum = zlib.crc32(flat.numpy().tobytes(), checksum)
-    ends = torch.tensor([checksum, -checksum])
+    ends = torch.tensor([checksum, -checksum], device="cpu")
     dist.all_reduce(ends, op=dist.ReduceOp.MAX)
     if ends[0] != -ends[1]:
         raise RankError(

@@ -38,7 +38,7 @@ class DeviceCaches:
         self.in_charge = False
         self._prepared: set[int] = set()
         self._block = StateBlock([(one.cache.num_experts, one.cache.slots) for one in layers], device)
-        self._seen_L = torch.zeros(len(layers), dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._seen_L = torch.zeros(len(layers), dtype=torch.int64, pin_memory=device.type == "cuda", device="cpu")
         parts = zip(layers, rows, range(len(layers)), strict=True)
         self.caches = [
             DeviceCache(arrivals, rows_EN, self._block, i, half_life, kernels) for arrivals, rows_EN, i in parts

@@ -81,10 +81,10 @@ class Joint:
         if any(not 0 <= e < cache.num_experts or (cache.slot_of[e] < 0 and e not in awaited) for e in used):
             return None
         if awaited.isdisjoint(used) and sum(used.values()) == len(ids):
-            slots_P = torch.tensor([cache.slot_of[e] for e in ids], dtype=ids_P.dtype)
+            slots_P = torch.tensor([cache.slot_of[e] for e in ids], dtype=ids_P.dtype, device="cpu")
             return core(x_P, slots_P, arrivals.slots.bank_SN, others)
         try:
-            return compute_while_loading(arrivals, None, x_P, torch.tensor(ids), core, others, (), used)
+            return compute_while_loading(arrivals, None, x_P, torch.tensor(ids, device="cpu"), core, others, (), used)
         except Exception as error:  # perhaps of a row that only another request needs; if not, it comes again
             arrivals.abort()
             logger.debug("%s: a request asks again, alone: %s", arrivals.moe.name, error)

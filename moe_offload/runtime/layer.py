@@ -119,7 +119,7 @@ class LayerRuntime:
             raise
         slot_of, pending = cache.slot_of, cache.pending
         slots = [pending[e].slot if e in pending else slot_of[e] for e in ids] if pending else [slot_of[e] for e in ids]
-        return arrivals.transfer.send(torch.tensor(slots, dtype=ids_P.dtype)).view(ids_P.shape)
+        return arrivals.transfer.send(torch.tensor(slots, dtype=ids_P.dtype, device="cpu")).view(ids_P.shape)
 
     def place(self, ids_P: Tensor) -> Tensor:
         if self.device_cache is None:  # the graph was traced for a layer of the device, and Dynamo shares it
@@ -160,7 +160,9 @@ class LayerRuntime:
                 return core(x_P, self._slots_of(ids_P, ids), self.slots.bank_SN, others)
             if runs_ahead:
                 return compute_in_groups(arrivals, self.following, x_P, ids_P, used, core, others, without_slot)
-            return compute_while_loading(arrivals, self.following, x_P, torch.tensor(ids), core, others, without_slot)
+            return compute_while_loading(
+                arrivals, self.following, x_P, torch.tensor(ids, device="cpu"), core, others, without_slot
+            )
         except BaseException:
             arrivals.abort()
             raise
@@ -259,5 +261,5 @@ class LayerRuntime:
         """Where the experts of an event are that are all resident; where the device runs ahead, without its ids."""
         slot_of, transfer = self.cache.slot_of, self.arrivals.transfer
         if transfer.runs_ahead:
-            return transfer.send(torch.tensor(slot_of, dtype=ids_P.dtype)).index_select(0, ids_P)
-        return torch.tensor([slot_of[e] for e in ids], dtype=ids_P.dtype)
+            return transfer.send(torch.tensor(slot_of, dtype=ids_P.dtype, device="cpu")).index_select(0, ids_P)
+        return torch.tensor([slot_of[e] for e in ids], dtype=ids_P.dtype, device="cpu")

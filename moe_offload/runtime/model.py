@@ -192,7 +192,7 @@ class Runtime:
         self.check_open()
         layer = self.layers[index]
         fields, num_experts = layer.moe.unpacked.fields, layer.moe.num_experts
-        stacked = {f.name: torch.empty((num_experts, *f.shape), dtype=f.dtype) for f in fields}
+        stacked = {f.name: torch.empty((num_experts, *f.shape), dtype=f.dtype, device="cpu") for f in fields}
         for e in range(num_experts):
             row = self.read_unpacked(index, e)
             for f in fields:

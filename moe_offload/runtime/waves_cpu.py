@@ -87,10 +87,10 @@ class _Wave:
         self.out_P: Tensor | None = None
         cache = arrivals.cache
         absent = [one.expert for one in arrivals.awaited] + list(feed.without_slot)
-        here = torch.ones(cache.num_experts + 1, dtype=torch.bool)
+        here = torch.ones(cache.num_experts + 1, dtype=torch.bool, device="cpu")
         here[[*absent, cache.num_experts]] = False
         self.resident_R = here[ids_P].nonzero().flatten()
-        self.resident_slots_R = torch.tensor(cache.slot_of)[ids_P[self.resident_R]]
+        self.resident_slots_R = torch.tensor(cache.slot_of, device="cpu")[ids_P[self.resident_R]]
         # Grouped experts code has sorted its pairs: those of one expert are neighbours, and need no gathering.
         in_order = bool((ids_P[1:] >= ids_P[:-1]).all())
         self.order_P = None if in_order else ids_P.argsort(stable=True)
@@ -117,7 +117,7 @@ class _Wave:
             else (arrivals.slots, arrival.load.slot)
         )
         if pairs.stop > pairs.start:
-            slots_R = torch.full((pairs.stop - pairs.start,), i)
+            slots_R = torch.full((pairs.stop - pairs.start,), i, device="cpu")
             self._compute(pairs if self.order_P is None else self.order_P[pairs], slots_R, source)
         if arrival.scratch_row >= 0:
             self.feed.reuse(arrival.scratch_row)

@@ -123,10 +123,10 @@ def _row(arrival: Arrival) -> int:
 
 def _in_order(arrivals: Arrivals, groups: Sequence[Group], ids_P: Tensor) -> tuple[Tensor, Tensor]:
     """The pairs in the order of `groups`, those of one expert next to each other; and the row of each in that order."""
-    table_2E = torch.zeros((2, arrivals.cache.num_experts), dtype=torch.int64)
+    table_2E = torch.zeros((2, arrivals.cache.num_experts), dtype=torch.int64, device="cpu")
     experts = [e for group in groups for e in group.experts]
-    table_2E[0, experts] = torch.arange(len(experts))
-    table_2E[1, experts] = torch.tensor([row for group in groups for row in group.rows])
+    table_2E[0, experts] = torch.arange(len(experts), device="cpu")
+    table_2E[1, experts] = torch.tensor([row for group in groups for row in group.rows], device="cpu")
     rank_P, slots_P = arrivals.transfer.send(table_2E).index_select(1, ids_P).unbind()
     order_P = rank_P.argsort(stable=True)
     return order_P, slots_P[order_P]

@@ -322,3 +322,12 @@ def test_a_long_prompt_in_pieces(caplog):
     assert torch.equal(pieces[0], pieces[1])
     assert torch.equal(logits, unmodified(ids).logits)
     assert len(caplog.records) == 1 and "past_key_values" in caplog.text and "600 tokens" in caplog.text
+
+
+def test_another_default_device_changes_nothing():
+    """As of a program that sets `torch.set_default_device("cuda")`, and computes this model on the CPU."""
+    want, model = resident(layers=2)(IDS).logits, build(QWEN, num_hidden_layers=2)
+    with torch.device("meta"):
+        offload(model)
+        assert torch.equal(model(IDS).logits, want)
+    assert model.moe_offload.stats().misses

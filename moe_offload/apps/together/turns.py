@@ -4,9 +4,9 @@
     layer 0         what all of them ask for is looked up once, and begins to load; each computes alone, and goes on
     layer 1 ...     the same, until each has its logits, has sampled, and is about to begin the next step
 
-Where a product's rows are known to have the bits that each has alone (`patch/exact_products.py`), the experts and the large
-linear layers are computed for all of them at once, and each weight is read once. For every layer and number of calls
-the first output is compared with what each gets alone.
+Where a product's rows are known to have the bits that each has alone (`patch/exact_products.py`), the experts and the
+large linear layers are computed for all of them at once, and each weight is read once. For every layer and number of
+calls the first output is compared with what each gets alone.
 
 A forward of several tokens, which is a prompt or a piece of one, runs from its beginning to its end before those of one
 token. A model whose experts are called one by one, or which is compiled whole, takes turns from step to step only; so

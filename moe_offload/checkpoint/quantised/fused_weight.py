@@ -38,7 +38,7 @@ class FusedWeight(WrappedWeight):
         for slot, begin, end in few:
             first = 0
             for matrix in self.weight.matrices:
-                out = torch.empty((end - begin, matrix.shape[0]), dtype=out_PO.dtype)
+                out = torch.empty((end - begin, matrix.shape[0]), dtype=out_PO.dtype, device="cpu")
                 multiply_fused(matrix.format, matrix.tensors(rows_SB[slot]), x_PI[begin:end], out)
                 out_PO[begin:end, first : first + matrix.shape[0]] = out
                 first += matrix.shape[0]

@@ -82,7 +82,7 @@ class Layout:
         strips = [self._quantise_strip(strip) for strip in w_OI.split(max(AT_ONCE // w_OI.shape[1], 1) * self._unit)]
         codes, scales = (torch.cat(parts) for parts in zip(*strips, strict=True))
         if self.kind == "int4":
-            return [codes, scales, torch.tensor(w_OI.shape)]
+            return [codes, scales, torch.tensor(w_OI.shape, device="cpu")]
         return [codes.flatten(1) if self.kind == "mxfp4" and not self.stacked else codes, scales]
 
     @property

@@ -133,7 +133,7 @@ def convert_one(made_by: MadeBy, weight: MatrixWeight, row: Tensor, model: Stand
 
 
 def _agrees(weight: MatrixWeight, made_by: MadeBy, row: Tensor, model: StandIn) -> bool:
-    ours = torch.empty(weight.shape, dtype=weight.dtype)
+    ours = torch.empty(weight.shape, dtype=weight.dtype, device="cpu")
     weight.unpack(row, ours)
     theirs = convert_one(made_by, weight, row, model).to(weight.dtype).contiguous()
     return theirs.shape == ours.shape and torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))

@@ -89,7 +89,7 @@ class MatrixWeight:
             [matrix] = self.matrices
             matrix.format.unpack_turned(matrix.tensors(row), out)
             return
-        parts = [torch.empty(matrix.shape, dtype=self.dtype) for matrix in self.matrices]
+        parts = [torch.empty(matrix.shape, dtype=self.dtype, device="cpu") for matrix in self.matrices]
         for matrix, part in zip(self.matrices, parts, strict=True):
             matrix.format.unpack(matrix.tensors(row), part)
         out.copy_(convert_tensors(self.conversions, parts))

@@ -109,4 +109,4 @@ def _is_held(layer: Any) -> bool:
     return sys.getrefcount(layer.keys) > sys.getrefcount(_HELD_BY_NONE.keys)
 
 
-_HELD_BY_NONE = SimpleNamespace(keys=torch.empty(0))
+_HELD_BY_NONE = SimpleNamespace(keys=torch.empty(0, device="cpu"))

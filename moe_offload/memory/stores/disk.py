@@ -80,7 +80,7 @@ class DiskStore:
             raise self._is_closed()
         check_request(layer, expert, self._counts, row, self._row_bytes)
         plan = self._plans[layer][expert]
-        scratch = torch.empty(plan.scratch_bytes, dtype=torch.uint8).numpy().data
+        scratch = torch.empty(plan.scratch_bytes, dtype=torch.uint8, device="cpu").numpy().data
         who = f"{self._names[layer]} expert {self._first[layer] + expert}"
         parts = [partial(self._fill, part, row, scratch, who) for part in plan.parts]
         return RowRead(parts, partial(self._finish, plan, row, scratch, who, layer))

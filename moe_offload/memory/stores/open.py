@@ -57,7 +57,7 @@ def open_stores(
             stores |= {moe.index: spilled for moe in loaded}
         in_ram = [moe for moe in moe_layers if tiers[moe.index] == "host"]
         if in_ram:
-            rows = [torch.empty((0, moe.layout.row_bytes), dtype=torch.uint8) for moe in moe_layers]
+            rows = [torch.empty((0, moe.layout.row_bytes), dtype=torch.uint8, device="cpu") for moe in moe_layers]
             with show_bar("Loading", sum(moe.nbytes for moe in in_ram), what="experts") as shown:
                 for moe in in_ram:
                     rows[moe.index] = _rows_in_ram(moe, stores.get(moe.index), shown.update, device != "cpu")

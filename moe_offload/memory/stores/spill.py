@@ -61,7 +61,7 @@ def spill_layers(
 def _write_rows(descriptor: int, chosen: Sequence[MoELayer], progress: Callable[[int], object]) -> None:
     done = 0
     for moe in chosen:
-        row = torch.zeros(moe.layout.row_bytes, dtype=torch.uint8)
+        row = torch.zeros(moe.layout.row_bytes, dtype=torch.uint8, device="cpu")
         for e in range(moe.num_experts):
             pack_row(moe, e, row)
             rest = row.numpy().data

@@ -16,7 +16,7 @@ def has_byte(tensor: Tensor, *, signed: bool) -> bool:
     """Whether a contiguous tensor has a byte 0xff, or, of signed codes, 0x7f or 0xff."""
     size, address = tensor.numel(), tensor.data_ptr()
     first = min(-address % 8, size)  # words are read where they are aligned
-    chunks, found = (size - first) // CHUNK, torch.zeros(1, dtype=torch.int64)
+    chunks, found = (size - first) // CHUNK, torch.zeros(1, dtype=torch.int64, device="cpu")
     run(_scan, chunks, (address + first, int(signed), found.data_ptr()), chunks * CHUNK)
     flat = tensor.view(torch.uint8).view(-1)
     ends = torch.cat([flat[:first], flat[first + chunks * CHUNK :]])

@@ -43,13 +43,13 @@ class DeviceState:
         if cache.pending:
             raise AssertionError(f"{cache.name}: loads are pending")
         rate = _rate(cache)
-        self.slot_of_E.copy_(torch.tensor(cache.slot_of))
-        self.expert_at_S.copy_(torch.tensor(cache.expert_at))
-        self.used_E.copy_(torch.tensor(rate.used, dtype=torch.float64))
+        self.slot_of_E.copy_(torch.tensor(cache.slot_of, device="cpu"))
+        self.expert_at_S.copy_(torch.tensor(cache.expert_at, device="cpu"))
+        self.used_E.copy_(torch.tensor(rate.used, dtype=torch.float64, device="cpu"))
         self.unit_1.fill_(rate.unit)
         counters = cache.counters
-        self.counts_E.copy_(torch.tensor(counters.counts))
-        self.totals_4.copy_(torch.tensor([counters.by_device, counters.hits, counters.misses, 0]))
+        self.counts_E.copy_(torch.tensor(counters.counts, device="cpu"))
+        self.totals_4.copy_(torch.tensor([counters.by_device, counters.hits, counters.misses, 0], device="cpu"))
 
     def forget(self) -> None:
         """Nothing is resident any more; what was counted and scored stays."""

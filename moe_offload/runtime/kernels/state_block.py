@@ -31,7 +31,7 @@ class StateBlock:
         device = torch.device(device)
         with torch.inference_mode(False):  # what is made within that mode cannot be written outside of it
             self.block_B = torch.zeros(nbytes, dtype=torch.uint8, device=device)
-            self.mirror_B = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+            self.mirror_B = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda", device="cpu")
             self.states, self.totals_L4 = _views(self.block_B, layers)
             self.mirrors, _ = _views(self.mirror_B, layers)
             for state in self.mirrors:
