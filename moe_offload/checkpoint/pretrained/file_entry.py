@@ -67,7 +67,7 @@ class FileEntry:
         like: Tensor = torch.empty(self._found.shape, dtype=dtype, device="meta")[part]
         if like.is_contiguous():
             return self._read(int(like.storage_offset()), like.numel(), placed=dtype in PLACED).view(like.shape)
-        out = torch.empty(like.shape, dtype=dtype)
+        out = torch.empty(like.shape, dtype=dtype, device="cpu")
         rows = max(1, PART_BYTES // (like.stride(0) * dtype.itemsize))
         for first in range(0, len(like), rows):
             some = like[first : first + rows]
@@ -81,7 +81,7 @@ class FileEntry:
         dtype = self._found.dtype
         offset, nbytes = self._found.offset + first * dtype.itemsize, count * dtype.itemsize
         begin = offset % LINE if placed and offset % dtype.itemsize == 0 else 0
-        bytes_N = torch.empty(begin + nbytes, dtype=torch.uint8)[begin:]  # torch.empty begins at a cache line
+        bytes_N = torch.empty(begin + nbytes, dtype=torch.uint8, device="cpu")[begin:]  # torch.empty begins at a cache line
         self._fill(memoryview(bytes_N.numpy()), offset)
         return bytes_N.view(dtype)
 
