@@ -36,12 +36,16 @@ def no_usage_is_remembered():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("moe_offload.plan.prepare.usage_folder", lambda: None)
         patch.setenv("HF_HOME", NO_HF_HOME)  # of processes that tests start: no folder can be there
+        patch.setitem(globals(), "tests_run", True)
         yield
 
 
 def refuse_to_leave_usage(event: str, args: tuple[Any, ...]) -> None:
-    """An audit hook. What the fixture above sets does not reach a process that a test starts with an environment of its
-    own, nor code that makes the user's folder without asking `plan/prepare.py`. Both fail here, where they happen."""
+    """An audit hook, while tests run: before, pytest-xdist starts its workers. What the fixture above sets does not
+    reach a process that a test starts with an environment of its own, nor code that makes the user's folder without
+    asking `plan/prepare.py`. Both fail here, where they happen."""
+    if not tests_run:
+        return
     if event == "subprocess.Popen":
         env = os.environ if args[3] is None else args[3]
         if "HF_HOME" not in map(os.fsdecode, env):
@@ -54,6 +58,7 @@ def refuse_to_leave_usage(event: str, args: tuple[Any, ...]) -> None:
         raise AssertionError(f"a test writes {args[0]}, which is the user's: pass profile='off', or a folder of yours")
 
 
+tests_run = False
 NO_HF_HOME = f"{os.devnull}/huggingface"
 USERS_FOLDER = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser().absolute() / "moe_offload"
 sys.addaudithook(refuse_to_leave_usage)

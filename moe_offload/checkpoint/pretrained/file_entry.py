@@ -81,7 +81,8 @@ class FileEntry:
         dtype = self._found.dtype
         offset, nbytes = self._found.offset + first * dtype.itemsize, count * dtype.itemsize
         begin = offset % LINE if placed and offset % dtype.itemsize == 0 else 0
-        bytes_N = torch.empty(begin + nbytes, dtype=torch.uint8, device="cpu")[begin:]  # torch.empty begins at a cache line
+        # What is new begins at a cache line.
+        bytes_N = torch.empty(begin + nbytes, dtype=torch.uint8, device="cpu")[begin:]
         self._fill(memoryview(bytes_N.numpy()), offset)
         return bytes_N.view(dtype)
 
