@@ -3,8 +3,8 @@
 Shapes: T tokens, E experts, K of them a token, P = T*K pairs, S slots; BLOCK_E is the power of two at or above E.
 
 torch.topk does not promise which of equal scores it takes, nor their order, and a routed sum rounds by that order. What
-CUDA's does for up to 32 of a row that one block reads is plain from its source (TensorTopK.cu and SortUtils.cuh, alike
-in torch 2.11 to 2.13), and the same here:
+CUDA's does for up to 32 of a row that one block reads is plain from its source (TensorTopK.cu and SortUtils.cuh, as
+read in 2026), and the same here:
 
     chosen      all that are greater than the K-th greatest, then of those equal to it the first ones
     in order    by a bitonic network of 32 places, into which they come in that order; it moves equals about
