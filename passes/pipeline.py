@@ -61,7 +61,8 @@ def offload_pipeline(
     on_device: Collection[Hashable] = (),
     few_pairs: Mapping[Hashable, int] | None = None,
     in_any_order: Mapping[Hashable, int] | None = None,
-    by_scores: Collection[Hashable] = (),
+    by_scores: Mapping[Hashable, int] | None = None,
+    joins_gates: bool = True,
 ) -> list[Pass]:
     """Serve every site from its bank: decode sites by slot, the rest in waves.
 
@@ -69,7 +70,8 @@ def offload_pipeline(
     renamed index cannot. With `guess` each layer's router is asked a layer earlier, too. In the layers `on_device` it
     is the device that decides which slots a decode step gets. `few_pairs` are the pairs of each layer up to which its
     products may round otherwise, `in_any_order` those up to which each pair has a product of its own: they need not be
-    sorted, and a gate is part of it; None: never. In the layers `by_scores` the device chooses experts as it decides.
+    sorted, and, where the rest is compiled without rounding in between (`joins_gates`), a gate is part of it; None:
+    never. In the layers `by_scores` the device chooses so many experts of a token as it decides.
     """
     core: dict[str, Any] = {} if compile_core is None else {"compile_core": compile_core}
     few: dict[str, Any] = {} if few_pairs is None else {"few_pairs": few_pairs}
@@ -80,8 +82,8 @@ def offload_pipeline(
     decode: list[Pass] = [] if overlap else [by_slot]
     if decode and in_any_order:
         decode.append(partial(leave_unsorted, sites=sites, few_pairs=in_any_order))
-        decode.append(partial(gate_in_products, sites=sites, few_pairs=in_any_order))
-        decode.append(partial(choose_with_slots, sites=sites, by_scores=by_scores))
+        decode += [partial(gate_in_products, sites=sites, few_pairs=in_any_order)] if joins_gates else []
+        decode += [partial(choose_with_slots, sites=sites, by_scores=by_scores)] if by_scores else []
     decode += [partial(speed_up_products, sites=sites, **few)] if few and decode else []
     return [*early, *decode, in_waves]
 

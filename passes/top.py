@@ -10,7 +10,7 @@ makes of the scores before and after stays as it is, and so do the ids.
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,8 +25,9 @@ SAME = {"reshape", "view", "flatten", "contiguous", "detach", "clone", "long"}  
 DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 
-def choose_with_slots(graph: Graph, *, sites: Sequence[Site], by_scores: Collection[Hashable]) -> list[Site]:
-    """Join topk and `place` in every site of the layers `by_scores` whose ids are those of a topk, as they came.
+def choose_with_slots(graph: Graph, *, sites: Sequence[Site], by_scores: Mapping[Hashable, int]) -> list[Site]:
+    """Join topk and `place` in every site whose ids are those of a topk, as they came, of the K that `by_scores` has
+    for its layer.
 
     Run it after `rename_to_slots`. A bank that two sites share is left alone: between topk and `place` of the one,
     slots that the other was given may be read.
@@ -36,10 +37,10 @@ def choose_with_slots(graph: Graph, *, sites: Sequence[Site], by_scores: Collect
     for site in sites:
         place = next((user for user in site.ids.users if user.target is ops.place), None)
         top = _find_top(site.ids)
-        if place is None or top is None or site.layer not in by_scores or banks.count(site.bank) > 1:
+        if place is None or top is None or banks.count(site.bank) > 1:
             continue
         scores, k = _arguments(top)
-        if _fits(scores, k, site):
+        if by_scores.get(site.layer) == k and _fits(scores, k, site):
             _join(graph, top, place, scores, k)
             done.append(site)
     return done

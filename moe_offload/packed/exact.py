@@ -87,7 +87,7 @@ def repeats(expected_MO: Tensor, x_MI: Tensor, matrix_OI: Tensor, order: Order, 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two results are equal in every bit: 0 and -0 differ."""
-    integer = {2: torch.int16, 4: torch.int32}[one.itemsize]
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.itemsize]
     return torch.equal(one.view(integer), other.view(integer))
 
 

@@ -108,6 +108,11 @@ def multiply_rows(linear: nn.Linear, x_MI: Tensor) -> Tensor:
     return out_MO
 
 
+def multiply_alone(linear: nn.Linear, x_1I: Tensor) -> Tensor:
+    """What a call by itself gets of such a layer, by torch."""
+    return functional.linear(x_1I[None], linear.weight, linear.bias)[0]
+
+
 def rows_are_alike(moe: MoELayer, rows: int) -> bool:
     """Whether each of so many rows of the products of these experts has the bits it has alone, `each_as_alone`."""
     matrices = [field for field in moe.unpacked.fields if len(field.shape) == 2]

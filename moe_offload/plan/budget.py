@@ -71,10 +71,11 @@ class Costs:
             return self.reserve_bytes
         return self.kv_bytes + self.scores_bytes + self.library_bytes + workspace(budget)
 
-    def keeps_heap(self, budget: int) -> bool:
-        """Whether there is room for what the layers of a prompt leave in the heap for one another."""
+    def heap_bytes(self, budget: int) -> int:
+        """Of the reserve, what is for the memory that the layers of a prompt leave in the heap for one another: all
+        that it may become, or nothing."""
         known = self.kv_bytes + self.scores_bytes + self.library_bytes
-        return self.reserve(budget) - known >= WORKSPACE_LIMIT + HEAP_LIMIT
+        return HEAP_LIMIT if self.reserve(budget) - known >= WORKSPACE_LIMIT + HEAP_LIMIT else 0
 
     def for_banks(self, budget: int) -> int:
         """What is left of `budget` for slots; negative when nothing is."""

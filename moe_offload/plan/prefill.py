@@ -55,8 +55,9 @@ def prefill_room(model: Any, moe_layers: Sequence[MoELayer], plan: Plan) -> Pref
     experts = max(_pairs(moe) * (4 * hidden + _widths(moe, hidden)) for moe in moe_layers)
     attention = 4 * heads * head_dim + 4 * hidden
     eager = getattr(config, "_attn_implementation", None) == "eager"
+    beside = costs.kv_bytes + costs.library_bytes + costs.heap_bytes(plan.budget_bytes)
     return PrefillRoom(
-        room_bytes=max(0, costs.reserve(plan.budget_bytes) - costs.kv_bytes - costs.library_bytes),
+        room_bytes=max(0, costs.reserve(plan.budget_bytes) - beside),
         token_bytes=max(experts, attention) * itemsize + 2 * hidden * itemsize,
         pair_bytes=(heads * (4 + 2 * itemsize) if eager else 0) + itemsize + 1,  # scores, and the mask
         key_bytes=2 * heads * head_dim * itemsize,  # keys and values of one layer, repeated for every query head

@@ -152,6 +152,12 @@ def join_group(timeout_s: float) -> Group:
     return _formed[0][1]
 
 
+def formed_group() -> Group | None:
+    """The group of this process as it is, if there is one."""
+    store = cast(Any, dist.distributed_c10d._get_default_store()) if dist.is_initialized() else None
+    return _formed[0][1] if _formed and _formed[0][0] is store else None
+
+
 def form_group(timeout_s: float) -> Group:
     """The group of this process; torch forms it here where it has not, as transformers would, with our time limit.
 

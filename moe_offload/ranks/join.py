@@ -17,7 +17,7 @@ from ..config.settings import OffloadConfig
 from ..errors import OffloadError, RankError
 from ..experts import MoELayer
 from .call import exchanging
-from .group import Group, form_group, join_group
+from .group import Group, form_group, formed_group, join_group
 from .names import in_a_line
 from .peers import check_peers
 from .settings import check_settings, check_transformers
@@ -76,7 +76,8 @@ def tell_refusal(distributed_config: Any, error: Exception) -> None:
     if read_launched() is None and not dist.is_initialized():
         return
     with contextlib.suppress(OffloadError):  # the error that is told says more than that nobody came
-        group = form_ranks(distributed_config, OffloadConfig(rank_timeout=TELL_S))
+        # One that is there has the time limits of the model that runs in it.
+        group = formed_group() or form_ranks(distributed_config, OffloadConfig(rank_timeout=TELL_S))
         if group is not None:
             group.exchange("agreed", in_a_line(error), AGREE, TELL_S)
 

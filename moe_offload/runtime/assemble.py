@@ -110,7 +110,7 @@ def build_runtime(
                     poison=settings.poison,
                     locked=locked,
                     # What is handed back the next layer has to fault in again: 0.5 of the 1.8 s of a prompt, measured.
-                    trims_heap=moe is moe_layers[-1] or not plan.costs.keeps_heap(plan.budget_bytes),
+                    trims_heap=moe is moe_layers[-1] or not plan.costs.heap_bytes(plan.budget_bytes),
                 )
             )
         if settings.lock_memory is True:

@@ -46,6 +46,7 @@ from .waves_cpu import RunCore, compute_while_loading
 from .waves_device import compute_in_groups, count_uses
 
 HEAP_TRIM_TOKENS = 64  # the heap is trimmed after events of as many tokens: it takes ms, fewer leave little behind
+HEAP_KEPT_TOKENS = 512  # what more leave behind has no place in the reserve (`plan/budget.py`: HEAP_LIMIT)
 
 
 class LayerRuntime:
@@ -167,9 +168,8 @@ class LayerRuntime:
             arrivals.abort()
             raise
         finally:
-            if (
-                self.trims_heap and tokens >= HEAP_TRIM_TOKENS and not runs_ahead
-            ):  # a device's activations are not there
+            trims = tokens >= (HEAP_TRIM_TOKENS if self.trims_heap else HEAP_KEPT_TOKENS + 1)
+            if trims and not runs_ahead:  # a device's activations are not there
                 trim_heap()
 
     def experts(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ def doubles(monkeypatch):
 def test_the_result_is_the_same_and_topk_is_gone(implementation):
     want = trace(make_block("plain", implementation, torch.float64), hidden(3, torch.float64)).run()
     traced, layer, sites = renamed(implementation=implementation)
-    assert passes.choose_with_slots(traced.gm.graph, sites=sites, by_scores={"layer"}) == sites
+    assert passes.choose_with_slots(traced.gm.graph, sites=sites, by_scores={"layer": K}) == sites
     traced.gm.graph.lint()
     assert torch.equal(traced.run({sites[0].bank: layer.bank_SN}), want)
     assert not of(traced, torch.topk) and not of(traced, ops.place)
@@ -75,12 +75,12 @@ def of_some(scores, k):
 def test_another_choice_is_left_alone(change):
     traced, _, sites = renamed(change)
     before = str(traced.gm.graph)
-    assert passes.choose_with_slots(traced.gm.graph, sites=sites, by_scores={"layer"}) == []
+    assert passes.choose_with_slots(traced.gm.graph, sites=sites, by_scores={"layer": K}) == []
     assert str(traced.gm.graph) == before
 
 
 def test_and_so_is_a_layer_that_is_not_named_or_whose_host_decides():
-    for by_scores, device in (((), ("layer",)), (("layer",), ())):
+    for by_scores, device in (({}, ("layer",)), ({"layer": K + 1}, ("layer",)), ({"layer": K}, ())):
         traced, _, sites = renamed(device=device)
         assert passes.choose_with_slots(traced.gm.graph, sites=sites, by_scores=by_scores) == []
 
@@ -88,4 +88,4 @@ def test_and_so_is_a_layer_that_is_not_named_or_whose_host_decides():
 def test_scores_of_another_dtype_are_left_to_torch(monkeypatch):
     monkeypatch.setattr(passes.top, "DTYPES", {torch.float32})
     traced, _, sites = renamed()
-    assert passes.choose_with_slots(traced.gm.graph, sites=sites, by_scores={"layer"}) == []
+    assert passes.choose_with_slots(traced.gm.graph, sites=sites, by_scores={"layer": K}) == []

@@ -157,9 +157,9 @@ def test_the_automatic_workspace_is_bounded():
 
 
 def test_the_heap_is_kept_for_the_next_layer_where_there_is_room_for_it():
-    kept = [budget for budget in range(10**9, 10**10, 10**8) if Costs(0, kv_bytes=10**9).keeps_heap(budget)]
-    assert kept[0] == 48 * 10**8 and Costs(0, reserve_bytes=5 * 10**8).keeps_heap(10**9)
-    assert not Costs(0, kv_bytes=1, reserve_bytes=5 * 10**8).keeps_heap(10**12)
+    kept = [budget for budget in range(10**9, 10**10, 10**8) if Costs(0, kv_bytes=10**9).heap_bytes(budget)]
+    assert kept[0] == 48 * 10**8 and Costs(0, reserve_bytes=5 * 10**8).heap_bytes(10**9) == HEAP_LIMIT
+    assert not Costs(0, kv_bytes=1, reserve_bytes=5 * 10**8).heap_bytes(10**12)
 
 
 # budget_for.

@@ -118,19 +118,23 @@ def is_refused_before_they_meet(rank, world, folder, refused):
     model afterwards. With `optimize` as well. The errors, the timeouts after each, and whether the tokens are alike."""
     how, errors, timeouts = config_of_ranks(world), [], []
 
+    within = settings(rank_timeout=45.0)
+
     def load(budget="50MB", **more):
-        return moe_offload.from_pretrained(folder, budget, config=settings(), distributed_config=how, **more)
+        return moe_offload.from_pretrained(folder, budget, config=within, distributed_config=how, **more)
 
     wrong = [{"budget": "plenty"}, {"no_such_argument": 1}]
     errors += [error_of(lambda more=more: load(**(more if rank == refused else {}))) for more in wrong]
     model = load()
     timeouts.append(model.moe_offload.ranks.timeout_s)
+    errors.append(error_of(lambda: load(**(wrong[0] if rank == refused else {}))))
+    timeouts.append(model.moe_offload.ranks.timeout_s)  # which goes on beside what was refused
     text = model.generate(ONE, max_new_tokens=4, do_sample=False, pad_token_id=0).tolist()
     model.moe_offload.close()
     loaded = plain(folder, world)
     budget = "plenty" if rank == refused else "50MB"
-    errors.append(error_of(lambda: moe_offload.optimize(loaded, budget, config=settings())))
-    timeouts.append(moe_offload.optimize(loaded, "50MB", config=settings()).moe_offload.ranks.timeout_s)
+    errors.append(error_of(lambda: moe_offload.optimize(loaded, budget, config=within)))
+    timeouts.append(moe_offload.optimize(loaded, "50MB", config=within).moe_offload.ranks.timeout_s)
     again = loaded.generate(ONE, max_new_tokens=4, do_sample=False, pad_token_id=0).tolist()
     return errors, timeouts, text == again
 

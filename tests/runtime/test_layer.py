@@ -247,6 +247,8 @@ def test_the_heap_is_trimmed_after_prompts_only(tokens, trims, monkeypatch):
     layer.trims_heap = False
     prefill(layer, [0, 1] * tokens)
     assert len(trimmed) == trims
+    prefill(layer, [0, 1] * 513)
+    assert len(trimmed) == trims + 1
 
 
 @pytest.mark.parametrize(("reserve", "trims"), [("400MB", [True, True, True]), ("600MB", [False, False, True])])

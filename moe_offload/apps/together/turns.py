@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any
 
@@ -26,8 +26,8 @@ from greenlet import getcurrent
 from torch import Tensor, nn
 
 from ...errors import OffloadError, ServeError
-from ...packed.exact import same_bits
-from ...patch.exact_products import MEETING, multiply_rows
+from ...packed.exact import same_bits, switches
+from ...patch.exact_products import MEETING, multiply_alone, multiply_rows
 from ...runtime.kernels.exact_rows import each_as_alone
 from ...runtime.layer import LayerRuntime
 from .member import Member
@@ -59,7 +59,7 @@ class Turns:
         self._order = {id(module): i for i, module in enumerate(model.modules())}
         within = {id(part) for layer in call.runtime.layers for own in layer.moe.modules for part in own.modules()}
         self._linears = [one for one in model.modules() if isinstance(one, nn.Linear) and id(one) not in within]
-        self._alike: dict[tuple[int, int], bool] = {}  # of a module and a number of calls: whether rows are as alone
+        self._alike: dict[Hashable, bool] = {}  # of a module and a number of calls: whether rows are as alone
         self._members: dict[Any, Member] = {}
 
     def run(self, take: Callable[[], Turn | None]) -> None:
@@ -185,7 +185,7 @@ class Turns:
     def _compute_as_one(self, module: Any, layer: LayerRuntime | None, here: list[Member]) -> list[Tensor] | None:
         """The output of each, from products of all of them; None where each is to be computed alone."""
         run = partial(multiply_rows, module) if layer is None else partial(module._moe_offload.run, module)
-        key = id(module), len(here)
+        key = id(module), len(here), switches()
         alike = self._alike.get(key)
         if alike is False or (layer is not None and not layer.joint.shares_products(len(here))):
             return None
@@ -195,7 +195,8 @@ class Turns:
             if alike is None:
                 counters = None if layer is None else vars(layer.cache.counters)
                 counted = dict(counters or {})
-                alone = torch.cat([run(*member.given) for member in here])
+                by_itself = run if layer is not None else partial(multiply_alone, module)
+                alone = torch.cat([by_itself(*member.given) for member in here])
                 if counters is not None:  # that nobody has asked for it is not to be seen
                     counters.update(counted)
                 self._alike[key] = same_bits(together, alone)

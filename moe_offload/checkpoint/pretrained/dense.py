@@ -111,6 +111,8 @@ def load_tensors(
             f"({type(error).__name__}: {str(error).splitlines()[0][:300]}); the files may be of another format. "
             "Download the checkpoint again, or use one in bfloat16"
         ) from error
+    finally:
+        entries.close()
     _refuse_mismatched(folder, sorted(info.get("mismatched_keys", ())))
     _refuse_missing(folder, sorted(info["missing_keys"]))
     unpack_dense(model)

@@ -46,6 +46,12 @@ class FileEntries:
             self._files[found.file] = file
         return FileEntry(found, self._files[found.file], key)
 
+    def close(self) -> None:
+        """Nothing is read any more. A thread of the loader that still does, after an error of another, is told that its
+        file is closed."""
+        for file in self._files.values():
+            file.close()
+
 
 class FileEntry:
     """A tensor that is read when it is indexed, by any thread. Its interface is that of the library's slices."""

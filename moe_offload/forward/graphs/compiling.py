@@ -66,16 +66,21 @@ def make_backend(
         progress.name_stage("rewriting")
         if not phantoms:
             log.append([])
-            return inner(gm, list(example_inputs))
+            return _counted(inner(gm, list(example_inputs)))
         on_device = {one.layer.moe.name for one in phantoms.values() if one.layer.device_cache is not None}
         moe_layers = {one.layer.moe.name: one.layer.moe for one in phantoms.values()}
         few_pairs = {name: few_tokens * moe.top_k for name, moe in moe_layers.items()} if few_tokens else None
         on_gpu = {one.layer.moe.name for one in phantoms.values() if is_on_gpu(one.layer.slots.bank_SN)}
         any_order = dict.fromkeys(on_device & on_gpu, PRODUCT_PER_PAIR)
         deciding = {one.layer.moe.name: one.layer.device_cache for one in phantoms.values()}
-        by_scores = {name for name in any_order if (cache := deciding[name]) is not None and cache.chooses_as_torch()}
+        by_scores = {
+            name: moe_layers[name].top_k
+            for name in any_order
+            if (cache := deciding[name]) is not None and cache.chooses_as_torch()
+        }
         how = {"on_device": on_device, "few_pairs": few_pairs, "in_any_order": any_order, "by_scores": by_scores}
-        reports, banked = rewrite_graph(gm, phantoms, partial(pipeline, **how))
+        of_device = partial(pipeline, **how, joins_gates=inner is run_inductor)
+        reports, banked = rewrite_graph(gm, phantoms, of_device)
         log.append(reports)
         inputs = list(example_inputs)
         for position in banked:
@@ -92,6 +97,7 @@ def make_backend(
         else:
             compiled = inner(gm, inputs)
 
+        @_counted
         def call(*args: Any) -> Any:
             served = list(args)
             for position in banked:
@@ -105,6 +111,23 @@ def make_backend(
         return call
 
     return backend
+
+
+_ran = 0
+
+
+def count_runs() -> int:
+    """How many graphs have run so far, of all models."""
+    return _ran
+
+
+def _counted(run: Compiled) -> Compiled:
+    def call(*args: Any) -> Any:
+        global _ran
+        _ran += 1
+        return run(*args)
+
+    return call
 
 
 def is_on_gpu(bank_SN: Tensor) -> bool:

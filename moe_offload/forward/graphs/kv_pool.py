@@ -86,7 +86,7 @@ class KVPool:
 
     def _take_back(self, key: Key, layers: list[Any]) -> None:
         with self._lock:
-            self._lent[key] -= 1
+            self._lent -= Counter([key])  # and without what is then 0
             if all(getattr(layer, "is_initialized", False) and not _is_held(layer) for layer in layers):
                 self._spare.insert(0, (key, layers))
                 self._drop_oldest()

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batch_sizes import find_cache
+from .compiling import count_runs
 
 logger = logging.getLogger("moe_offload")
 MOST = 4  # that are kept of one function: one for each length of cache
@@ -42,6 +43,7 @@ TRIES = 8  # that may turn out of no use, one after the other, before it is give
 HELD = {"TYPE_MATCH", "ID_MATCH", "DICT_CONTAINS", "DICT_LENGTH", "NO_HASATTR", "NOT_NONE", "LENGTH_CHECK"}
 #: Guards of tensors. (A mark for dynamic sizes decides what is compiled, and nothing that is computed.)
 OF_TENSORS = {"TENSOR_MATCH", "DIMENSION_DYNAMIC_MARKING_GUARD", "NO_TENSOR_ALIASING", "NO_HASATTR"}
+GRAPH = "__compiled_fn"  # how Dynamo names the graph that its code calls
 CONSTANTS = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
 MODULE_PARTS = ("_parameters", "_buffers", "_modules")
 
@@ -66,8 +68,10 @@ class SteadySteps:
                 self._useless = 0
                 self.taken += 1
                 return kept.run(*args, **kwargs)
+        before = count_runs()
         output = self._compiled(*args, **kwargs)
-        self._keep(args, kwargs)
+        if count_runs() == before + 1:  # more, where a graph breaks: then each part is compiled on its own
+            self._keep(args, kwargs)
         return output
 
     def _keep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -84,8 +88,8 @@ class SteadySteps:
             self._useless = TRIES
             logger.debug("the guards of decode steps are asked in full at each of them", exc_info=True)
             return
-        if kept is not None:
-            self._kept = [kept, *self._kept[: MOST - 1]]
+        if kept is not None:  # what of the others can never hold again would keep weights alive that were replaced
+            self._kept = [kept, *(one for one in self._kept if one.may_hold())][:MOST]
 
 
 class _Kept(NamedTuple):
@@ -108,14 +112,17 @@ class _Kept(NamedTuple):
     cells: dict[str, Any]
     run: Callable[..., Any]
 
+    def may_hold(self) -> bool:
+        """Whether the model is as it was, whatever it is asked."""
+        as_before = bool(self.held.check(self.objects))
+        return as_before and all(names.get(name) is part for names, name, part in self.parts)
+
     def holds(self, args: tuple[Any, ...], kwargs: dict[str, Any], hooks: int) -> bool:
         cache: Any = find_cache(kwargs)
         layers = getattr(cache, "layers", None)
         if type(layers) is not list or hooks != self.hooks:
             return False
-        if not self.held_layers.check({"held": tuple(layers)}) or not self.held.check(self.objects):
-            return False
-        if any(dictionary.get(name) is not part for dictionary, name, part in self.parts):
+        if not self.held_layers.check({"held": tuple(layers)}) or not self.may_hold():
             return False
         if any(getattr(kind, name, None) is not value for kind, name, value in self.of_classes):
             return False
@@ -132,14 +139,19 @@ class _Kept(NamedTuple):
 
 
 def _keep(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], hooks: int) -> _Kept | None:
-    """What the step that has just run relied on; None where Dynamo has compiled nothing for it."""
+    """What the step that has just run relied on. None where Dynamo has compiled nothing for it, or code that does no
+    more than call what is compiled.
+
+    What `function` is compiled to is found by the guards that hold now. It is the one that ran, as each has code of its
+    own (`with_own_code`), and a step changes nothing that its own guards read.
+    """
     cells = {
         name: cell.cell_contents
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
     }
     frame = {"args": args, "kwargs": kwargs, **cells}
     entry = next((one for one in _entries(function) if one.guard_manager.check(frame)), None)
-    if entry is None:
+    if entry is None or not any(name.startswith(GRAPH) for name in entry.code.co_names):
         return None
     layers = list(find_cache(kwargs).layers)
     model = cells["model"]

@@ -154,9 +154,9 @@ def test_products_have_rows_of_all_where_each_is_as_alone(sharing, residency):
     want = [answer(model, i) for i in range(len(LENGTHS))]
     turns = Turns(model, 4)
     assert all(same(want, run(model, works_of(model), turns=turns)))
-    assert set(turns._alike.values()) == {True} and {count for _, count in turns._alike} == {2, 3, 4}
+    assert set(turns._alike.values()) == {True} and {count for _, count, _ in turns._alike} == {2, 3, 4}
     experts = {id(module) for layer in model.moe_offload.moe_layers for module in layer.modules}
-    met = {module for module, _ in turns._alike}
+    met = {module for module, _, _ in turns._alike}
     assert experts < met and id(model.lm_head) in met
     assert all(same(want, run(model, works_of(model), turns=turns))), "when nothing is compared any more"
     assert not any(exact_products.MEETING in vars(module) for module in model.modules())

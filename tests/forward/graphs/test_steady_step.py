@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -111,6 +113,15 @@ def test_a_hook_is_called_and_is_called_no_more_once_it_is_off(both):
     both.step()
 
 
+def test_a_weight_that_was_replaced_is_not_held(both):
+    replaced = weakref.ref(attention(both.model).k_proj.weight)
+    both.change(CHANGES["another weight"])
+    for _ in range(4):
+        both.step()
+    gc.collect()
+    assert replaced() is None
+
+
 def test_modes_and_arguments_are_guarded_as_ever(both):
     assert taken_by(both, lambda: both.call(STEP, output_hidden_states=True)) == 0
     assert taken_by(both, lambda: both.call(STEP.to(torch.int32))) == 0
@@ -158,3 +169,15 @@ def test_where_the_host_decides_every_step_is_guarded():
             model(STEP, past_key_values=cache)
     assert model._compiled_call_impl.run.steps.taken == 0
     model.moe_offload.close()
+
+
+def test_a_step_whose_graph_breaks_is_guarded_as_ever(both):
+    """What comes after the break is compiled too, and only Dynamo finds it. The last test of these models: what was
+    compiled in parts stays so."""
+
+    def halved(x):
+        torch._dynamo.graph_break()
+        return x * 0.5
+
+    both.change(lambda m: m.model.norm.__dict__.__setitem__("forward", halved))
+    assert taken_by(both, lambda: [both.step() for _ in range(5)]) <= 0
