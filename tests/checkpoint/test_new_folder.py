@@ -63,9 +63,24 @@ def save_over(out: Path, shards: int, fault: Fault) -> None:
     fault.__exit__()
 
 
-@pytest.fixture(params=[(1, 2), (2, 1), (2, 2), (3, 2), (1, 1)], ids=lambda p: f"{p[1]} over {p[0]}")
+CASES = [(1, 2), (2, 1), (2, 2), (3, 2), (1, 1)]  # shards of the old checkpoint, and of the new one
+
+
+def named(case: tuple[int, int]) -> str:
+    return f"{case[1]} over {case[0]}"
+
+
+@pytest.fixture(params=CASES, ids=named)
 def case(request: Any, tmp_path: Path) -> Iterator[tuple[Path, int, int]]:
-    old, new = request.param
+    yield from prepared(tmp_path, *request.param)
+
+
+@pytest.fixture(params=[pytest.param(one, marks=[pytest.mark.long][: one != (3, 2)]) for one in CASES], ids=named)
+def case_of_kills(request: Any, tmp_path: Path) -> Iterator[tuple[Path, int, int]]:
+    yield from prepared(tmp_path, *request.param)
+
+
+def prepared(tmp_path: Path, old: int, new: int) -> Iterator[tuple[Path, int, int]]:
     (tmp_path / "before").mkdir()
     write(tmp_path / "before", "old", old)
     (tmp_path / "before" / "notes.txt").write_text("mine")
@@ -114,8 +129,8 @@ def test_after_an_error_or_ctrl_c_at_any_step_the_folder_is_as_it_was(case, what
     assert failed > 10
 
 
-def test_after_a_kill_at_any_step_one_of_the_two_is_there_and_the_next_save_cleans_up(case):
-    tmp_path, old, new = case
+def test_after_a_kill_at_any_step_one_of_the_two_is_there_and_the_next_save_cleans_up(case_of_kills):
+    tmp_path, old, new = case_of_kills
     seen = set()
     for at in range(1, steps(tmp_path, new) + 1):
         out = fresh(tmp_path)

@@ -35,6 +35,7 @@ def test_the_text_is_that_of_one_process(launcher, tmp_path):
     assert told.stderr.count("time to first token") == 1
 
 
+@pytest.mark.long
 def test_what_one_process_refuses_at_its_command_line_the_others_hear():
     """Its budget, in its own environment, is none. Nobody else would end them: each was started by hand, as where each
     machine has a launcher of its own."""

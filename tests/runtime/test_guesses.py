@@ -88,7 +88,7 @@ def test_the_last_layer_s_guess_is_not_made_twice_nor_missing(heard):
     assert per_layer.count(1) == per_layer.count(2) > 0 and 0 not in per_layer
 
 
-@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("overlap", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_under_inductor_the_guess_is_still_asked(heard, overlap):
     model = offloaded(layers=2, config=looking_ahead(compile="inductor", overlap=overlap))
     with torch.no_grad():

@@ -86,6 +86,7 @@ def test_one_that_is_too_busy_to_answer_is_not_said_to_be_absent(folder, monkeyp
     assert f"{os.getpid()}: no answer" in line
 
 
+@pytest.mark.long
 def test_one_that_is_closed_while_it_is_watched(folder):
     with models(1) as (child,):
         result = run("--once", "--json")
