@@ -206,7 +206,7 @@ def test_an_error_is_its_own(at):
         raise WrongError
 
     def fail_in_step(module, args, kwargs):
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get("past_key_values", kwargs.get("cache"))  # its name since transformers 5.24
         if cache is not None and cache.get_seq_length(2) == victim and kwargs["hidden_states"].shape[1] == 1:
             fail()
 
