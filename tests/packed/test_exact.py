@@ -127,3 +127,16 @@ def test_autocast_does_not_answer_for_another_dtype(monkeypatch):
         exact.transposed_is_exact(1, 48, 32, torch.float32)
     exact._transposed_is_exact.cache_clear()
     assert dtypes == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_bits_are_compared_in_any_dtype(dtype):
+    zeros = torch.zeros(4).to(dtype)
+    assert exact.same_bits(zeros, zeros.clone()) and not exact.same_bits(
+        zeros, torch.tensor([0.0, 0, 0, -0.0]).to(dtype)
+    )
+
+
+def test_the_trials_of_a_model_in_float64():
+    exact.strips_are_exact((64, 64), 320, torch.float64)
+    exact.transposed_is_exact(1, 128, 320, torch.float64)
