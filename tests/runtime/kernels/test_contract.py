@@ -230,6 +230,11 @@ def sortable(score):
     return 2**31 - 1 if score != score else number if number >= 0 else number ^ (2**31 - 1)
 
 
+def test_more_experts_of_a_token_than_the_kernel_sorts_are_torchs_choice():
+    pytest.importorskip("triton")
+    assert not KERNELS["cuda"]().chooses_as_torch(64, 33, torch.device("cpu"))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device, and no TRITON_INTERPRET")
 @pytest.mark.parametrize(("experts", "k"), [(8, 2), (64, 6), (128, 8), (256, 8), (512, 10)])
