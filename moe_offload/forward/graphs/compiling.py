@@ -79,7 +79,7 @@ def make_backend(
             if (cache := deciding[name]) is not None and cache.chooses_as_torch()
         }
         how = {"on_device": on_device, "few_pairs": few_pairs, "in_any_order": any_order, "by_scores": by_scores}
-        of_device = partial(pipeline, **how, joins_gates=inner is run_inductor)
+        of_device = partial(pipeline, **how, joins_gates=joins_gates(inner))
         reports, banked = rewrite_graph(gm, phantoms, of_device)
         log.append(reports)
         inputs = list(example_inputs)
@@ -128,6 +128,11 @@ def _counted(run: Compiled) -> Compiled:
         return run(*args)
 
     return call
+
+
+def joins_gates(inner: Inner) -> bool:
+    """Whether nothing is rounded between a product and its gate: not by Inductor, but by the code as it is."""
+    return inner is run_inductor
 
 
 def is_on_gpu(bank_SN: Tensor) -> bool:
