@@ -159,10 +159,8 @@ def trials(rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> Iterator
     apart: what is left is the rounding of the sum itself, which another order of summing changes nearly everywhere. In
     products of random numbers it changes one bfloat16 in ten thousand, and a trial would miss it. The products of the
     last, smaller from row to row, are at the edge of what float32 has: kernels differ in where they keep denormals."""
-    told: Any = {
-        "generator": torch.Generator("cpu").manual_seed(outputs),
-        "device": "cpu",
-    }  # whatever the default device
+    # Whatever the default device.
+    told: Any = {"generator": torch.Generator("cpu").manual_seed(outputs), "device": "cpu"}
     half = inputs // 2
     for cancels, size in ((True, 1.0), (False, 1.0), (False, EDGE)):
         x = torch.randn((rows, inputs), dtype=dtype, **told)

@@ -98,9 +98,8 @@ def multiply_rows(linear: nn.Linear, x_MI: Tensor) -> Tensor:
     if in_lanes.linear_is_in_lanes(weight, bias is not None, MEETING_DIM):
         in_lanes.multiply(x_MI, weight, out_MO, bias)
         return out_MO
-    order = find_linear_order(
-        weight, 1, bias is not None, MEETING_DIM
-    )  # of one row alone, whatever torch does with more
+    # Of one row alone, whatever torch does with more.
+    order = find_linear_order(weight, 1, bias is not None, MEETING_DIM)
     if order is None:
         raise AssertionError("a linear layer whose order of sums is not known shares its products")
     for some_MI, some_MO in zip(x_MI.split(FEW), out_MO.split(FEW), strict=True):
