@@ -1,5 +1,5 @@
-"""python -m tests.fakes.generated_child FAMILY: the code that Inductor generates for a GPU from the decode step of a
-small model with a static KV cache, and what it knows of its inputs, as one line of JSON."""
+"""python -m tests.fakes.generated_child FAMILY [lookahead]: the code that Inductor generates for a GPU from the decode
+step of a small model with a static KV cache, and what it knows of its inputs, as one line of JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.fakes.fake_gpu import compile_kernels, generate_code
 from tests.fakes.offloaded import IDS, SETTINGS, offload, resident
 
 
-def main(family):
+def main(family, *settings):
     found = []
     with pytest.MonkeyPatch.context() as patch:
 
@@ -31,7 +31,7 @@ def main(family):
         patch.setattr(compiling, "is_on_gpu", lambda bank_SN: True)
         patch.setattr(compiling, "joins_gates", lambda inner: True)  # which is Inductor's code generation
         plain = resident(family, layers=3 if family == "deepseek_v3" else 2)  # whose first one has no experts
-        device = replace(SETTINGS, decide="device", poison=False, dynamic=None)
+        device = replace(SETTINGS, decide="device", poison=False, dynamic=None, **dict.fromkeys(settings, True))
         model = offload(plain, 0.5, config=device, device_map="cpu", profile="off")
         model.generate(IDS, max_new_tokens=3, do_sample=False, pad_token_id=0, cache_implementation="static")
         layers = len(model.moe_offload.moe_layers)

@@ -207,10 +207,10 @@ def test_what_the_device_refused_is_told_once(monkeypatch):
     caches = model.moe_offload._runtime.device_caches
     caches._block.totals_L4[0, REFUSED] = 3
     with pytest.raises(RoutingError, match="asked 3 times"):
-        caches.check_ids()
+        caches.end_step()
     caches.take_over([model.moe_offload._runtime.layers[0].moe.top_k])
     monkeypatch.setattr(torch.Tensor, "copy_", lambda self, *args, **options: self)  # nothing has arrived yet
-    caches.check_ids()
+    caches.end_step()
     assert caches.in_charge, "nothing has been refused since"
     monkeypatch.undo()
     model.moe_offload.close()

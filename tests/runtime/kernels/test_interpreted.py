@@ -26,7 +26,7 @@ SLICE = (
 
 
 @pytest.mark.parametrize(
-    ("chosen", "least"), [(SLICE, 47), pytest.param("not recorded", 142, marks=pytest.mark.long)], ids=["slice", "all"]
+    ("chosen", "least"), [(SLICE, 46), pytest.param("not recorded", 142, marks=pytest.mark.long)], ids=["slice", "all"]
 )
 def test_the_kernels_keep_their_contract_under_the_interpreter(chosen, least):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]

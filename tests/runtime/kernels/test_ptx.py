@@ -98,7 +98,7 @@ def launches():
             state, staging = StateBlock([(128, 64)], "cpu").states[0], Staging.empty(32, "cpu")
             rows = torch.empty(2, 4096, dtype=torch.bfloat16)
             arguments = {
-                "choose": (torch.arange(8), state, staging),
+                "choose": (torch.arange(8), torch.arange(8), state, staging),
                 "stage": (rows, rows, staging),
                 "gather_staged": (rows, rows, rows, Loads.empty(8, "cpu"), state, staging),
             }

@@ -64,7 +64,9 @@ class Layer:
             self.bank_SN[slot] = self.rows_EN[e].to(device)
 
     def guess(self, stagers, ids, stops=False):
-        stagers.choose(torch.tensor(ids, device=self.device), self.state, self.staging)
+        slots_Q = torch.arange(len(ids) % 4 + 1, device=self.device) + 5
+        same_Q = stagers.choose(torch.tensor(ids, device=self.device), slots_Q, self.state, self.staging)
+        assert torch.equal(same_Q, slots_Q) and same_Q.data_ptr() != slots_Q.data_ptr()
         if stops:
             self.staging.stop_1.fill_(1)
         stagers.stage(self.rows_EN, self.scratch_GN, self.staging)
@@ -96,7 +98,7 @@ def test_staged_are_the_first_that_exist_and_have_no_slot_each_once(entry, dtype
         wide_P2 = torch.tensor([ids, ids], dtype=dtype, device=entry.device).T.contiguous()  # every other number
         layer.staging.stop_1.fill_(1)
         before = layer.state.slot_of_E.tolist(), layer.state.counts_E.tolist()
-        entry.stagers.choose(wide_P2[:, 0], layer.state, layer.staging)
+        entry.stagers.choose(wide_P2[:, 0], layer.state.slot_of_E[:2].long(), layer.state, layer.staging)
         assert layer.chosen == want and int(layer.staging.stop_1) == 0
         assert before == (layer.state.slot_of_E.tolist(), layer.state.counts_E.tolist()), "a guess is no use"
     layer.staging.on_1.zero_()
@@ -198,7 +200,7 @@ def test_staged_rows_that_do_not_fit_are_refused(entry):
         layer.load(entry.stagers, [(1, 1)])
 
 
-def test_decisions_with_staged_guesses_are_those_without(entry):
+def test_decisions_with_guesses_are_those_without(entry):
     """Slots, scores, hits and misses: the same to the bit, right guesses or wrong ones."""
     draw = random.Random(4)
     alone, kernels = Layer(12, 5, rows=2), KERNELS["cpu"]()
@@ -250,7 +252,7 @@ def test_no_guess_waits_for_the_device():
 
     layer, ids_P, loads = Layer(8, 3, rows=3), torch.tensor([3, 5]), Loads.empty(2, "cpu")
     with Listen():
-        staged.choose(ids_P, layer.state, layer.staging)
+        staged.choose(ids_P, ids_P, layer.state, layer.staging)
         staged.stage(layer.rows_EN, layer.scratch_GN, layer.staging)
         staged.gather_staged(layer.rows_EN, layer.scratch_GN, layer.bank_SN, loads, layer.state, layer.staging)
         reference.gather(layer.rows_EN, layer.bank_SN, loads)

@@ -1,6 +1,6 @@
 """Rows that are guessed, copied to the device before anything asks for them, on a stream beside the one that computes.
 
-    choose(ids, state, staging)           which of the guessed experts are missing, best first, as many as fit
+    choose(ids, slots, state, staging)    which of the guessed experts are missing, best first, as many as fit
     stage(rows, scratch, staging)         beside: copy their rows into scratch, chunk by chunk, until told to stop
     gather_staged(rows, scratch, ...)     what `gather` does, but a chunk that lies in scratch is taken from there
 
@@ -24,11 +24,13 @@ __all__ = ["STAGERS", "Stagers", "Staging"]
 
 
 class Stagers(NamedTuple):
-    """Shapes: P token-expert pairs, E experts, S slots, G staged rows, N elements of one row.
+    """Shapes: P token-expert pairs, Q those of the layer before, E experts, S slots, G staged rows, N elements of one
+    row.
 
-    choose(ids_P, state, staging)          fills `expert_G` and `count_1` with the first G different ones of `ids_P`
+    choose(ids_P, slots_Q, state, staging) -> slots_Q
+                                           fills `expert_G` and `count_1` with the first G different ones of `ids_P`
                                            that exist and have no slot, in their order; none where `on_1` is 0. Lowers
-                                           `stop_1`. Changes nothing of the state.
+                                           `stop_1`. Changes nothing of the state, and copies `slots_Q`.
     stage(rows_EN, scratch_GN, staging)    copies their rows into scratch, in the order of their chunks, until `stop_1`
                                            is raised, and says in `reached_R` how far it has come. Runs beside what
                                            reads neither.
@@ -37,7 +39,7 @@ class Stagers(NamedTuple):
                                            says is in scratch comes from there. Counts in `state.guesses_4`.
     """
 
-    choose: Callable[[Tensor, DeviceState, Staging], None]
+    choose: Callable[[Tensor, Tensor, DeviceState, Staging], Tensor]
     stage: Callable[[Tensor, Tensor, Staging], None]
     gather_staged: Callable[[Tensor, Tensor, Tensor, Loads, DeviceState, Staging], None]
 

@@ -92,7 +92,7 @@ def _stage(
     i, reached = program, 0
     while (i < end) & (tl.atomic_add(stop_1, 0, sem="relaxed") == 0):
         g = i // chunks
-        row = rows_EN + tl.load(expert_G + g).to(tl.int64) * row_stride
+        row = rows_EN + tl.maximum(tl.load(expert_G + g), 0).to(tl.int64) * row_stride  # -1 would be no address
         staged = scratch_GN + g.to(tl.int64) * scratch_stride
         word = (i - g * chunks) * CHUNK + tl.arange(0, CHUNK)
         inside = word < words

@@ -1,6 +1,7 @@
 """The kernels of staging as tensor operations: a CPU runs them, and tests compare every other version with them.
 
-Shapes: P token-expert pairs, E experts, S slots, G staged rows, N elements of one row, R programs, C chunks of a row.
+Shapes: P token-expert pairs, Q those of the layer before, E experts, S slots, G staged rows, N elements of one row, R
+programs, C chunks of a row.
 
 Nothing here waits for the device, and nothing runs beside anything: what is staged is there when `stage` returns.
 """
@@ -15,7 +16,7 @@ from ..state import DeviceState, Loads
 from .state import CHUNK, PROGRAMS, Staging, words_of
 
 
-def choose(ids_P: Tensor, state: DeviceState, staging: Staging) -> None:
+def choose(ids_P: Tensor, slots_Q: Tensor, state: DeviceState, staging: Staging) -> Tensor:
     """Which of the guessed experts are to be staged: those that exist and have no slot, in the order of the guess."""
     num_experts, rows, pairs = len(state.slot_of_E), len(staging.expert_G), len(ids_P)
     valid_P = (ids_P >= 0) & (ids_P < num_experts)
@@ -29,6 +30,7 @@ def choose(ids_P: Tensor, state: DeviceState, staging: Staging) -> None:
     scatter(staging.expert_G, torch.where(taken_P, rank_P, rows).clamp(max=rows), ids_P)
     staging.count_1.copy_(taken_P.sum().clamp(max=rows))
     staging.stop_1.zero_()
+    return slots_Q.clone()
 
 
 def stage(rows_EN: Tensor, scratch_GN: Tensor, staging: Staging) -> None:
