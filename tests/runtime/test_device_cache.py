@@ -231,7 +231,6 @@ def test_the_device_decides_by_itself_where_it_is_a_gpu_that_can_read_the_rows()
     ("settings", "says"),
     [
         (replace(DEVICE, policy="lru"), "not 'lru'"),
-        (replace(DEVICE, lookahead=True), "lookahead"),
     ],
 )
 def test_what_the_device_cannot_do_is_refused_before_anything_is_changed(settings, says):
