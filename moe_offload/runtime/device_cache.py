@@ -47,7 +47,9 @@ class DeviceCaches:
         self.in_charge, self.guesses = False, guesses
         self._prepared: set[int] = set()
         self._block = StateBlock([(one.cache.num_experts, one.cache.slots) for one in layers], device)
+        self._refused_L = self._block.totals_L4[:, REFUSED]
         self._seen_L = torch.zeros(len(layers), dtype=torch.int64, pin_memory=device.type == "cuda", device="cpu")
+        self._seen = self._seen_L.numpy()  # the same memory: to look at it takes a microsecond
         parts = zip(layers, rows, range(len(layers)), strict=True)
         self.caches = [
             DeviceCache(arrivals, rows_EN, self._block, i, half_life, kernels, guesses)
@@ -99,8 +101,8 @@ class DeviceCaches:
         waited for: it may be seen a forward later."""
         if self.guesses is not None and self.in_charge:
             self.guesses.look(self._block.guesses_L4)
-        self._seen_L.copy_(self._block.totals_L4[:, REFUSED], non_blocking=True)
-        if self._seen_L.any():
+        self._seen_L.copy_(self._refused_L, non_blocking=True)
+        if self._seen.any():
             self.hand_back()
 
 

@@ -39,6 +39,7 @@ class DeviceGuesses:
         self._forked = False  # whether anything may run beside
         self._open: Arrivals | None = None  # the layer that it is for, once all of it has been launched
         self._seen_L4 = torch.zeros(len(layers), 4, dtype=torch.int64, pin_memory=device.type == "cuda", device="cpu")
+        self._seen_of = self._seen_L4.numpy()  # the same memory: to look at it takes microseconds
 
     def begin(self, arrivals: Arrivals, ids_P: Tensor, slots_Q: Tensor, rows_EN: Tensor, state: DeviceState) -> Tensor:
         """Copy what is missing of `ids_P` into scratch, beside what is launched from now on. Returns `slots_Q`, copied
@@ -85,7 +86,7 @@ class DeviceGuesses:
         self._seen_L4.copy_(guesses_L4, non_blocking=True)
 
     def _seen(self) -> tuple[int, int]:
-        guessed, used, *_ = self._seen_L4.sum(0).tolist()
+        guessed, used, *_ = self._seen_of.sum(0).tolist()
         return guessed, used
 
     def _stop(self) -> bool:
