@@ -47,7 +47,7 @@ def find_experts(model: nn.Module) -> list[MoELayer]:
     if not found:
         raise UnsupportedModelError(explain_none(model))
     found.sort(key=lambda layer: order[layer.name])
-    return [replace(layer, index=i) for i, layer in enumerate(found)]
+    return [replace(layer, index=i).beginning_as_loaded() for i, layer in enumerate(found)]
 
 
 def refuse_offloaded(model: nn.Module) -> None:
