@@ -64,6 +64,7 @@ class Recording:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--layers", type=int, default=48)
+    parser.add_argument("--family", default="qwen3_moe", help="a model type with a static KV cache")
     parser.add_argument("--repeats", type=int, default=300)
     parser.add_argument("--profile", action="store_true", help="print what takes the time, too")
     options = parser.parse_args()
@@ -76,7 +77,7 @@ def main() -> None:
         compiled, launched, find = Timed(), Timed(), Retry._find
         on_gpu.enter_context(mock.patch.object(compiling, "launch", launched.around(compiling.launch)))
         on_gpu.enter_context(mock.patch.object(Retry, "_find", lambda self, *args: compiled.around(find(self, *args))))
-        model, cache = make(options.layers)
+        model, cache = make(options.family, options.layers)
         step = torch.tensor([[5]])
         with torch.no_grad():
             model(torch.arange(3, 15).view(1, -1), past_key_values=cache)
@@ -100,12 +101,13 @@ def main() -> None:
                         model(step, past_key_values=cache)
                 pstats.Stats(profile).sort_stats("tottime").print_stats(25)
         low, median, high = statistics.quantiles(times, n=4)
-        print(f"of which Dynamo {dynamo_us:.0f} us, mostly its guards; the thread that launches {launch_us:.0f} us")
-        print(f"{options.layers} layers: {1e6 * median:.0f} us a step (quartiles {1e6 * low:.0f} to {1e6 * high:.0f})")
+        print(f"of which Dynamo {dynamo_us:.0f} us, mostly its guards; the launch {launch_us:.0f} us")
+        quartiles = f"{1e6 * low:.0f} to {1e6 * high:.0f}"
+        print(f"{options.family}, {options.layers} layers: {1e6 * median:.0f} us a step (quartiles {quartiles})")
 
 
-def make(layers: int) -> tuple[Any, StaticCache]:
-    model = build("qwen3_moe", num_hidden_layers=layers)
+def make(family: str, layers: int) -> tuple[Any, StaticCache]:
+    model = build(family, num_hidden_layers=layers)
     moe_layers = find_experts(model)
     settings = OffloadConfig(
         experts_implementation="grouped_mm",

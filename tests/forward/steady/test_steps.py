@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import StaticCache
 
-from tests.fakes.offloaded import SETTINGS, offload, resident
+from tests.fakes.offloaded import QWEN, SETTINGS, offload, resident
 
 DEVICE = replace(SETTINGS, decide="device", poison=False, dynamic=None)
 PROMPT, STEP = torch.arange(3, 15).view(1, -1), torch.tensor([[5]])
@@ -19,10 +19,10 @@ PROMPT, STEP = torch.arange(3, 15).view(1, -1), torch.tensor([[5]])
 class Both:
     """The plain model and the offloaded one, each with a KV cache of its own, given the same at every step."""
 
-    def __init__(self):
+    def __init__(self, family=QWEN):
         torch._dynamo.reset()
-        self.plain = resident(layers=2)
-        self.model = offload(resident(layers=2), 0.5, config=DEVICE, device_map="cpu", profile="off")
+        self.plain = resident(family, layers=2)
+        self.model = offload(resident(family, layers=2), 0.5, config=DEVICE, device_map="cpu", profile="off")
         self.caches = [StaticCache(config=one.config, max_cache_len=256) for one in (self.plain, self.model)]
         self.call(PROMPT)
         for _ in range(4):
@@ -91,6 +91,7 @@ CHANGES = {
     "an attribute": lambda m: setattr(attention(m), "scaling", attention(m).scaling * 2),
     "an attribute of a norm": lambda m: setattr(m.model.norm, "variance_epsilon", 0.5),
     "a method": lambda m: m.model.norm.__dict__.__setitem__("forward", lambda x: x * 0.5),
+    "a setting": lambda m: setattr(m.config, "output_hidden_states", not m.config.output_hidden_states),
     "a router": lambda m: m.model.layers[0].mlp.gate.weight.data.neg_(),
 }
 
@@ -99,7 +100,21 @@ CHANGES = {
 def test_what_is_changed_between_two_steps_is_seen(both, change):
     before = both.step()
     both.change(CHANGES[change])
-    assert not torch.allclose(both.step(), before, rtol=1e-2, atol=1e-3), "the change matters"
+    if change == "a setting":
+        assert taken_by(both, both.step) == 0
+        both.change(CHANGES[change])
+    else:
+        assert not torch.allclose(both.step(), before, rtol=1e-2, atol=1e-3), "the change matters"
+
+
+def test_parameters_are_not_looked_up_at_each_step(both):
+    """Of 48 layers that would be most of what the code of a step does."""
+    both.step()
+    kept = both.model._compiled_call_impl.run.steps._kept[0]
+    weights = [x for x in kept.run.__code__.co_consts if isinstance(x, torch.nn.Parameter)]
+    assert {id(attention(both.model).k_proj.weight), id(both.model.lm_head.weight)} <= set(map(id, weights))
+    caches = {id(x) for layer in both.caches[1].layers for x in vars(layer).values() if isinstance(x, torch.Tensor)}
+    assert caches and caches.isdisjoint(map(id, kept.run.__code__.co_consts))
 
 
 def test_a_hook_is_called_and_is_called_no_more_once_it_is_off(both):
@@ -158,6 +173,22 @@ def test_what_is_kept_goes_with_its_graphs(both):
     both.step()
     for _ in range(4):
         both.step()
+
+
+def test_layers_that_count_are_left_to_dynamo():
+    """Those of a sliding window have a number that changes with each step; the other half and the model are held."""
+    both = Both("gpt_oss")
+    assert taken_by(both, lambda: [both.step() for _ in range(20)]) == 20
+    kept = both.model._compiled_call_impl.run.steps._kept[0]
+    assert (kept.steady_layers, kept.other_layers) == ((1,), (0,))
+    both.change(CHANGES["a weight's memory"])
+    both.step()
+    layer = both.caches[1].layers[0]
+    with torch.no_grad(), both.model._compiled_call_impl.scope.entered():
+        assert kept.holds((STEP,), {"past_key_values": both.caches[1]}, kept.hooks)
+        layer.keys = layer.values
+        assert not kept.holds((STEP,), {"past_key_values": both.caches[1]}, kept.hooks)
+    both.model.moe_offload.close()
 
 
 def test_where_the_host_decides_every_step_is_guarded():
