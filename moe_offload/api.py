@@ -2,8 +2,7 @@
 
 optimize(model, budget)         a loaded model, or one whose experts are on "meta"
 from_pretrained(path, budget)   a checkpoint whose experts never all come into RAM
-Before them: plan/forecast.py (what a budget would hold), record.py (which experts a workload uses), pack.py (a copy
-of a checkpoint that is faster to read). After them: handle/, `model.moe_offload`.
+Before them: plan/forecast.py (what a budget would hold), record.py, pack.py. After them: handle/, `model.moe_offload`.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from .experts import MoELayer, find_experts
 from .forward.advise import advise_at_start, say_what_is_remembered
 from .forward.tested_versions import warn_of_untested_versions
 from .memory.process_memory import bound_kernel_caches, trim_heap
-from .memory.stores.open import find_rows, open_stores, read_first
+from .memory.stores.open import index_absent, open_stores, read_first
 from .observe.profile import Profile
 from .patch.attach import attach_runtime
 from .patch.dense_weights import find_dense_device, place_dense
@@ -109,11 +108,7 @@ def optimize(
                 "this model was already offloaded (model.moe_offload is its handle); to offload it anew, load it "
                 "again: its weights are in the cache's files"
             )
-        moe_layers, index = find_experts(model), None
-        if any(moe.is_meta for moe in moe_layers):
-            index = find_rows(model, moe_layers)
-            packed = index.pack(moe_layers)
-            moe_layers = [found if moe.is_meta else moe for moe, found in zip(moe_layers, packed, strict=True)]
+        moe_layers, index = index_absent(model, find_experts(model))
         device = find_dense_device(model, moe_layers, settings.untested)
     group = join_ranks(model, moe_layers, settings, device)
     with agreed(group):
@@ -208,7 +203,7 @@ def _offload(
 ) -> Model:
     """Do what was prepared. `index` says where the rows of experts on the meta device lie, `found` which files the
     model was loaded from; `group` are the ranks that share them, if there are several."""
-    settings, arrangement = prepared.settings, prepared.arrangement
+    settings, arrangement, profile = prepared.settings, prepared.arrangement, prepared.profile
     tiers, device = arrangement.tiers, arrangement.device
     device_decides = on_device(settings, moe_layers, arrangement.slots, tiers, device)
     bound_kernel_caches(arrangement.plan.budget_bytes)
@@ -220,7 +215,6 @@ def _offload(
         if index is not None:
             moe_layers = verify_unpacking(moe_layers, index.packings, model, partial(read_first, stores))
             moe_layers = fuse_weights(moe_layers) if settings.compute == "packed" else moe_layers
-        profile = prepared.profile
         runtime = build_runtime(
             moe_layers, arrangement.plan, stores, settings, profile, device, device_decides, prepared.lock_bytes
         )

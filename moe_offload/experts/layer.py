@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from .layout import FIELD_ALIGN, Begins, PackedWeight, RowLayout
+from .layout import Begins, PackedWeight, RowLayout
 from .share import Share, local_part
 
 Held = TypeVar("Held")
@@ -148,24 +148,6 @@ class MoELayer:
         layout = self.unpacked.beginning(most)
         elsewhere = {e: begins for e, begins in enumerate(begins_E) if begins != most}
         return replace(self, layout=layout, unpacked=layout, elsewhere=elsewhere)
-
-    def beginning_as_loaded(self) -> MoELayer:
-        """The same, with rows whose fields begin as far from a cache line as they do in the model."""
-        fields = self.unpacked.fields
-        if self.packed or not any(each.is_placed for each in fields):
-            return self
-        held = [self.expert(e) for e in range(self.num_experts)]
-        if any(tensor.device.type != "cpu" for tensors in held for tensor in tensors.values()):
-            return self
-        return self.beginning(
-            [
-                tuple(
-                    tensors[each.name].data_ptr() % FIELD_ALIGN if each.is_placed and each.name in tensors else 0
-                    for each in fields
-                )
-                for tensors in held
-            ]
-        )
 
     def as_unpacked(self) -> MoELayer:
         """The same, with rows that hold the parameters themselves."""

@@ -94,8 +94,17 @@ def _rows_in_ram(moe: MoELayer, store: Store | None, progress: Callable[[int], o
     return rows
 
 
-def find_rows(model: nn.Module, moe_layers: Sequence[MoELayer]) -> RowIndex:
-    """Where the rows of experts on the meta device lie: in the folder that the model's configuration names."""
+def index_absent(model: nn.Module, moe_layers: Sequence[MoELayer]) -> tuple[Sequence[MoELayer], RowIndex | None]:
+    """The layers, and where the rows of those on the meta device lie: in the folder that the model's configuration
+    names."""
+    if not any(moe.is_meta for moe in moe_layers):
+        return moe_layers, None
+    index = _find_rows(model, moe_layers)
+    indexed = index.pack(moe_layers)
+    return [found if moe.is_meta else moe for moe, found in zip(moe_layers, indexed, strict=True)], index
+
+
+def _find_rows(model: nn.Module, moe_layers: Sequence[MoELayer]) -> RowIndex:
     config: Any = model.config
     folder = Path(getattr(config, "_name_or_path", "") or "")
     if not str(folder) or not folder.is_dir():
