@@ -30,7 +30,6 @@ VARIANT = re.compile(r"model\.(?!safetensors).+\.safetensors")  # as model.fp16-
 
 
 def open_stores(
-    model: nn.Module,
     moe_layers: Sequence[MoELayer],
     tiers: Sequence[str],
     settings: OffloadConfig,
@@ -39,14 +38,15 @@ def open_stores(
 ) -> list[Store]:
     """One store per layer; layers that share a file share the store. Closes what it opened if it cannot open all.
 
-    `index` says where the rows of experts on the meta device lie; without one, the folder that the model's
-    configuration names is looked through. Rows in RAM below a CUDA `device` are pinned, as far as the system allows.
+    `index` says where the rows of experts on the meta device lie. Rows in RAM below a CUDA `device` are pinned, as far
+    as the system allows.
     """
     with contextlib.ExitStack() as undo:
         stores: dict[int, Store] = {}
         absent = [moe for moe in moe_layers if moe.is_meta]
         if absent:
-            index = _find_rows(model, moe_layers) if index is None else index
+            if index is None:
+                raise AssertionError(f"{absent[0].name}: nothing says where its rows lie")
             checkpoint = undo.enter_context(contextlib.closing(DiskStore([moe.layout for moe in moe_layers], index)))
             stores |= {moe.index: checkpoint for moe in absent}
         loaded = [moe for moe in moe_layers if moe.index not in stores and tiers[moe.index] == "disk"]
@@ -92,6 +92,16 @@ def _rows_in_ram(moe: MoELayer, store: Store | None, progress: Callable[[int], o
         store.read(moe.index, e, memoryview(rows[e].numpy()))
         progress(rows[e].nbytes)
     return rows
+
+
+def index_absent(model: nn.Module, moe_layers: Sequence[MoELayer]) -> tuple[Sequence[MoELayer], RowIndex | None]:
+    """The layers, and where the rows of those on the meta device lie: in the folder that the model's configuration
+    names."""
+    if not any(moe.is_meta for moe in moe_layers):
+        return moe_layers, None
+    index = _find_rows(model, moe_layers)
+    indexed = index.pack(moe_layers)
+    return [found if moe.is_meta else moe for moe, found in zip(moe_layers, indexed, strict=True)], index
 
 
 def _find_rows(model: nn.Module, moe_layers: Sequence[MoELayer]) -> RowIndex:
