@@ -11,7 +11,7 @@ Python gives a dictionary another version with every change; equal ones are the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from operator import attrgetter
 from types import FunctionType
@@ -72,9 +72,9 @@ class Kept(NamedTuple):
             return False
         if not self.layer_facts.check(*[x for i, get in self.layer_tensors for x in get(layers[i])]):
             return False
-        given = [id(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        given = [*_tensor_ids((*args, *kwargs.values()))]
         for i in self.other_layers:
-            given += [id(x) for x in vars(layers[i]).values() if isinstance(x, Tensor)]
+            given += _tensor_ids(vars(layers[i]).values())
         if len(set(given)) != len(given) or not self.tensor_ids.isdisjoint(given):
             return False
         if not self.others.check({"args": args, "kwargs": kwargs, **self.cells}):
@@ -138,6 +138,16 @@ def keep_step(
         cells,
         with_known_arguments(run, args, kwargs, GRAPH, steady),
     )
+
+
+def _tensor_ids(values: Iterable[Any]) -> Iterator[int]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield id(value)
+        elif isinstance(value, dict):
+            yield from _tensor_ids(value.values())
+        elif isinstance(value, (list, tuple)):
+            yield from _tensor_ids(value)
 
 
 def _getter(names: list[str]) -> Callable[[Any], tuple[Tensor, ...]]:
