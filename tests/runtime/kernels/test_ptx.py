@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from moe_offload.experts import RowCodes
 from moe_offload.runtime.kernels import KERNELS, Loads, make_pace
 from moe_offload.runtime.kernels.state_block import StateBlock
 
@@ -22,7 +23,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
 POINTERS = {torch.int32: "*i32", torch.int64: "*i64", torch.float64: "*fp64", torch.float32: "*fp32"}
-POINTERS[torch.bfloat16] = "*bf16"
+POINTERS |= {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8", torch.int16: "*i16"}
 
 
 class Compiled:
@@ -63,6 +64,25 @@ class Compiled:
         return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
 
 
+#: Formats at the sizes of a large model's experts, as `RowCodes` has them.
+PACKED = {
+    "mxfp4": RowCodes("mxfp4", 5760, 2880, 1, 0, 0, 8294400, 0, (5760, 90), torch.uint8, torch.bfloat16),
+    "fp8": RowCodes("fp8", 768, 2048, 2, 0, 1573248, 393216, 393312, (6, 16), torch.float32, torch.bfloat16),
+    "int4": RowCodes("int4", 768, 2048, 2, 0, 884736, 393216, 442368, (768, 64), torch.bfloat16, torch.bfloat16),
+    "int4 of float32": RowCodes("int4", 768, 2048, 1, 0, 0, 0, 0, (768, 64), torch.float32, torch.float32),
+}
+
+
+def multiply_packed(product, name, pairs=None):
+    def run(kernels):
+        codes, many = PACKED[name], 512 if product == "packed_grouped_mm" else 8
+        x_PH = torch.empty(pairs or many, codes.inputs, dtype=codes.dtype)
+        rows_SB = torch.empty(2, 8_847_360, dtype=torch.uint8)
+        getattr(kernels, product)(x_PH, rows_SB, torch.zeros(len(x_PH), dtype=torch.int64), codes)
+
+    return run
+
+
 def launches():
     """Each kernel at the sizes of a step of Qwen3-30B-A3B or gpt-oss, and decide at its largest: (kernel, run)."""
 
@@ -92,6 +112,9 @@ def launches():
 
         return run
 
+    for product in ("packed_indexed_mm", "packed_gated_mm", "packed_grouped_mm"):
+        for name in PACKED:
+            yield pytest.param(product, multiply_packed(product, name), id=f"{product}-{name}")
     for sizes in ((128, 64, 8), (512, 512, 512)):
         yield pytest.param("decide", decide(*sizes), id=f"decide-{sizes}")
     yield pytest.param("decide_top", decide_top(128, 64, 8), id="decide_top")
@@ -106,6 +129,10 @@ def kernels():
     return KERNELS["cuda"]()
 
 
+#: Where a product is launched from, if not from a function of its own.
+KERNEL_OF = {"packed_indexed_mm": "_few", "packed_gated_mm": "_few", "packed_grouped_mm": "_many"}
+
+
 def compiled(monkeypatch, function, name):
     stand_in = Compiled(function.__globals__[name])
     monkeypatch.setitem(function.__globals__, name, stand_in)
@@ -115,7 +142,7 @@ def compiled(monkeypatch, function, name):
 @pytest.mark.parametrize(("name", "run"), [*launches()])
 def test_registers_suffice(kernels, monkeypatch, tmp_path, name, run):
     """A value that is put away in memory, and fetched again, costs more than what it was made of."""
-    kernel = compiled(monkeypatch, getattr(kernels, name), f"_{name}")
+    kernel = compiled(monkeypatch, getattr(kernels, name), KERNEL_OF.get(name, f"_{name}"))
     run(kernels)
     used = kernel.resources(tmp_path)
     assert 16 <= used["REG"] <= 255 and used["STACK"] == used["LOCAL"] == 0, used
