@@ -100,7 +100,7 @@ def main() -> None:
                         model(step, past_key_values=cache)
                 pstats.Stats(profile).sort_stats("tottime").print_stats(25)
         low, median, high = statistics.quantiles(times, n=4)
-        print(f"of which Dynamo {dynamo_us:.0f} us, mostly its guards; the thread that launches {launch_us:.0f} us")
+        print(f"of which Dynamo {dynamo_us:.0f} us, mostly its guards; the launch {launch_us:.0f} us")
         print(f"{options.layers} layers: {1e6 * median:.0f} us a step (quartiles {1e6 * low:.0f} to {1e6 * high:.0f})")
 
 

@@ -48,8 +48,8 @@ from ..forward.dynamo import Settings
 from ..forward.graphs import compiling, ops, products
 from ..forward.graphs.kv_pool import KVPool
 from ..forward.graphs.masked import MaskedModuleCore
-from ..forward.graphs.one_thread import forget_recordings
 from ..forward.graphs.phantom import Phantom
+from ..forward.graphs.recordings import forget_recordings
 from ..forward.inference_only import refuse_backward
 from ..forward.out_of_memory.retry import Retry
 from ..forward.regions import Regions, make_region

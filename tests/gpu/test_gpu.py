@@ -17,7 +17,7 @@ import moe_offload
 from moe_offload import OffloadConfig, OffloadError
 from moe_offload.apps.families.tiny import build
 from moe_offload.experts import find_experts
-from moe_offload.forward.graphs.one_thread import launch
+from moe_offload.forward.graphs.recordings import launch
 from moe_offload.memory.buffers import page_aligned
 from moe_offload.plan.budget import budget_for
 from moe_offload.plan.weights import layer_shapes, sum_costs

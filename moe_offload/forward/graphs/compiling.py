@@ -28,10 +28,10 @@ from ...errors import OffloadError, UnsupportedModelError
 from ...observe import progress
 from ..changed_parts import explain_refusal
 from .cuda_graphs import can_be_recorded, copy_outputs
-from .one_thread import launch
 from .ops import bank_of
 from .phantom import Phantom, phantoms_in
 from .products import PRODUCT_PER_PAIR
+from .recordings import launch
 from .small_kernels import both_kinds_together
 from .small_kernels import options as small_kernels
 

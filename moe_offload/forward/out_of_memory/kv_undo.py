@@ -64,13 +64,13 @@ def _undo_of_cache(cache: Any, tokens: int) -> Undo | None:
         kind, held = type(layer), getattr(layer, "keys", None)
         if held is None:
             undo = _undo_of_unused(layer)
+        elif kind is cache_utils.StaticLayer and isinstance(layer.cumulative_length, Tensor):
+            static.append(layer)
+            continue
         elif kind is cache_utils.DynamicLayer:
             undo = _undo_of_dynamic(layer, ("keys", "values"), tokens)
         elif kind is cache_utils.DynamicSlidingWindowLayer:
             undo = _undo_of_sliding(layer, tokens)
-        elif kind is cache_utils.StaticLayer and isinstance(layer.cumulative_length, Tensor):
-            static.append(layer)
-            continue
         elif kind is cache_utils.StaticSlidingWindowLayer:
             undo = _undo_of_static_sliding(layer, tokens)
         else:
@@ -78,8 +78,6 @@ def _undo_of_cache(cache: Any, tokens: int) -> Undo | None:
         if undo is None:
             return None
         undos.append(undo)
-    if len({layer.cumulative_length.device for layer in static}) > 1:
-        return None
     if static:
         undos.append(_undo_of_static(static, tokens))
 
@@ -155,6 +153,8 @@ def _undo_of_static(layers: list[Any], tokens: int) -> Undo:
     before = layers[0].cumulative_length.clone()
 
     def undo() -> bool:
+        if any(layer.cumulative_length.device != before.device for layer in layers):
+            return False
         grown_L = torch.stack([layer.cumulative_length for layer in layers]) - before
         if not ((grown_L == 0) | (grown_L == tokens)).all():
             return False

@@ -21,8 +21,8 @@ from ...runtime.model import Runtime
 from ..batch_sizes import Steps, find_cache
 from ..binding import Scope
 from ..dynamo import count_hooks
-from ..graphs.one_thread import forget_recordings
-from ..graphs.steady_step import SteadySteps
+from ..graphs.recordings import forget_recordings
+from ..steady.steps import SteadySteps
 from .kv_undo import remember_caches
 from .shrink import shrink_banks
 

@@ -91,6 +91,7 @@ CHANGES = {
     "an attribute": lambda m: setattr(attention(m), "scaling", attention(m).scaling * 2),
     "an attribute of a norm": lambda m: setattr(m.model.norm, "variance_epsilon", 0.5),
     "a method": lambda m: m.model.norm.__dict__.__setitem__("forward", lambda x: x * 0.5),
+    "a setting": lambda m: setattr(m.config, "output_hidden_states", not m.config.output_hidden_states),
     "a router": lambda m: m.model.layers[0].mlp.gate.weight.data.neg_(),
 }
 
@@ -99,7 +100,21 @@ CHANGES = {
 def test_what_is_changed_between_two_steps_is_seen(both, change):
     before = both.step()
     both.change(CHANGES[change])
-    assert not torch.allclose(both.step(), before, rtol=1e-2, atol=1e-3), "the change matters"
+    if change == "a setting":
+        assert taken_by(both, both.step) == 0
+        both.change(CHANGES[change])
+    else:
+        assert not torch.allclose(both.step(), before, rtol=1e-2, atol=1e-3), "the change matters"
+
+
+def test_parameters_are_not_looked_up_at_each_step(both):
+    """Of 48 layers that would be most of what the code of a step does."""
+    both.step()
+    kept = both.model._compiled_call_impl.run.steps._kept[0]
+    weights = [x for x in kept.run.__code__.co_consts if isinstance(x, torch.nn.Parameter)]
+    assert {id(attention(both.model).k_proj.weight), id(both.model.lm_head.weight)} <= set(map(id, weights))
+    caches = {id(x) for layer in both.caches[1].layers for x in vars(layer).values() if isinstance(x, torch.Tensor)}
+    assert caches and caches.isdisjoint(map(id, kept.run.__code__.co_consts))
 
 
 def test_a_hook_is_called_and_is_called_no_more_once_it_is_off(both):
