@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import Graph, Node
@@ -20,7 +20,6 @@ from . import ops
 from .fast import is_of
 from .find import name_of
 from .sites import Site
-
 
 #: A product, and the same with a gate.
 GATED = {ops.grouped_mm: ops.gated_mm, ops.packed_mm: ops.packed_gated_mm}
@@ -73,7 +72,7 @@ def _is_silu(node: Node) -> bool:
 def _join(graph: Graph, chain: Sequence[Node]) -> None:
     product, end = chain[0], chain[-1]
     with graph.inserting_before(product):
-        joined = graph.call_function(GATED[product.target], product.args)
+        joined = graph.call_function(GATED[cast(Any, product.target)], product.args)
     joined.meta = dict(end.meta)
     end.replace_all_uses_with(joined)
     for node in reversed(chain):

@@ -14,9 +14,9 @@ Biases and scales follow because they are indexed by the same ids. Slots are rea
 nothing, not even Inductor's scheduler, can move a read before its load. The sort stays on the true ids: sorted by slot,
 the pairs would lie in another order, and an elementwise kernel rounds the end of a tensor otherwise than the rest.
 
-A site is left alone when its pairs are not a constant of the graph or do not fit the slots: `waves` takes those. Weights
-that lie packed in the rows (see `packed`) are read by ops that unpack them, and only where a device decides and its
-kernels can read all of them: on a CPU, and by the host, that is `waves`' as well.
+A site is left alone when its pairs are not a constant of the graph or do not fit the slots: `waves` takes those. So it
+does where weights lie packed in the rows, unless a device decides, whose kernels can read all that are packed: then
+they are read by ops that unpack them (see `packed`).
 """
 
 from __future__ import annotations

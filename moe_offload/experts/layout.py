@@ -81,8 +81,8 @@ class RowCodes:
     """Where kernels find a packed weight in a row: `matrices` [outputs, inputs] of one format, one below the other.
 
     Codes begin at byte `codes_at`, those of each matrix `codes_step` behind those of the one before; scales likewise,
-    in units of one. `grid` says into how many blocks of one scale the rows and the columns of a matrix are cut. `format`
-    is a name in `packed.FORMATS`, `dtype` what is unpacked.
+    in units of one. `grid` says into how many blocks of one scale the rows and the columns of a matrix are cut.
+    `format` is a name in `packed.FORMATS`, `dtype` what is unpacked.
     """
 
     format: str

@@ -1,5 +1,5 @@
-"""Quantised experts where the device decides, on a CPU: plain transformers' logits, and a decode graph that asks nothing of
-the host and reads packed rows."""
+"""Quantised experts where the device decides, on a CPU: plain transformers' logits, and a decode graph that reads
+packed rows and asks the host nothing."""
 
 from __future__ import annotations
 
@@ -14,28 +14,32 @@ import moe_offload
 from moe_offload.apps.families.quantised.kinds import KINDS
 from moe_offload.apps.families.session import run_session
 from moe_offload.checkpoint.outline import outline_folder
+from moe_offload.checkpoint.quantised.weights import MatrixWeight
 from moe_offload.forward.graphs import compiling
+from moe_offload.forward.graphs.products import packed_products
 from moe_offload.plan.budget import budget_for
 from moe_offload.plan.weights import layer_shapes, sum_costs
+from moe_offload.runtime.kernels import KERNELS
 from passes import ops
 from tests.fakes.offloaded import SETTINGS
 from tests.fakes.quantised_checkpoints import write
 
+NO_CT = importlib.util.find_spec("compressed_tensors") is None
 SESSION = {"batch": 1, "prompt": 17, "new_tokens": 6}
 DEVICE = replace(SETTINGS, decide="device")
-FAST = [("mxfp4", "grouped_mm"), ("fp8", "grouped_mm"), ("mxfp4", "batched_mm")]
-EACH = [
-    pytest.param(
-        kind,
-        implementation,
-        marks=[
-            pytest.mark.skipif(bool(KINDS[kind].needs) and importlib.util.find_spec(KINDS[kind].needs) is None, reason=""),
-            *([] if (kind, implementation) in FAST else [pytest.mark.long]),
-        ],
+FAST = [("mxfp4", "grouped_mm"), ("fp8", "batched_mm")]
+
+
+def marked(kind, implementation):
+    needs = KINDS[kind].needs
+    absent = bool(needs) and importlib.util.find_spec(needs) is None
+    marks = [pytest.mark.skipif(absent, reason=f"needs {needs}")]
+    return pytest.param(
+        kind, implementation, marks=marks if (kind, implementation) in FAST else [*marks, pytest.mark.long]
     )
-    for kind in KINDS
-    for implementation in ("grouped_mm", "batched_mm")
-]
+
+
+EACH = [marked(kind, implementation) for kind in KINDS for implementation in ("grouped_mm", "batched_mm")]
 
 
 @pytest.fixture(autouse=True)
@@ -70,3 +74,60 @@ def test_logits_are_plain_transformers(kind, implementation, tmp_path, monkeypat
         assert called.count(ops.place) == len(stats.layers) and called.count(reads) == 2 * len(stats.layers)
         assert ops.stream not in called and ops.fetch not in called
         assert not any(torch.Tag.cudagraph_unsafe in getattr(target, "tags", ()) for target in called)
+
+
+@pytest.fixture
+def gpu_products():
+    """The ops of packed weights as on a GPU, by kernels that are the reference here."""
+    library = torch.library.Library("moe_offload", "IMPL")
+    used = []
+    for name, product in packed_products(KERNELS["cpu"]()).items():
+
+        def counted(*args, name=name, product=product):
+            used.append(name)
+            return product(*args)
+
+        library.impl(name, torch._disable_dynamo(counted), "CPU")
+    yield used
+    library._destroy()
+
+
+@pytest.mark.parametrize(
+    ("kind", "product"),
+    [
+        ("fp8", "packed_gated_mm"),
+        pytest.param("mxfp4", "packed_mm", marks=pytest.mark.long),
+        pytest.param(
+            "ct-int4", "packed_gated_mm", marks=[pytest.mark.long, pytest.mark.skipif(NO_CT, reason="needs a package")]
+        ),
+    ],
+)
+def test_the_graph_of_a_gpu_says_the_same(kind, product, gpu_products, tmp_path, monkeypatch):
+    """Its pairs unsorted, gate and up in one product, topk with the decision; and prompts by the grouped product. Sums
+    are in another order: the logits are near, and the tokens the same."""
+    folder = write(kind, tmp_path / "model")
+    plain = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="grouped_mm").eval()
+    want = run_session(plain, "lm", **SESSION)
+    monkeypatch.setattr(compiling, "is_on_gpu", lambda bank_SN: True)
+    monkeypatch.setattr(compiling, "joins_gates", lambda inner: True)
+    model = load(folder)
+    with model.moe_offload as handle:
+        for ours, theirs in zip(run_session(model, "lm", **SESSION), want, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02 * theirs.abs().max().item())
+        assert handle.stats().by_device > 0
+    assert {"packed_mm", product} <= set(gpu_products)
+
+
+def test_a_weight_that_kernels_cannot_read_is_left_to_the_host(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(MatrixWeight, "row_codes", lambda self, transposed: None)
+    folder = write("mxfp4", tmp_path / "model")
+    plain = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="grouped_mm").eval()
+    want = run_session(plain, "lm", **SESSION)
+    with caplog.at_level("WARNING"):
+        model = load(folder)
+    said = [record.message for record in caplog.records]
+    assert sum("do not lie in their rows as the kernels of a device read" in message for message in said) == 1
+    with model.moe_offload as handle:
+        for ours, theirs in zip(run_session(model, "lm", **SESSION), want, strict=True):
+            assert torch.equal(ours, theirs)
+        assert handle.stats().by_device == 0

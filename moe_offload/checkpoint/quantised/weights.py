@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -204,11 +205,15 @@ class MatrixWeight:
 
 def row_codes(matrices: Sequence[Matrix], dtype: torch.dtype) -> RowCodes | None:
     """Where the matrices lie, if they are alike and as far apart from one to the next: `RowCodes` can say no more."""
-    first, codes = matrices[0], [matrix.fields[0] for matrix in matrices]
-    scales, size = [matrix.fields[1] for matrix in matrices], first.fields[1].dtype.itemsize
+    first = matrices[0]
+    codes, scales = first.fields
+    size = scales.dtype.itemsize
     alike = {(m.shape, type(m.format), *((f.shape, f.dtype) for f in m.fields)) for m in matrices}
-    steps = {(b.offset - a.offset, d.offset - c.offset) for a, b, c, d in zip(codes, codes[1:], scales, scales[1:])}
-    if len(alike) > 1 or len(steps) > 1 or any(field.offset % size for field in scales) or dtype not in FLOATS:
+    steps = {
+        tuple(after.offset - before.offset for before, after in zip(one.fields, following.fields, strict=True))
+        for one, following in pairwise(matrices)
+    }
+    if len(alike) > 1 or len(steps) > 1 or any(m.fields[1].offset % size for m in matrices) or dtype not in FLOATS:
         return None
     [(codes_step, scales_step)] = steps or {(0, 0)}
     tensors = [torch.empty(field.shape, dtype=field.dtype, device="meta") for field in first.fields]
@@ -216,12 +221,12 @@ def row_codes(matrices: Sequence[Matrix], dtype: torch.dtype) -> RowCodes | None
         next(name for name, kind in FORMATS.items() if kind is type(first.format)),
         *first.shape,
         len(matrices),
-        codes[0].offset,
+        codes.offset,
         codes_step,
-        scales[0].offset // size,
+        scales.offset // size,
         scales_step // size,
         grid_of_scales(first.format, tensors),
-        scales[0].dtype,
+        scales.dtype,
         dtype,
     )
 

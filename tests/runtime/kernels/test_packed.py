@@ -17,6 +17,8 @@ from tests.runtime.kernels.test_contract import INTERPRETED, entry, round_bfloat
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 LEAST = 1000 * torch.finfo(F32).tiny  # where products are subnormal, a CPU's own kernels may call them zero
+
+
 def modest(*shape):
     """Exponents with which sums are finite."""
     return random_bytes(*shape, seed=2) % 20 + 110
@@ -44,7 +46,7 @@ PRODUCTS = {
 
 
 def packed_rows(tensors, slots, dtype=BF16, matrices=2):
-    """Rows [S, B], each with that matrix, and rolled versions of it below it; its `RowCodes`; and the weights [S, M, H]."""
+    """Rows [S, B], each with that matrix and one like it below; their `RowCodes`; and the weights [S, M, H]."""
     kind = {torch.uint8: "mxfp4", torch.int8: "mxfp4", torch.int32: "int4", E4M3: "fp8"}[tensors[0].dtype]
     made = FORMATS[kind].fit(tensors)
     names = [(f"{i} {role}", i, tensor) for i in range(matrices) for role, tensor in zip("cs", tensors, strict=True)]
@@ -109,13 +111,19 @@ def test_numbers_of_x_that_do_not_lie_together(entry, name):  # noqa: F811
             assert_close(got, x_PH, values_SMH[slots_P], BF16)
 
 
-@pytest.mark.parametrize("name", ["mxfp4, one group", "mxfp4", "fp8 blocks of bfloat16 scales", "fp8 channels", "int4 groups of 8"])
+@pytest.mark.parametrize(
+    "name", ["mxfp4, one group", "mxfp4", "fp8 blocks of bfloat16 scales", "fp8 channels", "int4 groups of 8"]
+)
 def test_a_product_with_one_column_is_that_column(entry, name):  # noqa: F811
     """Nothing is added up: the number itself, to the bit, from its place."""
     rows_SB, codes, values_SMH = packed_rows(PRODUCTS[name], 1)
     columns = list(range(0, codes.inputs, 7))
     x_PH = torch.eye(codes.inputs)[columns].to(BF16)
-    given = (x_PH.to(entry.device), rows_SB.to(entry.device), torch.zeros(len(columns), dtype=torch.int64).to(entry.device))
+    given = (
+        x_PH.to(entry.device),
+        rows_SB.to(entry.device),
+        torch.zeros(len(columns), dtype=torch.int64).to(entry.device),
+    )
     for product in (entry.kernels.packed_indexed_mm, entry.kernels.packed_grouped_mm):
         assert torch.equal(product(*given, codes).cpu(), values_SMH[0][:, columns].T)
 
@@ -138,7 +146,9 @@ RUNS = {"a tile and one more": [(0, 65)], "any order": [(2, 3), (0, 70), (1, 1),
 
 
 @pytest.mark.parametrize("runs", RUNS)
-@pytest.mark.parametrize(("name", "dtype"), [(name, BF16) for name in PRODUCTS] + [("int4 groups", F32), ("fp8 blocks", F32)])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [(name, BF16) for name in PRODUCTS] + [("int4 groups", F32), ("fp8 blocks", F32)]
+)
 def test_many_pairs(entry, name, dtype, runs):  # noqa: F811
     rows_SB, codes, values_SMH = packed_rows(PRODUCTS[name], 3, dtype)
     slots_P = torch.tensor([slot for slot, count in RUNS[runs] for _ in range(count)])
@@ -162,7 +172,11 @@ def test_what_does_not_fit_is_refused(entry):  # noqa: F811
         pytest.skip("torch's own errors")
     rows_SB, codes, _ = packed_rows(PRODUCTS["int4 groups"], 2)
     x_PH, slots_P = torch.zeros(2, codes.inputs, dtype=BF16), torch.zeros(2, dtype=torch.int64)
-    for x, rows, slots in ((x_PH[:, 1:], rows_SB, slots_P), (x_PH.float(), rows_SB, slots_P), (x_PH, rows_SB, slots_P[1:])):
+    for x, rows, slots in (
+        (x_PH[:, 1:], rows_SB, slots_P),
+        (x_PH.float(), rows_SB, slots_P),
+        (x_PH, rows_SB, slots_P[1:]),
+    ):
         for product in (entry.kernels.packed_indexed_mm, entry.kernels.packed_grouped_mm):
             with pytest.raises(ValueError, match="do not fit packed weights"):
                 product(x, rows, slots, codes)
@@ -246,4 +260,3 @@ def values(kind, code_C, scale_N, dtype, wide):
         TYPE=unpack_triton.TYPES[dtype],
     )  # fmt: skip
     return out
-

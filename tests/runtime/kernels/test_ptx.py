@@ -69,6 +69,10 @@ PACKED = {
     "mxfp4": RowCodes("mxfp4", 5760, 2880, 1, 0, 0, 8294400, 0, (5760, 90), torch.uint8, torch.bfloat16),
     "fp8": RowCodes("fp8", 768, 2048, 2, 0, 1573248, 393216, 393312, (6, 16), torch.float32, torch.bfloat16),
     "int4": RowCodes("int4", 768, 2048, 2, 0, 884736, 393216, 442368, (768, 64), torch.bfloat16, torch.bfloat16),
+    "fp8 of channels": RowCodes("fp8", 768, 2048, 1, 0, 0, 786432, 0, (768, 1), torch.bfloat16, torch.bfloat16),
+    "fp8 of exponents": RowCodes("fp8", 768, 2048, 1, 0, 0, 1572864, 0, (768, 64), torch.uint8, torch.float16),
+    "fp8 of float32": RowCodes("fp8", 768, 2048, 1, 0, 0, 393216, 0, (6, 16), torch.float32, torch.float32),
+    "mxfp4 of float32": RowCodes("mxfp4", 5760, 2880, 1, 0, 0, 8294400, 0, (5760, 90), torch.uint8, torch.float32),
     "int4 of float32": RowCodes("int4", 768, 2048, 1, 0, 0, 0, 0, (768, 64), torch.float32, torch.float32),
 }
 
@@ -194,3 +198,25 @@ def test_tiles_are_loaded_ahead_and_multiplied_as_their_dtype_allows(kernels, mo
     copies = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*;", kernel.ptx)
     assert copies and all(", 0x10" in copy for copy in copies) and product in kernel.ptx
     assert "tf32" not in kernel.ptx and kernel.shared_bytes <= 227 << 10
+
+
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("product", ["packed_indexed_mm", "packed_grouped_mm"])
+def test_what_is_unpacked_is_rounded_to_the_nearest_and_keeps_subnormals(kernels, monkeypatch, product, name):
+    """The casts that the interpreter's tests stand in for, and multiplications that do not flush."""
+    kernel = compiled(monkeypatch, getattr(kernels, product), KERNEL_OF[product])
+    multiply_packed(product, name)(kernels)
+    casts = set(re.findall(r"cvt\.\w+\.(?:b?f16(?:x2)?)\.f32", kernel.ptx))
+    assert all(cast.startswith("cvt.rn.") for cast in casts) and "ftz" not in kernel.ptx
+    assert bool(casts) == (PACKED[name].dtype != torch.float32)
+    assert ("wgmma.mma_async" in kernel.ptx) == (product == "packed_grouped_mm" and bool(casts))
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_codes_are_read_sixteen_bytes_at_a_time(kernels, monkeypatch, name):
+    kernel = compiled(monkeypatch, kernels.packed_indexed_mm, "_few")
+    multiply_packed("packed_indexed_mm", name)(kernels)
+    loop = kernel.ptx[kernel.ptx.index("Inner Loop Header") :]
+    loop = loop[: loop.index(" bra ")]
+    assert "ld.global.v4.b32" in loop and "st.shared" not in loop
+    assert len(re.findall(r"ld\.global", loop)) <= 4, "codes, scale, x"

@@ -1,4 +1,4 @@
-"""`indexed_mm` and `gated_mm` of weights that lie packed in their rows: a few pairs, and each pair's codes are read once.
+"""`indexed_mm` and `gated_mm` of weights that lie packed in their rows: few pairs, each pair's codes are read once.
 
 Shapes: P token-expert pairs, S slots, B bytes of a row, H hidden, M rows of one expert's matrix, I half of M.
 
@@ -25,8 +25,8 @@ HAS_LIBDEVICE = tl.constexpr(not triton.knobs.runtime.interpret)
 
 
 def indexed_mm(x_PH: Tensor, rows_SB: Tensor, slots_P: Tensor, codes: RowCodes) -> Tensor:
-    """`out[p] = weight[slots[p]] @ x[p]`, [P, M], in x's dtype; sums in float32. Raises `ValueError` where the shapes or
-    dtypes do not fit."""
+    """`out[p] = weight[slots[p]] @ x[p]`, [P, M], in x's dtype; sums in float32. Raises `ValueError` where the shapes
+    or dtypes do not fit."""
     return _launch(x_PH, rows_SB, slots_P, codes, codes.rows, gated=False)
 
 
@@ -109,12 +109,14 @@ def _few(
     # fmt: off
     sum_M = _multiply(
         x_W, codes_B, scales_N, codes_at, codes_step, scales_at, scales_step, m, m < M,
-        OUTPUTS, INPUTS, ROWS_PER_SCALE, COLUMNS_PER_SCALE, SCALES_OF_ROW, RUN, RUNS, PER_BYTE, FORMAT, SCALE_TYPE, TYPE,
+        OUTPUTS, INPUTS, ROWS_PER_SCALE, COLUMNS_PER_SCALE, SCALES_OF_ROW, RUN, RUNS,
+        PER_BYTE, FORMAT, SCALE_TYPE, TYPE,
     )
     if GATED:
         up_M = _multiply(
             x_W, codes_B, scales_N, codes_at, codes_step, scales_at, scales_step, m + M, m < M,
-            OUTPUTS, INPUTS, ROWS_PER_SCALE, COLUMNS_PER_SCALE, SCALES_OF_ROW, RUN, RUNS, PER_BYTE, FORMAT, SCALE_TYPE, TYPE,
+            OUTPUTS, INPUTS, ROWS_PER_SCALE, COLUMNS_PER_SCALE, SCALES_OF_ROW, RUN, RUNS,
+            PER_BYTE, FORMAT, SCALE_TYPE, TYPE,
         )
         gate_M = sum_M.to(TYPE).to(tl.float32)
         exp_M = libdevice.exp(-gate_M) if HAS_LIBDEVICE else tl.exp(-gate_M)

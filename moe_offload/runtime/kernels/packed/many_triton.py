@@ -16,9 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ....experts import RowCodes
-from ..grouped_triton import FULL, HALF, tile_table
+from ..grouped_triton import HALF, Tile, tile_table
 from .few_triton import check_operands
 from .unpack_triton import operands, row_of, settings, unpack, widen_scale
+
+FULL = Tile(32, 64, 32, 4, 2)  # of 4 bytes: what is unpacked needs registers, too
 
 
 def grouped_mm(x_PH: Tensor, rows_SB: Tensor, slots_P: Tensor, codes: RowCodes) -> Tensor:
