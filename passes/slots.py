@@ -74,6 +74,9 @@ def _read_bank(graph: Graph, site: Site, bank: Bank, slots_P: Node) -> None:
     packed = dict(bank.packed)
     for read in site.reads:
         name, use = _name_of(site, read), read.node
+        if read.offsets is None and read.entry is use and use.target is operator.getitem and bank.is_retyped(name):
+            _pick(graph, site, bank, name, use, slots_P)
+            continue
         if name not in packed:
             read.entry.replace_input_with(site.weights[name], views[name])
         if read.offsets is None:
@@ -83,6 +86,15 @@ def _read_bank(graph: Graph, site: Site, bank: Bank, slots_P: Node) -> None:
         if name in packed:
             unpack_reads(graph, site.weights[name], site.bank, packed[name], site.layer, only=[use])
     erase_orphans(graph, [read.offsets for read in site.reads if read.offsets is not None])
+
+
+def _pick(graph: Graph, site: Site, bank: Bank, name: str, use: Node, slots_P: Node) -> None:
+    assert site.pairs is not None
+    with graph.inserting_before(use):
+        picked = bank.picked_nodes(graph, site.bank, name, slots_P, site.pairs)
+    picked.meta = dict(use.meta)
+    use.replace_all_uses_with(picked)
+    graph.erase_node(use)
 
 
 def _name_of(site: Site, read: WeightRead) -> str:

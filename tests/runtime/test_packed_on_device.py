@@ -10,19 +10,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import moe_offload
 from moe_offload.apps.families.quantised.kinds import KINDS
 from moe_offload.apps.families.session import run_session
-from moe_offload.checkpoint.outline import outline_folder
 from moe_offload.checkpoint.quantised.weights import MatrixWeight
 from moe_offload.forward.graphs import compiling
 from moe_offload.forward.graphs.products import packed_products
-from moe_offload.plan.budget import budget_for
-from moe_offload.plan.weights import layer_shapes, sum_costs
 from moe_offload.runtime.kernels import KERNELS
 from passes import ops
 from tests.fakes.offloaded import SETTINGS
-from tests.fakes.quantised_checkpoints import write
+from tests.fakes.quantised_checkpoints import load, write
 
 NO_CT = importlib.util.find_spec("compressed_tensors") is None
 SESSION = {"batch": 1, "prompt": 17, "new_tokens": 6}
@@ -47,12 +43,6 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
-def load(folder, settings=DEVICE, residency=0.5):
-    found = outline_folder(folder)
-    budget = budget_for(residency, layer_shapes(found.moe_layers), sum_costs(found.model, found.moe_layers, settings))
-    return moe_offload.from_pretrained(folder, budget, config=settings, device_map="cpu")
-
-
 @pytest.mark.parametrize(("kind", "implementation"), EACH)
 def test_logits_are_plain_transformers(kind, implementation, tmp_path, monkeypatch):
     folder = write(kind, tmp_path / "model")
@@ -60,7 +50,7 @@ def test_logits_are_plain_transformers(kind, implementation, tmp_path, monkeypat
     want = run_session(plain, "lm", **SESSION)
     graphs = []
     monkeypatch.setattr(compiling, "run_graph", lambda gm, inputs: graphs.append(gm) or gm.forward)
-    model = load(folder, replace(DEVICE, experts_implementation=implementation))
+    model = load(folder, 0.5, replace(DEVICE, experts_implementation=implementation), device_map="cpu")
     with model.moe_offload as handle:
         for ours, theirs in zip(run_session(model, "lm", **SESSION), want, strict=True):
             assert torch.equal(ours, theirs)
@@ -110,7 +100,7 @@ def test_the_graph_of_a_gpu_says_the_same(kind, product, gpu_products, tmp_path,
     want = run_session(plain, "lm", **SESSION)
     monkeypatch.setattr(compiling, "is_on_gpu", lambda bank_SN: True)
     monkeypatch.setattr(compiling, "joins_gates", lambda inner: True)
-    model = load(folder)
+    model = load(folder, 0.5, DEVICE, device_map="cpu")
     with model.moe_offload as handle:
         for ours, theirs in zip(run_session(model, "lm", **SESSION), want, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02 * theirs.abs().max().item())
@@ -124,7 +114,7 @@ def test_a_weight_that_kernels_cannot_read_is_left_to_the_host(tmp_path, monkeyp
     plain = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="grouped_mm").eval()
     want = run_session(plain, "lm", **SESSION)
     with caplog.at_level("WARNING"):
-        model = load(folder)
+        model = load(folder, 0.5, DEVICE, device_map="cpu")
     said = [record.message for record in caplog.records]
     assert sum("do not lie in their rows as the kernels of a device read" in message for message in said) == 1
     with model.moe_offload as handle:

@@ -12,7 +12,7 @@ from moe_offload.experts import RowLayout
 from moe_offload.packed import FORMATS
 from moe_offload.runtime.kernels.packed import reference
 from tests.packed.matrices import CASES, E4M3, E8M0, floats, fp8, int4, random_bytes
-from tests.runtime.kernels.test_contract import INTERPRETED, entry, round_bfloat16  # noqa: F401
+from tests.runtime.kernels.test_contract import INTERPRETED, bits, entry, round_bfloat16  # noqa: F401
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -201,6 +201,7 @@ SCALES = {
 }
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
 @pytest.mark.parametrize(
     ("kind", "scales"),
@@ -216,24 +217,23 @@ SCALES = {
         ("int4", "float32"),
     ],
 )
-def test_every_code_under_every_kind_of_scale_is_the_cpus_number(kind, scales, dtype):
-    if not INTERPRETED:
-        pytest.skip("needs TRITON_INTERPRET=1")
-    round_bfloat16()
-    scale_N = SCALES[scales]
+def test_every_code_under_every_kind_of_scale_is_the_cpus_number(kind, scales, dtype, device):
+    if (device == "cpu") != INTERPRETED or (device == "cuda" and not torch.cuda.is_available()):
+        pytest.skip("needs TRITON_INTERPRET=1 on a CPU, or a GPU")
+    if INTERPRETED:
+        round_bfloat16()
+    scale_N, every = SCALES[scales], torch.arange(256 if kind == "fp8" else 16)
     if kind == "fp8" and scales in ("all bfloat16", "all float16"):
         scale_N = torch.cat([scale_N[::17], scale_N[:130], scale_N[-130:]])  # 256 codes each
-    every = torch.arange(256 if kind == "fp8" else 16)
-    tensors, shape = [codes_of(kind, every, len(scale_N)), scale_N[:, None]], (len(scale_N), -1)
+    tensors = [codes_of(kind, every, len(scale_N)), scale_N[:, None]]
     want = torch.empty(len(scale_N), 32 if kind == "mxfp4" else len(every), dtype=dtype)
     FORMATS[kind].fit(tensors).unpack_torch(tensors, want)
     want = want[:, : len(every)].contiguous()
+    nan = want.isnan()
     for wide in (False, True):
-        got = values(kind, every, scale_N, dtype, wide)
-        assert got.shape == want.shape == (shape[0], len(every))
-        nan = want.isnan()
-        assert torch.equal(got.isnan(), nan)
-        assert torch.equal(got.masked_fill(nan, 0).view(torch.uint8), want.masked_fill(nan, 0).view(torch.uint8))
+        got = values(kind, every, scale_N, dtype, wide, device)
+        assert got.shape == want.shape and torch.equal(got.isnan(), nan)
+        assert torch.equal(*(bits(x.masked_fill(nan, 0)) for x in (got, want)))
 
 
 def codes_of(kind, every, rows):
@@ -244,19 +244,16 @@ def codes_of(kind, every, rows):
     return pairs.repeat(1, 2) if kind == "mxfp4" else pairs.view(torch.int32)
 
 
-def values(kind, code_C, scale_N, dtype, wide):
-    triton = pytest.importorskip("triton")
-    from moe_offload.runtime.kernels.packed import unpack_triton
+def values(kind, code_C, scale_N, dtype, wide, device):
+    """What a kernel that does nothing else makes of every code under every scale."""
+    from moe_offload.runtime.kernels.packed.unpack_triton import AS_LOADED, FORMATS, TYPES, tl
     from tests.runtime.kernels.packed_values import unpack_all
 
-    assert triton
-    raw = scale_N.view(unpack_triton.AS_LOADED.get(scale_N.dtype, scale_N.dtype))
-    out = torch.empty(len(raw), len(code_C), dtype=dtype)
-    block = 4096
-    tl = unpack_triton.tl
-    unpack_all[(-(-len(raw) // block),)](
-        code_C.to(torch.int32), raw, out, len(raw), CODES=len(code_C), BLOCK=block, WIDE=wide,
-        FORMAT=unpack_triton.FORMATS[kind], SCALE_TYPE=unpack_triton.TYPES.get(scale_N.dtype, tl.float32),
-        TYPE=unpack_triton.TYPES[dtype],
+    raw_N = scale_N.view(AS_LOADED.get(scale_N.dtype, scale_N.dtype)).to(device)
+    out = torch.empty(len(raw_N), len(code_C), dtype=dtype, device=device)
+    rows = 4096 if INTERPRETED else 4096 // len(code_C)
+    unpack_all[(-(-len(raw_N) // rows),)](
+        code_C.to(device, torch.int32), raw_N, out, len(raw_N), CODES=len(code_C), BLOCK=rows, WIDE=wide,
+        FORMAT=FORMATS[kind], SCALE_TYPE=TYPES.get(scale_N.dtype, tl.float32), TYPE=TYPES[dtype],
     )  # fmt: skip
-    return out
+    return out.cpu()
