@@ -2,8 +2,7 @@
 
 optimize(model, budget)         a loaded model, or one whose experts are on "meta"
 from_pretrained(path, budget)   a checkpoint whose experts never all come into RAM
-Before them: plan/forecast.py (what a budget would hold), record.py (which experts a workload uses), pack.py (a copy
-of a checkpoint that is faster to read). After them: handle/, `model.moe_offload`.
+Before them: plan/forecast.py (what a budget would hold), record.py, pack.py. After them: handle/, `model.moe_offload`.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from .checkpoint.pretrained.dense import find_adapter, load_adapter, load_dense
 from .checkpoint.pretrained.download import get_folder
 from .checkpoint.quantised.fused_weight import fuse_weights
 from .checkpoint.quantised.verify import verify_unpacking
+from .checkpoint.row_index import RowIndex
 from .config.device_map import DeviceMap, MaxMemory
 from .config.settings import Config
 from .errors import OffloadError
@@ -31,7 +31,7 @@ from .experts import MoELayer, find_experts
 from .forward.advise import advise_at_start, say_what_is_remembered
 from .forward.tested_versions import warn_of_untested_versions
 from .memory.process_memory import bound_kernel_caches, trim_heap
-from .memory.stores.open import open_stores, read_first
+from .memory.stores.open import index_absent, open_stores, read_first
 from .observe.profile import Profile
 from .patch.attach import attach_runtime
 from .patch.dense_weights import find_dense_device, place_dense
@@ -108,13 +108,13 @@ def optimize(
                 "this model was already offloaded (model.moe_offload is its handle); to offload it anew, load it "
                 "again: its weights are in the cache's files"
             )
-        moe_layers = find_experts(model)
+        moe_layers, index = index_absent(model, find_experts(model))
         device = find_dense_device(model, moe_layers, settings.untested)
     group = join_ranks(model, moe_layers, settings, device)
     with agreed(group):
         prepared = prepare_model(model, moe_layers, settings, profile, found_on=device)
     with or_end_for_all(group):
-        return _offload(model, moe_layers, prepared, group=group)
+        return _offload(model, moe_layers, prepared, index, group=group)
 
 
 def from_pretrained(
@@ -186,7 +186,7 @@ def from_pretrained(
         moe_layers = found.pack(find_experts(model))
         find_dense_device(model, moe_layers, settings.untested)  # raises where transformers put it elsewhere
         prepared.check_rows(moe_layers)
-        model = _offload(model, moe_layers, prepared, found, group)
+        model = _offload(model, moe_layers, prepared, found.index, found, group)
     if (adapter := find_adapter(folder, said.subfolder)) is not None:
         with _closed_on_error(model):
             load_adapter(model, adapter, said)
@@ -197,24 +197,24 @@ def _offload(
     model: Model,
     moe_layers: Sequence[MoELayer],
     prepared: Prepared,
+    index: RowIndex | None,
     found: Outline | None = None,
     group: Group | None = None,
 ) -> Model:
-    """Do what was prepared. `found` says which files the model was loaded from, and where the experts' rows lie;
-    `group` are the ranks that share them, if there are several."""
-    settings, arrangement, index = prepared.settings, prepared.arrangement, found.index if found else None
+    """Do what was prepared. `index` says where the rows of experts on the meta device lie, `found` which files the
+    model was loaded from; `group` are the ranks that share them, if there are several."""
+    settings, arrangement, profile = prepared.settings, prepared.arrangement, prepared.profile
     tiers, device = arrangement.tiers, arrangement.device
     device_decides = on_device(settings, moe_layers, arrangement.slots, tiers, device)
     bound_kernel_caches(arrangement.plan.budget_bytes)
     place_dense(model, moe_layers, device)
-    stores = open_stores(model, moe_layers, tiers, settings, device, index)
+    stores = open_stores(moe_layers, tiers, settings, device, index)
     with contextlib.ExitStack() as undo:
         for store in set(stores):
             undo.callback(store.close)
         if index is not None:
             moe_layers = verify_unpacking(moe_layers, index.packings, model, partial(read_first, stores))
             moe_layers = fuse_weights(moe_layers) if settings.compute == "packed" else moe_layers
-        profile = prepared.profile
         runtime = build_runtime(
             moe_layers, arrangement.plan, stores, settings, profile, device, device_decides, prepared.lock_bytes
         )

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 
 from .checkpoint.folder import ABSENT, INDEX
-from .checkpoint.headers import Headers
+from .checkpoint.headers import BEGINS, Headers
 from .checkpoint.new_folder import check_new, folder_to_write, new_folder
 from .checkpoint.outline import outline_folder
 from .checkpoint.packed import ROWS, SOURCES, Stored, index_stored, is_packed, read_stored
@@ -28,7 +28,7 @@ from .checkpoint.row_index import RowIndex, index_rows
 from .checkpoint.shards import Entry, Shard, file_name, make_header, split_entries, write_shard
 from .config.sizes import parse_size
 from .errors import CheckpointChangedError, CheckpointError, ConfigError, PackError
-from .experts import MoELayer
+from .experts import PLACED, MoELayer
 from .memory.buffers import page_aligned
 from .memory.stores import Store
 from .memory.stores.direct_io import DataFile
@@ -136,7 +136,9 @@ def _dense_shards(source: Source, limit_bytes: int) -> list[Shard]:
     shards = []
     for number, run in enumerate(runs, 1):
         entries = tuple(sorted(run, key=lambda entry: -entry.dtype.itemsize))
-        shards.append(Shard(file_name("model", number, len(runs)), entries, make_header(entries, {"format": "pt"})))
+        begins = {entry.key: source.headers[entry.key].begin for entry in entries if entry.dtype in PLACED}
+        metadata = {"format": "pt", BEGINS: json.dumps(begins)} if begins else {"format": "pt"}
+        shards.append(Shard(file_name("model", number, len(runs)), entries, make_header(entries, metadata)))
     return shards
 
 

@@ -86,8 +86,8 @@ class Core:
                 return run_whole(x_P[pairs_R], slots_R, None, *weights)
             pairs_R = torch.arange(pairs_R.start, pairs_R.stop, device=slots_R.device)
         count = len(pairs_R)
-        if count == 1 and not self.grouped:
-            # A batched matmul of one takes another kernel, which rounds differently: never run a pair alone.
+        if count == 1 and len(x_P) > 1 and not self.grouped:
+            # A batched matmul of one takes another kernel, which rounds differently: no pair of several runs alone.
             pairs_R, slots_R = pairs_R.expand(2), slots_R.expand(2)
         if self.pairs_independent:
             return run_whole(x_P[pairs_R], slots_R, None, *weights)[:count]

@@ -100,6 +100,12 @@ def joins_bytes(conversions: Sequence[Conversion]) -> bool:
     return all(conversion == Join(0) for conversion in conversions)
 
 
+def keeps_memory(ops: Sequence[Any], conversions: Sequence[Conversion]) -> bool:
+    """Whether transformers leaves a tensor where it is, by `ops` whose one-expert forms are these: each of the others
+    that have none makes a stack, or joins."""
+    return not conversions and all(type(op).__name__ == "Transpose" for op in ops)
+
+
 def one_expert_conversions(
     ops: Sequence[Any], shapes: Sequence[Shape], wanted: Shape, parameter: str
 ) -> tuple[Conversion, ...]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
+from ..experts import FIELD_ALIGN
 from ..files.file_stamp import FileStamp
 
+#: In the metadata of a file that was copied: how many bytes past a cache line tensors began in the original, JSON.
+BEGINS = "moe_offload_begins"
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 
 _DTYPE_NAMES = {
@@ -38,18 +41,28 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorRange:
-    """One tensor, or one expert's slice of a stacked one: `nbytes` contiguous row-major bytes at `offset` of `file`."""
+    """One tensor, or one expert's slice of a stacked one: `nbytes` contiguous row-major bytes at `offset` of `file`.
+
+    Of a file that was copied, `moved` is by how much its place differs from that in the original one, modulo a cache
+    line."""
 
     file: Path
     offset: int
     nbytes: int
     shape: tuple[int, ...]
     dtype: torch.dtype
+    moved: int = 0
+
+    @property
+    def begin(self) -> int:
+        """How many bytes past a cache line plain transformers has it, which maps the (original) file."""
+        begin = (self.offset + self.moved) % FIELD_ALIGN
+        return begin if begin % self.dtype.itemsize == 0 else 0
 
     def __getitem__(self, e: int) -> TensorRange:
         """Slice `e` of dimension 0."""
         nbytes = self.nbytes // self.shape[0]
-        return TensorRange(self.file, self.offset + e * nbytes, nbytes, self.shape[1:], self.dtype)
+        return TensorRange(self.file, self.offset + e * nbytes, nbytes, self.shape[1:], self.dtype, self.moved)
 
 
 class Headers(dict[str, TensorRange]):
@@ -109,11 +122,15 @@ def _read_header(file: Path) -> tuple[dict[str, TensorRange], dict[str, str], Fi
             if length > min(MAX_HEADER_BYTES, stamp.size - 8):
                 raise ValueError(f"its header claims {length} bytes, the file has {stamp.size}")
             entries = json.loads(stream.read(length), object_pairs_hook=_no_repeats)
-        entries.pop("__metadata__", None)
+        begins = json.loads((entries.pop("__metadata__", None) or {}).get(BEGINS, "{}"))
+        if any(type(begin) is not int or not 0 <= begin < FIELD_ALIGN for begin in begins.values()):
+            raise ValueError(f"{BEGINS} are not places in a line of {FIELD_ALIGN} bytes: {begins}")
         unreadable = {key: entry["dtype"] for key, entry in entries.items() if entry["dtype"] not in DTYPES}
         ranges = {
             key: _range(file, entry, 8 + length, stamp.size) for key, entry in entries.items() if key not in unreadable
         }
+        for key, begin in begins.items():
+            ranges[key] = replace(ranges[key], moved=(begin - ranges[key].offset) % FIELD_ALIGN)
         return ranges, unreadable, stamp
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(file, f"{type(error).__name__}: {error}") from error

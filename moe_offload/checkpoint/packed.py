@@ -28,10 +28,10 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, UnsupportedModelError
-from ..experts import MoELayer
+from ..experts import Begins, MoELayer
 from .folder import ABSENT
 from .headers import Headers, TensorRange, read_headers
-from .packed_format import VERSION, describe_layer, parse_sources
+from .packed_format import VERSION, begins_of, describe_layer, parse_sources
 from .pretrained.weight_files import listed_names, weight_files
 from .row_index import RowIndex, index_rows, row_at
 
@@ -97,15 +97,17 @@ def index_stored(model: Any, moe_layers: Sequence[MoELayer], stored: Stored) -> 
         index = index_rows(model, moe_layers, stored.headers)
     except (CheckpointError, UnsupportedModelError) as error:
         raise _misfit(files[0], f"the experts that were packed are not this model's: {error}") from error
-    moe_layers = index.pack(moe_layers)
     described: dict[str, tuple[Path, Any]] = {}
     for file in files:
         model_type, layers = _facts(file, ranges)
         if model_type != model.config.model_type:
             raise _misfit(file, f"packed for a {model_type!r}, config.json says {model.config.model_type!r}")
         described |= {name: (file, layer) for name, layer in layers.items()}
+    index = dataclasses.replace(
+        index, begins=tuple(_begins(moe, described, index.packings[moe.index] is not None) for moe in moe_layers)
+    )
     rows = []
-    for moe in moe_layers:
+    for moe in index.pack(moe_layers):
         if moe.name not in described or moe.name not in ranges:
             raise _misfit(files[0], f"none of the {len(files)} files has the experts of {moe.name}")
         file, found = described[moe.name]
@@ -146,6 +148,17 @@ def _facts(file: Path, headers: Headers) -> tuple[str, dict[str, Any]]:
             "moe_offload that packed it, or pack the original checkpoint again"
         )
     return model_type, layers
+
+
+def _begins(moe: MoELayer, described: Mapping[str, tuple[Path, Any]], quantised: bool) -> tuple[Begins, ...] | None:
+    """Where the fields of the layer's experts begin; None where it is quantised, or what is said of it is missing or
+    wrong, which `_check_layer` tells."""
+    if quantised or moe.name not in described:
+        return None
+    try:
+        return begins_of(described[moe.name][1], moe)
+    except _MALFORMED:
+        return None
 
 
 def _check_layer(file: Path, moe: MoELayer, found: Any, wanted: dict[str, Any], tensor: TensorRange) -> None:

@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..experts import MoELayer
+from ..experts import FIELD_ALIGN, Begins, MoELayer
 from .headers import DTYPE_NAMES, DTYPES, Headers, TensorRange
 from .row_index import RowSource
 
@@ -48,9 +48,24 @@ def describe_layer(moe: MoELayer, rows: Sequence[RowSource]) -> dict[str, Any]:
             }
             for f in moe.layout.fields
         ],
+        **({"elsewhere": {str(e): list(begins) for e, begins in moe.elsewhere.items()}} if moe.elsewhere else {}),
         "row_bytes": moe.layout.row_bytes,
         "recipe": hashlib.sha256(json.dumps([recipe, *(weight.recipe for weight in moe.packed)]).encode()).hexdigest(),
     }
+
+
+def begins_of(described: Mapping[str, Any], moe: MoELayer) -> tuple[Begins, ...]:
+    """Where the fields of each expert begin in plain transformers, which maps the checkpoint that was packed.
+
+    Raises `ValueError`, `KeyError` or `TypeError` for what `describe_layer` does not write.
+    """
+    most = tuple(int(field["offset"]) % FIELD_ALIGN for field in described["fields"])
+    begins = {int(e): tuple(map(int, found)) for e, found in described.get("elsewhere", {}).items()}
+    fields = moe.unpacked.fields
+    for one in (most, *begins.values()):
+        if any(not 0 <= b < FIELD_ALIGN or b % f.dtype.itemsize for f, b in zip(fields, one, strict=True)):
+            raise ValueError(f"fields cannot begin {list(one)} bytes past a line")
+    return tuple(begins.get(e, most) for e in range(moe.num_experts))
 
 
 def rows_metadata(model_type: str, layers: Mapping[str, Any]) -> str:

@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError
-from ..experts import Field, MoELayer, RowLayout
+from ..experts import FIELD_ALIGN, Begins, Field, MoELayer, RowLayout
 from ..files.file_stamp import FileStamp
-from .conversion import Conversion, Shape, joins_bytes, one_expert_conversions
+from .conversion import Conversion, Shape, joins_bytes, keeps_memory, one_expert_conversions
 from .expert_keys import label_of, one_key_per_expert, slice_stack
 from .headers import Headers, TensorRange, files_of
 from .origins import Origin, find_origins, origin_of, own_key
@@ -53,8 +53,9 @@ class RowIndex:
     """`rows[layer][expert]`, layers numbered like the MoE layers; `keys` are all checkpoint keys of experts.
 
     `names` are the layers' module names, for messages; `stamps` say which files the index was made from; `packings`
-    tell of each layer that is quantised how its rows rest. `first[layer]` is the number that the checkpoint gives to
-    expert 0, where the index has one process's share only.
+    tell of each layer that is quantised how its rows rest, `begins` of each that is not where its experts' fields begin
+    in plain transformers. `first[layer]` is the number that the checkpoint gives to expert 0, where the index has one
+    process's share only.
     """
 
     names: tuple[str, ...]
@@ -63,23 +64,27 @@ class RowIndex:
     stamps: Mapping[Path, FileStamp]
     packings: tuple[Packing | None, ...] = ()
     first: tuple[int, ...] = ()
+    begins: tuple[tuple[Begins, ...] | None, ...] = ()
 
     def share_of(self, moe_layers: Sequence[MoELayer]) -> RowIndex:
         """The index of those experts alone that this process has, numbered from 0."""
         first = tuple(moe.first_expert for moe in moe_layers)
-        rows = tuple(
-            layer[begin : begin + moe.num_experts]
-            for layer, begin, moe in zip(self.rows, first, moe_layers, strict=True)
-        )
-        return replace(self, rows=rows, first=first)
+        spans = [slice(begin, begin + moe.num_experts) for begin, moe in zip(first, moe_layers, strict=True)]
+        rows = tuple(layer[span] for layer, span in zip(self.rows, spans, strict=True))
+        begins = tuple(layer and layer[span] for layer, span in zip(self.begins, spans, strict=bool(self.begins)))
+        return replace(self, rows=rows, first=first, begins=begins)
 
     def pack(self, moe_layers: Sequence[MoELayer]) -> list[MoELayer]:
         """The layers, with rows as they rest in this checkpoint."""
-        packings = self.packings or (None,) * len(moe_layers)
-        return [
-            moe if found is None else replace(moe, layout=found.layout, packed=found.weights)
-            for moe, found in zip(moe_layers, packings, strict=True)
-        ]
+        nothing = (None,) * len(moe_layers)
+        layers = []
+        for moe, found, begins_E in zip(moe_layers, self.packings or nothing, self.begins or nothing, strict=True):
+            if found is not None:
+                moe = replace(moe, layout=found.layout, packed=found.weights)
+            elif begins_E is not None:
+                moe = moe.beginning(begins_E)
+            layers.append(moe)
+        return layers
 
 
 def row_at(file: Path, start: int, moe: MoELayer) -> RowSource:
@@ -102,14 +107,22 @@ def index_rows(model: nn.Module, moe_layers: Sequence[MoELayer], headers: Header
         layers.append(_lay_out(moe, [_column_of(model, moe, f, origins, headers) for f in moe.unpacked.fields]))
     keys = frozenset(key for origin in origins.values() for part in origin.parts.values() for key in part)
     names = tuple(moe.name for moe in moe_layers)
-    rows, packings = tuple(rows for rows, _ in layers), tuple(packing for _, packing in layers)
-    return RowIndex(names, rows, keys, headers.stamps, packings)
+    rows, packings, begins = zip(*layers, strict=True) if layers else ((), (), ())
+    return RowIndex(names, rows, keys, headers.stamps, packings, begins=begins)
 
 
-def _lay_out(moe: MoELayer, columns: Sequence[Column | PackedColumn]) -> tuple[tuple[RowSource, ...], Packing | None]:
-    """The rows of a layer, and how they are packed if any of its fields is."""
+def _lay_out(
+    moe: MoELayer, columns: Sequence[Column | PackedColumn]
+) -> tuple[tuple[RowSource, ...], Packing | None, tuple[Begins, ...] | None]:
+    """The rows of a layer, how they are packed if any of its fields is, and else where its experts' fields begin."""
     packed = [column for column in columns if isinstance(column, PackedColumn)]
-    layout = RowLayout.in_order(part for column in columns for part in column.parts) if packed else moe.unpacked
+    begins_E: tuple[Begins, ...] | None = None
+    if packed:
+        layout = RowLayout.in_order(part for column in columns for part in column.parts)
+    else:
+        found = [column.begins for column in columns if isinstance(column, Column)]
+        begins_E = tuple(tuple(begins) for begins in zip_longest(*found, fillvalue=0))
+        layout = moe.beginning(begins_E).unpacked
     fields = {field.name: field for field in layout.fields}
     pieces: list[list[Piece]] = []
     for column in columns:
@@ -121,17 +134,19 @@ def _lay_out(moe: MoELayer, columns: Sequence[Column | PackedColumn]) -> tuple[t
     # A stack may be shorter than another: what is beyond it has no share there.
     rows = tuple(tuple(piece for piece in row if piece is not None) for row in zip_longest(*pieces))
     if not packed:
-        return rows, None
+        return rows, None, begins_E
     weights = tuple(column.weight(fields) for column in packed)
-    return rows, Packing(layout, weights, {column.field.name: column.made_by for column in packed})
+    return rows, Packing(layout, weights, {column.field.name: column.made_by for column in packed}), None
 
 
 @dataclass(frozen=True)
 class Column:
-    """A field that is not quantised: for each expert, its source tensors and the conversions that make the field."""
+    """A field that is not quantised: for each expert, its source tensors and the conversions that make the field; and
+    how many bytes past a cache line plain transformers has it."""
 
     field: Field
     experts: Sequence[tuple[tuple[TensorRange, ...], tuple[Conversion, ...]]]
+    begins: Sequence[int]
 
     @property
     def parts(self) -> list[tuple[str, Shape, torch.dtype]]:
@@ -186,7 +201,8 @@ def _column(
 
 def _plain_column(moe: MoELayer, f: Field, parameter: str, ops: Sequence[Any], found: Sequence[Sources]) -> Column:
     conversions: dict[tuple[Shape, ...], tuple[Conversion, ...]] = {}
-    experts = []
+    experts, begins = [], []
+    stacked = moe.own_places[0].expert is None
     for e, sources in enumerate(zip(*(part.ranges for part in found), strict=True)):
         shapes = tuple(source.shape for source in sources)
         if shapes not in conversions:
@@ -199,4 +215,16 @@ def _plain_column(moe: MoELayer, f: Field, parameter: str, ops: Sequence[Any], f
                     f"model expects {list(f.shape)} ({error}). Use the checkpoint that belongs to this configuration"
                 ) from error
         experts.append((sources, conversions[shapes]))
-    return Column(f, experts)
+        begins.append(_begin(f, e if stacked else 0, sources, keeps_memory(ops, conversions[shapes])))
+    return Column(f, experts, begins)
+
+
+def _begin(f: Field, place: int, sources: Sequence[TensorRange], mapped: bool) -> int:
+    """How many bytes past a cache line plain transformers has the field, which is number `place` of the memory that it
+    takes: where the file has it, which is `mapped`; in new memory, which begins at a line, where it makes another of
+    it."""
+    if not f.is_placed:
+        return 0
+    if mapped and len(sources) == 1 and sources[0].dtype == f.dtype:
+        return sources[0].begin
+    return place * f.nbytes % FIELD_ALIGN

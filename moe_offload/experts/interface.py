@@ -15,6 +15,8 @@ from .layout import RowLayout
 from .names import TOP_K_NAMES, find_top_k
 from .share import find_share, local_part
 
+VECTOR_BYTES = 16  # of the narrowest vector register: MKL multiplies by whole ones, from a multiple of that on
+
 
 def find_interface(model: nn.Module) -> list[MoELayer]:
     """The layers of this form, one for each distinct set of parameters.
@@ -39,6 +41,8 @@ def find_interface(model: nn.Module) -> list[MoELayer]:
                 "module, its router and the configuration"
             )
         layout = RowLayout.of(held)
+        if not module.is_transposed:
+            _refuse_uneven(name, layout)
         layers.append(
             MoELayer(
                 len(layers),
@@ -53,6 +57,18 @@ def find_interface(model: nn.Module) -> list[MoELayer]:
             )
         )
     return layers
+
+
+def _refuse_uneven(name: str, layout: RowLayout) -> None:
+    """Raise where the bits of a product would depend on which of the pairs are computed together: that decides where
+    the hidden states of each begin."""
+    for field in layout.fields:
+        if field.is_placed and field.shape[-1] * field.dtype.itemsize % VECTOR_BYTES:
+            raise UnsupportedModelError(
+                f"{name}: its {field.name} is {field.dtype} with rows of {field.shape[-1]} numbers. The bits of such "
+                f"products depend on where hidden states lie in memory, unless their rows are a multiple of "
+                f"{VECTOR_BYTES} bytes, so they cannot be plain transformers'. Load the model in bfloat16"
+            )
 
 
 def is_experts(module: nn.Module) -> bool:

@@ -9,15 +9,16 @@ all: which parameters are experts' (`tensors`), what one expert's are (`expert`)
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from .layout import PackedWeight, RowLayout
+from .layout import Begins, PackedWeight, RowLayout
 from .share import Share, local_part
 
 Held = TypeVar("Held")
@@ -76,7 +77,9 @@ class MoELayer:
     lie in one; they differ where `packed` names the weights that rest packed. `form` is the name, in `FORMS`, of how
     the model holds and uses them. With `called` the model's own code calls or reads one expert at a time, outside of
     any graph; else its experts are seen in a graph, and the passes rewrite that. Of a model that is split over several
-    processes these are the experts of this one, numbered from 0, and `share` says which they are.
+    processes these are the experts of this one, numbered from 0, and `share` says which they are. `elsewhere` are the
+    experts whose fields do not begin as far from a cache line as the layout says, in plain transformers, and where they
+    do.
     """
 
     index: int
@@ -91,6 +94,7 @@ class MoELayer:
     called: bool = False
     places: tuple[tuple[Place, ...], ...] = ()
     share: Share | None = None
+    elsewhere: Mapping[int, Begins] = dataclasses.field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -136,6 +140,14 @@ class MoELayer:
     def must_be_finite(self) -> bool:
         """Whether an expert that gets no token is left out because of zeros in its input (`passes/masked.py`)."""
         return self.form == "masked"
+
+    def beginning(self, begins_E: Sequence[Begins]) -> MoELayer:
+        """The same, with rows whose fields begin as far from a cache line as most experts' do in plain transformers."""
+        begins_E = begins_E[: self.complete]  # of the others nothing is read
+        [(most, _)] = Counter(begins_E).most_common(1)
+        layout = self.unpacked.beginning(most)
+        elsewhere = {e: begins for e, begins in enumerate(begins_E) if begins != most}
+        return replace(self, layout=layout, unpacked=layout, elsewhere=elsewhere)
 
     def as_unpacked(self) -> MoELayer:
         """The same, with rows that hold the parameters themselves."""

@@ -9,6 +9,12 @@ bytes so that a kernel sees the alignment it would see in an ordinary tensor:
     row of qwen3_moe   | gate_up_proj [2I, H] | down_proj [H, I] | padding to 4 KiB |
     row of gpt_oss     | gate_up_proj [H, 2I] | gate_up_proj_bias [2I] | down_proj [I, H] | down_proj_bias [H] | ... |
 
+A matrix of float32 or float64 begins as far from a cache line as plain transformers has it. That maps the file, where a
+tensor may begin anywhere, and the bits of a product depend on it: MKL adds up the product of one row with such a matrix
+in another order where that does not begin at a multiple of 16 bytes (torch 2.13, EPYC; not so bfloat16 and float16).
+
+    row of dbrx, whose stack lies 8 bytes past a line of its file | 8 bytes | w1 [F, H] | v1 [F, H] | w2 [F, H] | ... |
+
 Of a quantised checkpoint a row holds what the files hold, *packed*, and its weights are unpacked where they are used:
 
     row of qwen3_moe, FP8   | gate_proj F8 [I, H] | its scales | up_proj F8 [I, H] | its scales | down_proj ... |
@@ -16,6 +22,7 @@ Of a quantised checkpoint a row holds what the files hold, *packed*, and its wei
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -25,6 +32,10 @@ import torch
 
 ROW_ALIGN = 4096  # the unit of O_DIRECT and of a page
 FIELD_ALIGN = 64  # a cache line, and what torch's own CPU allocator gives
+PLACED = (torch.float32, torch.float64)  # the dtypes whose products depend on where a matrix begins
+
+#: Of each field of an expert, how many bytes past a cache line it begins where plain transformers has it.
+Begins = tuple[int, ...]
 
 
 def round_up(n: int, unit: int) -> int:
@@ -44,6 +55,11 @@ class Field:
     def view_in(self, row: torch.Tensor) -> torch.Tensor:
         """The field itself, of a row uint8 [row_bytes]."""
         return row[self.offset : self.offset + self.nbytes].view(self.dtype).view(self.shape)
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether products with it depend on where it begins."""
+        return len(self.shape) > 1 and self.dtype in PLACED
 
 
 @dataclass(frozen=True)
@@ -65,15 +81,27 @@ class RowLayout:
         return cls.in_order((name, tuple(param.shape[1:]), param.dtype) for name, param in params.items())
 
     @classmethod
-    def in_order(cls, parts: Iterable[tuple[str, tuple[int, ...], torch.dtype]]) -> RowLayout:
-        """Lay out tensors of one expert, given as (name, shape, dtype), one after the other."""
+    def in_order(
+        cls, parts: Iterable[tuple[str, tuple[int, ...], torch.dtype]], begins: Iterable[int] = itertools.repeat(0)
+    ) -> RowLayout:
+        """Lay out tensors of one expert, given as (name, shape, dtype), one after the other. `begins`: so many bytes
+        past a cache line."""
         fields, end = [], 0
-        for name, shape, dtype in parts:
+        for (name, shape, dtype), begin in zip(parts, begins, strict=False):
             nbytes = math.prod(shape) * dtype.itemsize
-            offset = round_up(end, FIELD_ALIGN)
+            offset = end + (begin - end) % FIELD_ALIGN
             fields.append(Field(name, shape, dtype, offset, nbytes))
             end = offset + nbytes
         return cls(tuple(fields), round_up(end, ROW_ALIGN))
+
+    def beginning(self, begins: Begins) -> RowLayout:
+        """The same fields, each so many bytes past a cache line."""
+        return self.in_order(((field.name, field.shape, field.dtype) for field in self.fields), begins)
+
+    @property
+    def begins(self) -> Begins:
+        """How many bytes past a cache line each field begins."""
+        return tuple(field.offset % FIELD_ALIGN for field in self.fields)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import nn
 from ..errors import OffloadError, UnsupportedModelError
 from .interface import find_interface
 from .layer import MoELayer
+from .layout import FIELD_ALIGN
 from .lists import find_lists
 from .masked import find_masked
 from .modules import find_modules
@@ -47,7 +48,25 @@ def find_experts(model: nn.Module) -> list[MoELayer]:
     if not found:
         raise UnsupportedModelError(explain_none(model))
     found.sort(key=lambda layer: order[layer.name])
-    return [replace(layer, index=i) for i, layer in enumerate(found)]
+    return [_beginning_as_loaded(replace(layer, index=i)) for i, layer in enumerate(found)]
+
+
+def _beginning_as_loaded(moe: MoELayer) -> MoELayer:
+    """The same, with rows whose fields begin as far from a cache line as they do in the model."""
+    fields = moe.unpacked.fields
+    if not any(field.is_placed for field in fields):
+        return moe
+    held = [moe.expert(e) for e in range(moe.num_experts)]
+    if any(tensor.device.type != "cpu" for tensors in held for tensor in tensors.values()):
+        return moe
+    begins_E = [
+        tuple(
+            tensors[field.name].data_ptr() % FIELD_ALIGN if field.is_placed and field.name in tensors else 0
+            for field in fields
+        )
+        for tensors in held
+    ]
+    return moe.beginning(begins_E)
 
 
 def refuse_offloaded(model: nn.Module) -> None:

@@ -57,7 +57,7 @@ def test_index_reproduces_every_expert(kind: str, shard: str, tmp_path: Path) ->
     model = build(kind)
     moe_layers, index = index_of(skeleton(kind), save(model, tmp_path, shard))
     assert (len(index.stamps) > 1) == (shard == "20KB")
-    assert_holds(DiskStore([moe.layout for moe in moe_layers], index), find_experts(model))
+    assert_holds(DiskStore([moe.layout for moe in moe_layers], index), index.pack(find_experts(model)))
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -70,7 +70,9 @@ def test_dtype_of_the_checkpoint_is_cast_to_the_model_s(tmp_path: Path) -> None:
     model = build("renamed")
     moe_layers, index = index_of(skeleton("renamed", torch.bfloat16), save(model, tmp_path))
     assert not index.rows[0][0][0].direct
-    assert_holds(DiskStore([moe.layout for moe in moe_layers], index), find_experts(model.to(torch.bfloat16)))
+    assert_holds(
+        DiskStore([moe.layout for moe in moe_layers], index), index.pack(find_experts(model.to(torch.bfloat16)))
+    )
 
 
 def test_transposed_checkpoint_reads_as_transformers_loads_it(tmp_path: Path) -> None:
@@ -83,7 +85,7 @@ def test_transposed_checkpoint_reads_as_transformers_loads_it(tmp_path: Path) ->
     assert all(piece.conversions for piece in index.rows[0][0])
     loaded = type(model).from_pretrained(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
-    assert_holds(DiskStore([moe.layout for moe in moe_layers], index), find_experts(loaded))
+    assert_holds(DiskStore([moe.layout for moe in moe_layers], index), index.pack(find_experts(loaded)))
 
 
 def test_already_stacked_checkpoint_of_a_per_expert_family(tmp_path: Path) -> None:
@@ -91,7 +93,7 @@ def test_already_stacked_checkpoint_of_a_per_expert_family(tmp_path: Path) -> No
     save_file(dict(model.state_dict()), save(model, tmp_path) / "model.safetensors")
     moe_layers, index = index_of(skeleton("per_expert"), tmp_path)
     assert f"{EXPERTS}.down_proj" in index.keys
-    assert_holds(DiskStore([moe.layout for moe in moe_layers], index), find_experts(model))
+    assert_holds(DiskStore([moe.layout for moe in moe_layers], index), index.pack(find_experts(model)))
 
 
 def test_one_checkpoint_list_split_over_two_banks(tmp_path: Path) -> None:
@@ -119,7 +121,7 @@ def test_one_checkpoint_list_split_over_two_banks(tmp_path: Path) -> None:
         meta = Ernie4_5_VLMoeForConditionalGeneration._from_config(config)
     moe_layers, index = index_of(meta, save(model, tmp_path))
     assert any(key.endswith("experts.7.up_proj.weight") for key in index.keys)
-    assert_holds(DiskStore([moe.layout for moe in moe_layers], index), find_experts(model))
+    assert_holds(DiskStore([moe.layout for moe in moe_layers], index), index.pack(find_experts(model)))
 
 
 @pytest.mark.parametrize("ops", [[Concatenate(dim=1)], [Interleave(dim=1)]])
@@ -137,7 +139,7 @@ def test_other_conversions_of_stacked_tensors(ops: list[Any], tmp_path: Path, mo
     mapping = [WeightConverter(sources, "experts.gate_up_proj", operations=ops)]
     monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda _, **__: mapping)
     moe_layers, index = index_of(skeleton("per_expert"), tmp_path)
-    assert_holds(DiskStore([moe.layout for moe in moe_layers], index), find_experts(model))
+    assert_holds(DiskStore([moe.layout for moe in moe_layers], index), index.pack(find_experts(model)))
 
 
 CHAINS: list[tuple[list[Any], list[tuple[int, ...]], tuple[int, ...]]] = [
@@ -238,7 +240,7 @@ def test_links_to_blobs_are_followed_and_dangling_ones_named(tmp_path: Path) -> 
     (snapshot / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
     (snapshot / "model-1.safetensors").symlink_to(Path("../../blobs/123"))
     moe_layers, index = index_of(skeleton("per_expert"), snapshot)
-    assert_holds(DiskStore([moe.layout for moe in moe_layers], index), find_experts(model))
+    assert_holds(DiskStore([moe.layout for moe in moe_layers], index), index.pack(find_experts(model)))
     (blobs / "123").unlink()
     with pytest.raises(CheckpointError, match=r"model-1.safetensors: .*a link whose target is gone"):
         weight_files(snapshot)
@@ -353,7 +355,7 @@ def test_expert_beyond_two_gigabytes_in_a_sparse_file(tmp_path: Path) -> None:
             stream.seek(start + header[key]["data_offsets"][0])
             stream.write(tensor.numpy().tobytes())
     moe_layers, index = index_of(skeleton("stacked"), tmp_path)
-    assert_holds(DiskStore([moe.layout for moe in moe_layers], index), find_experts(model))
+    assert_holds(DiskStore([moe.layout for moe in moe_layers], index), index.pack(find_experts(model)))
 
 
 def test_more_experts_configured_than_stored(tmp_path: Path) -> None:

@@ -73,7 +73,8 @@ def save(model: Any, folder: Path, shard: str = "1GB") -> Path:
 
 def index_of(model: nn.Module, folder: Path) -> tuple[list[MoELayer], RowIndex]:
     moe_layers = find_experts(model)
-    return moe_layers, index_rows(model, moe_layers, read_headers(weight_files(folder).files))
+    index = index_rows(model, moe_layers, read_headers(weight_files(folder).files))
+    return index.pack(moe_layers), index
 
 
 def new_row(moe: MoELayer) -> torch.Tensor:

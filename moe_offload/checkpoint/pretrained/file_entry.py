@@ -2,9 +2,8 @@
 
 The library's own entries read a tensor whole, also for a rank that keeps a few of its rows, into memory that begins
 where malloc has it. Here only what is asked for is read, and float32 begins as far from a cache line as it does in the
-file. That is where plain transformers has it, which maps the file; and the bits of a product depend on it: MKL adds the
-product of a single row with a float32 matrix in another order where that does not begin at a multiple of 16 bytes
-(torch 2.13, EPYC; not so bfloat16, float16, and several rows). Tensors of half of all files begin 8 bytes beyond one.
+file. That is where plain transformers has it, which maps the file; and the bits of a product depend on it
+(`experts/layout.py`). Tensors of half of all files begin 8 bytes beyond a multiple of 16.
 """
 
 from __future__ import annotations
@@ -18,12 +17,11 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointChangedError, CheckpointError
+from ...experts import FIELD_ALIGN, PLACED
 from ...files.file_stamp import FileStamp
 from ..headers import DTYPE_NAMES, Headers, TensorRange
 
-LINE = 64  # bytes: of a cache line, of which torch's allocator returns the beginning
 PART_BYTES = 8 << 20  # of columns: they are picked out of so much of the file at a time
-PLACED = (torch.float32, torch.float64)
 
 
 class FileEntries:
@@ -86,7 +84,7 @@ class FileEntry:
         """So many elements from the `first` on; if they are `placed`, as far from a cache line as in the file."""
         dtype = self._found.dtype
         offset, nbytes = self._found.offset + first * dtype.itemsize, count * dtype.itemsize
-        begin = offset % LINE if placed and offset % dtype.itemsize == 0 else 0
+        begin = (self._found.begin + first * dtype.itemsize) % FIELD_ALIGN if placed else 0
         # What is new begins at a cache line.
         bytes_N = torch.empty(begin + nbytes, dtype=torch.uint8, device="cpu")[begin:]
         self._fill(memoryview(bytes_N.numpy()), offset)

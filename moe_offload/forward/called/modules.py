@@ -82,7 +82,7 @@ def _runs_on_slots(
             in_use.pop()
 
     def run_on(slot: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        views = weights.views(slot)
+        views = weights.views(slot, e)
         for parameters, name, phantom, _ in places:
             if parameters.get(name) is not phantom:
                 refuse_replaced(phantom)

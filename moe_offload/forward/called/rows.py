@@ -53,7 +53,7 @@ class Reads:
             if len(calls.used) == 1:
                 self._seen.clear()
         self._seen.add((expert, field))
-        return self.weights.of(slot)
+        return self.weights.of(slot, expert)
 
 
 def serve_rows(layer: LayerRuntime, scope: Scope) -> SlotWeights:

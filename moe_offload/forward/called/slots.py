@@ -9,14 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UnsupportedModelError
-from ...memory.buffers import NOTHING, Rows
+from ...experts import Begins
+from ...memory.buffers import NOTHING, Rows, page_aligned
 from ...runtime.layer import LayerRuntime
 
 Views = tuple[nn.Parameter, ...]  # the fields of one slot, in the order of the layout
 
 
 class SlotWeights:
-    """The fields of whatever expert is in a slot: views of it, which cost no memory."""
+    """The fields of whatever expert is in a slot: views of it, which cost no memory. Those of an expert that plain
+    transformers has elsewhere (`MoELayer.elsewhere`) are copies, made for each use, that begin where it has them."""
 
     def __init__(self, layer: LayerRuntime):
         if layer.calls is None:
@@ -27,19 +29,22 @@ class SlotWeights:
         self._storage = 0
         self._versioned: Tensor | None = None  # the memory of the slots, where it counts writes
         self._before = 0, 0, 0
+        self._copies: dict[str, nn.Parameter] = {}  # of the expert that was asked for last of those elsewhere
         self._phantoms: list[tuple[dict[str, Any], str, nn.Parameter]] = []
         layer.calls.on_failure = self.give_up
 
-    def of(self, slot: int) -> dict[str, nn.Parameter]:
-        """The fields of a slot by name."""
-        self.views(slot)
-        return self._named[slot]
+    def of(self, slot: int, expert: int) -> dict[str, nn.Parameter]:
+        """The fields of a slot, which holds `expert`, by name."""
+        self.views(slot, expert)
+        return self._copies if self.moe.elsewhere and expert in self.moe.elsewhere else self._named[slot]
 
-    def views(self, slot: int) -> Views:
-        """The fields of a slot, in the order of the layout."""
+    def views(self, slot: int, expert: int) -> Views:
+        """The fields of a slot, which holds `expert`, in the order of the layout."""
         rows = self._layer.slots
         if rows is not self._seen:  # slots have become others
             self._make(rows)
+        if self.moe.elsewhere and expert in self.moe.elsewhere:
+            return self._copy(rows.bytes[slot], self.moe.elsewhere[expert])
         return self._views[slot]
 
     def keep_phantom(self, parameters: dict[str, Any], name: str, phantom: nn.Parameter) -> None:
@@ -70,6 +75,7 @@ class SlotWeights:
     def forget(self) -> None:
         """Let go of the slots' memory."""
         self._seen, self._views, self._named, self._storage, self._versioned = NOTHING, [], [], 0, None
+        self._copies = {}
 
     def are_untouched(self, views: Views) -> bool:
         """Whether nobody else holds `views` of a slot, or a view of any slot, and nobody but who loads has written.
@@ -81,13 +87,14 @@ class SlotWeights:
             sum(map(getrefcount, views)) == references
             and torch._C._storage_Use_Count(self._storage) == uses
             and (self._versioned is None or self._versioned._version == writes)
+            and not (self._copies and self._written(views))
         )
 
     def refuse_changes(self, views: Views) -> None:
         """Raise where a slot is not as it was before an expert was called."""
         if self.are_untouched(views):
             return
-        if self._state(views)[2] != self._before[2]:
+        if self._writes() != self._before[2] or self._written(views):
             raise UnsupportedModelError(
                 f"{self.moe.name}: an expert changes its own weights while it is called, which would be lost with its "
                 "slot; such experts cannot be offloaded"
@@ -101,6 +108,16 @@ class SlotWeights:
         """An expert's `output`, with a copy of whatever in it is a view of the slot."""
         begin = self._seen.bytes.data_ptr()
         return _map(output, lambda x: x.clone() if begin <= x.data_ptr() < begin + self._seen.bytes.nbytes else x)
+
+    def _copy(self, row: Tensor, begins: Begins) -> Views:
+        layout = self.moe.layout.beginning(begins)
+        with torch.inference_mode(False):
+            copy = page_aligned(layout.row_bytes)
+            for field, own in zip(self.moe.layout.fields, layout.fields, strict=True):
+                own.view_in(copy.data).copy_(field.view_in(row))
+            views = tuple(nn.Parameter(field.view_in(copy), requires_grad=False) for field in layout.fields)
+        self._copies = {field.name: view for field, view in zip(layout.fields, views, strict=True)}
+        return views
 
     def _make(self, rows: Rows) -> None:
         fields = self.moe.layout.fields
@@ -120,6 +137,10 @@ class SlotWeights:
     def _state(self, views: Views) -> tuple[int, int, int]:
         """References to the parameters, to their storage, and writes to it that were no loads."""
         return sum(map(getrefcount, views)), torch._C._storage_Use_Count(self._storage), self._writes()
+
+    def _written(self, views: Views) -> bool:
+        """Whether `views` are copies, and have been written to."""
+        return any(view is copy and view._version > 0 for view, copy in zip(views, self._copies.values(), strict=False))
 
     def _writes(self) -> int:
         return 0 if self._versioned is None else self._versioned._version

@@ -27,7 +27,7 @@ from passes import ops
 from ...errors import OffloadError, UnsupportedModelError
 from ...observe import progress
 from ..changed_parts import explain_refusal
-from .cuda_graphs import can_be_recorded, copy_outputs
+from .cuda_graphs import can_be_recorded, copy_outputs, is_static
 from .ops import bank_of
 from .phantom import Phantom, phantoms_in
 from .products import PRODUCT_PER_PAIR
@@ -90,7 +90,7 @@ def make_backend(
         placed = [nodes.index(node.args[-1]) for node in places]
         sizes = {ops.pairs_of(node) for node in places}
         recorded = bool(on_gpu and placed) and inner is run_inductor and can_be_recorded(gm.graph)
-        recorded = recorded and not _needs_host(gm.graph)
+        recorded = recorded and not _needs_host(gm.graph) and all(is_static(nodes[i]) for i in banked)
         if recorded:
             with both_kinds_together():
                 compiled = run_inductor(gm, inputs, **CUDA_GRAPH, **small_kernels())

@@ -58,7 +58,7 @@ def can_be_recorded(graph: Graph) -> bool:
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     if not any(_static_type(node) == "unguarded" for node in inputs):
         return False
-    steady = {symbol for node in inputs if _is_static(node) for symbol in free_symbols(_value(node))}
+    steady = {symbol for node in inputs if is_static(node) for symbol in free_symbols(_value(node))}
     moved = {node for node in inputs if not steady.issuperset(free_symbols(_value(node)))}
     if any(isinstance(_value(node), Tensor) for node in moved):
         return False
@@ -74,7 +74,9 @@ def _value(node: Node) -> Any:
     return node.meta.get("example_value")
 
 
-def _is_static(node: Node) -> bool:
+def is_static(node: Node) -> bool:
+    """Whether this input stays where it is. A bank that did not would be copied at each launch, and `place` refuse the
+    copy."""
     return _static_type(node) is not None
 
 

@@ -30,7 +30,7 @@ def rows_of(layer: LayerRuntime) -> str:
     Layers may share a graph only if this is equal for both.
     """
     bank = bank_of(layer)
-    return repr((bank.fields, bank.packed)) if bank.packed else ""
+    return repr((bank.fields, bank.packed)) if bank.packed or any(layer.moe.layout.begins) else ""
 
 
 def fills_vectors(moe: MoELayer) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -30,15 +30,15 @@ class Search:
     read of classes, `of_classes`.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[Any]):
-        self.model, self.layers = model, layers
+    def __init__(self, model: nn.Module, steady_layers: Mapping[int, Any]):
+        self.model = model
         self.left_out: set[int] = set()
         self.objects: dict[int, Any] = {}
         self.tensors: dict[int, Tensor] = {}
         self.parts: dict[str, Any] = {name: vars(model)[name] for name in MODULE_PARTS}
         self.layer_tensors: dict[tuple[int, str], None] = {}
         self.of_classes: dict[tuple[type, str], Any] = {}
-        self._of_layer = {id(layer): i for i, layer in enumerate(layers)}
+        self._of_layer = {id(layer): i for i, layer in steady_layers.items()}
         self._nodes: list[Any] = []  # alive, so that each keeps its id
 
     def visit_root(self, root: Any, frame: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ Python gives a dictionary another version with every change; equal ones are the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from operator import attrgetter
 from types import FunctionType
@@ -35,7 +35,9 @@ class Kept(NamedTuple):
     others: Any  # a copy of them, without those that are held
     held: Any  # of the model: versions and types of `objects`
     objects: dict[str, tuple[Any, ...]]
-    held_layers: Any  # the same of the layers of a cache
+    held_layers: Any  # the same of the layers of a cache that do not change with each step
+    steady_layers: tuple[int, ...]  # which those are
+    other_layers: tuple[int, ...]
     parts: tuple[tuple[str, Any], ...]  # of the model itself: its dictionary changes for other reasons
     names: dict[str, Any]  # that dictionary
     tensor_facts: Any
@@ -58,7 +60,11 @@ class Kept(NamedTuple):
         layers = getattr(cache, "layers", None)
         if type(layers) is not list or hooks != self.hooks:
             return False
-        if not self.held_layers.check({"held": tuple(layers)}) or not self.may_hold():
+        if len(layers) != len(self.steady_layers) + len(self.other_layers):
+            return False
+        if not self.held_layers.check({"held": tuple([layers[i] for i in self.steady_layers])}):
+            return False
+        if not self.may_hold():
             return False
         if any(getattr(kind, name, None) is not value for kind, name, value in self.of_classes):
             return False
@@ -66,7 +72,9 @@ class Kept(NamedTuple):
             return False
         if not self.layer_facts.check(*[x for i, get in self.layer_tensors for x in get(layers[i])]):
             return False
-        given = [id(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        given = [*_tensor_ids((*args, *kwargs.values()))]
+        for i in self.other_layers:
+            given += _tensor_ids(vars(layers[i]).values())
         if len(set(given)) != len(given) or not self.tensor_ids.isdisjoint(given):
             return False
         if not self.others.check({"args": args, "kwargs": kwargs, **self.cells}):
@@ -74,9 +82,11 @@ class Kept(NamedTuple):
         return _is_default_stance() and any(one.guard_manager is self.guards for one in _entries(self.function))
 
 
-def keep_step(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], hooks: int) -> Kept | None:
+def keep_step(
+    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], hooks: int, steady_layers: Sequence[int]
+) -> Kept | None:
     """What the step that has just run relied on. None where Dynamo has compiled nothing for it, or code that does no
-    more than call what is compiled.
+    more than call what is compiled. `steady_layers` of the KV cache do not change with each step.
 
     What `function` is compiled to is found by the guards that hold now. It is the one that ran, as each has code of its
     own (`with_own_code`), and a step changes nothing that its own guards read.
@@ -91,7 +101,7 @@ def keep_step(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], hook
         return None
     layers = list(find_cache(kwargs).layers)
     model = cells["model"]
-    search = Search(model, layers)
+    search = Search(model, {i: layers[i] for i in steady_layers})
     search.visit_root(entry.guard_manager.root, frame)
     others = entry.guard_manager.root.clone_manager(lambda node: id(node) not in search.left_out)
     if not others.check(frame):
@@ -111,9 +121,11 @@ def keep_step(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], hook
         function,
         entry.guard_manager,
         others,
-        _versions_of(objects),
+        versions_of(objects),
         {"held": objects},
-        _versions_of(tuple(layers)),
+        versions_of(tuple(layers[i] for i in steady_layers)),
+        tuple(steady_layers),
+        tuple(set(range(len(layers))).difference(steady_layers)),
         tuple(search.parts.items()),
         vars(model),
         facts(*tensors),
@@ -128,13 +140,23 @@ def keep_step(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], hook
     )
 
 
+def _tensor_ids(values: Iterable[Any]) -> Iterator[int]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield id(value)
+        elif isinstance(value, dict):
+            yield from _tensor_ids(value.values())
+        elif isinstance(value, (list, tuple)):
+            yield from _tensor_ids(value)
+
+
 def _getter(names: list[str]) -> Callable[[Any], tuple[Tensor, ...]]:
     """A tuple of these attributes; attrgetter gives no tuple of one."""
     get: Callable[[Any], Any] = attrgetter(*names)
     return get if len(names) > 1 else lambda layer: (get(layer),)
 
 
-def _versions_of(objects: tuple[Any, ...]) -> Any:
+def versions_of(objects: tuple[Any, ...]) -> Any:
     """Guards, for {"held": objects}, that each has the type it has now, and its dictionary the same version."""
     from torch._dynamo.guards import GuardManagerType
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..batch_sizes import find_cache
 from ..graphs.compiling import count_runs
-from .kept import Kept, keep_step
+from .kept import Kept, keep_step, versions_of
 
 logger = logging.getLogger("moe_offload")
 MOST = 4  # that are kept of one function: one for each length of cache
@@ -32,7 +32,7 @@ class SteadySteps:
         self._function: Any = getattr(compiled, "_torchdynamo_orig_callable", None)
         self._kept: list[Kept] = []  # the last one used first
         self._useless = 0
-        self._last: Any = None  # the cache layers of the step before, by id
+        self._last: Any = None  # of the step before: the layers of its cache, by id, and their versions
         self.taken = 0  # steps that went past Dynamo
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -51,14 +51,18 @@ class SteadySteps:
 
     def _keep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep what this step has relied on, if the step before was one with the same cache: it takes a tenth of a
-        second, and what is compiled may change the model's objects once more."""
+        second, and what is compiled may change the model's objects once more. A layer of the cache that changes with
+        each step (of a sliding window, it counts) is left to Dynamo."""
         layers = getattr(find_cache(kwargs), "layers", None)
-        last, self._last = self._last, layers and [id(layer) for layer in layers]
-        if self._function is None or self._useless >= TRIES or not layers or last != self._last:
+        last, self._last = self._last, layers and [(id(layer), versions_of((layer,))) for layer in layers]
+        if self._function is None or self._useless >= TRIES or not layers or not last:
+            return
+        if [i for i, _ in last] != [i for i, _ in self._last]:
             return
         self._useless += 1
+        steady = [i for i, layer in enumerate(layers) if last[i][1].check({"held": (layer,)})]
         try:
-            kept = keep_step(self._function, args, kwargs, self._hooks())
+            kept = keep_step(self._function, args, kwargs, self._hooks(), steady)
         except Exception:  # of another version of torch: guards are asked as ever
             self._useless = TRIES
             logger.debug("the guards of decode steps are asked in full at each of them", exc_info=True)

@@ -20,6 +20,7 @@ from ...errors import CheckpointError, UnsupportedModelError
 from ...experts import MoELayer
 from ...observe.progress import show_bar
 from ..buffers import map_pages, page_aligned
+from ..numa import node_of
 from ..transfer import pinned
 from . import Store
 from .disk import DiskStore
@@ -30,7 +31,6 @@ VARIANT = re.compile(r"model\.(?!safetensors).+\.safetensors")  # as model.fp16-
 
 
 def open_stores(
-    model: nn.Module,
     moe_layers: Sequence[MoELayer],
     tiers: Sequence[str],
     settings: OffloadConfig,
@@ -39,14 +39,15 @@ def open_stores(
 ) -> list[Store]:
     """One store per layer; layers that share a file share the store. Closes what it opened if it cannot open all.
 
-    `index` says where the rows of experts on the meta device lie; without one, the folder that the model's
-    configuration names is looked through. Rows in RAM below a CUDA `device` are pinned, as far as the system allows.
+    `index` says where the rows of experts on the meta device lie. Rows in RAM below a CUDA `device` are pinned, as far
+    as the system allows.
     """
     with contextlib.ExitStack() as undo:
         stores: dict[int, Store] = {}
         absent = [moe for moe in moe_layers if moe.is_meta]
         if absent:
-            index = _find_rows(model, moe_layers) if index is None else index
+            if index is None:
+                raise AssertionError(f"{absent[0].name}: nothing says where its rows lie")
             checkpoint = undo.enter_context(contextlib.closing(DiskStore([moe.layout for moe in moe_layers], index)))
             stores |= {moe.index: checkpoint for moe in absent}
         loaded = [moe for moe in moe_layers if moe.index not in stores and tiers[moe.index] == "disk"]
@@ -60,7 +61,7 @@ def open_stores(
             rows = [torch.empty((0, moe.layout.row_bytes), dtype=torch.uint8, device="cpu") for moe in moe_layers]
             with show_bar("Loading", sum(moe.nbytes for moe in in_ram), what="experts") as shown:
                 for moe in in_ram:
-                    rows[moe.index] = _rows_in_ram(moe, stores.get(moe.index), shown.update, device != "cpu")
+                    rows[moe.index] = _rows_in_ram(moe, stores.get(moe.index), shown.update, device)
             if device == "cpu":
                 host = HostStore(rows)
             else:
@@ -82,16 +83,27 @@ def read_first(stores: Sequence[Store], moe: MoELayer) -> torch.Tensor:
     return row
 
 
-def _rows_in_ram(moe: MoELayer, store: Store | None, progress: Callable[[int], object], huge: bool) -> torch.Tensor:
+def _rows_in_ram(moe: MoELayer, store: Store | None, progress: Callable[[int], object], device: str) -> torch.Tensor:
+    huge, node = device != "cpu", None if device == "cpu" else node_of(device)
     if store is None:
-        rows = pack_rows(moe, huge)
+        rows = pack_rows(moe, huge, node)
         progress(rows.nbytes)
         return rows
-    rows = map_pages(moe.nbytes, huge).view(moe.num_experts, -1)
+    rows = map_pages(moe.nbytes, huge, node).view(moe.num_experts, -1)
     for e in range(moe.num_experts):
         store.read(moe.index, e, memoryview(rows[e].numpy()))
         progress(rows[e].nbytes)
     return rows
+
+
+def index_absent(model: nn.Module, moe_layers: Sequence[MoELayer]) -> tuple[Sequence[MoELayer], RowIndex | None]:
+    """The layers, and where the rows of those on the meta device lie: in the folder that the model's configuration
+    names."""
+    if not any(moe.is_meta for moe in moe_layers):
+        return moe_layers, None
+    index = _find_rows(model, moe_layers)
+    indexed = index.pack(moe_layers)
+    return [found if moe.is_meta else moe for moe, found in zip(moe_layers, indexed, strict=True)], index
 
 
 def _find_rows(model: nn.Module, moe_layers: Sequence[MoELayer]) -> RowIndex:

@@ -115,10 +115,15 @@ def _joined(last: FileRead, read: FileRead) -> tuple[Span, ...]:
 
 
 def _padded(read: FileRead, data_end: int, row_bytes: int, file_bytes: int) -> FileRead:
-    """Read along the padding at the row's end, where the file has as many bytes: whole pages need no detour.
+    """Read along the padding at the row's ends, where the file has as many bytes: whole pages need no detour.
 
-    Only behind the last field: what lies before another one is not padding, though it may be in the row's last page.
+    At the end only behind the last field: what lies before another one is not padding, though it may be in the row's
+    last page.
     """
+    first, *others = read.spans
+    # A matrix may begin a few bytes past the row's first (`experts/layout.py`).
+    if first.in_row and 0 < first.start < FIELD_ALIGN and (read.offset - first.start) % PAGE == 0:
+        read = FileRead(read.file, read.offset - first.start, (Span(True, 0, first.stop), *others))
     *rest, last = read.spans
     pad = row_bytes - last.stop
     behind_all = last.in_row and last.stop == data_end

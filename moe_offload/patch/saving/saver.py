@@ -179,10 +179,11 @@ class Saver:
             index = index_rows(self.model, moe_layers, files.ranges)
         with show_bar("Saving", sum(moe.nbytes for moe in moe_layers), what="experts") as shown:
             for moe, layer in layers:
+                fields = {field.name: field for field in layer.moe.unpacked.fields}
                 for e, pieces in enumerate(index.rows[moe.index]):
                     row = self.runtime.read_unpacked(layer.moe.index, e)
-                    for piece in pieces:
-                        _write_field(piece, row, files)
+                    for piece in pieces:  # its place in a row is that of a model loaded from the new files
+                        _write_field(piece, fields[piece.field.name].view_in(row), files)
                     shown.update(len(row))
         files.check_complete()
 
@@ -227,10 +228,8 @@ class Saver:
                 )
 
 
-def _write_field(piece: Piece, row: Tensor, files: Filling) -> None:
-    """Write one field of the expert in `row` into the tensors that it is loaded from."""
-    f = piece.field
-    field = f.view_in(row)
+def _write_field(piece: Piece, field: Tensor, files: Filling) -> None:
+    """Write one field of an expert into the tensors that it is loaded from."""
     parts = restore_tensors(piece.conversions, field, [source.shape for source in piece.sources])
     for source, part in zip(piece.sources, parts, strict=True):
         files.write(source, part.contiguous().view(-1).view(torch.uint8).numpy().data)

@@ -60,6 +60,13 @@ def test_exact(family: str) -> None:
     assert (row.status, row.difference) == ("exact", 0.0), row.reason
 
 
+@pytest.mark.parametrize("family", _have(("zaya",)))
+def test_the_one_pair_of_a_token_is_computed_alone_as_plain_transformers_does(family: str) -> None:
+    """A batched matmul of one takes another kernel than that of several."""
+    row = check_family(family, [Case("batched_mm", "float32")], prompt=5, new_tokens=4)
+    assert (row.status, row.difference, row.top_k) == ("exact", 0.0, 1), row.reason
+
+
 @pytest.mark.parametrize("family", _have(OUTSIDE))
 def test_exact_outside_of_the_interface(family: str) -> None:
     """Experts implementations and ways to wait mean nothing there: two dtypes, batches and budgets do."""

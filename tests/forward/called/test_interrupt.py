@@ -102,7 +102,7 @@ def test_phantoms_are_back_though_ctrl_c_came_before_an_expert_had_them_back():
     experts[0](torch.ones(1, 32))
 
     def cut(*_):
-        experts[0].w1._parameters["weight"] = experts._moe_offload.views(0)[0]
+        experts[0].w1._parameters["weight"] = experts._moe_offload.views(0, 0)[0]
         raise KeyboardInterrupt
 
     hook = model.model.layers[1].mlp.gate.register_forward_pre_hook(cut)

@@ -95,6 +95,15 @@ def test_requests_of_any_thread_replay_the_same_recordings(recordings):
     model.moe_offload.close()
 
 
+def test_a_step_whose_bank_may_move_is_not_recorded(recordings, monkeypatch):
+    """What is not static is copied at each launch: a copy of a bank takes as long as all slots of a layer."""
+    plain, model = resident(), offload(resident(), 0.5, config=DEVICE, device_map="cpu")
+    keep_static_caches(model, KVPool(2 * 48), 48)
+    monkeypatch.setattr(compiling, "is_static", lambda node: False)
+    assert torch.equal(generate(model, 5), generate(plain, 5)) and not recordings.launches
+    model.moe_offload.close()
+
+
 @pytest.mark.long
 def test_a_step_that_runs_out_of_memory_is_recorded_anew_with_fewer_slots(recordings, monkeypatch):
     plain, model = resident(layers=2), offload(resident(layers=2), 0.9, config=DEVICE, device_map="cpu")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import StaticCache
 
-from tests.fakes.offloaded import SETTINGS, offload, resident
+from tests.fakes.offloaded import QWEN, SETTINGS, offload, resident
 
 DEVICE = replace(SETTINGS, decide="device", poison=False, dynamic=None)
 PROMPT, STEP = torch.arange(3, 15).view(1, -1), torch.tensor([[5]])
@@ -19,10 +19,10 @@ PROMPT, STEP = torch.arange(3, 15).view(1, -1), torch.tensor([[5]])
 class Both:
     """The plain model and the offloaded one, each with a KV cache of its own, given the same at every step."""
 
-    def __init__(self):
+    def __init__(self, family=QWEN):
         torch._dynamo.reset()
-        self.plain = resident(layers=2)
-        self.model = offload(resident(layers=2), 0.5, config=DEVICE, device_map="cpu", profile="off")
+        self.plain = resident(family, layers=2)
+        self.model = offload(resident(family, layers=2), 0.5, config=DEVICE, device_map="cpu", profile="off")
         self.caches = [StaticCache(config=one.config, max_cache_len=256) for one in (self.plain, self.model)]
         self.call(PROMPT)
         for _ in range(4):
@@ -173,6 +173,22 @@ def test_what_is_kept_goes_with_its_graphs(both):
     both.step()
     for _ in range(4):
         both.step()
+
+
+def test_layers_that_count_are_left_to_dynamo():
+    """Those of a sliding window have a number that changes with each step; the other half and the model are held."""
+    both = Both("gpt_oss")
+    assert taken_by(both, lambda: [both.step() for _ in range(20)]) == 20
+    kept = both.model._compiled_call_impl.run.steps._kept[0]
+    assert (kept.steady_layers, kept.other_layers) == ((1,), (0,))
+    both.change(CHANGES["a weight's memory"])
+    both.step()
+    layer = both.caches[1].layers[0]
+    with torch.no_grad(), both.model._compiled_call_impl.scope.entered():
+        assert kept.holds((STEP,), {"past_key_values": both.caches[1]}, kept.hooks)
+        layer.keys = layer.values
+        assert not kept.holds((STEP,), {"past_key_values": both.caches[1]}, kept.hooks)
+    both.model.moe_offload.close()
 
 
 def test_where_the_host_decides_every_step_is_guarded():

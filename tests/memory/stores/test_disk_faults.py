@@ -35,8 +35,8 @@ class Disk:
     def __init__(self, folder: Path, kind: str = "per_expert", shard: str = "1GB"):
         self.model = build(kind)
         self.file = save(self.model, folder, shard) / "model.safetensors"
-        self.moe_layers = find_experts(self.model)
         _, index = index_of(skeleton(kind), folder)
+        self.moe_layers = index.pack(find_experts(self.model))
         self.store = DiskStore([moe.layout for moe in self.moe_layers], index)
 
     def read(self, layer: int = 1, expert: int = 2) -> torch.Tensor:

@@ -104,7 +104,7 @@ def model():
 
 
 def stores_of(model):
-    return open_stores(model, find_experts(model), ["host"] * 3, SETTINGS, "cuda:0")
+    return open_stores(find_experts(model), ["host"] * 3, SETTINGS, "cuda:0")
 
 
 def test_rows_stay_pinned_until_their_store_is_closed(cuda, model):  # noqa: F811
