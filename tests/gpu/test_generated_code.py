@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 import pytest
 
+from moe_offload.apps.families.quantised.kinds import KINDS
 from tests.paths import ROOT
 
 pytest.importorskip("triton")
+PRODUCTS = ("grouped_mm", "gated_mm", "packed_mm", "packed_gated_mm")
 
 
 @dataclass
@@ -57,7 +59,14 @@ class Step:
         return "\n".join(lines[:end])
 
 
-@pytest.fixture(scope="module", params=["qwen3_moe", "gpt_oss", pytest.param("deepseek_v3", marks=pytest.mark.long)])
+FAMILIES = [
+    "qwen3_moe",
+    "mxfp4",
+    *(pytest.param(name, marks=pytest.mark.long) for name in ("gpt_oss", "deepseek_v3", "fp8")),
+]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
 def family(request):
     return request.param
 
@@ -72,13 +81,18 @@ def step(family):
 
 def test_a_step_is_one_cuda_graph_and_the_device_decides_in_it(step):
     assert step.graphs == 1 and step.partitions == 1
-    for op, others in (("place", "place_top"), ("grouped_mm", "gated_mm")):
-        calls = [step.recorded.count(f"torch.ops.moe_offload.{name}.default(") for name in (op, others)]
-        assert sum(calls) == step.layers * {"place": 1, "grouped_mm": 2}[op]
+    for ops, each in ((("place", "place_top"), 1), (PRODUCTS, 2)):
+        calls = [step.recorded.count(f"torch.ops.moe_offload.{name}.default(") for name in ops]
+        assert sum(calls) == step.layers * each
+
+
+def test_packed_rows_are_unpacked_by_the_products_alone(step, family):
+    packed = re.findall(r"moe_offload\.packed_\w+\.default\(", step.recorded)
+    assert len(packed) == (2 * step.layers if family in KINDS else 0) and "moe_offload.unpack." not in step.recorded
 
 
 #: Kernels of one layer, its attention included (of gpt_oss and deepseek_v3 written out). Each costs 2 us or more.
-MOST_LAUNCHES = {"qwen3_moe": 15, "gpt_oss": 30, "deepseek_v3": 29}
+MOST_LAUNCHES = {"qwen3_moe": 15, "gpt_oss": 30, "deepseek_v3": 29, "mxfp4": 22, "fp8": 15}
 
 
 def test_few_kernels_are_launched_a_layer(step, family):
