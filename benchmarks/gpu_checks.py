@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_packed import compare as compare_packed
 from gpu_timing import copy_batch, graph, replaced
 from torch import Tensor
 
@@ -223,8 +224,13 @@ def products(
             report(f"ours, tile {tile[0]}x{tile[1]}, {tile[2]} warps", indexed_triton.indexed_mm)
 
 
-SECTIONS = (views, latency, streams, decide, gather, indexed_mm)
-OURS = (decide, gather, indexed_mm)
+def packed(options: argparse.Namespace) -> None:
+    """Products with quantised rows (MXFP4, FP8, int4), unpacked in registers: right, and as fast as with bfloat16?"""
+    compare_packed(options, say)
+
+
+SECTIONS = (views, latency, streams, decide, gather, indexed_mm, packed)
+OURS = (decide, gather, indexed_mm, packed)
 
 
 def main() -> int:

@@ -14,7 +14,7 @@ Imports torch and nothing else: what serves the rewritten graph is bound to it a
     waves       stream_in_waves   prefill: the experts code becomes one `stream` op
     masked      one product over all experts, most of them handed zeros: a core of those that are not
     core_graph  the experts code of a site, found and copied out for `waves`; core: as it is called
-    packed      unpack_at_use     weights that lie packed in a row are unpacked by what reads them
+    packed      unpack_reads      weights that lie packed in a row are unpacked by what reads them
     instrument  insert_observe    count ids, change nothing else
     row_wise    whether an experts code may run in pieces
     pipeline    which of them run, in which order

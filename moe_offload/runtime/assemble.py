@@ -94,6 +94,7 @@ def build_runtime(
         scratch = Scratch(allocate_unfilled(plan.costs.scratch_bytes, device), transfer, settings.poison)
         locked = MemoryLock(lock_bytes)
         locked.lock(scratch.raw)
+        device_decides = _whose_weights_can_be_read(moe_layers, device_decides)
         rows_EN = readable_rows(moe_layers, plan.slots, stores, device_decides, device)
         layers = []
         for moe, slots, store in zip(moe_layers, plan.slots, stores, strict=True):
@@ -144,6 +145,19 @@ def _or_budget_error(plan: Plan, device: str) -> Iterator[None]:
             f"{format_size(plan.costs.scratch_bytes)} of scratch, within a budget of {format_size(plan.budget_bytes)}: "
             "something else holds its memory. Make room, or use a smaller budget"
         ) from error
+
+
+def _whose_weights_can_be_read(moe_layers: Sequence[MoELayer], wanted: Sequence[bool]) -> list[bool]:
+    """The `wanted` layers whose weights a device's kernels can read, if they lie packed in their rows."""
+    able = [all(weight.row_codes(True) or weight.row_codes(False) for weight in moe.packed) for moe in moe_layers]
+    left = [moe for moe, can, wants in zip(moe_layers, able, wanted, strict=True) if wants and not can]
+    if left:
+        logger.warning(
+            "the host decides which experts are in the slots of %d of %d layers, such as %s: their quantised weights "
+            "(%s) do not lie in their rows as the kernels of a device read them, and are unpacked one by one",
+            len(left), len(able), left[0].name, left[0].packed[0].format,
+        )  # fmt: skip
+    return [wants and can for wants, can in zip(wanted, able, strict=True)]
 
 
 def readable_rows(

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 import pytest
 
+from moe_offload.apps.families.quantised.kinds import KINDS
 from tests.paths import ROOT
 
 pytest.importorskip("triton")
+PRODUCTS = ("grouped_mm", "gated_mm", "packed_mm", "packed_gated_mm")
 
 
 @dataclass
@@ -59,14 +61,14 @@ class Step:
         return "\n".join(lines[:end])
 
 
-FAMILIES = ("qwen3_moe", "gpt_oss", "deepseek_v3")
-LONG = {("deepseek_v3", False), ("gpt_oss", True), ("deepseek_v3", True)}
+FAMILIES = ("qwen3_moe", "mxfp4", "gpt_oss", "deepseek_v3", "fp8")
+SHORT = {("qwen3_moe", False), ("mxfp4", False), ("qwen3_moe", True)}
 
 
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param((name, ahead), id=name + "-ahead" * ahead, marks=[pytest.mark.long] * ((name, ahead) in LONG))
+        pytest.param((name, ahead), id=name + "-ahead" * ahead, marks=[pytest.mark.long] * ((name, ahead) not in SHORT))
         for ahead in (False, True)
         for name in FAMILIES
     ],
@@ -87,17 +89,23 @@ def step(drawn):
 
 def test_a_step_is_one_cuda_graph_and_the_device_decides_in_it(step):
     assert step.graphs == 1 and step.partitions == 1
-    for op, others in (("place", "place_top"), ("grouped_mm", "gated_mm")):
-        calls = [step.recorded.count(f"torch.ops.moe_offload.{name}.default(") for name in (op, others)]
-        assert sum(calls) == step.layers * {"place": 1, "grouped_mm": 2}[op]
+    for ops, each in ((("place", "place_top"), 1), (PRODUCTS, 2)):
+        calls = [step.recorded.count(f"torch.ops.moe_offload.{name}.default(") for name in ops]
+        assert sum(calls) == step.layers * each
+
+
+def test_packed_rows_are_unpacked_by_the_products_alone(step, drawn):
+    packed = re.findall(r"moe_offload\.packed_\w+\.default\(", step.recorded)
+    assert len(packed) == (2 * step.layers if drawn[0] in KINDS else 0) and "moe_offload.unpack." not in step.recorded
 
 
 #: Kernels of one layer, its attention included (of gpt_oss and deepseek_v3 written out). Each costs 2 us or more.
-MOST_LAUNCHES = {"qwen3_moe": 15, "gpt_oss": 30, "deepseek_v3": 29}
+MOST_LAUNCHES = {"qwen3_moe": 15, "gpt_oss": 30, "deepseek_v3": 29, "mxfp4": 22, "fp8": 15}
 
 
-#: Of a guess whose router is asked before the first decision: which experts are missing, and their copy beside.
-GUESS_LAUNCHES = 2
+#: Of a guess whose router is asked before the first decision: which experts are missing, their copy beside, and up to
+#: three that were launched together with others, and no more (mxfp4).
+GUESS_LAUNCHES = 5
 
 
 def test_few_kernels_are_launched_a_layer(step, drawn):
@@ -108,10 +116,9 @@ def test_few_kernels_are_launched_a_layer(step, drawn):
 
 def test_a_guess_is_loaded_after_what_was_asked_for_and_before_the_products(step, drawn):
     """And within the one graph; so what it begins beside ends in it, too."""
-    calls = re.findall(r"moe_offload\.(place_ahead|place|grouped_mm|gated_mm)(?:_top)?\.default\(", step.recorded)
-    products = ["grouped_mm", "grouped_mm"] if "gated_mm" not in calls else ["gated_mm", "grouped_mm"]
-    guess = ["place_ahead"] if drawn[1] else []
-    assert calls == [*["place", *guess, *products] * (step.layers - 1), "place", *products]
+    calls = re.findall(r"moe_offload\.(place_ahead|place|\w+_mm)(?:_top)?\.default\(", step.recorded)
+    guess, products = ["place_ahead"] * drawn[1], [call for call in calls[:4] if call.endswith("_mm")][:2]
+    assert calls == [*["place", *guess, *products] * (step.layers - 1), "place", *products] and len(products) == 2
     assert "prefetch" not in step.code
 
 

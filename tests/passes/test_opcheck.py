@@ -108,6 +108,7 @@ def samples(turned):
         "gated_mm": (x, weight, pairs),
         "fast_grouped_mm": (x, weight, pairs),
         "packed_mm": (x, packed, pairs, 0, False),
+        "packed_gated_mm": (x, packed, pairs, 0, False),
         "unpack": (packed, pairs, 0),
         "observe": (ids, bank),
         "observe_masked": (masked, bank),

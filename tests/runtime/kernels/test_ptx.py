@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from moe_offload.experts import RowCodes
 from moe_offload.runtime.kernels import KERNELS, Loads, make_pace
 from moe_offload.runtime.kernels.staging import STAGERS, Stagers, Staging
 from moe_offload.runtime.kernels.state_block import StateBlock
@@ -23,7 +24,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
 POINTERS = {torch.int32: "*i32", torch.int64: "*i64", torch.float64: "*fp64", torch.float32: "*fp32"}
-POINTERS[torch.bfloat16] = "*bf16"
+POINTERS |= {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8", torch.int16: "*i16"}
 
 
 class Compiled:
@@ -62,6 +63,29 @@ class Compiled:
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
         said = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True).stdout
         return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
+
+
+#: Formats at the sizes of a large model's experts, as `RowCodes` has them.
+PACKED = {
+    "mxfp4": RowCodes("mxfp4", 5760, 2880, 1, 0, 0, 8294400, 0, (5760, 90), torch.uint8, torch.bfloat16),
+    "fp8": RowCodes("fp8", 768, 2048, 2, 0, 1573248, 393216, 393312, (6, 16), torch.float32, torch.bfloat16),
+    "int4": RowCodes("int4", 768, 2048, 2, 0, 884736, 393216, 442368, (768, 64), torch.bfloat16, torch.bfloat16),
+    "fp8 of channels": RowCodes("fp8", 768, 2048, 1, 0, 0, 786432, 0, (768, 1), torch.bfloat16, torch.bfloat16),
+    "fp8 of exponents": RowCodes("fp8", 768, 2048, 1, 0, 0, 1572864, 0, (768, 64), torch.uint8, torch.float16),
+    "fp8 of float32": RowCodes("fp8", 768, 2048, 1, 0, 0, 393216, 0, (6, 16), torch.float32, torch.float32),
+    "mxfp4 of float32": RowCodes("mxfp4", 5760, 2880, 1, 0, 0, 8294400, 0, (5760, 90), torch.uint8, torch.float32),
+    "int4 of float32": RowCodes("int4", 768, 2048, 1, 0, 0, 0, 0, (768, 64), torch.float32, torch.float32),
+}
+
+
+def multiply_packed(product, name, pairs=None):
+    def run(kernels):
+        codes, many = PACKED[name], 512 if product == "packed_grouped_mm" else 8
+        x_PH = torch.empty(pairs or many, codes.inputs, dtype=codes.dtype)
+        rows_SB = torch.empty(2, 8_847_360, dtype=torch.uint8)
+        getattr(kernels, product)(x_PH, rows_SB, torch.zeros(len(x_PH), dtype=torch.int64), codes)
+
+    return run
 
 
 def launches():
@@ -108,6 +132,9 @@ def launches():
 
     for name in Stagers._fields:
         yield pytest.param(name, staged(name), id=name)
+    for product in ("packed_indexed_mm", "packed_gated_mm", "packed_grouped_mm"):
+        for name in PACKED:
+            yield pytest.param(product, multiply_packed(product, name), id=f"{product}-{name}")
     for sizes in ((128, 64, 8), (512, 512, 512)):
         yield pytest.param("decide", decide(*sizes), id=f"decide-{sizes}")
     yield pytest.param("decide_top", decide_top(128, 64, 8), id="decide_top")
@@ -122,6 +149,10 @@ def kernels():
     return KERNELS["cuda"]()
 
 
+#: Where a product is launched from, if not from a function of its own.
+KERNEL_OF = {"packed_indexed_mm": "_few", "packed_gated_mm": "_few", "packed_grouped_mm": "_many"}
+
+
 def compiled(monkeypatch, function, name):
     stand_in = Compiled(function.__globals__[name])
     monkeypatch.setitem(function.__globals__, name, stand_in)
@@ -132,7 +163,7 @@ def compiled(monkeypatch, function, name):
 def test_registers_suffice(kernels, monkeypatch, tmp_path, name, run):
     """A value that is put away in memory, and fetched again, costs more than what it was made of."""
     function = getattr(STAGERS["cuda"]() if name in Stagers._fields else kernels, name)
-    kernel = compiled(monkeypatch, function, f"_{name}")
+    kernel = compiled(monkeypatch, function, KERNEL_OF.get(name, f"_{name}"))
     run(kernels)
     used = kernel.resources(tmp_path)
     assert 8 <= used["REG"] <= 255 and used["STACK"] == used["LOCAL"] == 0, used
@@ -199,3 +230,25 @@ def test_tiles_are_loaded_ahead_and_multiplied_as_their_dtype_allows(kernels, mo
     copies = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*;", kernel.ptx)
     assert copies and all(", 0x10" in copy for copy in copies) and product in kernel.ptx
     assert "tf32" not in kernel.ptx and kernel.shared_bytes <= 227 << 10
+
+
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("product", ["packed_indexed_mm", "packed_grouped_mm"])
+def test_what_is_unpacked_is_rounded_to_the_nearest_and_keeps_subnormals(kernels, monkeypatch, product, name):
+    """The casts that the interpreter's tests stand in for, and multiplications that do not flush."""
+    kernel = compiled(monkeypatch, getattr(kernels, product), KERNEL_OF[product])
+    multiply_packed(product, name)(kernels)
+    casts = set(re.findall(r"cvt\.\w+\.(?:b?f16(?:x2)?)\.f32", kernel.ptx))
+    assert all(cast.startswith("cvt.rn.") for cast in casts) and "ftz" not in kernel.ptx
+    assert bool(casts) == (PACKED[name].dtype != torch.float32)
+    assert ("wgmma.mma_async" in kernel.ptx) == (product == "packed_grouped_mm" and bool(casts))
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_codes_are_read_sixteen_bytes_at_a_time(kernels, monkeypatch, name):
+    kernel = compiled(monkeypatch, kernels.packed_indexed_mm, "_few")
+    multiply_packed("packed_indexed_mm", name)(kernels)
+    loop = kernel.ptx[kernel.ptx.index("Inner Loop Header") :]
+    loop = loop[: loop.index(" bra ")]
+    assert "ld.global.v4.b32" in loop and "st.shared" not in loop
+    assert len(re.findall(r"ld\.global", loop)) <= 4, "codes, scale, x"
