@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from ..cache.layer_cache import LayerCache, Load
@@ -22,6 +23,8 @@ from ..memory.finite import refuse_infinite
 from ..memory.scratch import Held, Scratch
 from ..memory.stores import Store
 from ..memory.transfer import Ticket, Transfer
+
+PARTS = 4  # of the scratch rows: one is computed while the others load. With two, the link waits for the first one
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,9 @@ class Arrivals:
 
     def start(self, loads: Iterable[Load], demanded: bool = True) -> None:
         try:
-            for load in loads:
-                self.send(load.expert, load, demanded=demanded)
+            with self.together():
+                for load in loads:
+                    self.send(load.expert, load, demanded=demanded)
         except BaseException:
             self.abort()
             raise
@@ -99,6 +103,15 @@ class Arrivals:
             self.awaited.append(Arrival(expert, load, held.scratch_row, held.ticket))
             return
         self.awaited.append(Arrival(expert, load, scratch_row, self._read(expert, load, scratch_row, demanded)))
+
+    def together(self) -> AbstractContextManager[object]:
+        """What is sent while it is entered is launched as groups that are computed at once, where the device can."""
+        return self.transfer.together(self.group_rows)
+
+    @property
+    def group_rows(self) -> int:
+        """How many rows are computed at once where groups of them are."""
+        return max(1, len(self.scratch_rows.rows) // PARTS)
 
     def scratch_first(self) -> int:
         """Let what was read ahead be taken before the rest, first what goes on to a slot; return how many those are."""

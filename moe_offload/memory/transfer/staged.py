@@ -1,7 +1,8 @@
 """Rows into the memory of a device that has its own: staged through pinned host memory, copied on a stream beside.
 
     store ──reader threads──> staging (pinned) ──copy stream──> slot        rows on disk, or converted
-    rows in pinned RAM        ─────────────────────copy stream──> slot      demanded: no staging, no thread
+    rows in pinned RAM        ─────────────────────copy stream──> slot      demanded: no staging, no thread; several
+                                                                            `together` by one call, where it can be
     rows in pinned RAM ──reader threads, piece by piece── stream of its own ──> slot      in the background
 
 Two orders hold, and neither makes the host wait: a copy into a slot begins after the last kernel that read the slot
@@ -16,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -76,6 +77,7 @@ class DeviceTransfer(ThreadTransfer):
         self._all: list[Staging] = []
         self._returned = threading.Condition(self._lock)
         self._pieces = threading.BoundedSemaphore(PIECES)
+        self._together: list[tuple[DeviceTicket, Any, Tensor]] | None = None  # what is launched when `together` ends
         self._last_demanded: Any = None  # the end of the last copy of a demanded row
         self._stalls: dict[int, deque[tuple[Any, Any]]] = {}  # layer -> begin and end of waits of the device
 
@@ -88,6 +90,9 @@ class DeviceTransfer(ThreadTransfer):
             if not demanded:
                 return self._start_behind(layer, expert, source, row, after)
             ticket = DeviceTicket(layer, expert, RowRead([], lambda: row_bytes), row_bytes, demanded)
+            if self._together is not None and layer in store.pinned:
+                self._together.append((ticket, row, source))
+                return ticket
             self._copy_demanded(ticket, row, source, after)
             ticket.nbytes = row_bytes
             ticket.done.set()
@@ -134,6 +139,27 @@ class DeviceTransfer(ThreadTransfer):
         ticket = DeviceTicket(layer, expert, read, len(row), demanded=False)
         self._queue(ticket)
         return ticket
+
+    @contextlib.contextmanager
+    def together(self, most: int) -> Iterator[None]:
+        waiting: list[tuple[DeviceTicket, Any, Tensor]] = []
+        self._together = waiting
+        try:
+            yield
+            for part in (waiting[i : i + most] for i in range(0, len(waiting), most)):
+                tickets, targets, sources = zip(*part, strict=True)
+                copied = self._last_demanded = self.streams.copy_all(targets, sources, self.streams.mark())
+                for ticket in tickets:
+                    ticket.copies.append(copied)
+                    ticket.nbytes = ticket.row_bytes
+                    ticket.done.set()
+        except BaseException as error:
+            for ticket in (one for one, _, _ in waiting if not one.done.is_set()):
+                ticket.error = error
+                ticket.done.set()
+            raise
+        finally:
+            self._together = None
 
     def _copy_demanded(self, ticket: DeviceTicket, row: Tensor, source: Tensor, after: Any) -> Any:
         copied = self._last_demanded = self.streams.copy(row, source, after)
