@@ -110,11 +110,13 @@ def test_few_pairs(entry, name, dtype):  # noqa: F811
 
 @pytest.mark.parametrize("name", ["mxfp4", "fp8 odd blocks", "int4 groups of 8"])
 def test_numbers_of_x_that_do_not_lie_together(entry, name):  # noqa: F811
-    """One token for all pairs, and every other column of a wider tensor."""
+    """One token for all pairs, every other column of a wider tensor, and rows that begin at an odd number."""
     rows_SB, codes, values_SMH = packed_rows(PRODUCTS[name], 3)
     slots_P = torch.tensor([[2, 0, 1], [1, 1, 1]]).T[:, 0]
     wide = torch.randn(3, 2 * codes.inputs, generator=torch.Generator().manual_seed(0)).to(BF16)
-    for x_PH in (wide[:1, : codes.inputs].expand(3, -1), wide[:, ::2]):
+    odd = torch.randn(3, codes.inputs + 1, generator=torch.Generator().manual_seed(1)).to(BF16)
+    for x_PH in (wide[:1, : codes.inputs].expand(3, -1), wide[:, ::2], odd[:, 1:], odd[1:, :-1]):
+        slots_P = slots_P[: len(x_PH)]
         for product in (entry.kernels.packed_indexed_mm, entry.kernels.packed_grouped_mm):
             got = product(x_PH.to(entry.device), rows_SB.to(entry.device), slots_P.to(entry.device), codes).cpu()
             assert_close(got, x_PH, values_SMH[slots_P], BF16)
@@ -149,6 +151,15 @@ def test_gated(entry, name, dtype):  # noqa: F811
     roundings = 1.5 if entry.kernels.packed_gated_mm is reference.gated_mm else 0.5
     bound_PI = (roundings * torch.finfo(dtype).eps + 4 * torch.finfo(F32).eps) * want_PI.abs() + LEAST
     assert want_PI.abs().max() > 0 and ((out_PI.double() - want_PI).abs() <= bound_PI).all()
+
+
+def test_no_pairs(entry):  # noqa: F811
+    rows_SB, codes, _ = packed_rows(PRODUCTS["int4 groups"], 2)
+    x_PH, slots_P = torch.zeros(0, codes.inputs, dtype=BF16), torch.zeros(0, dtype=torch.int64)
+    given = [x.to(entry.device) for x in (x_PH, rows_SB, slots_P)]
+    for product in (entry.kernels.packed_indexed_mm, entry.kernels.packed_grouped_mm):
+        assert product(*given, codes).shape == (0, codes.rows)
+    assert entry.kernels.packed_gated_mm(*given, codes).shape == (0, codes.rows // 2)
 
 
 RUNS = {"a tile and one more": [(0, 65)], "any order": [(2, 3), (0, 70), (1, 1), (2, 2)]}
