@@ -108,7 +108,7 @@ def keep_step(
         return None
     run = FunctionType(entry.code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
     run.__kwdefaults__ = function.__kwdefaults__
-    steady = [model, *search.parts.values(), *search.objects.values()]
+    steady = [*search.parts.values(), *search.objects.values()]
     objects = tuple(search.objects.values())
     tensors = tuple(search.tensors.values())
     names_of: dict[int, list[str]] = {}
