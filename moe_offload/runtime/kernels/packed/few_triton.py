@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.language.extra import libdevice
 
 from ....experts import RowCodes
-from .unpack_triton import operands, row_of, settings, unpack_wide, widen_scale
+from .unpack_triton import CODES_PER_BYTE, operands, row_of, settings, unpack_wide, widen_scale
 
 ROWS, BYTES = 4, 128  # of codes at once: 16 bytes a thread of one warp
 WORDS = {2: torch.int32, 4: torch.int64}  # two numbers of so many bytes
@@ -51,9 +51,11 @@ def _launch(x_PH: Tensor, rows_SB: Tensor, slots_P: Tensor, codes: RowCodes, row
     check_operands(x_PH, rows_SB, slots_P, codes)
     pairs = len(x_PH)
     out_PM = torch.empty(pairs, rows, dtype=x_PH.dtype, device=x_PH.device)
-    of_byte = settings(codes, 1)["PER_BYTE"]
-    if x_PH.stride(1) != 1:
-        x_PH = x_PH.contiguous()
+    if not out_PM.numel():
+        return out_PM
+    of_byte = CODES_PER_BYTE[codes.format]
+    if x_PH.stride(1) != 1 or x_PH.stride(0) % of_byte or x_PH.storage_offset() % of_byte:
+        x_PH = x_PH.clone(memory_format=torch.contiguous_format)  # words begin where every second number does
     x_PW = x_PH.view(WORDS[x_PH.itemsize]) if of_byte == 2 else x_PH
     _few[(triton.cdiv(rows, ROWS), pairs)](
         x_PW,
