@@ -13,7 +13,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from ..cache.layer_cache import LayerCache, Load
@@ -55,6 +54,7 @@ class Arrivals:
     ):
         self.moe, self.cache, self.store, self.transfer, self.poison = moe, cache, store, transfer, poison
         self.slots, self.scratch, self.scratch_rows = slots, scratch, scratch.rows(moe.layout)
+        self.group_rows = max(1, len(self.scratch_rows.rows) // PARTS)  # as many are computed at once, where groups are
         self.awaited: deque[Arrival] = deque()
         self.held: dict[int, Held] = {}
         self.guessed: dict[int, Arrival] = {}
@@ -88,7 +88,7 @@ class Arrivals:
 
     def start(self, loads: Iterable[Load], demanded: bool = True) -> None:
         try:
-            with self.together():
+            with self.transfer.together(self.group_rows):
                 for load in loads:
                     self.send(load.expert, load, demanded=demanded)
         except BaseException:
@@ -103,15 +103,6 @@ class Arrivals:
             self.awaited.append(Arrival(expert, load, held.scratch_row, held.ticket))
             return
         self.awaited.append(Arrival(expert, load, scratch_row, self._read(expert, load, scratch_row, demanded)))
-
-    def together(self) -> AbstractContextManager[object]:
-        """What is sent while it is entered is launched as groups that are computed at once, where the device can."""
-        return self.transfer.together(self.group_rows)
-
-    @property
-    def group_rows(self) -> int:
-        """How many rows are computed at once where groups of them are."""
-        return max(1, len(self.scratch_rows.rows) // PARTS)
 
     def scratch_first(self) -> int:
         """Let what was read ahead be taken before the rest, first what goes on to a slot; return how many those are."""

@@ -63,7 +63,7 @@ def compute_in_groups(
     feed = Feed(arrivals, following, len(ids_P), without_slot)
     feed.claim()
     ahead = arrivals.scratch_first()
-    with arrivals.together():
+    with arrivals.transfer.together(arrivals.group_rows):
         feed.fill()
     groups = _groups(arrivals, feed, used, ahead)
     order_P, slots_P = _in_order(arrivals, groups, ids_P)
@@ -79,7 +79,7 @@ def compute_in_groups(
         if out_P is None:
             out_P = part.new_empty((len(ids_P), *part.shape[1:]))
         out_P.index_copy_(0, order_P[begin:end], part)
-        with arrivals.together():
+        with arrivals.transfer.together(arrivals.group_rows):
             for one in taken:
                 if one.scratch_row >= 0:
                     feed.reuse(one.scratch_row)

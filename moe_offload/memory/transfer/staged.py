@@ -1,12 +1,11 @@
 """Rows into the memory of a device that has its own: staged through pinned host memory, copied on a stream beside.
 
     store ──reader threads──> staging (pinned) ──copy stream──> slot        rows on disk, or converted
-    rows in pinned RAM        ─────────────────────copy stream──> slot      demanded: no staging, no thread; several
-                                                                            `together` by one call, where it can be
+    rows in pinned RAM        ─────────────────────copy stream──> slot      demanded: no staging, no thread
     rows in pinned RAM ──reader threads, piece by piece── stream of its own ──> slot      in the background
 
 Two orders hold, and neither makes the host wait: a copy into a slot begins after the last kernel that read the slot
-(`mark`, taken when the row is asked for), and kernels that are launched after `wait` begin after the copy.
+(`mark`, taken when it is asked for, or all rows of `together` are), and kernels launched after `wait` after the copy.
 
 A copy that was launched cannot be taken back. So what nobody has asked for is launched a piece at a time, by threads
 that wait for it, and not while a demanded row is being copied: it takes the link when that is idle.
@@ -34,6 +33,7 @@ from ..stores.row_read import RowRead
 from .streams import CudaStreams, Streams
 from .threads import THREADS, TIMEOUT_S, ThreadTransfer
 from .ticket import Ticket
+from .together import DeviceTicket, Waiting
 
 STAGING_ROWS = 8  # in flight: two for every reader thread
 PIECE_BYTES = 2 << 20  # of a row copied in the background: 40 us of a PCIe 5 link, which a demanded row may wait
@@ -52,17 +52,6 @@ class Staging:
     last: Any = None
 
 
-class DeviceTicket(Ticket):
-    """`copies` are the ends of the copies into the slot, as far as they have been launched and nobody waited for
-    them."""
-
-    staging: Staging | None = None
-
-    def __init__(self, layer: int, expert: int, read: RowRead, row_bytes: int, demanded: bool):
-        super().__init__(layer, expert, read, row_bytes, demanded)
-        self.copies: list[Any] = []
-
-
 class DeviceTransfer(ThreadTransfer):
     """`start` takes the slot as a uint8 tensor `[row_bytes]` of the device; or, for a device that is the CPU, as a
     memoryview."""
@@ -77,7 +66,7 @@ class DeviceTransfer(ThreadTransfer):
         self._all: list[Staging] = []
         self._returned = threading.Condition(self._lock)
         self._pieces = threading.BoundedSemaphore(PIECES)
-        self._together: list[tuple[DeviceTicket, Any, Tensor]] | None = None  # what is launched when `together` ends
+        self._together: Waiting | None = None
         self._last_demanded: Any = None  # the end of the last copy of a demanded row
         self._stalls: dict[int, deque[tuple[Any, Any]]] = {}  # layer -> begin and end of waits of the device
 
@@ -91,7 +80,7 @@ class DeviceTransfer(ThreadTransfer):
                 return self._start_behind(layer, expert, source, row, after)
             ticket = DeviceTicket(layer, expert, RowRead([], lambda: row_bytes), row_bytes, demanded)
             if self._together is not None and layer in store.pinned:
-                self._together.append((ticket, row, source))
+                self._together.add(ticket, row, source)
                 return ticket
             self._copy_demanded(ticket, row, source, after)
             ticket.nbytes = row_bytes
@@ -142,22 +131,12 @@ class DeviceTransfer(ThreadTransfer):
 
     @contextlib.contextmanager
     def together(self, most: int) -> Iterator[None]:
-        waiting: list[tuple[DeviceTicket, Any, Tensor]] = []
-        self._together = waiting
+        self._together = waiting = Waiting()
         try:
-            yield
-            for part in (waiting[i : i + most] for i in range(0, len(waiting), most)):
-                tickets, targets, sources = zip(*part, strict=True)
-                copied = self._last_demanded = self.streams.copy_all(targets, sources, self.streams.mark())
-                for ticket in tickets:
-                    ticket.copies.append(copied)
-                    ticket.nbytes = ticket.row_bytes
-                    ticket.done.set()
-        except BaseException as error:
-            for ticket in (one for one, _, _ in waiting if not one.done.is_set()):
-                ticket.error = error
-                ticket.done.set()
-            raise
+            with waiting.launched_or_failed():
+                yield
+                for part in waiting.parts(most):
+                    self._last_demanded = part.launch(self.streams)
         finally:
             self._together = None
 
