@@ -6,6 +6,7 @@ Imports torch and nothing else: what serves the rewritten graph is bound to it a
     sentinels   drop_sentinels    the guards against ids that mean "not mine" go
     lookahead   insert_prefetch   the next layer's router is asked early
     slots       rename_to_slots   decode: W[ids] becomes bank[slots]
+    ahead       load_ahead        where the device decides, it loads what was guessed beside this layer
     unsorted    leave_unsorted    few pairs on a GPU: their sort goes
     gated       gate_in_products  few pairs on a GPU: gate and up become one product
     top         choose_with_slots where the device decides, it chooses the experts as well
@@ -22,6 +23,7 @@ Each pass is a plain function `(graph, *, sites, ...) -> sites it rewrote`: what
 changed in place. Its module shows the graph before and after.
 """
 
+from .ahead import load_ahead
 from .bank import Bank
 from .core import Core
 from .erase import erase_unserved
@@ -53,6 +55,7 @@ __all__ = [
     "insert_observe",
     "insert_prefetch",
     "leave_unsorted",
+    "load_ahead",
     "observe_pipeline",
     "offload_pipeline",
     "rename_to_slots",

@@ -9,7 +9,8 @@ and looks up what is bound to it, so a graph that Dynamo shares between layers s
     ops.unbind(bank)             when it is gone
 
 Every op that fills a bank declares that it mutates it. That is what keeps the op alive and in its place in Inductor,
-which drops an op without a used result, and reorders one without a dependence.
+which drops an op without a used result, and reorders one without a dependence. `place_ahead` writes to scratch only;
+it names the bank so that it stays before `place` of that layer, and hands on the slots of the layer it stands in.
 `observe` passes its ids through instead. `grouped_mm` is an ordinary function of its arguments, as are `gated_mm`,
 silu of one half of such a product times the other half, and `fast_grouped_mm`, which may round otherwise. So are
 `packed_mm`, `packed_gated_mm` and `unpack`, of weights that lie packed in the rows of a bank (see `packed`). `experts`
@@ -42,6 +43,7 @@ _TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.cudagraph_unsafe)
 LIB.define("fetch(Tensor ids, Tensor(a!) bank) -> Tensor", tags=_TAGS)
 LIB.define("place(Tensor ids, Tensor(a!) bank) -> Tensor")
 LIB.define("place_top(Tensor scores, int k, Tensor(a!) bank) -> (Tensor, Tensor, Tensor)")
+LIB.define("place_ahead(Tensor ids, Tensor slots, Tensor(a!) bank) -> Tensor")
 LIB.define("wait(Tensor slots, Tensor(a!) bank) -> Tensor", tags=_TAGS)
 LIB.define(
     "stream(Tensor x, Tensor ids, Tensor(a!) bank, Tensor[] others, int core, SymInt[] shape, ScalarType "
@@ -78,6 +80,10 @@ class Layer(Protocol):
 
     def place_top(self, scores_TE: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """torch.topk(scores, k), and then `place` of its ids: values [T, K], ids [T, K] and slots [P]."""
+
+    def place_ahead(self, ids_P: Tensor, slots_Q: Tensor) -> Tensor:
+        """`prefetch` by the device: nothing waits, a CUDA graph can hold it, and no slot is taken. Returns a copy of
+        `slots_Q`, which are those of the layer before."""
 
     def wait(self, slots_P: Tensor) -> Tensor:
         """Return the slots that `fetch` named, once every row is in its slot."""
@@ -204,6 +210,11 @@ def _fake_place_top(scores: Tensor, k: int, bank: Tensor) -> tuple[Tensor, Tenso
     return scores.new_empty(chosen), ids, ids.new_empty(ids.numel())
 
 
+def _run_place_ahead(ids: Tensor, slots: Tensor, bank: Tensor) -> Tensor:
+    same: Tensor = _server_of(bank).place_ahead(ids.contiguous(), slots.contiguous())
+    return same
+
+
 def _run_gated_mm(x: Tensor, weight: Tensor, slots: Tensor) -> Tensor:
     product: Tensor = grouped_mm(x, weight, slots)
     gate, up = product.chunk(2, dim=-1)
@@ -317,6 +328,7 @@ for _name, _kernel in {
     "fetch": _run_fetch,
     "place": _run_place,
     "place_top": _run_place_top,
+    "place_ahead": _run_place_ahead,
     "gated_mm": _run_gated_mm,
     "packed_gated_mm": run_packed_gated_mm,
     "wait": _run_wait,
@@ -340,6 +352,7 @@ LIB.impl("unpack", _untraced(_run_unpack), "CompositeExplicitAutograd")
 LIB._register_fake("fetch", lambda ids, bank: ids.new_empty(ids.shape))
 LIB._register_fake("place", lambda ids, bank: ids.new_empty(ids.shape, dtype=torch.int64))
 LIB._register_fake("place_top", _fake_place_top)
+LIB._register_fake("place_ahead", lambda ids, slots, bank: slots.new_empty(slots.shape))
 LIB._register_fake("gated_mm", lambda x, weight, slots: x.new_empty((x.shape[0], weight.shape[2] // 2)))
 LIB._register_fake("wait", lambda slots, bank: torch.empty_like(slots))
 LIB._register_fake(
@@ -377,6 +390,7 @@ torch.library.register_autograd("moe_offload::experts", _differentiate_experts, 
 fetch = torch.ops.moe_offload.fetch.default
 place = torch.ops.moe_offload.place.default
 place_top = torch.ops.moe_offload.place_top.default
+place_ahead = torch.ops.moe_offload.place_ahead.default
 wait = torch.ops.moe_offload.wait.default
 stream = torch.ops.moe_offload.stream.default
 stream_masked = torch.ops.moe_offload.stream_masked.default

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,10 +25,14 @@ from ..memory.scratch import Scratch
 from ..memory.stores import Store
 from ..memory.stores.host import HostStore
 from ..memory.transfer import TRANSFERS, pinned
+from ..memory.transfer.fork import FORKS
 from ..observe.profile import Profile
 from ..observe.profile_stats import uses_per_token
 from ..plan.budget import Plan
+from .ahead.on_device import DeviceGuesses
+from .in_flight import Arrivals
 from .kernels import KERNELS
+from .kernels.staging import STAGERS
 from .layer import LayerRuntime
 from .lock import ModelLock
 from .model import Runtime
@@ -64,8 +69,6 @@ def _obstacle(settings: OffloadConfig, moe_layers: Sequence[MoELayer]) -> str | 
         return f"the model's own code calls the experts of {called} one by one, and Python decides which"
     if settings.policy not in (DEVICE_POLICY, DEFAULT_POLICY):
         return f"the device knows the policy {DEVICE_POLICY!r}, not {settings.policy!r}"
-    if settings.lookahead:
-        return "lookahead loads what the host has read off a router; switch one of the two off"
     return None
 
 
@@ -118,12 +121,18 @@ def build_runtime(
             locked.check(lock_bytes)
         runtime = Runtime(layers, list({id(store): store for store in stores}.values()), transfer, lock)
         if rows_EN:
-            runtime.decide_on_device(rows_EN, settings.half_life, KERNELS[device.partition(":")[0]]())
+            kind = device.partition(":")[0]
+            guess = partial(_read_ahead, device=torch.device(device)) if settings.lookahead else None
+            runtime.decide_on_device(rows_EN, settings.half_life, KERNELS[kind](), guess)
             logger.info(
                 "the device decides which experts are in the slots of %d of %d layers, by %s",
                 len(rows_EN), len(layers), DEVICE_POLICY,
             )  # fmt: skip
         return runtime
+
+
+def _read_ahead(layers: Sequence[Arrivals], device: torch.device) -> DeviceGuesses:
+    return DeviceGuesses(layers, STAGERS[device.type](), FORKS[device.type](device))
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
-"""python -m tests.fakes.generated_child FAMILY: the code that Inductor generates for a GPU from the decode step of a
-small model with a static KV cache, and what it knows of its inputs, as one line of JSON. FAMILY may be the kind of a
-quantised checkpoint, whose experts' rows are packed."""
+"""python -m tests.fakes.generated_child FAMILY [lookahead]: the code that Inductor generates for a GPU from the decode
+step of a small model with a static KV cache, and what it knows of its inputs, as one line of JSON. FAMILY may be the
+kind of a quantised checkpoint, whose experts' rows are packed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.fakes.offloaded import IDS, SETTINGS, offload, resident
 from tests.fakes.quantised_checkpoints import load, write
 
 
-def main(family):
+def main(family, *settings):
     found = []
     with pytest.MonkeyPatch.context() as patch:
 
@@ -35,7 +35,7 @@ def main(family):
         patch.setattr(compiling, "run_graph", inner)
         patch.setattr(compiling, "is_on_gpu", lambda bank_SN: True)
         patch.setattr(compiling, "joins_gates", lambda inner: True)  # which is Inductor's code generation
-        device = replace(SETTINGS, decide="device", poison=False, dynamic=None)
+        device = replace(SETTINGS, decide="device", poison=False, dynamic=None, **dict.fromkeys(settings, True))
         if family in KINDS:
             with tempfile.TemporaryDirectory() as folder:
                 model = load(write(family, Path(folder) / "model"), 0.5, config=device, device_map="cpu", profile="off")

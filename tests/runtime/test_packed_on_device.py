@@ -66,6 +66,34 @@ def test_logits_are_plain_transformers(kind, implementation, tmp_path, monkeypat
         assert not any(torch.Tag.cudagraph_unsafe in getattr(target, "tags", ()) for target in called)
 
 
+def test_packed_rows_are_read_ahead(tmp_path):
+    folder = write("fp8", tmp_path / "model")
+    plain = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="grouped_mm").eval()
+    want = run_session(plain, "lm", **SESSION)
+    model = load(folder, 0.0, replace(DEVICE, lookahead=True, wave_rows=4), device_map="cpu")
+    with model.moe_offload as handle:
+        for ours, theirs in zip(run_session(model, "lm", **SESSION), want, strict=True):
+            assert torch.equal(ours, theirs)
+        assert handle.stats().ahead > 0 and handle.stats().by_device > 0
+
+
+def test_layers_on_disk_are_renamed_too_and_asked_of_the_host(tmp_path, monkeypatch):
+    """Left to `waves`, one of them would take all layers back to the host in the middle of a step."""
+    folder = write("fp8", tmp_path / "model")
+    plain = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="grouped_mm").eval()
+    want = run_session(plain, "lm", **SESSION)
+    graphs = []
+    monkeypatch.setattr(compiling, "run_graph", lambda gm, inputs: graphs.append(gm) or gm.forward)
+    where = {"": "cpu", "model.layers.0.mlp.experts": "cpu", "model.layers.1.mlp.experts": "disk"}
+    model = load(folder, 0.5, DEVICE, device_map=where)
+    with model.moe_offload as handle:
+        for ours, theirs in zip(run_session(model, "lm", **SESSION), want, strict=True):
+            assert torch.equal(ours, theirs)
+        assert [layer.by_device > 0 for layer in handle.stats().layers] == [True, False]
+    called = [{node.target for node in gm.graph.nodes if node.op == "call_function"} for gm in graphs]
+    assert any({ops.place, ops.fetch, ops.packed_mm} <= targets for targets in called)
+
+
 @pytest.fixture
 def gpu_products():
     """The ops of packed weights as on a GPU, by kernels that are the reference here."""

@@ -16,9 +16,10 @@ import pytest
 from tests.paths import ROOT
 
 pytest.importorskip("triton")
-TESTS = [f"tests/runtime/kernels/{name}.py" for name in ("test_contract", "test_packed", "test_shuffled")]
+TESTS = [f"tests/runtime/kernels/test_{name}.py" for name in ("contract", "packed", "staging", "shuffled")]
 SLICE = (
-    "renormalised or any_small or (ids_in_and_out and 10-6-4) or gather or refused "
+    "staged or half_a_row or more_chunks "
+    "or renormalised or any_small or (ids_in_and_out and 10-6-4) or gather or refused "
     "or (best_experts and 9-2-3) or (equal_scores and (8-2-3 or 60-32-9)) or (gated_mm and 7-5) "
     "or (indexed_mm and 300) or (test_grouped_mm and 70-150 and (transposed or field-back)) "
     "or (test_gated and (channels-dtype0 or mxfp4-dtype0)) or (one_column and (group or channels)) "

@@ -9,8 +9,14 @@ import torch
 from moe_offload.checkpoint.conversion import Join, Swap
 from moe_offload.checkpoint.quantised.weights import Matrix, MatrixWeight
 from moe_offload.experts import RowLayout
-from moe_offload.packed import FORMATS
+from moe_offload.forward.graphs.products import packed_products
+from moe_offload.packed import FORMATS, mxfp4
+from moe_offload.packed import fp8 as fp8_format
+from moe_offload.packed import int4 as int4_format
+from moe_offload.runtime.kernels import KERNELS
 from moe_offload.runtime.kernels.packed import reference
+from passes import ops
+from tests.fakes.fake_device import Fabric, Far
 from tests.packed.matrices import CASES, E4M3, E8M0, floats, fp8, int4, random_bytes
 from tests.runtime.kernels.test_contract import INTERPRETED, bits, entry, round_bfloat16  # noqa: F401
 
@@ -45,23 +51,26 @@ PRODUCTS = {
 }
 
 
-def packed_rows(tensors, slots, dtype=BF16, matrices=2):
-    """Rows [S, B], each with that matrix and one like it below; their `RowCodes`; and the weights [S, M, H]."""
+def weight_of(tensors, dtype=BF16, matrices=2):
+    """That matrix and as many like it, one below the other, as one parameter; and how its rows are laid out."""
     kind = {torch.uint8: "mxfp4", torch.int8: "mxfp4", torch.int32: "int4", E4M3: "fp8"}[tensors[0].dtype]
     made = FORMATS[kind].fit(tensors)
-    names = [(f"{i} {role}", i, tensor) for i in range(matrices) for role, tensor in zip("cs", tensors, strict=True)]
-    layout = RowLayout.in_order((name, tuple(tensor.shape), tensor.dtype) for name, _, tensor in names)
+    parts = [(f"{i} {role}", tensor) for i in range(matrices) for role, tensor in zip("cs", tensors, strict=True)]
+    layout = RowLayout.in_order((name, tuple(tensor.shape), tensor.dtype) for name, tensor in parts)
+    outputs, inputs = made.shape(tensors)
+    found = [Matrix(made, layout.fields[2 * i : 2 * i + 2], (outputs, inputs)) for i in range(matrices)]
+    return MatrixWeight("w", (matrices * outputs, inputs), dtype, tuple(found), (Join(0),)), layout
+
+
+def packed_rows(tensors, slots, dtype=BF16):
+    """Rows [S, B], each with that matrix and one like it below; their `RowCodes`; and the weights [S, M, H]."""
+    weight, layout = weight_of(tensors, dtype)
     rows_SB = torch.full((slots, layout.row_bytes), 0xFF, dtype=torch.uint8)
-    for s in range(slots):
-        for (_, i, tensor), field in zip(names, layout.fields, strict=True):
-            field.view_in(rows_SB[s]).copy_(rolled(tensor, 3 * s + i))
-    pairs = [layout.fields[2 * i : 2 * i + 2] for i in range(matrices)]
-    shape = made.shape(tensors)
-    parts = tuple(Matrix(made, fields, shape) for fields in pairs)
-    weight = MatrixWeight("w", (matrices * shape[0], shape[1]), dtype, parts, (Join(0),))
     values_SMH = torch.empty(slots, *weight.shape, dtype=dtype)
-    for row, out in zip(rows_SB, values_SMH, strict=True):
-        weight.unpack(row, out)
+    for s, row in enumerate(rows_SB):
+        for i, field in enumerate(layout.fields):
+            field.view_in(row).copy_(rolled(tensors[i % 2], 3 * s + i // 2))
+        weight.unpack(row, values_SMH[s])
     codes = weight.row_codes(True)
     assert codes is not None
     return rows_SB, codes, values_SMH
@@ -101,11 +110,13 @@ def test_few_pairs(entry, name, dtype):  # noqa: F811
 
 @pytest.mark.parametrize("name", ["mxfp4", "fp8 odd blocks", "int4 groups of 8"])
 def test_numbers_of_x_that_do_not_lie_together(entry, name):  # noqa: F811
-    """One token for all pairs, and every other column of a wider tensor."""
+    """One token for all pairs, every other column of a wider tensor, and rows that begin at an odd number."""
     rows_SB, codes, values_SMH = packed_rows(PRODUCTS[name], 3)
     slots_P = torch.tensor([[2, 0, 1], [1, 1, 1]]).T[:, 0]
     wide = torch.randn(3, 2 * codes.inputs, generator=torch.Generator().manual_seed(0)).to(BF16)
-    for x_PH in (wide[:1, : codes.inputs].expand(3, -1), wide[:, ::2]):
+    odd = torch.randn(3, codes.inputs + 1, generator=torch.Generator().manual_seed(1)).to(BF16)
+    for x_PH in (wide[:1, : codes.inputs].expand(3, -1), wide[:, ::2], odd[:, 1:], odd[1:, :-1]):
+        slots_P = slots_P[: len(x_PH)]
         for product in (entry.kernels.packed_indexed_mm, entry.kernels.packed_grouped_mm):
             got = product(x_PH.to(entry.device), rows_SB.to(entry.device), slots_P.to(entry.device), codes).cpu()
             assert_close(got, x_PH, values_SMH[slots_P], BF16)
@@ -140,6 +151,15 @@ def test_gated(entry, name, dtype):  # noqa: F811
     roundings = 1.5 if entry.kernels.packed_gated_mm is reference.gated_mm else 0.5
     bound_PI = (roundings * torch.finfo(dtype).eps + 4 * torch.finfo(F32).eps) * want_PI.abs() + LEAST
     assert want_PI.abs().max() > 0 and ((out_PI.double() - want_PI).abs() <= bound_PI).all()
+
+
+def test_no_pairs(entry):  # noqa: F811
+    rows_SB, codes, _ = packed_rows(PRODUCTS["int4 groups"], 2)
+    x_PH, slots_P = torch.zeros(0, codes.inputs, dtype=BF16), torch.zeros(0, dtype=torch.int64)
+    given = [x.to(entry.device) for x in (x_PH, rows_SB, slots_P)]
+    for product in (entry.kernels.packed_indexed_mm, entry.kernels.packed_grouped_mm):
+        assert product(*given, codes).shape == (0, codes.rows)
+    assert entry.kernels.packed_gated_mm(*given, codes).shape == (0, codes.rows // 2)
 
 
 RUNS = {"a tile and one more": [(0, 65)], "any order": [(2, 3), (0, 70), (1, 1), (2, 2)]}
@@ -180,6 +200,35 @@ def test_what_does_not_fit_is_refused(entry):  # noqa: F811
         for product in (entry.kernels.packed_indexed_mm, entry.kernels.packed_grouped_mm):
             with pytest.raises(ValueError, match="do not fit packed weights"):
                 product(x, rows, slots, codes)
+
+
+# The ops of a GPU, on a device that says who waits for it
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "fp8 blocks", "int4 groups"])
+@pytest.mark.parametrize("readable", [True, False])
+def test_the_host_is_asked_only_for_what_kernels_cannot_read(name, readable, monkeypatch):
+    rows_SB, codes, values_SMH = packed_rows(PRODUCTS[name], 3)
+    monkeypatch.setattr(ops, "_PACKED", [weight_of(PRODUCTS[name])[0]])
+    if not readable:
+        monkeypatch.setattr(MatrixWeight, "row_codes", lambda self, transposed: None)
+    products, slots_P = packed_products(KERNELS["cpu"]()), torch.tensor([2, 2, 0, 1])
+    x_PH = torch.randn(4, codes.inputs, generator=torch.Generator().manual_seed(0)).to(BF16)
+    x, rows, slots = (Far(given) for given in (x_PH, rows_SB, slots_P))
+    tables = [mxfp4._pairs, fp8_format._values, int4_format._pairs]
+    try:
+        with Fabric():
+            products["unpack"](rows, slots, 0)  # its table goes to a device once
+        with Fabric() as fabric:
+            unpacked = products["unpack"](rows, slots, 0)
+            assert fabric.waits == []
+            product = products["packed_mm"](x, rows, slots, 0, True)
+            assert (fabric.waits == []) == readable
+    finally:
+        for table in tables:
+            table.cache_clear()
+    assert torch.equal(bits(unpacked.near), bits(values_SMH[slots_P]))
+    assert_close(product.near, x_PH, values_SMH[slots_P], BF16)
 
 
 # Every code under every kind of scale

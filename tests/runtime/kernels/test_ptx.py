@@ -16,6 +16,7 @@ import torch
 
 from moe_offload.experts import RowCodes
 from moe_offload.runtime.kernels import KERNELS, Loads, make_pace
+from moe_offload.runtime.kernels.staging import STAGERS, Stagers, Staging
 from moe_offload.runtime.kernels.state_block import StateBlock
 
 triton = pytest.importorskip("triton")
@@ -116,6 +117,21 @@ def launches():
 
         return run
 
+    def staged(name):
+        def run(kernels):
+            state, staging = StateBlock([(128, 64)], "cpu").states[0], Staging.empty(32, "cpu")
+            rows = torch.empty(2, 4096, dtype=torch.bfloat16)
+            arguments = {
+                "choose": (torch.arange(8), torch.arange(8), state, staging),
+                "stage": (rows, rows, staging),
+                "gather_staged": (rows, rows, rows, Loads.empty(8, "cpu"), state, staging),
+            }
+            getattr(STAGERS["cuda"](), name)(*arguments[name])
+
+        return run
+
+    for name in Stagers._fields:
+        yield pytest.param(name, staged(name), id=name)
     for product in ("packed_indexed_mm", "packed_gated_mm", "packed_grouped_mm"):
         for name in PACKED:
             yield pytest.param(product, multiply_packed(product, name), id=f"{product}-{name}")
@@ -146,10 +162,11 @@ def compiled(monkeypatch, function, name):
 @pytest.mark.parametrize(("name", "run"), [*launches()])
 def test_registers_suffice(kernels, monkeypatch, tmp_path, name, run):
     """A value that is put away in memory, and fetched again, costs more than what it was made of."""
-    kernel = compiled(monkeypatch, getattr(kernels, name), KERNEL_OF.get(name, f"_{name}"))
+    function = getattr(STAGERS["cuda"]() if name in Stagers._fields else kernels, name)
+    kernel = compiled(monkeypatch, function, KERNEL_OF.get(name, f"_{name}"))
     run(kernels)
     used = kernel.resources(tmp_path)
-    assert 16 <= used["REG"] <= 255 and used["STACK"] == used["LOCAL"] == 0, used
+    assert 8 <= used["REG"] <= 255 and used["STACK"] == used["LOCAL"] == 0, used
     assert kernel.shared_bytes <= 227 << 10
 
 
@@ -173,6 +190,21 @@ def test_rows_are_copied_sixteen_bytes_at_a_time(kernels, monkeypatch):
     for way in ("ld", "st"):
         wide = [op for op in re.findall(rf"{way}\.global\S*", kernel.ptx) if "v2.b64" in op or "v4.b32" in op]
         assert len(wide) == 4
+
+
+def test_one_thread_asks_whether_to_go_on_and_all_hear_it(monkeypatch):
+    """A thread that stopped later than others would copy a part of a chunk, which is then counted as whole or not."""
+    function = STAGERS["cuda"]().stage
+    kernel, rows = compiled(monkeypatch, function, "_stage"), torch.empty(2, 4096, dtype=torch.bfloat16)
+    function(rows, rows, Staging.empty(2, "cpu"))
+    loop = kernel.ptx[kernel.ptx.index("Inner Loop Header") :]
+    first = re.search(r"setp\.eq\.b32 \t(%p\d+), %r\d+, 0;", kernel.ptx)
+    asks = re.search(rf"@{first[1]} (atom|ld)\.global\.gpu\.relaxed\S+", loop)
+    assert asks, "the first thread, and only it, and not what a cache of its own has kept"
+    order = [loop.index(part) for part in (asks[0], "st.shared", "bar.sync \t0;\n\tld.shared", " bra ")]
+    assert order == sorted(order)
+    wide = [op for op in re.findall(r"ld\.global\S*", kernel.ptx) if "v2.b64" in op or "v4.b32" in op]
+    assert len(wide) == 4
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -213,10 +245,10 @@ def test_what_is_unpacked_is_rounded_to_the_nearest_and_keeps_subnormals(kernels
 
 
 @pytest.mark.parametrize("name", PACKED)
-def test_codes_are_read_sixteen_bytes_at_a_time(kernels, monkeypatch, name):
+def test_codes_are_read_sixteen_bytes_at_a_time_and_no_warp_waits(kernels, monkeypatch, name):
     kernel = compiled(monkeypatch, kernels.packed_indexed_mm, "_few")
     multiply_packed("packed_indexed_mm", name)(kernels)
     loop = kernel.ptx[kernel.ptx.index("Inner Loop Header") :]
     loop = loop[: loop.index(" bra ")]
-    assert "ld.global.v4.b32" in loop and "st.shared" not in loop
-    assert len(re.findall(r"ld\.global", loop)) <= 4, "codes, scale, x"
+    assert "ld.global.v4.b32" in loop and kernel.shared_bytes == 0
+    assert "bar.sync" not in loop and "shared" not in loop
