@@ -36,6 +36,7 @@ from typing import Any
 
 from gpu_bench import BENCHES, FULL_LIMIT_S, ROOT, Bench
 
+NOT_PACKED = "--ignore=tests/gpu/test_packed.py"  # a part of its own
 TRACES = (ROOT / "shared" / "traces", ROOT.parent / "shared" / "traces")
 
 
@@ -57,7 +58,8 @@ def parts(cache: Path, traces: Path | None, full: bool) -> list[Part]:
         Part("checks", "machine", ["nvidia-smi"], 60),
         Part("checks", "mechanisms", checks, 300),
         Part("tests", "kernels", [*pytest, "tests/runtime/kernels"], 300),
-        Part("tests", "models", [*pytest, "tests/gpu", "tests/memory/transfer/test_threads.py"], 600),
+        Part("tests", "packed", [*pytest, "tests/gpu/test_packed.py"], 300),
+        Part("tests", "models", [*pytest, "tests/gpu", "tests/memory/transfer/test_threads.py", NOT_PACKED], 600),
         *(
             Part("bench", one.name, one.command(cache, traces, full), FULL_LIMIT_S if full else one.limit_s, one)
             for one in BENCHES

@@ -6,6 +6,7 @@ Imports torch and nothing else: what serves the rewritten graph is bound to it a
     sentinels   drop_sentinels    the guards against ids that mean "not mine" go
     lookahead   insert_prefetch   the next layer's router is asked early
     slots       rename_to_slots   decode: W[ids] becomes bank[slots]
+    ahead       load_ahead        where the device decides, it loads what was guessed beside this layer
     unsorted    leave_unsorted    few pairs on a GPU: their sort goes
     gated       gate_in_products  few pairs on a GPU: gate and up become one product
     top         choose_with_slots where the device decides, it chooses the experts as well
@@ -13,7 +14,7 @@ Imports torch and nothing else: what serves the rewritten graph is bound to it a
     waves       stream_in_waves   prefill: the experts code becomes one `stream` op
     masked      one product over all experts, most of them handed zeros: a core of those that are not
     core_graph  the experts code of a site, found and copied out for `waves`; core: as it is called
-    packed      unpack_at_use     weights that lie packed in a row are unpacked by what reads them
+    packed      unpack_reads      weights that lie packed in a row are unpacked by what reads them
     instrument  insert_observe    count ids, change nothing else
     row_wise    whether an experts code may run in pieces
     pipeline    which of them run, in which order
@@ -22,6 +23,7 @@ Each pass is a plain function `(graph, *, sites, ...) -> sites it rewrote`: what
 changed in place. Its module shows the graph before and after.
 """
 
+from .ahead import load_ahead
 from .bank import Bank
 from .core import Core
 from .erase import erase_unserved
@@ -53,6 +55,7 @@ __all__ = [
     "insert_observe",
     "insert_prefetch",
     "leave_unsorted",
+    "load_ahead",
     "observe_pipeline",
     "offload_pipeline",
     "rename_to_slots",

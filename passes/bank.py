@@ -70,6 +70,20 @@ class Bank:
                 nodes[field.name] = graph.call_method("view", (part, self.slots, *field.shape))
         return nodes
 
+    def is_retyped(self, name: str) -> bool:
+        """Whether a weight lies in the bank as elements of another type."""
+        return any(field.name == name and field.dtype != self.dtype for field in self.fields)
+
+    def picked_nodes(self, graph: Graph, bank: Node, name: str, slots_P: Node, pairs: int) -> Node:
+        """`view[slots]` of such a weight, inserted at the graph's current insertion point. What is picked is re-typed,
+        and not the view: a compiler may have to copy what is re-typed, and that would be all slots."""
+        field = next(field for field in self.fields if field.name == name)
+        start, stop = self._columns(field)
+        part = graph.call_function(operator.getitem, (bank, (slice(None), slice(start, stop))))
+        picked = graph.call_function(operator.getitem, (part, slots_P))
+        retyped = graph.call_method("view", (picked, field.dtype))
+        return graph.call_method("view", (retyped, pairs, *field.shape))
+
     def _columns(self, field: RowField) -> tuple[int, int]:
         size = self.dtype.itemsize
         return field.offset // size, (field.offset + field.nbytes) // size

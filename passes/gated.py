@@ -3,14 +3,15 @@
     before   gate, up = moe_offload.grouped_mm(x, V, slots).chunk(2, -1);  h = silu(gate) * up
     after    h = moe_offload.gated_mm(x, V, slots)
 
-On a GPU that is one launch instead of two, and the two halves are never written. Any other gate is left alone.
+and so packed_mm, of a weight that lies packed (see `packed`), becomes packed_gated_mm. On a GPU that is one launch
+instead of two, and the two halves are never written. Any other gate is left alone.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import Graph, Node
@@ -20,6 +21,9 @@ from .fast import is_of
 from .find import name_of
 from .sites import Site
 
+#: A product, and the same with a gate.
+GATED = {ops.grouped_mm: ops.gated_mm, ops.packed_mm: ops.packed_gated_mm}
+
 
 def gate_in_products(graph: Graph, *, sites: Sequence[Site], few_pairs: Mapping[Hashable, int]) -> list[Site]:
     """Join the gated product of every site that was renamed to slots and has at most `few_pairs` of its layer."""
@@ -27,7 +31,7 @@ def gate_in_products(graph: Graph, *, sites: Sequence[Site], few_pairs: Mapping[
     for site in sites:
         if site.pairs is None or site.pairs > few_pairs.get(site.layer, 0):
             continue
-        products = [node for node in graph.nodes if node.target is ops.grouped_mm and is_of(node, site)]
+        products = [node for node in graph.nodes if node.target in GATED and is_of(node, site)]
         gated = [chain for product in products if (chain := _find_chain(product))]
         for chain in gated:
             _join(graph, chain)
@@ -68,7 +72,7 @@ def _is_silu(node: Node) -> bool:
 def _join(graph: Graph, chain: Sequence[Node]) -> None:
     product, end = chain[0], chain[-1]
     with graph.inserting_before(product):
-        joined = graph.call_function(ops.gated_mm, product.args)
+        joined = graph.call_function(GATED[cast(Any, product.target)], product.args)
     joined.meta = dict(end.meta)
     end.replace_all_uses_with(joined)
     for node in reversed(chain):

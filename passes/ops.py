@@ -9,9 +9,11 @@ and looks up what is bound to it, so a graph that Dynamo shares between layers s
     ops.unbind(bank)             when it is gone
 
 Every op that fills a bank declares that it mutates it. That is what keeps the op alive and in its place in Inductor,
-which drops an op without a used result, and reorders one without a dependence.
+which drops an op without a used result, and reorders one without a dependence. `place_ahead` writes to scratch only;
+it names the bank so that it stays before `place` of that layer, and hands on the slots of the layer it stands in.
 `observe` passes its ids through instead. `grouped_mm` is an ordinary function of its arguments, as are `gated_mm`,
-silu of one half of such a product times the other half, and `fast_grouped_mm`, which may round otherwise. `experts`
+silu of one half of such a product times the other half, and `fast_grouped_mm`, which may round otherwise. So are
+`packed_mm`, `packed_gated_mm` and `unpack`, of weights that lie packed in the rows of a bank (see `packed`). `experts`
 takes a key in place of a bank, a tensor that nobody writes into: in somebody else's torch.compile a bank that is
 written into may be copied, and a copy is unknown here.
 `no_gradient` is its backward, which raises when it runs. `unserved` stands in traced code that is to be rewritten: our
@@ -41,6 +43,7 @@ _TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.cudagraph_unsafe)
 LIB.define("fetch(Tensor ids, Tensor(a!) bank) -> Tensor", tags=_TAGS)
 LIB.define("place(Tensor ids, Tensor(a!) bank) -> Tensor")
 LIB.define("place_top(Tensor scores, int k, Tensor(a!) bank) -> (Tensor, Tensor, Tensor)")
+LIB.define("place_ahead(Tensor ids, Tensor slots, Tensor(a!) bank) -> Tensor")
 LIB.define("wait(Tensor slots, Tensor(a!) bank) -> Tensor", tags=_TAGS)
 LIB.define(
     "stream(Tensor x, Tensor ids, Tensor(a!) bank, Tensor[] others, int core, SymInt[] shape, ScalarType "
@@ -52,8 +55,12 @@ LIB.define("prefetch(Tensor ids, Tensor(a!) bank) -> ()", tags=_TAGS)
 LIB.define("grouped_mm(Tensor x, Tensor weight, Tensor slots) -> Tensor", tags=(torch.Tag.needs_exact_strides,))
 LIB.define("gated_mm(Tensor x, Tensor weight, Tensor slots) -> Tensor", tags=(torch.Tag.needs_exact_strides,))
 LIB.define("fast_grouped_mm(Tensor x, Tensor weight, Tensor slots) -> Tensor", tags=(torch.Tag.needs_exact_strides,))
-LIB.define("packed_mm(Tensor x, Tensor bank, Tensor slots, int weight, bool transposed) -> Tensor", tags=_TAGS)
-LIB.define("unpack(Tensor bank, Tensor slots, int weight) -> Tensor", tags=_TAGS)
+for _name in ("packed_mm", "packed_gated_mm"):
+    LIB.define(
+        f"{_name}(Tensor x, Tensor bank, Tensor slots, int weight, bool transposed) -> Tensor",
+        tags=(torch.Tag.needs_exact_strides,),
+    )
+LIB.define("unpack(Tensor bank, Tensor slots, int weight) -> Tensor", tags=(torch.Tag.needs_exact_strides,))
 LIB.define("unserved(Tensor ids, str rows) -> Tensor", tags=_TAGS)
 LIB.define("observe(Tensor ids, Tensor weight) -> Tensor", tags=_TAGS)
 LIB.define("observe_masked(Tensor x, Tensor weight) -> Tensor", tags=_TAGS)
@@ -73,6 +80,10 @@ class Layer(Protocol):
 
     def place_top(self, scores_TE: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """torch.topk(scores, k), and then `place` of its ids: values [T, K], ids [T, K] and slots [P]."""
+
+    def place_ahead(self, ids_P: Tensor, slots_Q: Tensor) -> Tensor:
+        """`prefetch` by the device: nothing waits, a CUDA graph can hold it, and no slot is taken. Returns a copy of
+        `slots_Q`, which are those of the layer before."""
 
     def wait(self, slots_P: Tensor) -> Tensor:
         """Return the slots that `fetch` named, once every row is in its slot."""
@@ -110,6 +121,10 @@ class PackedWeight(Protocol):
     def multiply(self, x_PI: Tensor, rows_SB: Tensor, runs: Sequence[Run], out_PO: Tensor, transposed: bool) -> None:
         """For each run (slot, begin, end), the product of those x with the weight in that row, or its transpose."""
 
+    def row_codes(self, transposed: bool) -> Any:
+        """What the kernels of a device need to know for that product without asking the host; None where they cannot
+        compute it."""
+
 
 class UnservedGraph(RuntimeError):
     """A graph reads offloaded weights, and no pass has put their bank in their place."""
@@ -143,6 +158,16 @@ def register_packed(weight: PackedWeight) -> int:
     if weight not in _PACKED:
         _PACKED.append(weight)
     return _PACKED.index(weight)
+
+
+def packed_weight(number: int) -> PackedWeight:
+    return _PACKED[number]
+
+
+def is_readable(weight: int, transposed: bool | None) -> bool:
+    """Whether a device computes products with that packed weight, or with its transpose; None: unpacks it."""
+    ways = (True, False) if transposed is None else (transposed,)
+    return any(_PACKED[weight].row_codes(way) is not None for way in ways)
 
 
 def outputs_of(weight: int, transposed: bool) -> int:
@@ -183,6 +208,11 @@ def _fake_place_top(scores: Tensor, k: int, bank: Tensor) -> tuple[Tensor, Tenso
     chosen = (scores.shape[0], k)
     ids = scores.new_empty(chosen, dtype=torch.int64)
     return scores.new_empty(chosen), ids, ids.new_empty(ids.numel())
+
+
+def _run_place_ahead(ids: Tensor, slots: Tensor, bank: Tensor) -> Tensor:
+    same: Tensor = _server_of(bank).place_ahead(ids.contiguous(), slots.contiguous())
+    return same
 
 
 def _run_gated_mm(x: Tensor, weight: Tensor, slots: Tensor) -> Tensor:
@@ -239,11 +269,19 @@ def _run_masked_experts(x: Tensor, key: Tensor) -> Tensor:
     return out.contiguous()
 
 
-def _run_packed_mm(x: Tensor, bank: Tensor, slots: Tensor, weight: int, transposed: bool) -> Tensor:
+def run_packed_mm(x: Tensor, bank: Tensor, slots: Tensor, weight: int, transposed: bool) -> Tensor:
+    """`packed_mm` by the weight itself: the host is told the slots."""
     packed, rows = _PACKED[weight], bank.view(torch.uint8)
     out = x.new_empty((x.shape[0], outputs_of(weight, transposed)))
     packed.multiply(x, rows, list(find_runs(slots.tolist())), out, transposed)
     return out
+
+
+def run_packed_gated_mm(x: Tensor, bank: Tensor, slots: Tensor, weight: int, transposed: bool) -> Tensor:
+    """`packed_gated_mm` by the product itself, whoever computes it."""
+    gate, up = packed_mm(x, bank, slots, weight, transposed).chunk(2, dim=-1)
+    gated: Tensor = torch.nn.functional.silu(gate) * up
+    return gated
 
 
 def _run_unpack(bank: Tensor, slots: Tensor, weight: int) -> Tensor:
@@ -276,8 +314,8 @@ def _differentiate_masked(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return no_gradient(grad, *ctx.saved_tensors), None
 
 
-def serve_product(name: str, kernel: Callable[[Tensor, Tensor, Tensor], Tensor], dispatch_key: str) -> None:
-    """Compute `grouped_mm` or `fast_grouped_mm` by `kernel` on devices of that key.
+def serve_product(name: str, kernel: Callable[..., Tensor], dispatch_key: str) -> None:
+    """Compute a product, such as `grouped_mm`, by `kernel` on devices of that key.
 
     Dynamo would trace its body where a compiled core is run by hand, and fail on its loop over groups. (Not so that of
     `stream`: it calls compiled cores.)
@@ -290,7 +328,9 @@ for _name, _kernel in {
     "fetch": _run_fetch,
     "place": _run_place,
     "place_top": _run_place_top,
+    "place_ahead": _run_place_ahead,
     "gated_mm": _run_gated_mm,
+    "packed_gated_mm": run_packed_gated_mm,
     "wait": _run_wait,
     "stream": _run_stream,
     "stream_masked": _run_stream_masked,
@@ -306,12 +346,13 @@ for _name in ("grouped_mm", "fast_grouped_mm"):
     serve_product(_name, run_groups, "CompositeExplicitAutograd")
     LIB._register_fake(_name, lambda x, weight, slots: x.new_empty((x.shape[0], weight.shape[2])))
 _untraced: Any = torch._disable_dynamo  # type: ignore[attr-defined]
-LIB.impl("packed_mm", _untraced(_run_packed_mm), "CompositeExplicitAutograd")  # loops, as that of grouped_mm
+LIB.impl("packed_mm", _untraced(run_packed_mm), "CompositeExplicitAutograd")  # loops, as that of grouped_mm
 LIB.impl("unpack", _untraced(_run_unpack), "CompositeExplicitAutograd")
 # Dtype and strides of a fake are those of the real result: a compiler reads the buffer by them.
 LIB._register_fake("fetch", lambda ids, bank: ids.new_empty(ids.shape))
 LIB._register_fake("place", lambda ids, bank: ids.new_empty(ids.shape, dtype=torch.int64))
 LIB._register_fake("place_top", _fake_place_top)
+LIB._register_fake("place_ahead", lambda ids, slots, bank: slots.new_empty(slots.shape))
 LIB._register_fake("gated_mm", lambda x, weight, slots: x.new_empty((x.shape[0], weight.shape[2] // 2)))
 LIB._register_fake("wait", lambda slots, bank: torch.empty_like(slots))
 LIB._register_fake(
@@ -324,6 +365,10 @@ LIB._register_fake(
 LIB._register_fake(
     "packed_mm",
     lambda x, bank, slots, weight, transposed: x.new_empty((x.shape[0], outputs_of(weight, transposed))),
+)
+LIB._register_fake(
+    "packed_gated_mm",
+    lambda x, bank, slots, weight, transposed: x.new_empty((x.shape[0], outputs_of(weight, transposed) // 2)),
 )
 LIB._register_fake(
     "unpack",
@@ -345,6 +390,7 @@ torch.library.register_autograd("moe_offload::experts", _differentiate_experts, 
 fetch = torch.ops.moe_offload.fetch.default
 place = torch.ops.moe_offload.place.default
 place_top = torch.ops.moe_offload.place_top.default
+place_ahead = torch.ops.moe_offload.place_ahead.default
 wait = torch.ops.moe_offload.wait.default
 stream = torch.ops.moe_offload.stream.default
 stream_masked = torch.ops.moe_offload.stream_masked.default
@@ -353,6 +399,7 @@ grouped_mm = torch.ops.moe_offload.grouped_mm.default
 gated_mm = torch.ops.moe_offload.gated_mm.default
 fast_grouped_mm = torch.ops.moe_offload.fast_grouped_mm.default
 packed_mm = torch.ops.moe_offload.packed_mm.default
+packed_gated_mm = torch.ops.moe_offload.packed_gated_mm.default
 unpack = torch.ops.moe_offload.unpack.default
 unserved = torch.ops.moe_offload.unserved.default
 observe = torch.ops.moe_offload.observe.default

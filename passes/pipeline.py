@@ -1,6 +1,6 @@
 """Which passes run, in which order, and the one place that runs them.
 
-drop_sentinels -> [insert_prefetch] -> [rename_to_slots] -> [leave_unsorted] -> [gate_in_products]
+drop_sentinels -> [insert_prefetch] -> [rename_to_slots] -> [load_ahead] -> [leave_unsorted] -> [gate_in_products]
                -> [choose_with_slots] -> [speed_up_products] -> stream_in_waves      offloaded; in brackets: on request
 insert_observe                                                          a model whose routing is only counted
 
@@ -22,6 +22,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Graph, GraphModule
 
+from .ahead import load_ahead
 from .bank import Bank
 from .fast import speed_up_products
 from .gated import gate_in_products
@@ -80,6 +81,8 @@ def offload_pipeline(
     early: list[Pass] = [partial(drop_sentinels, sites=sites)]
     early += [partial(insert_prefetch, sites=sites)] if guess else []
     decode: list[Pass] = [] if overlap else [by_slot]
+    if decode and guess and on_device:
+        decode.append(partial(load_ahead, sites=sites, on_device=on_device))
     if decode and in_any_order:
         decode.append(partial(leave_unsorted, sites=sites, few_pairs=in_any_order))
         decode += [partial(gate_in_products, sites=sites, few_pairs=in_any_order)] if joins_gates else []

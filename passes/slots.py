@@ -14,8 +14,9 @@ Biases and scales follow because they are indexed by the same ids. Slots are rea
 nothing, not even Inductor's scheduler, can move a read before its load. The sort stays on the true ids: sorted by slot,
 the pairs would lie in another order, and an elementwise kernel rounds the end of a tensor otherwise than the rest.
 
-A site is left alone when its pairs are not a constant of the graph or do not fit the slots, or when its weights lie
-packed in the rows: `waves` takes those.
+A site is left alone when its pairs are not a constant of the graph or do not fit the slots: `waves` takes those. So it
+does where weights lie packed in the rows, unless a device decides, whose kernels can read all that are packed: then
+they are read by ops that unpack them (see `packed`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from torch.fx import Graph, Node
 from . import ops
 from .bank import Bank
 from .erase import erase_orphans
-from .sites import Site
+from .packed import is_turned, unpack_reads
+from .sites import Site, WeightRead
 
 
 def rename_to_slots(
@@ -40,8 +42,10 @@ def rename_to_slots(
     here: one that goes to `waves` takes all layers back to the host, in the middle of the graph.
     """
     fits = [site for site in sites if site.pairs is not None and site.pairs <= banks[site.layer].slots]
-    done = [site for site in fits if not banks[site.layer].packed]
-    by_device = on_device if len(done) == len(sites) else ()
+    by_device, done = on_device, fits
+    if not on_device or len(fits) < len(sites) or not all(_readable(site, banks[site.layer]) for site in sites):
+        done = [site for site in fits if not banks[site.layer].packed]
+        by_device = on_device if len(done) == len(sites) else ()
     for site in done:
         slots_P = _insert_fetch(graph, site, site.layer in by_device)
         _read_bank(graph, site, banks[site.layer], slots_P)
@@ -67,14 +71,44 @@ def _insert_fetch(graph: Graph, site: Site, by_device: bool) -> Node:
 def _read_bank(graph: Graph, site: Site, bank: Bank, slots_P: Node) -> None:
     with graph.inserting_before(min(read.entry for read in site.reads)):
         views = bank.view_nodes(graph, site.bank, site.weights)
+    packed = dict(bank.packed)
     for read in site.reads:
-        name = next(name for name, weight in site.weights.items() if weight in read.entry.all_input_nodes)
-        read.entry.replace_input_with(site.weights[name], views[name])
+        name, use = _name_of(site, read), read.node
+        if read.offsets is None and read.entry is use and use.target is operator.getitem and bank.is_retyped(name):
+            _pick(graph, site, bank, name, use, slots_P)
+            continue
+        if name not in packed:
+            read.entry.replace_input_with(site.weights[name], views[name])
         if read.offsets is None:
-            read.node.replace_input_with(site.reader_ids, slots_P)
+            use.replace_input_with(site.reader_ids, slots_P)
         else:
-            group_by_slot(graph, read.node, slots_P)
+            use = group_by_slot(graph, use, slots_P)
+        if name in packed:
+            unpack_reads(graph, site.weights[name], site.bank, packed[name], site.layer, only=[use])
     erase_orphans(graph, [read.offsets for read in site.reads if read.offsets is not None])
+
+
+def _pick(graph: Graph, site: Site, bank: Bank, name: str, use: Node, slots_P: Node) -> None:
+    assert site.pairs is not None
+    with graph.inserting_before(use):
+        picked = bank.picked_nodes(graph, site.bank, name, slots_P, site.pairs)
+    picked.meta = dict(use.meta)
+    use.replace_all_uses_with(picked)
+    graph.erase_node(use)
+
+
+def _name_of(site: Site, read: WeightRead) -> str:
+    return next(name for name, weight in site.weights.items() if weight in read.entry.all_input_nodes)
+
+
+def _readable(site: Site, bank: Bank) -> bool:
+    """Whether a device can read what of the weights lies packed."""
+    packed = dict(bank.packed)
+    return all(
+        ops.is_readable(packed[name], is_turned(read.views, site.layer) if read.offsets is not None else None)
+        for read in site.reads
+        if (name := _name_of(site, read)) in packed
+    )
 
 
 def group_by_slot(graph: Graph, node: Node, slots_P: Node) -> Node:

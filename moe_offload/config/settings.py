@@ -58,8 +58,9 @@ class OffloadConfig:
             "auto": the device where it is a GPU.
         overlap: Compute the experts that are resident while the missing ones load, in decode too, rather than wait for
             all of them; None: where the graph runs as it is (Inductor fuses what is not cut into waves).
-        lookahead: Ask each layer's router one layer early, and load what it names in the background. Whether that pays
-            is measured while the model runs, and it is switched off where it does not.
+        lookahead: Ask each layer's router one layer early, and load what it names in the background; where the device
+            decides, on a second stream of the same step. Whether that pays is measured while the model runs, and it is
+            switched off where it does not.
         dynamic: As in torch.compile. True gives two graphs for good, one for prefill and one for decode; None lets
             Dynamo decide; False compiles once per shape.
         wave_rows: Rows (experts) of scratch through which prefill streams what is not resident, and into which it reads

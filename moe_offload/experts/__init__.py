@@ -11,7 +11,7 @@ Recognising is not serving: nothing here changes a model (that is `patch/` and `
 
 from .interface import is_experts
 from .layer import MoELayer, Place
-from .layout import FIELD_ALIGN, PLACED, ROW_ALIGN, Begins, Field, PackedWeight, RowLayout, round_up
+from .layout import FIELD_ALIGN, PLACED, ROW_ALIGN, Begins, Field, PackedWeight, RowCodes, RowLayout, round_up
 from .modules import members_of
 from .share import Share, local_part
 from .table import FORMS, find_experts
@@ -26,6 +26,7 @@ __all__ = [
     "MoELayer",
     "PackedWeight",
     "Place",
+    "RowCodes",
     "RowLayout",
     "Share",
     "find_experts",

@@ -104,6 +104,33 @@ class RowLayout:
         return tuple(field.offset % FIELD_ALIGN for field in self.fields)
 
 
+@dataclass(frozen=True)
+class RowCodes:
+    """Where kernels find a packed weight in a row: `matrices` [outputs, inputs] of one format, one below the other.
+
+    Codes begin at byte `codes_at`, those of each matrix `codes_step` behind those of the one before; scales likewise,
+    in units of one. `grid` says into how many blocks of one scale the rows and the columns of a matrix are cut.
+    `format` is a name in `packed.FORMATS`, `dtype` what is unpacked.
+    """
+
+    format: str
+    outputs: int
+    inputs: int
+    matrices: int
+    codes_at: int
+    codes_step: int
+    scales_at: int
+    scales_step: int
+    grid: tuple[int, int]
+    scale_dtype: torch.dtype
+    dtype: torch.dtype
+
+    @property
+    def rows(self) -> int:
+        """O of all matrices together."""
+        return self.outputs * self.matrices
+
+
 class PackedWeight(Protocol):
     """One parameter of an expert that lies packed in its row, and is unpacked where it is used.
 
@@ -141,3 +168,7 @@ class PackedWeight(Protocol):
     ) -> None:
         """For each run (slot, begin, end): `out = x @ W` of its pairs and the row in its slot, or `x @ W.T` if
         `transposed`, with the bits of that product with the unpacked parameter."""
+
+    def row_codes(self, transposed: bool) -> RowCodes | None:
+        """What kernels of a device need to know to compute that product by themselves, with the very numbers that are
+        unpacked; None where they cannot. A weight that has none for either way is unpacked by the host."""

@@ -107,7 +107,7 @@ class Call:
                 self.runtime.recorder.begin_forward(decode)
             try:
                 output = self.run(sequences, tokens, args, kwargs)
-                self.runtime.check_ids()
+                self.runtime.end_step()
                 calls = 1 if meeting is None else meeting.crowd()  # that this time was shared by
                 self.advisor.ended(decode, (time.perf_counter() - begun_s) / calls)
                 return output

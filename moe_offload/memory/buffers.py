@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..experts import ROW_ALIGN
+from .numa import prefer_node
 
 HUGE_PAGE = 2 << 20  # bytes
 POISON = 0xFF  # every byte of a free slot in tests: NaN in each floating type we hold
@@ -58,11 +59,12 @@ def page_aligned(nbytes: int) -> Tensor:
     return raw[begin : begin + nbytes]
 
 
-def map_pages(nbytes: int, huge: bool = False) -> Tensor:
+def map_pages(nbytes: int, huge: bool = False, node: int | None = None) -> Tensor:
     """Uninitialised bytes that are a mapping of their own: whole pages, which go back to the system when nobody holds
     them any more. What a GPU registers is then the storage itself, so torch knows that it is pinned.
 
     `huge`: in pages of 2 MiB, where the system has them. A device reads them with fewer translations of addresses.
+    `node`: from that NUMA node, while it has free ones.
     """
     if not nbytes:
         return torch.empty(0, dtype=torch.uint8, device="cpu")
@@ -73,7 +75,10 @@ def map_pages(nbytes: int, huge: bool = False) -> Tensor:
         begin = -torch.frombuffer(pages, dtype=torch.uint8).data_ptr() % HUGE_PAGE
         with contextlib.suppress(OSError):  # a kernel without them
             pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=torch.uint8, count=nbytes, offset=begin)
+    rows = torch.frombuffer(pages, dtype=torch.uint8, count=nbytes, offset=begin)
+    if node is not None:
+        prefer_node(rows, node)
+    return rows
 
 
 #: The empty buffer that takes the place of one whose memory was given back. It is made at import because a model may be

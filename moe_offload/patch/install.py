@@ -71,8 +71,7 @@ IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
 
 def serve_products(device: str) -> None:
     """Matrix products by the kernels of `device`."""
-    kernels = KERNELS[device.partition(":")[0]]()
-    products.serve_products(kernels.indexed_mm, kernels.grouped_mm, kernels.gated_mm)
+    products.serve_products(KERNELS[device.partition(":")[0]]())
 
 
 def choose_implementation(moe_layers: Sequence[MoELayer], wanted: str, device: str = "cpu") -> str:

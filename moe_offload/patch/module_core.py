@@ -97,7 +97,10 @@ class ModuleCore:
 
     def _each_expert(self, slots_R: Tensor, bank_SN: Tensor) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Which of the R pairs are those of one expert, and its weights [1, ...], which last until the next."""
-        row = page_aligned(self.moe.unpacked.row_bytes) if self.moe.packed else None
+        row = None
+        if self.moe.packed:
+            nbytes, on_cpu = self.moe.unpacked.row_bytes, bank_SN.device.type == "cpu"
+            row = page_aligned(nbytes) if on_cpu else bank_SN.new_empty(nbytes, dtype=torch.uint8)
         for slot in slots_R.unique().tolist():
             mine = (slots_R == slot).nonzero().flatten()
             if row is None:

@@ -76,11 +76,6 @@ def prepare_model(
         settings = replace(settings, device_map={"": found_on})
     arrangement = arrange_layers(model, moe_layers, settings, usable=usable_kinds(settings.untested))
     arrangement.check_one_device()
-    if arrangement.device != "cpu" and any(moe.packed for moe in moe_layers):
-        raise UnsupportedModelError(
-            f"asked to compute on {arrangement.device} with quantised experts; their weights are unpacked by the CPU "
-            'alone so far. Leave device_map out (or device_map="cpu"), or use a checkpoint in bfloat16'
-        )
     if arrangement.device != "cpu" and settings.experts_implementation == "batched_mm":
         raise ConfigError(
             f"experts_implementation='batched_mm' on {arrangement.device}: that code copies the matrices of every "

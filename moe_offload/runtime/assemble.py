@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,10 +25,14 @@ from ..memory.scratch import Scratch
 from ..memory.stores import Store
 from ..memory.stores.host import HostStore
 from ..memory.transfer import TRANSFERS, pinned
+from ..memory.transfer.fork import FORKS
 from ..observe.profile import Profile
 from ..observe.profile_stats import uses_per_token
 from ..plan.budget import Plan
+from .ahead.on_device import DeviceGuesses
+from .in_flight import Arrivals
 from .kernels import KERNELS
+from .kernels.staging import STAGERS
 from .layer import LayerRuntime
 from .lock import ModelLock
 from .model import Runtime
@@ -64,8 +69,6 @@ def _obstacle(settings: OffloadConfig, moe_layers: Sequence[MoELayer]) -> str | 
         return f"the model's own code calls the experts of {called} one by one, and Python decides which"
     if settings.policy not in (DEVICE_POLICY, DEFAULT_POLICY):
         return f"the device knows the policy {DEVICE_POLICY!r}, not {settings.policy!r}"
-    if settings.lookahead:
-        return "lookahead loads what the host has read off a router; switch one of the two off"
     return None
 
 
@@ -91,6 +94,7 @@ def build_runtime(
         scratch = Scratch(allocate_unfilled(plan.costs.scratch_bytes, device), transfer, settings.poison)
         locked = MemoryLock(lock_bytes)
         locked.lock(scratch.raw)
+        device_decides = _whose_weights_can_be_read(moe_layers, device_decides)
         rows_EN = readable_rows(moe_layers, plan.slots, stores, device_decides, device)
         layers = []
         for moe, slots, store in zip(moe_layers, plan.slots, stores, strict=True):
@@ -117,12 +121,18 @@ def build_runtime(
             locked.check(lock_bytes)
         runtime = Runtime(layers, list({id(store): store for store in stores}.values()), transfer, lock)
         if rows_EN:
-            runtime.decide_on_device(rows_EN, settings.half_life, KERNELS[device.partition(":")[0]]())
+            kind = device.partition(":")[0]
+            guess = partial(_read_ahead, device=torch.device(device)) if settings.lookahead else None
+            runtime.decide_on_device(rows_EN, settings.half_life, KERNELS[kind](), guess)
             logger.info(
                 "the device decides which experts are in the slots of %d of %d layers, by %s",
                 len(rows_EN), len(layers), DEVICE_POLICY,
             )  # fmt: skip
         return runtime
+
+
+def _read_ahead(layers: Sequence[Arrivals], device: torch.device) -> DeviceGuesses:
+    return DeviceGuesses(layers, STAGERS[device.type](), FORKS[device.type](device))
 
 
 @contextlib.contextmanager
@@ -135,6 +145,19 @@ def _or_budget_error(plan: Plan, device: str) -> Iterator[None]:
             f"{format_size(plan.costs.scratch_bytes)} of scratch, within a budget of {format_size(plan.budget_bytes)}: "
             "something else holds its memory. Make room, or use a smaller budget"
         ) from error
+
+
+def _whose_weights_can_be_read(moe_layers: Sequence[MoELayer], wanted: Sequence[bool]) -> list[bool]:
+    """The `wanted` layers whose weights a device's kernels can read, if they lie packed in their rows."""
+    able = [all(weight.row_codes(True) or weight.row_codes(False) for weight in moe.packed) for moe in moe_layers]
+    left = [moe for moe, can, wants in zip(moe_layers, able, wanted, strict=True) if wants and not can]
+    if left:
+        logger.warning(
+            "the host decides which experts are in the slots of %d of %d layers, such as %s: their quantised weights "
+            "(%s) do not lie in their rows as the kernels of a device read them, and are unpacked one by one",
+            len(left), len(able), left[0].name, left[0].packed[0].format,
+        )  # fmt: skip
+    return [wants and can for wants, can in zip(wanted, able, strict=True)]
 
 
 def readable_rows(

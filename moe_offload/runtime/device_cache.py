@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..cache.counters import LayerCounters
 from ..errors import RoutingError
+from .ahead.on_device import DeviceGuesses
 from .in_flight import Arrivals
 from .kernels import Kernels, Loads, make_pace
 from .kernels.state import REFUSED
@@ -30,12 +31,20 @@ from .kernels.state_block import StateBlock
 class DeviceCaches:
     """The device caches of a model, one for each of `layers`, which need not be all; `rows` are theirs, in order.
 
-    They change hands together: reading ahead, the host looks at other layers too.
+    They change hands together: reading ahead, the host looks at other layers too. `guesses` are there where the device
+    is to read ahead, too.
     """
 
-    def __init__(self, layers: Sequence[Arrivals], rows: Sequence[Tensor | None], half_life: float, kernels: Kernels):
+    def __init__(
+        self,
+        layers: Sequence[Arrivals],
+        rows: Sequence[Tensor | None],
+        half_life: float,
+        kernels: Kernels,
+        guesses: DeviceGuesses | None = None,
+    ):
         device = layers[0].slots.bank_SN.device
-        self.in_charge = False
+        self.in_charge, self.guesses = False, guesses
         self._prepared: set[int] = set()
         self._block = StateBlock([(one.cache.num_experts, one.cache.slots) for one in layers], device)
         self._refused_L = self._block.totals_L4[:, REFUSED]
@@ -43,7 +52,8 @@ class DeviceCaches:
         self._seen = self._seen_L.numpy()  # the same memory: to look at it takes a microsecond
         parts = zip(layers, rows, range(len(layers)), strict=True)
         self.caches = [
-            DeviceCache(arrivals, rows_EN, self._block, i, half_life, kernels) for arrivals, rows_EN, i in parts
+            DeviceCache(arrivals, rows_EN, self._block, i, half_life, kernels, guesses)
+            for arrivals, rows_EN, i in parts
         ]
 
     def take_over(self, sizes: Collection[int]) -> None:
@@ -54,12 +64,15 @@ class DeviceCaches:
             for cache in self.caches:
                 cache.prepare(sizes)
             self._prepared.update(sizes)
+        self._settle_guesses()
         if not self.in_charge:
             first.transfer.refuse_capture(first.moe.name)
             first.scratch.drop()  # read ahead for what the device may load itself
             for cache in self.caches:
                 cache.push()
             self._block.send()
+            if self.guesses is not None:
+                self.guesses.resume(torch.stack([mirror.guesses_4 for mirror in self._block.mirrors]))
             self.in_charge = True
 
     def hand_back(self) -> None:
@@ -70,6 +83,7 @@ class DeviceCaches:
         if self.in_charge:
             first = self.caches[0].arrivals
             first.transfer.refuse_capture(first.moe.name)
+            self._settle_guesses()  # it reads into scratch, which the host is about to use
             self._block.fetch()
             refused = [(cache.pull(), cache.arrivals) for cache in self.caches]
             self._seen_L.zero_()  # what was on its way there has arrived: `fetch` has waited
@@ -78,9 +92,15 @@ class DeviceCaches:
                 if count:
                     raise no_such_expert(arrivals.moe.name, count, arrivals.cache.num_experts)
 
-    def check_ids(self) -> None:
-        """Raise `RoutingError` if the device met an id that is no expert's. A GPU is not waited for: it may be seen a
-        forward later."""
+    def _settle_guesses(self) -> None:
+        if self.guesses is not None:
+            self.guesses.settle()
+
+    def end_step(self) -> None:
+        """A forward has been launched. Raises `RoutingError` if the device met an id that is no expert's. A GPU is not
+        waited for: it may be seen a forward later."""
+        if self.guesses is not None and self.in_charge:
+            self.guesses.look(self._block.guesses_L4)
         self._seen_L.copy_(self._refused_L, non_blocking=True)
         if self._seen.any():
             self.hand_back()
@@ -102,7 +122,9 @@ class DeviceCache:
         i: int,
         half_life: float,
         kernels: Kernels,
+        guesses: DeviceGuesses | None = None,
     ):
+        self.guesses = guesses  # of the model
         self.device = arrivals.slots.bank_SN.device
         self.arrivals, self.rows_EN, self.half_life, self.kernels = arrivals, rows_EN, half_life, kernels
         self._block, self._i = block, i
@@ -131,6 +153,15 @@ class DeviceCache:
         with self._deciding(scores_TE.shape[0] * k) as (loads, pace_2):
             return self.kernels.decide_top(scores_TE, k, self.state, loads, pace_2)
 
+    def place_ahead(self, ids_P: Tensor, slots_Q: Tensor) -> Tensor:
+        """These will probably be asked for next: what of them has no slot is copied beside what is launched now.
+
+        Returns a copy of `slots_Q`, so that what needs these slots is launched after.
+        """
+        if self.guesses is None or self.rows_EN is None or self.whole:
+            return slots_Q.clone()
+        return self.guesses.begin(self.arrivals, ids_P, slots_Q, self.rows_EN, self.state)
+
     def chooses_as_torch(self) -> bool:
         """Whether `place_top` gives what torch.topk would, on this device."""
         moe = self.arrivals.moe
@@ -145,11 +176,15 @@ class DeviceCache:
         try:
             yield loads, self._paces[pairs]
             if self.rows_EN is not None and not self.whole:
-                self.kernels.gather(self.rows_EN, self.arrivals.slots.bank_SN, loads)
+                self._gather(self.rows_EN, loads)
         except BaseException:  # Ctrl-C, too: the tables may name rows that have not been copied
             if not self.whole:
                 self.state.forget()
             raise
+
+    def _gather(self, rows_EN: Tensor, loads: Loads) -> None:
+        if self.guesses is None or not self.guesses.gather(self.arrivals, rows_EN, loads, self.state):
+            self.kernels.gather(rows_EN, self.arrivals.slots.bank_SN, loads)
 
     def push(self) -> None:
         """Write what the host decided to the mirror; an error of the store leaves the host in charge."""

@@ -7,6 +7,7 @@ Shapes: T tokens, K experts per token, P = T*K pairs, E experts, S slots, H hidd
     wait()         all there, here are the slots
     place(ids)     both at once where the device decides, and the host does not hear of it (device_cache.py); elsewhere
                    it is fetch and wait. place_top(scores, k) chooses the ids as well
+    place_ahead(ids)  prefetch where the device decides
     stream(x, ids) the same lookup, but the pairs of resident experts are computed while the missing ones load, and each
                    of those as it arrives; in prefill what has no slot passes through a few scratch rows
 
@@ -134,6 +135,12 @@ class LayerRuntime:
             return values_TK, ids_TK, self.place(ids_TK.reshape(-1)).to(torch.int64)
         self._check_in_charge()
         return self.device_cache.place_top(scores_TE, k)
+
+    def place_ahead(self, ids_P: Tensor, slots_Q: Tensor) -> Tensor:
+        if self.device_cache is None:  # the graph is shared with a layer of the device, and this one is the host's
+            return slots_Q.clone()
+        self._check_in_charge()
+        return self.device_cache.place_ahead(ids_P, slots_Q)
 
     def wait(self, slots_P: Tensor) -> Tensor:
         self.arrivals.take_all()

@@ -19,7 +19,9 @@ from ..observe.timeline import Depth, Timeline
 from ..observe.trace.recorder import TraceRecorder
 from ..packed.workspace import free_workspace
 from .ahead.guesses import Guesses
+from .ahead.on_device import DeviceGuesses
 from .device_cache import DeviceCaches
+from .in_flight import Arrivals
 from .kernels import Kernels
 from .layer import LayerRuntime
 from .lock import ModelLock, closed_error
@@ -120,15 +122,22 @@ class Runtime:
             for calls in self._calls:
                 calls.recorder = recorder
 
-    def decide_on_device(self, rows_EN: Mapping[int, Tensor | None], half_life: float, kernels: Kernels) -> None:
+    def decide_on_device(
+        self,
+        rows_EN: Mapping[int, Tensor | None],
+        half_life: float,
+        kernels: Kernels,
+        guess: Callable[[Sequence[Arrivals]], DeviceGuesses] | None = None,
+    ) -> None:
         """Let the device decide for the layers that are keys of `rows_EN`, in graphs that ask it to.
 
-        `rows_EN[l]` are all rows of layer l, None where it cannot read them and each has a slot of its own.
+        `rows_EN[l]` are all rows of layer l, None where it cannot read them and each has a slot of its own. `guess`
+        makes what reads ahead for these layers, where the device is to do that.
         """
         self.device_layers, decided = frozenset(rows_EN), [self.layers[i] for i in rows_EN]
-        self.device_caches = DeviceCaches(
-            [layer.arrivals for layer in decided], list(rows_EN.values()), half_life, kernels
-        )
+        arrivals = [layer.arrivals for layer in decided]
+        guesses = None if guess is None else guess(arrivals)
+        self.device_caches = DeviceCaches(arrivals, list(rows_EN.values()), half_life, kernels, guesses)
         for layer in self.layers:
             layer.device_caches = self.device_caches
         for layer, cache in zip(decided, self.device_caches.caches, strict=True):
@@ -154,10 +163,10 @@ class Runtime:
         """While it is entered, this thread launches on the device that the model computes on."""
         return self._transfer.current()
 
-    def check_ids(self) -> None:
-        """Raise `RoutingError` if the device met an id that is no expert's."""
+    def end_step(self) -> None:
+        """A forward has been launched. Raises `RoutingError` if the device met an id that is no expert's."""
         if self.device_caches is not None:
-            self.device_caches.check_ids()
+            self.device_caches.end_step()
 
     def hand_back(self) -> None:
         """Copy the device's slot tables and counters to the host's caches. Waits for a forward in flight."""

@@ -21,6 +21,7 @@ from moe_offload.forward.graphs.recordings import launch
 from moe_offload.memory.buffers import page_aligned
 from moe_offload.plan.budget import budget_for
 from moe_offload.plan.weights import layer_shapes, sum_costs
+from moe_offload.runtime.kernels import Loads
 from tests.fakes.offloaded import IDS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -210,6 +211,56 @@ def test_requests_of_any_length_and_thread_replay_a_few_recordings():
     assert roots() == warm <= 4 and not counters["inductor"]["cudagraph_skips"]
     assert torch.cuda.memory_reserved() <= reserved + (4 << 20)
     model.moe_offload.close()
+
+
+@pytest.mark.parametrize("compile", ["graph", "inductor"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reading_ahead_changes_no_token_and_no_decision(family, compile):
+    """On a second stream, and in a recorded step in the same graph, for 200 steps."""
+    from torch._dynamo.utils import counters
+
+    settings = replace(DEVICE, compile=compile, wave_rows=8)
+    found = []
+    for one in (settings, replace(settings, lookahead=True)):
+        torch._dynamo.reset()
+        model = offloaded(family, one)
+        counters.clear()
+        said = say(model, n=200, **({"cache_implementation": "static"} if compile == "inductor" else {}))
+        assert not counters["inductor"]["cudagraph_skips"]
+        stats = model.moe_offload.stats()
+        found.append((said, stats.hits, stats.misses, model.moe_offload.profile().counts))
+        rows, used, late, _ = model.moe_offload._runtime.device_caches._block.guesses_L4.sum(0).tolist()
+        assert (rows >= used >= late > -1) and (used > 0) == one.lookahead
+        model.moe_offload.close()
+    assert torch.equal(found[0][0], found[1][0]) and found[0][1:] == found[1][1:]
+
+
+def test_a_copy_beside_ends_when_it_is_told_to():
+    """Half a gigabyte would take milliseconds; and what has been copied by then is whole."""
+    from moe_offload.memory.transfer.fork import CudaFork
+    from moe_offload.runtime.kernels.staging import STAGERS, Staging
+    from moe_offload.runtime.kernels.state_block import StateBlock
+
+    rows_EN = torch.arange(16 << 22, dtype=torch.int64).view(16, -1).pin_memory()
+    scratch_GN, bank_SN = (torch.zeros(16, 1 << 22, dtype=torch.int64, device="cuda") for _ in range(2))
+    stagers, fork, staging = STAGERS["cuda"](), CudaFork(torch.device("cuda:0")), Staging.empty(16, "cuda")
+    state, loads = StateBlock([(16, 16)], "cuda").states[0], Loads.empty(16, "cuda")
+    for turn in range(3):
+        ids_P = torch.arange(16, device="cuda").roll(turn)
+        bank_SN.zero_()
+        stagers.choose(ids_P, ids_P, state, staging)
+        with fork.begin():
+            stagers.stage(rows_EN, scratch_GN, staging)
+        torch.cuda._sleep(2_000_000)  # a millisecond or so
+        staging.stop_1.fill_(1)
+        assert fork.join()
+        reached = int(staging.reached_R.sum())
+        loads.expert_P.copy_(ids_P)
+        loads.slot_P.copy_(ids_P)
+        loads.count_1.fill_(16)
+        stagers.gather_staged(rows_EN, scratch_GN, bank_SN, loads, state, staging)
+        assert torch.equal(bank_SN.cpu(), rows_EN)
+        assert turn == 0 or 0 < reached < 16 * (1 << 11), "stopped on the way (the first time the kernel is compiled)"
 
 
 def test_logits_that_are_kept_are_not_written_over():

@@ -32,6 +32,13 @@ class Guesses:
     def wait(self, slots_P):
         return self.layer.wait(slots_P)
 
+    def place_ahead(self, ids_P, slots_Q):
+        self.prefetch(ids_P)
+        return slots_Q.clone()
+
+    def place(self, ids_P):
+        return self.wait(self.fetch(ids_P))
+
 
 class Layers(nn.Module):
     """h = h + mix(h); h = h + experts(norm(h)), twice."""

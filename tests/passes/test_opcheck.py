@@ -44,6 +44,10 @@ class Served:
     def prefetch(self, ids_P):
         self.bank.add_(1)
 
+    def place_ahead(self, ids_P, slots_Q):
+        self.bank.add_(1)
+        return slots_Q.clone()
+
     def observe(self, ids_P):
         pass
 
@@ -95,6 +99,7 @@ def samples(turned):
         "fetch": (ids, bank),
         "place": (ids, bank),
         "place_top": (lay(torch.rand(T, E)), K, bank),
+        "place_ahead": (ids, lay(ids + 1), bank),
         "wait": (ids, bank),
         "prefetch": (ids, bank),
         "stream": (x, pairs, bank, [torch.rand(H)], 0, [O], torch.float32),
@@ -103,6 +108,7 @@ def samples(turned):
         "gated_mm": (x, weight, pairs),
         "fast_grouped_mm": (x, weight, pairs),
         "packed_mm": (x, packed, pairs, 0, False),
+        "packed_gated_mm": (x, packed, pairs, 0, False),
         "unpack": (packed, pairs, 0),
         "observe": (ids, bank),
         "observe_masked": (masked, bank),

@@ -207,10 +207,10 @@ def test_what_the_device_refused_is_told_once(monkeypatch):
     caches = model.moe_offload._runtime.device_caches
     caches._block.totals_L4[0, REFUSED] = 3
     with pytest.raises(RoutingError, match="asked 3 times"):
-        caches.check_ids()
+        caches.end_step()
     caches.take_over([model.moe_offload._runtime.layers[0].moe.top_k])
     monkeypatch.setattr(torch.Tensor, "copy_", lambda self, *args, **options: self)  # nothing has arrived yet
-    caches.check_ids()
+    caches.end_step()
     assert caches.in_charge, "nothing has been refused since"
     monkeypatch.undo()
     model.moe_offload.close()
@@ -231,7 +231,6 @@ def test_the_device_decides_by_itself_where_it_is_a_gpu_that_can_read_the_rows()
     ("settings", "says"),
     [
         (replace(DEVICE, policy="lru"), "not 'lru'"),
-        (replace(DEVICE, lookahead=True), "lookahead"),
     ],
 )
 def test_what_the_device_cannot_do_is_refused_before_anything_is_changed(settings, says):

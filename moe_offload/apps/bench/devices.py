@@ -9,6 +9,7 @@ import torch
 
 from ...errors import ConfigError
 from ...memory.machine import main_memory
+from ...memory.numa import node_of
 from .sides.limit import peak_bytes, reset_peak, resident_bytes
 
 
@@ -92,6 +93,7 @@ class Cuda:
     def facts(self) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(0)
         found = {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
+        found["numa_node"] = node_of("cuda:0")
         try:
             found["triton"] = importlib.import_module("triton").__version__
         except ImportError:

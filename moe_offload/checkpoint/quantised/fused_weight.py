@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...experts import MoELayer
+from ...experts import MoELayer, RowCodes
 from ...packed.exact import Run
 from ...packed.fused import multiply_fused
 from ..conversion import Swap, joins_bytes
@@ -29,11 +29,17 @@ class FusedWeight(WrappedWeight):
     def workspace_bytes(self) -> int:
         return self.weight.workspace_bytes
 
+    def row_codes(self, transposed: bool) -> RowCodes | None:
+        return self.weight.row_codes(transposed)
+
     def unpack(self, row: Tensor, out: Tensor) -> None:
         self.weight.unpack(row, out)
 
     def multiply(self, x_PI: Tensor, rows_SB: Tensor, runs: Sequence[Run], out_PO: Tensor, transposed: bool) -> None:
         by_rows = transposed if joins_bytes(self.weight.conversions) else not transposed
+        if x_PI.device.type != "cpu":
+            self.weight.multiply(x_PI, rows_SB, runs, out_PO, transposed)
+            return
         few = [run for run in runs if by_rows and run[2] - run[1] <= FEW and _keeps_rows(self.weight)]
         for slot, begin, end in few:
             first = 0

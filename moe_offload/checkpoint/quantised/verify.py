@@ -58,10 +58,13 @@ class ConvertedWeight(WrappedWeight):
         return 4 * math.prod(self.shape) * self.dtype.itemsize  # what they make on the way, in float32
 
     def unpack(self, row: Tensor, out: Tensor) -> None:
-        out.copy_(convert_one(self.made_by, self.weight, row, self.model))
+        out.copy_(convert_one(self.made_by, self.weight, row.cpu(), self.model))
 
     def multiply(self, x_PI: Tensor, rows_SB: Tensor, runs: Sequence[Run], out_PO: Tensor, transposed: bool) -> None:
-        whole = borrow_workspace(self.shape, self.dtype)
+        if x_PI.device.type == "cpu":
+            whole = borrow_workspace(self.shape, self.dtype)
+        else:
+            whole = x_PI.new_empty(self.shape, dtype=self.dtype)
         for slot, begin, end in runs:
             self.unpack(rows_SB[slot], whole)
             torch.mm(x_PI[begin:end], whole.t() if transposed else whole, out=out_PO[begin:end])

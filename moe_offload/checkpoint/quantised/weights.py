@@ -17,13 +17,16 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from ...experts import Field
-from ...packed import Format
+from ...experts import Field, RowCodes
+from ...packed import FORMATS, Format
 from ...packed.exact import FEW, STRIP_BYTES, Order, Run, find_order, strips_are_exact, transposed_is_exact
+from ...packed.fp8 import FLOATS
+from ...packed.fused import grid_of_scales
 from ...packed.in_lanes import is_in_lanes, is_in_parts, multiply_exactly
 from ...packed.ordered import Place, multiply_rows_in_order, shape_for_kernels
 from ...packed.workspace import borrow_workspace
@@ -89,12 +92,26 @@ class MatrixWeight:
             [matrix] = self.matrices
             matrix.format.unpack_turned(matrix.tensors(row), out)
             return
-        parts = [torch.empty(matrix.shape, dtype=self.dtype, device="cpu") for matrix in self.matrices]
+        parts = [torch.empty(matrix.shape, dtype=self.dtype, device=out.device) for matrix in self.matrices]
         for matrix, part in zip(self.matrices, parts, strict=True):
             matrix.format.unpack(matrix.tensors(row), part)
         out.copy_(convert_tensors(self.conversions, parts))
 
+    def row_codes(self, transposed: bool) -> RowCodes | None:
+        by_rows = transposed if joins_bytes(self.conversions) else self.conversions == (Swap(0, 1),) and not transposed
+        return self._row_codes if by_rows else None
+
+    @cached_property
+    def _row_codes(self) -> RowCodes | None:
+        return row_codes(self.matrices, self.dtype)
+
     def multiply(self, x_PI: Tensor, rows_SB: Tensor, runs: Sequence[Run], out_PO: Tensor, transposed: bool) -> None:
+        if x_PI.device.type != "cpu":  # what kernels of a device leave to the host, matrix by matrix
+            whole = torch.empty(self.shape, dtype=self.dtype, device=x_PI.device)
+            for slot, begin, end in runs:
+                self.unpack(rows_SB[slot], whole)
+                torch.mm(x_PI[begin:end], whole.t() if transposed else whole, out=out_PO[begin:end])
+            return
         for slot, begin, end in self._multiply_in_order(x_PI, rows_SB, runs, out_PO, transposed):
             self._multiply_one(x_PI[begin:end], rows_SB[slot], out_PO[begin:end], transposed)
 
@@ -184,6 +201,34 @@ class MatrixWeight:
                 matrix.format.unpack(matrix.format.rows(tensors, begin, end), strip)
                 multiply_exactly(x_1I, strip.t(), out_1O[:, first : first + end - begin])
                 first += end - begin
+
+
+def row_codes(matrices: Sequence[Matrix], dtype: torch.dtype) -> RowCodes | None:
+    """Where the matrices lie, if they are alike and as far apart from one to the next: `RowCodes` can say no more."""
+    first = matrices[0]
+    codes, scales = first.fields
+    size = scales.dtype.itemsize
+    alike = {(m.shape, type(m.format), *((f.shape, f.dtype) for f in m.fields)) for m in matrices}
+    steps = {
+        tuple(after.offset - before.offset for before, after in zip(one.fields, following.fields, strict=True))
+        for one, following in pairwise(matrices)
+    }
+    if len(alike) > 1 or len(steps) > 1 or any(m.fields[1].offset % size for m in matrices) or dtype not in FLOATS:
+        return None
+    [(codes_step, scales_step)] = steps or {(0, 0)}
+    tensors = [torch.empty(field.shape, dtype=field.dtype, device="meta") for field in first.fields]
+    return RowCodes(
+        next(name for name, kind in FORMATS.items() if kind is type(first.format)),
+        *first.shape,
+        len(matrices),
+        codes.offset,
+        codes_step,
+        scales.offset // size,
+        scales_step // size,
+        grid_of_scales(first.format, tensors),
+        scales.dtype,
+        dtype,
+    )
 
 
 def find_fault(weights: Sequence[MatrixWeight], row: Tensor) -> str | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ...experts import RowCodes
 from .weights import MatrixWeight
 
 
@@ -34,3 +35,7 @@ class WrappedWeight:
     @property
     def recipe(self) -> str:
         return self.weight.recipe
+
+    def row_codes(self, transposed: bool) -> RowCodes | None:
+        """Of what the kernels of a device know nothing."""
+        return None

@@ -8,10 +8,10 @@ use and those kept hold twice the planned context at most, so that there may be 
 from __future__ import annotations
 
 import gc
+import itertools
 import sys
 import threading
 import weakref
-from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -45,7 +45,9 @@ class KVPool:
 
     def __init__(self, most_tokens: int, forget_recordings: Callable[[], None] = lambda: None) -> None:
         self.most_tokens, self._forget, self._made = most_tokens, forget_recordings, 0
-        self._lent: Counter[Key] = Counter()  # caches in use
+        self._lent: dict[Key, set[int]] = {}  # caches in use, by number
+        self._alive: set[int] = set()  # of them, those that a search for garbage has found in use
+        self._numbers = itertools.count()
         self._spare: list[tuple[Key, list[Any]]] = []  # the last one used first
         self._lock = threading.RLock()  # a finalizer may run within any of the lines below
 
@@ -54,12 +56,15 @@ class KVPool:
         cache = make()
         key = Key(sequences, tokens, torch.is_inference_mode_enabled())
         kept = self._take_spare(key)
-        if kept is None and self._lent[key]:
+        if kept is None and not self._alive.issuperset(self._lent.get(key, ())):
             # Perhaps to a cache that is gone, but in a cycle: to look for it takes no longer than recording anew.
             gc.collect()
             kept = self._take_spare(key)
+            with self._lock:
+                self._alive.update(*self._lent.values())
+        number = next(self._numbers)
         with self._lock:
-            self._lent[key] += 1
+            self._lent.setdefault(key, set()).add(number)
             self._drop_oldest()
         if kept is not None:
             cache.layers = kept[1]
@@ -69,7 +74,7 @@ class KVPool:
             if self._made > MOST_MADE:
                 self._made = 1 + len(self._spare)
                 self._forget()
-        weakref.finalize(cache, self._take_back, key, cache.layers).atexit = False
+        weakref.finalize(cache, self._take_back, key, number, cache.layers).atexit = False
         return cache
 
     def drop(self) -> None:
@@ -84,16 +89,17 @@ class KVPool:
                 self._spare.remove(kept)
             return kept
 
-    def _take_back(self, key: Key, layers: list[Any]) -> None:
+    def _take_back(self, key: Key, number: int, layers: list[Any]) -> None:
         with self._lock:
-            self._lent -= Counter([key])  # and without what is then 0
+            self._lent[key].discard(number)
+            self._alive.discard(number)
             if all(getattr(layer, "is_initialized", False) and not _is_held(layer) for layer in layers):
                 self._spare.insert(0, (key, layers))
                 self._drop_oldest()
 
     def _drop_oldest(self) -> None:
         """Drop what was used longest ago, until there is no more than there may be."""
-        room = self.most_tokens - sum(key.sequences * key.tokens * count for key, count in self._lent.items())
+        room = self.most_tokens - sum(key.sequences * key.tokens * len(lent) for key, lent in self._lent.items())
         for i, (key, _) in enumerate(self._spare):
             room -= key.sequences * key.tokens
             if room < 0:

@@ -33,16 +33,16 @@ class _GraphCalled(BaseException):
 def with_known_arguments(
     run: FunctionType, args: tuple[Any, ...], kwargs: Mapping[str, Any], graph: str, steady: Iterable[Any]
 ) -> Callable[..., Any]:
-    """`run`, a function made by Dynamo, with constants for what it finds by way of `steady` objects alone.
+    """`run`, a function made by Dynamo, with constants for what it finds by way of `steady` objects alone: those that
+    have, and are given, no other attributes or items. It begins at what it closes over, of which only those attributes
+    count that are `steady` themselves.
 
     The result calls the graph, which Dynamo names `graph` and a number, with the very same objects; where that is not
     so (another version of Python or torch, say), `run` itself is returned.
     """
     held = {id(one) for one in steady}
     cells = {
-        name: cell.cell_contents
-        for name, cell in zip(run.__code__.co_freevars, run.__closure__ or (), strict=True)
-        if id(cell.cell_contents) in held
+        name: cell.cell_contents for name, cell in zip(run.__code__.co_freevars, run.__closure__ or (), strict=True)
     }
     try:
         code = _put_constants(run.__code__, cells, held)
@@ -162,8 +162,10 @@ class _Walk:
         if sys.version_info >= (3, 12) and one.arg is not None and one.arg & 1:  # a method's
             return NOT_KNOWN
         value = self._pending[-1]
-        of_value = vars(value) if id(value) in self._held and hasattr(value, "__dict__") else {}
-        return of_value.get(one.argval, NOT_KNOWN)
+        found = getattr(value, "__dict__", {}).get(one.argval, NOT_KNOWN)
+        if any(value is root for root in self._cells.values()):
+            return found if id(found) in self._held else NOT_KNOWN
+        return found if id(value) in self._held else NOT_KNOWN
 
     def _item(self) -> Any:
         container, key = self._pending[-2:]

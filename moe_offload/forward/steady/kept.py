@@ -11,7 +11,7 @@ Python gives a dictionary another version with every change; equal ones are the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from operator import attrgetter
 from types import FunctionType
@@ -72,9 +72,9 @@ class Kept(NamedTuple):
             return False
         if not self.layer_facts.check(*[x for i, get in self.layer_tensors for x in get(layers[i])]):
             return False
-        given = [id(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        given = [*_tensor_ids((*args, *kwargs.values()))]
         for i in self.other_layers:
-            given += [id(x) for x in vars(layers[i]).values() if isinstance(x, Tensor)]
+            given += _tensor_ids(vars(layers[i]).values())
         if len(set(given)) != len(given) or not self.tensor_ids.isdisjoint(given):
             return False
         if not self.others.check({"args": args, "kwargs": kwargs, **self.cells}):
@@ -108,7 +108,7 @@ def keep_step(
         return None
     run = FunctionType(entry.code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
     run.__kwdefaults__ = function.__kwdefaults__
-    steady = [model, *search.parts.values(), *search.objects.values()]
+    steady = [*search.parts.values(), *search.objects.values()]
     objects = tuple(search.objects.values())
     tensors = tuple(search.tensors.values())
     names_of: dict[int, list[str]] = {}
@@ -140,6 +140,16 @@ def keep_step(
     )
 
 
+def _tensor_ids(values: Iterable[Any]) -> Iterator[int]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield id(value)
+        elif isinstance(value, dict):
+            yield from _tensor_ids(value.values())
+        elif isinstance(value, (list, tuple)):
+            yield from _tensor_ids(value)
+
+
 def _getter(names: list[str]) -> Callable[[Any], tuple[Tensor, ...]]:
     """A tuple of these attributes; attrgetter gives no tuple of one."""
     get: Callable[[Any], Any] = attrgetter(*names)
@@ -156,7 +166,8 @@ def versions_of(objects: tuple[Any, ...]) -> Any:
     whole.add_length_check_guard(len(objects), ["as many"], None)
     for i, one in enumerate(objects):
         item = whole.tuple_getitem_manager(i, f"held[{i}]", one, kind)
-        item.add_type_match_guard(id(type(one)), ["the same type"], None)
+        if type(one) is not dict:  # to which Python gives no other type
+            item.add_type_match_guard(id(type(one)), ["the same type"], None)
         if isinstance(one, dict):
             item.add_dict_version_guard(one, ["the same version"], None)
         else:

@@ -70,12 +70,12 @@ class HostStore:
         self._rows, self._release = None, lambda: None  # which may hold the rows, too
 
 
-def pack_rows(moe: MoELayer, huge: bool = False) -> torch.Tensor:
+def pack_rows(moe: MoELayer, huge: bool = False, node: int | None = None) -> torch.Tensor:
     """The layer's rows `[E, row_bytes]`, uint8, on the CPU, from the model's own parameters. Padding is zero.
 
-    `huge` is that of `map_pages`.
+    `huge` and `node` are those of `map_pages`.
     """
-    rows = map_pages(moe.nbytes, huge).view(moe.num_experts, -1).zero_()
+    rows = map_pages(moe.nbytes, huge, node).view(moe.num_experts, -1).zero_()
     for e in range(moe.num_experts):
         pack_row(moe, e, rows[e])
     return rows

@@ -20,6 +20,7 @@ from ...errors import CheckpointError, UnsupportedModelError
 from ...experts import MoELayer
 from ...observe.progress import show_bar
 from ..buffers import map_pages, page_aligned
+from ..numa import node_of
 from ..transfer import pinned
 from . import Store
 from .disk import DiskStore
@@ -60,7 +61,7 @@ def open_stores(
             rows = [torch.empty((0, moe.layout.row_bytes), dtype=torch.uint8, device="cpu") for moe in moe_layers]
             with show_bar("Loading", sum(moe.nbytes for moe in in_ram), what="experts") as shown:
                 for moe in in_ram:
-                    rows[moe.index] = _rows_in_ram(moe, stores.get(moe.index), shown.update, device != "cpu")
+                    rows[moe.index] = _rows_in_ram(moe, stores.get(moe.index), shown.update, device)
             if device == "cpu":
                 host = HostStore(rows)
             else:
@@ -82,12 +83,13 @@ def read_first(stores: Sequence[Store], moe: MoELayer) -> torch.Tensor:
     return row
 
 
-def _rows_in_ram(moe: MoELayer, store: Store | None, progress: Callable[[int], object], huge: bool) -> torch.Tensor:
+def _rows_in_ram(moe: MoELayer, store: Store | None, progress: Callable[[int], object], device: str) -> torch.Tensor:
+    huge, node = device != "cpu", None if device == "cpu" else node_of(device)
     if store is None:
-        rows = pack_rows(moe, huge)
+        rows = pack_rows(moe, huge, node)
         progress(rows.nbytes)
         return rows
-    rows = map_pages(moe.nbytes, huge).view(moe.num_experts, -1)
+    rows = map_pages(moe.nbytes, huge, node).view(moe.num_experts, -1)
     for e in range(moe.num_experts):
         store.read(moe.index, e, memoryview(rows[e].numpy()))
         progress(rows[e].nbytes)

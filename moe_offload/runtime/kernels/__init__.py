@@ -6,6 +6,7 @@
     indexed_mm(x, weight, slots)      multiply straight from the slots: a few pairs, a decode step's
     gated_mm(x, weight, slots)        silu(gate) * up of such products
     grouped_mm(x, weight, slots)      many pairs, a prompt's
+    packed_*(x, rows, slots, codes)   the three products with weights that lie packed in their rows     packed/
 
 `KERNELS` has one set for each kind of device; all give the same bits (products: their own rounding).
 """
@@ -19,9 +20,13 @@ import torch
 from torch import Tensor
 
 from ...errors import OffloadError
+from ...experts import RowCodes
 from .state import DeviceState, Loads, make_pace
 
 __all__ = ["KERNELS", "DeviceState", "Kernels", "Loads", "make_pace"]
+
+
+PackedProduct = Callable[[Tensor, Tensor, Tensor, RowCodes], Tensor]
 
 
 class Kernels(NamedTuple):
@@ -42,6 +47,8 @@ class Kernels(NamedTuple):
     grouped_mm(x_PH, weight_SHO, slots_P) -> out_PO    `x[p] @ weight[slots[p]]`, likewise. Fast where the pairs of one
                                                        slot are neighbours, in any order of slots; right wherever they
                                                        are.
+    packed_indexed_mm, packed_gated_mm, packed_grouped_mm  the same products with weights [M, H] whose codes and scales
+                                                       lie in rows_SB, bytes, where `codes` say.
     """
 
     decide: Callable[[Tensor, DeviceState, Loads, Tensor], Tensor]
@@ -51,12 +58,17 @@ class Kernels(NamedTuple):
     indexed_mm: Callable[[Tensor, Tensor, Tensor], Tensor]
     gated_mm: Callable[[Tensor, Tensor, Tensor], Tensor]
     grouped_mm: Callable[[Tensor, Tensor, Tensor], Tensor]
+    packed_indexed_mm: PackedProduct
+    packed_gated_mm: PackedProduct
+    packed_grouped_mm: PackedProduct
 
 
 def _cpu() -> Kernels:
+    from .packed import reference as packed
     from .reference import decide, decide_top, gated_mm, gather, grouped_mm, indexed_mm
 
-    return Kernels(decide, decide_top, lambda *_: True, gather, indexed_mm, gated_mm, grouped_mm)
+    products = (packed.indexed_mm, packed.gated_mm, packed.indexed_mm)
+    return Kernels(decide, decide_top, lambda *_: True, gather, indexed_mm, gated_mm, grouped_mm, *products)
 
 
 def _cuda() -> Kernels:
@@ -72,9 +84,11 @@ def _cuda() -> Kernels:
     from .gather_triton import gather
     from .grouped_triton import grouped_mm
     from .indexed_triton import indexed_mm
+    from .packed import few_triton, many_triton
     from .top_triton import chooses_as_torch, decide_top
 
-    return Kernels(decide, decide_top, chooses_as_torch, gather, indexed_mm, gated_mm, grouped_mm)
+    products = (few_triton.indexed_mm, few_triton.gated_mm, many_triton.grouped_mm)
+    return Kernels(decide, decide_top, chooses_as_torch, gather, indexed_mm, gated_mm, grouped_mm, *products)
 
 
 #: Kind of device -> its kernels, imported when they are first asked for.

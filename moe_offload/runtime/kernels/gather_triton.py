@@ -11,11 +11,11 @@ at most one more than any other, however large the rows are.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .staging.state import words_of
 from .state import Loads
 
 PROGRAMS = 64  # a quarter to a half of a large GPU's processors: the link is full, and others can run beside it
@@ -29,7 +29,7 @@ def gather(rows_EN: Tensor, bank_SN: Tensor, loads: Loads, programs: int = PROGR
     `rows_EN`: a tensor that the device can read, such as a CUDA view of pinned memory. Rows are whole and multiples of
     16 bytes; they begin at multiples of 16 bytes, or are copied more slowly.
     """
-    words_EN, words_SN = _words(rows_EN), _words(bank_SN)
+    words_EN, words_SN = words_of(rows_EN), words_of(bank_SN)
     if words_EN.shape[1] != words_SN.shape[1]:
         raise ValueError(f"rows of {8 * words_EN.shape[1]} bytes do not fit slots of {8 * words_SN.shape[1]} bytes")
     _gather[(programs,)](
@@ -45,15 +45,6 @@ def gather(rows_EN: Tensor, bank_SN: Tensor, loads: Loads, programs: int = PROGR
         CHUNK=CHUNK,
         num_warps=WARPS,
     )
-
-
-def _words(rows: Tensor) -> Tensor:
-    row_bytes = rows.shape[1] * rows.itemsize
-    if row_bytes % 16 or rows.stride(1) != 1:
-        raise ValueError(
-            f"rows of {row_bytes} bytes with stride {rows.stride()}: whole multiples of 16 bytes are copied"
-        )
-    return rows.view(torch.int64)
 
 
 @triton.jit

@@ -54,13 +54,13 @@ def decide(ids_P: Tensor, state: DeviceState, loads: Loads, pace_2: Tensor) -> T
     slot_of_E = torch.where(missing_E, slot_E.int(), torch.where(evicted_E, -1, state.slot_of_E))
     state.slot_of_E.copy_(slot_of_E)
     experts_E = torch.arange(num_experts, dtype=torch.int32, device=ids_P.device)
-    _scatter(state.expert_at_S, torch.where(missing_E, slot_E, slots), experts_E)
+    scatter(state.expert_at_S, torch.where(missing_E, slot_E, slots), experts_E)
 
     misses = missing_E.sum()
     loads.expert_P.fill_(-1)
     loads.slot_P.fill_(-1)
-    _scatter(loads.expert_P, torch.where(missing_E, rank_E, pairs), experts_E)
-    _scatter(loads.slot_P, torch.where(missing_E, rank_E, pairs), slot_E.int())
+    scatter(loads.expert_P, torch.where(missing_E, rank_E, pairs), experts_E)
+    scatter(loads.slot_P, torch.where(missing_E, rank_E, pairs), slot_E.int())
     loads.count_1.copy_(misses)
     state.totals_4.add_(torch.stack([torch.ones_like(misses), needed_E.sum() - misses, misses, (~valid_P).sum()]))
     return torch.where(valid_P, slot_of_E[ids_P.clamp(max=num_experts - 1)], 0).long()
@@ -75,14 +75,19 @@ def decide_top(
 
 
 def gather(rows_EN: Tensor, bank_SN: Tensor, loads: Loads) -> None:
-    """Copy the rows of `loads` from host memory into their slots.
+    """Copy the rows of `loads` from host memory into their slots."""
+    put_rows(rows_EN[loads.expert_P.long().clamp(min=0)], bank_SN, loads)
+
+
+def put_rows(rows_PN: Tensor, bank_SN: Tensor, loads: Loads) -> None:
+    """Write each row to the slot that `loads` has for it.
 
     Entries after the count write back what some slot holds already: a number of rows that depends on a value would have
     to be waited for.
     """
     here_P = loads.slot_P >= 0
     slot_P = loads.slot_P.long().clamp(min=0)
-    rows_PN = torch.where(here_P.unsqueeze(1), rows_EN[loads.expert_P.long().clamp(min=0)], bank_SN[0])
+    rows_PN = torch.where(here_P.unsqueeze(1), rows_PN, bank_SN[0])
     # Padding goes first, and to slot 0: where slot 0 is loaded itself, that comes later and stands.
     for i in reversed(range(len(slot_P))):
         bank_SN.index_copy_(0, slot_P[i : i + 1], rows_PN[i : i + 1])
@@ -104,7 +109,7 @@ def grouped_mm(x_PH: Tensor, weight_SHO: Tensor, slots_P: Tensor) -> Tensor:
     return indexed_mm(x_PH, weight_SHO.transpose(1, 2), slots_P)
 
 
-def _scatter(target: Tensor, index: Tensor, source: Tensor) -> None:
+def scatter(target: Tensor, index: Tensor, source: Tensor) -> None:
     """`target[index] = source`, where an index behind the end is written nowhere."""
     padded = torch.cat([target, target[:1]])
     target.copy_(padded.index_copy(0, index.long(), source.to(target.dtype))[:-1])

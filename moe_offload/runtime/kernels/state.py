@@ -20,6 +20,7 @@ from ...cache.decay import Rate, mean_decay, unit_growth
 from ...cache.layer_cache import LayerCache
 
 EVENTS, HITS, MISSES, REFUSED = range(4)
+GUESSED, USED, LATE, WASTED_BYTES = range(4)
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class DeviceState:
 
     `totals_4` counts events, hits, misses, and pairs whose id was out of range (they compute with slot 0, and the step
     is refused once the host looks). Hits and misses go on from the host's, events from those that the device decided:
-    so `pull` may be interrupted and done again.
+    so `pull` may be interrupted and done again. `guesses_4` counts rows that were guessed, those of them that were
+    asked for, those of these that were not complete by then, and the bytes that were copied of the others.
     """
 
     slot_of_E: Tensor  # int32
@@ -37,6 +39,7 @@ class DeviceState:
     unit_1: Tensor  # float64
     counts_E: Tensor  # int64: uses, every pair counted
     totals_4: Tensor  # int64
+    guesses_4: Tensor  # int64
 
     def push(self, cache: LayerCache) -> None:
         """Take over what the host decided. Nothing may be pending there."""
@@ -50,6 +53,7 @@ class DeviceState:
         counters = cache.counters
         self.counts_E.copy_(torch.tensor(counters.counts, device="cpu"))
         self.totals_4.copy_(torch.tensor([counters.by_device, counters.hits, counters.misses, 0], device="cpu"))
+        self.guesses_4[USED:].copy_(torch.tensor([counters.ahead, counters.late, counters.wasted_bytes], device="cpu"))
 
     def forget(self) -> None:
         """Nothing is resident any more; what was counted and scored stays."""
@@ -68,6 +72,7 @@ class DeviceState:
         """`known`, the host's, and what the device has counted since `push`. Changes nothing; any thread may ask."""
         counts = self.counts_E.tolist()
         by_device, hits, misses, _ = self.totals_4.tolist()
+        _, used, late, wasted_bytes = self.guesses_4.tolist()
         events, missed = by_device - known.by_device, misses - known.misses
         since = Counters(
             events=events,
@@ -76,6 +81,9 @@ class DeviceState:
             hits=hits - known.hits,
             misses=missed,
             bytes_read=missed * row_bytes,
+            ahead=used - known.ahead,
+            late=late - known.late,
+            wasted_bytes=wasted_bytes - known.wasted_bytes,
         )
         return LayerCounters(**(known + since).values(), counts=counts)
 

@@ -1,7 +1,7 @@
 """The device states of all layers in one block of memory, and its mirror on the host: one copy each way when decisions
 change hands.
 
-    block    on the device   | tables, scores and counts of layer 0 | of layer 1 | ... | totals_L4 |
+    block    on the device   | tables, scores and counts of layer 0 | of layer 1 | ... | totals_L4 | guesses_L4 |
     mirror   on the host     the same bytes, pinned below a GPU
 
 Shapes: L layers, E experts, S slots, B bytes of the block.
@@ -27,13 +27,13 @@ class StateBlock:
         """`sizes` are the experts and slots of each layer. Every slot is empty, all counts are 0."""
         layers = [_fields(experts, slots) for experts, slots in sizes]
         nbytes = sum(_extent(count, dtype) for fields in layers for count, dtype in fields.values())
-        nbytes += _extent(4 * len(layers), torch.int64)
+        nbytes += 2 * _extent(4 * len(layers), torch.int64)
         device = torch.device(device)
         with torch.inference_mode(False):  # what is made within that mode cannot be written outside of it
             self.block_B = torch.zeros(nbytes, dtype=torch.uint8, device=device)
             self.mirror_B = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda", device="cpu")
-            self.states, self.totals_L4 = _views(self.block_B, layers)
-            self.mirrors, _ = _views(self.mirror_B, layers)
+            self.states, self.totals_L4, self.guesses_L4 = _views(self.block_B, layers)
+            self.mirrors, *_ = _views(self.mirror_B, layers)
             for state in self.mirrors:
                 state.forget()
                 state.unit_1.fill_(1)
@@ -58,7 +58,7 @@ class StateBlock:
 
 
 def _fields(experts: int, slots: int) -> dict[str, tuple[int, torch.dtype]]:
-    """The tensors of a state, but for its totals: how many elements, of which dtype."""
+    """The tensors of a state, but for its totals and what it guessed: how many elements, of which dtype."""
     return {
         "slot_of_E": (experts, torch.int32),
         "expert_at_S": (slots, torch.int32),
@@ -72,7 +72,9 @@ def _extent(count: int, dtype: torch.dtype) -> int:
     return -(-count * dtype.itemsize // ALIGN) * ALIGN
 
 
-def _views(memory_B: Tensor, layers: Sequence[dict[str, tuple[int, torch.dtype]]]) -> tuple[list[DeviceState], Tensor]:
+def _views(
+    memory_B: Tensor, layers: Sequence[dict[str, tuple[int, torch.dtype]]]
+) -> tuple[list[DeviceState], Tensor, Tensor]:
     begin = 0
 
     def take(count: int, dtype: torch.dtype) -> Tensor:
@@ -82,5 +84,6 @@ def _views(memory_B: Tensor, layers: Sequence[dict[str, tuple[int, torch.dtype]]
         return part
 
     tensors = [{name: take(*size) for name, size in fields.items()} for fields in layers]
-    totals_L4 = take(4 * len(layers), torch.int64).view(-1, 4)
-    return [DeviceState(**each, totals_4=totals_L4[i]) for i, each in enumerate(tensors)], totals_L4
+    totals_L4, guesses_L4 = (take(4 * len(layers), torch.int64).view(-1, 4) for _ in range(2))
+    states = [DeviceState(**each, totals_4=totals_L4[i], guesses_4=guesses_L4[i]) for i, each in enumerate(tensors)]
+    return states, totals_L4, guesses_L4

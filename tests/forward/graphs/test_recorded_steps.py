@@ -104,6 +104,18 @@ def test_a_step_whose_bank_may_move_is_not_recorded(recordings, monkeypatch):
     model.moe_offload.close()
 
 
+def test_guesses_are_part_of_what_is_recorded(recordings):
+    """No op of theirs needs the host, which would keep the whole step from being recorded."""
+    device = replace(DEVICE, lookahead=True, wave_rows=4)
+    plain, model = resident(layers=2), offload(resident(layers=2), 0.75, config=device, device_map="cpu")
+    keep_static_caches(model, KVPool(2 * 48), 48)
+    for length in (3, 4):
+        assert torch.equal(generate(model, length), generate(plain, length))
+    assert len(recordings.launches) == 2 * 3
+    assert int(model.moe_offload._runtime.device_caches._block.guesses_L4[1, 0]) > 0
+    model.moe_offload.close()
+
+
 @pytest.mark.long
 def test_a_step_that_runs_out_of_memory_is_recorded_anew_with_fewer_slots(recordings, monkeypatch):
     plain, model = resident(layers=2), offload(resident(layers=2), 0.9, config=DEVICE, device_map="cpu")

@@ -43,7 +43,7 @@ def model():
 
 
 def all_of(model):
-    return [model, model.parts, *model.parts.values(), *(one.values for one in model.parts.values())]
+    return [model.parts, *model.parts.values(), *(one.values for one in model.parts.values())]
 
 
 def known(model, steady):

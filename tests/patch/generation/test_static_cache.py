@@ -206,3 +206,20 @@ def test_a_cache_in_a_cycle_is_found_before_another_is_made():
         assert pool.lend(1, 10, make).layers is layers
     finally:
         gc.enable()
+
+
+def test_caches_that_are_in_use_are_not_looked_for_at_each_request(monkeypatch):
+    """A user holds one, and there is no room to keep that of a request: garbage is collected once, not each time."""
+
+    class Cache(SimpleNamespace):
+        __hash__ = object.__hash__
+
+    pool, collected = KVPool(15), []
+    monkeypatch.setattr(gc, "collect", lambda: collected.append(1))
+    held = pool.lend(1, 10, lambda: Cache(layers=[]))
+    for _ in range(5):
+        pool.lend(1, 10, lambda: Cache(layers=[SimpleNamespace(is_initialized=True, keys=torch.zeros(1))]))
+    assert held and collected == [1]
+    other = pool.lend(1, 10, lambda: Cache(layers=[]))
+    pool.lend(1, 10, lambda: Cache(layers=[]))
+    assert other and collected == [1, 1], "of the new one it is not known"

@@ -1,5 +1,5 @@
-"""The Triton kernels in CI: `test_contract.py` and `test_shuffled.py` under Triton's interpreter, which needs no GPU,
-in a process of its own.
+"""The Triton kernels in CI: `test_contract.py`, `test_packed.py` and `test_shuffled.py` under Triton's interpreter, in
+a process of its own. It needs no GPU.
 
 A slice of it always, all of it (minutes) with -m long. TRITON_INTERPRET must be set before Triton is imported.
 """
@@ -16,21 +16,29 @@ import pytest
 from tests.paths import ROOT
 
 pytest.importorskip("triton")
-TESTS = ["tests/runtime/kernels/test_contract.py", "tests/runtime/kernels/test_shuffled.py"]
+TESTS = [f"tests/runtime/kernels/test_{name}.py" for name in ("contract", "packed", "staging", "shuffled")]
 SLICE = (
-    "renormalised or any_small or (ids_in_and_out and 10-6-4) or gather or refused "
+    "staged or half_a_row or more_chunks "
+    "or renormalised or any_small or (ids_in_and_out and 10-6-4) or gather or refused "
     "or (best_experts and 9-2-3) or (equal_scores and (8-2-3 or 60-32-9)) or (gated_mm and 7-5) "
-    "or (indexed_mm and 300) or (test_grouped_mm and 70-150 and (transposed or field-back))"
+    "or (indexed_mm and 300) or (test_grouped_mm and 70-150 and (transposed or field-back)) "
+    "or (test_gated and (channels-dtype0 or mxfp4-dtype0)) or (one_column and (group or channels)) "
+    "or (few_pairs and dtype0 and (odd or e8m0 or float16 or one)) or (many_pairs and any and (odd or one or float16))"
 )
 
 
 @pytest.mark.parametrize(
-    ("chosen", "least"), [(SLICE, 34), pytest.param("not recorded", 129, marks=pytest.mark.long)], ids=["slice", "all"]
+    ("chosen", "scales", "least"),
+    [
+        (SLICE, "(every_code and dtype0)", 34),
+        pytest.param("not recorded", "every_code", 129, marks=pytest.mark.long),
+    ],
+    ids=["slice", "all"],
 )
-def test_the_kernels_keep_their_contract_under_the_interpreter(chosen, least):
+def test_the_kernels_keep_their_contract_under_the_interpreter(chosen, scales, least):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
     done = subprocess.run(
-        [*command, *TESTS, "-k", f"(interpreted and ({chosen})) or shuffled"],
+        [*command, *TESTS, "-k", f"(interpreted and ({chosen})) or shuffled or {scales}"],
         cwd=ROOT, capture_output=True, text=True, timeout=280, env={**os.environ, "TRITON_INTERPRET": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]

@@ -17,6 +17,7 @@ from moe_offload.runtime.kernels import KERNELS, Loads, make_pace, reference
 from moe_offload.runtime.kernels.state_block import StateBlock
 from tests.runtime.kernels.test_contract import chosen_on_a_gpu
 from tests.runtime.kernels.test_decide import Both
+from tests.runtime.kernels.test_staging import CHUNK, STAGERS, Layer
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
@@ -69,6 +70,20 @@ def test_gathered_rows_do_not_either(shuffled):
     for kernels, bank_SN in zip((KERNELS["cuda"](), reference), banks, strict=True):
         kernels.gather(rows_EN, bank_SN, loads)
     assert torch.equal(banks[0][[2, 0]], banks[1][[2, 0]]) and banks[0][[1, 3]].isnan().all()
+
+
+def test_nor_do_staged_rows(shuffled):
+    draw = random.Random(0)
+    both = [Layer(9, 4, rows=3, columns=4 * CHUNK + 8, resident=[2, 5]) for _ in range(2)]
+    for _ in range(4):
+        ids, pairs = (
+            [draw.randrange(-1, 10) for _ in range(7)],
+            list(zip(draw.sample(range(9), 2), (3, 1), strict=True)),
+        )
+        for layer, stagers in zip(both, (STAGERS["cuda"](), STAGERS["cpu"]()), strict=True):
+            layer.guess(stagers, ids)
+            layer.load(stagers, pairs)
+        assert both[0].everything() == both[1].everything()
 
 
 @triton.jit
