@@ -25,13 +25,13 @@ from typing import Any
 
 import torch
 from gpu_ahead import measure as measure_ahead
+from gpu_decisions import time_decisions
 from gpu_packed import compare as compare_packed
 from gpu_timing import copy_batch, graph, replaced
 from torch import Tensor
 
 from moe_offload.apps.bench.roofs.link import copy_rows, measure_us, registered_memory
-from moe_offload.runtime.kernels import KERNELS, Loads, make_pace
-from moe_offload.runtime.kernels.state_block import StateBlock
+from moe_offload.runtime.kernels import KERNELS, Loads
 
 LINK_ROWS_MB = (4.7, 9.4, 26.0)  # Qwen3-30B-A3B in 8 bits and in bf16, gpt-oss-20b in 8 bits
 PROGRAMS = (16, 32, 64, 96, 132, 264)
@@ -40,7 +40,6 @@ TILES = {
     "ALONG_H": ((4, 512, 2), (8, 256, 1), (8, 512, 2), (8, 512, 4), (16, 256, 4)),
     "ALONG_M": ((64, 64, 4), (64, 64, 8), (32, 128, 4), (128, 64, 8)),
 }
-DECISIONS = ((128, 32, 8), (128, 64, 8), (32, 16, 4), (128, 128, 128), (512, 512, 512))  # E, S, P
 #: model, pairs, gate_up and down as (M, H), and whether a column is contiguous rather than a row
 MODELS = (("Qwen3-30B-A3B", 8, ((1536, 2048), (2048, 768)), False), ("gpt-oss", 4, ((5760, 2880), (2880, 2880)), True))
 
@@ -135,18 +134,8 @@ def streams(options: argparse.Namespace) -> None:
 
 
 def decide(options: argparse.Namespace) -> None:
-    """Microseconds of one layer's bookkeeping, within a CUDA graph: no miss, and nothing but misses."""
-    device, kernels = options.device, KERNELS["cuda"]()
-    for experts, slots, pairs in ((16, 4, 2),) if options.tiny else DECISIONS:
-        everyone = torch.arange(experts, device=device).view(-1, pairs)  # in turn: each is gone when it comes round
-        for what, events in (("all hits", everyone[:1].repeat(16, 1)), ("all misses", everyone)):
-            if what == "all misses" and experts <= slots:
-                continue
-            state, loads = StateBlock([(experts, slots)], device).states[0], Loads.empty(pairs, device)
-            one = partial(kernels.decide, state=state, loads=loads, pace_2=make_pace(1, 32.0, device))
-            run = graph([partial(one, ids_P) for ids_P in events], device)
-            taken = measure_us(run, device) / len(events)
-            say("decide", f"E={experts} S={slots} P={pairs}, {what}", taken, "us", misses=int(loads.count_1))
+    """Microseconds of one layer's bookkeeping within a CUDA graph; the router's choice and the gate, joined and not."""
+    time_decisions(options, say)
 
 
 def gather(options: argparse.Namespace) -> None:

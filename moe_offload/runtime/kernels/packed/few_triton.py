@@ -159,22 +159,20 @@ def _multiply(
     sum_MRB = tl.zeros([m.shape[0], RUNS, RUN // PER_BYTE], tl.float32)
     for first in range(0, INPUTS, RUN * RUNS):
         h = first + run * RUN
-        inside_MR = inside_M[:, None] & (h < INPUTS)[None, :]
-        at_R = scale_M[:, None] + (h // COLUMNS_PER_SCALE)[None, :]
-        scale_MR1 = widen_scale(tl.load(scales_N + at_R, mask=inside_MR, other=0))[:, :, None]
+        inside_MR1 = (inside_M[:, None] & (h < INPUTS)[None, :])[:, :, None]
+        at_MR1 = (scale_M[:, None] + (h // COLUMNS_PER_SCALE)[None, :])[:, :, None]
+        scale_MR1 = widen_scale(tl.load(scales_N + at_MR1, mask=inside_MR1, other=0))
         at_RB = first // PER_BYTE + run[:, None] * (RUN // PER_BYTE) + byte[None, :]
         at_MRB = begin_M[:, None, None] + at_RB[None, :, :]
-        code_MRB = tl.load(codes_B + at_MRB, mask=inside_MR[:, :, None], other=0).to(tl.int32)
-        x_RB = tl.load(x_W + at_RB, mask=(h < INPUTS)[:, None], other=0)
+        code_MRB = tl.load(codes_B + at_MRB, mask=inside_MR1, other=0).to(tl.int32)
+        # Loaded in the shape, and so in the layout, of the codes: else these would go through shared memory.
+        x_MRB = tl.load(x_W + (0 * m)[:, None, None] + at_RB[None, :, :], mask=inside_MR1, other=0)
         if PER_BYTE == 2:
-            low_RB, high_RB = _halves(x_RB, TYPE)
-            low_MRB = unpack_wide(code_MRB & 15, scale_MR1, FORMAT, SCALE_TYPE, TYPE)
-            high_MRB = unpack_wide(code_MRB >> 4, scale_MR1, FORMAT, SCALE_TYPE, TYPE)
-            sum_MRB += low_MRB * low_RB[None, :, :]
-            sum_MRB += high_MRB * high_RB[None, :, :]
+            low_MRB, high_MRB = _halves(x_MRB, TYPE)
+            sum_MRB += unpack_wide(code_MRB & 15, scale_MR1, FORMAT, SCALE_TYPE, TYPE) * low_MRB
+            sum_MRB += unpack_wide(code_MRB >> 4, scale_MR1, FORMAT, SCALE_TYPE, TYPE) * high_MRB
         else:
-            value_MRB = unpack_wide(code_MRB, scale_MR1, FORMAT, SCALE_TYPE, TYPE)
-            sum_MRB += value_MRB * x_RB.to(tl.float32)[None, :, :]
+            sum_MRB += unpack_wide(code_MRB, scale_MR1, FORMAT, SCALE_TYPE, TYPE) * x_MRB.to(tl.float32)
     return tl.sum(tl.sum(sum_MRB, 2), 1)
 
 
