@@ -233,7 +233,5 @@ class Runtime:
                 last_first.callback(setattr, self, "device_caches", None)
                 last_first.callback(free_workspace)
                 if self._lock.is_here:
-                    with (
-                        _disable_current_modes()
-                    ):  # garbage is collected while Dynamo traces, too
+                    with _disable_current_modes():  # garbage is collected while Dynamo traces, too
                         self.hand_back()
