@@ -24,13 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_ahead import measure as measure_ahead
+from gpu_decisions import time_decisions
 from gpu_packed import compare as compare_packed
 from gpu_timing import copy_batch, graph, replaced
 from torch import Tensor
 
 from moe_offload.apps.bench.roofs.link import copy_rows, measure_us, registered_memory
-from moe_offload.runtime.kernels import KERNELS, Loads, make_pace
-from moe_offload.runtime.kernels.state_block import StateBlock
+from moe_offload.runtime.kernels import KERNELS, Loads
 
 LINK_ROWS_MB = (4.7, 9.4, 26.0)  # Qwen3-30B-A3B in 8 bits and in bf16, gpt-oss-20b in 8 bits
 PROGRAMS = (16, 32, 64, 96, 132, 264)
@@ -39,7 +40,6 @@ TILES = {
     "ALONG_H": ((4, 512, 2), (8, 256, 1), (8, 512, 2), (8, 512, 4), (16, 256, 4)),
     "ALONG_M": ((64, 64, 4), (64, 64, 8), (32, 128, 4), (128, 64, 8)),
 }
-DECISIONS = ((128, 32, 8), (128, 64, 8), (32, 16, 4), (128, 128, 128), (512, 512, 512))  # E, S, P
 #: model, pairs, gate_up and down as (M, H), and whether a column is contiguous rather than a row
 MODELS = (("Qwen3-30B-A3B", 8, ((1536, 2048), (2048, 768)), False), ("gpt-oss", 4, ((5760, 2880), (2880, 2880)), True))
 
@@ -134,18 +134,8 @@ def streams(options: argparse.Namespace) -> None:
 
 
 def decide(options: argparse.Namespace) -> None:
-    """Microseconds of one layer's bookkeeping, within a CUDA graph: no miss, and nothing but misses."""
-    device, kernels = options.device, KERNELS["cuda"]()
-    for experts, slots, pairs in ((16, 4, 2),) if options.tiny else DECISIONS:
-        everyone = torch.arange(experts, device=device).view(-1, pairs)  # in turn: each is gone when it comes round
-        for what, events in (("all hits", everyone[:1].repeat(16, 1)), ("all misses", everyone)):
-            if what == "all misses" and experts <= slots:
-                continue
-            state, loads = StateBlock([(experts, slots)], device).states[0], Loads.empty(pairs, device)
-            one = partial(kernels.decide, state=state, loads=loads, pace_2=make_pace(1, 32.0, device))
-            run = graph([partial(one, ids_P) for ids_P in events], device)
-            taken = measure_us(run, device) / len(events)
-            say("decide", f"E={experts} S={slots} P={pairs}, {what}", taken, "us", misses=int(loads.count_1))
+    """Microseconds of one layer's bookkeeping within a CUDA graph; the router's choice and the gate, joined and not."""
+    time_decisions(options, say)
 
 
 def gather(options: argparse.Namespace) -> None:
@@ -182,8 +172,8 @@ def link(name: str, host_EN: Tensor, rows_EN: Tensor, bank_SN: Tensor, count: in
     if not options.tiny:
         try:
             report("copy engine, one batch", copy_batch(bank_SN, host_EN, count))
-        except Exception as error:  # no cuda.bindings, or another signature: the other rows are measured all the same
-            print(f"copy engine, one batch: {type(error).__name__}: {error}")
+        except LookupError as error:  # the other rows are measured all the same
+            print(f"copy engine, one batch: {error}")
     loads.count_1.zero_()
     say("gather", f"{name}, kernel that finds nothing to load", measure_us(ours, options.device), "us")
 
@@ -229,8 +219,13 @@ def packed(options: argparse.Namespace) -> None:
     compare_packed(options, say)
 
 
-SECTIONS = (views, latency, streams, decide, gather, indexed_mm, packed)
-OURS = (decide, gather, indexed_mm, packed)
+def ahead(options: argparse.Namespace) -> None:
+    """Guessed rows copied beside a layer's products: what it takes from them, what it saves, and how soon it stops."""
+    measure_ahead(options, say)
+
+
+SECTIONS = (views, latency, streams, decide, gather, ahead, indexed_mm, packed)
+OURS = (decide, gather, ahead, indexed_mm, packed)
 
 
 def main() -> int:

@@ -25,6 +25,7 @@ from .conversion import Conversion, Shape, joins_bytes, keeps_memory, one_expert
 from .expert_keys import label_of, one_key_per_expert, slice_stack
 from .headers import Headers, TensorRange, files_of
 from .origins import Origin, find_origins, origin_of, own_key
+from .pretrained.own_class import is_own
 from .quantised.columns import PackedColumn, Packing, Sources, is_packed_by, pack_column
 from .quantised.misfits import refuse_codes
 from .quantised.recognise import role_of
@@ -104,7 +105,8 @@ def index_rows(model: nn.Module, moe_layers: Sequence[MoELayer], headers: Header
     origins = find_origins(model, headers, wanted)
     layers = []
     for moe in moe_layers:
-        layers.append(_lay_out(moe, [_column_of(model, moe, f, origins, headers) for f in moe.unpacked.fields]))
+        columns = [_column_of(model, moe, f, origins, headers) for f in moe.unpacked.fields]
+        layers.append(_lay_out(moe, columns, mapped=not is_own(model)))
     keys = frozenset(key for origin in origins.values() for part in origin.parts.values() for key in part)
     names = tuple(moe.name for moe in moe_layers)
     rows, packings, begins = zip(*layers, strict=True) if layers else ((), (), ())
@@ -112,15 +114,16 @@ def index_rows(model: nn.Module, moe_layers: Sequence[MoELayer], headers: Header
 
 
 def _lay_out(
-    moe: MoELayer, columns: Sequence[Column | PackedColumn]
+    moe: MoELayer, columns: Sequence[Column | PackedColumn], mapped: bool
 ) -> tuple[tuple[RowSource, ...], Packing | None, tuple[Begins, ...] | None]:
-    """The rows of a layer, how they are packed if any of its fields is, and else where its experts' fields begin."""
+    """The rows of a layer, how they are packed if any of its fields is, and else where its experts' fields begin: in
+    the file, if plain transformers may have them `mapped`."""
     packed = [column for column in columns if isinstance(column, PackedColumn)]
     begins_E: tuple[Begins, ...] | None = None
     if packed:
         layout = RowLayout.in_order(part for column in columns for part in column.parts)
     else:
-        found = [column.begins for column in columns if isinstance(column, Column)]
+        found = [column.begins(mapped) for column in columns if isinstance(column, Column)]
         begins_E = tuple(tuple(begins) for begins in zip_longest(*found, fillvalue=0))
         layout = moe.beginning(begins_E).unpacked
     fields = {field.name: field for field in layout.fields}
@@ -141,16 +144,28 @@ def _lay_out(
 
 @dataclass(frozen=True)
 class Column:
-    """A field that is not quantised: for each expert, its source tensors and the conversions that make the field; and
-    how many bytes past a cache line plain transformers has it."""
+    """A field that is not quantised: for each expert, its source tensors and the conversions that make the field.
+
+    The model has it `stacked`, or one parameter an expert, `in_place` where transformers leaves a tensor as it is."""
 
     field: Field
     experts: Sequence[tuple[tuple[TensorRange, ...], tuple[Conversion, ...]]]
-    begins: Sequence[int]
+    stacked: bool
+    in_place: bool
 
     @property
     def parts(self) -> list[tuple[str, Shape, torch.dtype]]:
         return [(self.field.name, self.field.shape, self.field.dtype)]
+
+    def begins(self, mapped: bool) -> list[int]:
+        """How many bytes past a cache line plain transformers has each expert's: as the file does, which it maps; but
+        what it makes anew is in memory of its own, which begins at a line."""
+        f = self.field
+        if not f.is_placed:
+            return [0] * len(self.experts)
+        if mapped and self.in_place and all(sources[0].dtype == f.dtype for sources, _ in self.experts):
+            return [sources[0].begin for sources, _ in self.experts]
+        return [e * f.nbytes % FIELD_ALIGN if self.stacked else 0 for e in range(len(self.experts))]
 
 
 def _column_of(
@@ -201,8 +216,7 @@ def _column(
 
 def _plain_column(moe: MoELayer, f: Field, parameter: str, ops: Sequence[Any], found: Sequence[Sources]) -> Column:
     conversions: dict[tuple[Shape, ...], tuple[Conversion, ...]] = {}
-    experts, begins = [], []
-    stacked = moe.own_places[0].expert is None
+    experts = []
     for e, sources in enumerate(zip(*(part.ranges for part in found), strict=True)):
         shapes = tuple(source.shape for source in sources)
         if shapes not in conversions:
@@ -215,16 +229,5 @@ def _plain_column(moe: MoELayer, f: Field, parameter: str, ops: Sequence[Any], f
                     f"model expects {list(f.shape)} ({error}). Use the checkpoint that belongs to this configuration"
                 ) from error
         experts.append((sources, conversions[shapes]))
-        begins.append(_begin(f, e if stacked else 0, sources, keeps_memory(ops, conversions[shapes])))
-    return Column(f, experts, begins)
-
-
-def _begin(f: Field, place: int, sources: Sequence[TensorRange], mapped: bool) -> int:
-    """How many bytes past a cache line plain transformers has the field, which is number `place` of the memory that it
-    takes: where the file has it, which is `mapped`; in new memory, which begins at a line, where it makes another of
-    it."""
-    if not f.is_placed:
-        return 0
-    if mapped and len(sources) == 1 and sources[0].dtype == f.dtype:
-        return sources[0].begin
-    return place * f.nbytes % FIELD_ALIGN
+    in_place = len(found) == 1 and all(keeps_memory(ops, chain) for chain in conversions.values())
+    return Column(f, experts, moe.own_places[0].expert is None, in_place)

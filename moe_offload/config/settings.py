@@ -46,7 +46,8 @@ class OffloadConfig:
         policy: Which resident expert gives way; a name in `moe_offload.cache.POLICIES`.
         half_life: Tokens after which a past use of an expert counts half ("decayed_lfu"; the others have their own).
         experts_implementation: The transformers experts code to rewrite: "grouped_mm", "batched_mm", or "auto": the
-            model's own if it is one of these two, else "grouped_mm". On a GPU it is always "grouped_mm".
+            model's own, if it is one of these two; a model that has chosen "eager" is refused on a CPU. On a GPU it is
+            always "grouped_mm".
         compile: What runs the rewritten graph: "inductor", "graph" (as it is, nothing generated), or "auto": "graph" on
             a CPU, "inductor" elsewhere.
         compute: "exact": each product as plain transformers computes it, to the bit. "fast": on a CPU, bfloat16

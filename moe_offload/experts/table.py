@@ -48,6 +48,13 @@ def find_experts(model: nn.Module) -> list[MoELayer]:
     if not found:
         raise UnsupportedModelError(explain_none(model))
     found.sort(key=lambda layer: order[layer.name])
+    for layer in found:
+        empty = [field for field in layer.unpacked.fields if not field.nbytes]
+        if empty:
+            raise UnsupportedModelError(
+                f"{layer.name}: its {empty[0].name} is {list(empty[0].shape)} for each expert, which holds no number; "
+                "the model's configuration is damaged"
+            )
     return [_beginning_as_loaded(replace(layer, index=i)) for i, layer in enumerate(found)]
 
 

@@ -35,6 +35,13 @@ ADAPTED = (
 )
 
 
+WRITTEN = (
+    "the weights of experts were written to after optimize() (through .data), but they rest in files and pass through "
+    "slots, so it would have no effect. Change them before optimize(), or load the model again and assign a Parameter "
+    "of your own to the experts module"
+)
+
+
 class Call:
     """What `model(...)` runs: one forward at a time, without gradients, in the scope of the model (`binding.Scope`)."""
 
@@ -49,6 +56,15 @@ class Call:
             for name, module in zip(layer.moe.names, layer.moe.modules, strict=True)
             if not layer.moe.called  # there an adapter in an expert sees the real weights
         ]
+        self.phantoms = [
+            (module._parameters, name, phantom, phantom.data_ptr())
+            for *_, module in self.places
+            for name, phantom in module._parameters.items()
+            if isinstance(phantom, nn.Parameter) and hasattr(phantom, "field")
+        ]
+        rows = {at: phantom.detach()[0] for *_, phantom, at in self.phantoms if phantom.device.type == "cpu"}
+        seen = [row.flatten().view(torch.uint8).numpy() for row in rows.values()]  # no mode of the user's hears of it
+        self.ends = [(end, end.tobytes()) for row in seen for end in (row[:8], row[-8:])]
         graphed = [layer for layer in runtime.layers if layer.moe.form == "interface"]
         modules = [(module, layer.moe.name) for layer in graphed for module in layer.moe.modules]
         self.configs = {
@@ -78,6 +94,7 @@ class Call:
         with self.scope.entered():
             self._check_implementation()
             self._check_places()
+            self._check_phantoms()
             self._check_capture()
             if tokens > 1:
                 self._check_length(sequences, tokens)
@@ -125,6 +142,14 @@ class Call:
         """Refuse adapters on experts: peft wraps the module, and would add its delta to phantoms."""
         if any(children.get(name) is not module for children, name, module in self.places):
             raise OffloadError(ADAPTED)
+
+    def _check_phantoms(self) -> None:
+        """Refuse what was written to experts through `data`, of which torch counts no version: it would have no effect.
+        All of a row is written, where any of it is: its experts are views of one."""
+        with torch._C.DisableTorchFunction():
+            moved = any(held.get(name) is one and one.data_ptr() != at for held, name, one, at in self.phantoms)
+        if moved or any(end.tobytes() != was for end, was in self.ends):
+            raise OffloadError(WRITTEN)
 
     def _check_capture(self) -> None:
         """Refuse a CUDA graph captured around a model that has decoded nothing yet: the compiler would fail in it."""

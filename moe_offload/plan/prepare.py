@@ -82,6 +82,8 @@ def prepare_model(
             "token-expert pair at each step before it multiplies by them. Use 'grouped_mm', whose products read them "
             "where they are, or 'auto'"
         )
+    if arrangement.device == "cpu" and settings.experts_implementation == "auto" and settings.compute != "fast":
+        _refuse_loops(moe_layers)
     expected = take_fingerprint(model, moe_layers)
     memory = memory_of_rank(moe_layers)
     _warn_beyond_memory(arrangement, memory)
@@ -92,6 +94,19 @@ def prepare_model(
     loaded = loaded and profile_of_share(loaded, moe_layers)
     rows = tuple(moe.layout.row_bytes for moe in moe_layers)
     return Prepared(settings, arrangement, expected, loaded, usage, rows, _bytes_to_lock(arrangement, settings, memory))
+
+
+def _refuse_loops(moe_layers: Sequence[MoELayer]) -> None:
+    """Raise where the model's own choice is a loop over its experts, which adds up otherwise than what is rewritten."""
+    for moe in moe_layers:
+        config = getattr(moe.modules[0], "config", None)
+        if moe.form == "interface" and getattr(config, "_experts_implementation", None) == "eager":
+            raise UnsupportedModelError(
+                f"{moe.name}: this model runs its experts by the implementation 'eager', whose last bits are not those "
+                "of the two that can be offloaded. config={'experts_implementation': 'grouped_mm'} "
+                "(--experts-implementation grouped_mm) runs it by another, with the bits that plain transformers has "
+                "with experts_implementation='grouped_mm'"
+            )
 
 
 def _check_system() -> None:

@@ -22,6 +22,11 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "gptq": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
     "mistyped": {"num_hidden_layers": "two"},
     "misfit": {"vocab_size": 7},
+    "flat": {"hidden_size": 0},
+    "thin": {"moe_intermediate_size": 0},
+    "negative": {"hidden_size": -4},
+    "unknown gate": {"hidden_act": "nope"},
+    "numbered": {"architectures": -1},
 }
 
 
@@ -43,6 +48,10 @@ def folder(tmp_path_factory):
     (made / "nothing").mkdir()
     for name in ("hollow.json", "hollow.gguf"):
         (made / name).touch()
+    for name, text in {"a list": "[]", "deep": "[" * 200_000}.items():
+        (made / name).mkdir()
+        (made / name / "config.json").write_text(text)
+        (made / name / "model.safetensors").write_bytes(weights)
     (made / "bad.yaml").write_text("budget: [8GB")
     (made / "unknown.yaml").write_text("budgte: 8GB")
     return made
@@ -89,6 +98,13 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"path_or_id": "hollow"}, "CheckpointError", "model.safetensors"),
     ({"path_or_id": "mistyped"}, "CheckpointError", "num_hidden_layers"),
     ({"path_or_id": "misfit"}, "CheckpointError", "is [4096, 128] in the checkpoint, and [7, 128] by its config.json"),
+    ({"path_or_id": "flat"}, "UnsupportedModelError", "which holds no number"),
+    ({"path_or_id": "thin"}, "UnsupportedModelError", "which holds no number"),
+    ({"path_or_id": "negative"}, "UnsupportedModelError", "negative dimension -4"),
+    ({"path_or_id": "unknown gate"}, "UnsupportedModelError", "'nope'"),
+    ({"path_or_id": "numbered"}, "CheckpointError", "-1 as architectures"),
+    ({"path_or_id": "a list"}, "CheckpointError", "cannot read the model's configuration: AttributeError"),
+    ({"path_or_id": "deep"}, "CheckpointError", "cannot read the model's configuration: RecursionError"),
     ({"path_or_id": "alien"}, "UnsupportedModelError", "'alien'"),
     ({"path_or_id": "gptq"}, "UnsupportedModelError", "gptq"),
     ({"device_map": "banana"}, "ConfigError", "'banana' is no device"),

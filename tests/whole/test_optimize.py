@@ -259,6 +259,35 @@ def test_recording_again_and_again_counts_again():
     assert totals[0] == totals[1] > 0
 
 
+def test_a_model_that_has_chosen_the_loop_over_experts_says_so(tmp_path):
+    """Its last bits are those of no implementation that can be offloaded."""
+    model = build("qwen3_moe")
+    model.set_experts_implementation("eager")
+    with pytest.raises(moe_offload.UnsupportedModelError, match=r"layers\.0\.mlp\.experts: .*'eager'.*'grouped_mm'"):
+        moe_offload.optimize(model, "1GB", device_map="cpu")
+    build("openai_privacy_filter").save_pretrained(tmp_path)  # its class chooses so
+    with pytest.raises(moe_offload.UnsupportedModelError, match="'eager'"):
+        moe_offload.from_pretrained(tmp_path, "1GB")
+    chosen = {"experts_implementation": "grouped_mm", "profile": "off"}
+    moe_offload.from_pretrained(tmp_path, "1GB", config=chosen).moe_offload.close()
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda experts: experts.down_proj.data.zero_(),
+        lambda experts: experts.gate_up_proj.data[3].fill_(1.0),
+        lambda experts: setattr(experts.gate_up_proj, "data", torch.zeros(experts.gate_up_proj.shape)),
+    ],
+)
+def test_what_is_written_to_experts_afterwards_is_refused_though_torch_counts_it_not(write):
+    model = moe_offload.optimize(build("qwen3_moe"), "1GB", device_map="cpu")
+    model(torch.tensor([[3, 4, 5]]))
+    write(model.model.layers[1].mlp.experts)
+    with pytest.raises(OffloadError, match=r"written to after optimize\(\)"):
+        model(torch.tensor([[3, 4, 5]]))
+
+
 def test_another_experts_implementation_set_afterwards_is_refused():
     model = moe_offload.optimize(build("qwen3_moe"), "1GB", device_map="cpu")
     model.set_experts_implementation("eager")

@@ -7,6 +7,7 @@ import uuid
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import moe_offload
@@ -14,6 +15,7 @@ from moe_offload.apps.generate.tokenizer import load_tokenizer
 from moe_offload.checkpoint.pretrained.arguments import Arguments
 from moe_offload.errors import CheckpointError, UnsupportedModelError
 from moe_offload.plan.forecast import read_outline
+from tests.checkpoint.test_file_entry import save_beyond
 from tests.fakes.loop_models import LOOP_NAMES, SETTINGS, build, prompt, same, session
 from tests.fakes.remote_folder import keep_code_apart, write_remote
 from tests.fakes.tiny_checkpoints import build as build_tiny
@@ -49,6 +51,18 @@ def budget_of(folder, residency=0.0):
 def load(folder, residency=0.0, **options):
     budget = budget_of(folder, residency)
     return moe_offload.from_pretrained(folder, budget, config=SETTINGS, trust_remote_code=True, **options)
+
+
+def test_weights_begin_where_load_state_dict_has_them_not_where_the_file_has_them(folder):
+    """float32: the bits of a product depend on where its matrix begins."""
+    file = folder / "model.safetensors"
+    with safe_open(file, framework="pt") as opened:
+        tensors = {key: opened.get_tensor(key).clone() for key in opened.keys()}
+    save_beyond(tensors, file, 8)
+    model = load(folder)
+    assert {p.data_ptr() % 64 for name, p in model.named_parameters() if "expert" not in name} == {0}
+    assert same(session(build("hits"), prompt(1, 5)), session(model, prompt(1, 5)))
+    model.moe_offload.close()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

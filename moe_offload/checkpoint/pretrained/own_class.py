@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import CheckpointError
+from ...experts import PLACED
 from .remote_code import FAILURES, failed
 
 if TYPE_CHECKING:  # it takes seconds to import
@@ -65,7 +66,8 @@ def load_own(model: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
         if not isinstance(held, nn.Parameter):
             held.copy_(tensor)
         elif held.is_meta:
-            loaded = nn.Parameter(tensor.to(held.dtype), requires_grad=held.requires_grad)
+            # As load_state_dict() does, into memory of torch's, whose beginning decides about the bits of a product.
+            loaded = nn.Parameter(tensor.to(held.dtype, copy=held.dtype in PLACED), requires_grad=held.requires_grad)
             for module, attribute in places.pop(id(held), ()):  # tied: under the first of its names
                 module._parameters[attribute] = loaded
         else:

@@ -56,8 +56,12 @@ def read_configuration(place: Path | str, arguments: Arguments, **where: Any) ->
     except ImportError as error:
         raise UnsupportedModelError(f"{place}: its configuration needs what is not installed: {error}") from error
     except FAILURES as error:
-        if not arguments.trust_remote_code or isinstance(error, OffloadError):
+        if isinstance(error, OffloadError):
             raise
+        if not arguments.trust_remote_code:  # no object, or values that nobody expects
+            raise CheckpointError(
+                f"{place}: cannot read the model's configuration: {type(error).__name__}: {str(error)[:300]}"
+            ) from error
         raise failed(place, "its configuration", error) from error
     unknown = {name for name in unknown if name in arguments.overrides}
     if unknown:
@@ -85,7 +89,7 @@ def build_skeleton(place: Path | str, config: Any, stored: Stored | None, argume
     try:
         with torch.device("meta"):
             model: PreTrainedModel = model_class._from_config(config, dtype=dtype)
-    except (ImportError, ValueError) as error:
+    except Exception as error:  # any, of values of the configuration that its code does not expect
         raise _unbuildable(error, config, arguments) from error
     with torch.device("meta"):
         prepare_quantized(model)
@@ -95,7 +99,8 @@ def build_skeleton(place: Path | str, config: Any, stored: Stored | None, argume
 
 def _unbuildable(error: Exception, config: Any, arguments: Arguments) -> OffloadError:
     """What transformers says of a package that is missing, or of a part that the model does not have."""
-    said = " ".join(str(error).split())[:400]
+    kind = "" if isinstance(error, (ImportError, ValueError)) else f"{type(error).__name__}: "
+    said = kind + " ".join(str(error).split())[:400]
     attention = arguments.overrides.get("attn_implementation")
     if attention is not None:
         return ConfigError(
@@ -115,7 +120,10 @@ def _choose_class(config: Any) -> tuple[Any, Any]:
     mapping: Mapping[Any, Any] = transformers.AutoModelForCausalLM._model_mapping
     auto = mapping[type(config)] if type(config) in mapping else None
     found = auto if auto is not None and not auto.__module__.startswith("transformers.") else None
-    for name in [] if found is not None else config.architectures or []:
+    named = config.architectures or []
+    if not isinstance(named, (list, tuple)) or not all(isinstance(name, str) for name in named):
+        raise CheckpointError(f"config.json has {named!r} as architectures, which is no list of names; repair it")
+    for name in [] if found is not None else named:
         found = _class_named(name, config)
         if found is not None:
             break
