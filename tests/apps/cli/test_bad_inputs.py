@@ -254,6 +254,23 @@ def test_what_is_refused_before_torch_is_imported(folder):
     assert done.stdout.splitlines() == [f"{BAD[command][0]} {command}" for command in commands], done.stderr
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a file below which the disk is full")
+@pytest.mark.parametrize("command", [["--help"], ["plan", str(MODEL), "--budget", "8MB"]])
+def test_a_full_disk_below_standard_output_is_one_line(command):
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", "from moe_offload.apps.cli import main; main()", *command],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 6, done.stderr
+    assert done.stderr.splitlines() == [
+        "moe-offload: standard output cannot be written: No space left on device (errno 28)"
+    ]
+
+
 def test_the_table_of_exit_codes_is_that_of_the_code():
     page = (ROOT / "docs" / "command-line.md").read_text()
     listed = {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)}
