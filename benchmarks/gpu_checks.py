@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_ahead import measure as measure_ahead
 from gpu_decisions import time_decisions
 from gpu_packed import compare as compare_packed
 from gpu_timing import copy_batch, graph, replaced
@@ -171,8 +172,8 @@ def link(name: str, host_EN: Tensor, rows_EN: Tensor, bank_SN: Tensor, count: in
     if not options.tiny:
         try:
             report("copy engine, one batch", copy_batch(bank_SN, host_EN, count))
-        except Exception as error:  # no cuda.bindings, or another signature: the other rows are measured all the same
-            print(f"copy engine, one batch: {type(error).__name__}: {error}")
+        except LookupError as error:  # the other rows are measured all the same
+            print(f"copy engine, one batch: {error}")
     loads.count_1.zero_()
     say("gather", f"{name}, kernel that finds nothing to load", measure_us(ours, options.device), "us")
 
@@ -218,8 +219,13 @@ def packed(options: argparse.Namespace) -> None:
     compare_packed(options, say)
 
 
-SECTIONS = (views, latency, streams, decide, gather, indexed_mm, packed)
-OURS = (decide, gather, indexed_mm, packed)
+def ahead(options: argparse.Namespace) -> None:
+    """Guessed rows copied beside a layer's products: what it takes from them, what it saves, and how soon it stops."""
+    measure_ahead(options, say)
+
+
+SECTIONS = (views, latency, streams, decide, gather, ahead, indexed_mm, packed)
+OURS = (decide, gather, ahead, indexed_mm, packed)
 
 
 def main() -> int:

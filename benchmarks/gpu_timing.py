@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_offload.memory.transfer.batch import find_batch_copy
+
 
 def graph(calls: Sequence[Callable[[], Any]], device: str = "cuda") -> Callable[[], Any]:
     """One CUDA graph of all calls; each has run before, so that it is compiled."""
@@ -24,19 +26,16 @@ def graph(calls: Sequence[Callable[[], Any]], device: str = "cuda") -> Callable[
 
 
 def copy_batch(bank_SN: Tensor, host_EN: Tensor, count: int) -> Callable[[], None]:
-    from cuda.bindings import runtime
-
-    attributes = runtime.cudaMemcpyAttributes()
-    attributes.srcAccessOrder = runtime.cudaMemcpySrcAccessOrder.cudaMemcpySrcAccessOrderAny
-    side = torch.cuda.Stream()  # not allowed on the default one
-    targets, sources = ([rows[i].data_ptr() for i in range(count)] for rows in (bank_SN, host_EN))
-    sizes = [host_EN[0].nbytes] * count
+    """As a prompt copies the rows of a group. Raises `LookupError` where the runtime has no such call."""
+    batch, side = find_batch_copy(), torch.cuda.Stream()  # it is not allowed on the default one
+    refused = "this CUDA runtime has none" if batch is None else batch.try_out(bank_SN.device, side)
+    if batch is None or refused:
+        raise LookupError(refused)
+    copies = [(bank_SN[i].data_ptr(), host_EN[i].data_ptr(), host_EN[i].nbytes) for i in range(count)]
 
     def copy() -> None:
         side.wait_stream(torch.cuda.current_stream())
-        done = runtime.cudaMemcpyBatchAsync(targets, sources, sizes, count, [attributes], [0], 1, side.cuda_stream)
-        if int(done[0]):
-            raise RuntimeError(f"cudaMemcpyBatchAsync: {done[0]}")
+        batch.copy(copies, side.cuda_stream)
         torch.cuda.current_stream().wait_stream(side)
 
     return copy

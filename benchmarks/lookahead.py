@@ -30,6 +30,8 @@ from moe_offload.apps.bench.request import random_prompt
 from moe_offload.plan.budget import budget_for
 from moe_offload.runtime.layer import LayerRuntime
 
+PROMPT = 64  # tokens
+
 
 def recall(options: argparse.Namespace) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto").eval()
@@ -84,16 +86,16 @@ class Switch:
 class Guessing(recorded.Routing):
     """Replays, and tells the next layer what it will probably be asked for."""
 
-    def __init__(self, replayed: recorded.Recorded, layers: list[LayerRuntime], right: float):
-        super().__init__(replayed, len(layers))
+    def __init__(self, replayed: recorded.Recorded, layers: list[LayerRuntime], right: float, tokens: int):
+        super().__init__(replayed, [layer.moe.top_k for layer in layers], tokens, "cpu")
         self.layers, self.right, self.random = layers, right, torch.Generator().manual_seed(0)
 
     def __call__(self, ids_TK: Tensor, layer: int) -> Tensor:
+        row = int(self.token_1)
         ids = super().__call__(ids_TK, layer)
         if layer + 1 < len(self.layers) and ids.shape[0] == 1 and self.recorded is not None:
             following = self.layers[layer + 1]
-            row = self.rows[layer + 1] % len(self.recorded.ids_TLK)
-            guess = self.recorded.ids_TLK[row, layer + 1].clone()
+            guess = self.tables[layer + 1][row].clone()
             wrong = torch.rand(guess.shape, generator=self.random) > self.right
             guess[wrong] = torch.randint(following.moe.num_experts, (int(wrong.sum()),), generator=self.random)
             following.prefetch(guess)
@@ -107,11 +109,12 @@ def pays(options: argparse.Namespace) -> None:
     layers = model.moe_offload._runtime.layers
     first = layers[0].moe
     replayed = recorded.load_recorded(options.routing, len(layers), first.num_experts, first.top_k)
-    recorded.install_routing(model, [layer.moe.name for layer in layers], replayed)
-    recorded._current = Guessing(replayed, layers, options.recall)
+    guessing = Guessing(replayed, layers, options.recall, PROMPT + options.tokens)
+    guessing.seek(0, PROMPT + options.tokens)
+    recorded.install_routing(model, [layer.moe.name for layer in layers], guessing)
     switch = model.moe_offload._runtime.guesses.trial = Switch()
     taken: dict[bool, list[float]] = {False: [], True: []}
-    prompt = torch.tensor([random_prompt(model.config.get_text_config().vocab_size, 64, 0)])
+    prompt = torch.tensor([random_prompt(model.config.get_text_config().vocab_size, PROMPT, 0)])
     with torch.no_grad():
         out = model(prompt, use_cache=True)
         cache, token = out.past_key_values, out.logits[:, -1:].argmax(-1)

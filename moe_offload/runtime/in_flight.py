@@ -23,6 +23,8 @@ from ..memory.scratch import Held, Scratch
 from ..memory.stores import Store
 from ..memory.transfer import Ticket, Transfer
 
+PARTS = 4  # of the scratch rows: one is computed while the others load. With two, the link waits for the first one
+
 
 @dataclass(frozen=True)
 class Arrival:
@@ -52,6 +54,7 @@ class Arrivals:
     ):
         self.moe, self.cache, self.store, self.transfer, self.poison = moe, cache, store, transfer, poison
         self.slots, self.scratch, self.scratch_rows = slots, scratch, scratch.rows(moe.layout)
+        self.group_rows = max(1, len(self.scratch_rows.rows) // PARTS)  # as many are computed at once, where groups are
         self.awaited: deque[Arrival] = deque()
         self.held: dict[int, Held] = {}
         self.guessed: dict[int, Arrival] = {}
@@ -85,8 +88,9 @@ class Arrivals:
 
     def start(self, loads: Iterable[Load], demanded: bool = True) -> None:
         try:
-            for load in loads:
-                self.send(load.expert, load, demanded=demanded)
+            with self.transfer.together(self.group_rows):
+                for load in loads:
+                    self.send(load.expert, load, demanded=demanded)
         except BaseException:
             self.abort()
             raise

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..memory.buffers import page_aligned
 from ..memory.stores import Store
@@ -232,4 +233,5 @@ class Runtime:
                 last_first.callback(setattr, self, "device_caches", None)
                 last_first.callback(free_workspace)
                 if self._lock.is_here:
-                    self.hand_back()
+                    with _disable_current_modes():  # garbage is collected while Dynamo traces, too
+                        self.hand_back()

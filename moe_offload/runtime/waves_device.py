@@ -24,8 +24,6 @@ from .ahead.scratch_feed import Feed
 from .in_flight import Arrival, Arrivals
 from .waves_cpu import RunCore
 
-PARTS = 4  # of the scratch rows: one is computed while the others load. With two, the link waits for the first one
-
 
 @dataclass(frozen=True)
 class Group:
@@ -65,7 +63,8 @@ def compute_in_groups(
     feed = Feed(arrivals, following, len(ids_P), without_slot)
     feed.claim()
     ahead = arrivals.scratch_first()
-    feed.fill()
+    with arrivals.transfer.together(arrivals.group_rows):
+        feed.fill()
     groups = _groups(arrivals, feed, used, ahead)
     order_P, slots_P = _in_order(arrivals, groups, ids_P)
     out_P: Tensor | None = None
@@ -80,9 +79,10 @@ def compute_in_groups(
         if out_P is None:
             out_P = part.new_empty((len(ids_P), *part.shape[1:]))
         out_P.index_copy_(0, order_P[begin:end], part)
-        for one in taken:
-            if one.scratch_row >= 0:
-                feed.reuse(one.scratch_row)
+        with arrivals.transfer.together(arrivals.group_rows):
+            for one in taken:
+                if one.scratch_row >= 0:
+                    feed.reuse(one.scratch_row)
     if out_P is None or end != len(ids_P) or arrivals.awaited or feed.without_slot:
         raise AssertionError(f"{arrivals.moe.name}: {end} of {len(ids_P)} pairs were computed")
     return out_P
@@ -95,7 +95,7 @@ def _groups(arrivals: Arrivals, feed: Feed, used: Mapping[int, int], ahead: int)
     All is known beforehand: rows arrive in the order they are asked for, and a scratch row that has done its part goes
     to the next expert without a slot.
     """
-    most = max(1, len(arrivals.scratch_rows.rows) // PARTS)
+    most = arrivals.group_rows
     absent = {one.expert for one in arrivals.awaited}.union(feed.without_slot)
     here = [e for e in used if e not in absent]
     coming = [(one.expert, _row(one), one.load is not None) for one in arrivals.awaited]

@@ -47,6 +47,9 @@ class InstantStreams:
         target.copy_(source)
         return True
 
+    def copy_all(self, targets, sources, after):
+        return [self.copy(*pair, after) for pair in zip(targets, sources, strict=True)][-1]
+
     def ended(self, event):
         return True
 
@@ -96,6 +99,8 @@ class SlowStreams:
             target.copy_(source)
 
         return (self.behind if background else self.beside).launch(kernel)
+
+    copy_all = InstantStreams.copy_all
 
     def send(self, values):
         return values.clone()

@@ -312,6 +312,25 @@ def test_what_was_pinned_is_given_back():
     pinned.unpin_rows(fresh)
 
 
+def test_rows_of_a_group_are_copied_by_one_call():
+    """Or one by one where the driver is older; and what the runtime refuses is named, and does not come up again."""
+    from moe_offload.memory.transfer.batch import find_batch_copy
+    from moe_offload.memory.transfer.streams import CudaStreams
+
+    streams, batch = CudaStreams(torch.device("cuda:0")), find_batch_copy()
+    rows = torch.arange(16 << 16, dtype=torch.int64).view(16, -1).pin_memory()
+    for order in (range(16), (3, 9, 0)):
+        bank = torch.zeros_like(rows, device="cuda")
+        streams.order(streams.copy_all([bank[i] for i in order], [rows[15 - i] for i in order], streams.mark()))
+        assert all(torch.equal(bank[i].cpu(), rows[15 - i]) for i in order)
+        assert int(bank.count_nonzero()) == sum(int(rows[15 - i].count_nonzero()) for i in order)
+    assert (batch is None) == (tuple(map(int, torch.version.cuda.split("."))) < (12, 8))
+    if streams._batch is not None:
+        with pytest.raises(OffloadError, match="cudaErrorInvalidValue"):
+            streams._batch.copy([(0, 0, 64)], streams.stream.cuda_stream)
+    assert (torch.ones(3, device="cuda") + 1).tolist() == [2, 2, 2]
+
+
 def test_an_error_of_pinning_does_not_come_up_again():
     from moe_offload.memory.transfer import pinned
 

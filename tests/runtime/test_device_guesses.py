@@ -179,6 +179,26 @@ def test_a_prompt_in_between_has_the_scratch_rows_to_itself(always_on):
     assert counters.ahead > 20 and counters.tokens > 20 * 10
 
 
+def test_a_copy_is_told_to_stop_before_it_is_waited_for(always_on):
+    """The link is needed for what was asked for; and the next guess may begin."""
+    seen = []
+
+    class Noting(InLine):
+        def begin(self):
+            seen.append(int(guesses.staging.stop_1))
+            return super().begin()
+
+        def join(self):
+            seen.append(int(guesses.staging.stop_1))
+            return True
+
+    runtime = rig(fork=Noting())
+    guesses = runtime.device_caches.guesses
+    for _ in range(2):
+        step(runtime, [0, 1], [2, 3], [4, 5])
+    assert seen == [0, 1, 0, 1]
+
+
 def test_nothing_is_staged_for_layers_that_miss_nothing(always_on):
     runtime = rig(slots=E)
     step(runtime, [0, 1], [7, 6], [7, 6])
@@ -357,6 +377,16 @@ def test_what_is_captured_half_is_not_waited_for_and_not_used(machine, always_on
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(OffloadError, match="one more decode step"):
         first.take_over([K])
+
+
+def test_a_model_that_is_closed_while_something_is_traced_gives_all_back(always_on):
+    """Python may find it then, and torch makes no real tensors in that mode."""
+    runtime = rig()
+    step(runtime, [0, 1], [2, 3], [4, 5])
+    runtime.layers[1].place_ahead(torch.tensor([6, 7]), torch.zeros(K, dtype=torch.int64))
+    with torch._subclasses.fake_tensor.FakeTensorMode():
+        runtime.close()
+    assert runtime.closed and runtime.layers[1].cache.counters.misses == 2
 
 
 # Whole models.

@@ -311,5 +311,5 @@ def test_the_link_is_busy_while_a_prompt_is_read(machine):
 
 
 def test_one_row_at_a_time_would_leave_it_idle(monkeypatch):
-    monkeypatch.setattr("moe_offload.runtime.waves_device.PARTS", 10**9)
+    monkeypatch.setattr("moe_offload.runtime.in_flight.PARTS", 10**9)
     assert share_of_the_bound(H100, 32) < 0.7, "the host launches for longer than the link needs"

@@ -5,7 +5,7 @@
     rows in pinned RAM ──reader threads, piece by piece── stream of its own ──> slot      in the background
 
 Two orders hold, and neither makes the host wait: a copy into a slot begins after the last kernel that read the slot
-(`mark`, taken when the row is asked for), and kernels that are launched after `wait` begin after the copy.
+(`mark`, taken when it is asked for, or all rows of `together` are), and kernels launched after `wait` after the copy.
 
 A copy that was launched cannot be taken back. So what nobody has asked for is launched a piece at a time, by threads
 that wait for it, and not while a demanded row is being copied: it takes the link when that is idle.
@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +33,7 @@ from ..stores.row_read import RowRead
 from .streams import CudaStreams, Streams
 from .threads import THREADS, TIMEOUT_S, ThreadTransfer
 from .ticket import Ticket
+from .together import DeviceTicket, Waiting
 
 STAGING_ROWS = 8  # in flight: two for every reader thread
 PIECE_BYTES = 2 << 20  # of a row copied in the background: 40 us of a PCIe 5 link, which a demanded row may wait
@@ -51,17 +52,6 @@ class Staging:
     last: Any = None
 
 
-class DeviceTicket(Ticket):
-    """`copies` are the ends of the copies into the slot, as far as they have been launched and nobody waited for
-    them."""
-
-    staging: Staging | None = None
-
-    def __init__(self, layer: int, expert: int, read: RowRead, row_bytes: int, demanded: bool):
-        super().__init__(layer, expert, read, row_bytes, demanded)
-        self.copies: list[Any] = []
-
-
 class DeviceTransfer(ThreadTransfer):
     """`start` takes the slot as a uint8 tensor `[row_bytes]` of the device; or, for a device that is the CPU, as a
     memoryview."""
@@ -76,6 +66,7 @@ class DeviceTransfer(ThreadTransfer):
         self._all: list[Staging] = []
         self._returned = threading.Condition(self._lock)
         self._pieces = threading.BoundedSemaphore(PIECES)
+        self._together: Waiting | None = None
         self._last_demanded: Any = None  # the end of the last copy of a demanded row
         self._stalls: dict[int, deque[tuple[Any, Any]]] = {}  # layer -> begin and end of waits of the device
 
@@ -88,6 +79,9 @@ class DeviceTransfer(ThreadTransfer):
             if not demanded:
                 return self._start_behind(layer, expert, source, row, after)
             ticket = DeviceTicket(layer, expert, RowRead([], lambda: row_bytes), row_bytes, demanded)
+            if self._together is not None and layer in store.pinned:
+                self._together.add(ticket, row, source)
+                return ticket
             self._copy_demanded(ticket, row, source, after)
             ticket.nbytes = row_bytes
             ticket.done.set()
@@ -134,6 +128,17 @@ class DeviceTransfer(ThreadTransfer):
         ticket = DeviceTicket(layer, expert, read, len(row), demanded=False)
         self._queue(ticket)
         return ticket
+
+    @contextlib.contextmanager
+    def together(self, most: int) -> Iterator[None]:
+        self._together = waiting = Waiting()
+        try:
+            with waiting.launched_or_failed():
+                yield
+                for part in waiting.parts(most):
+                    self._last_demanded = part.launch(self.streams)
+        finally:
+            self._together = None
 
     def _copy_demanded(self, ticket: DeviceTicket, row: Tensor, source: Tensor, after: Any) -> Any:
         copied = self._last_demanded = self.streams.copy(row, source, after)

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import pinned
+from .batch import BatchCopy, find_batch_copy
 
 logger = logging.getLogger("moe_offload")
 
@@ -36,6 +38,9 @@ class Streams(Protocol):
     def copy(self, target: Tensor, source: Tensor, after: Any, background: bool = False) -> Any:
         """Copy on the stream beside, or on that for the background, not before `after`; the event is its end. May be
         called by any thread."""
+
+    def copy_all(self, targets: Sequence[Tensor], sources: Sequence[Tensor], after: Any) -> Any:
+        """`copy` of each, none of which overlap; the event is the end of all. The sources are pinned."""
 
     def send(self, values: Tensor) -> Tensor:
         """`values`, of the host, on the device, for what is launched from now on. The host does not wait."""
@@ -70,6 +75,8 @@ class CudaStreams:
         self.device = device
         self.stream, self.background = torch.cuda.Stream(device, priority=-1), torch.cuda.Stream(device)
         self._warned = False
+        self._batch: BatchCopy | None = None  # once `_find_batch` has found one
+        self._sought = False
 
     def pin(self, buffer: Tensor) -> None:
         with self.current():  # to register memory is to start CUDA on the current device
@@ -97,6 +104,34 @@ class CudaStreams:
             done = torch.cuda.Event()
             done.record(stream)
         return done
+
+    def copy_all(
+        self, targets: Sequence[Tensor], sources: Sequence[Tensor], after: torch.cuda.Event
+    ) -> torch.cuda.Event:
+        with self.current(), torch.cuda.stream(self.stream):
+            self.stream.wait_event(after)
+            batch = self._find_batch()
+            pairs = list(zip(targets, sources, strict=True))
+            if batch is None:
+                for target, source in pairs:
+                    target.copy_(source, non_blocking=True)
+            else:
+                if any(not target.is_contiguous() or target.nbytes != source.nbytes for target, source in pairs):
+                    raise AssertionError("rows are copied whole, each to one of its size")
+                batch.copy([(t.data_ptr(), s.data_ptr(), s.nbytes) for t, s in pairs], self.stream.cuda_stream)
+            done = torch.cuda.Event()
+            done.record(self.stream)
+        return done
+
+    def _find_batch(self) -> BatchCopy | None:
+        """What copies many rows in one call, once it has been tried out; None where there is none."""
+        if not self._sought:
+            batch = find_batch_copy()
+            refused = "" if batch is None else batch.try_out(self.device, self.stream)
+            if refused:
+                logger.info("rows are copied one by one: the driver has no batched copies (%s)", refused)
+            self._batch, self._sought = (None if refused else batch), True
+        return self._batch
 
     def send(self, values: Tensor) -> Tensor:
         return values.pin_memory().to(self.device, non_blocking=True)

@@ -90,6 +90,10 @@ class Transfer(Protocol):
     def start(self, store: Store, layer: int, expert: int, row: memoryview, demanded: bool = True) -> Ticket:
         """Begin to fill `row` (writable bytes of one slot) with that expert. Errors of the store may surface here."""
 
+    def together(self, most: int) -> AbstractContextManager[object]:
+        """The rows that are started while it is entered may be launched when it ends, up to `most` by one call; none is
+        waited for within. After an error all of them are to be cancelled."""
+
     def wait(self, ticket: Ticket) -> int:
         """Return the bytes moved, once the row is complete. Errors of the store surface here too."""
 

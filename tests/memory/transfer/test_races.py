@@ -4,6 +4,7 @@ while it is read, or copied out of staging that is being filled; and all that wa
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -42,14 +43,15 @@ def drive(machine, seed=0):
         DeviceTransfer(CudaStreams(torch.device("cuda:0")), staging_rows=2),
         torch.zeros(SLOTS, PAGE).byte(),
     )
-    rows = HostStore([torch.arange(EXPERTS, dtype=torch.uint8).repeat_interleave(PAGE).view(EXPERTS, PAGE)])
+    rows = HostStore([torch.arange(EXPERTS, dtype=torch.uint8).repeat_interleave(PAGE).view(EXPERTS, PAGE)], pinned={0})
     stores = [rows, Files(machine)]
     try:
         for _ in range(EVENTS):
-            asked = [
-                (slot, expert, transfer.start(draw.choice(stores), 0, expert, bank[slot], demanded=draw.random() < 0.6))
-                for slot, expert in zip(draw.sample(range(SLOTS), 2), draw.sample(range(EXPERTS), 2), strict=True)
-            ]
+            with transfer.together(draw.randint(1, 2)) if draw.random() < 0.5 else nullcontext():
+                asked = [
+                    (slot, expert, transfer.start(draw.choice(stores), 0, expert, bank[slot], draw.random() < 0.6))
+                    for slot, expert in zip(draw.sample(range(SLOTS), 2), draw.sample(range(EXPERTS), 2), strict=True)
+                ]
             if draw.random() < 0.2:
                 transfer.cancel([ticket for _, _, ticket in asked])
                 continue
