@@ -7,6 +7,8 @@ happened on the way goes to standard error. How a command ends is in `options/en
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import sys
 from typing import Annotated, Any
@@ -20,7 +22,7 @@ from ..generate.chat import chat
 from ..generate.run import run
 from ..live.cli import top
 from ..options.elsewhere import command_elsewhere, flag_elsewhere
-from ..options.ending import USAGE, Command
+from ..options.ending import UNWRITTEN, USAGE, Command
 from ..options.groups import summary_line
 from ..profile.cli import app as profile
 from ..report.cli import report
@@ -31,6 +33,8 @@ from .env import env
 from .estimate import estimate
 from .pack import pack
 from .plan import plan
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 
 app = typer.Typer(
     name="moe-offload",
@@ -98,9 +102,17 @@ def _asked_command(words: list[str]) -> str:
 
 
 def main() -> None:
-    """What the console script runs. A wrong flag is one line and exit code 2."""
+    """What the console script runs. A wrong flag is one line and exit code 2, a full disk below standard output one
+    line and exit code 6."""
     try:
         code = app(standalone_mode=False)
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno not in UNWRITABLE or error.filename is not None:
+            raise
+        typer.echo(f"moe-offload: standard output cannot be written: {error.strerror} (errno {error.errno})", err=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left of it is written when Python ends
+        code = UNWRITTEN
     except typer.Abort:
         typer.echo("moe-offload: aborted", err=True)
         code = 1

@@ -51,7 +51,9 @@ def plan(
     ranks: Annotated[
         int | None,
         typer.Option(
-            "--ranks", help="Processes that share the experts (docs/several-machines.md): what each holds.", **whole(1)
+            "--ranks",
+            help="Processes that share the experts (docs/several-machines.md): what each holds.",
+            **whole(1, 4096),
         ),
     ] = None,
     config_file: ConfigFile = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -23,6 +24,11 @@ from ...errors import CheckpointError, ConfigError, ProfileError
 from ...files.untrusted import open_regular, read_bounded
 from ...files.whole_file import describe_error
 
+#: The names of what a model is loaded from.
+OF_CHECKPOINT = re.compile(
+    r".*\.(safetensors|safetensors\.index\.json|bin|gguf|model|py|jinja)|"
+    r"(.*config|tokenizer.*|special_tokens_map|added_tokens|vocab|chat_template)\.json"
+)
 MAX_JSON_BYTES = 100_000_000  # an index of a thousand shards has a tenth of that
 #: A tokenizer is in one of these; tokenizer_config.json alone names only its class.
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken", "tekken.json", "spiece.*")
@@ -186,6 +192,8 @@ def check_output(flag: str, out: Path | None) -> None:
         raise ConfigError(f"{flag} {out}: its folder does not exist")
     if out.exists() and not out.is_file():
         raise ConfigError(f"{flag} {out}: that is {'a folder' if out.is_dir() else 'no ordinary file'}; name a file")
+    if out.exists() and (folder / "config.json").is_file() and OF_CHECKPOINT.fullmatch(out.resolve().name):
+        raise ConfigError(f"{flag} {out}: that is a file of a checkpoint, which would be lost; name another")
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass

@@ -6,7 +6,7 @@
 3    the budget is too small
 4    the checkpoint is missing, damaged, incomplete, or was changed
 5    the model cannot be run exactly
-6    a file other than the checkpoint cannot be used or written: a profile, trace, report, packed copy
+6    a file other than the checkpoint cannot be used or written: a profile, trace, report, packed copy; standard output
 7    a server, port or running model cannot be had, or a package is missing for it
 130  Ctrl-C
 """
@@ -36,18 +36,18 @@ from ...errors import (
 )
 from .ranks import first_speaks, rank_prefix, refuse_ranks, tell_ranks
 
-FAILED, USAGE, INTERRUPTED = 1, 2, 130
+FAILED, USAGE, UNWRITTEN, INTERRUPTED = 1, 2, 6, 130
 EXIT_CODES: dict[type[OffloadError], int] = {
     ConfigError: USAGE,
     BudgetError: 3,
     CheckpointError: 4,
     ExpertReadError: 4,
     UnsupportedModelError: 5,
-    ProfileError: 6,
-    TraceError: 6,
-    ReportError: 6,
-    PackError: 6,
-    SaveError: 6,
+    ProfileError: UNWRITTEN,
+    TraceError: UNWRITTEN,
+    ReportError: UNWRITTEN,
+    PackError: UNWRITTEN,
+    SaveError: UNWRITTEN,
     ServeError: 7,
     LiveError: 7,
 }

@@ -90,6 +90,9 @@ BAD = {
     "run model --policy foo": (2, "policy='foo'"),
     "run model --save-trace full": (2, "that is a folder"),
     "run model --save-report no/x.json": (2, "its folder does not exist"),
+    "run model --save-report gptq/config.json": (2, "a file of a checkpoint"),
+    "run model --save-profile gptq/model.safetensors": (2, "a file of a checkpoint"),
+    "plan model --ranks 99999999999999999999": (2, "from 1 to 4096"),
     "chat model max_new_tokens=abc": (2, "max_new_tokens=abc"),
     "chat model --max-new-tokens abc": (2, "from 1 on"),
     "serve model --port 99999": (2, "from 0 to 65535"),
@@ -252,6 +255,23 @@ def test_what_is_refused_before_torch_is_imported(folder):
         text=True,
     )
     assert done.stdout.splitlines() == [f"{BAD[command][0]} {command}" for command in commands], done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a file below which the disk is full")
+@pytest.mark.parametrize("command", [["--help"], ["plan", str(MODEL), "--budget", "8MB"]])
+def test_a_full_disk_below_standard_output_is_one_line(command):
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", "from moe_offload.apps.cli import main; main()", *command],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 6, done.stderr
+    assert done.stderr.splitlines() == [
+        "moe-offload: standard output cannot be written: No space left on device (errno 28)"
+    ]
 
 
 def test_the_table_of_exit_codes_is_that_of_the_code():
