@@ -168,7 +168,7 @@ def patch_model(
     keep_compiled_call(model)
     read_in_pieces(model, room)
     if static_tokens is not None:
-        pool = KVPool(2 * static_tokens, partial(forget_recordings, runtime.layers[0].device))
+        pool = KVPool(2 * static_tokens, forget_recordings)
         scope.on_renewal(pool.drop)
         keep_static_caches(model, pool, static_tokens)
     # On some devices generate() swaps the experts implementation for its decode steps, which cannot reach ours.

@@ -48,7 +48,8 @@ class DeviceCaches:
         self._prepared: set[int] = set()
         self._block = StateBlock([(one.cache.num_experts, one.cache.slots) for one in layers], device)
         self._refused_L = self._block.totals_L4[:, REFUSED]
-        self._seen_L = torch.zeros(len(layers), dtype=torch.int64, pin_memory=device.type == "cuda", device="cpu")
+        with torch.inference_mode(False):  # what is made within that mode cannot be written outside of it
+            self._seen_L = torch.zeros(len(layers), dtype=torch.int64, pin_memory=device.type == "cuda", device="cpu")
         self._seen = self._seen_L.numpy()  # the same memory: to look at it takes a microsecond
         parts = zip(layers, rows, range(len(layers)), strict=True)
         self.caches = [

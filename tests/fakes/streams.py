@@ -62,6 +62,8 @@ class InstantStreams:
     def current(self):
         return nullcontext()
 
+    in_turn = current
+
     def capturing(self):
         return False
 
@@ -81,6 +83,8 @@ class SlowStreams:
         before, self.is_current = self.is_current, True
         yield
         self.is_current = before
+
+    in_turn = current
 
     def capturing(self):
         return self.captures

@@ -250,3 +250,13 @@ def test_a_trace_needs_the_host():
 def test_the_setting_has_three_values():
     with pytest.raises(ConfigError, match="decide='gpu'"):
         moe_offload.OffloadConfig(decide="gpu")
+
+
+def test_a_model_that_was_offloaded_in_inference_mode_decodes_outside_of_it():
+    with torch.inference_mode():
+        model = decided(layers=1, settings=replace(DEVICE, lookahead=True))
+    want = say(build(QWEN, num_hidden_layers=1))
+    assert torch.equal(say(model), want) and model.moe_offload.stats().by_device
+    with torch.inference_mode():
+        assert torch.equal(say(model), want)
+    model.moe_offload.close()

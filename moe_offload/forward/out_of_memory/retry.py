@@ -67,7 +67,7 @@ class Retry:
         del run
         _forget(failed)
         self.scope.renew()  # before the banks shrink: the graphs hold memory
-        forget_recordings(self.runtime.layers[0].device)  # one may have been interrupted
+        forget_recordings()  # one may have been interrupted
         before = self.runtime.slots
         freed = shrink_banks(self.runtime)
         if not freed:

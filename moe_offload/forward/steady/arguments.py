@@ -11,15 +11,19 @@ object. What is walked to from arguments, such as the tensors of a KV cache, is 
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from types import CodeType, FunctionType
 from typing import Any
 
+from torch import Tensor
+
 logger = logging.getLogger("moe_offload")
 NOT_KNOWN = object()
 LOADS = ("LOAD_FAST", "LOAD_FAST_CHECK", "LOAD_FAST_BORROW")
+SUBSCRIPT = 26  # which operator that is: NB_SUBSCR
 FOLLOWED = (*LOADS, "STORE_FAST", "DELETE_FAST")
 
 
@@ -100,9 +104,12 @@ def _put_constants(code: CodeType, cells: Mapping[str, Any], held: set[int]) -> 
 
 
 def _load(value: Any) -> Any:
+    """Code that loads `value`. Only tensors: constants of code are not seen by Python's search for garbage, and what
+    leads to the model would keep it."""
     from torch._dynamo.bytecode_transformation import create_load_const
 
-    hash(value)  # as that of the code, which asks all of its constants
+    if not isinstance(value, Tensor):
+        raise ValueError(f"a {type(value).__name__} is used by itself, and is no tensor")
     return create_load_const(value, checked=False)
 
 
@@ -112,43 +119,49 @@ def _names(one: Any) -> tuple[Any, ...]:
 
 
 class _Walk:
-    """Follows straight code. What is known and on top of the stack is `pending`: it is loaded once it is needed there.
+    """Follows straight code. What is known and on top of the stack is `pending`: it is loaded once it is needed there,
+    by the code that did so where that was one instruction.
 
     `made` is the new code, `kept` the local names that the code behind it reads.
     """
 
     def __init__(self, cells: Mapping[str, Any], held: set[int], kept: set[str]):
         self._cells, self._held, self._kept = cells, held, kept
-        self._pending: list[Any] = []
-        self._locals: dict[str, Any] = {}
+        self._pending: list[tuple[Any, Any]] = []  # each with the instruction that loads it, if there is one
+        self._locals: dict[str, tuple[Any, Any]] = {}
         self.made: list[Any] = []
 
     def step(self, one: Any) -> None:
         name, arg = one.opname, one.argval
         if name == "LOAD_DEREF" and arg in self._cells:
-            self._pending.append(self._cells[arg])
+            self._pending.append((self._cells[arg], one))
         elif name == "LOAD_CONST":
-            self._pending.append(arg)
+            self._pending.append((arg, one))
         elif name in LOADS and arg in self._locals:
             self._pending.append(self._locals[arg])
         elif self._pending and name == "LOAD_ATTR" and (found := self._attribute(one)) is not NOT_KNOWN:
-            self._pending[-1] = found
-        elif len(self._pending) > 1 and name == "BINARY_SUBSCR" and (found := self._item()) is not NOT_KNOWN:
-            self._pending[-2:] = [found]
+            self._pending[-1] = found, None
+        elif len(self._pending) > 1 and _is_subscript(one) and (found := self._item()) is not NOT_KNOWN:
+            self._pending[-2:] = [(found, None)]
         elif self._pending and (name == "DUP_TOP" or (name == "COPY" and one.arg == 1)):
             self._pending.append(self._pending[-1])
         elif self._pending and name == "STORE_FAST":
             self._locals[arg] = self._pending.pop()
             if arg in self._kept:
-                self.made += [_load(self._locals[arg]), one]
+                self._load(*self._locals[arg])
+                self.made.append(one)
         elif name == "DELETE_FAST" and arg in self._locals and arg not in self._kept:
             del self._locals[arg]
         else:
             self._emit(one)
 
     def load_pending(self) -> None:
-        self.made += [_load(value) for value in self._pending]
+        for value, instruction in self._pending:
+            self._load(value, instruction)
         self._pending.clear()
+
+    def _load(self, value: Any, instruction: Any) -> None:
+        self.made.append(_load(value) if instruction is None else copy.copy(instruction))
 
     def _emit(self, one: Any) -> None:
         self.load_pending()
@@ -161,12 +174,19 @@ class _Walk:
         """What an attribute of the topmost value is, if that is held and has it in its dictionary."""
         if sys.version_info >= (3, 12) and one.arg is not None and one.arg & 1:  # a method's
             return NOT_KNOWN
-        value = self._pending[-1]
+        value, _ = self._pending[-1]
+        if isinstance(value, dict):  # whose content is held, and no attribute
+            return NOT_KNOWN
         found = getattr(value, "__dict__", {}).get(one.argval, NOT_KNOWN)
         if any(value is root for root in self._cells.values()):
             return found if id(found) in self._held else NOT_KNOWN
         return found if id(value) in self._held else NOT_KNOWN
 
     def _item(self) -> Any:
-        container, key = self._pending[-2:]
+        (container, _), (key, _) = self._pending[-2:]
         return container.get(key, NOT_KNOWN) if type(container) is dict and id(container) in self._held else NOT_KNOWN
+
+
+def _is_subscript(one: Any) -> bool:
+    """Python 3.14 has it among its operators of two operands."""
+    return bool(one.opname == "BINARY_SUBSCR" or (one.opname == "BINARY_OP" and one.arg == SUBSCRIPT))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ HELD = {"TYPE_MATCH", "ID_MATCH", "DICT_CONTAINS", "DICT_LENGTH", "NO_HASATTR", 
 #: Guards of tensors. (A mark for dynamic sizes decides what is compiled, and nothing that is computed.)
 OF_TENSORS = {"TENSOR_MATCH", "DIMENSION_DYNAMIC_MARKING_GUARD", "NO_TENSOR_ALIASING", "NO_HASATTR"}
 CONSTANTS = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
+COUNTED = (list, set, frozenset, deque)  # no version tells what is in one, whatever its attributes are
 MODULE_PARTS = ("_parameters", "_buffers", "_modules")
 
 
@@ -84,7 +86,7 @@ class Search:
         elif isinstance(value, CONSTANTS):
             covered = not below
         else:
-            covered = kinds <= HELD
+            covered = kinds <= HELD and not isinstance(value, COUNTED)
             if isinstance(value, dict) or type(getattr(value, "__dict__", None)) is dict:
                 self._hold(value, "NO_HASATTR" in kinds)
                 for accessor, child in below:
@@ -99,6 +101,8 @@ class Search:
         if isinstance(accessor, _Item):
             return self._visit(node, list(value if accessor.is_key else value.values())[accessor.place])
         kind, name = type(accessor).__name__, _argument(accessor)
+        if isinstance(value, dict) and kind != "DictGetItemGuardAccessor":
+            return False  # its content is held, and no attribute
         if kind == "GetGenericDictGuardAccessor":
             kinds = {type(guard).__name__ for guard in node.get_leaf_guards()}
             covered = kinds <= HELD

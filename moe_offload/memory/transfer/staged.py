@@ -192,7 +192,7 @@ class DeviceTransfer(ThreadTransfer):
                     self._order(ticket)
 
     def current(self) -> AbstractContextManager[object]:
-        return self.streams.current() if self._here() else contextlib.nullcontext()  # CUDA does not survive a fork
+        return self.streams.in_turn() if self._here() else contextlib.nullcontext()  # CUDA does not survive a fork
 
     def refuse_capture(self, name: str) -> None:
         if self.streams.capturing():

@@ -9,8 +9,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from . import pinned
 from .batch import BatchCopy, find_batch_copy
+from .turns import Turns
 
 logger = logging.getLogger("moe_offload")
 
@@ -66,6 +68,9 @@ class Streams(Protocol):
     def current(self) -> AbstractContextManager[object]:
         """While it is entered, this thread launches on this device."""
 
+    def in_turn(self) -> AbstractContextManager[object]:
+        """As `current`; and what is launched within comes after what callers on other streams have launched in it."""
+
     def capturing(self) -> bool:
         """Whether what is launched on the compute stream is recorded into a graph instead of run."""
 
@@ -75,6 +80,7 @@ class CudaStreams:
         self.device = device
         self.stream, self.background = torch.cuda.Stream(device, priority=-1), torch.cuda.Stream(device)
         self._warned = False
+        self._turns = Turns(device)
         self._batch: BatchCopy | None = None  # once `_find_batch` has found one
         self._sought = False
 
@@ -159,6 +165,11 @@ class CudaStreams:
 
     def current(self) -> AbstractContextManager[object]:
         return torch.cuda.device(self.device)
+
+    @contextlib.contextmanager
+    def in_turn(self) -> Iterator[None]:
+        with self.current(), self._turns.taken():
+            yield
 
     def capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()

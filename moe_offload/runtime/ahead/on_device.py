@@ -38,7 +38,10 @@ class DeviceGuesses:
         self._stagers, self._fork = stagers, fork
         self._forked = False  # whether anything may run beside
         self._open: Arrivals | None = None  # the layer that it is for, once all of it has been launched
-        self._seen_L4 = torch.zeros(len(layers), 4, dtype=torch.int64, pin_memory=device.type == "cuda", device="cpu")
+        with torch.inference_mode(False):  # what is made within that mode cannot be written outside of it
+            self._seen_L4 = torch.zeros(
+                len(layers), 4, dtype=torch.int64, pin_memory=device.type == "cuda", device="cpu"
+            )
         self._seen_of = self._seen_L4.numpy()  # the same memory: to look at it takes microseconds
 
     def begin(self, arrivals: Arrivals, ids_P: Tensor, slots_Q: Tensor, rows_EN: Tensor, state: DeviceState) -> Tensor:

@@ -69,19 +69,62 @@ def test_the_modes_are_the_callers(inference):
         assert not launch(torch.is_grad_enabled, CPU)
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), KeyboardInterrupt()])
-def test_after_an_error_or_ctrl_c_all_is_recorded_anew(monkeypatch, error):
-    """It may have come in the middle of a recording, or of what is written down about one."""
-    own, forgotten = kept_by_this_thread(), []
-    monkeypatch.setattr(cudagraph_trees, "reset_cudagraph_trees", lambda: forgotten.append(kept_by_this_thread()))
+class Manager:
+    """Inductor's, as far as its own code needs one to record and to replay; it says what it was asked to do."""
+
+    def __init__(self, device_index):
+        self.is_shut_down = False
+
+    def shutdown(self):
+        self.is_shut_down = True
+
+    def add_function(self, model, *_, **__):
+        recorded = object()
+
+        def replay(inputs):
+            assert not self.is_shut_down, "Running CUDAGraph after shutdown"
+            return "replayed", recorded
+
+        return replay, ("recorded", recorded)
+
+
+@pytest.fixture
+def step(monkeypatch):
+    """What Inductor makes of a step that is to be recorded, on a machine without CUDA."""
+    monkeypatch.setattr(cudagraph_trees, "CUDAGraphTreeManager", Manager)
+    monkeypatch.setattr(cudagraph_trees, "get_input_idxs_to_check", lambda *_: [])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    options = {"device_index": 0, "is_backward": False, "is_inference": True}
+    return cudagraph_trees.cudagraphify_impl(lambda inputs: None, [], [], **options)
+
+
+def run(step):
+    return launch(lambda: step([]), GPU)[0]
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), KeyboardInterrupt(), None])
+def test_after_an_error_or_ctrl_c_all_is_recorded_anew(step, error, elsewhere):
+    """It may have come in the middle of a recording; and what Inductor has compiled would go on with what was freed."""
 
     def fail():
         raise error
 
-    with pytest.raises(type(error)):
-        launch(fail, GPU)
-    assert forgotten == [launch(kept_by_this_thread, CPU)] and kept_by_this_thread() == own
-    assert launch(lambda: 3, GPU) == 3
-    forget_recordings(GPU)
-    forget_recordings(CPU)
-    assert len(forgotten) == 2
+    def forget():
+        if error is None:
+            return forget_recordings()
+        with pytest.raises(type(error)):
+            launch(fail, GPU)
+
+    with ThreadPoolExecutor(1) as another:
+        assert [run(step) for _ in range(3)] == ["recorded", "replayed", "replayed"]
+        manager = launch(lambda: cudagraph_trees.get_manager(0), GPU)
+        another.submit(forget).result() if elsewhere else forget()
+        assert manager.is_shut_down
+        assert [another.submit(run, step).result(), run(step), run(step)] == ["recorded", "replayed", "replayed"]
+
+
+def test_what_records_for_others_is_inductors_own(step):
+    own = cudagraph_trees.cudagraphify
+    run(step)
+    assert cudagraph_trees.cudagraphify is own

@@ -98,3 +98,22 @@ def test_each_order_that_is_left_out_is_seen(machine, monkeypatch, name):
     with pytest.raises(Race):
         for seed in range(3):
             drive(machine, seed)
+
+
+@pytest.mark.parametrize("in_turn", [True, False])
+def test_callers_on_streams_of_their_own_take_turns_on_the_device(machine, in_turn):
+    """A lock orders them on the host. What the one has launched may still read slots that the other fills."""
+    streams, bank = CudaStreams(torch.device("cuda:0")), torch.zeros(PAGE, dtype=torch.uint8)
+    callers = [torch.cuda.Stream("cuda:0"), machine.compute, torch.cuda.Stream("cuda:0")]
+
+    def call():
+        for caller in callers:
+            with torch.cuda.stream(caller), streams.in_turn() if in_turn else streams.current():
+                machine.launch("a kernel", reads=[bank])
+                machine.launch("a copy", writes=[bank])
+
+    if in_turn:
+        call()
+    else:
+        with pytest.raises(Race):
+            call()
