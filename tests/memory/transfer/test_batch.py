@@ -214,11 +214,18 @@ def in_ram(pinned=range(LAYERS)):
     return HostStore([one.view(torch.uint8) for one in values], pinned=pinned)
 
 
+def prompts(store, streams, scratch_rows):
+    """Layers that read nothing ahead: a row that is hurried on its way is copied alone."""
+    runtime, _ = make(2, store, scratch_rows=scratch_rows, transfer=DeviceTransfer(streams))
+    for layer in runtime.layers:
+        layer.following = None
+    return enumerate(runtime.layers)
+
+
 @pytest.mark.parametrize("make_streams", [Counting, HostStreams])
 def test_a_prompt_copies_the_rows_of_a_group_in_one_call(make_streams):
     streams = make_streams()
-    runtime, _ = make(2, in_ram(), scratch_rows=8, transfer=DeviceTransfer(streams))
-    for index, layer in enumerate(runtime.layers):
+    for index, layer in prompts(in_ram(), streams, 8):
         for ids in ([*range(E)] * 3, [5, 5, 1, 2, 0, 7]):
             assert torch.equal(prefill(layer, ids), expected(index, ids))
     if make_streams is Counting:
@@ -228,8 +235,7 @@ def test_a_prompt_copies_the_rows_of_a_group_in_one_call(make_streams):
 @pytest.mark.parametrize("pinned", [(), (1,)])
 def test_rows_that_are_not_pinned_are_copied_one_by_one(pinned):
     streams = Counting()
-    runtime, _ = make(2, in_ram(pinned), scratch_rows=4, transfer=DeviceTransfer(streams))
-    for index, layer in enumerate(runtime.layers):
+    for index, layer in prompts(in_ram(pinned), streams, 4):
         before = streams.single, len(streams.batches)
         assert torch.equal(prefill(layer, [*range(E)] * 3), expected(index, [*range(E)] * 3))
         assert (streams.single > before[0], len(streams.batches) > before[1]) == (index not in pinned, index in pinned)
