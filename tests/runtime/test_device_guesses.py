@@ -281,6 +281,20 @@ def test_what_was_used_is_seen_a_step_late_and_never_waited_for(patient):
     assert not guesses.guard.on and int(guesses.staging.on_1) == 0
 
 
+def test_a_prompt_is_no_part_of_what_is_measured(monkeypatch):
+    """What the host has read ahead in it was not guessed here, and its time is no step's."""
+    runtime, skipped = rig(), []
+    monkeypatch.setattr(guard.Trial, "skip", lambda self: skipped.append(1))
+    step(runtime, [0, 1], [4, 5], [4, 5])
+    runtime.hand_back()
+    runtime.layers[1].cache.counters.ahead += 1000
+    runtime.layers[0].take_over([K])
+    one = runtime.device_caches.guesses.guard
+    assert (one._guessed, one._used, skipped) == (2, 1002, [1])
+    step(runtime, [0, 1], [6, 7], [6, 7])
+    assert counted(runtime).ahead == 1004
+
+
 # Two streams.
 
 

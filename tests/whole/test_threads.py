@@ -12,11 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+import moe_offload
 from moe_offload import ClosedError, OffloadError
 from moe_offload.apps.families.tiny import build
 from moe_offload.forward.graphs import ops
 from tests.fakes.offloaded import IDS, QWEN, offload, offloaded, resident, say
+from tests.paths import MODEL
 
 PROMPTS = [IDS, IDS[:, :1], IDS[:, :5], (IDS + 9).repeat(2, 1)]
 
@@ -170,3 +173,16 @@ def test_a_child_that_was_forked_in_a_forward_is_refused_at_once(tmp_path):
     assert os.waitstatus_to_exitcode(status) == 0
     assert len(say(model, n=2))
     model.moe_offload.close()
+
+
+def test_models_are_loaded_by_several_threads_at_once():
+    """While transformers makes a model, torch's default dtype is that model's, in every thread."""
+    want = AutoModelForCausalLM.from_pretrained(MODEL, dtype="auto")(IDS).logits
+
+    def load(_):
+        model = moe_offload.from_pretrained(MODEL, "6MB", config={"profile": "off"})
+        same = torch.equal(model(IDS).logits, want)
+        model.moe_offload.close()
+        return same
+
+    assert call_from(4, [load]) == [True] * 4

@@ -27,6 +27,7 @@ from ..quantised.quantizer import quantization_of, unpack_dense
 from .arguments import Arguments
 from .file_entry import FileEntries
 from .own_class import is_own, load_own
+from .skeleton import ONE_AT_A_TIME
 
 logger = logging.getLogger("moe_offload")
 
@@ -92,15 +93,16 @@ def load_tensors(
     }
     state = unpack_uneven(config, headers, state)
     try:
-        model, info = type(like).from_pretrained(
-            None,
-            config=config,
-            state_dict=state,
-            dtype=config.dtype or like.dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are told, and refused below; transformers' own error names none
-            **options,
-        )
+        with ONE_AT_A_TIME:
+            model, info = type(like).from_pretrained(
+                None,
+                config=config,
+                state_dict=state,
+                dtype=config.dtype or like.dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are told, and refused below; transformers' own error names none
+                **options,
+            )
     except OffloadError:
         raise
     except (RuntimeError, ValueError, AttributeError, AssertionError, KeyError, TypeError) as error:  # of any format

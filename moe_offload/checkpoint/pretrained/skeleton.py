@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,11 @@ if TYPE_CHECKING:  # transformers takes seconds to import: functions do it, once
     from transformers import PreTrainedModel
 
     from ..packed import Stored
+
+
+#: While transformers makes a model, torch's default dtype is that model's, in every thread. In several at once the
+#: models would be of each other's dtype.
+ONE_AT_A_TIME = threading.RLock()
 
 
 def read_configuration(place: Path | str, arguments: Arguments, **where: Any) -> Any:
@@ -83,11 +89,12 @@ def build_skeleton(place: Path | str, config: Any, stored: Stored | None, argume
     nothing else does. Of a class that the checkpoint brings along only the parameters are there: see `own_class.py`."""
     remote = find_remote_class(place, config, arguments)
     if remote is not None:
-        return build_own(place, remote, config, _choose_dtype(config, stored, arguments.dtype))
+        with ONE_AT_A_TIME:
+            return build_own(place, remote, config, _choose_dtype(config, stored, arguments.dtype))
     model_class, config = _choose_class(config)
     dtype = _choose_dtype(config, stored, arguments.dtype)
     try:
-        with torch.device("meta"):
+        with ONE_AT_A_TIME, torch.device("meta"):
             model: PreTrainedModel = model_class._from_config(config, dtype=dtype)
     except Exception as error:  # any, of values of the configuration that its code does not expect
         raise _unbuildable(error, config, arguments) from error
