@@ -18,6 +18,8 @@ PCI = Path("/sys/bus/pci/devices")
 NODES = Path("/sys/devices/system/node")
 MBIND = {"x86_64": 237, "aarch64": 235}  # the number of the system call mbind(2), which libc has no function for
 PREFERRED = 1  # MPOL_PREFERRED: other nodes serve where this one has no free page
+#: What is raised where a GPU is unknown to the system, or to a torch that is too old or has no CUDA.
+UNKNOWN = (OSError, ValueError, AttributeError, AssertionError, RuntimeError)
 BITS = 64  # of a word of the mask of nodes
 
 
@@ -29,13 +31,7 @@ def node_of(device: str) -> int | None:
         one: Any = torch.cuda.get_device_properties(device)
         place = f"{one.pci_domain_id:04x}:{one.pci_bus_id:02x}:{one.pci_device_id:02x}.0"
         node = int((PCI / place / "numa_node").read_text())
-    except (
-        OSError,
-        ValueError,
-        AttributeError,
-        AssertionError,
-        RuntimeError,
-    ):  # torch without CUDA, too
+    except UNKNOWN:
         return None
     return node if node >= 0 else None
 

@@ -33,7 +33,7 @@ from ..stores.row_read import RowRead
 from .streams import CudaStreams, Streams
 from .threads import THREADS, TIMEOUT_S, ThreadTransfer
 from .ticket import Ticket
-from .together import DeviceTicket, Waiting
+from .together import DeviceTicket, Waiting, all_known
 
 STAGING_ROWS = 8  # in flight: two for every reader thread
 PIECE_BYTES = 2 << 20  # of a row copied in the background: 40 us of a PCIe 5 link, which a demanded row may wait
@@ -73,20 +73,21 @@ class DeviceTransfer(ThreadTransfer):
     def start(self, store: Store, layer: int, expert: int, row: Any, demanded: bool = True) -> Ticket:
         self._check_open()
         row = row if isinstance(row, Tensor) else torch.frombuffer(row, dtype=torch.uint8)
-        after, row_bytes = self.streams.mark(), len(row)
+        row_bytes = len(row)
         if isinstance(store, HostStore):
             source = store.rows_EN(layer)[expert]
             if not demanded:
-                return self._start_behind(layer, expert, source, row, after)
+                return self._start_behind(layer, expert, source, row, self.streams.mark())
             ticket = DeviceTicket(layer, expert, RowRead([], lambda: row_bytes), row_bytes, demanded)
             if self._together is not None and layer in store.pinned:
                 self._together.add(ticket, row, source)
                 return ticket
+            after = self.streams.mark()
             self._copy_demanded(ticket, row, source, after)
             ticket.nbytes = row_bytes
             ticket.done.set()
             return ticket
-        staging = self._take(row_bytes)
+        after, staging = self.streams.mark(), self._take(row_bytes)
         try:
             read = store.begin(layer, expert, memoryview(staging.buffer.numpy()))
         except BaseException:
@@ -141,8 +142,9 @@ class DeviceTransfer(ThreadTransfer):
             self._together = None
 
     def _copy_demanded(self, ticket: DeviceTicket, row: Tensor, source: Tensor, after: Any) -> Any:
-        copied = self._last_demanded = self.streams.copy(row, source, after)
-        ticket.copies.append(copied)
+        with all_known(self.streams):
+            copied = self._last_demanded = self.streams.copy(row, source, after)
+            ticket.copies.append(copied)
         return copied
 
     def wait(self, ticket: Ticket) -> int:

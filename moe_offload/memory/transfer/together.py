@@ -31,6 +31,17 @@ class DeviceTicket(Ticket):
         self.copies: list[Any] = []
 
 
+@contextlib.contextmanager
+def all_known(streams: Streams) -> Iterator[None]:
+    """Around launching copies, until their tickets have their ends. Where that fails or is interrupted, copies may be
+    under way that no ticket knows of, into slots that are about to be given back: the host waits for them."""
+    try:
+        yield
+    except BaseException:
+        streams.drain()
+        raise
+
+
 @dataclass
 class Waiting:
     """Rows of the host's pinned memory that are to be copied: `(ticket, target, source)` each."""
@@ -47,9 +58,11 @@ class Waiting:
     def launch(self, streams: Streams) -> Any:
         """Copy all of them; returns the event of their end. The slots' last readers have been launched by now."""
         tickets, targets, sources = zip(*self.rows, strict=True)
-        copied = streams.copy_all(targets, sources, streams.mark())
+        with all_known(streams):
+            copied = streams.copy_all(targets, sources, streams.mark())
+            for ticket in tickets:
+                ticket.copies.append(copied)
         for ticket in tickets:
-            ticket.copies.append(copied)
             ticket.nbytes = ticket.row_bytes
             ticket.done.set()
         return copied

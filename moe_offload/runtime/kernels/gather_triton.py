@@ -15,11 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .staging.state import words_of
+from .staging.state import CHUNK, PROGRAMS, words_of
 from .state import Loads
 
-PROGRAMS = 64  # a quarter to a half of a large GPU's processors: the link is full, and others can run beside it
-CHUNK = 2048  # words of 8 bytes, two in each load: 16 KiB a program under way, 1 MiB in all
 WARPS = 8
 
 

@@ -117,3 +117,24 @@ def test_callers_on_streams_of_their_own_take_turns_on_the_device(machine, in_tu
     else:
         with pytest.raises(Race):
             call()
+
+
+@pytest.mark.parametrize(("together", "method"), [(False, "copy"), (True, "copy_all")])
+def test_a_copy_whose_launch_was_interrupted_is_over_when_its_slot_is_given_back(
+    machine, monkeypatch, together, method
+):
+    """Ctrl-C may come when the copy is under way, and before any ticket knows of its end."""
+    transfer, bank = DeviceTransfer(CudaStreams(torch.device("cuda:0")), staging_rows=2), torch.zeros(2, PAGE).byte()
+    rows = HostStore([torch.ones(EXPERTS, PAGE, dtype=torch.uint8)], pinned={0})
+    launch = getattr(CudaStreams, method)
+
+    def interrupted(*args, **kwargs):
+        launch(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CudaStreams, method, interrupted)
+    with pytest.raises(KeyboardInterrupt), transfer.together(2) if together else nullcontext():
+        for slot in range(2):
+            transfer.start(rows, 0, slot, bank[slot])
+    machine.launch("a kernel that fills it anew", writes=[bank])
+    transfer.close()

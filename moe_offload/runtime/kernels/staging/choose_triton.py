@@ -13,10 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..decide_triton import TILE
 from ..state import DeviceState
 from .state import Staging
-
-TILE = 4096  # comparisons held in registers at once: 32 a thread
 
 
 def choose(ids_P: Tensor, slots_Q: Tensor, state: DeviceState, staging: Staging) -> Tensor:

@@ -15,10 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..gather_triton import WARPS
 from ..state import DeviceState, Loads
 from .state import CHUNK, PROGRAMS, Staging, words_of
-
-WARPS = 8
 
 
 def stage(rows_EN: Tensor, scratch_GN: Tensor, staging: Staging) -> None:

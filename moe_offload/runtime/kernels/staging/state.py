@@ -17,8 +17,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-PROGRAMS = 64  # as many as `gather` has: a quarter to a half of a large GPU, and the link is full
-CHUNK = 2048  # words of 8 bytes: 16 KiB, a third of a microsecond of a PCIe 5 link
+#: Of all kernels that copy rows: a quarter to a half of a large GPU's processors. The link is full, and others can run
+#: beside it.
+PROGRAMS = 64
+CHUNK = 2048  # words of 8 bytes: 16 KiB a program under way, a third of a microsecond of a PCIe 5 link; 1 MiB in all
 
 
 @dataclass(frozen=True)
