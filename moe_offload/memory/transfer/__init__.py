@@ -17,9 +17,12 @@ def _cpu(device: str) -> Transfer:
 
 
 def _cuda(device: str) -> Transfer:
-    from .staged import cuda_transfer
+    import torch
 
-    return cuda_transfer(device)
+    from .staged import DeviceTransfer
+    from .streams import CudaStreams
+
+    return DeviceTransfer(CudaStreams(torch.device(device)))
 
 
 #: Kind of device -> what moves rows to it, made from its name ("cpu", "cuda:0").

@@ -30,7 +30,7 @@ from ..buffers import map_pages
 from ..stores import Store
 from ..stores.host import HostStore
 from ..stores.row_read import RowRead
-from .streams import CudaStreams, Streams
+from .streams import Streams
 from .threads import THREADS, TIMEOUT_S, ThreadTransfer
 from .ticket import Ticket
 from .together import DeviceTicket, Waiting, all_known
@@ -38,10 +38,6 @@ from .together import DeviceTicket, Waiting, all_known
 STAGING_ROWS = 8  # in flight: two for every reader thread
 PIECE_BYTES = 2 << 20  # of a row copied in the background: 40 us of a PCIe 5 link, which a demanded row may wait
 PIECES = 2  # on their way in the background at once: one is copied while the next is launched
-
-
-def cuda_transfer(device: str) -> DeviceTransfer:
-    return DeviceTransfer(CudaStreams(torch.device(device)))
 
 
 @dataclass
@@ -82,8 +78,7 @@ class DeviceTransfer(ThreadTransfer):
             if self._together is not None and layer in store.pinned:
                 self._together.add(ticket, row, source)
                 return ticket
-            after = self.streams.mark()
-            self._copy_demanded(ticket, row, source, after)
+            self._copy_demanded(ticket, row, source, self.streams.mark())
             ticket.nbytes = row_bytes
             ticket.done.set()
             return ticket
