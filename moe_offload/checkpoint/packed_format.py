@@ -21,7 +21,7 @@ from ..experts import FIELD_ALIGN, Begins, MoELayer
 from .headers import DTYPE_NAMES, DTYPES, Headers, TensorRange
 from .row_index import RowSource
 
-VERSION = 1
+VERSION = 2  # 1 did not say where matrices of float32 began in the checkpoint
 #: The file that sources lie in: they tell names, shapes and dtypes, and are not to be read.
 NOWHERE = Path("packed away")
 

@@ -210,7 +210,7 @@ LAYER = ("layers", "model.layers.1.mlp.experts")
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (_set("version", 2), "format version 2"),
+        (_set("version", 1), "format version 1"),
         (_set("model_type", "mixtral"), "mixtral"),
         (_set(*LAYER, "recipe", "0" * 64), r"layers\.1.*made.*in another way"),
         (_set(*LAYER, "fields", 1, "offset", 64), r"layers\.1.*fields"),

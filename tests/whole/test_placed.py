@@ -121,6 +121,19 @@ def test_what_an_expert_writes_to_a_copy_of_its_weights_is_refused_too(tmp_path:
         run_session(ours, "encdec", **OPTIONS)
 
 
+def test_copies_of_experts_that_begin_elsewhere_take_the_memory_of_one(tmp_path: Path) -> None:
+    model = build("switch_transformers")
+    model.save_pretrained(tmp_path, max_shard_size="60KB")
+    for i, file in enumerate(sorted(tmp_path.glob("*.safetensors"))):
+        move(file, 8 * (i % 2))
+    ours: Any = moe_offload.from_pretrained(tmp_path, "40MB", config={"profile": "off"})
+    run_session(ours, "encdec", **OPTIONS)
+    layers = ours.moe_offload.moe_layers
+    held = [moe.name for moe in layers if moe.modules[0]._moe_offload._copies]
+    assert sum(bool(moe.elsewhere) for moe in layers) > 1 and len(held) == 1
+    ours.moe_offload.close()
+
+
 def test_a_matrix_whose_rows_do_not_fill_vectors_is_refused_in_float32(tmp_path: Path) -> None:
     """Where hidden states of a pair begin depends on which pairs are computed with it."""
     model = build("qwen3_moe", moe_intermediate_size=30)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from sys import getrefcount
 from typing import Any
 
@@ -13,6 +15,7 @@ from ...experts import Begins
 from ...memory.buffers import NOTHING, Rows, page_aligned
 from ...runtime.layer import LayerRuntime
 
+_thread = threading.local()  # `last`: whose copies, of one expert, a thread has made last. There need be no others
 Views = tuple[nn.Parameter, ...]  # the fields of one slot, in the order of the layout
 
 
@@ -24,6 +27,8 @@ class SlotWeights:
         if layer.calls is None:
             raise AssertionError(f"{layer.moe.name}: its experts are not called")
         self.moe, self.calls, self._layer, self._seen = layer.moe, layer.calls, layer, NOTHING
+        # Where a device multiplies, nothing depends on where a matrix begins.
+        self._elsewhere = layer.moe.elsewhere if layer.device.type == "cpu" else {}
         self._views: list[Views] = []
         self._named: list[dict[str, nn.Parameter]] = []  # the same by name
         self._storage = 0
@@ -36,15 +41,15 @@ class SlotWeights:
     def of(self, slot: int, expert: int) -> dict[str, nn.Parameter]:
         """The fields of a slot, which holds `expert`, by name."""
         self.views(slot, expert)
-        return self._copies if self.moe.elsewhere and expert in self.moe.elsewhere else self._named[slot]
+        return self._copies if expert in self._elsewhere else self._named[slot]
 
     def views(self, slot: int, expert: int) -> Views:
         """The fields of a slot, which holds `expert`, in the order of the layout."""
         rows = self._layer.slots
         if rows is not self._seen:  # slots have become others
             self._make(rows)
-        if self.moe.elsewhere and expert in self.moe.elsewhere:
-            return self._copy(rows.bytes[slot], self.moe.elsewhere[expert])
+        if expert in self._elsewhere:
+            return self._copy(rows.bytes[slot], self._elsewhere[expert])
         return self._views[slot]
 
     def keep_phantom(self, parameters: dict[str, Any], name: str, phantom: nn.Parameter) -> None:
@@ -116,7 +121,13 @@ class SlotWeights:
             for field, own in zip(self.moe.layout.fields, layout.fields, strict=True):
                 own.view_in(copy.data).copy_(field.view_in(row))
             views = tuple(nn.Parameter(field.view_in(copy), requires_grad=False) for field in layout.fields)
-        self._copies = {field.name: view for field, view in zip(layout.fields, views, strict=True)}
+        last = getattr(_thread, "last", lambda: None)()
+        if last is not None:
+            last._copies = {}  # of whatever layer and model: one expert is called at a time
+        self._copies, _thread.last = (
+            dict(zip((one.name for one in layout.fields), views, strict=True)),
+            weakref.ref(self),
+        )
         return views
 
     def _make(self, rows: Rows) -> None:
