@@ -34,22 +34,24 @@ class Rows:
         raw: Tensor | None = None,
         device: torch.device | str = "cpu",
     ):
-        # Not initialised: the system gives memory out page by page, and a slot that was never filled takes none.
-        self.bytes = allocate_unfilled(count * row_bytes, device).view(count, row_bytes) if raw is None else raw
-        #: The same memory, which counts versions by itself: what is loaded through it is no change of a weight.
-        self.unversioned = self.bytes.data
-        if poison:
-            self.unversioned.fill_(POISON)
-        self.bank_SN = self.bytes.view(dtype)
-        rows = self.bytes.unbind() if count else ()
-        self.rows: list[Any] = [memoryview(row.numpy()) if row.device.type == "cpu" else row for row in rows]
+        with torch.inference_mode(False):  # what is made within that mode cannot be written outside of it
+            # Not initialised: the system gives memory out page by page, and a slot that was never filled takes none.
+            self.bytes = allocate_unfilled(count * row_bytes, device).view(count, row_bytes) if raw is None else raw
+            #: The same memory, which counts versions by itself: what is loaded through it is no change of a weight.
+            self.unversioned = self.bytes.data
+            if poison:
+                self.unversioned.fill_(POISON)
+            self.bank_SN = self.bytes.view(dtype)
+            rows = self.bytes.unbind() if count else ()
+            self.rows: list[Any] = [memoryview(row.numpy()) if row.device.type == "cpu" else row for row in rows]
 
 
 def allocate_unfilled(nbytes: int, device: torch.device | str) -> Tensor:
     """Uninitialised bytes on `device`, which begin at a page on a CPU."""
-    if torch.device(device).type == "cpu":
-        return page_aligned(nbytes)
-    return torch.empty(nbytes, dtype=torch.uint8, device=device)
+    with torch.inference_mode(False):  # what is made within that mode cannot be written outside of it
+        if torch.device(device).type == "cpu":
+            return page_aligned(nbytes)
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 
 def page_aligned(nbytes: int) -> Tensor:

@@ -229,6 +229,8 @@ class Clock:
     def current(self):
         return contextlib.nullcontext()
 
+    in_turn = current
+
     def capturing(self):
         return False
 
