@@ -104,16 +104,20 @@ def test_experts_of_one_layer_that_begin_at_several_places_are_copied_where_they
     ours.moe_offload.close()
 
 
+def load_elsewhere(folder: Path) -> Any:
+    """A model of several files, in every second of which experts begin elsewhere."""
+    build("switch_transformers").save_pretrained(folder, max_shard_size="60KB")
+    for i, file in enumerate(sorted(folder.glob("*.safetensors"))):
+        move(file, 8 * (i % 2))
+    return moe_offload.from_pretrained(folder, "40MB", config={"profile": "off"})
+
+
 def double(wi: Any, _: Any) -> None:
     wi.weight.mul_(2)
 
 
 def test_what_an_expert_writes_to_a_copy_of_its_weights_is_refused_too(tmp_path: Path) -> None:
-    model = build("switch_transformers")
-    model.save_pretrained(tmp_path, max_shard_size="60KB")
-    for i, file in enumerate(sorted(tmp_path.glob("*.safetensors"))):
-        move(file, 8 * (i % 2))
-    ours: Any = moe_offload.from_pretrained(tmp_path, "40MB", config={"profile": "off"})
+    ours = load_elsewhere(tmp_path)
     for moe in ours.moe_offload.moe_layers:
         for e in moe.elsewhere:
             ours.get_submodule(f"{moe.name}.expert_{e}.wi").register_forward_pre_hook(double)
@@ -122,11 +126,7 @@ def test_what_an_expert_writes_to_a_copy_of_its_weights_is_refused_too(tmp_path:
 
 
 def test_copies_of_experts_that_begin_elsewhere_take_the_memory_of_one(tmp_path: Path) -> None:
-    model = build("switch_transformers")
-    model.save_pretrained(tmp_path, max_shard_size="60KB")
-    for i, file in enumerate(sorted(tmp_path.glob("*.safetensors"))):
-        move(file, 8 * (i % 2))
-    ours: Any = moe_offload.from_pretrained(tmp_path, "40MB", config={"profile": "off"})
+    ours = load_elsewhere(tmp_path)
     run_session(ours, "encdec", **OPTIONS)
     layers = ours.moe_offload.moe_layers
     held = [moe.name for moe in layers if moe.modules[0]._moe_offload._copies]
